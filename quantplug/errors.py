@@ -1,0 +1,88 @@
+"""The closed set of errors a user of quantplug can meet.
+
+Every one names all offenders at once, says why, and ends with the way out. A check collects `Offender`s and raises once;
+nothing is raised for the first of many.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Offender:
+    """One thing that is wrong, and where it is.
+
+    Attributes:
+        parameter: Name of the parameter, tensor, module, file or setting.
+        reason: What is wrong with it, in a few words.
+        expert: Global expert id, where the parameter belongs to an expert.
+        rank: Global rank on which it was found.
+    """
+
+    parameter: str
+    reason: str
+    expert: int | None = None
+    rank: int = 0
+
+    def __str__(self) -> str:
+        expert = "" if self.expert is None else f" (expert {self.expert})"
+        return f"{self.parameter}{expert} on rank {self.rank}: {self.reason}"
+
+
+class QuantplugError(Exception):
+    """Base of every error that quantplug raises for a user's input.
+
+    Args:
+        problem: One sentence that says what cannot be done.
+        offenders: All places where it went wrong.
+        remedy: One sentence that says what to do about it.
+    """
+
+    def __init__(self, problem: str, offenders: Sequence[Offender] = (), remedy: str = "") -> None:
+        self.problem = problem
+        self.offenders = tuple(offenders)
+        self.remedy = remedy
+        lines = [problem, *(f"  - {offender}" for offender in self.offenders)]
+        if remedy:
+            lines.append(f"What to do: {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class SourceError(QuantplugError):
+    """The Hugging Face checkpoint to read from is missing, incomplete or not of a kind we read."""
+
+
+class DestinationError(QuantplugError):
+    """The export directory cannot be written without overwriting something."""
+
+
+class CheckpointError(QuantplugError):
+    """A Megatron checkpoint lacks quantizer state, or belongs to another model."""
+
+
+class UnsupportedModelError(QuantplugError):
+    """The architecture, or a setting of it, is not one we convert."""
+
+
+class UnsupportedQuantizationError(QuantplugError):
+    """A quantizer is configured in a way that no output format of ours expresses."""
+
+
+class CalibrationError(QuantplugError):
+    """A quantizer has no amax, or one that is not a finite number of at least zero."""
+
+
+class WeightError(QuantplugError):
+    """A weight holds NaN or Inf."""
+
+
+class ShapeError(QuantplugError):
+    """A shape does not divide as its format or its shards need."""
+
+
+class MappingError(QuantplugError):
+    """Names do not agree: a tensor unknown, missing or extra, or a rule that matches nothing."""
+
+
+class TopologyError(QuantplugError):
+    """The parallel layout is one that the called function does not serve."""

@@ -1,0 +1,129 @@
+"""How one Megatron tensor is cut into Hugging Face tensors: pairs of pure functions, and the axis that shards.
+
+Every layout works on whole tensors and, with the sizes divided by the parallel size, on shards of them alike: each of its
+parts is cut along `shard_axis`, and merging the cut parts gives the shard that Megatron holds.
+
+Shape legend: H hidden, D head_dim, A attention heads, G query groups (KV heads), V vocabulary, F feed-forward width.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """The sizes that names and layouts need.
+
+    Attributes:
+        vocab_size: Rows of the Hugging Face embedding, without Megatron's padding.
+        num_experts: Routed experts of a layer, 0 in a dense model.
+        moe_layers: Global ids of the layers that have experts.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    num_experts: int = 0
+    moe_layers: tuple[int, ...] = ()
+
+
+class Layout(Protocol):
+    """A pair of pure functions between a Megatron tensor and its Hugging Face parts."""
+
+    @property
+    def shard_axis(self) -> int | None:
+        """Axis of every *part* that tensor parallelism cuts; None for a tensor every rank holds whole."""
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        """Megatron to Hugging Face."""
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        """Hugging Face to Megatron: the inverse of `split`, up to Megatron's padding rows."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The same tensor under another name."""
+
+    shard_axis: int | None = None
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        return (weight,)
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        (weight,) = parts
+        return weight
+
+
+@dataclass(frozen=True)
+class VocabularyRows:
+    """[V_padded, H] in Megatron, [V, H] in Hugging Face: padding rows exist only in Megatron."""
+
+    shard_axis: int | None = 0
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        return (weight[: dims.vocab_size],)
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        (weight,) = parts
+        return weight
+
+
+@dataclass(frozen=True)
+class GatedConcat:
+    """[2F, H] in Megatron: all rows of gate_proj [F, H], then all rows of up_proj [F, H]."""
+
+    shard_axis: int | None = 0
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        gate, up = weight.chunk(2, dim=0)
+        return gate, up
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        return torch.cat(parts, dim=0)
+
+
+@dataclass(frozen=True)
+class QKVInterleave:
+    """[(A + 2G) * D, ...] in Megatron, one query group after another: its A/G query heads, its key, its value.
+
+    Works for the weight [.., H] and the bias [..]. A and G come from the sizes at hand, so a shard that holds a part of the
+    groups is cut the same way.
+    """
+
+    shard_axis: int | None = 0
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        heads_per_group = dims.num_attention_heads // dims.num_query_groups
+        tail = weight.shape[1:]
+        # [g, heads of a group, D, ...]
+        grouped = weight.reshape(-1, heads_per_group + 2, dims.head_dim, *tail)
+        query, key, value = grouped.split([heads_per_group, 1, 1], dim=1)
+        return query.reshape(-1, *tail), key.reshape(-1, *tail), value.reshape(-1, *tail)
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        query, key, value = parts
+        heads_per_group = dims.num_attention_heads // dims.num_query_groups
+        tail = query.shape[1:]
+        grouped = torch.cat(
+            (
+                query.reshape(-1, heads_per_group, dims.head_dim, *tail),
+                key.reshape(-1, 1, dims.head_dim, *tail),
+                value.reshape(-1, 1, dims.head_dim, *tail),
+            ),
+            dim=1,
+        )
+        return grouped.reshape(-1, *tail)
+
+
+IDENTITY = Identity()
+COLUMN = Identity(shard_axis=0)
+ROW = Identity(shard_axis=1)
+VOCABULARY = VocabularyRows()
+GATED = GatedConcat()
+QKV = QKVInterleave()
