@@ -1,0 +1,70 @@
+"""Grouped experts: one Megatron module that holds many weights, one Hugging Face entry for each.
+
+Megatron names the weights of its local experts either `experts.linear_fc1.weight{i}` (`TEGroupedMLP`, one module) or
+`experts.local_experts.{i}.linear_fc1.weight` (`SequentialMLP`). Both stand for the same per-expert Hugging Face tensors, and
+both are renumbered from local to global experts. `GroupedMLPSlicing` is the row of a table (Megatron to Hugging Face);
+`GroupedMLPMerging` is the same row read backwards.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantplug.mappings.base import ParamKey, WeightMapping, fill
+from quantplug.mappings.layouts import Layout, ModelDimensions
+
+
+@dataclass(frozen=True)
+class GroupedMLPSlicing(WeightMapping):
+    """Slices a grouped linear into one Hugging Face entry per expert (and per part of the layout: gate_proj, up_proj)."""
+
+    def slice_module(
+        self, layer: int, experts: Sequence[int], weights: Sequence[torch.Tensor], dims: ModelDimensions
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields every (Hugging Face name, tensor) of one layer's grouped linear.
+
+        Args:
+            experts: Global ids of the module's experts, in the order of `weights`.
+            weights: weight0 … weightN-1 of the module, each [out, in].
+        """
+        for expert, weight in zip(experts, weights, strict=True):
+            yield from self.to_hf(ParamKey(self.megatron[0], layer, expert), weight, dims).items()
+
+    @property
+    def merging(self) -> "GroupedMLPMerging":
+        return GroupedMLPMerging(self)
+
+
+@dataclass(frozen=True)
+class GroupedMLPMerging:
+    """Merges per-expert Hugging Face entries into the weights of a grouped linear: `GroupedMLPSlicing` backwards."""
+
+    slicing: GroupedMLPSlicing
+
+    def names(self, layer: int, experts: Sequence[int]) -> tuple[str, ...]:
+        """The Hugging Face tensors that these experts of a layer are merged from."""
+        return tuple(fill(pattern, layer, expert) for expert in experts for pattern in self.slicing.hf)
+
+    def merge_module(
+        self, layer: int, experts: Sequence[int], tensors: Mapping[str, torch.Tensor], dims: ModelDimensions
+    ) -> tuple[torch.Tensor, ...]:
+        """weight0 … weightN-1, each [out, in], for the experts in the order given."""
+        keys = (ParamKey(self.slicing.megatron[0], layer, expert) for expert in experts)
+        return tuple(self.slicing.to_megatron(key, tensors, dims) for key in keys)
+
+
+def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> GroupedMLPSlicing:
+    """The row of an experts' linear under both of Megatron's spellings.
+
+    Args:
+        linear: `linear_fc1` or `linear_fc2`.
+        hf: Per-expert Hugging Face patterns, layer then expert as `*`.
+    """
+    experts = "decoder.layers.*.mlp.experts"
+    return GroupedMLPSlicing(
+        megatron=(f"{experts}.{linear}.weight*", f"{experts}.local_experts.*.{linear}.weight"),
+        hf=hf,
+        layout=layout,
+        quantizable=True,
+    )

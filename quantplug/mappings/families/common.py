@@ -1,0 +1,176 @@
+"""Rows and settings that decoder-only families share. `*` is the layer, in expert rows the second one the expert."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.nn import functional
+
+from quantplug.errors import Offender, UnsupportedModelError
+from quantplug.mappings.base import WeightMapping
+from quantplug.mappings.experts import grouped_mlp
+from quantplug.mappings.layouts import COLUMN, GATED, IDENTITY, QKV, ROW, VOCABULARY, ModelDimensions
+
+EMBEDDINGS = (
+    WeightMapping(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), VOCABULARY),
+    WeightMapping(("output_layer.weight",), ("lm_head.weight",), VOCABULARY, quantizable=True),
+    WeightMapping(("decoder.final_layernorm.weight",), ("model.norm.weight",), IDENTITY),
+)
+
+# With Transformer Engine the norm before a linear is part of that linear; the local spec keeps it apart.
+ATTENTION = (
+    WeightMapping(
+        (
+            "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight",
+            "decoder.layers.*.input_layernorm.weight",
+        ),
+        ("model.layers.*.input_layernorm.weight",),
+        IDENTITY,
+    ),
+    WeightMapping(
+        ("decoder.layers.*.self_attention.linear_qkv.weight",),
+        (
+            "model.layers.*.self_attn.q_proj.weight",
+            "model.layers.*.self_attn.k_proj.weight",
+            "model.layers.*.self_attn.v_proj.weight",
+        ),
+        QKV,
+        quantizable=True,
+    ),
+    WeightMapping(
+        ("decoder.layers.*.self_attention.linear_proj.weight",),
+        ("model.layers.*.self_attn.o_proj.weight",),
+        ROW,
+        quantizable=True,
+    ),
+)
+
+QK_NORM = (
+    WeightMapping(
+        ("decoder.layers.*.self_attention.q_layernorm.weight",), ("model.layers.*.self_attn.q_norm.weight",), IDENTITY
+    ),
+    WeightMapping(
+        ("decoder.layers.*.self_attention.k_layernorm.weight",), ("model.layers.*.self_attn.k_norm.weight",), IDENTITY
+    ),
+)
+
+MLP_NORM = (
+    WeightMapping(
+        ("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", "decoder.layers.*.pre_mlp_layernorm.weight"),
+        ("model.layers.*.post_attention_layernorm.weight",),
+        IDENTITY,
+    ),
+)
+
+DENSE_MLP = (
+    WeightMapping(
+        ("decoder.layers.*.mlp.linear_fc1.weight",),
+        ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+        GATED,
+        quantizable=True,
+    ),
+    WeightMapping(
+        ("decoder.layers.*.mlp.linear_fc2.weight",), ("model.layers.*.mlp.down_proj.weight",), ROW, quantizable=True
+    ),
+)
+
+ROUTED_EXPERTS = (
+    WeightMapping(("decoder.layers.*.mlp.router.weight",), ("model.layers.*.mlp.gate.weight",), IDENTITY),
+    grouped_mlp(
+        "linear_fc1",
+        ("model.layers.*.mlp.experts.*.gate_proj.weight", "model.layers.*.mlp.experts.*.up_proj.weight"),
+        GATED,
+    ),
+    grouped_mlp("linear_fc2", ("model.layers.*.mlp.experts.*.down_proj.weight",), ROW),
+)
+
+TIED_LM_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def setting(config: Mapping[str, Any], *names: str) -> Any:
+    """The first of a config's spellings that is set.
+
+    Raises:
+        UnsupportedModelError: None of them is.
+    """
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    raise UnsupportedModelError(
+        "The Hugging Face config lacks a setting that its architecture needs.",
+        [Offender(" / ".join(names), "not set")],
+        "Use the config.json that was saved with the model.",
+    )
+
+
+def refuse_settings(architecture: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError naming every setting whose value differs from the one we convert."""
+    offenders = [
+        Offender(name, f"is {found[name]!r}, only {value!r} is converted")
+        for name, value in expected.items()
+        if found[name] != value
+    ]
+    if offenders:
+        raise UnsupportedModelError(
+            f"This {architecture} uses settings that are not converted to Megatron.",
+            offenders,
+            "Build the Megatron model yourself, then export it with export_mcore_gpt_to_hf.",
+        )
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    explicit = config.get("head_dim")
+    return explicit if explicit else config["hidden_size"] // config["num_attention_heads"]
+
+
+def rope(config: Mapping[str, Any]) -> tuple[float, str]:
+    """Rotary base and kind, from either spelling: `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    return base, kind
+
+
+def decoder_dimensions(config: Mapping[str, Any], num_experts: int, moe_layers: tuple[int, ...]) -> ModelDimensions:
+    return ModelDimensions(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head_dim=head_dim(config),
+        vocab_size=config["vocab_size"],
+        num_experts=num_experts,
+        moe_layers=moe_layers,
+    )
+
+
+def decoder_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`TransformerConfig` arguments of a Llama-like decoder: RMSNorm, SwiGLU, rotary embeddings, no linear biases."""
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_query_groups": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "kv_channels": head_dim(config),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "activation_func": functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def decoder_model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`GPTModel` arguments of the same decoder; `vocab_size` is unpadded."""
+    base, _ = rope(config)
+    return {
+        "vocab_size": config["vocab_size"],
+        "max_sequence_length": config["max_position_embeddings"],
+        "position_embedding_type": "rope",
+        "rotary_base": base,
+        "rotary_percent": 1.0,
+        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+    }
