@@ -1,0 +1,41 @@
+"""Quantization for Transformer Engine modules: Megatron-Core model to proved, quantized Hugging Face checkpoint.
+
+Importing this package needs torch and safetensors alone. The functions below are looked up when they are first used
+(PEP 562), and only then does one that converts a live model import Megatron-Core.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from quantplug.errors import QuantplugError
+
+if TYPE_CHECKING:
+    from quantplug.export.unified import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+    from quantplug.export.verify import verify_checkpoint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QuantplugError",
+    "__version__",
+    "export_mcore_gpt_to_hf",
+    "import_mcore_gpt_from_hf",
+    "verify_checkpoint",
+]
+
+_HOMES = {
+    "export_mcore_gpt_to_hf": "quantplug.export.unified",
+    "import_mcore_gpt_from_hf": "quantplug.export.unified",
+    "verify_checkpoint": "quantplug.export.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,146 @@
+"""`import quantplug` needs torch and safetensors alone, and the public surface changes only on purpose."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import quantplug
+
+REPOSITORY = Path(__file__).parents[1]
+
+PUBLIC = {
+    "QuantplugError",
+    "__version__",
+    "export_mcore_gpt_to_hf",
+    "import_mcore_gpt_from_hf",
+    "verify_checkpoint",
+}
+
+PACKAGE = REPOSITORY / "quantplug"
+
+
+def modules_below(room: str) -> list[str]:
+    files = (PACKAGE / room).rglob("*.py")
+    return [".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for file in files]
+
+
+# What a machine without Megatron-Core, Transformer Engine, ModelOpt and transformers must be able to import.
+LIGHT_MODULES = [
+    "quantplug",
+    "quantplug.errors",
+    "quantplug.topology",
+    *sorted(modules_below("formats")),
+    *sorted(modules_below("mappings")),
+    "quantplug.calibration.statistics",
+    "quantplug.export.plan",
+    "quantplug.export.writer",
+    "quantplug.export.verify",
+]
+
+BLOCKER = """
+import importlib, sys
+
+ALLOWED = set({allowed!r}) | set(sys.stdlib_module_names)
+
+class OnlyTorchAndSafetensors:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in ALLOWED:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+        return None
+
+sys.meta_path.insert(0, OnlyTorchAndSafetensors())
+{code}
+"""
+
+
+def distribution_closure(*names: str) -> set[str]:
+    """The given distributions and all they require on this machine, in normal form."""
+    found: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop().lower().replace("-", "_")
+        if name in found:
+            continue
+        try:
+            requirements = [Requirement(line) for line in requires(name) or []]
+        except PackageNotFoundError:
+            continue
+        found.add(name)
+        pending += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def run_with_only_torch_and_safetensors(code: str) -> subprocess.CompletedProcess[str]:
+    allowed = {"quantplug", "torch", "safetensors", "functorch", "torchgen"} | distribution_closure(
+        "torch", "safetensors"
+    )
+    script = BLOCKER.format(allowed=sorted(allowed), code=code)
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_module_needs_torch_and_safetensors_alone(module: str) -> None:
+    result = run_with_only_torch_and_safetensors(f"importlib.import_module({module!r})")
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_blocker_blocks() -> None:
+    result = run_with_only_torch_and_safetensors("import rich")
+
+    assert result.returncode == 1
+    assert "No module named 'rich' (blocked)" in result.stderr
+
+
+def test_importing_quantplug_reads_no_heavy_module() -> None:
+    code = "import quantplug; print([m for m in sys.modules if m.startswith('quantplug.export')])"
+
+    result = run_with_only_torch_and_safetensors(code)
+
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_public_surface_is_frozen() -> None:
+    assert set(quantplug.__all__) == PUBLIC
+    assert set(dir(quantplug)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(quantplug, name) is not None
+
+
+def test_type_checkers_see_what_the_lazy_lookup_gives() -> None:
+    tree = ast.parse(Path(quantplug.__file__).read_text())
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+
+    imported = {alias.name: node.module for node in guarded.body for alias in node.names}
+
+    assert imported == quantplug._HOMES
+
+
+def test_unknown_attribute_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'quantplug' has no attribute 'quantise'"):
+        quantplug.quantise  # noqa: B018
+
+
+def test_version_is_the_distribution_s() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+    assert quantplug.__version__ == project["version"]
+
+
+def test_console_script_exists() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+    assert project["scripts"] == {"quantplug": "quantplug.cli:app"}
+    assert importlib.util.find_spec("quantplug.cli") is not None
