@@ -4,8 +4,9 @@ A family's table is read in both directions. Patterns carry `*` for the layer an
 expert; both are always *global* ids.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -42,6 +43,25 @@ def fill(pattern: str, layer: int | None, expert: int | None) -> str:
     return pattern
 
 
+class Scope(Enum):
+    """Where in a model a row of the table stands: once, once a layer (of some kind), or once an expert."""
+
+    MODEL = "model"
+    LAYER = "layer"
+    DENSE_LAYER = "dense layer"
+    MOE_LAYER = "MoE layer"
+    EXPERT = "expert"
+
+
+class Role(Enum):
+    """What a tensor is to quantization."""
+
+    LINEAR = "linear weight, which a format may pack"
+    ROUTER = "router, kept in high precision: servers load it so"
+    VOCABULARY = "embedding or output layer, kept in high precision: servers load it so"
+    OTHER = "no matrix product"
+
+
 @dataclass(frozen=True)
 class WeightMapping:
     """One row of a family's table.
@@ -49,14 +69,30 @@ class WeightMapping:
     Attributes:
         megatron: The spellings of the parameter in Megatron (TE and local layer specs name some norms apart).
         hf: Names of the Hugging Face tensors it stands for, in the order of the layout's parts.
+        scope: Where in the model the row stands.
         layout: How the Megatron tensor is cut into those parts, and merged again.
-        quantizable: Whether the tensor is a linear weight that a format may pack.
+        role: What the tensor is to quantization.
     """
 
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
+    scope: Scope
     layout: Layout = IDENTITY
-    quantizable: bool = False
+    role: Role = Role.OTHER
+
+    def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
+        """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
+        module = self.megatron[0]
+        moe_layers = dims.moe_layers
+        layers = {
+            Scope.MODEL: (None,),
+            Scope.LAYER: range(dims.num_layers),
+            Scope.DENSE_LAYER: [layer for layer in range(dims.num_layers) if layer not in moe_layers],
+            Scope.MOE_LAYER: moe_layers,
+            Scope.EXPERT: moe_layers,
+        }[self.scope]
+        experts = range(dims.num_experts) if self.scope is Scope.EXPERT else (None,)
+        return (ParamKey(module, layer, expert) for layer in layers for expert in experts)
 
     def hf_names(self, key: ParamKey) -> tuple[str, ...]:
         return tuple(fill(pattern, key.layer, key.expert) for pattern in self.hf)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.mappings.base import ParamKey, WeightMapping, fill
+from quantplug.mappings.base import ParamKey, Role, Scope, WeightMapping, fill
 from quantplug.mappings.layouts import Layout, ModelDimensions
 
 
@@ -65,6 +65,7 @@ def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> GroupedMLPS
     return GroupedMLPSlicing(
         megatron=(f"{experts}.{linear}.weight*", f"{experts}.local_experts.*.{linear}.weight"),
         hf=hf,
+        scope=Scope.EXPERT,
         layout=layout,
-        quantizable=True,
+        role=Role.LINEAR,
     )

@@ -6,14 +6,16 @@ from typing import Any
 from torch.nn import functional
 
 from quantplug.errors import Offender, UnsupportedModelError
-from quantplug.mappings.base import WeightMapping
+from quantplug.mappings.base import Role, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
-from quantplug.mappings.layouts import COLUMN, GATED, IDENTITY, QKV, ROW, VOCABULARY, ModelDimensions
+from quantplug.mappings.layouts import GATED, QKV, ROW, VOCABULARY, ModelDimensions
 
 EMBEDDINGS = (
-    WeightMapping(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), VOCABULARY),
-    WeightMapping(("output_layer.weight",), ("lm_head.weight",), VOCABULARY, quantizable=True),
-    WeightMapping(("decoder.final_layernorm.weight",), ("model.norm.weight",), IDENTITY),
+    WeightMapping(
+        ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY
+    ),
+    WeightMapping(("output_layer.weight",), ("lm_head.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY),
+    WeightMapping(("decoder.final_layernorm.weight",), ("model.norm.weight",), Scope.MODEL),
 )
 
 # With Transformer Engine the norm before a linear is part of that linear; the local spec keeps it apart.
@@ -24,7 +26,7 @@ ATTENTION = (
             "decoder.layers.*.input_layernorm.weight",
         ),
         ("model.layers.*.input_layernorm.weight",),
-        IDENTITY,
+        Scope.LAYER,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.linear_qkv.weight",),
@@ -33,23 +35,29 @@ ATTENTION = (
             "model.layers.*.self_attn.k_proj.weight",
             "model.layers.*.self_attn.v_proj.weight",
         ),
+        Scope.LAYER,
         QKV,
-        quantizable=True,
+        Role.LINEAR,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.linear_proj.weight",),
         ("model.layers.*.self_attn.o_proj.weight",),
+        Scope.LAYER,
         ROW,
-        quantizable=True,
+        Role.LINEAR,
     ),
 )
 
 QK_NORM = (
     WeightMapping(
-        ("decoder.layers.*.self_attention.q_layernorm.weight",), ("model.layers.*.self_attn.q_norm.weight",), IDENTITY
+        ("decoder.layers.*.self_attention.q_layernorm.weight",),
+        ("model.layers.*.self_attn.q_norm.weight",),
+        Scope.LAYER,
     ),
     WeightMapping(
-        ("decoder.layers.*.self_attention.k_layernorm.weight",), ("model.layers.*.self_attn.k_norm.weight",), IDENTITY
+        ("decoder.layers.*.self_attention.k_layernorm.weight",),
+        ("model.layers.*.self_attn.k_norm.weight",),
+        Scope.LAYER,
     ),
 )
 
@@ -57,7 +65,7 @@ MLP_NORM = (
     WeightMapping(
         ("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", "decoder.layers.*.pre_mlp_layernorm.weight"),
         ("model.layers.*.post_attention_layernorm.weight",),
-        IDENTITY,
+        Scope.LAYER,
     ),
 )
 
@@ -65,16 +73,23 @@ DENSE_MLP = (
     WeightMapping(
         ("decoder.layers.*.mlp.linear_fc1.weight",),
         ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+        Scope.DENSE_LAYER,
         GATED,
-        quantizable=True,
+        Role.LINEAR,
     ),
     WeightMapping(
-        ("decoder.layers.*.mlp.linear_fc2.weight",), ("model.layers.*.mlp.down_proj.weight",), ROW, quantizable=True
+        ("decoder.layers.*.mlp.linear_fc2.weight",),
+        ("model.layers.*.mlp.down_proj.weight",),
+        Scope.DENSE_LAYER,
+        ROW,
+        Role.LINEAR,
     ),
 )
 
 ROUTED_EXPERTS = (
-    WeightMapping(("decoder.layers.*.mlp.router.weight",), ("model.layers.*.mlp.gate.weight",), IDENTITY),
+    WeightMapping(
+        ("decoder.layers.*.mlp.router.weight",), ("model.layers.*.mlp.gate.weight",), Scope.MOE_LAYER, role=Role.ROUTER
+    ),
     grouped_mlp(
         "linear_fc1",
         ("model.layers.*.mlp.experts.*.gate_proj.weight", "model.layers.*.mlp.experts.*.up_proj.weight"),
