@@ -2,34 +2,41 @@
 # Makes .venv with everything quantplug meets in the field: torch (CUDA build), Transformer Engine, Megatron-Core,
 # ModelOpt, transformers, and quantplug itself. No GPU and no nvcc needed. A second run with the same pins does nothing.
 #
-# Environment: PYTHON (default python3), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel.
+# Environment: PYTHON (default python3), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel,
+# MAX_JOBS (compilers at once; default: one a core, and no more than memory allows).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+say() { printf '\n== %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
 python="${PYTHON:-python3}"
 venv="$PWD/.venv"
-pins="$("$python" -V) $(cat tools/constraints.txt tools/te-build-requirements.txt tools/setup_env.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
+command -v "$python" > /dev/null || fail "$python is not here; set PYTHON=/path/to/python3.11"
+python_version="$("$python" -V)"
+
+# The folder belongs to the pins too: an environment and an editable install know their absolute path.
+pins="$python_version $PWD $(cat tools/constraints.txt tools/te-build-requirements.txt tools/setup_env.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
 stamp="$venv/.quantplug-pins"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; then
   exit 0
 fi
 
-"$python" - <<'PY' || { echo "setup: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-import sys
-sys.exit(sys.version_info < (3, 11))
-PY
-command -v g++ > /dev/null || { echo "setup: g++ is needed (Debian: apt-get install g++)" >&2; exit 1; }
-
-say() { printf '\n== %s\n' "$*"; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || fail "$python_version is too old: 3.11 or newer is needed; set PYTHON=/path/to/python3.11"
 
 say "virtual environment in .venv"
 rm -f "$stamp"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if [ "$("$venv/bin/python" -V 2> /dev/null)" != "$python_version" ]; then
+  "$python" -m venv --clear "$venv" || fail "no virtual environment could be made (Debian: apt-get install python3-venv)"
+fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install -q --upgrade "pip>=24"
 
 say "torch and Transformer Engine's libraries (about 5 GB; minutes, most of it download)"
 pip install -q -c tools/constraints.txt -r tools/te-build-requirements.txt
+"$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' \
+  || fail "pip chose a torch without CUDA, which Transformer Engine cannot load; remove the CPU index from pip's settings"
 
 # The binding is tied to Python, torch and TE alike; pip's own wheel cache knows the sdist alone, so it is not used.
 key="$("$venv/bin/python" - <<'PY'
@@ -39,23 +46,38 @@ print(f"te{version('transformer-engine')}-torch{torch.__version__}-cp{sys.versio
 PY
 )"
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/quantplug/$key"
-if ! ls "$cache"/transformer_engine_torch-*.whl > /dev/null 2>&1; then
+
+build_binding() {
+  command -v g++ > /dev/null || fail "g++ is needed (Debian: apt-get install g++)"
+  "$venv/bin/python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+    || fail "Python's headers are needed (Debian: apt-get install python3-dev)"
   say "building Transformer Engine's PyTorch binding once (3 to 5 minutes on 2 cores); kept in $cache"
-  mkdir -p "$cache"
+  local work jobs te_version wheel
   work="$(mktemp -d)"
-  trap 'rm -rf "$work"' EXIT
+  # shellcheck disable=SC2064  # the value of now
+  trap "rm -rf '$work'" EXIT
+  jobs="$(awk -v cores="$(nproc)" '/MemAvailable/ { fit = int($2 / 3e6); print (fit < 1 ? 1 : fit < cores ? fit : cores) }' /proc/meminfo)"
   te_version="$(sed -n 's/^transformer-engine-torch==//p' tools/constraints.txt)"
   PATH="$venv/bin:$PATH" PCH_DIR="$work" CC="$PWD/tools/pch-cxx" CXX="$PWD/tools/pch-cxx" \
-    MAX_JOBS="${MAX_JOBS:-$(nproc)}" NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch \
+    MAX_JOBS="${MAX_JOBS:-$jobs}" NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch \
     "$venv/bin/python" -m pip --disable-pip-version-check wheel -q --no-cache-dir --no-build-isolation --no-deps \
     --wheel-dir "$work/wheel" "transformer-engine-torch==$te_version"
-  mv "$work"/wheel/transformer_engine_torch-*.whl "$cache/"
+  # The rename is within one folder, so a killed run leaves no half a wheel under the real name.
+  mkdir -p "$cache"
+  wheel="$(basename "$work"/wheel/transformer_engine_torch-*.whl)"
+  cp "$work/wheel/$wheel" "$cache/$wheel.part"
+  mv "$cache/$wheel.part" "$cache/$wheel"
+}
+
+if ! compgen -G "$cache/transformer_engine_torch-*.whl" > /dev/null; then
+  build_binding
 fi
 pip install -q --no-deps --force-reinstall "$cache"/transformer_engine_torch-*.whl
 
 say "Megatron-Core, ModelOpt, transformers, quantplug and its tools"
 pip install -q -c tools/constraints.txt -e ".[megatron,plots,dev]"
 
-"$venv/bin/python" -c 'import torch, transformer_engine.pytorch, megatron.core, modelopt.torch.quantization'
+"$venv/bin/python" -W ignore -c 'import torch, transformer_engine.pytorch, megatron.core, modelopt.torch.quantization' 2> "$venv/import.log" \
+  || { cat "$venv/import.log" >&2; fail "the environment does not import; see above"; }
 printf '%s' "$pins" > "$stamp"
 say "environment ready"

@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up .venv first; a second run reuses it.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+bin := .venv/bin
+
+.PHONY: help setup demo test lint types format clean
+
+help:  ## Shows this list.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## Makes .venv: torch, Transformer Engine, Megatron-Core, ModelOpt, transformers, quantplug.
+	@PYTHON="$(PYTHON)" tools/setup_env.sh
+
+demo: setup  ## Tiny Qwen3-MoE checkpoint to NVFP4 through Megatron-Core, verified; everything lands in demo-out/.
+	@tools/demo.sh
+
+test: setup  ## The whole test suite. PYTEST_ARGS adds arguments, such as PYTEST_ARGS="-k nvfp4".
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff, as a linter and as a format check.
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+types: setup  ## mypy.
+	$(bin)/mypy
+
+format: setup  ## Lets ruff fix and format the sources.
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:  ## Removes what the demo, the tests and the tools left; keeps .venv.
+	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find quantplug examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
