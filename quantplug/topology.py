@@ -1,6 +1,14 @@
 """Parallel layout as plain data, so that plans and tests need no process group."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ShardAxis(StrEnum):
+    """The parallel dimension that cuts a tensor."""
+
+    TP = "tp"
+    ETP = "etp"
 
 
 @dataclass(frozen=True)
@@ -23,3 +31,26 @@ class ParallelTopology:
     pp_rank: int = 0
     rank: int = 0
     world_size: int = 1
+
+    def place_on(self, axis: ShardAxis) -> tuple[int, int]:
+        """This rank's index in the group that cuts along `axis`, and the size of that group."""
+        match axis:
+            case ShardAxis.TP:
+                return self.tp_rank, self.tp
+            case ShardAxis.ETP:
+                return self.etp_rank, self.etp
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which slice of a whole tensor a rank holds: slice `index` of `count` equal ones.
+
+    Attributes:
+        axis: The parallel dimension that cuts it; ETP for the routed experts, TP for all else.
+        dim: The dimension of the Megatron tensor that is cut.
+    """
+
+    axis: ShardAxis
+    dim: int
+    index: int
+    count: int

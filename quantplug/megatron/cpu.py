@@ -1,0 +1,71 @@
+"""Answers for CUDA on a machine without it: the one place, each on for as short as it can be.
+
+Transformer Engine and Megatron-Core ask torch for a CUDA device in places where the work itself needs none: to build
+modules, to write a checkpoint, to run the local (non-TE) layers. Each context manager here answers the questions of one
+such work, puts everything back on leaving it, exceptions included, and changes nothing on a machine that has a GPU.
+
+The answers are process-wide while they are on: enter them from one thread at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.moe import moe_utils
+
+
+def has_cuda() -> bool:
+    """Whether this machine has a GPU, also while `torch.cuda.is_available` is being answered for."""
+    return torch.cuda.device_count() > 0
+
+
+def construction() -> AbstractContextManager[None]:
+    """On while modules are built: TE refuses to construct where `torch.cuda.is_available()` is False."""
+    return _answers(
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "current_device", _cpu_device),
+    )
+
+
+def checkpointing() -> AbstractContextManager[None]:
+    """On while a `sharded_state_dict` is made, saved or loaded: that synchronizes, and allocates on the device."""
+    return _answers(
+        (torch.cuda, "synchronize", _do_nothing),
+        (torch.cuda, "current_device", _cpu_device),
+    )
+
+
+def local_forward() -> AbstractContextManager[None]:
+    """On while a model of the local layer spec runs on CPU (with `moe_token_dispatcher_type="allgather"`)."""
+    return _answers(
+        (torch.cuda, "current_device", _cpu_device),
+        # Dropout in tensor-parallel regions forks the CUDA generator; a CPU forward has none to fork.
+        (CudaRNGStatesTracker, "fork", _no_fork),
+        # The router multiplies by TE's cuBLAS wrapper where it is there, by torch.mm where it is None.
+        (moe_utils, "te_general_gemm", None),
+    )
+
+
+def _cpu_device() -> str:
+    """Stands for `torch.cuda.current_device`, whose result Megatron only hands on as `device=`."""
+    return "cpu"
+
+
+def _do_nothing(device: torch.device | int | str | None = None) -> None:
+    """Stands for `torch.cuda.synchronize`: CPU work is done when its call returns."""
+
+
+def _no_fork(tracker: CudaRNGStatesTracker, name: str = "") -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@contextmanager
+def _answers(*replacements: tuple[object, str, Callable[..., Any] | None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        if not has_cuda():
+            for owner, name, answer in replacements:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, answer)
+        yield

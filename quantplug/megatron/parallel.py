@@ -1,0 +1,115 @@
+"""The only reader of Megatron's parallel_state: its sizes and ranks as plain data, and its set-up under torchrun."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from quantplug.errors import Offender, TopologyError
+from quantplug.megatron.cpu import has_cuda
+from quantplug.topology import ParallelTopology
+
+
+def current_topology() -> ParallelTopology:
+    """Megatron's parallel layout as this rank sees it.
+
+    Raises:
+        TopologyError: Megatron's model parallel groups do not exist yet.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise TopologyError(
+            "Megatron's model parallel groups are not initialized.",
+            remedy="First call initialize_parallel, or Megatron's own initialize_model_parallel.",
+        )
+    return ParallelTopology(
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+        etp=parallel_state.get_expert_tensor_parallel_world_size(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+
+def initialize_parallel(
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    *,
+    backend: str | None = None,
+    seed: int = 1234,
+) -> ParallelTopology:
+    """Sets up torch.distributed from torchrun's environment, and Megatron's groups on top of it.
+
+    Ranks beyond the model parallel sizes become data parallel copies. A process group that already exists is used.
+
+    Args:
+        tp, pp, ep, etp: Tensor, pipeline, expert and expert-tensor parallel sizes.
+        backend: Backend of the process group; nccl where there is a GPU, gloo where there is none.
+        seed: Seed of Megatron's CUDA generators (set only where there is a GPU).
+
+    Raises:
+        TopologyError: The world size is not a multiple of `tp * pp`, or of `etp * ep * pp`.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_sizes(world_size, tp=tp, pp=pp, ep=ep, etp=etp)
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        _initialize_process_group(backend or ("nccl" if has_cuda() else "gloo"))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
+    if has_cuda():
+        model_parallel_cuda_manual_seed(seed)
+    return current_topology()
+
+
+def destroy_parallel() -> None:
+    """Takes down Megatron's groups and the process group, so that both can be set up anew."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_sizes(world_size: int, *, tp: int, pp: int, ep: int, etp: int) -> None:
+    """Refuses parallel sizes that do not divide the number of ranks.
+
+    Megatron lays its ranks out twice, as tp x dp x pp for the dense layers and as etp x ep x edp x pp for the experts
+    (parallel_state.initialize_model_parallel); both must come out even.
+
+    Raises:
+        TopologyError: Names every size and product at fault.
+    """
+    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp}
+    offenders = [Offender(name, f"{size} is not a positive size") for name, size in sizes.items() if size < 1]
+    products = {"tp * pp": tp * pp, "etp * ep * pp": etp * ep * pp}
+    if not offenders:
+        offenders = [
+            Offender(name, f"{product} does not divide the world size {world_size}")
+            for name, product in products.items()
+            if world_size % product
+        ]
+    if offenders:
+        raise TopologyError(
+            "These parallel sizes do not fit the number of ranks.",
+            offenders,
+            "Start a multiple of both products of ranks (torchrun --nproc_per_node), or choose other sizes.",
+        )
+
+
+def _initialize_process_group(backend: str) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:  # A plain `python script.py`: one rank, and no port taken.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

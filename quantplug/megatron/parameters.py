@@ -1,0 +1,188 @@
+"""A live Megatron model as a stream of identified parameters.
+
+Layer and expert ids are read from the modules (`TransformerLayer.layer_number`, `MoELayer.local_expert_indices`), so
+they are global under pipeline, virtual pipeline and expert parallelism, and nothing is parsed out of a name.
+
+Whether and where tensor parallelism cuts a parameter is read from the *type* of its layer, not from the
+`tensor_model_parallel` / `partition_dim` attributes of the tensor: Megatron sets those only when it initializes weights,
+and it hides the parallelism of experts from TE (`explicit_expert_comm`), so that TE marks every expert weight, row
+parallel ones too, as cut along dimension 0 (megatron.core.extensions.transformer_engine; TE's `GroupedLinear`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelGroupedLinear,
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TELinear,
+    TERowParallelGroupedLinear,
+    TERowParallelLinear,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import unwrap_model
+
+from quantplug.errors import Offender, UnsupportedModelError
+from quantplug.mappings.base import ParamKey
+from quantplug.megatron.parallel import current_topology
+from quantplug.topology import ParallelTopology, Shard, ShardAxis
+
+_GROUPED = (TEColumnParallelGroupedLinear, TERowParallelGroupedLinear)
+_COLUMN_PARALLEL = (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    TEColumnParallelLinear,
+    TELayerNormColumnParallelLinear,
+    TEColumnParallelGroupedLinear,
+)
+_ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLinear)
+# Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
+_LEAVES = (*_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, DotProductAttention, TEDotProductAttention)
+# Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
+_WHOLE_IN_COLUMN_PARALLEL = frozenset({"layer_norm_weight", "layer_norm_bias"})
+_WHOLE_IN_ROW_PARALLEL = frozenset({"bias"})
+
+
+@dataclass(frozen=True)
+class MegatronParameter:
+    """One weight that this rank holds.
+
+    Attributes:
+        key: Its identity across ranks.
+        local_name: Its name in `named_parameters` (or `named_buffers`) of its model chunk.
+        tensor: The live parameter (or buffer) itself, this rank's slice of it.
+        shard: Which slice that is; None where the rank holds the whole tensor.
+    """
+
+    key: ParamKey
+    local_name: str
+    tensor: torch.Tensor
+    shard: Shard | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the walk stands: names so far, and the global ids that hold below this module."""
+
+    pattern: str = ""
+    local_name: str = ""
+    layer: int | None = None
+    expert: int | None = None
+    # Global ids of the experts this rank holds, in order; empty outside the routed experts.
+    experts: tuple[int, ...] = ()
+
+    def child(self, local_name: str, pattern: str | None = None) -> "_Place":
+        return replace(
+            self,
+            pattern=_join(self.pattern, local_name if pattern is None else pattern),
+            local_name=_join(self.local_name, local_name),
+        )
+
+
+def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[GPTModel]:
+    """The bare `GPTModel`s of a model: one, or one for each virtual pipeline stage.
+
+    Args:
+        model: A `GPTModel`, one wrapped in Float16Module or DDP, or the list of them that virtual pipelining makes.
+
+    Raises:
+        UnsupportedModelError: There is something else than a `GPTModel` inside.
+    """
+    chunks = unwrap_model([model] if isinstance(model, torch.nn.Module) else list(model))
+    offenders = [
+        Offender(f"model[{index}]", f"is a {type(chunk).__name__}, not a GPTModel")
+        for index, chunk in enumerate(chunks)
+        if not isinstance(chunk, GPTModel)
+    ]
+    if offenders or not chunks:
+        raise UnsupportedModelError(
+            "The model holds no GPTModel." if not chunks else "Not every part of the model is a GPTModel.",
+            offenders,
+            "Pass Megatron-Core's GPTModel, one wrapped in Float16Module or DDP, or the list of virtual stages.",
+        )
+    return chunks
+
+
+def iter_parameters(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Iterator[MegatronParameter]:
+    """Every weight that this rank holds, in the order of the modules.
+
+    Parameters, and the router's `expert_bias`, which is a buffer but a weight all the same. Quantizers and TE's
+    `_extra_state` are left out. A quantized model gives the same stream as the model it was made from.
+
+    Raises:
+        UnsupportedModelError: There is something else than a `GPTModel` inside.
+        TopologyError: Megatron's parallel groups are not initialized.
+    """
+    topology = current_topology()
+    for chunk in model_chunks(model):
+        yield from _walk(chunk, _Place(), topology)
+
+
+def _walk(module: torch.nn.Module, place: _Place, topology: ParallelTopology) -> Iterator[MegatronParameter]:
+    for name, tensor, here in _own_weights(module, place):
+        key = ParamKey(here.pattern, here.layer, here.expert)
+        yield MegatronParameter(key, here.local_name, tensor, _shard(module, name, place, topology))
+    for child, here in _children(module, place):
+        yield from _walk(child, here, topology)
+
+
+def _own_weights(module: torch.nn.Module, place: _Place) -> Iterator[tuple[str, torch.Tensor, _Place]]:
+    """The weights a module itself holds: name of its kind, tensor, place."""
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, _GROUPED):
+        yield from _grouped_weights(own, place)
+        return
+    if isinstance(module, TopKRouter) and module.expert_bias is not None:
+        own["expert_bias"] = module.expert_bias
+    for name, tensor in own.items():
+        yield name, tensor, place.child(name)
+
+
+def _grouped_weights(own: dict[str, torch.Tensor], place: _Place) -> Iterator[tuple[str, torch.Tensor, _Place]]:
+    """A grouped linear names the tensors of its local experts weight0, weight1, ..., and bias0, ..."""
+    for kind in ("weight", "bias"):
+        for index, expert in enumerate(place.experts):
+            if (name := f"{kind}{index}") in own:
+                yield kind, own[name], replace(place.child(name, f"{kind}*"), expert=expert)
+
+
+def _children(module: torch.nn.Module, place: _Place) -> Iterator[tuple[torch.nn.Module, _Place]]:
+    if isinstance(module, _LEAVES):
+        return
+    if isinstance(module, SequentialMLP):
+        experts = place.child("local_experts")
+        for index, (expert, child) in enumerate(zip(place.experts, module.local_experts, strict=True)):
+            yield child, replace(experts.child(str(index), "*"), expert=expert)
+        return
+    for name, child in module.named_children():
+        if isinstance(child, TransformerLayer):
+            yield child, replace(place.child(name, "*"), layer=child.layer_number - 1)
+        elif isinstance(module, MoELayer) and child is module.experts:
+            yield child, replace(place.child(name), experts=tuple(module.local_expert_indices))
+        else:
+            yield child, place.child(name)
+
+
+def _shard(module: torch.nn.Module, name: str, place: _Place, topology: ParallelTopology) -> Shard | None:
+    if isinstance(module, _COLUMN_PARALLEL) and name not in _WHOLE_IN_COLUMN_PARALLEL:
+        dim = 0
+    elif isinstance(module, _ROW_PARALLEL) and name not in _WHOLE_IN_ROW_PARALLEL:
+        dim = 1
+    else:
+        return None
+    axis = ShardAxis.ETP if place.experts else ShardAxis.TP
+    index, count = topology.place_on(axis)
+    return Shard(axis, dim, index, count) if count > 1 else None
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
