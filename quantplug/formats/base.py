@@ -1,7 +1,7 @@
 """What a weight format is: pure functions from one weight to named tensors and back.
 
-A format knows numerics only. It never sees a parameter's name, a model or a rank: errors here are reasons (strings), and
-the caller that knows the name raises them.
+A format knows numerics only. It never sees a parameter's name, a model or a rank: errors here are reasons (strings),
+and the caller that knows the name raises them.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ class TensorSpec:
 
     Attributes:
         name: Full name on disk; inside a format, the suffix (`weight`, `weight_scale`, `weight_scale_2`).
+        shape: Sizes of the axes; `()` for a scalar.
+        dtype: As stored; packed 4-bit codes are `torch.uint8`.
     """
 
     name: str
@@ -25,6 +27,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Size of the data on disk and in memory."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
@@ -33,7 +36,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One packed weight: suffix to tensor, any number of them."""
+    """One packed weight.
+
+    Attributes:
+        tensors: Suffix to contiguous tensor, in writing order; shapes and dtypes are those of `WeightFormat.outputs`.
+    """
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -45,22 +52,37 @@ class WeightFormat(Protocol):
     def name(self) -> str:
         """Short name for tables and messages."""
 
+    @property
+    def static_activations(self) -> bool:
+        """Whether `input_scale` exists; False where servers quantize activations from what they see at run time."""
+
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be packed, naming the divisor; None when it can."""
 
     def outputs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """The tensors `pack` makes of a weight of this shape, in writing order."""
+        """The tensors `pack` makes of a weight of this shape, which has no `problem`, in writing order."""
 
     def pack(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> PackedWeight:
-        """Packs a finite weight [out, in] of any float dtype.
+        """Packs a weight [out, in] of any float dtype, strides and device, and leaves it as it was.
+
+        The caller has made sure that the weight is finite (`first_nonfinite`) and its shape has no `problem`; neither
+        is checked again. All scales are finite and above 0, also those of an all-zero weight, whose codes are 0.
 
         Args:
-            amax: FP32 scalar that the per-tensor scale is made from: the calibrated amax of the whole scale group (gate
-                and up; q, k and v). None takes max|weight|. Formats without a per-tensor scale ignore it.
+            amax: One float that the per-tensor scale is made from: the calibrated amax of the whole scale group (gate
+                and up; q, k and v), 0 only if the group is all zero. None takes max|weight|. Weights above it
+                saturate. Formats without a per-tensor scale ignore it.
+
+        Returns:
+            Tensors on the weight's device.
         """
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         """The FP32 values [out, in] that a reader of the packed bytes computes."""
 
     def input_scale(self, amax: torch.Tensor) -> torch.Tensor:
-        """FP32 scalar `input_scale` of static activation quantization from the calibrated input amax."""
+        """FP32 scalar `input_scale` of static activation quantization from the calibrated input amax (one float).
+
+        Raises:
+            NotImplementedError: The format has no `static_activations`.
+        """
