@@ -1,7 +1,7 @@
 """The closed set of errors a user of quantplug can meet.
 
-Every one names all offenders at once, says why, and ends with the way out. A check collects `Offender`s and raises once;
-nothing is raised for the first of many.
+Every one names all offenders at once, says why, and ends with the way out. A check collects `Offender`s and raises
+once; nothing is raised for the first of many.
 """
 
 from collections.abc import Sequence

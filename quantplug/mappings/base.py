@@ -101,9 +101,7 @@ class WeightMapping:
         """Cuts a whole Megatron tensor into its named Hugging Face tensors (views where the layout allows)."""
         return dict(zip(self.hf_names(key), self.layout.split(weight, dims), strict=True))
 
-    def to_megatron(
-        self, key: ParamKey, tensors: Mapping[str, torch.Tensor], dims: ModelDimensions
-    ) -> torch.Tensor:
+    def to_megatron(self, key: ParamKey, tensors: Mapping[str, torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
         """Merges named Hugging Face tensors into the whole Megatron tensor."""
         return self.layout.merge(tuple(tensors[name] for name in self.hf_names(key)), dims)
 

@@ -1,9 +1,9 @@
 """Grouped experts: one Megatron module that holds many weights, one Hugging Face entry for each.
 
 Megatron names the weights of its local experts either `experts.linear_fc1.weight{i}` (`TEGroupedMLP`, one module) or
-`experts.local_experts.{i}.linear_fc1.weight` (`SequentialMLP`). Both stand for the same per-expert Hugging Face tensors, and
-both are renumbered from local to global experts. `GroupedMLPSlicing` is the row of a table (Megatron to Hugging Face);
-`GroupedMLPMerging` is the same row read backwards.
+`experts.local_experts.{i}.linear_fc1.weight` (`SequentialMLP`). Both stand for the same per-expert Hugging Face
+tensors, and both are renumbered from local to global experts. `GroupedMLPSlicing` is the row of a table (Megatron to
+Hugging Face); `GroupedMLPMerging` is the same row read backwards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from quantplug.mappings.layouts import Layout, ModelDimensions
 
 @dataclass(frozen=True)
 class GroupedMLPSlicing(WeightMapping):
-    """Slices a grouped linear into one Hugging Face entry per expert (and per part of the layout: gate_proj, up_proj)."""
+    """Slices a grouped linear into one Hugging Face entry per expert and part of the layout (gate_proj, up_proj)."""
 
     def slice_module(
         self, layer: int, experts: Sequence[int], weights: Sequence[torch.Tensor], dims: ModelDimensions

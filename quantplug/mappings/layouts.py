@@ -1,7 +1,7 @@
 """How one Megatron tensor is cut into Hugging Face tensors: pairs of pure functions, and the axis that shards.
 
-Every layout works on whole tensors and, with the sizes divided by the parallel size, on shards of them alike: each of its
-parts is cut along `shard_axis`, and merging the cut parts gives the shard that Megatron holds.
+Every layout works on whole tensors and on shards of them alike: each of its parts is cut along `shard_axis`, and
+merging the cut parts gives the shard that Megatron holds.
 
 Shape legend: H hidden, D head_dim, A attention heads, G query groups (KV heads), V vocabulary, F feed-forward width.
 """
@@ -39,6 +39,9 @@ class Layout(Protocol):
     def shard_axis(self) -> int | None:
         """Axis of every *part* that tensor parallelism cuts; None for a tensor every rank holds whole."""
 
+    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        """Why a whole Megatron tensor of this shape is not one of a model of these sizes; None when it may be."""
+
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         """Megatron to Hugging Face."""
 
@@ -51,6 +54,9 @@ class Identity:
     """The same tensor under another name."""
 
     shard_axis: int | None = None
+
+    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        return None
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         return (weight,)
@@ -66,6 +72,11 @@ class VocabularyRows:
 
     shard_axis: int | None = 0
 
+    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        if shape[0] >= dims.vocab_size and shape[1:] == (dims.hidden_size,):
+            return None
+        return f"has shape {list(shape)}, not [at least {dims.vocab_size}, {dims.hidden_size}]"
+
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         return (weight[: dims.vocab_size],)
 
@@ -80,6 +91,9 @@ class GatedConcat:
 
     shard_axis: int | None = 0
 
+    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        return None if shape[0] % 2 == 0 else f"has {shape[0]} rows, which do not halve into gate_proj and up_proj"
+
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         gate, up = weight.chunk(2, dim=0)
         return gate, up
@@ -92,11 +106,18 @@ class GatedConcat:
 class QKVInterleave:
     """[(A + 2G) * D, ...] in Megatron, one query group after another: its A/G query heads, its key, its value.
 
-    Works for the weight [.., H] and the bias [..]. A and G come from the sizes at hand, so a shard that holds a part of the
+    Works for the weight [.., H] and the bias [..]. Only the ratio A/G is used, so a shard that holds a part of the
     groups is cut the same way.
     """
 
     shard_axis: int | None = 0
+
+    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        rows = (dims.num_attention_heads + 2 * dims.num_query_groups) * dims.head_dim
+        if shape[0] == rows:
+            return None
+        heads = f"{dims.num_attention_heads} heads and {dims.num_query_groups} query groups of {dims.head_dim}"
+        return f"has {shape[0]} rows, not the {rows} of {heads}"
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         heads_per_group = dims.num_attention_heads // dims.num_query_groups

@@ -138,7 +138,7 @@ def head_dim(config: Mapping[str, Any]) -> int:
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, str]:
-    """Rotary base and kind, from either spelling: `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
+    """Rotary base and kind, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
     base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0

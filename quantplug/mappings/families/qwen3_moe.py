@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3's attention, routed experts without a shared one, dense layers where the config says so.
 
-The router takes a softmax over all experts and keeps the top k. With `norm_topk_prob` the kept probabilities are scaled to
-one, which is Megatron's softmax after the top k; without it, Megatron's `moe_router_pre_softmax`.
+The router takes a softmax over all experts and keeps the top k. With `norm_topk_prob` the kept probabilities are scaled
+to one, which is Megatron's softmax after the top k; without it, Megatron's `moe_router_pre_softmax`.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,142 @@
+"""The types that flow through an export: where a weight lives, what becomes of it, and the plan that says so."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.mappings.base import ParamKey, WeightMapping
+from quantplug.topology import Shard
+
+
+@dataclass(frozen=True)
+class QuantizerState:
+    """What one calibrated quantizer says, as plain data: the plan needs no ModelOpt to read it.
+
+    Attributes:
+        name: The quantizer's name in the model, for messages.
+        num_bits: (exponent, mantissa) of a float format, or a number of integer bits.
+        block_sizes: Axis to block size, such as {-1: 16}; empty for one scale a tensor.
+        dynamic_blocks: Whether the block scales are made when a tensor is quantized, not in calibration.
+        axis: Axes with a scale of their own; None for one scale a tensor.
+        amax: Largest |value| seen in calibration, over all blocks if it has blocks; None if not calibrated.
+        unsupported: Features switched on that no output format expresses, such as `pre_quant_scale`.
+    """
+
+    name: str
+    num_bits: int | tuple[int, int]
+    block_sizes: tuple[tuple[int, int], ...] = ()
+    dynamic_blocks: bool = False
+    axis: int | tuple[int, ...] | None = None
+    amax: float | None = None
+    unsupported: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Where one weight lives, and how to get it.
+
+    Attributes:
+        shape: Shape of this rank's tensor.
+        shard: The part of the whole parameter that this rank holds; None if it holds all of it.
+        load: Returns the tensor, on whatever device it lives; never a copy that outlives the caller's use.
+        weight: Its weight quantizer, None if it has none or a disabled one.
+        activation: The input quantizer of its linear, None if it has none or a disabled one.
+    """
+
+    key: ParamKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: Shard | None
+    load: Callable[[], torch.Tensor]
+    weight: QuantizerState | None = None
+    activation: QuantizerState | None = None
+
+
+@dataclass(frozen=True)
+class PartOutput:
+    """One Hugging Face weight of a task and the tensors it becomes on disk.
+
+    Attributes:
+        name: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
+        shape: Its shape before packing.
+        tensors: What is written for it, in this order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """One weight's way from Megatron to Hugging Face.
+
+    Attributes:
+        format: How its parts are packed; None for a plain tensor in `dtype`.
+        amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
+        input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
+        dtype: Type of a plain tensor on disk.
+        outputs: The parts, in the order of the layout.
+    """
+
+    source: WeightRef
+    mapping: WeightMapping
+    format: WeightFormat | None
+    amax: float | None
+    input_amax: float | None
+    dtype: torch.dtype
+    outputs: tuple[PartOutput, ...]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The two config files that tell a server how to read the checkpoint.
+
+    Attributes:
+        algorithm: Short name for tables and messages, such as `W4A16_NVFP4`.
+        config_json: `quantization_config` of config.json.
+        hf_quant_config: hf_quant_config.json, for the schemas that have it.
+    """
+
+    algorithm: str
+    config_json: Mapping[str, Any]
+    hf_quant_config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The waist of an export: everything that will be written is known here, and nothing has been yet.
+
+    Attributes:
+        exclude_modules: Hugging Face names of the linear modules that stay unquantized.
+        quant_config: None for an export without quantization.
+        shards: Names of the tensors of each file, in writing order.
+        digest: SHA-256 over names, shapes, dtypes, scales and config: two plans with one digest write the same files.
+    """
+
+    tasks: tuple[ExportTask, ...]
+    exclude_modules: tuple[str, ...]
+    quant_config: QuantConfig | None
+    shards: tuple[tuple[str, ...], ...]
+    digest: str
+
+    def expected(self) -> dict[str, TensorSpec]:
+        """What must be on disk afterwards, by name."""
+        return {spec.name: spec for task in self.tasks for part in task.outputs for spec in part.tensors}
+
+
+class TensorSink(Protocol):
+    """Takes the tensors of an export in the plan's order."""
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes one tensor; the caller does not change it afterwards."""
+
+    def close(self) -> None:
+        """Makes what was written complete and durable; nothing is visible as finished before."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total) while work goes on."""

@@ -1,0 +1,130 @@
+"""How each scheme is spelled on disk: tensor names, scale shapes and the config that announces them.
+
+Sources: ModelOpt's unified Hugging Face checkpoint (`hf_quant_config.json`), DeepSeek-V3's `config.json` for FP8 in
+blocks, and compressed-tensors' `QuantizationConfig` for FP8 weights with 16-bit activations, which ModelOpt's own
+schema cannot say: its `FP8` always means quantized activations.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from quantplug import __version__
+from quantplug.export.base import QuantConfig
+from quantplug.export.scheme import Scheme
+from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec
+
+# Servers look for this producer name; the version is ours.
+PRODUCER = {"name": "modelopt", "version": f"quantplug-{__version__}"}
+
+
+@dataclass(frozen=True)
+class ModelOptDialect:
+    """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
+
+    algorithm: str
+    weights: Mapping[str, Any]
+    activations: Mapping[str, Any] | None
+    group_size: int | None = None
+
+    def spec(self, module: str, tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=f"{module}.{tensor.name}")
+
+    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+        group = {"weights": dict(self.weights), "targets": ["Linear"]}
+        if self.activations is not None:
+            group["input_activations"] = dict(self.activations)
+        config_json = {
+            "quant_method": "modelopt",
+            "quant_algo": self.algorithm,
+            "config_groups": {"group_0": group},
+            "ignore": list(exclude_modules),
+            "producer": PRODUCER,
+        }
+        quantization: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None}
+        if self.group_size is not None:
+            quantization["group_size"] = self.group_size
+        quantization["exclude_modules"] = list(exclude_modules)
+        return QuantConfig(self.algorithm, config_json, {"producer": PRODUCER, "quantization": quantization})
+
+
+@dataclass(frozen=True)
+class DeepSeekDialect:
+    """DeepSeek-V3's FP8 in 128x128 blocks: `weight_scale_inv`, which despite its name multiplies."""
+
+    algorithm: str = "FP8 128x128"
+
+    def spec(self, module: str, tensor: TensorSpec) -> TensorSpec:
+        suffix = {"weight_scale": "weight_scale_inv"}.get(tensor.name, tensor.name)
+        return replace(tensor, name=f"{module}.{suffix}")
+
+    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+        config_json = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": list(exclude_modules),
+        }
+        return QuantConfig(self.algorithm, config_json)
+
+
+@dataclass(frozen=True)
+class CompressedTensorsDialect:
+    """compressed-tensors' FP8 weights without quantized activations: scales of shape [1]."""
+
+    algorithm: str = "W8A16 FP8"
+    weights: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+            "group_size": None,
+        }
+    )
+
+    def spec(self, module: str, tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=f"{module}.{tensor.name}", shape=tensor.shape or (1,))
+
+    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+        scheme = {
+            "targets": ["Linear"],
+            "weights": dict(self.weights),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        config_json = {
+            "quant_method": "compressed-tensors",
+            "format": "naive-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": scheme},
+            "ignore": list(exclude_modules),
+            "kv_cache_scheme": None,
+        }
+        return QuantConfig(self.algorithm, config_json)
+
+
+Dialect = ModelOptDialect | DeepSeekDialect | CompressedTensorsDialect
+
+_NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+_DIALECTS: dict[Scheme, Dialect] = {
+    Scheme(NVFP4(), activations=True): ModelOptDialect("NVFP4", _NVFP4_ARGUMENTS, _NVFP4_ARGUMENTS, 16),
+    Scheme(NVFP4(), activations=False): ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),
+    Scheme(FP8(), activations=True): ModelOptDialect("FP8", _FP8_ARGUMENTS, _FP8_ARGUMENTS),
+    Scheme(FP8(), activations=False): CompressedTensorsDialect(),
+    Scheme(FP8Block(), activations=False): DeepSeekDialect(),
+}
+
+
+def dialect_for(scheme: Scheme) -> Dialect:
+    """The spelling of a scheme that vLLM, SGLang and TensorRT-LLM read."""
+    return _DIALECTS[scheme]
+
+
+INPUT_SCALE = TensorSpec("input_scale", (), torch.float32)

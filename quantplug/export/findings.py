@@ -1,0 +1,41 @@
+"""Collecting what is wrong, so that a check raises once with everything it found."""
+
+from dataclasses import dataclass, field
+
+from quantplug.errors import Offender, QuantplugError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way an input can be wrong.
+
+    Attributes:
+        error: The exception it raises.
+        problem: One sentence for all of its offenders.
+        remedy: What to do about it.
+    """
+
+    error: type[QuantplugError]
+    problem: str
+    remedy: str
+
+
+@dataclass
+class Findings:
+    """Offenders by kind, in the order in which the kinds were met."""
+
+    rank: int = 0
+    found: dict[Kind, list[Offender]] = field(default_factory=dict)
+
+    def add(self, kind: Kind, parameter: str, reason: str, expert: int | None = None) -> None:
+        self.found.setdefault(kind, []).append(Offender(parameter, reason, expert, self.rank))
+
+    def raise_if_any(self) -> None:
+        """Raises one error that lists every offender; of several kinds, the type is that of the first met."""
+        if not self.found:
+            return
+        raise next(iter(self.found)).error(
+            " ".join(kind.problem for kind in self.found),
+            [offender for offenders in self.found.values() for offender in offenders],
+            " ".join(dict.fromkeys(kind.remedy for kind in self.found)),
+        )

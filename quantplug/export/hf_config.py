@@ -1,0 +1,43 @@
+"""The files beside the weights: config.json and hf_quant_config.json from the plan, the rest as the source has them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantplug.export.base import QuantConfig
+from quantplug.export.writer import sync_file, write_json
+
+CONFIG_NAME = "config.json"
+QUANT_CONFIG_NAME = "hf_quant_config.json"
+
+# Weights in any of their forms, what announces them, and what we write ourselves.
+_NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+_NOT_COPIED_NAMES = {CONFIG_NAME, QUANT_CONFIG_NAME}
+
+
+def write_configs(source: Path, destination: Path, dtype: torch.dtype, quant_config: QuantConfig | None) -> None:
+    """Writes config.json (the source's, with the type of plain tensors and the quantization) and hf_quant_config.json."""
+    config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    # transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree.
+    spelled = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}
+    config |= dict.fromkeys(spelled, str(dtype).removeprefix("torch."))
+    if quant_config is not None:
+        config["quantization_config"] = dict(quant_config.config_json)
+        if quant_config.hf_quant_config is not None:
+            write_json(destination / QUANT_CONFIG_NAME, quant_config.hf_quant_config)
+    write_json(destination / CONFIG_NAME, config)
+
+
+def copy_side_files(source: Path, destination: Path) -> None:
+    """Copies tokenizer, generation settings, templates and model code: every top-level file that is not weights."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not _is_left_out(path):
+            shutil.copyfile(path, destination / path.name)
+            sync_file(destination / path.name)
+
+
+def _is_left_out(path: Path) -> bool:
+    return path.suffix in _NOT_COPIED_SUFFIXES or path.name in _NOT_COPIED_NAMES or path.name.endswith(".index.json")

@@ -1,0 +1,117 @@
+"""Whether the quantizers of a model can be written, and by which one scheme."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
+from quantplug.export import scheme as schemes
+from quantplug.export.base import QuantizerState, WeightRef
+from quantplug.export.coverage import Mapped
+from quantplug.export.findings import Findings, Kind
+from quantplug.export.scheme import Scheme
+from quantplug.mappings.base import ParamKey, Role
+
+_SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
+_KEPT = Kind(
+    UnsupportedQuantizationError,
+    "Quantizers are enabled where servers load high precision.",
+    "Append {'quantizer_name': '*output_layer*', 'enable': False} (or the router's name) to quant_cfg.",
+)
+_UNCLAIMED = Kind(
+    UnsupportedQuantizationError,
+    "Quantizers are enabled that no part of the checkpoint expresses.",
+    "Disable them: served without them, the checkpoint would not compute what was calibrated.",
+)
+_MIXED = Kind(
+    UnsupportedQuantizationError,
+    "The model mixes quantization schemes, which is not written yet.",
+    "Quantize all linears by one config; disable the quantizers of those that should stay in high precision.",
+)
+_PARTIAL = Kind(
+    UnsupportedQuantizationError,
+    "Only some experts of a layer are quantized, and servers load all experts of a layer alike.",
+    "Enable or disable the weight quantizers of all experts of a layer together.",
+)
+_UNCALIBRATED = Kind(
+    CalibrationError,
+    "Quantizers are enabled but hold no usable amax.",
+    "Run mtq.quantize: weights need no data, inputs a forward loop that reaches every expert; or quantize weight-only.",
+)
+_DIVISOR = Kind(
+    ShapeError,
+    "Weights do not divide as their format needs.",
+    "Choose a format whose block size divides them, or disable the quantizers of these linears.",
+)
+
+
+def check_quantizers(
+    mapped: Mapped, shapes: Mapping[ParamKey, tuple[tuple[int, ...], ...]], unclaimed: Sequence[str], findings: Findings
+) -> Scheme | None:
+    """The scheme of all quantized weights, None if there are none; what cannot be written goes into `findings`."""
+    for name in unclaimed:
+        findings.add(_UNCLAIMED, name, "is enabled")
+    by_scheme: dict[Scheme, list[WeightRef]] = {}
+    for ref, mapping in mapped:
+        if ref.weight is None:
+            if ref.activation is not None:
+                findings.add(_SETTING, ref.key.name, "its input quantizer is enabled, its weight quantizer is not")
+            continue
+        if mapping.role is not Role.LINEAR:
+            findings.add(_KEPT, ref.key.name, f"is a {mapping.role.value}")
+            continue
+        scheme = _scheme(ref, ref.weight, findings)
+        if scheme is not None:
+            by_scheme.setdefault(scheme, []).append(ref)
+            _check_shapes(ref, scheme, shapes[ref.key], findings)
+            _check_calibrated(ref, findings)
+    _check_experts(mapped, findings)
+    _check_uniform(by_scheme, findings)
+    return next(iter(by_scheme), None)
+
+
+def _scheme(ref: WeightRef, weight: QuantizerState, findings: Findings) -> Scheme | None:
+    problem = schemes.problem(weight, ref.activation)
+    packing = schemes.weight_format(weight)
+    if problem is not None or packing is None:
+        findings.add(_SETTING, ref.key.name, problem or "", ref.key.expert)
+        return None
+    return Scheme(packing, activations=ref.activation is not None)
+
+
+def _check_shapes(ref: WeightRef, scheme: Scheme, shapes: tuple[tuple[int, ...], ...], findings: Findings) -> None:
+    for shape in shapes:
+        problem = scheme.weight.problem(shape)
+        if problem is not None:
+            findings.add(_DIVISOR, ref.key.name, f"{scheme.weight.name}: {problem}", ref.key.expert)
+
+
+def _check_calibrated(ref: WeightRef, findings: Findings) -> None:
+    """A weight's amax may be 0 (an all-zero expert); an input's may not: served, a scale of 0 divides by zero."""
+    states = ((ref.weight, True), (ref.activation, False))
+    for state, zero_allowed in states:
+        if state is None:
+            continue
+        amax = state.amax
+        if amax is None:
+            findings.add(_UNCALIBRATED, state.name, "has no amax", ref.key.expert)
+        elif not math.isfinite(amax) or amax < 0 or (amax == 0 and not zero_allowed):
+            findings.add(_UNCALIBRATED, state.name, f"has amax {amax}", ref.key.expert)
+
+
+def _check_experts(mapped: Mapped, findings: Findings) -> None:
+    layers: dict[int | None, dict[bool, list[WeightRef]]] = {}
+    for ref, _ in mapped:
+        if ref.key.expert is not None:
+            layers.setdefault(ref.key.layer, {}).setdefault(ref.weight is not None, []).append(ref)
+    for layer, by_state in layers.items():
+        if len(by_state) == 2:
+            for ref in by_state[False]:
+                findings.add(_PARTIAL, ref.key.name, f"unquantized, others of layer {layer} are", ref.key.expert)
+
+
+def _check_uniform(by_scheme: Mapping[Scheme, list[WeightRef]], findings: Findings) -> None:
+    if len(by_scheme) < 2:
+        return
+    for scheme, refs in by_scheme.items():
+        for ref in refs:
+            findings.add(_MIXED, ref.key.name, f"is {scheme.name}", ref.key.expert)

@@ -1,0 +1,117 @@
+"""A directory that appears whole or not at all.
+
+Everything is written into a hidden sibling of the export directory; each file is synced to disk, and one rename makes the
+directory visible. Whatever fails before leaves nothing behind.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from quantplug.errors import DestinationError, Offender
+from quantplug.formats import TensorSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def check_destination(export_dir: Path, rank: int = 0) -> None:
+    """Raises DestinationError if the directory holds anything, or is not a directory."""
+    if export_dir.is_dir() and not any(export_dir.iterdir()):
+        return
+    if export_dir.exists() or export_dir.is_symlink():
+        reason = "is not empty" if export_dir.is_dir() else "exists and is not a directory"
+        raise DestinationError(
+            "The export directory cannot be used.",
+            [Offender(str(export_dir), reason, rank=rank)],
+            "Choose a directory that is new or empty; nothing is overwritten.",
+        )
+
+
+@contextmanager
+def staged_directory(export_dir: Path) -> Iterator[Path]:
+    """Gives a hidden sibling to write into; renames it to `export_dir` on success and removes it on any failure."""
+    export_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{export_dir.name}.", suffix=".partial", dir=export_dir.parent))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        sync_directory(staging)
+        os.replace(staging, export_dir)
+        sync_directory(export_dir.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file's data is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until a directory's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_file(path)
+
+
+class SafetensorsSink:
+    """Writes tensors, in the plan's order, to the plan's safetensors files, and the index of what was written.
+
+    Holds one file's tensors in memory at a time.
+    """
+
+    def __init__(self, directory: Path, shards: Sequence[Sequence[str]], expected: Mapping[str, TensorSpec]) -> None:
+        self._directory = directory
+        self._shards = shards
+        self._expected = expected
+        self._pending: dict[str, torch.Tensor] = {}
+        self._weight_map: dict[str, str] = {}
+        self._total_size = 0
+        self._shard = 0
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        spec = self._expected[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"{name} is not as planned"
+        # A view of a live parameter must not tie the file to what the model does next.
+        self._pending[name] = tensor
+        if len(self._pending) == len(self._shards[self._shard]):
+            self._flush()
+
+    def close(self) -> None:
+        assert not self._pending, f"{len(self._pending)} tensors were left over"
+        assert self._weight_map.keys() == self._expected.keys(), "not everything planned was written"
+        index = {"metadata": {"total_size": self._total_size}, "weight_map": dict(sorted(self._weight_map.items()))}
+        write_json(self._directory / INDEX_NAME, index)
+
+    def _flush(self) -> None:
+        filename = f"model-{self._shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
+        assert list(self._pending) == list(self._shards[self._shard]), "tensors came out of the plan's order"
+        save_file(self._pending, self._directory / filename, metadata={"format": "pt"})
+        sync_file(self._directory / filename)
+        self._weight_map.update(dict.fromkeys(self._pending, filename))
+        self._total_size += sum(tensor.nbytes for tensor in self._pending.values())
+        self._pending = {}
+        self._shard += 1
