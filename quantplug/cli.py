@@ -1,0 +1,57 @@
+"""The command line of quantplug."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from quantplug.cli_tables import print_report
+from quantplug.errors import QuantplugError
+from quantplug.export.verify import VerifyReport, verify_checkpoint
+
+USAGE_ERROR = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Quantized Hugging Face checkpoints from Transformer Engine models, and proof that they are right."""
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to judge, of whichever tool.")],
+    source: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The BF16, FP16 or FP32 checkpoint it was quantized from.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the full report here.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
+) -> None:
+    """Judges a quantized checkpoint by its files alone: no model, no GPU.
+
+    Exit status: 0 without errors (warnings may remain), 1 with errors, 2 when it could not be asked so.
+    """
+    try:
+        report = _with_progress(directory, source)
+        if json is not None:
+            report.write_json(json)
+    except (QuantplugError, OSError) as problem:
+        Console(stderr=True).print(str(problem), markup=False, highlight=False)
+        raise typer.Exit(USAGE_ERROR) from problem
+    print_report(report, Console(), limit)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _with_progress(directory: Path, source: Path | None) -> VerifyReport:
+    """Runs the checker, with a bar on stderr when that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("reading", total=None)
+        return verify_checkpoint(
+            directory, source, lambda done, total: progress.update(task, completed=done, total=total)
+        )

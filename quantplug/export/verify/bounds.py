@@ -1,0 +1,87 @@
+"""How far round to nearest can move a value, from the formats' definitions: what the measured errors are held against.
+
+E4M3 keeps three mantissa bits, so rounding moves a normal value by at most 2^-4 of itself, and a value below the
+smallest normal, 2^-6, by at most 2^-10.
+
+NVFP4, one block of 16 with the largest magnitude a. Its scale is S = (a / 6)(1 + d), |d| <= 2^-4, while the E4M3 scale
+is normal.
+
+- One value: between 4 and 6 the E2M1 grid is 2 apart, so rounding moves a value by at most
+  S <= (17/16)(a / 6) = 17 a / 96. Saturation costs less: a - 6 S <= a / 16.
+- The block's norm: the worst block holds a, at 6 S / (1 + d), and 15 values at 5 S, halfway between 4 and 6. The
+  rounded-up scale (d = 1/16) is the worst: squared error (0.353^2 + 15) S^2 over squared norm (5.647^2 + 375) S^2 is
+  0.03718, whose root is 0.1929. (Other halfway points, 0.25, 0.75, 1.25, 1.75, 2.5 and 3.5, give less.)
+- With a scale below 2^-6, or zero, the scale itself is coarse: rounding on a grid that holds 0 moves a value by at most
+  itself, or saturates it towards 0; the bound is 1.
+
+A tensor's bound is the root of the sum over its blocks of (bound * norm)^2, over the norm: exact for these very values.
+A zero block, and so a zero tensor, has bound 0.
+
+FP8 (E4M3 times one scale s): at most |x| / 16 + s / 1024 a value; ModelOpt divides in BF16 first (another 2^-9 of the
+value, which can move a tie), hence 2^-4 (1 + 2^-4) for the first term.
+
+Methods that are not round to nearest (GPTQ, a sweep of the block scales, AWQ) may exceed the bound of a single value
+and still be right; they do not exceed the bound of a whole tensor, unless something is broken.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+NVFP4_VALUE_BOUND = 17 / 96
+NVFP4_BLOCK_BOUND = 0.1929
+FP8_RELATIVE_BOUND = 2**-4 * (1 + 2**-4)
+FP8_ABSOLUTE_BOUND = 2**-10  # in units of the scale
+SLACK = 1 + 1e-4  # FP32 rounding of scales and products
+E4M3_SMALLEST_NORMAL = 2**-6
+
+
+@dataclass
+class ErrorSum:
+    """Sums over the chunks of one weight.
+
+    Attributes:
+        squared_bound: What `squared_error` may be at most.
+        beyond: Values further off than round to nearest can put them.
+        values: Values seen.
+    """
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    squared_bound: float = 0.0
+    max_error: float = 0.0
+    amax: float = 0.0
+    beyond: int = 0
+    values: int = 0
+
+    def add(
+        self, decoded: torch.Tensor, original: torch.Tensor, squared_bound: float, value_bound: torch.Tensor
+    ) -> None:
+        """Adds rows: FP32 values, original values, and the bound of each value (broadcast to them)."""
+        difference = (decoded - original).abs()
+        self.squared_error += float(difference.double().square().sum())
+        self.squared_norm += float(original.double().square().sum())
+        self.squared_bound += squared_bound
+        self.max_error = max(self.max_error, float(difference.max())) if difference.numel() else self.max_error
+        self.amax = max(self.amax, float(original.abs().max())) if original.numel() else self.amax
+        self.beyond += int((difference > value_bound * SLACK).sum())
+        self.values += decoded.numel()
+
+
+def add_nvfp4(total: ErrorSum, decoded: torch.Tensor, original: torch.Tensor, scales: torch.Tensor) -> None:
+    """Adds rows of an NVFP4 weight; `scales` are the decoded E4M3 block scales [rows, columns / 16]."""
+    rows, columns = original.shape
+    blocks = original.view(rows, scales.shape[1], -1)
+    normal = scales.abs() >= E4M3_SMALLEST_NORMAL
+    block_bound = torch.where(normal, NVFP4_BLOCK_BOUND, 1.0)
+    squared_norms = blocks.double().square().sum(dim=-1)
+    value_bound = blocks.abs().amax(dim=-1) * torch.where(normal, NVFP4_VALUE_BOUND, 1.0)
+    spread = value_bound.repeat_interleave(columns // scales.shape[1], dim=1)
+    total.add(decoded, original, float((block_bound.double().square() * squared_norms).sum()), spread)
+
+
+def add_fp8(total: ErrorSum, decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor) -> None:
+    """Adds rows of an FP8 weight; `scale` broadcasts to them."""
+    absolute = torch.where(original == 0, 0.0, FP8_ABSOLUTE_BOUND * scale)
+    value_bound = original.abs() * FP8_RELATIVE_BOUND + absolute
+    total.add(decoded, original, float(value_bound.double().square().sum()), value_bound)

@@ -1,0 +1,110 @@
+"""What a tensor's name says: layer, expert, projection, and which modules servers merge into one.
+
+A checker of files that others wrote has nothing but names to go by; this is the only place that reads them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d+)\.(?P<projection>[^.]+)$")
+_LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d+)\.")
+_SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder")
+
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
+ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2", "out_proj"})  # in_features are split over tensor-parallel ranks
+COLUMN_PARALLEL = frozenset({"q_proj", "gate_proj", "up_proj", "w1", "w3"})  # out_features are split
+ROUTERS = ("gate", "router", "shared_expert_gate")
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "embeddings", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}
+)
+_HEADS = frozenset({"lm_head", "output_layer", "score"})
+# DeepSeek-V3's own block FP8 files keep these plain, beside routers and heads, without an exclude list.
+DEEPSEEK_PLAIN = frozenset({"eh_proj", "weights_proj"})
+
+
+def split(tensor: str) -> tuple[str, str]:
+    """(module, suffix) of a tensor's name."""
+    module, _, suffix = tensor.rpartition(".")
+    return module, suffix
+
+
+def kind(tensor: str) -> str:
+    """The name without layer and expert numbers and without the leading stack: `mlp.experts.gate_proj.weight`."""
+    return _NUMBER.sub("", tensor).removeprefix("model.layers.").removeprefix("model.")
+
+
+def last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def is_embedding(module: str) -> bool:
+    return last(module) in _EMBEDDINGS
+
+
+def is_head(module: str) -> bool:
+    return last(module) in _HEADS or module.endswith(".shared_head.head")
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """`model.layers.1.mlp.experts.3.up_proj` taken apart; `experts` is everything up to and with `.experts`."""
+
+    experts: str
+    id: int
+    projection: str
+
+
+def expert(module: str) -> ExpertName | None:
+    match = _EXPERT.match(module)
+    return ExpertName(match["experts"], int(match["id"][:9]), match["projection"]) if match else None
+
+
+def layer(module: str) -> tuple[str, int] | None:
+    """(stack, layer id) of a module of the decoder; None outside of it, and in vision, audio and draft stacks."""
+    match = _LAYER.match(module)
+    return None if match is None or _SIDE_STACK.search(match["stack"]) else (match["stack"], int(match["id"][:9]))
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """Modules that servers load into one: their shared per-tensor scales have to be equal.
+
+    Attributes:
+        parent: What the members' names have in common.
+        fused: vLLM's and SGLang's name of the merged module.
+        in_expert: The members belong to one expert of a mixture.
+    """
+
+    parent: str
+    members: tuple[str, ...]
+    fused: str
+    in_expert: bool
+
+
+def fused_groups(modules: Iterable[str]) -> Iterator[FusedGroup]:
+    """All groups of q/k/v and of gate/up among the modules, in the order of their names."""
+    children: dict[str, set[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        children.setdefault(parent, set()).add(name)
+    for parent in sorted(children):
+        for members, fused in ((QKV, "qkv_proj"), *((pair, "gate_up_proj") for pair in GATE_UP)):
+            present = tuple(f"{parent}.{member}" for member in members if member in children[parent])
+            if len(present) > 1:
+                yield FusedGroup(parent, present, f"{parent}.{fused}", expert(present[0]) is not None)
+
+
+def mixtures(modules: Iterable[str]) -> Mapping[str, Mapping[int, frozenset[str]]]:
+    """Prefix of each mixture (`model.layers.1.mlp.experts`) to expert id to the projections it has."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for module in modules:
+        name = expert(module)
+        if name is not None:
+            found.setdefault(name.experts, {}).setdefault(name.id, set()).add(name.projection)
+    return {
+        experts: {index: frozenset(projections) for index, projections in members.items()}
+        for experts, members in found.items()
+    }

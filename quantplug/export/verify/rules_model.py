@@ -1,0 +1,171 @@
+"""Rules on the model as a whole: every layer and expert is there, merged modules agree, serving shards align."""
+
+from collections.abc import Iterator, Mapping
+
+from quantplug.export.verify import names
+from quantplug.export.verify.layouts import Fp8Layout
+from quantplug.export.verify.modules import Inventory, Module
+from quantplug.export.verify.report import Finding, error, warning
+from quantplug.export.verify.untrusted import as_count, as_object
+
+_SERVING_TP = (2, 4, 8)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _configured(inventory: Inventory, *keys: str) -> int | None:
+    """The first of the keys in config.json, at the top or in text_config."""
+    config = inventory.checkpoint.config
+    for holder in (config, as_object(config.get("text_config"))):
+        for key in keys:
+            if as_count(holder.get(key)) is not None:
+                return as_count(holder.get(key))
+    return None
+
+
+def experts(inventory: Inventory) -> Iterator[Finding]:
+    """Row 9: every expert the config counts is there, with the projections of its siblings."""
+    count = _configured(inventory, *_EXPERT_COUNTS)
+    for prefix, members in inventory.mixtures.items():
+        if count is None:
+            yield warning("experts", prefix, "config.json has no number of experts to hold this against")
+        wanted = set(range(count)) if count is not None else set(members)
+        if missing := sorted(wanted - members.keys()):
+            yield error("experts", prefix, f"experts missing: {_ranges(missing)} of {len(wanted)}")
+        if extra := sorted(members.keys() - wanted):
+            yield error("experts", prefix, f"experts beyond the {count} of config.json: {_ranges(extra)}")
+        yield from _incomplete(prefix, members)
+    yield from _lost_mixtures(inventory, count)
+
+
+def _incomplete(prefix: str, members: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
+    everything = frozenset().union(*members.values())
+    for index, projections in sorted(members.items()):
+        if absent := sorted(everything - projections):
+            yield error("experts", f"{prefix}.{index}", f"lacks {', '.join(absent)}, which other experts have")
+
+
+def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]:
+    """Routers that have one row an expert, but no experts beside them."""
+    for module in inventory.modules.values():
+        parent, _, name = module.name.rpartition(".")
+        rows = module.plain_matrix.shape[0] if module.plain_matrix is not None else None
+        is_router = name in ("gate", "router") and rows is not None and rows == count
+        fused = any(other.startswith(f"{parent}.experts") for other in inventory.modules)
+        if is_router and not fused:
+            yield error("experts", parent, f"has a router for {count} experts, and no expert")
+
+
+def _ranges(ids: list[int]) -> str:
+    shown = ", ".join(str(index) for index in ids[:8])
+    return f"{shown} and {len(ids) - 8} more" if len(ids) > 8 else shown
+
+
+def layers(inventory: Inventory) -> Iterator[Finding]:
+    """Every decoder layer that config.json counts is there, and the head when it is not tied."""
+    stacks: dict[str, set[int]] = {}
+    for module in inventory.modules:
+        if (found := names.layer(module)) is not None:
+            stacks.setdefault(found[0], set()).add(found[1])
+    count = _configured(inventory, "num_hidden_layers")
+    if count is None and stacks:
+        yield warning("layers", "config.json", "has no num_hidden_layers to hold the layers against")
+    if count is not None and inventory.modules:
+        drafts = _configured(inventory, "num_nextn_predict_layers") or 0
+        yield from _missing_layers(stacks or {"model.layers": set()}, count, drafts)
+    yield from _head(inventory)
+
+
+def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> Iterator[Finding]:
+    for stack, ids in stacks.items():
+        absent = [index for index in range(min(count, 100_000)) if index not in ids]
+        if absent:
+            yield error("layers", stack, f"layers missing: {_ranges(absent)} of {count}")
+        if extra := sorted(index for index in ids if index >= count + drafts):
+            yield error("layers", stack, f"layers beyond the {count} of config.json: {_ranges(extra)}")
+
+
+def _head(inventory: Inventory) -> Iterator[Finding]:
+    tied = inventory.checkpoint.config.get("tie_word_embeddings")
+    heads = [name for name in inventory.modules if names.last(name) == "lm_head"]
+    causal = "ForCausalLM" in str(inventory.checkpoint.config.get("architectures"))
+    if tied is True and heads:
+        yield warning(
+            "layers", heads[0], "present although config.json ties it to the embeddings: most readers drop it"
+        )
+    if tied is False and causal and not heads and inventory.modules:
+        yield error("layers", "lm_head", "missing although config.json does not tie it to the embeddings")
+
+
+def _state(module: Module) -> str:
+    if module.excluded or module.promised is None or not module.quantized:
+        return "unquantized"
+    return module.promised.name
+
+
+def one_algo(inventory: Inventory) -> Iterator[Finding]:
+    """Row 9: experts of a layer, and projections that servers merge, are quantized alike."""
+    for prefix, members in inventory.mixtures.items():
+        modules = [f"{prefix}.{index}.{name}" for index, projections in members.items() for name in projections]
+        yield from _alike(inventory, prefix, modules, "experts of one layer")
+    for group in inventory.fused_groups:
+        if not group.in_expert:
+            yield from _alike(inventory, group.fused, list(group.members), "parts that servers merge")
+
+
+def _alike(inventory: Inventory, subject: str, modules: list[str], what: str) -> Iterator[Finding]:
+    states: dict[str, list[str]] = {}
+    for name in modules:
+        states.setdefault(_state(inventory.modules[name]), []).append(name)
+    if len(states) > 1:
+        shares = "; ".join(f"{len(found)} {state} ({sorted(found)[0]})" for state, found in sorted(states.items()))
+        yield error("one-algo", subject, f"{what} are not quantized alike: {shares}")
+
+
+def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
+    """Row 8: in block FP8 every part of a merged module but the last ends on a block."""
+    for group in inventory.fused_groups:
+        for name in group.members[:-1]:
+            module = inventory.modules[name]
+            if (
+                module.codes is None
+                or not isinstance(module.layout, Fp8Layout)
+                or module.layout.block in (None, (1, 0))
+            ):
+                continue
+            assert module.layout.block is not None
+            if module.codes.shape[0] % module.layout.block[0]:
+                message = (
+                    f"out_features {module.codes.shape[0]} end inside a block: vLLM cannot merge it into {group.fused}"
+                )
+                yield warning("serving-tp", name, message)
+
+
+def serving_tp(inventory: Inventory) -> Iterator[Finding]:
+    """Which tensor-parallel sizes of a server cut blocks: one line for each kind of module and shape."""
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for module in inventory.quantized:
+        if module.codes is None or module.layout is None or (names.kind(module.name), module.codes.shape) in seen:
+            continue
+        seen.add((names.kind(module.name), module.codes.shape))
+        name = names.last(module.name)
+        if name in names.ROW_PARALLEL:
+            columns = module.layout.columns(module.codes)
+            yield from _cut(module, "in_features", columns, _block(module, axis=1))
+        elif name in names.COLUMN_PARALLEL and isinstance(module.layout, Fp8Layout):
+            yield from _cut(module, "out_features", module.codes.shape[0], _block(module, axis=0))
+
+
+def _block(module: Module, axis: int) -> int:
+    if isinstance(module.layout, Fp8Layout):
+        return max(module.layout.block[axis], 1) if module.layout.block is not None else 1
+    return module.layout.block if module.layout is not None else 1
+
+
+def _cut(module: Module, axis: str, size: int, block: int) -> Iterator[Finding]:
+    cuts = [f"TP={tp}: {size / tp:g}" for tp in _SERVING_TP if size % (tp * block)]
+    if block > 1 and cuts:
+        message = f"{axis} {size} of a rank is no multiple of the block of {block} at {', '.join(cuts)}"
+        yield warning("serving-tp", names.kind(module.name), message)
+
+
+RULES = (experts, layers, one_algo, merged_blocks, serving_tp)

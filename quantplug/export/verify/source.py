@@ -1,0 +1,177 @@
+"""Holds a quantized checkpoint against the one it was made from: all tensors there, all values in bounds."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from quantplug.export.verify import bounds, decode, names
+from quantplug.export.verify.checkpoint import Checkpoint, TensorInfo, UnreadableTensorError
+from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
+from quantplug.export.verify.modules import Inventory, Module
+from quantplug.export.verify.report import Finding, Size, TensorError, error, warning
+
+OnBytes = Callable[[int], None]
+_INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bytes_to_read(source: Checkpoint) -> int:
+    return sum(info.nbytes for info in source.tensors.values())
+
+
+def compare(inventory: Inventory, source: Checkpoint, on_bytes: OnBytes) -> tuple[list[TensorError], list[Finding]]:
+    """The error of every quantized weight, and all findings on names, shapes and values."""
+    findings = [*_source_findings(source), *_extra(inventory, source)]
+    measured: list[TensorError] = []
+    for info in source.tensors.values():
+        try:
+            findings.extend(_one(inventory, source, info, measured))
+        except UnreadableTensorError as problem:
+            findings.append(error("files", info.name, f"its data cannot be read: {problem}"))
+        on_bytes(info.nbytes)
+    return measured, findings
+
+
+def _source_findings(source: Checkpoint) -> Iterator[Finding]:
+    if source.config.get("quantization_config"):
+        yield error("source", "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
+
+
+def _target(inventory: Inventory, name: str) -> str:
+    """Where the export keeps the values of a source tensor."""
+    module, suffix = names.split(name)
+    packed = f"{module}.weight_packed"
+    return packed if suffix == "weight" and packed in inventory.checkpoint.tensors else name
+
+
+def _extra(inventory: Inventory, source: Checkpoint) -> Iterator[Finding]:
+    known = {_target(inventory, name) for name in source.tensors}
+    for name in inventory.checkpoint.tensors:
+        module, suffix = names.split(name)
+        belongs = f"{module}.weight" in source.tensors or suffix in KV_SUFFIXES
+        if name not in known and not (belongs and suffix in SCALE_SUFFIXES | KV_SUFFIXES):
+            yield error("source-names", name, "not in the source")
+
+
+def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: list[TensorError]) -> Iterator[Finding]:
+    target = inventory.checkpoint.tensors.get(_target(inventory, info.name))
+    if target is None:
+        tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
+        if not (tied and names.is_head(names.split(info.name)[0])):
+            yield error("source-names", info.name, "in the source, but not in the export")
+        return
+    module = inventory.modules[names.split(target.name)[0]]
+    if module.quantized and target.name.endswith((".weight", ".weight_packed")):
+        if not is_plain(info):
+            yield error("source", info.name, f"is {info.dtype} in the source, no floating-point original")
+        elif module.sound:
+            yield from _quantized(inventory, source, info, module, measured)
+    elif target.shape != info.shape:
+        yield error("source-names", info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
+    elif differing := _differing(inventory.checkpoint, source, info.name):
+        message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
+        yield error("source-values", info.name, message)
+
+
+def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
+    """Elements whose bits differ after the source is cast to the stored dtype."""
+    differing = 0
+    for first, original in source.chunks(name):
+        stored = export.rows(name, first, first + original.shape[0]) if original.dim() else export.read(name)
+        view = _INTEGER_VIEWS[stored.element_size()]
+        differing += int((original.to(stored.dtype).view(view) != stored.view(view)).sum())
+    return differing
+
+
+def _quantized(
+    inventory: Inventory, source: Checkpoint, info: TensorInfo, module: Module, measured: list[TensorError]
+) -> Iterator[Finding]:
+    assert module.layout is not None
+    assert module.codes is not None
+    shape = (module.codes.shape[0], module.layout.columns(module.codes))
+    if info.shape != shape:
+        yield error("source-names", info.name, f"decodes to {list(shape)}, in the source {list(info.shape)}")
+        return
+    total = bounds.ErrorSum()
+    for first, rows in source.chunks(info.name):
+        original = rows.float()
+        if isinstance(module.layout, Nvfp4Layout):
+            _add_nvfp4(total, inventory.checkpoint, module, module.layout, first, original)
+        else:
+            _add_fp8(total, inventory.checkpoint, module, module.layout, first, original)
+    result = _tensor_error(info.name, module.layout.name, total)
+    measured.append(result)
+    yield from _bound_findings(result, total)
+
+
+def _add_nvfp4(
+    total: bounds.ErrorSum, export: Checkpoint, module: Module, layout: Nvfp4Layout, first: int, original: torch.Tensor
+) -> None:
+    last = first + original.shape[0]
+    packed = export.rows(f"{module.name}.{layout.codes}", first, last)
+    scales = export.rows(f"{module.name}.weight_scale", first, last).view(torch.uint8)
+    tensor_scale = export.read(f"{module.name}.{layout.tensor_scale}")
+    decoded = decode.decode_nvfp4(packed, scales, tensor_scale.reciprocal() if layout.reciprocal else tensor_scale)
+    bounds.add_nvfp4(total, decoded, original, decode.decode_e4m3(scales))
+
+
+def _add_fp8(
+    total: bounds.ErrorSum, export: Checkpoint, module: Module, layout: Fp8Layout, first: int, original: torch.Tensor
+) -> None:
+    rows, columns = original.shape
+    codes = export.rows(f"{module.name}.{layout.codes}", first, first + rows).view(torch.uint8)
+    scale = export.read(f"{module.name}.{layout.scale}").float()
+    if layout.block is None:
+        scale = scale.reshape(1, 1)
+    elif layout.per_row:
+        scale = scale.reshape(-1, 1)[first : first + rows]
+    else:
+        scale = decode.spread_blocks(scale, first, rows, columns, layout.block)
+    bounds.add_fp8(total, decode.decode_e4m3(codes) * scale, original, scale)
+
+
+def _tensor_error(name: str, layout: str, total: bounds.ErrorSum) -> TensorError:
+    def relative(part: float, whole: float) -> float:
+        return part / whole if whole else (math.inf if part else 0.0)
+
+    norm = math.sqrt(total.squared_norm)
+    return TensorError(
+        name=name,
+        kind=names.kind(name).removesuffix(".weight"),
+        format=layout,
+        relative_error=relative(math.sqrt(total.squared_error), norm),
+        bound=relative(math.sqrt(total.squared_bound), norm),
+        max_error=relative(total.max_error, total.amax),
+        squared_error=total.squared_error,
+        squared_norm=total.squared_norm,
+    )
+
+
+def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Finding]:
+    if not result.relative_error <= result.bound * bounds.SLACK:  # NaN is beyond every bound
+        most = f"rounding these values to {result.format} gives at most {result.bound:.4g}"
+        message = f"relative error {result.relative_error:.4g}; {most}"
+        if not total.squared_norm:
+            message = "the source is all zero, the export does not decode to zeros"
+        yield error("error-bound", result.name, message)
+    elif total.beyond:
+        message = (
+            f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
+            "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
+        )
+        yield warning("value-bound", result.name, message)
+
+
+def sizes(export: Checkpoint, source: Checkpoint | None) -> Iterator[Size]:
+    """Bytes of each kind of module, scales with the weight they belong to."""
+    exported, original = _bytes_by_kind(export), _bytes_by_kind(source) if source is not None else {}
+    for name in sorted(exported.keys() | original.keys()):
+        yield Size(name, exported.get(name, 0), original.get(name, 0) if source is not None else None)
+
+
+def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        module = names.kind(names.split(info.name)[0] or info.name)
+        found[module] = found.get(module, 0) + info.nbytes
+    return found
