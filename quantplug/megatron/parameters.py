@@ -4,9 +4,9 @@ Layer and expert ids are read from the modules (`TransformerLayer.layer_number`,
 they are global under pipeline, virtual pipeline and expert parallelism, and nothing is parsed out of a name.
 
 Whether and where tensor parallelism cuts a parameter is read from the *type* of its layer, not from the
-`tensor_model_parallel` / `partition_dim` attributes of the tensor: Megatron sets those only when it initializes weights,
-and it hides the parallelism of experts from TE (`explicit_expert_comm`), so that TE marks every expert weight, row
-parallel ones too, as cut along dimension 0 (megatron.core.extensions.transformer_engine; TE's `GroupedLinear`).
+`tensor_model_parallel` / `partition_dim` attributes of the tensor: Megatron sets those only when it initializes
+weights, and it hides the parallelism of experts from TE (`explicit_expert_comm`), so that TE marks every expert weight,
+row parallel ones too, as cut along dimension 0 (megatron.core.extensions.transformer_engine; TE's `GroupedLinear`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,225 @@
+"""A Hugging Face checkpoint as a lazy source: names, shapes and dtypes first, slices of data when asked for."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from quantplug.errors import Offender, SourceError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# The dtype names of the safetensors header (safetensors/src/tensor.rs, `Dtype`).
+_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+# What is fetched of a hub model: weights, configuration, tokenizer, and modelling code for trust_remote_code.
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+
+
+def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """The local directory of a checkpoint: the given one, or the snapshot of a model of the Hugging Face hub.
+
+    Args:
+        name_or_path: A directory, or the id of a hub model (`owner/name`).
+        cache_dir: Where hub models are kept; None for Hugging Face's own cache.
+
+    Raises:
+        SourceError: There is no such directory, and the hub gives no such model.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SourceError(
+            "The source checkpoint is not a directory.",
+            [Offender(name, "is a file" if path.exists() else "does not exist")],
+            "Pass the directory that save_pretrained wrote, or the id of a hub model.",
+        )
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise SourceError(
+            "The source checkpoint is neither a local directory nor a hub model that can be fetched.",
+            [Offender(name, str(error).strip().splitlines()[0])],
+            "Check the name, the network and your access, or download it and pass the directory.",
+        ) from error
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of a tensor.
+
+    Attributes:
+        file: Name of the shard that holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+
+class HFCheckpoint:
+    """A directory of safetensors, read lazily: opening reads the headers, data comes slice by slice from mapped files.
+
+    A context manager; tensors can be read until it is left.
+
+    Args:
+        directory: What `resolve_source` gave.
+        trust_remote_code: Whether transformers may run code from the directory to read its config.
+
+    Raises:
+        SourceError: config.json or the safetensors are missing, incomplete or damaged; names every file.
+    """
+
+    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
+        self.directory = directory
+        self._trust_remote_code = trust_remote_code
+        self._raw_config = self._read_config()
+        self._files: dict[str, safe_open] = self._open_files()
+        self.tensors: Mapping[str, TensorHeader] = self._read_headers()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._files.clear()  # The maps go with the last reference to them.
+
+    @property
+    def architecture(self) -> str:
+        """`architectures[0]` of config.json.
+
+        Raises:
+            SourceError: It names none.
+        """
+        architectures = self._raw_config.get("architectures") or []
+        if not architectures:
+            raise self._config_error("names no architecture")
+        return str(architectures[0])
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        """What config.json says of an earlier quantization."""
+        return self._raw_config.get("quantization_config")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config with the defaults of its architecture filled in, as transformers reads it.
+
+        Raises:
+            SourceError: transformers cannot read it.
+        """
+        try:
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self._trust_remote_code)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise self._config_error(str(error).strip().splitlines()[0]) from error
+        return dict(config.to_dict())
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None, dim: int = 0) -> torch.Tensor:
+        """A tensor on CPU, whole, or only what lies from `start` to `stop` of one dimension."""
+        view = self._files[self.tensors[name].file].get_slice(name)
+        return view[(*[slice(None)] * dim, slice(start, stop))] if self.tensors[name].shape else view[...]
+
+    def _config_error(self, reason: str) -> SourceError:
+        return SourceError(
+            "The config of the source checkpoint cannot be used.",
+            [Offender(str(self.directory / CONFIG_FILE), reason)],
+            "Pass a directory that save_pretrained wrote.",
+        )
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            config = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise self._config_error("does not exist") from error
+        except ValueError as error:
+            raise self._config_error(f"is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise self._config_error("is not a JSON object")
+        return config
+
+    def _weight_map(self) -> dict[str, str] | None:
+        """Tensor name to file, as the index says it; None for a single file."""
+        index = self.directory / INDEX_FILE
+        if not index.exists():
+            return None
+        try:
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged([Offender(str(index), f"is not an index of safetensors: {error!r}")]) from error
+
+    def _open_files(self) -> dict[str, safe_open]:
+        weight_map = self._weight_map()
+        names = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
+        files, offenders = {}, []
+        for name in names:
+            try:
+                files[name] = safe_open(self.directory / name, framework="pt")
+            except FileNotFoundError:
+                offenders.append(Offender(str(self.directory / name), "does not exist"))
+            except (SafetensorError, OSError) as error:
+                offenders.append(Offender(str(self.directory / name), f"is not a complete safetensors file: {error}"))
+        if offenders:
+            raise self._damaged(offenders)
+        return files
+
+    def _read_headers(self) -> dict[str, TensorHeader]:
+        weight_map = self._weight_map()
+        headers: dict[str, TensorHeader] = {}
+        found_in: defaultdict[str, list[str]] = defaultdict(list)
+        for file, opened in self._files.items():
+            for name in opened.keys():  # noqa: SIM118  # a safe_open is no mapping
+                view = opened.get_slice(name)
+                headers[name] = TensorHeader(tuple(view.get_shape()), _dtype(name, view.get_dtype()), file)
+                found_in[name].append(file)
+        offenders = [
+            Offender(name, f"is in more than one file: {', '.join(files)}")
+            for name, files in found_in.items()
+            if len(files) > 1
+        ]
+        for name, file in (weight_map or {}).items():
+            if file not in found_in[name]:
+                offenders.append(Offender(name, f"is not in {file}, where the index says it is"))
+        if offenders:
+            raise self._damaged(offenders)
+        return headers
+
+    def _damaged(self, offenders: list[Offender]) -> SourceError:
+        return SourceError(
+            "The weights of the source checkpoint are missing, incomplete or damaged.",
+            offenders,
+            f"Fetch or save it again, as {SINGLE_FILE} or as shards with {INDEX_FILE}.",
+        )
+
+
+def _dtype(name: str, spelled: str) -> torch.dtype:
+    if spelled not in _DTYPES:
+        raise SourceError("A tensor of the source has a dtype that is not read.", [Offender(name, f"is {spelled}")])
+    return _DTYPES[spelled]

@@ -1,0 +1,167 @@
+"""The plan of an import: pure, from names, shapes and dtypes alone. What can be wrong is found before data moves."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+
+from quantplug.errors import MappingError, ShapeError, SourceError, TopologyError
+from quantplug.export.findings import Findings, Kind
+from quantplug.export.hf_source import TensorHeader
+from quantplug.mappings.base import Family, ParamKey, WeightMapping
+from quantplug.mappings.layouts import ModelDimensions, QKVInterleave, VocabularyRows
+from quantplug.megatron.parameters import MegatronParameter
+
+_SAME_MODEL = "Build the model from the config.json of this checkpoint, and pass every model chunk."
+_WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
+_UNKNOWN_PARAMETER = Kind(MappingError, "The model has parameters that the source's architecture has not.", _SAME_MODEL)
+_UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
+_MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
+_UNUSED_TENSOR = Kind(MappingError, "The source has tensors that no parameter of the model stands for.", _SAME_MODEL)
+_SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the source.", _SAME_MODEL)
+_DTYPE = Kind(
+    SourceError,
+    "The source has weights that are not plain floating-point numbers.",
+    "Import the checkpoint that it was quantized from.",
+)
+_SPREAD = Kind(
+    TopologyError,
+    "Query groups spread over several TP ranks are not imported.",
+    "Choose a TP size that divides the number of query groups.",
+)
+_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True)
+class ImportTask:
+    """One parameter and where its data comes from.
+
+    Attributes:
+        sources: Names of the tensors in the checkpoint, in the order of the layout's parts.
+    """
+
+    parameter: MegatronParameter
+    mapping: WeightMapping
+    sources: tuple[str, ...]
+
+
+def plan_import(
+    parameters: Iterable[MegatronParameter],
+    tensors: Mapping[str, TensorHeader],
+    family: Family,
+    dims: ModelDimensions,
+    tied: bool,
+    findings: Findings,
+) -> tuple[ImportTask, ...]:
+    """Matches every parameter of this rank with tensors of the checkpoint; what does not fit goes into `findings`.
+
+    Args:
+        tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
+    """
+    expected = dict(_expected(family, dims))
+    aliases = family.tied if tied else {}
+    _check_tensors(expected, tensors, aliases, findings)
+    table = family.by_megatron()
+    tasks = []
+    for parameter in parameters:
+        key = parameter.key
+        mapping = table.get(key.module)
+        if mapping is None:
+            reason = f"not in the table of {family.name}{_nearest(key.module, table)}"
+            findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
+            continue
+        if mapping.hf_names(key) not in expected:
+            reason = f"a model of this config has no {', '.join(mapping.hf_names(key))}"
+            findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
+            continue
+        task = ImportTask(parameter, mapping, tuple(aliases.get(name, name) for name in mapping.hf_names(key)))
+        _check_shapes(task, tensors, dims, findings)
+        tasks.append(task)
+    return tuple(tasks)
+
+
+def add_unused(
+    used: Iterable[str], tensors: Mapping[str, TensorHeader], family: Family, dims: ModelDimensions, findings: Findings
+) -> None:
+    """Finds tensors of the architecture that no rank holds a parameter for.
+
+    Args:
+        used: Sources of the tasks of all ranks, and names that are tied to one of them.
+    """
+    unused = tensors.keys() - set(used)
+    for names, key in _expected(family, dims):
+        for name in names:
+            if name in unused:
+                findings.add(_UNUSED_TENSOR, name, f"{key.name} is on no rank", key.expert)
+
+
+def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
+    """Shape of the parameter that this rank's tensor is a slice of."""
+    shape = list(parameter.tensor.shape)
+    if parameter.shard is not None:
+        shape[parameter.shard.dim] *= parameter.shard.count
+    return tuple(shape)
+
+
+def _expected(family: Family, dims: ModelDimensions) -> Iterable[tuple[tuple[str, ...], ParamKey]]:
+    return ((row.hf_names(key), key) for row in family.mappings for key in row.keys(dims))
+
+
+def _check_tensors(
+    expected: Mapping[tuple[str, ...], ParamKey],
+    tensors: Mapping[str, TensorHeader],
+    aliases: Mapping[str, str],
+    findings: Findings,
+) -> None:
+    known = {name: key for names, key in expected.items() for name in names}
+    patterns = {_pattern(name) for name in known}
+    for name in sorted(tensors.keys() - known.keys()):
+        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{_nearest(_pattern(name), patterns)}")
+    for name, key in known.items():
+        if name not in tensors and name not in aliases:
+            findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
+        elif name in tensors and tensors[name].dtype not in _FLOATS:
+            findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
+
+
+def _check_shapes(
+    task: ImportTask, tensors: Mapping[str, TensorHeader], dims: ModelDimensions, findings: Findings
+) -> None:
+    parameter, layout = task.parameter, task.mapping.layout
+    key, shard, shape = parameter.key, parameter.shard, whole_shape(parameter)
+    problem = layout.problem(shape, dims)
+    if problem is not None:
+        findings.add(_SHAPE, key.name, problem, key.expert)
+        return
+    if shard is not None and isinstance(layout, QKVInterleave) and dims.num_query_groups % shard.count:
+        findings.add(_SPREAD, key.name, f"{dims.num_query_groups} query groups over {shard.count} ranks")
+        return
+    parts = layout.split(torch.empty(shape, device="meta"), dims)
+    for name, part in zip(task.sources, parts, strict=True):
+        if name in tensors and tensors[name].shape != tuple(part.shape):
+            reason = f"needs {name} of shape {list(part.shape)}, the source has {list(tensors[name].shape)}"
+            findings.add(_SHAPE, key.name, reason, key.expert)
+
+
+def part_bounds(task: ImportTask, size: int) -> tuple[int, int]:
+    """Where this rank's slice of a part of `size` entries along the sharded axis starts and ends."""
+    shard = task.parameter.shard
+    if shard is None:
+        return 0, size
+    # Ranks hold equal numbers of *padded* rows of a vocabulary; the last ones may hold padding alone.
+    if isinstance(task.mapping.layout, VocabularyRows):
+        rows = task.parameter.tensor.shape[shard.dim]
+    else:
+        rows = size // shard.count
+    return min(shard.index * rows, size), min((shard.index + 1) * rows, size)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; the nearest known name is {near[0]}" if near else ""

@@ -1,0 +1,109 @@
+"""From a Hugging Face checkpoint into a live Megatron model: every name and shape first, then tensor by tensor."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from quantplug.errors import Offender, SourceError
+from quantplug.export.base import Progress
+from quantplug.export.findings import Findings
+from quantplug.export.hf_source import HFCheckpoint, resolve_source
+from quantplug.export.import_plan import ImportTask, add_unused, part_bounds, plan_import
+from quantplug.mappings.base import Family, Role
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.megatron.agreement import all_or_none, union
+from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parameters import MegatronParameter, iter_parameters
+
+
+def import_mcore_gpt_from_hf(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    pretrained_model_path: str | Path,
+    workspace_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    moe_router_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Loads the weights of a Hugging Face checkpoint into a Megatron-Core model, in place.
+
+    All ranks call it together. Each reads only its own slices, one parameter at a time, so host memory holds no more
+    than the largest of them. No parameter is written before every name and shape is known to fit, on every rank.
+
+    Args:
+        model: A `GPTModel`, one wrapped in Float16Module or DDP, or the list of virtual pipeline stages.
+        pretrained_model_path: A directory that `save_pretrained` wrote, or the id of a hub model.
+        workspace_dir: Where a hub model is kept; None for Hugging Face's own cache.
+        dtype: Type the weights are rounded to on their way into the parameters; None for that of each parameter.
+        trust_remote_code: Whether transformers may run the checkpoint's code to read its config.
+        moe_router_dtype: The same for the router's weights; None for `dtype`.
+        progress: Called as ("import", parameters done, parameters of this rank).
+
+    Raises:
+        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized.
+        UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
+        MappingError: Tensors or parameters are missing or unknown.
+        ShapeError: Shapes do not agree, the number of experts among them.
+        TopologyError: Megatron is not initialized, or the query groups do not divide over the TP ranks.
+    """
+    with all_or_none(lambda: _open(pretrained_model_path, workspace_dir, trust_remote_code)) as source:
+        family, dims, tied = all_or_none(lambda: _read_config(source))
+        parameters = all_or_none(lambda: tuple(iter_parameters(model)))
+        tasks = _plan(parameters, source, family, dims, tied)
+        for done, task in enumerate(tasks, start=1):
+            _fill(task, source, dims, (moe_router_dtype or dtype) if task.mapping.role is Role.ROUTER else dtype)
+            if progress is not None:
+                progress("import", done, len(tasks))
+
+
+def _open(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> HFCheckpoint:
+    source = HFCheckpoint(resolve_source(name_or_path, cache_dir), trust_remote_code)
+    if source.quantization_config is not None:
+        method = source.quantization_config.get("quant_method") or source.quantization_config.get("quant_algo")
+        raise SourceError(
+            "The source checkpoint is quantized already.",
+            [Offender(str(source.directory), f"config.json has a quantization_config ({method})")],
+            "Import the checkpoint that it was quantized from.",
+        )
+    return source
+
+
+def _read_config(source: HFCheckpoint) -> tuple[Family, ModelDimensions, bool]:
+    family = find_family(source.architecture)
+    config = source.config
+    family.megatron_config(config)  # Refuses settings that a Megatron model cannot have been built with.
+    return family, family.dimensions(config), bool(config.get("tie_word_embeddings", False))
+
+
+def _plan(
+    parameters: Sequence[MegatronParameter], source: HFCheckpoint, family: Family, dims: ModelDimensions, tied: bool
+) -> tuple[ImportTask, ...]:
+    findings = Findings(rank=current_topology().rank)
+    tasks = plan_import(parameters, source.tensors, family, dims, tied, findings)
+    used = _used_anywhere(tasks, sorted(source.tensors))
+    add_unused([*used, *(family.tied if tied else ())], source.tensors, family, dims, findings)
+    all_or_none(findings.raise_if_any)
+    return tasks
+
+
+def _used_anywhere(tasks: Iterable[ImportTask], names: list[str]) -> list[str]:
+    """The tensors that a parameter on any rank is filled from. A collective: `names` is the same list on all ranks."""
+    used = {name for task in tasks for name in task.sources}
+    flags = union(torch.tensor([name in used for name in names], dtype=torch.uint8))
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
+
+
+@torch.no_grad()
+def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: torch.dtype | None) -> None:
+    axis = task.mapping.layout.shard_axis or 0
+    names = task.mapping.hf_names(task.parameter.key)
+    tensors = {
+        name: source.read(stored, *part_bounds(task, source.tensors[stored].shape[axis]), dim=axis)
+        for name, stored in zip(names, task.sources, strict=True)
+    }
+    merged = task.mapping.to_megatron(task.parameter.key, tensors, dims)
+    target = task.parameter.tensor
+    target[: merged.shape[0]].copy_(merged if dtype is None else merged.to(dtype))
+    target[merged.shape[0] :].zero_()  # Megatron's padding of the vocabulary; empty for everything else.

@@ -1,0 +1,133 @@
+"""From a family's Megatron settings to an empty `GPTModel` of this rank, its weights not initialized."""
+
+from enum import Enum
+from math import ceil
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from quantplug.errors import Offender, TopologyError
+from quantplug.mappings.base import MegatronConfig
+from quantplug.megatron import cpu
+from quantplug.megatron.parallel import current_topology
+from quantplug.topology import ParallelTopology
+
+
+class LayerSpec(Enum):
+    """Which modules the layers are made of."""
+
+    TRANSFORMER_ENGINE = "Transformer Engine's modules, the experts of a layer as one grouped GEMM"
+    LOCAL = "Megatron-Core's own modules, the experts one after another; runs without a GPU too"
+
+
+VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by.
+
+
+def build_gpt_model(
+    family_config: MegatronConfig,
+    *,
+    layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
+    dtype: torch.dtype = torch.bfloat16,
+    virtual_stages: int | None = None,
+    virtual_stage: int | None = None,
+) -> GPTModel:
+    """Builds what this rank holds of a model, on its GPU, or on CPU where there is none.
+
+    The weights are *not* initialized: import them next, or load a checkpoint.
+
+    Args:
+        family_config: The family's settings in Megatron's words; `vocab_size` unpadded.
+        layer_spec: Which modules the layers are made of.
+        dtype: Dtype of the parameters.
+        virtual_stages: Number of model chunks of a rank under virtual pipeline parallelism; None without it.
+        virtual_stage: Which of them to build.
+
+    Raises:
+        TopologyError: The groups are not initialized, or a size of the model does not divide over them.
+    """
+    topology = current_topology()
+    check_divisible(family_config, topology, virtual_stages)
+    transformer = {
+        **family_config.transformer,
+        **_parallel_settings(topology, virtual_stages),
+        "moe_grouped_gemm": layer_spec is LayerSpec.TRANSFORMER_ENGINE,
+        # The all-to-all dispatcher needs a CUDA stream even to be built.
+        "moe_token_dispatcher_type": "alltoall" if cpu.has_cuda() else "allgather",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "perform_initialization": False,
+        "use_cpu_initialization": not cpu.has_cuda(),
+    }
+    model = {
+        **family_config.model,
+        "vocab_size": padded_vocab_size(family_config.model["vocab_size"], topology.tp),
+        "pre_process": topology.pp_rank == 0 and not virtual_stage,
+        "post_process": topology.pp_rank == topology.pp - 1 and virtual_stage in (None, (virtual_stages or 1) - 1),
+    }
+    with cpu.construction():
+        config = TransformerConfig(**transformer)
+        block = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=layer_spec is LayerSpec.TRANSFORMER_ENGINE,
+            normalization=config.normalization,
+            vp_stage=virtual_stage,
+        )
+        built = GPTModel(config, block, vp_stage=virtual_stage, **model)
+    for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
+        parameter.data = parameter.data.to(dtype)
+    return built
+
+
+def padded_vocab_size(vocab_size: int, tp: int, multiple: int = VOCABULARY_MULTIPLE) -> int:
+    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of `multiple` rows on every TP rank.
+
+    As Megatron-LM's `_vocab_size_with_padding` does (megatron/training/tokenizer).
+    """
+    rows = multiple * tp
+    return ceil(vocab_size / rows) * rows
+
+
+def check_divisible(
+    family_config: MegatronConfig, topology: ParallelTopology, virtual_stages: int | None = None
+) -> None:
+    """Refuses a model whose sizes do not divide over the ranks.
+
+    Megatron can spread fewer key-value heads than TP ranks over them; quantplug's layouts cannot.
+
+    Raises:
+        TopologyError: Names every size at fault.
+    """
+    sizes = family_config.transformer
+    stages = topology.pp * (virtual_stages or 1)
+    divisions = [
+        ("num_layers", stages, "pipeline stages"),
+        ("num_attention_heads", topology.tp, "TP ranks"),
+        ("num_query_groups", topology.tp, "TP ranks"),
+        ("ffn_hidden_size", topology.tp, "TP ranks"),
+        ("num_moe_experts", topology.ep, "EP ranks"),
+        ("moe_ffn_hidden_size", topology.etp, "ETP ranks"),
+    ]
+    offenders = [
+        Offender(name, f"{sizes[name]} does not divide over {count} {ranks}", rank=topology.rank)
+        for name, count, ranks in divisions
+        if sizes.get(name) is not None and sizes[name] % count
+    ]
+    if offenders:
+        raise TopologyError(
+            "The model does not divide over these parallel sizes.", offenders, "Choose sizes that divide these numbers."
+        )
+
+
+def _parallel_settings(topology: ParallelTopology, virtual_stages: int | None) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": topology.tp,
+        "pipeline_model_parallel_size": topology.pp,
+        "virtual_pipeline_model_parallel_size": virtual_stages,
+        "expert_model_parallel_size": topology.ep,
+        "expert_tensor_parallel_size": topology.etp,
+    }

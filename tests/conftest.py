@@ -1,0 +1,85 @@
+"""Small real checkpoints, written by transformers, and Megatron's parallel state of one rank."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+# Nothing is a power of two, and the vocabulary is odd.
+SIZES = {
+    "vocab_size": 523,
+    "hidden_size": 160,
+    "intermediate_size": 224,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 48,
+    "max_position_embeddings": 128,
+}
+MOE_SIZES = {
+    **SIZES,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+}
+
+
+def _fill(model: PreTrainedModel, seed: int) -> None:
+    """Random weights that keep activations near 1, and norm weights that are not 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+
+
+def _save(model: PreTrainedModel, directory: Path) -> Path:
+    _fill(model, seed=20)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE in bf16: 2 layers, 8 experts, 2 of them for a token."""
+    return _save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE_SIZES)), tmp_path_factory.mktemp("qwen3_moe"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_mixed_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE in bf16 with 4 layers, the second of them dense, in shards of at most 400 kB."""
+    config = Qwen3MoeConfig(**{**MOE_SIZES, "num_hidden_layers": 4}, mlp_only_layers=[1])
+    model = Qwen3MoeForCausalLM(config)
+    directory = tmp_path_factory.mktemp("qwen3_mixed")
+    _fill(model, seed=21)
+    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="400KB")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense Qwen3 in bf16 with an output layer of its own."""
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False))
+    return _save(model, tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense Qwen3 in bf16 whose output layer is its embedding."""
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
+    return _save(model, tmp_path_factory.mktemp("qwen3_tied"))
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    """Megatron's parallel state of one rank; a test must not leave one behind for the next."""
+    from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+
+    initialize_parallel()
+    yield
+    destroy_parallel()
