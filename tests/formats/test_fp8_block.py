@@ -10,7 +10,7 @@ BLOCK = 128
 BLOCK_SIZES = {-1: BLOCK, -2: BLOCK}
 SMALLEST_NORMAL = 2.0**-126
 FORMAT = FP8Block()
-SHAPES = [(128, 128), (256, 384), (384, 1024)]
+SHAPES = [(128, 128), (256, 384), (384, 896)]
 
 
 def block_by_block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
