@@ -8,6 +8,7 @@ import torch
 
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.mappings.base import ParamKey, WeightMapping
+from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import Shard
 
 
@@ -18,7 +19,8 @@ class QuantizerState:
     Attributes:
         name: The quantizer's name in the model, for messages.
         num_bits: (exponent, mantissa) of a float format, or a number of integer bits.
-        block_sizes: Axis to block size, such as {-1: 16}; empty for one scale a tensor.
+        block_sizes: (axis, block size) pairs, such as ((-1, 16),); empty for one scale a tensor.
+        scale_bits: (exponent, mantissa) of the block scales; None where they stay FP32.
         dynamic_blocks: Whether the block scales are made when a tensor is quantized, not in calibration.
         axis: Axes with a scale of their own; None for one scale a tensor.
         amax: Largest |value| seen in calibration, over all blocks if it has blocks; None if not calibrated.
@@ -28,6 +30,7 @@ class QuantizerState:
     name: str
     num_bits: int | tuple[int, int]
     block_sizes: tuple[tuple[int, int], ...] = ()
+    scale_bits: tuple[int, int] | None = None
     dynamic_blocks: bool = False
     axis: int | tuple[int, ...] | None = None
     amax: float | None = None
@@ -111,6 +114,7 @@ class ExportPlan:
     """The waist of an export: everything that will be written is known here, and nothing has been yet.
 
     Attributes:
+        dims: Sizes of the model, for the layouts.
         exclude_modules: Hugging Face names of the linear modules that stay unquantized.
         quant_config: None for an export without quantization.
         shards: Names of the tensors of each file, in writing order.
@@ -118,6 +122,7 @@ class ExportPlan:
     """
 
     tasks: tuple[ExportTask, ...]
+    dims: ModelDimensions
     exclude_modules: tuple[str, ...]
     quant_config: QuantConfig | None
     shards: tuple[tuple[str, ...], ...]

@@ -19,7 +19,7 @@ _NOT_COPIED_NAMES = {CONFIG_NAME, QUANT_CONFIG_NAME}
 
 
 def write_configs(source: Path, destination: Path, dtype: torch.dtype, quant_config: QuantConfig | None) -> None:
-    """Writes config.json (the source's, with the type of plain tensors and the quantization) and hf_quant_config.json."""
+    """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization."""
     config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     # transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree.
     spelled = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}

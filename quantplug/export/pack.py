@@ -17,7 +17,7 @@ _NONFINITE = Kind(
 )
 _OVERFLOW = Kind(
     WeightError,
-    "Weights do not fit the type they are written in.",
+    "Weights overflow the type they are written in.",
     "Export with dtype=torch.bfloat16 or torch.float32.",
 )
 _ZERO_AMAX = Kind(
@@ -27,7 +27,7 @@ _ZERO_AMAX = Kind(
 )
 
 
-def scan_weights(plan: ExportPlan, dims: ModelDimensions, rank: int, progress: Progress) -> None:
+def scan_weights(plan: ExportPlan, rank: int, progress: Progress) -> None:
     """Looks at every weight once, before anything is written.
 
     Raises:
@@ -36,14 +36,14 @@ def scan_weights(plan: ExportPlan, dims: ModelDimensions, rank: int, progress: P
     """
     findings = Findings(rank)
     for done, task in enumerate(plan.tasks, start=1):
-        _scan(task, dims, findings)
+        _scan(task, plan.dims, findings)
         progress("Checking weights", done, len(plan.tasks))
     findings.raise_if_any()
 
 
 def _scan(task: ExportTask, dims: ModelDimensions, findings: Findings) -> None:
     key = task.source.key
-    weight = task.source.load().detach()
+    weight = task.source.load()
     # Padding rows are never written, so what they hold does not matter.
     parts = task.mapping.layout.split(weight, dims)
     for part in parts:
@@ -58,10 +58,11 @@ def _scan(task: ExportTask, dims: ModelDimensions, findings: Findings) -> None:
 
 def pack_task(task: ExportTask, dims: ModelDimensions) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors that one weight becomes on disk, on the CPU, in the order of `task.outputs`."""
-    weight = task.source.load().detach()
+    weight = task.source.load()
     for output, part in zip(task.outputs, task.mapping.layout.split(weight, dims), strict=True):
         if task.format is None:
-            tensors = [part.to(task.dtype)]
+            # A copy: parts may be views of one live weight, which safetensors does not write twice.
+            tensors = [part.to(task.dtype, copy=True)]
         else:
             tensors = _packed(part, task.format, task.amax, task.input_amax)
         yield from _named(output, tensors)

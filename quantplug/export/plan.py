@@ -1,7 +1,7 @@
 """The plan of an export: pure, without tensor data.
 
-Whatever can be wrong by name, shape, calibration or setting is raised here, all of it at once, before anything is packed
-or written.
+Whatever can be wrong by name, shape, calibration or setting is raised here, all of it at once, before anything is
+packed or written.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from quantplug.export.base import ExportPlan, ExportTask, PartOutput, QuantConfi
 from quantplug.export.coverage import match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.findings import Findings
-from quantplug.export.quantizers import check_quantizers
+from quantplug.export.quantizers import check_calibrated, check_quantizers
 from quantplug.export.scheme import Scheme
 from quantplug.formats import TensorSpec
 from quantplug.mappings.base import Family, Role, WeightMapping
@@ -35,6 +35,7 @@ class ExportRequest:
         max_shard_size: Largest size of one file in bytes; a larger tensor gets a file of its own.
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
+        calibrated: Whether calibration is over; before it, no amax is asked for.
         rank: Global rank, for messages.
     """
 
@@ -44,6 +45,7 @@ class ExportRequest:
     max_shard_size: int = MAX_SHARD_SIZE
     reference: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     unclaimed: Sequence[str] = ()
+    calibrated: bool = True
     rank: int = 0
 
 
@@ -61,6 +63,8 @@ def build_plan(refs: Iterable[WeightRef], family: Family, dims: ModelDimensions,
     shapes = {ref.key: part_shapes(ref, mapping, dims, request.reference, findings) for ref, mapping in mapped}
     findings.raise_if_any()
     scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
+    if request.calibrated:
+        check_calibrated(mapped, findings)
     findings.raise_if_any()
 
     dialect = dialect_for(scheme) if scheme else None
@@ -69,7 +73,7 @@ def build_plan(refs: Iterable[WeightRef], family: Family, dims: ModelDimensions,
     quant_config = dialect.config(excluded) if dialect else None
     specs = [spec for task in tasks for part in task.outputs for spec in part.tensors]
     shards = _cut_into_shards(specs, request.max_shard_size)
-    return ExportPlan(tasks, excluded, quant_config, shards, _digest(tasks, quant_config, shards))
+    return ExportPlan(tasks, dims, excluded, quant_config, shards, _digest(tasks, quant_config, shards))
 
 
 def _task(

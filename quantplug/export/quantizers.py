@@ -63,10 +63,24 @@ def check_quantizers(
         if scheme is not None:
             by_scheme.setdefault(scheme, []).append(ref)
             _check_shapes(ref, scheme, shapes[ref.key], findings)
-            _check_calibrated(ref, findings)
     _check_experts(mapped, findings)
     _check_uniform(by_scheme, findings)
     return next(iter(by_scheme), None)
+
+
+def check_calibrated(mapped: Mapped, findings: Findings) -> None:
+    """Every enabled quantizer has a usable amax.
+
+    A weight's may be 0 (an all-zero expert); an input's may not: served, a scale of 0 divides by zero.
+    """
+    for ref, _ in mapped:
+        for state, zero_allowed in ((ref.weight, True), (ref.activation, False)):
+            if state is None:
+                continue
+            if state.amax is None:
+                findings.add(_UNCALIBRATED, state.name, "has no amax", ref.key.expert)
+            elif not math.isfinite(state.amax) or state.amax < 0 or (state.amax == 0 and not zero_allowed):
+                findings.add(_UNCALIBRATED, state.name, f"has amax {state.amax}", ref.key.expert)
 
 
 def _scheme(ref: WeightRef, weight: QuantizerState, findings: Findings) -> Scheme | None:
@@ -83,19 +97,6 @@ def _check_shapes(ref: WeightRef, scheme: Scheme, shapes: tuple[tuple[int, ...],
         problem = scheme.weight.problem(shape)
         if problem is not None:
             findings.add(_DIVISOR, ref.key.name, f"{scheme.weight.name}: {problem}", ref.key.expert)
-
-
-def _check_calibrated(ref: WeightRef, findings: Findings) -> None:
-    """A weight's amax may be 0 (an all-zero expert); an input's may not: served, a scale of 0 divides by zero."""
-    states = ((ref.weight, True), (ref.activation, False))
-    for state, zero_allowed in states:
-        if state is None:
-            continue
-        amax = state.amax
-        if amax is None:
-            findings.add(_UNCALIBRATED, state.name, "has no amax", ref.key.expert)
-        elif not math.isfinite(amax) or amax < 0 or (amax == 0 and not zero_allowed):
-            findings.add(_UNCALIBRATED, state.name, f"has amax {amax}", ref.key.expert)
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:

@@ -27,11 +27,12 @@ class Scheme:
 class _Settings:
     num_bits: int | tuple[int, int]
     block_sizes: tuple[tuple[int, int], ...] = ()
+    scale_bits: tuple[int, int] | None = None
     dynamic_blocks: bool = False
 
 
 _FORMATS: dict[_Settings, WeightFormat] = {
-    _Settings((2, 1), ((-1, 16),), dynamic_blocks=True): NVFP4(),
+    _Settings((2, 1), ((-1, 16),), scale_bits=(4, 3), dynamic_blocks=True): NVFP4(),
     _Settings((4, 3)): FP8(),
     _Settings((4, 3), ((-2, 128), (-1, 128))): FP8Block(),
 }
@@ -42,7 +43,7 @@ def weight_format(state: QuantizerState) -> WeightFormat | None:
     # ModelOpt's calibration gives a block quantizer the axes of its blocks; without blocks an axis means channels.
     if state.unsupported or (state.axis is not None and not state.block_sizes):
         return None
-    return _FORMATS.get(_Settings(state.num_bits, state.block_sizes, state.dynamic_blocks))
+    return _FORMATS.get(_Settings(state.num_bits, state.block_sizes, state.scale_bits, state.dynamic_blocks))
 
 
 def problem(weight: QuantizerState, activation: QuantizerState | None) -> str | None:
@@ -61,7 +62,8 @@ def describe(state: QuantizerState) -> str:
     """A quantizer's settings in a few words."""
     words = [f"num_bits={state.num_bits}"]
     if state.block_sizes:
-        words.append(f"block_sizes={dict(state.block_sizes)}{' dynamic' if state.dynamic_blocks else ''}")
+        kind = "dynamic" if state.dynamic_blocks else "static"
+        words.append(f"{kind} block_sizes={dict(state.block_sizes)} with scale_bits={state.scale_bits}")
     elif state.axis is not None:
         words.append(f"axis={state.axis}")
     return ", ".join([*words, *state.unsupported])

@@ -1,7 +1,7 @@
 """A directory that appears whole or not at all.
 
-Everything is written into a hidden sibling of the export directory; each file is synced to disk, and one rename makes the
-directory visible. Whatever fails before leaves nothing behind.
+Everything is written into a hidden sibling of the export directory; each file is synced to disk, and one rename makes
+the directory visible. Whatever fails before leaves nothing behind.
 """
 
 import json
@@ -44,7 +44,7 @@ def staged_directory(export_dir: Path) -> Iterator[Path]:
         yield staging
         staging.chmod(0o777 & ~_umask())
         sync_directory(staging)
-        os.replace(staging, export_dir)
+        staging.replace(export_dir)
         sync_directory(export_dir.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -95,7 +95,6 @@ class SafetensorsSink:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = self._expected[name]
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"{name} is not as planned"
-        # A view of a live parameter must not tie the file to what the model does next.
         self._pending[name] = tensor
         if len(self._pending) == len(self._shards[self._shard]):
             self._flush()

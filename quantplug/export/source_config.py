@@ -1,0 +1,85 @@
+"""The config.json of a Hugging Face checkpoint: all that an export reads of its source."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from quantplug.errors import Offender, SourceError
+from quantplug.mappings.families import find_family
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The config of a checkpoint directory.
+
+    Attributes:
+        architecture: `architectures[0]`.
+        quantization: What it says of an earlier quantization, None if nothing.
+        values: All settings, with the defaults of the architecture filled in as transformers does.
+    """
+
+    directory: Path
+    architecture: str
+    quantization: dict[str, Any] | None
+    values: dict[str, Any]
+
+
+def read_source_config(directory: Path, trust_remote_code: bool = False) -> SourceConfig:
+    """Reads config.json.
+
+    Raises:
+        SourceError: There is none, or it is damaged, names no architecture, or transformers cannot read it.
+        UnsupportedModelError: Its architecture is not one we convert.
+    """
+    raw = _read_json(directory)
+    architectures = raw.get("architectures") or []
+    if not architectures:
+        raise config_error(directory, "names no architecture")
+    find_family(str(architectures[0]))  # Before transformers, whose error would not list what we support.
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise config_error(directory, str(error).strip().splitlines()[0]) from error
+    return SourceConfig(directory, str(architectures[0]), raw.get("quantization_config"), dict(config.to_dict()))
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise config_error(directory, "does not exist") from error
+    except ValueError as error:
+        raise config_error(directory, f"is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise config_error(directory, "is not a JSON object")
+    return config
+
+
+def config_error(directory: Path, reason: str) -> SourceError:
+    return SourceError(
+        "The config of the source checkpoint cannot be used.",
+        [Offender(str(directory / CONFIG_FILE), reason)],
+        "Pass a directory that save_pretrained wrote.",
+    )
+
+
+def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that lie beside the config, by name; empty where no weights do."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise SourceError(
+                "A file of the source checkpoint is damaged.",
+                [Offender(str(path), str(error))],
+                "Fetch or save it again; an export needs only the config and the tokenizer, so it may also be removed.",
+            ) from error
+    return shapes
