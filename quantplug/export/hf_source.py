@@ -4,20 +4,17 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from quantplug.errors import Offender, SourceError
 
-CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -37,16 +34,18 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-# What is fetched of a hub model: weights, configuration, tokenizer, and modelling code for trust_remote_code.
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+# What is fetched of a hub model: configuration, tokenizer, modelling code for trust_remote_code, and the weights.
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_WEIGHT_FILES = ("*.safetensors",)
 
 
-def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None) -> Path:
+def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None, *, weights: bool = True) -> Path:
     """The local directory of a checkpoint: the given one, or the snapshot of a model of the Hugging Face hub.
 
     Args:
         name_or_path: A directory, or the id of a hub model (`owner/name`).
         cache_dir: Where hub models are kept; None for Hugging Face's own cache.
+        weights: Whether the weights of a hub model are fetched, or only its configuration and tokenizer.
 
     Raises:
         SourceError: There is no such directory, and the hub gives no such model.
@@ -61,8 +60,9 @@ def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None
             [Offender(name, "is a file" if path.exists() else "does not exist")],
             "Pass the directory that save_pretrained wrote, or the id of a hub model.",
         )
+    files = [*_SIDE_FILES, *(_WEIGHT_FILES if weights else ())]
     try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise SourceError(
             "The source checkpoint is neither a local directory nor a hub model that can be fetched.",
@@ -91,16 +91,13 @@ class HFCheckpoint:
 
     Args:
         directory: What `resolve_source` gave.
-        trust_remote_code: Whether transformers may run code from the directory to read its config.
 
     Raises:
-        SourceError: config.json or the safetensors are missing, incomplete or damaged; names every file.
+        SourceError: The safetensors are missing, incomplete or damaged; names every file.
     """
 
-    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._trust_remote_code = trust_remote_code
-        self._raw_config = self._read_config()
         self._files: dict[str, safe_open] = self._open_files()
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
 
@@ -112,58 +109,10 @@ class HFCheckpoint:
     ) -> None:
         self._files.clear()  # The maps go with the last reference to them.
 
-    @property
-    def architecture(self) -> str:
-        """`architectures[0]` of config.json.
-
-        Raises:
-            SourceError: It names none.
-        """
-        architectures = self._raw_config.get("architectures") or []
-        if not architectures:
-            raise self._config_error("names no architecture")
-        return str(architectures[0])
-
-    @property
-    def quantization_config(self) -> Mapping[str, Any] | None:
-        """What config.json says of an earlier quantization."""
-        return self._raw_config.get("quantization_config")
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The config with the defaults of its architecture filled in, as transformers reads it.
-
-        Raises:
-            SourceError: transformers cannot read it.
-        """
-        try:
-            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self._trust_remote_code)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise self._config_error(str(error).strip().splitlines()[0]) from error
-        return dict(config.to_dict())
-
     def read(self, name: str, start: int | None = None, stop: int | None = None, dim: int = 0) -> torch.Tensor:
         """A tensor on CPU, whole, or only what lies from `start` to `stop` of one dimension."""
         view = self._files[self.tensors[name].file].get_slice(name)
         return view[(*[slice(None)] * dim, slice(start, stop))] if self.tensors[name].shape else view[...]
-
-    def _config_error(self, reason: str) -> SourceError:
-        return SourceError(
-            "The config of the source checkpoint cannot be used.",
-            [Offender(str(self.directory / CONFIG_FILE), reason)],
-            "Pass a directory that save_pretrained wrote.",
-        )
-
-    def _read_config(self) -> dict[str, Any]:
-        try:
-            config = json.loads((self.directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise self._config_error("does not exist") from error
-        except ValueError as error:
-            raise self._config_error(f"is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise self._config_error("is not a JSON object")
-        return config
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name to file, as the index says it; None for a single file."""

@@ -10,6 +10,7 @@ from quantplug.export.base import Progress
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
 from quantplug.export.import_plan import ImportTask, add_unused, part_bounds, plan_import
+from quantplug.export.source_config import CONFIG_FILE, SourceConfig, read_source_config
 from quantplug.mappings.base import Family, Role
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
@@ -48,33 +49,30 @@ def import_mcore_gpt_from_hf(
         ShapeError: Shapes do not agree, the number of experts among them.
         TopologyError: Megatron is not initialized, or the query groups do not divide over the TP ranks.
     """
-    with all_or_none(lambda: _open(pretrained_model_path, workspace_dir, trust_remote_code)) as source:
-        family, dims, tied = all_or_none(lambda: _read_config(source))
-        parameters = all_or_none(lambda: tuple(iter_parameters(model)))
-        tasks = _plan(parameters, source, family, dims, tied)
+    config = all_or_none(lambda: _read_config(pretrained_model_path, workspace_dir, trust_remote_code))
+    family = find_family(config.architecture)
+    dims = family.dimensions(config.values)
+    parameters = all_or_none(lambda: tuple(iter_parameters(model)))
+    with all_or_none(lambda: HFCheckpoint(config.directory)) as source:
+        tasks = _plan(parameters, source, family, dims, bool(config.values.get("tie_word_embeddings", False)))
         for done, task in enumerate(tasks, start=1):
             _fill(task, source, dims, (moe_router_dtype or dtype) if task.mapping.role is Role.ROUTER else dtype)
             if progress is not None:
                 progress("import", done, len(tasks))
 
 
-def _open(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> HFCheckpoint:
-    source = HFCheckpoint(resolve_source(name_or_path, cache_dir), trust_remote_code)
-    if source.quantization_config is not None:
-        method = source.quantization_config.get("quant_method") or source.quantization_config.get("quant_algo")
+def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> SourceConfig:
+    config = read_source_config(resolve_source(name_or_path, cache_dir), trust_remote_code)
+    # Refuses settings that a Megatron model cannot have been built with.
+    find_family(config.architecture).megatron_config(config.values)
+    if config.quantization is not None:
+        method = config.quantization.get("quant_method") or config.quantization.get("quant_algo")
         raise SourceError(
             "The source checkpoint is quantized already.",
-            [Offender(str(source.directory), f"config.json has a quantization_config ({method})")],
+            [Offender(str(config.directory / CONFIG_FILE), f"has a quantization_config ({method})")],
             "Import the checkpoint that it was quantized from.",
         )
-    return source
-
-
-def _read_config(source: HFCheckpoint) -> tuple[Family, ModelDimensions, bool]:
-    family = find_family(source.architecture)
-    config = source.config
-    family.megatron_config(config)  # Refuses settings that a Megatron model cannot have been built with.
-    return family, family.dimensions(config), bool(config.get("tie_word_embeddings", False))
+    return config
 
 
 def _plan(

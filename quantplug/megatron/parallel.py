@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from quantplug.errors import Offender, TopologyError
 from quantplug.megatron.cpu import has_cuda
@@ -112,4 +113,4 @@ def _initialize_process_group(backend: str) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:  # A plain `python script.py`: one rank, and no port taken.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -9,7 +9,7 @@ weights, and it hides the parallelism of experts from TE (`explicit_expert_comm`
 row parallel ones too, as cut along dimension 0 (megatron.core.extensions.transformer_engine; TE's `GroupedLinear`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,7 +147,7 @@ def _own_weights(module: torch.nn.Module, place: _Place) -> Iterator[tuple[str, 
         yield name, tensor, place.child(name)
 
 
-def _grouped_weights(own: dict[str, torch.Tensor], place: _Place) -> Iterator[tuple[str, torch.Tensor, _Place]]:
+def _grouped_weights(own: Mapping[str, torch.Tensor], place: _Place) -> Iterator[tuple[str, torch.Tensor, _Place]]:
     """A grouped linear names the tensors of its local experts weight0, weight1, ..., and bias0, ..."""
     for kind in ("weight", "bias"):
         for index, expert in enumerate(place.experts):

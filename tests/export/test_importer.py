@@ -214,6 +214,14 @@ def test_quantized_source_is_refused(tiny_qwen3_dir, tmp_path):
 
 
 def test_unsupported_architecture_lists_the_supported(tiny_qwen3_dir, tmp_path):
-    directory = copy_with(tiny_qwen3_dir, tmp_path / "model", architectures=["MambaForCausalLM"])
+    directory = copy_with(tiny_qwen3_dir, tmp_path / "model", architectures=["NoSuchForCausalLM"], model_type="no_such")
     with pytest.raises(UnsupportedModelError, match="Qwen3MoeForCausalLM"):
         import_mcore_gpt_from_hf(build(tiny_qwen3_dir), directory)
+
+
+def test_setting_that_megatron_computes_otherwise(tiny_qwen3_dir, tmp_path):
+    directory = copy_with(tiny_qwen3_dir, tmp_path / "model", attention_bias=True)
+    model = build(tiny_qwen3_dir)
+    with pytest.raises(UnsupportedModelError, match="attention_bias"):
+        import_mcore_gpt_from_hf(model, directory)
+    assert_untouched(model)
