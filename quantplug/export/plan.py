@@ -69,7 +69,7 @@ def build_plan(refs: Iterable[WeightRef], family: Family, dims: ModelDimensions,
 
     dialect = dialect_for(scheme) if scheme else None
     tasks = tuple(_task(ref, mapping, shapes[ref.key], scheme, dialect, request) for ref, mapping in mapped)
-    excluded = _excluded_modules(tasks, family)
+    excluded = _excluded_modules(tasks, family) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
     specs = [spec for task in tasks for part in task.outputs for spec in part.tensors]
     shards = _cut_into_shards(specs, request.max_shard_size)
