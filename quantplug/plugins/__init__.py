@@ -1,0 +1,54 @@
+"""`import quantplug.plugins` replaces ModelOpt's wrappers of grouped Transformer Engine layers by ours.
+
+After it `mtq.quantize`, `mto.restore` and Megatron's checkpoints work on mixture-of-experts models as they do on dense
+ones. `quantplug.plugins.transformer_engine` and `quantplug.plugins.megatron` say which module has whose wrapper, and why.
+Importing twice, or calling `register` again, changes nothing.
+"""
+
+from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
+from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
+from torch import nn
+from transformer_engine.pytorch import GroupedLinear
+
+from quantplug.plugins.megatron import (
+    QuantColumnParallelGroupedLinear,
+    QuantRowParallelGroupedLinear,
+    QuantTEGroupedMLP,
+)
+from quantplug.plugins.refusals import refuse_unsupported
+from quantplug.plugins.transformer_engine import QuantGroupedLinear
+
+__all__ = [
+    "WRAPPERS",
+    "QuantColumnParallelGroupedLinear",
+    "QuantGroupedLinear",
+    "QuantRowParallelGroupedLinear",
+    "QuantTEGroupedMLP",
+    "refuse_unsupported",
+    "register",
+]
+
+WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
+    GroupedLinear: ("te_GroupedLinear", QuantGroupedLinear),
+    TEColumnParallelGroupedLinear: ("megatron_TEColumnParallelGroupedLinear", QuantColumnParallelGroupedLinear),
+    TERowParallelGroupedLinear: ("megatron_TERowParallelGroupedLinear", QuantRowParallelGroupedLinear),
+    TEGroupedMLP: ("megatron_moe_TEGroupedMLP", QuantTEGroupedMLP),
+}
+"""Module class to ModelOpt's registry key for it, which configs name as `parent_class`, and our wrapper."""
+
+
+def register() -> None:
+    """Registers our wrappers with ModelOpt in place of its own, and our refusals ahead of every conversion."""
+    for module_class, (key, wrapper) in WRAPPERS.items():
+        registered = QuantModuleRegistry.get(module_class)
+        if registered is not None and issubclass(registered, wrapper):
+            continue
+        if registered is not None:
+            QuantModuleRegistry.unregister(module_class)
+        QuantModuleRegistry.register({module_class: key})(wrapper)
+    CUSTOM_MODEL_PLUGINS.add(refuse_unsupported)
+
+
+register()

@@ -1,0 +1,197 @@
+"""Quantized Megatron-Core modules: which are ours, and which are ModelOpt's knowingly.
+
+Ours, below:
+    TEColumnParallelGroupedLinear, TERowParallelGroupedLinear, TEGroupedMLP. In ModelOpt 0.47 the state of an expert's
+    quantizer has the dense layers' replica ids, shard axes that are right for two experts only, and settings by local
+    expert: `dist_checkpointing.save` refuses it, or what is loaded belongs to other experts.
+ModelOpt's, because one weight with one quantizer is sharded like any dense layer:
+    TELinear, TEColumnParallelLinear, TERowParallelLinear, TELayerNormColumnParallelLinear, and SequentialMLP with the
+    layers in it (one module an expert; it refuses TP with EP by itself).
+
+What a sharded checkpoint holds of an expert's quantizer is keyed by *global* layer and expert, as Megatron keys its
+weight: `decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight_quantizer._amax`. So a checkpoint saved at
+one (TP, EP, ETP, PP) loads at any other.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from modelopt.torch.utils.distributed import ParallelState
+
+from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.plugins import extra_state
+from quantplug.plugins.amax_state import ShardDim, block_size, require_whole_blocks, shard_axis
+from quantplug.plugins.refusals import refuse_unsupported
+from quantplug.plugins.transformer_engine import QuantGroupedLinear
+
+Offsets = tuple[tuple[int, int, int], ...]
+
+
+class QuantMegatronGroupedLinear(QuantGroupedLinear):
+    """Quantized grouped linear whose experts are spread over expert parallel ranks, and sharded over ETP.
+
+    Attributes:
+        shard_dim: The dimension of every weight that expert tensor parallelism shards.
+    """
+
+    shard_dim: ClassVar[ShardDim]
+
+    def _setup(self) -> None:
+        groups = self._pg_collection
+        self.parallel_state = ParallelState(groups.expt_dp, groups.expt_tp, groups.ep)
+        super()._setup()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """The experts' weights as Megatron shards them, and the state of every quantizer.
+
+        Raises:
+            ShapeError: Scale blocks straddle the shards of a weight.
+            UnsupportedQuantizationError: A quantizer has state that we cannot place among the ranks.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state |= self._activation_state(prefix, sharded_offsets, metadata)
+        for expert in range(self.num_gemms):
+            settings = state[f"{prefix}_extra_state{expert or ''}"]
+            settings.data = extra_state.of_expert(settings.data, expert)
+            state |= self._expert_state(expert, prefix, sharded_offsets, metadata)
+        return state
+
+    def _activation_state(self, prefix: str, offsets: Offsets, metadata: dict[str, Any]) -> ShardedStateDict:
+        """The input and output quantizers': the same on every rank that has this layer."""
+        tensors = {
+            f"{name}.{key}": value
+            for name in ("input_quantizer", "output_quantizer")
+            for key, value in self.get_submodule(name).state_dict(keep_vars=True).items()
+        }
+        _require_scalar_amax(prefix, tensors)
+        return make_sharded_tensors_for_checkpoint(
+            tensors,
+            prefix,
+            sharded_offsets=offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+    def _expert_state(self, expert: int, prefix: str, offsets: Offsets, metadata: dict[str, Any]) -> ShardedStateDict:
+        """One local expert's weight quantizer, placed as its weight is: by global expert, and sharded over ETP."""
+        groups = self._pg_collection
+        weight, quantizer = self.get_parameter(f"weight{expert}"), self.weight_quantizer[expert]
+        axes = self._shard_axes(f"{prefix}weight_quantizer.{expert}", quantizer, weight)
+        local = {f"weight_quantizer.{key}": value for key, value in quantizer.state_dict(keep_vars=True).items()}
+        global_expert = groups.ep.rank() * self.num_gemms + expert
+        if metadata.get("singleton_local_shards", False):
+            key_prefix = f"{global_expert}.{prefix}"
+        else:
+            key_prefix = prefix
+            offsets = (*offsets, (len(offsets), global_expert, groups.ep.size() * self.num_gemms))
+        sharded = make_sharded_tensors_for_checkpoint(
+            local,
+            "",
+            {f"weight_quantizer.{key}": axis for key, axis in axes.items() if axis is not None},
+            offsets,
+            tp_group=groups.expt_tp,
+            dp_cp_group=groups.expt_dp,
+        )
+        replace_prefix_for_sharding(sharded, "", key_prefix)
+        own = f"{prefix}weight_quantizer.{expert}."
+        return {own + key.removeprefix("weight_quantizer."): value for key, value in sharded.items()}
+
+    def _shard_axes(self, name: str, quantizer: torch.nn.Module, weight: torch.Tensor) -> dict[str, int | None]:
+        """Buffer name to the axis along which it is sharded over ETP; None: replicated."""
+        axes: dict[str, int | None] = {}
+        size = self._pg_collection.expt_tp.size()
+        for path, leaf in quantizer.named_modules():
+            if not isinstance(leaf, TensorQuantizer):
+                continue
+            for key, value in leaf.state_dict().items():
+                full = f"{path}.{key}" if path else key
+                if key != "_amax":
+                    raise _unplaceable(f"{name}.{full}")
+                axes[full] = shard_axis(f"{name}.{full}", leaf, value, weight, self.shard_dim, size)
+        return axes
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Puts the experts' settings together before TE's hook sees them: it takes them for its own FP8 state."""
+        keys = [f"{prefix}_extra_state{expert or ''}" for expert in range(self.num_gemms)]
+        if len(keys) > 1 and all(key in state_dict for key in keys):
+            state_dict[keys[0]] = extra_state.of_module([state_dict.pop(key) for key in keys])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class QuantColumnParallelGroupedLinear(QuantMegatronGroupedLinear):
+    """Quantized TEColumnParallelGroupedLinear: ETP shards the rows (out_features) of every weight."""
+
+    shard_dim = ShardDim.OUT
+    _is_column_parallel = True  # ModelOpt's amax reductions ask for this name.
+
+
+class QuantRowParallelGroupedLinear(QuantMegatronGroupedLinear):
+    """Quantized TERowParallelGroupedLinear: ETP shards the columns (in_features) of every weight."""
+
+    shard_dim = ShardDim.IN
+    _is_row_parallel = True  # ModelOpt's amax reductions ask for this name.
+
+
+class QuantTEGroupedMLP(QuantModule):
+    """Quantized TEGroupedMLP: every expert has a key of its own, and a block amax of gate and up rows is split in two."""
+
+    def _setup(self) -> None:
+        refuse_unsupported(self)
+        groups = self.linear_fc1._pg_collection
+        self.parallel_state = ParallelState(groups.expt_dp, groups.expt_tp, groups.ep)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Megatron's own, with every expert a key of its own (`singleton_local_shards`), as in ModelOpt's checkpoints.
+
+        Raises:
+            ShapeError: Scale blocks straddle the shards of a weight, or a shard's gate and up.
+        """
+        metadata = {**(metadata or {}), "singleton_local_shards": True}
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if not self.config.gated_linear_unit:
+            return state
+        for expert, quantizer in enumerate(self.linear_fc1.weight_quantizer):
+            for path, leaf in quantizer.named_modules():
+                name = ".".join(filter(None, (f"{prefix}linear_fc1.weight_quantizer.{expert}", path, "_amax")))
+                if isinstance(leaf, TensorQuantizer) and name in state and self._is_split(name, leaf, state[name]):
+                    state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets, True)
+        return state
+
+    def _is_split(self, name: str, quantizer: TensorQuantizer, amax: ShardedTensor) -> bool:
+        """Whether this amax [N/b, 1, K/b, 1] is of gate rows above up rows, each a whole number of blocks.
+
+        Where one block has rows of both (a width that does not divide), no ETP but 1 can hold it, and it stays whole.
+        """
+        if amax.data.ndim != 4:
+            return False
+        if self.config.moe_ffn_hidden_size % block_size(quantizer, ShardDim.OUT):
+            return False
+        shard_rows = self.config.moe_ffn_hidden_size // self.tp_group.size()
+        require_whole_blocks(name, quantizer, shard_rows, ShardDim.OUT)
+        return True
+
+
+def _require_scalar_amax(prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    for name, value in tensors.items():
+        if not name.endswith("._amax") or value.numel() != 1:
+            raise _unplaceable(f"{prefix}{name}")
+
+
+def _unplaceable(name: str) -> UnsupportedQuantizationError:
+    return UnsupportedQuantizationError(
+        "A quantizer has state that we cannot place among the ranks of a sharded checkpoint.",
+        [Offender(name, "is not an amax of a weight, or a per-tensor amax of an input or output")],
+        "Use a max-calibrated FP8 or NVFP4 config (no pre-quant scale, bias or static block scales).",
+    )

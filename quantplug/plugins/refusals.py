@@ -1,0 +1,116 @@
+"""What our wrappers cannot quantize right, refused before calibration: each setting by its name, with the way out.
+
+ModelOpt runs `refuse_unsupported` on the whole model before it converts the first module, so that all offenders are
+named at once and the model is left as it was.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron.core.extensions.transformer_engine import TEFusedMLP
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from torch import nn
+from transformer_engine.pytorch import GroupedLinear
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+from quantplug.errors import Offender, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One setting that we refuse.
+
+    Attributes:
+        setting: Name of the setting as its owner spells it.
+        reason: What would go wrong.
+        remedy: The way out.
+        applies: Whether a module has it on.
+    """
+
+    setting: str
+    reason: str
+    remedy: str
+    applies: Callable[[nn.Module], bool]
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Refuses a model with settings that our wrappers cannot quantize right.
+
+    Raises:
+        UnsupportedModelError: Names every module with such a setting, the setting, and the way out of each.
+    """
+    refuse_autocast()
+    offenders: list[Offender] = []
+    remedies: list[str] = []
+    for name, module in model.named_modules():
+        for refusal in REFUSALS:
+            if refusal.applies(module):
+                offenders.append(Offender(f"{name or type(module).__name__}: {refusal.setting}", refusal.reason))
+                remedies.append(refusal.remedy)
+    if offenders:
+        raise UnsupportedModelError(
+            "This model has settings under which its weights cannot be quantized right.",
+            offenders,
+            "; ".join(dict.fromkeys(remedies)) + ".",
+        )
+
+
+def refuse_autocast() -> None:
+    """Refuses to quantize, or to run a quantized module, while TE quantizes on its own.
+
+    Raises:
+        UnsupportedModelError: TE's autocast is active.
+    """
+    if FP8GlobalStateManager.is_fp8_enabled():
+        raise UnsupportedModelError(
+            "Transformer Engine's own quantization is active.",
+            [Offender("te.pytorch.autocast", "would quantize once more what ModelOpt's quantizers have quantized")],
+            "Leave te.pytorch.autocast (fp8_autocast) before you quantize or run this model.",
+        )
+
+
+def _config_is_on(setting: str) -> Callable[[nn.Module], bool]:
+    def applies(module: nn.Module) -> bool:
+        return isinstance(module, TEGroupedMLP) and bool(_settings(module).get(setting))
+
+    return applies
+
+
+def _settings(module: TEGroupedMLP) -> Mapping[str, object]:
+    """The TransformerConfig by name: a Megatron-Core that lacks a setting cannot have it on."""
+    return vars(module.config)
+
+
+REFUSALS = (
+    Refusal(
+        setting="single_grouped_weight",
+        reason="all experts' weights are one packed parameter; there is no weight{i} to quantize on its own",
+        remedy="build GroupedLinear with single_grouped_weight=False (unset NVTE_GROUPED_LINEAR_SINGLE_PARAM)",
+        applies=lambda module: isinstance(module, GroupedLinear) and module.single_grouped_weight,
+    ),
+    Refusal(
+        setting="fp8_model_init",
+        reason="its primary weights are already FP8; the weights to calibrate on are gone",
+        remedy="build the model outside te.pytorch.fp8_model_init (quantized_model_init)",
+        applies=lambda module: isinstance(module, TransformerEngineBaseModule) and module.primary_weights_in_fp8,
+    ),
+    Refusal(
+        setting="use_te_op_fuser",
+        reason="the fused ops take the raw weights past every quantizer",
+        remedy="build the layer spec with use_te_op_fuser=False",
+        applies=lambda module: isinstance(module, TEFusedMLP),
+    ),
+    Refusal(
+        setting="use_transformer_engine_op_fuser",
+        reason="the fused ops take the raw weights past every quantizer",
+        remedy="set TransformerConfig.use_transformer_engine_op_fuser=False",
+        applies=_config_is_on("use_transformer_engine_op_fuser"),
+    ),
+    Refusal(
+        setting="moe_mlp_glu_interleave_size",
+        reason="gate and up rows are interleaved, where quantization and export take gate rows first, then up rows",
+        remedy="set TransformerConfig.moe_mlp_glu_interleave_size=None",
+        applies=_config_is_on("moe_mlp_glu_interleave_size"),
+    ),
+)
