@@ -1,0 +1,73 @@
+"""The "Quantization Statistics" table as text: on a wide terminal, on a narrow one, and in a pipe."""
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+
+TITLE = "Quantization Statistics"
+# Below this width, folding a name into what the other columns leave makes it unreadable.
+LEAST_NAME_WIDTH = 24
+
+_STYLES = {Source.MISSING: "bold red", Source.DISABLED: "dim", Source.DYNAMIC: "dim"}
+
+
+def print_statistics(table: CalibrationTable, console: Console) -> None:
+    """Prints the table so that every name can be read in full.
+
+    In a pipe a row is a line, and `console` is made as wide as that takes. On a terminal long names fold; on a narrow
+    one the numbers go below them.
+    """
+    wide = wide_table(table)
+    if not console.is_terminal:
+        console.width = Measurement.get(console, console.options.update(max_width=10_000), wide).maximum
+    least = Measurement.get(console, console.options, wide_table(CalibrationTable(()))).minimum + LEAST_NAME_WIDTH
+    console.print(wide if console.width >= least else narrow_table(table))
+
+
+def wide_table(table: CalibrationTable) -> Table:
+    """One row for each quantizer."""
+    wide = Table(title=TITLE, caption=summary(table), box=box.SIMPLE_HEAD)
+    wide.add_column("Parameter Name", overflow="fold")
+    wide.add_column("Expert", justify="right", no_wrap=True)
+    wide.add_column("Shape", no_wrap=True)
+    wide.add_column("Max Value", justify="right", no_wrap=True)
+    wide.add_column("Source", no_wrap=True)
+    for row in table.rows:
+        wide.add_row(row.parameter, _expert(row), str(row.shape), _amax(row), row.source.value, style=_style(row))
+    return wide
+
+
+def narrow_table(table: CalibrationTable) -> Table:
+    """Two rows for each quantizer: its name, and below it what the wide table has beside it."""
+    narrow = Table(title=TITLE, caption=summary(table), box=box.SIMPLE_HEAD)
+    narrow.add_column("Parameter Name / Expert / Shape / Max Value / Source", overflow="fold")
+    for row in table.rows:
+        expert = "" if row.expert is None else f"expert {row.expert}"
+        values = (expert, str(row.shape), _amax(row), row.source.value)
+        narrow.add_row(row.parameter, style=_style(row))
+        narrow.add_row("  " + "  ".join(filter(None, values)), style=_style(row))
+    return narrow
+
+
+def summary(table: CalibrationTable) -> str:
+    """How many quantizers there are of each source."""
+    counts = Counter(row.source for row in table.rows)
+    parts = [f"{counts[source]} {source.value}" for source in Source if counts[source]]
+    return f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
+
+
+def _expert(row: StatisticsRow) -> str:
+    return "" if row.expert is None else str(row.expert)
+
+
+def _amax(row: StatisticsRow) -> str:
+    return "-" if row.amax is None else f"{row.amax:.4e}"
+
+
+def _style(row: StatisticsRow) -> str:
+    return _STYLES.get(row.source, "")

@@ -1,0 +1,204 @@
+"""What calibration found: one row for each quantizer, as plain data that can be saved, merged over ranks and shown.
+
+Needs neither ModelOpt nor Megatron-Core; `collect` fills the table from a live model.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from quantplug.atomic import write_atomically
+from quantplug.errors import CalibrationError, Offender, SourceError
+from quantplug.mappings.base import ParamKey
+
+SCHEMA_VERSION = 1
+
+
+class Source(StrEnum):
+    """Where an amax comes from, or why there is none. Earlier members win when ranks are merged."""
+
+    MISSING = "missing"  # Enabled, and yet without an amax: an export refuses it.
+    WEIGHT = "weight"  # Exactly max|weight| of this weight.
+    CALIBRATED = "calibrated"  # From data, from a search, or reduced together with other tensors.
+    DYNAMIC = "dynamic"  # Computed anew in every forward, by the format's definition.
+    DISABLED = "disabled"  # Not quantized.
+
+
+HAS_AMAX = frozenset({Source.WEIGHT, Source.CALIBRATED})
+_PRECEDENCE = tuple(Source)
+
+
+@dataclass(frozen=True)
+class StatisticsRow:
+    """One quantizer.
+
+    Attributes:
+        key: The weight that is quantized; for an activation, the quantizer's own name in its place, such as
+            `decoder.layers.*.mlp.linear_fc1.input_quantizer`. Layer and expert are global ids.
+        shape: Shape of the whole weight, tensor parallel shards put together; of the amax for an activation.
+        amax: Largest of the quantizer's amax values, None without any.
+        source: Where the amax comes from, or why there is none.
+    """
+
+    key: ParamKey
+    shape: tuple[int, ...]
+    amax: float | None
+    source: Source
+
+    def __post_init__(self) -> None:
+        if (self.amax is not None) != (self.source in HAS_AMAX):
+            raise ValueError(f"{self.parameter}: amax {self.amax} does not go with source {self.source.value}")
+
+    @property
+    def parameter(self) -> str:
+        """The name with global ids filled in."""
+        return self.key.name
+
+    @property
+    def expert(self) -> int | None:
+        return self.key.expert
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """The rows of a model, or of what one rank holds of it: outside the layers first, then layer by layer."""
+
+    rows: tuple[StatisticsRow, ...]
+
+    @classmethod
+    def merged(cls, tables: Iterable["CalibrationTable"]) -> "CalibrationTable":
+        """One table of what several ranks hold: each quantizer once, with the largest amax that any rank has.
+
+        The order of the result does not depend on how layers and experts were spread over the ranks.
+
+        Raises:
+            CalibrationError: Ranks disagree on a weight's shape, or on whether it is quantized.
+        """
+        found: dict[ParamKey, list[StatisticsRow]] = {}
+        for table in tables:
+            for row in table.rows:
+                found.setdefault(row.key, []).append(row)
+        _check_agreement(found)
+        return cls(tuple(_ordered(_combined(rows) for rows in found.values())))
+
+    def to_json(self) -> str:
+        """The table as JSON text; an amax that is no finite number as "nan" or "inf"."""
+        document = {"schema_version": SCHEMA_VERSION, "rows": [_row_to_json(row) for row in self.rows]}
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "CalibrationTable":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            SourceError: The text is no such table, or of a newer schema; names every row that cannot be read.
+        """
+        rows: list[StatisticsRow] = []
+        offenders: list[Offender] = []
+        for index, entry in enumerate(_entries(text)):
+            try:
+                rows.append(_row_from_json(entry))
+            except (KeyError, TypeError, ValueError) as error:
+                offenders.append(Offender(f"rows[{index}]", f"{type(error).__name__}: {error}"))
+        if offenders:
+            raise _unreadable(offenders)
+        return cls(tuple(rows))
+
+    def save(self, path: Path | str) -> None:
+        """Writes the table to a file, complete or not at all."""
+        write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: Path | str) -> "CalibrationTable":
+        """Reads a saved table.
+
+        Raises:
+            SourceError: The file is missing, or holds no table.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unreadable([Offender(str(path), str(error))]) from error
+        return cls.from_json(text)
+
+
+def _check_agreement(found: Mapping[ParamKey, list[StatisticsRow]]) -> None:
+    offenders = []
+    for key, rows in found.items():
+        shapes = sorted({row.shape for row in rows})
+        if len(shapes) > 1:
+            offenders.append(Offender(key.name, f"has shapes {shapes}", key.expert))
+        if len({row.source is Source.DISABLED for row in rows}) > 1:
+            offenders.append(Offender(key.name, "is quantized on some ranks and not on others", key.expert))
+    if offenders:
+        raise CalibrationError(
+            "Ranks disagree on what they hold.", offenders, "Quantize the model with one config on all ranks."
+        )
+
+
+def _combined(rows: list[StatisticsRow]) -> StatisticsRow:
+    source = min((row.source for row in rows), key=_PRECEDENCE.index)
+    amaxes = [row.amax for row in rows if row.amax is not None]
+    # max() alone would lose a NaN that does not come first.
+    largest = math.nan if any(map(math.isnan, amaxes)) else max(amaxes, default=None)
+    return StatisticsRow(rows[0].key, rows[0].shape, largest if source in HAS_AMAX else None, source)
+
+
+def _ordered(rows: Iterable[StatisticsRow]) -> list[StatisticsRow]:
+    """By layer; within one by module, in the order in which modules were first met; then by expert."""
+    rows = list(rows)
+    modules = {module: index for index, module in enumerate(dict.fromkeys(row.key.module for row in rows))}
+
+    def position(row: StatisticsRow) -> tuple[int, int, int]:
+        key = row.key
+        layer = -1 if key.layer is None else key.layer
+        return layer, modules[key.module], -1 if key.expert is None else key.expert
+
+    return sorted(rows, key=position)
+
+
+def _row_to_json(row: StatisticsRow) -> dict[str, Any]:
+    finite = row.amax is None or math.isfinite(row.amax)
+    return {
+        "parameter": row.parameter,
+        "module": row.key.module,
+        "layer": row.key.layer,
+        "expert": row.key.expert,
+        "shape": list(row.shape),
+        "amax": row.amax if finite else str(row.amax),
+        "source": row.source.value,
+    }
+
+
+def _entries(text: str) -> list[Any]:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise _unreadable([Offender("the text", f"is no JSON: {error}")]) from error
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise _unreadable([Offender("rows", "is missing")])
+    if document.get("schema_version") != SCHEMA_VERSION:
+        version = document.get("schema_version")
+        raise _unreadable([Offender("schema_version", f"is {version!r}, not {SCHEMA_VERSION}")])
+    return list(document["rows"])
+
+
+def _row_from_json(entry: Any) -> StatisticsRow:
+    key = ParamKey(str(entry["module"]), _id(entry["layer"]), _id(entry["expert"]))
+    if entry["parameter"] != key.name:
+        raise ValueError(f"parameter {entry['parameter']!r} is not {key.name!r}")
+    amax = None if entry["amax"] is None else float(entry["amax"])
+    return StatisticsRow(key, tuple(int(size) for size in entry["shape"]), amax, Source(entry["source"]))
+
+
+def _id(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _unreadable(offenders: list[Offender]) -> SourceError:
+    remedy = "Write one with examples/quantize.py --stats-json FILE."
+    return SourceError("This is not a statistics table of quantplug.", offenders, remedy)

@@ -1,0 +1,90 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from quantplug.calibration.render import print_statistics, summary
+from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.mappings.base import ParamKey
+
+TABLE = CalibrationTable(
+    (
+        StatisticsRow(ParamKey("output_layer.weight"), (523, 160), None, Source.DISABLED),
+        StatisticsRow(
+            ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 13, 127), (192, 160), 0.123456, Source.WEIGHT
+        ),
+        StatisticsRow(
+            ParamKey("decoder.layers.*.mlp.experts.linear_fc1.input_quantizer", 13), (), 1234.5, Source.CALIBRATED
+        ),
+        StatisticsRow(
+            ParamKey("decoder.layers.*.mlp.experts.linear_fc2.weight*", 13, 0), (160, 96), None, Source.MISSING
+        ),
+    )
+)
+
+
+def printed(width: int, terminal: bool, table: CalibrationTable = TABLE) -> str:
+    file = io.StringIO()
+    color = "standard" if terminal else None
+    print_statistics(table, Console(file=file, width=width, force_terminal=terminal, color_system=color))
+    return file.getvalue()
+
+
+def without_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@pytest.mark.parametrize("width", [12, 30, 40, 60, 80, 100, 200])
+def test_every_name_and_value_is_there_at_any_width(width: int) -> None:
+    text = without_escapes(printed(width, terminal=True))
+
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    # A folded name goes on in its own column, which ends where the next one begins; the narrow table has but one.
+    header = next((line for line in text.splitlines() if "Parameter Name" in line and "/" not in line), None)
+    column = width if header is None else header.index("Expert")
+    left = "".join("".join(line[:column].split()) for line in text.splitlines())
+    for row in TABLE.rows:
+        assert row.parameter in left
+    flat = "".join(text.split())
+    for value in ("127", "(192,160)", "1.2346e-01", "weight", "1.2345e+03", "calibrated", "missing", "disabled"):
+        assert value in flat
+
+
+def test_wide_table_has_one_line_for_each_quantizer() -> None:
+    lines = [line.split("  ") for line in without_escapes(printed(200, terminal=True)).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+
+    assert ["Quantization Statistics"] in cells
+    assert ["Parameter Name", "Expert", "Shape", "Max Value", "Source"] in cells
+    assert ["decoder.layers.13.mlp.experts.linear_fc1.weight127", "127", "(192, 160)", "1.2346e-01", "weight"] in cells
+    assert ["decoder.layers.13.mlp.experts.linear_fc1.input_quantizer", "()", "1.2345e+03", "calibrated"] in cells
+    assert ["output_layer.weight", "(523, 160)", "-", "disabled"] in cells
+
+
+@pytest.mark.parametrize("width", [10, 80])
+def test_a_pipe_gets_plain_lines_whatever_the_width(width: int) -> None:
+    text = printed(width, terminal=False)
+
+    assert "\x1b" not in text
+    (line,) = (line for line in text.splitlines() if "weight127" in line)
+    assert line.split() == [
+        "decoder.layers.13.mlp.experts.linear_fc1.weight127", "127", "(192,", "160)", "1.2346e-01", "weight",
+    ]  # fmt: skip
+
+
+def test_missing_amax_stands_out_on_a_terminal() -> None:
+    text = printed(200, terminal=True)
+
+    (line,) = (line for line in text.splitlines() if "missing" in line and "linear_fc2" in line)
+    assert "\x1b[1;31m" in line
+
+
+def test_summary_counts_by_source() -> None:
+    assert summary(TABLE) == "4 quantizers: 1 missing, 1 weight, 1 calibrated, 1 disabled"
+    assert summary(CalibrationTable(())) == "0 quantizers"
+
+
+def test_an_empty_table_prints() -> None:
+    assert "0 quantizers" in printed(80, terminal=True, table=CalibrationTable(()))

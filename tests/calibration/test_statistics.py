@@ -1,0 +1,197 @@
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantplug.calibration.statistics import HAS_AMAX, CalibrationTable, Source, StatisticsRow
+from quantplug.errors import CalibrationError, SourceError
+from quantplug.mappings.base import ParamKey
+
+FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
+QKV = "decoder.layers.*.self_attention.linear_qkv.weight"
+
+
+def row(
+    module: str = FC1,
+    layer: int | None = 0,
+    expert: int | None = None,
+    amax: float | None = 1.0,
+    source: Source = Source.WEIGHT,
+    shape: tuple[int, ...] = (192, 160),
+) -> StatisticsRow:
+    return StatisticsRow(ParamKey(module, layer, expert), shape, amax, source)
+
+
+def table(*rows: StatisticsRow) -> CalibrationTable:
+    return CalibrationTable(rows)
+
+
+keys = st.builds(ParamKey, st.sampled_from(["a.weight", "b.input_quantizer"]), st.none(), st.none()) | st.builds(
+    ParamKey, st.just(FC1), st.integers(0, 99), st.integers(0, 255)
+)
+shapes = st.lists(st.integers(1, 9999), max_size=3).map(tuple)
+amaxes = st.floats(min_value=0, allow_infinity=True, allow_nan=False)
+rows = st.builds(StatisticsRow, keys, shapes, amaxes, st.sampled_from(sorted(HAS_AMAX))) | st.builds(
+    StatisticsRow, keys, shapes, st.none(), st.sampled_from(sorted(set(Source) - HAS_AMAX))
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(rows, max_size=8).map(lambda found: CalibrationTable(tuple(found))))
+def test_json_gives_back_the_same_table(original: CalibrationTable) -> None:
+    assert CalibrationTable.from_json(original.to_json()) == original
+
+
+def test_json_is_what_a_script_would_read() -> None:
+    text = table(row(layer=3, expert=7, amax=0.25)).to_json()
+
+    assert json.loads(text) == {
+        "schema_version": 1,
+        "rows": [
+            {
+                "parameter": "decoder.layers.3.mlp.experts.linear_fc1.weight7",
+                "module": FC1,
+                "layer": 3,
+                "expert": 7,
+                "shape": [192, 160],
+                "amax": 0.25,
+                "source": "weight",
+            }
+        ],
+    }
+
+
+def test_json_keeps_nan_and_stays_json() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = table(row(amax=math.nan)).to_json()
+
+    json.loads(text, parse_constant=refuse)
+    (read,) = CalibrationTable.from_json(text).rows
+    assert math.isnan(read.amax)
+
+
+@pytest.mark.parametrize(
+    ("amax", "source"),
+    [(None, Source.WEIGHT), (None, Source.CALIBRATED), (1.0, Source.MISSING), (0.0, Source.DISABLED)],
+)
+def test_an_amax_without_a_source_cannot_be_made(amax: float | None, source: Source) -> None:
+    with pytest.raises(ValueError, match=r"linear_fc1\.weight2: amax .* does not go with source"):
+        row(expert=2, amax=amax, source=source)
+
+
+def test_unreadable_rows_are_all_named() -> None:
+    document = json.loads(table(row(), row(layer=1), row(layer=2), row(layer=3)).to_json())
+    document["rows"][0]["source"] = "guessed"
+    del document["rows"][1]["amax"]
+    document["rows"][3]["parameter"] = "another"
+
+    with pytest.raises(SourceError) as caught:
+        CalibrationTable.from_json(json.dumps(document))
+
+    assert [offender.parameter for offender in caught.value.offenders] == ["rows[0]", "rows[1]", "rows[3]"]
+    assert "'guessed' is not a valid Source" in str(caught.value)
+    assert "'amax'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is no JSON"),
+        ("[]", "rows"),
+        ('{"rows": 1, "schema_version": 1}', "rows"),
+        ('{"rows": []}', "schema_version .*: is None, not 1"),
+        ('{"rows": [], "schema_version": 2}', "schema_version .*: is 2, not 1"),
+        ('{"rows": [3], "schema_version": 1}', r"rows\[0\]"),
+    ],
+)
+def test_another_file_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(SourceError, match=reason):
+        CalibrationTable.from_json(text)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    original = table(row(expert=1), row(source=Source.MISSING, amax=None))
+
+    original.save(tmp_path / "stats.json")
+
+    assert CalibrationTable.load(str(tmp_path / "stats.json")) == original
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        table(row()).save(tmp_path / "stats.json")
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_a_missing_or_binary_file_names_it(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+
+    for name in ("missing", "binary"):
+        with pytest.raises(SourceError, match=name):
+            CalibrationTable.load(tmp_path / name)
+
+
+def model(layers: int, experts: int) -> list[StatisticsRow]:
+    found = [row("embedding.word_embeddings.weight", layer=None, source=Source.DISABLED, amax=None)]
+    for layer in range(layers):
+        found.append(row(QKV, layer, amax=layer + 0.5))
+        found += [row(FC1, layer, expert, amax=layer + expert / 16) for expert in range(experts)]
+        found.append(row("decoder.layers.*.mlp.experts.linear_fc1.input_quantizer", layer, shape=(), amax=7.0))
+    return found
+
+
+@pytest.mark.parametrize("spread", ["experts", "layers", "experts backwards", "replicas"])
+def test_merging_gives_one_table_however_the_model_is_spread(spread: str) -> None:
+    whole = model(layers=12, experts=12)
+
+    match spread:
+        case "experts":
+            ranks = [[r for r in whole if r.expert is None or r.expert // 3 == rank] for rank in range(4)]
+        case "experts backwards":
+            ranks = [[r for r in whole if r.expert is None or r.expert // 3 == rank] for rank in reversed(range(4))]
+        case "layers":
+            ranks = [whole[:1]] + [[r for r in whole if r.key.layer in (stage, stage + 6)] for stage in range(6)]
+        case _:
+            ranks = [whole, whole]
+
+    assert CalibrationTable.merged(table(*found) for found in ranks).rows == tuple(whole)
+
+
+def test_replicas_give_their_largest_amax_and_the_source_that_has_it() -> None:
+    left = table(row(amax=0.5, source=Source.CALIBRATED), row(layer=1, amax=math.nan), row(layer=2))
+    right = table(row(amax=2.0, source=Source.WEIGHT), row(layer=1), row(layer=2, amax=None, source=Source.MISSING))
+
+    merged = CalibrationTable.merged([left, right]).rows
+
+    assert merged[0] == row(amax=2.0, source=Source.WEIGHT)
+    assert math.isnan(merged[1].amax)
+    assert merged[2] == row(layer=2, amax=None, source=Source.MISSING)
+    assert str(CalibrationTable.merged([right, left])) == str(CalibrationTable.merged([left, right]))
+
+
+def test_ranks_that_disagree_are_all_named() -> None:
+    left = table(row(expert=3), row(QKV, 1), row(QKV, 2))
+    right = table(row(expert=3, shape=(96, 160)), row(QKV, 1, source=Source.DISABLED, amax=None), row(QKV, 2))
+
+    with pytest.raises(CalibrationError) as caught:
+        CalibrationTable.merged([left, right])
+
+    first, second = caught.value.offenders
+    assert (first.parameter, first.expert) == ("decoder.layers.0.mlp.experts.linear_fc1.weight3", 3)
+    assert first.reason == "has shapes [(96, 160), (192, 160)]"
+    assert second.parameter == "decoder.layers.1.self_attention.linear_qkv.weight"
+
+
+def test_no_tables_make_an_empty_one() -> None:
+    assert CalibrationTable.merged([]).rows == ()
