@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from quantplug.calibration.render import print_statistics
+from quantplug.calibration.statistics import CalibrationTable
 from quantplug.cli_tables import print_report
 from quantplug.errors import QuantplugError
 from quantplug.export.verify import VerifyReport, verify_checkpoint
@@ -44,6 +46,22 @@ def verify(
         raise typer.Exit(USAGE_ERROR) from problem
     print_report(report, Console(), limit)
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def stats(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What examples/quantize.py wrote to --stats-json.")],
+) -> None:
+    """Shows the "Quantization Statistics" table of a calibrated model.
+
+    Exit status: 0, or 2 when the file cannot be read.
+    """
+    try:
+        table = CalibrationTable.load(file)
+    except QuantplugError as problem:
+        Console(stderr=True).print(str(problem), markup=False, highlight=False)
+        raise typer.Exit(USAGE_ERROR) from problem
+    print_statistics(table, Console())
 
 
 def _with_progress(directory: Path, source: Path | None) -> VerifyReport:

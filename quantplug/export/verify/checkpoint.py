@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantplug.errors import SourceError
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.report import Finding, error, warning
 from quantplug.export.verify.untrusted import Json, as_count, as_object
 
@@ -108,11 +109,11 @@ def open_checkpoint(directory: Path) -> tuple[Checkpoint, list[Finding]]:
     findings: list[Finding] = []
     config = _json(directory / "config.json", findings)
     if config is None and not (directory / "config.json").exists():
-        findings.append(error("files", "config.json", "missing: no server can load this directory"))
+        findings.append(error(Check.FILES, "config.json", "missing: no server can load this directory"))
     hf_quant_config = _json(directory / "hf_quant_config.json", findings)
     tensors = _tensors(directory, findings)
     if not tensors:
-        findings.append(error("files", directory.name, "holds no tensor in any *.safetensors file"))
+        findings.append(error(Check.FILES, directory.name, "holds no tensor in any *.safetensors file"))
     return Checkpoint(directory, config or {}, hf_quant_config, tensors), findings
 
 
@@ -123,10 +124,10 @@ def _json(path: Path, findings: list[Finding]) -> Json | None:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as problem:
-        findings.append(error("files", path.name, f"cannot be read as JSON: {type(problem).__name__}: {problem}"))
+        findings.append(error(Check.FILES, path.name, f"cannot be read as JSON: {type(problem).__name__}: {problem}"))
         return None
     if not isinstance(value, dict):
-        findings.append(error("files", path.name, f"holds a JSON {type(value).__name__}, not an object"))
+        findings.append(error(Check.FILES, path.name, f"holds a JSON {type(value).__name__}, not an object"))
         return None
     return value
 
@@ -140,15 +141,15 @@ def _tensors(directory: Path, findings: list[Finding]) -> dict[str, TensorInfo]:
         for info in _header(directory / shard, findings):
             if info.name in tensors:
                 message = f"stored twice, in {tensors[info.name].shard} and {shard}"
-                findings.append(error("index", info.name, message))
+                findings.append(error(Check.INDEX, info.name, message))
             tensors[info.name] = info
     if index is not None:
         findings.extend(_index_findings(index, tensors, on_disk))
     elif len(on_disk) > 1:
         message = f"missing although there are {len(on_disk)} shards: no reader knows which belong to the model"
-        findings.append(error("index", INDEX, message))
+        findings.append(error(Check.INDEX, INDEX, message))
     elif on_disk and on_disk != ["model.safetensors"]:
-        findings.append(error("index", on_disk[0], f"neither model.safetensors nor listed by a {INDEX}"))
+        findings.append(error(Check.INDEX, on_disk[0], f"neither model.safetensors nor listed by a {INDEX}"))
     return tensors
 
 
@@ -158,28 +159,28 @@ def _header(path: Path, findings: list[Finding]) -> list[TensorInfo]:
             slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 (not a dict)
             return [TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), path.name) for name, part in slices]
     except (SafetensorError, OSError, RuntimeError, ValueError) as problem:
-        findings.append(error("files", path.name, f"cannot be read as safetensors: {problem}"))
+        findings.append(error(Check.FILES, path.name, f"cannot be read as safetensors: {problem}"))
         return []
 
 
 def _index_findings(index: Json, tensors: Mapping[str, TensorInfo], on_disk: list[str]) -> Iterator[Finding]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        yield error("index", INDEX, "has no object weight_map")
+        yield error(Check.INDEX, INDEX, "has no object weight_map")
         return
     listed: set[str] = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-            yield error("index", name, f"listed in {shard!r}, which is not the name of a file in this directory")
+            yield error(Check.INDEX, name, f"listed in {shard!r}, which is not the name of a file in this directory")
             continue
         listed.add(shard)
         if shard in on_disk and (name not in tensors or tensors[name].shard != shard):
             where = f"it is in {tensors[name].shard}" if name in tensors else "no shard holds it"
-            yield error("index", name, f"listed in {shard}, but {where}")
-    yield from (error("index", shard, "listed, but absent") for shard in sorted(listed - set(on_disk)))
-    yield from (error("index", shard, "present, but not listed") for shard in on_disk if shard not in listed)
+            yield error(Check.INDEX, name, f"listed in {shard}, but {where}")
+    yield from (error(Check.INDEX, shard, "listed, but absent") for shard in sorted(listed - set(on_disk)))
+    yield from (error(Check.INDEX, shard, "present, but not listed") for shard in on_disk if shard not in listed)
     yield from (
-        error("index", info.name, f"in {info.shard}, but not listed: readers drop it without a word")
+        error(Check.INDEX, info.name, f"in {info.shard}, but not listed: readers drop it without a word")
         for info in tensors.values()
         if info.name not in weight_map and info.shard in listed
     )
@@ -190,6 +191,6 @@ def _total_size_findings(index: Json, tensors: Mapping[str, TensorInfo]) -> Iter
     total = as_count(as_object(index.get("metadata")).get("total_size"))
     actual = sum(info.nbytes for info in tensors.values())
     if total is None:
-        yield warning("index", INDEX, "has no metadata.total_size")
+        yield warning(Check.INDEX, INDEX, "has no metadata.total_size")
     elif total != actual:
-        yield error("index", INDEX, f"metadata.total_size is {total}, the shards hold {actual} bytes of tensors")
+        yield error(Check.INDEX, INDEX, f"metadata.total_size is {total}, the shards hold {actual} bytes of tensors")

@@ -72,7 +72,7 @@ class Inventory:
         return tuple(module for module in self.modules.values() if module.layout is not None)
 
     @cached_property
-    def mixtures(self) -> Mapping[str, Mapping[int, frozenset[str]]]:
+    def mixtures(self) -> Mapping[str, Mapping[int, Mapping[str, str]]]:
         return names.mixtures(self.modules)
 
     @cached_property

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
-_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d+)\.(?P<projection>[^.]+)$")
-_LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d+)\.")
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d{1,9})\.(?P<projection>[^.]+)$")
+_LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
 _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder")
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -59,13 +59,13 @@ class ExpertName:
 
 def expert(module: str) -> ExpertName | None:
     match = _EXPERT.match(module)
-    return ExpertName(match["experts"], int(match["id"][:9]), match["projection"]) if match else None
+    return ExpertName(match["experts"], int(match["id"]), match["projection"]) if match else None
 
 
 def layer(module: str) -> tuple[str, int] | None:
     """(stack, layer id) of a module of the decoder; None outside of it, and in vision, audio and draft stacks."""
     match = _LAYER.match(module)
-    return None if match is None or _SIDE_STACK.search(match["stack"]) else (match["stack"], int(match["id"][:9]))
+    return None if match is None or _SIDE_STACK.search(match["stack"]) else (match["stack"], int(match["id"]))
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,11 @@ def fused_groups(modules: Iterable[str]) -> Iterator[FusedGroup]:
                 yield FusedGroup(parent, present, f"{parent}.{fused}", expert(present[0]) is not None)
 
 
-def mixtures(modules: Iterable[str]) -> Mapping[str, Mapping[int, frozenset[str]]]:
-    """Prefix of each mixture (`model.layers.1.mlp.experts`) to expert id to the projections it has."""
-    found: dict[str, dict[int, set[str]]] = {}
+def mixtures(modules: Iterable[str]) -> Mapping[str, Mapping[int, Mapping[str, str]]]:
+    """Prefix of each mixture (`model.layers.1.mlp.experts`) to expert id to projection to the module's name."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
     for module in modules:
         name = expert(module)
         if name is not None:
-            found.setdefault(name.experts, {}).setdefault(name.id, set()).add(name.projection)
-    return {
-        experts: {index: frozenset(projections) for index, projections in members.items()}
-        for experts, members in found.items()
-    }
+            found.setdefault(name.experts, {}).setdefault(name.id, {})[name.projection] = module
+    return found

@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from quantplug.export.verify.checks import Check
+
 
 class Severity(StrEnum):
     """How much a finding weighs."""
@@ -24,26 +26,26 @@ class Finding:
     """One thing to say about one tensor, module, file or setting.
 
     Attributes:
-        check: Id of the check in `docs/verify.md`.
+        check: Which check, of those in `docs/verify.md`.
         subject: Name of the tensor, module, file or setting.
         message: What is wrong, with the numbers that show it.
     """
 
     severity: Severity
-    check: str
+    check: Check
     subject: str
     message: str
 
 
-def error(check: str, subject: str, message: str) -> Finding:
+def error(check: Check, subject: str, message: str) -> Finding:
     return Finding(Severity.ERROR, check, subject, message)
 
 
-def warning(check: str, subject: str, message: str) -> Finding:
+def warning(check: Check, subject: str, message: str) -> Finding:
     return Finding(Severity.WARNING, check, subject, message)
 
 
-def note(check: str, subject: str, message: str) -> Finding:
+def note(check: Check, subject: str, message: str) -> Finding:
     return Finding(Severity.NOTE, check, subject, message)
 
 
@@ -115,7 +117,7 @@ class VerifyReport:
     def count(self, severity: Severity) -> int:
         return sum(finding.severity is severity for finding in self.findings)
 
-    def checks(self, *severities: Severity) -> Counter[str]:
+    def checks(self, *severities: Severity) -> Counter[Check]:
         """How often each check fired, over the given severities (all when none is given)."""
         return Counter(f.check for f in self.findings if not severities or f.severity in severities)
 

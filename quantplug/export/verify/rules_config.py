@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.modules import Inventory
 from quantplug.export.verify.report import Finding, error, warning
 from quantplug.export.verify.scheme import MODELOPT_LAYOUTS, modelopt_kv_cache
@@ -25,15 +26,17 @@ def algo(inventory: Inventory) -> Iterator[Finding]:
     """Rows 1 and 2: an algorithm that servers know, spelled as they spell it."""
     if inventory.scheme.method != "modelopt":
         return
-    name = as_text((_quantization_config(inventory) or _file(inventory)).get("quant_algo"))
+    config = _quantization_config(inventory)
+    config = as_object(config.get("quantization")) or config or _file(inventory)
+    name = as_text(config.get("quant_algo"))
     if name != name.upper():
-        yield error("algo", CONFIG, f"quant_algo {name!r} is not upper-case: vLLM and SGLang do not know it")
+        yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} is not upper-case: vLLM and SGLang do not know it")
     if name.upper() not in MODELOPT_LAYOUTS and name != "MIXED_PRECISION":
-        yield error("algo", CONFIG, f"quant_algo {name or 'missing'!r} is known to no server")
+        yield error(Check.ALGO, CONFIG, f"quant_algo {name or 'missing'!r} is known to no server")
     elif name.upper() in _SERVED_DENSE_ONLY and inventory.mixtures:
-        yield error("algo", CONFIG, f"quant_algo {name!r} of a mixture of experts: vLLM and SGLang cannot load it")
+        yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} of a mixture of experts: vLLM and SGLang cannot load it")
     elif name.upper() in _SERVED_DENSE_ONLY:
-        yield warning("algo", CONFIG, f"quant_algo {name!r} is served by vLLM alone")
+        yield warning(Check.ALGO, CONFIG, f"quant_algo {name!r} is served by vLLM alone")
 
 
 def fp8_config(inventory: Inventory) -> Iterator[Finding]:
@@ -42,10 +45,12 @@ def fp8_config(inventory: Inventory) -> Iterator[Finding]:
         return
     config = _quantization_config(inventory)
     if as_text(config.get("activation_scheme")) not in ("dynamic", "static"):
-        yield error("algo", CONFIG, "activation_scheme is neither dynamic nor static: vLLM refuses to start")
+        yield error(Check.ALGO, CONFIG, "activation_scheme is neither dynamic nor static: vLLM refuses to start")
     block = config.get("weight_block_size")
     if block is not None and block != [128, 128]:
-        yield warning("algo", CONFIG, f"weight_block_size {block!r} is not [128, 128], the only one TensorRT-LLM takes")
+        yield warning(
+            Check.ALGO, CONFIG, f"weight_block_size {block!r} is not [128, 128], the only one TensorRT-LLM takes"
+        )
 
 
 def config_agreement(inventory: Inventory) -> Iterator[Finding]:
@@ -53,23 +58,32 @@ def config_agreement(inventory: Inventory) -> Iterator[Finding]:
     if inventory.scheme.method != "modelopt":
         return
     config, file = _quantization_config(inventory), _file(inventory)
+    if "quantization" in config:
+        yield error(
+            Check.CONFIG_AGREEMENT, CONFIG, "quantization_config is nested: SGLang wants quant_algo and ignore flat"
+        )
+        return
     if not config:
-        yield error("config-agreement", CONFIG, f"has no quantization_config, only {FILE}: vLLM refuses W4A16_NVFP4 so")
+        yield error(
+            Check.CONFIG_AGREEMENT, CONFIG, f"has no quantization_config, only {FILE}: vLLM refuses W4A16_NVFP4 so"
+        )
     if not file:
         yield error(
-            "config-agreement", FILE, "missing, or without an object quantization: TensorRT-LLM reads this file"
+            Check.CONFIG_AGREEMENT, FILE, "missing, or without an object quantization: TensorRT-LLM reads this file"
         )
     if not config or not file:
         return
     producer = as_text(as_object(as_object(inventory.checkpoint.hf_quant_config).get("producer")).get("name"))
     if producer != "modelopt":
         yield error(
-            "config-agreement", FILE, f"producer.name is {producer!r}, vLLM's and SGLang's readers want 'modelopt'"
+            Check.CONFIG_AGREEMENT, FILE, f"producer.name is {producer!r}, vLLM's and SGLang's readers want 'modelopt'"
         )
     yield from _disagreements(config, file)
     if as_text(file.get("quant_algo")) in _NVFP4:
         absent = [key for key in ("group_size", "kv_cache_quant_algo", "exclude_modules") if key not in file]
-        yield from (error("config-agreement", FILE, f"quantization lacks {key}, which vLLM reads") for key in absent)
+        yield from (
+            error(Check.CONFIG_AGREEMENT, FILE, f"quantization lacks {key}, which vLLM reads") for key in absent
+        )
 
 
 def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
@@ -80,17 +94,17 @@ def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
     )
     for what, here, there in pairs:
         if here != there:
-            yield error("config-agreement", what, f"{CONFIG} says {_short(here)}, {FILE} says {_short(there)}")
+            yield error(Check.CONFIG_AGREEMENT, what, f"{CONFIG} says {_short(here)}, {FILE} says {_short(there)}")
     for where, value in (
         (f"{CONFIG} ignore", config.get("ignore")),
         (f"{FILE} exclude_modules", file.get("exclude_modules")),
     ):
         if value is not None and not is_texts(value):
-            yield error("config-agreement", where, "is not a list of names")
+            yield error(Check.CONFIG_AGREEMENT, where, "is not a list of names")
     here_only = set(as_texts(config.get("ignore"))) ^ set(as_texts(file.get("exclude_modules")))
     for pattern in sorted(here_only):
         where, other = (CONFIG, FILE) if pattern in as_texts(config.get("ignore")) else (FILE, CONFIG)
-        yield error("config-agreement", pattern, f"excluded by {where}, but not by {other}")
+        yield error(Check.CONFIG_AGREEMENT, pattern, f"excluded by {where}, but not by {other}")
 
 
 def _short(value: object) -> str:
@@ -106,11 +120,11 @@ def group_size(inventory: Inventory) -> Iterator[Finding]:
     if as_text((config or file).get("quant_algo")) not in _NVFP4:
         return
     if "group_size" in file and as_count(file["group_size"]) != 16:
-        yield error("alignment", FILE, f"group_size is {file['group_size']!r}, NVFP4 has 16")
+        yield error(Check.ALIGNMENT, FILE, f"group_size is {file['group_size']!r}, NVFP4 has 16")
     for name, group in as_object(config.get("config_groups")).items():
         size = as_object(as_object(group).get("weights")).get("group_size")
         if size is not None and as_count(size) != 16:
-            yield error("alignment", f"{CONFIG} config_groups.{name}", f"group_size is {size!r}, NVFP4 has 16")
+            yield error(Check.ALIGNMENT, f"{CONFIG} config_groups.{name}", f"group_size is {size!r}, NVFP4 has 16")
 
 
 def weight_only(inventory: Inventory) -> Iterator[Finding]:
@@ -123,10 +137,10 @@ def weight_only(inventory: Inventory) -> Iterator[Finding]:
     if name == "W4A16_NVFP4":
         for key in (key for key, has in inputs.items() if has):
             message = "has input_activations, but W4A16_NVFP4 is weight-only"
-            yield error("weight-only", f"{CONFIG} config_groups.{key}", message)
+            yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups.{key}", message)
     if name == "NVFP4" and inputs and not any(inputs.values()):
         message = "no input_activations: vLLM reads weight-only NVFP4, SGLang does not; the name is W4A16_NVFP4"
-        yield error("weight-only", f"{CONFIG} config_groups", message)
+        yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups", message)
 
 
 def mixed(inventory: Inventory) -> Iterator[Finding]:
@@ -138,19 +152,23 @@ def mixed(inventory: Inventory) -> Iterator[Finding]:
     algos = {name: as_text(as_object(entry).get("quant_algo")) for name, entry in layers.items()}
     if not layers:
         yield error(
-            "mixed", CONFIG, "MIXED_PRECISION without quantized_layers: nothing says which layer has which algorithm"
+            Check.MIXED,
+            CONFIG,
+            "MIXED_PRECISION without quantized_layers: no layer has an algorithm",
         )
     elif not set(algos.values()) & set(_NVFP4):
-        yield error("mixed", CONFIG, "no layer is NVFP4 or W4A16_NVFP4: SGLang reads such a file as w4afp8")
+        yield error(Check.MIXED, CONFIG, "no layer is NVFP4 or W4A16_NVFP4: SGLang reads such a file as w4afp8")
     if "kv_cache_quant_algo" not in config and "kv_cache_scheme" not in config:
         yield error(
-            "mixed", CONFIG, "neither kv_cache_quant_algo nor kv_cache_scheme: SGLang falls through to the other file"
+            Check.MIXED,
+            CONFIG,
+            "neither kv_cache_quant_algo nor kv_cache_scheme: SGLang reads the other file",
         )
     for name, algorithm in algos.items():
         if algorithm.upper() == "FP8_PB_WO":
-            yield error("mixed", name, "FP8_PB_WO inside MIXED_PRECISION: vLLM and SGLang want different tensors")
+            yield error(Check.MIXED, name, "FP8_PB_WO inside MIXED_PRECISION: vLLM and SGLang want different tensors")
         if not any(module == name or module.startswith(f"{name}.") for module in inventory.modules):
-            yield error("mixed", name, "listed in quantized_layers, but no module on disk has that name")
+            yield error(Check.MIXED, name, "listed in quantized_layers, but no module on disk has that name")
 
 
 RULES = (algo, fp8_config, config_agreement, group_size, weight_only, mixed)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from quantplug.export.verify import excludes, names
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, Severity, error, warning
 
@@ -25,12 +26,12 @@ def patterns(inventory: Inventory) -> Iterator[Finding]:
     known = _known(inventory)
     for pattern in inventory.scheme.excludes:
         if pattern.startswith("re:") and inventory.scheme.method != "compressed-tensors":
-            yield error("exclude-pattern", pattern, "vLLM and SGLang ignore re: patterns; write the names")
+            yield error(Check.EXCLUDE_PATTERN, pattern, "vLLM and SGLang ignore re: patterns; write the names")
         elif pattern.startswith("re:") and not excludes.is_valid_expression(pattern.removeprefix("re:")):
-            yield error("exclude-pattern", pattern, "is not a regular expression")
+            yield error(Check.EXCLUDE_PATTERN, pattern, "is not a regular expression")
         elif not excludes.hits(inventory.scheme.matcher, pattern, known):
             severity = Severity.ERROR if inventory.scheme.method == "modelopt" else Severity.WARNING
-            yield Finding(severity, "exclude-pattern", pattern, "matches no module on disk")
+            yield Finding(severity, Check.EXCLUDE_PATTERN, pattern, "matches no module on disk")
         elif inventory.scheme.method == "modelopt":
             yield from _breadth(inventory, pattern)
 
@@ -41,7 +42,7 @@ def _breadth(inventory: Inventory, pattern: str) -> Iterator[Finding]:
     reason = excludes.overreach(pattern, hit)
     if reason is not None:
         message = f"{reason}; it hits {_listed(hit)}: write exact names or prefix.*"
-        yield error("exclude-pattern", pattern, message)
+        yield error(Check.EXCLUDE_PATTERN, pattern, message)
     elif "*" not in pattern:
         yield from _plain_name(inventory, pattern, merged)
 
@@ -49,11 +50,11 @@ def _breadth(inventory: Inventory, pattern: str) -> Iterator[Finding]:
 def _plain_name(inventory: Inventory, pattern: str, merged: list[str]) -> Iterator[Finding]:
     if pattern not in inventory.modules and any(name.startswith(f"{pattern}.") for name in inventory.modules):
         message = f"names a parent: TensorRT-LLM and SGLang want the whole name, write {pattern}.*"
-        yield warning("exclude-pattern", pattern, message)
+        yield warning(Check.EXCLUDE_PATTERN, pattern, message)
     swallowed = [name for name in merged if pattern in name and not name.startswith(f"{pattern}.")]
     if swallowed:
         message = f"is part of the name {_listed(swallowed)}, which vLLM then leaves unquantized too"
-        yield warning("exclude-pattern", pattern, message)
+        yield warning(Check.EXCLUDE_PATTERN, pattern, message)
 
 
 def sensitive(inventory: Inventory) -> Iterator[Finding]:
@@ -68,17 +69,17 @@ def sensitive(inventory: Inventory) -> Iterator[Finding]:
             severity = Severity.WARNING if foreign else Severity.ERROR
             yield from _must_be_plain(inventory, module, "the head", severity)
         elif names.is_embedding(module.name) and module.quantized:
-            yield error("exclude-missing", module.name, "an embedding, yet quantized: no server reads that")
+            yield error(Check.EXCLUDE_MISSING, module.name, "an embedding, yet quantized: no server reads that")
 
 
 def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Severity) -> Iterator[Finding]:
     if module.excluded:
         return
     if module.quantized:
-        yield Finding(severity, "exclude-missing", module.name, f"{what}, yet quantized")
+        yield Finding(severity, Check.EXCLUDE_MISSING, module.name, f"{what}, yet quantized")
     elif module.promised is not None and inventory.scheme.method != "fp8":
         message = f"{what}, plain on disk but on no exclude list: servers expect it quantized"
-        yield error("exclude-missing", module.name, message)
+        yield error(Check.EXCLUDE_MISSING, module.name, message)
 
 
 RULES = (patterns, sensitive)

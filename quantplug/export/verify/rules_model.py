@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from quantplug.export.verify import names
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import Fp8Layout
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error, warning
@@ -27,21 +28,21 @@ def experts(inventory: Inventory) -> Iterator[Finding]:
     count = _configured(inventory, *_EXPERT_COUNTS)
     for prefix, members in inventory.mixtures.items():
         if count is None:
-            yield warning("experts", prefix, "config.json has no number of experts to hold this against")
+            yield warning(Check.EXPERTS, prefix, "config.json has no number of experts to hold this against")
         wanted = set(range(count)) if count is not None else set(members)
         if missing := sorted(wanted - members.keys()):
-            yield error("experts", prefix, f"experts missing: {_ranges(missing)} of {len(wanted)}")
+            yield error(Check.EXPERTS, prefix, f"experts missing: {_ranges(missing)} of {len(wanted)}")
         if extra := sorted(members.keys() - wanted):
-            yield error("experts", prefix, f"experts beyond the {count} of config.json: {_ranges(extra)}")
+            yield error(Check.EXPERTS, prefix, f"experts beyond the {count} of config.json: {_ranges(extra)}")
         yield from _incomplete(prefix, members)
     yield from _lost_mixtures(inventory, count)
 
 
-def _incomplete(prefix: str, members: Mapping[int, frozenset[str]]) -> Iterator[Finding]:
-    everything = frozenset().union(*members.values())
+def _incomplete(prefix: str, members: Mapping[int, Mapping[str, str]]) -> Iterator[Finding]:
+    everything = {projection for projections in members.values() for projection in projections}
     for index, projections in sorted(members.items()):
-        if absent := sorted(everything - projections):
-            yield error("experts", f"{prefix}.{index}", f"lacks {', '.join(absent)}, which other experts have")
+        if absent := sorted(everything - projections.keys()):
+            yield error(Check.EXPERTS, f"{prefix}.{index}", f"lacks {', '.join(absent)}, which other experts have")
 
 
 def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]:
@@ -52,7 +53,7 @@ def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]
         is_router = name in ("gate", "router") and rows is not None and rows == count
         fused = any(other.startswith(f"{parent}.experts") for other in inventory.modules)
         if is_router and not fused:
-            yield error("experts", parent, f"has a router for {count} experts, and no expert")
+            yield error(Check.EXPERTS, parent, f"has a router for {count} experts, and no expert")
 
 
 def _ranges(ids: list[int]) -> str:
@@ -68,7 +69,7 @@ def layers(inventory: Inventory) -> Iterator[Finding]:
             stacks.setdefault(found[0], set()).add(found[1])
     count = _configured(inventory, "num_hidden_layers")
     if count is None and stacks:
-        yield warning("layers", "config.json", "has no num_hidden_layers to hold the layers against")
+        yield warning(Check.LAYERS, "config.json", "has no num_hidden_layers to hold the layers against")
     if count is not None and inventory.modules:
         drafts = _configured(inventory, "num_nextn_predict_layers") or 0
         yield from _missing_layers(stacks or {"model.layers": set()}, count, drafts)
@@ -79,9 +80,9 @@ def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> 
     for stack, ids in stacks.items():
         absent = [index for index in range(min(count, 100_000)) if index not in ids]
         if absent:
-            yield error("layers", stack, f"layers missing: {_ranges(absent)} of {count}")
+            yield error(Check.LAYERS, stack, f"layers missing: {_ranges(absent)} of {count}")
         if extra := sorted(index for index in ids if index >= count + drafts):
-            yield error("layers", stack, f"layers beyond the {count} of config.json: {_ranges(extra)}")
+            yield error(Check.LAYERS, stack, f"layers beyond the {count} of config.json: {_ranges(extra)}")
 
 
 def _head(inventory: Inventory) -> Iterator[Finding]:
@@ -90,10 +91,10 @@ def _head(inventory: Inventory) -> Iterator[Finding]:
     causal = "ForCausalLM" in str(inventory.checkpoint.config.get("architectures"))
     if tied is True and heads:
         yield warning(
-            "layers", heads[0], "present although config.json ties it to the embeddings: most readers drop it"
+            Check.LAYERS, heads[0], "present although config.json ties it to the embeddings: most readers drop it"
         )
     if tied is False and causal and not heads and inventory.modules:
-        yield error("layers", "lm_head", "missing although config.json does not tie it to the embeddings")
+        yield error(Check.LAYERS, "lm_head", "missing although config.json does not tie it to the embeddings")
 
 
 def _state(module: Module) -> str:
@@ -105,7 +106,7 @@ def _state(module: Module) -> str:
 def one_algo(inventory: Inventory) -> Iterator[Finding]:
     """Row 9: experts of a layer, and projections that servers merge, are quantized alike."""
     for prefix, members in inventory.mixtures.items():
-        modules = [f"{prefix}.{index}.{name}" for index, projections in members.items() for name in projections]
+        modules = [module for projections in members.values() for module in projections.values()]
         yield from _alike(inventory, prefix, modules, "experts of one layer")
     for group in inventory.fused_groups:
         if not group.in_expert:
@@ -118,7 +119,7 @@ def _alike(inventory: Inventory, subject: str, modules: list[str], what: str) ->
         states.setdefault(_state(inventory.modules[name]), []).append(name)
     if len(states) > 1:
         shares = "; ".join(f"{len(found)} {state} ({sorted(found)[0]})" for state, found in sorted(states.items()))
-        yield error("one-algo", subject, f"{what} are not quantized alike: {shares}")
+        yield error(Check.ONE_ALGO, subject, f"{what} are not quantized alike: {shares}")
 
 
 def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
@@ -137,7 +138,7 @@ def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
                 message = (
                     f"out_features {module.codes.shape[0]} end inside a block: vLLM cannot merge it into {group.fused}"
                 )
-                yield warning("serving-tp", name, message)
+                yield warning(Check.SERVING_TP, name, message)
 
 
 def serving_tp(inventory: Inventory) -> Iterator[Finding]:
@@ -165,7 +166,7 @@ def _cut(module: Module, axis: str, size: int, block: int) -> Iterator[Finding]:
     cuts = [f"TP={tp}: {size / tp:g}" for tp in _SERVING_TP if size % (tp * block)]
     if block > 1 and cuts:
         message = f"{axis} {size} of a rank is no multiple of the block of {block} at {', '.join(cuts)}"
-        yield warning("serving-tp", names.kind(module.name), message)
+        yield warning(Check.SERVING_TP, names.kind(module.name), message)
 
 
 RULES = (experts, layers, one_algo, merged_blocks, serving_tp)

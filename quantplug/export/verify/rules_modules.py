@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from quantplug.export.verify import names
 from quantplug.export.verify.checkpoint import ITEM_BYTES
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import KV_SUFFIXES, Fp8Layout, UnjudgedLayout, is_plain, scale_names
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error, note, warning
@@ -15,12 +16,12 @@ def coverage(inventory: Inventory) -> Iterator[Finding]:
     for module in inventory.modules.values():
         if module.name in special or names.is_head(module.name) or names.is_embedding(module.name):
             if module.excluded and module.quantized:
-                yield error("coverage", module.name, f"excluded, yet on disk with {_evidence(module)}")
+                yield error(Check.COVERAGE, module.name, f"excluded, yet on disk with {_evidence(module)}")
             continue
         deepseek_plain = inventory.scheme.method == "fp8" and names.last(module.name) in names.DEEPSEEK_PLAIN
         if module.quantized and (module.excluded or module.promised is None):
             why = "excluded" if module.excluded else "not covered by the config"
-            yield error("coverage", module.name, f"{why}, yet on disk with {_evidence(module)}")
+            yield error(Check.COVERAGE, module.name, f"{why}, yet on disk with {_evidence(module)}")
         elif (
             not module.excluded
             and module.promised is not None
@@ -30,9 +31,9 @@ def coverage(inventory: Inventory) -> Iterator[Finding]:
             message = (
                 f"a plain {module.plain_matrix.dtype} matrix, neither excluded nor quantized: servers expect scales"
             )
-            yield error("coverage", module.name, message)
+            yield error(Check.COVERAGE, module.name, message)
         elif module.quantized and not {"weight", "weight_packed"} & module.tensors.keys():
-            yield error("coverage", module.name, f"has {_evidence(module)} but no weight")
+            yield error(Check.COVERAGE, module.name, f"has {_evidence(module)} but no weight")
 
 
 def _evidence(module: Module) -> str:
@@ -47,7 +48,7 @@ def layout(inventory: Inventory) -> Iterator[Finding]:
             continue
         if module.codes is None:
             wanted = f"{module.name}.{module.layout.codes}"
-            yield error("tensor-layout", wanted, f"missing or not a matrix, as {module.layout.name} wants it")
+            yield error(Check.TENSOR_LAYOUT, wanted, f"missing or not a matrix, as {module.layout.name} wants it")
             continue
         yield from _parts(module)
         yield from _strangers(module)
@@ -60,11 +61,11 @@ def _parts(module: Module) -> Iterator[Finding]:
         name, info = f"{module.name}.{suffix}", module.tensors.get(suffix)
         if info is None and suffix == module.layout.input_scale:
             message = f"missing: {module.layout.name} quantizes activations, vLLM would use uninitialised memory"
-            yield error("input-scale", name, message)
+            yield error(Check.INPUT_SCALE, name, message)
         elif info is None:
-            yield error("tensor-layout", name, f"missing: {module.layout.name} cannot be decoded without it")
+            yield error(Check.TENSOR_LAYOUT, name, f"missing: {module.layout.name} cannot be decoded without it")
         elif problem := part.problem(info):
-            yield error("tensor-layout", name, problem)
+            yield error(Check.TENSOR_LAYOUT, name, problem)
 
 
 def _strangers(module: Module) -> Iterator[Finding]:
@@ -75,16 +76,16 @@ def _strangers(module: Module) -> Iterator[Finding]:
         name = f"{module.name}.{suffix}"
         if suffix in ("input_scale", "input_global_scale") and module.layout.input_scale is None:
             message = f"{module.layout.name} here is weight-only, yet there is an activation scale"
-            yield error("weight-only", name, message)
+            yield error(Check.WEIGHT_ONLY, name, message)
         else:
-            yield error("tensor-layout", name, f"not a tensor of {module.layout.name}")
+            yield error(Check.TENSOR_LAYOUT, name, f"not a tensor of {module.layout.name}")
 
 
 def alignment(inventory: Inventory) -> Iterator[Finding]:
     """Row 8: in_features hold whole blocks."""
     for module in inventory.quantized:
         if module.layout is not None and module.codes is not None and module.layout.shape_problem(module.codes):
-            yield error("alignment", module.name, module.layout.shape_problem(module.codes) or "")
+            yield error(Check.ALIGNMENT, module.name, module.layout.shape_problem(module.codes) or "")
 
 
 def kv_cache(inventory: Inventory) -> Iterator[Finding]:
@@ -96,10 +97,10 @@ def kv_cache(inventory: Inventory) -> Iterator[Finding]:
     if not claimed and inventory.scheme.method:
         for name, suffix in present.items():
             yield error(
-                "kv-scales", f"{name}.{suffix}", "a KV cache scale, but no config speaks of a quantized KV cache"
+                Check.KV_SCALES, f"{name}.{suffix}", "a KV cache scale, but no config speaks of a quantized KV cache"
             )
     if claimed and claimed != "FP8":
-        yield error("not-judged", "kv_cache_scheme", f"not judged: KV cache in {claimed}")
+        yield error(Check.NOT_JUDGED, "kv_cache_scheme", f"not judged: KV cache in {claimed}")
     if claimed != "FP8":
         return
     for name in inventory.modules:
@@ -114,9 +115,9 @@ def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:
         name = f"{attention}.{letter}_proj.{letter}_scale" if below else f"{attention}.{letter}_scale"
         info = inventory.checkpoint.tensors.get(name)
         if info is None:
-            yield error("kv-scales", name, "missing: servers fall back to a scale of 1.0")
+            yield error(Check.KV_SCALES, name, "missing: servers fall back to a scale of 1.0")
         elif info.shape not in ((), (1,)) or (below and info.dtype != "F32") or not is_plain(info):
-            yield error("kv-scales", name, f"{info.dtype} {list(info.shape)}, expected an F32 scalar")
+            yield error(Check.KV_SCALES, name, f"{info.dtype} {list(info.shape)}, expected an F32 scalar")
 
 
 def unjudged(inventory: Inventory) -> Iterator[Finding]:
@@ -127,13 +128,15 @@ def unjudged(inventory: Inventory) -> Iterator[Finding]:
             formats.setdefault(module.promised.name, []).append(module.name)
     for name, modules in sorted(formats.items()):
         message = f"not judged: {len(modules)} modules in {name}, beginning with {modules[0]}"
-        yield error("not-judged", name, message)
+        yield error(Check.NOT_JUDGED, name, message)
     for info in inventory.checkpoint.tensors.values():
         if info.dtype not in ITEM_BYTES:
-            yield error("not-judged", info.name, f"not judged: dtype {info.dtype}")
+            yield error(Check.NOT_JUDGED, info.name, f"not judged: dtype {info.dtype}")
         elif len(info.shape) == 3 and names.split(info.name)[0].endswith(".experts"):
             yield error(
-                "names", info.name, "experts fused in one tensor: servers' quantized loaders want one module an expert"
+                Check.NAMES,
+                info.name,
+                "experts fused in one tensor: quantized loaders want one module an expert",
             )
 
 
@@ -143,10 +146,10 @@ def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
     layouts = {(module.layout, names.expert(module.name) is not None) for module in inventory.quantized}
     if any(part is not None and part.codes == "weight_packed" and expert for part, expert in layouts):
         message = "transformers 5.23 drops weight_global_scale of NVFP4 experts without a word; serve it elsewhere"
-        yield warning("transformers", label, message)
+        yield warning(Check.TRANSFORMERS, label, message)
     if inventory.scheme.method == "modelopt" and any(isinstance(part, Fp8Layout) for part, _ in layouts):
         yield note(
-            "transformers", label, "transformers 5.23 loads the FP8 codes without their scales; serve it elsewhere"
+            Check.TRANSFORMERS, label, "transformers 5.23 loads the FP8 codes without their scales; serve it elsewhere"
         )
 
 

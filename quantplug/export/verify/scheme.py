@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quantplug.export.verify import excludes
 from quantplug.export.verify.checkpoint import Checkpoint
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.excludes import Matcher
 from quantplug.export.verify.layouts import (
     F32,
@@ -61,12 +62,11 @@ class Scheme:
 def read_scheme(checkpoint: Checkpoint) -> tuple[Scheme, list[Finding]]:
     """The scheme of a checkpoint and the findings that keep it from being known."""
     config = as_object(checkpoint.config.get("quantization_config"))
-    if not config:
-        config = _legacy(checkpoint.hf_quant_config)
+    config = _nested(config) or config or _nested(as_object(checkpoint.hf_quant_config))
     method = as_text(config.get("quant_method"))
     if not config:
         message = "has no quantization_config: nothing says that, or how, this checkpoint is quantized"
-        return _unquantized(), [error("no-quantization", "config.json", message)]
+        return _unquantized(), [error(Check.NO_QUANTIZATION, "config.json", message)]
     if method == "modelopt":
         return _modelopt(config), []
     if method == "fp8":
@@ -74,12 +74,12 @@ def read_scheme(checkpoint: Checkpoint) -> tuple[Scheme, list[Finding]]:
     if method == "compressed-tensors":
         return _compressed_tensors(config), []
     message = f"not judged: quant_method {method or 'missing'!r} is none of modelopt, fp8, compressed-tensors"
-    return _unjudged(method or "unknown", method or "unknown"), [error("not-judged", "config.json", message)]
+    return _unjudged(method or "unknown", method or "unknown"), [error(Check.NOT_JUDGED, "config.json", message)]
 
 
-def _legacy(file: Json | None) -> Json:
-    """hf_quant_config.json alone, as vLLM reads it when config.json is silent."""
-    quantization = as_object(as_object(file).get("quantization"))
+def _nested(file: Json) -> Json:
+    """The form of hf_quant_config.json, which old ModelOpt also wrote into config.json; empty if it is not."""
+    quantization = as_object(file.get("quantization"))
     if not quantization:
         return {}
     return {**quantization, "quant_method": "modelopt", "ignore": quantization.get("exclude_modules")}
@@ -134,7 +134,7 @@ def _mixed_layouts(layers: Json) -> Callable[[str], ModuleLayout]:
 
 
 def _fp8(config: Json) -> Scheme:
-    """DeepSeek's form: E4M3 blocks with `weight_scale_inv`, a multiplier in spite of its name; or one scale a tensor."""
+    """DeepSeek's form: E4M3 blocks with `weight_scale_inv`, a multiplier despite its name; or one scale a tensor."""
     inputs = "input_scale" if config.get("activation_scheme") == "static" else None
     block = config.get("weight_block_size")
     patterns = as_texts(config.get("modules_to_not_convert")) or as_texts(config.get("ignored_layers"))

@@ -7,6 +7,7 @@ import torch
 
 from quantplug.export.verify import bounds, decode, names
 from quantplug.export.verify.checkpoint import Checkpoint, TensorInfo, UnreadableTensorError
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, Size, TensorError, error, warning
@@ -27,14 +28,14 @@ def compare(inventory: Inventory, source: Checkpoint, on_bytes: OnBytes) -> tupl
         try:
             findings.extend(_one(inventory, source, info, measured))
         except UnreadableTensorError as problem:
-            findings.append(error("files", info.name, f"its data cannot be read: {problem}"))
+            findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
         on_bytes(info.nbytes)
     return measured, findings
 
 
 def _source_findings(source: Checkpoint) -> Iterator[Finding]:
     if source.config.get("quantization_config"):
-        yield error("source", "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
+        yield error(Check.SOURCE, "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
 
 
 def _target(inventory: Inventory, name: str) -> str:
@@ -50,7 +51,7 @@ def _extra(inventory: Inventory, source: Checkpoint) -> Iterator[Finding]:
         module, suffix = names.split(name)
         belongs = f"{module}.weight" in source.tensors or suffix in KV_SUFFIXES
         if name not in known and not (belongs and suffix in SCALE_SUFFIXES | KV_SUFFIXES):
-            yield error("source-names", name, "not in the source")
+            yield error(Check.SOURCE_NAMES, name, "not in the source")
 
 
 def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: list[TensorError]) -> Iterator[Finding]:
@@ -58,19 +59,19 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
     if target is None:
         tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
         if not (tied and names.is_head(names.split(info.name)[0])):
-            yield error("source-names", info.name, "in the source, but not in the export")
+            yield error(Check.SOURCE_NAMES, info.name, "in the source, but not in the export")
         return
     module = inventory.modules[names.split(target.name)[0]]
     if module.quantized and target.name.endswith((".weight", ".weight_packed")):
         if not is_plain(info):
-            yield error("source", info.name, f"is {info.dtype} in the source, no floating-point original")
+            yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
         elif module.sound:
             yield from _quantized(inventory, source, info, module, measured)
     elif target.shape != info.shape:
-        yield error("source-names", info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
+        yield error(Check.SOURCE_NAMES, info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
     elif differing := _differing(inventory.checkpoint, source, info.name):
         message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
-        yield error("source-values", info.name, message)
+        yield error(Check.SOURCE_VALUES, info.name, message)
 
 
 def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
@@ -90,7 +91,7 @@ def _quantized(
     assert module.codes is not None
     shape = (module.codes.shape[0], module.layout.columns(module.codes))
     if info.shape != shape:
-        yield error("source-names", info.name, f"decodes to {list(shape)}, in the source {list(info.shape)}")
+        yield error(Check.SOURCE_NAMES, info.name, f"decodes to {list(shape)}, in the source {list(info.shape)}")
         return
     total = bounds.ErrorSum()
     for first, rows in source.chunks(info.name):
@@ -153,13 +154,13 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
         message = f"relative error {result.relative_error:.4g}; {most}"
         if not total.squared_norm:
             message = "the source is all zero, the export does not decode to zeros"
-        yield error("error-bound", result.name, message)
+        yield error(Check.ERROR_BOUND, result.name, message)
     elif total.beyond:
         message = (
             f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
             "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
         )
-        yield warning("value-bound", result.name, message)
+        yield warning(Check.VALUE_BOUND, result.name, message)
 
 
 def sizes(export: Checkpoint, source: Checkpoint | None) -> Iterator[Size]:

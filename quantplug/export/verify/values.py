@@ -1,4 +1,4 @@
-"""Reads every value once (row 12): nothing NaN or Inf, scales positive; keeps the scalars for the rules on shared scales."""
+"""Reads every value once (row 12): nothing NaN or Inf, scales positive; keeps the scalars for those on sharing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantplug.export.verify.checkpoint import PLAIN_FLOATS, UnreadableTensorError
+from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import Nvfp4Layout
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.names import FusedGroup, kind, last, split
@@ -51,7 +52,7 @@ def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[F
         try:
             findings.extend(_tensor(inventory, info.name, values))
         except UnreadableTensorError as problem:
-            findings.append(error("files", info.name, f"its data cannot be read: {problem}"))
+            findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
         on_bytes(info.nbytes)
     findings.extend(_subnormal_findings(values))
     return values, findings
@@ -75,10 +76,10 @@ def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding
                 low += int(((codes > 0x80) & (codes != 0xFF)).sum())
                 _count_subnormal(values, inventory.modules[module], codes)
     if bad:
-        yield error("finite", name, f"{bad} values are NaN or Inf")
+        yield error(Check.FINITE, name, f"{bad} values are NaN or Inf")
     if low:
         what = "below zero" if info.dtype == "F8_E4M3" else "zero or below"
-        yield error("scale-range", name, f"{low} scales are {what}")
+        yield error(Check.SCALE_RANGE, name, f"{low} scales are {what}")
 
 
 def _non_finite_codes(codes: torch.Tensor, dtype: str) -> int:
@@ -104,7 +105,7 @@ def _subnormal_findings(values: Values) -> Iterator[Finding]:
                 f"{count.subnormal} of {count.scales} block scales, in {count.tensors} tensors, are below 2^-6: "
                 "vLLM's and SGLang's Marlin kernels (W4A16) may flush them to zero"
             )
-            yield warning("subnormal-scales", name, message)
+            yield warning(Check.SUBNORMAL_SCALES, name, message)
 
 
 def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
@@ -122,12 +123,12 @@ def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
                 continue
             if isinstance(layout, Nvfp4Layout) or (group.in_expert and inventory.scheme.method == "modelopt"):
                 shown = ", ".join(f"{last(name)} {value:.9g}" for name, value in found.items() if value is not None)
-                yield error("shared-scales", group.parent, f"{suffix} differs: {shown}; {_consequence(group)}")
+                yield error(Check.SHARED_SCALES, group.parent, f"{suffix} differs: {shown}; {_consequence(group)}")
             else:
                 key = f"{kind(group.fused)}.{suffix}"
                 differing_fp8[key] = differing_fp8.get(key, 0) + 1
     for key, count in differing_fp8.items():
-        yield note("shared-scales", key, f"{count} groups with different scales: servers requantize to the largest")
+        yield note(Check.SHARED_SCALES, key, f"{count} groups with different scales: servers requantize to the largest")
 
 
 def _consequence(group: FusedGroup) -> str:

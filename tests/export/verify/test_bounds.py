@@ -1,0 +1,74 @@
+"""The bounds hold for ModelOpt's own packers on whatever weights, and are no wider than they need be."""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+from quantplug.export.verify import bounds, decode
+
+
+def nvfp4_error(weight: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> bounds.ErrorSum:
+    """Packs by ModelOpt, decodes, and sums up."""
+    packed, scales, used = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=tensor_scale)
+    codes = scales.view(torch.uint8)
+    total = bounds.ErrorSum()
+    decoded = decode.decode_nvfp4(packed._quantized_data, codes, used)
+    bounds.add_nvfp4(total, decoded, weight, decode.decode_e4m3(codes))
+    return total
+
+
+@st.composite
+def weights(draw: DrawFn) -> torch.Tensor:
+    """Few rows of awkward sizes: magnitudes over many octaves, ties, zeros of both signs."""
+    mantissas = st.sampled_from([0.0, -0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 1.0625, 1.19])
+    values = st.tuples(mantissas, st.integers(-24, 4), st.sampled_from([1.0, -1.0]))
+    rows, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    drawn = draw(st.lists(values, min_size=rows * blocks * 16, max_size=rows * blocks * 16))
+    weight = torch.tensor([mantissa * 2.0**exponent * sign for mantissa, exponent, sign in drawn])
+    weight[0] = 6.0
+    return weight.view(rows, blocks * 16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(weights())
+def test_round_to_nearest_stays_within_the_nvfp4_bound(weight: torch.Tensor) -> None:
+    total = nvfp4_error(weight)
+    assert total.squared_error <= total.squared_bound * bounds.SLACK**2
+    assert total.beyond == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(weights(), st.floats(1e-4, 1e2))
+def test_rounding_stays_within_the_fp8_bound(weight: torch.Tensor, scale: float) -> None:
+    factor = torch.tensor(scale)
+    codes = (weight.bfloat16() / factor.bfloat16()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    factor = factor.bfloat16().float()
+    if float(weight.abs().max()) > 448 * float(factor):
+        return
+    total = bounds.ErrorSum()
+    bounds.add_fp8(total, decode.decode_e4m3(codes.view(torch.uint8)) * factor, weight.bfloat16().float(), factor)
+    assert total.squared_error <= total.squared_bound * bounds.SLACK**2
+    assert total.beyond == 0
+
+
+def test_the_worst_block_comes_close_to_the_bound() -> None:
+    """A block scale just above a rounding tie, and 15 values halfway between 4 and 6."""
+    tensor_scale = torch.tensor(1.0)
+    amax = 6 * 1.0626  # its scale, 1.0626, rounds up to 1.125
+    weight = torch.full((1, 16), 5 * 1.125 * (1 + 1e-6))
+    weight[0, 0] = amax
+    total = nvfp4_error(weight, tensor_scale)
+    error = math.sqrt(total.squared_error / total.squared_norm)
+    assert 0.97 * bounds.NVFP4_BLOCK_BOUND < error <= bounds.NVFP4_BLOCK_BOUND
+
+
+def test_a_zero_block_must_be_zero() -> None:
+    total = bounds.ErrorSum()
+    bounds.add_nvfp4(total, torch.full((1, 16), 1e-30), torch.zeros(1, 16), torch.ones(1, 1))
+    assert total.squared_bound == 0
+    assert total.squared_error > 0
+    assert total.beyond == 16

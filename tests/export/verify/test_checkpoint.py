@@ -1,0 +1,206 @@
+"""Broken, hostile and lying files: findings, never an exception."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from quantplug.export.verify import Severity, verify_checkpoint
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00003.safetensors"
+
+
+def fired(directory: Path) -> set[str]:
+    return {str(check) for check in verify_checkpoint(directory).checks(Severity.ERROR, Severity.WARNING)}
+
+
+def subjects(directory: Path, check: str) -> set[str]:
+    return {finding.subject for finding in verify_checkpoint(directory).findings if finding.check == check}
+
+
+@pytest.fixture
+def sharded(open_copy: Callable[[str], Any]) -> Path:
+    surgery = open_copy("w4a16")
+    surgery.close(shards=3)
+    return surgery.directory
+
+
+def change_index(directory: Path, change: Callable[[Any], object]) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    change(index)
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+INDEX_LIES: list[tuple[str, Callable[[Any], object]]] = [
+    ("absent file", lambda i: i["weight_map"].update({"lm_head.weight": "model-00004-of-00003.safetensors"})),
+    ("absent tensor", lambda i: i["weight_map"].update({"nobody.weight": SHARD})),
+    ("unlisted tensor", lambda i: i["weight_map"].pop("lm_head.weight")),
+    ("path out of the directory", lambda i: i["weight_map"].update({"x.weight": "../../etc/passwd"})),
+    ("absolute path", lambda i: i["weight_map"].update({"x.weight": "/etc/passwd"})),
+    ("Windows path", lambda i: i["weight_map"].update({"x.weight": "..\\x.safetensors"})),
+    ("parent", lambda i: i["weight_map"].update({"x.weight": ".."})),
+    ("a number for a file", lambda i: i["weight_map"].update({"x.weight": 7})),
+    ("wrong total", lambda i: i["metadata"].update(total_size=1)),
+    ("no total", lambda i: i.pop("metadata")),
+    ("weight_map a list", lambda i: i.update(weight_map=[1])),
+    ("no weight_map", lambda i: i.clear()),
+]
+
+
+@pytest.mark.parametrize("change", [row[1] for row in INDEX_LIES], ids=[row[0] for row in INDEX_LIES])
+def test_an_index_that_lies(sharded: Path, change: Callable[[Any], object]) -> None:
+    assert fired(sharded) == set()
+    change_index(sharded, change)
+    assert fired(sharded) == {"index"}
+
+
+def test_a_tensor_in_another_shard_than_listed(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    name, shard = next(iter(index["weight_map"].items()))
+    other = next(value for value in index["weight_map"].values() if value != shard)
+    change_index(sharded, lambda i: i["weight_map"].update({name: other}))
+    assert subjects(sharded, "index") == {name}
+
+
+def test_a_tensor_stored_twice(sharded: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, sharded / "model-00009-of-00003.safetensors")
+    assert {"lm_head.weight", "model-00009-of-00003.safetensors"} <= subjects(sharded, "index")
+
+
+def test_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    assert fired(sharded) == {"index"}
+
+
+def test_a_shard_missing(sharded: Path) -> None:
+    (sharded / SHARD).unlink()
+    assert SHARD in subjects(sharded, "index")
+
+
+def header(entries: dict[str, Any], data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+LYING_SHARDS = {
+    "empty": b"",
+    "no header": b"\x10",
+    "header longer than the file": struct.pack("<Q", 1 << 40) + b"{}",
+    "header longer than memory": struct.pack("<Q", (1 << 64) - 1) + b"{}",
+    "header not JSON": struct.pack("<Q", 4) + b"!!!!",
+    "header not UTF-8": struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc",
+    "data cut": header({"a.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 8),
+    "shape larger than data": header(
+        {"a.weight": {"dtype": "F32", "shape": [400], "data_offsets": [0, 16]}}, b"\0" * 16
+    ),
+    "negative shape": header({"a.weight": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, b"\0" * 16),
+    "overlapping": header(
+        {
+            "a.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+            "b.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        },
+        b"\0" * 16,
+    ),
+    "unknown dtype": header({"a.weight": {"dtype": "F7", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 16),
+}
+
+
+@pytest.mark.parametrize("content", LYING_SHARDS.values(), ids=LYING_SHARDS.keys())
+def test_a_shard_that_lies(open_copy: Callable[[str], Any], content: bytes) -> None:
+    directory = open_copy("w4a16").directory
+    (directory / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in subjects(directory, "files")
+
+
+def test_a_truncated_shard_among_good_ones(sharded: Path) -> None:
+    data = (sharded / SHARD).read_bytes()
+    (sharded / SHARD).write_bytes(data[: len(data) // 2])
+    assert subjects(sharded, "files") == {SHARD}
+    assert "index" in fired(sharded)
+
+
+def test_exotic_dtypes_and_names_are_reported(open_copy: Callable[[str], Any]) -> None:
+    directory = open_copy("w4a16").directory
+    entries = {
+        "": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+        "..": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [4, 6]},
+        "a.experts.99999999999999999999.up_proj.weight": {"dtype": "U8", "shape": [0, 3], "data_offsets": [6, 6]},
+        "[bold]\u001b[31m.weight": {"dtype": "F8_E5M2", "shape": [2, 1], "data_offsets": [6, 8]},
+        "layers.1.x.weight_scale": {"dtype": "F8_E4M3", "shape": [2, 0, 2], "data_offsets": [8, 8]},
+    }
+    (directory / "model.safetensors").write_bytes(header(entries, bytes([0, 0, 0xC0, 0x7F, 1, 0xFF, 0x7C, 1])))
+    assert {"", ".."} <= subjects(directory, "finite")
+    assert not verify_checkpoint(directory, directory).ok
+
+
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[1]", b"7", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"],
+    ids=["empty", "cut", "not UTF-8", "list", "number", "deep", "long number"],
+)  # fmt: skip
+def test_garbage_configs(open_copy: Callable[[str], Any], name: str, content: bytes) -> None:
+    directory = open_copy("w4a16").directory
+    (directory / name).write_bytes(content)
+    assert subjects(directory, "files") == {name}
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    assert fired(tmp_path) == {"files", "no-quantization"}
+
+
+def test_a_directory_named_like_a_file(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", INDEX):
+        (tmp_path / name).mkdir()
+    assert {"config.json", "model.safetensors", INDEX} <= subjects(tmp_path, "files")
+
+
+def test_a_link_that_leads_nowhere(open_copy: Callable[[str], Any]) -> None:
+    directory = open_copy("w4a16").directory
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to(directory / "blob")
+    assert "model.safetensors" in subjects(directory, "files")
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["re:(", "*", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = (
+    "quant_method", "quant_algo", "ignore", "config_groups", "kv_cache_scheme", "quantized_layers", "weight_block_size",
+    "modules_to_not_convert", "format", "producer", "quantization", "exclude_modules", "group_size", "activation_scheme",
+)  # fmt: skip
+QUANTIZATION = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["modelopt", "fp8", "compressed-tensors"])},
+    optional={key: JUNK for key in KEYS if key != "quant_method"},
+)
+MODEL_KEYS = ("num_experts", "num_hidden_layers", "text_config", "architectures", "tie_word_embeddings")
+
+
+@pytest.fixture(scope="module")
+def playground(pristine: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fuzz") / "checkpoint"
+    shutil.copytree(pristine["w4a16"], directory)
+    return directory
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[])
+@given(
+    config=st.fixed_dictionaries(
+        {"quantization_config": QUANTIZATION | JUNK}, optional=dict.fromkeys(MODEL_KEYS, JUNK)
+    ),
+    file=JUNK | st.fixed_dictionaries({"quantization": QUANTIZATION, "producer": JUNK}),
+)
+def test_no_config_makes_it_stumble(playground: Path, config: object, file: object) -> None:
+    (playground / "config.json").write_text(json.dumps(config))
+    (playground / "hf_quant_config.json").write_text(json.dumps(file))
+    json.loads(verify_checkpoint(playground).to_json())
