@@ -87,11 +87,36 @@ def run_with_only_torch_and_safetensors(code: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("module", LIGHT_MODULES)
-def test_light_module_needs_torch_and_safetensors_alone(module: str) -> None:
-    result = run_with_only_torch_and_safetensors(f"importlib.import_module({module!r})")
+IMPORT_ALL = """
+failures = []
+for module in {modules!r}:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        failures.append(f"{{module}}: {{error}}")
+sys.exit("\\n".join(failures) or 0)
+"""
+
+
+def test_light_modules_need_torch_and_safetensors_alone() -> None:
+    result = run_with_only_torch_and_safetensors(IMPORT_ALL.format(modules=LIGHT_MODULES))
 
     assert result.returncode == 0, result.stderr
+
+
+def test_a_heavy_module_would_be_found() -> None:
+    result = run_with_only_torch_and_safetensors(IMPORT_ALL.format(modules=["quantplug.plugins"]))
+
+    assert result.returncode == 1
+    assert "quantplug.plugins: No module named 'megatron' (blocked)" in result.stderr
+
+
+def test_verify_runs_with_torch_and_safetensors_alone(tiny_qwen3_dir: Path) -> None:
+    code = f"from quantplug import verify_checkpoint as v; print(type(v({str(tiny_qwen3_dir)!r})).__name__)"
+
+    result = run_with_only_torch_and_safetensors(code)
+
+    assert result.stdout.strip() == "VerifyReport", result.stderr
 
 
 def test_the_blocker_blocks() -> None:

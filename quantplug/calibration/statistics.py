@@ -91,19 +91,22 @@ class CalibrationTable:
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "CalibrationTable":
+    def from_json(cls, text: str, origin: str = "the text") -> "CalibrationTable":
         """Reads what `to_json` wrote.
+
+        Args:
+            origin: What to call the text in an error, such as its path.
 
         Raises:
             SourceError: The text is no such table, or of a newer schema; names every row that cannot be read.
         """
         rows: list[StatisticsRow] = []
         offenders: list[Offender] = []
-        for index, entry in enumerate(_entries(text)):
+        for index, entry in enumerate(_entries(text, origin)):
             try:
                 rows.append(_row_from_json(entry))
             except (KeyError, TypeError, ValueError) as error:
-                offenders.append(Offender(f"rows[{index}]", f"{type(error).__name__}: {error}"))
+                offenders.append(Offender(f"{origin}: rows[{index}]", f"{type(error).__name__}: {error}"))
         if offenders:
             raise _unreadable(offenders)
         return cls(tuple(rows))
@@ -123,7 +126,7 @@ class CalibrationTable:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise _unreadable([Offender(str(path), str(error))]) from error
-        return cls.from_json(text)
+        return cls.from_json(text, origin=str(path))
 
 
 def _check_agreement(found: Mapping[ParamKey, list[StatisticsRow]]) -> None:
@@ -174,16 +177,16 @@ def _row_to_json(row: StatisticsRow) -> dict[str, Any]:
     }
 
 
-def _entries(text: str) -> list[Any]:
+def _entries(text: str, origin: str) -> list[Any]:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise _unreadable([Offender("the text", f"is no JSON: {error}")]) from error
+        raise _unreadable([Offender(origin, f"is no JSON: {error}")]) from error
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise _unreadable([Offender("rows", "is missing")])
-    if document.get("schema_version") != SCHEMA_VERSION:
-        version = document.get("schema_version")
-        raise _unreadable([Offender("schema_version", f"is {version!r}, not {SCHEMA_VERSION}")])
+        raise _unreadable([Offender(origin, "has no list of rows")])
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise _unreadable([Offender(origin, f"has schema_version {version!r}, not {SCHEMA_VERSION}")])
     return list(document["rows"])
 
 

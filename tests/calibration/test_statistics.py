@@ -92,9 +92,11 @@ def test_unreadable_rows_are_all_named() -> None:
     document["rows"][3]["parameter"] = "another"
 
     with pytest.raises(SourceError) as caught:
-        CalibrationTable.from_json(json.dumps(document))
+        CalibrationTable.from_json(json.dumps(document), origin="a.json")
 
-    assert [offender.parameter for offender in caught.value.offenders] == ["rows[0]", "rows[1]", "rows[3]"]
+    assert [offender.parameter for offender in caught.value.offenders] == [
+        f"a.json: rows[{index}]" for index in (0, 1, 3)
+    ]
     assert "'guessed' is not a valid Source" in str(caught.value)
     assert "'amax'" in str(caught.value)
 
@@ -103,10 +105,10 @@ def test_unreadable_rows_are_all_named() -> None:
     ("text", "reason"),
     [
         ("", "is no JSON"),
-        ("[]", "rows"),
-        ('{"rows": 1, "schema_version": 1}', "rows"),
-        ('{"rows": []}', "schema_version .*: is None, not 1"),
-        ('{"rows": [], "schema_version": 2}', "schema_version .*: is 2, not 1"),
+        ("[]", "has no list of rows"),
+        ('{"rows": 1, "schema_version": 1}', "has no list of rows"),
+        ('{"rows": []}', "has schema_version None, not 1"),
+        ('{"rows": [], "schema_version": 2}', "has schema_version 2, not 1"),
         ('{"rows": [3], "schema_version": 1}', r"rows\[0\]"),
     ],
 )
@@ -134,10 +136,11 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_loading_a_missing_or_binary_file_names_it(tmp_path: Path) -> None:
+def test_loading_an_unreadable_file_names_it(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "short").write_text('{"schema_version": 1, "rows": [')
 
-    for name in ("missing", "binary"):
+    for name in ("missing", "binary", "short"):
         with pytest.raises(SourceError, match=name):
             CalibrationTable.load(tmp_path / name)
 

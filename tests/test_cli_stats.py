@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.cli import app
+from quantplug.mappings.base import ParamKey
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    key = ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 3, 41)
+    CalibrationTable((StatisticsRow(key, (192, 160), 0.5, Source.WEIGHT),)).save(tmp_path / "stats.json")
+    return tmp_path / "stats.json"
+
+
+def test_stats_prints_the_table(saved: Path) -> None:
+    result = CliRunner().invoke(app, ["stats", str(saved)])
+
+    assert result.exit_code == 0
+    assert "Quantization Statistics" in result.stdout
+    (line,) = (line for line in result.stdout.splitlines() if "linear_fc1" in line)
+    assert line.split() == [
+        "decoder.layers.3.mlp.experts.linear_fc1.weight41", "41", "(192,", "160)", "5.0000e-01", "weight",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "not json", '{"schema_version": 99, "rows": []}'])
+def test_stats_of_another_file_says_why(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+
+    result = CliRunner().invoke(app, ["stats", str(path)])
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "This is not a statistics table of quantplug." in result.stderr
+    assert "What to do:" in result.stderr
