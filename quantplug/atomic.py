@@ -1,7 +1,10 @@
-"""Files that are complete or absent, whatever happens while they are written."""
+"""Files and directories that are complete or absent, whatever happens while they are written."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,13 +18,49 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101  # mkstemp's 0600 would hide it from others
+        finish_file(Path(temporary))
         os.replace(temporary, path)  # noqa: PTH105
     except BaseException:
         os.unlink(temporary)  # noqa: PTH108
         raise
+
+
+@contextmanager
+def staged_directory(destination: Path) -> Iterator[Path]:
+    """Gives a hidden sibling to write into; one rename to `destination` on success, no trace of it on any failure.
+
+    Missing parents are made. `destination` must be absent or an empty directory.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide it from others
+        sync_directory(staging)
+        staging.replace(destination)
+        sync_directory(destination.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def finish_file(path: Path) -> None:
+    """Waits until a file's data is on disk, and gives it the mode of an ordinary new file.
+
+    Temporary files, and safetensors' own, are readable by their owner alone; a server may run as somebody else.
+    """
+    path.chmod(0o666 & ~_umask())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until a directory's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

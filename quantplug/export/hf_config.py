@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from quantplug.atomic import finish_file
 from quantplug.export.base import QuantConfig
-from quantplug.export.writer import sync_file, write_json
+from quantplug.export.writer import write_json
 
 CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -36,7 +37,7 @@ def copy_side_files(source: Path, destination: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not _is_left_out(path):
             shutil.copyfile(path, destination / path.name)
-            sync_file(destination / path.name)
+            finish_file(destination / path.name)
 
 
 def _is_left_out(path: Path) -> bool:

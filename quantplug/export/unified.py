@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from quantplug.atomic import staged_directory
 from quantplug.errors import Offender, TopologyError
 from quantplug.export.base import ExportPlan, Progress
 from quantplug.export.hf_config import copy_side_files, write_configs
@@ -14,7 +15,7 @@ from quantplug.export.pack import pack_task, scan_weights
 from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.source import Model, live_weights
 from quantplug.export.source_config import read_source_config, reference_shapes
-from quantplug.export.writer import SafetensorsSink, check_destination, staged_directory
+from quantplug.export.writer import SafetensorsSink, check_destination
 from quantplug.mappings.families import find_family
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology

@@ -1,21 +1,14 @@
-"""A directory that appears whole or not at all.
-
-Everything is written into a hidden sibling of the export directory; each file is synced to disk, and one rename makes
-the directory visible. Whatever fails before leaves nothing behind.
-"""
+"""Where an export goes: checked to be free before any work, then filled with safetensors files and their index."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from quantplug.atomic import finish_file
 from quantplug.errors import DestinationError, Offender
 from quantplug.formats import TensorSpec
 
@@ -35,46 +28,9 @@ def check_destination(export_dir: Path, rank: int = 0) -> None:
         )
 
 
-@contextmanager
-def staged_directory(export_dir: Path) -> Iterator[Path]:
-    """Gives a hidden sibling to write into; renames it to `export_dir` on success and removes it on any failure."""
-    export_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{export_dir.name}.", suffix=".partial", dir=export_dir.parent))
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        sync_directory(staging)
-        staging.replace(export_dir)
-        sync_directory(export_dir.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def sync_file(path: Path) -> None:
-    """Waits until a file's data is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Waits until a directory's entries are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_file(path)
+    finish_file(path)
 
 
 class SafetensorsSink:
@@ -109,7 +65,7 @@ class SafetensorsSink:
         filename = f"model-{self._shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
         assert list(self._pending) == list(self._shards[self._shard]), "tensors came out of the plan's order"
         save_file(self._pending, self._directory / filename, metadata={"format": "pt"})
-        sync_file(self._directory / filename)
+        finish_file(self._directory / filename)
         self._weight_map.update(dict.fromkeys(self._pending, filename))
         self._total_size += sum(tensor.nbytes for tensor in self._pending.values())
         self._pending = {}

@@ -1,0 +1,42 @@
+"""What the examples share at the terminal: one progress bar a stage, and errors that read like sentences."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from quantplug import QuantplugError
+
+FIRST_RANK = int(os.environ.get("RANK", "0")) == 0
+out = Console(quiet=not FIRST_RANK)
+err = Console(stderr=True)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints an error that is the user's to mend without a traceback, and exits with status 1."""
+    try:
+        yield
+    except QuantplugError as error:
+        err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, style="red")
+        raise SystemExit(1) from error
+
+
+class StageBars:
+    """A progress callback: draws a bar for every stage it is called with, on the first rank's stderr."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=err, disable=not FIRST_RANK or not sys.stderr.isatty())
+        self._tasks: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._progress.start()
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+        if done == total:
+            self._progress.stop()

@@ -1,0 +1,77 @@
+"""Exports a quantized Megatron checkpoint to a Hugging Face checkpoint that servers load.
+
+    torchrun --nproc_per_node 1 examples/export.py --hf-model-id Qwen/Qwen3-30B-A3B \
+        --megatron-load-path Q --export-dir OUT
+
+No GPU is needed. Prove the result with `quantplug verify OUT --source DIR`.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from console import StageBars, out, user_errors
+
+import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.export.hf_source import resolve_source
+from quantplug.export.source_config import read_source_config
+from quantplug.mappings.families import find_family
+from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.checkpoint import load_checkpoint
+from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+
+GIGABYTE = 10**9
+
+
+class DType(StrEnum):
+    """Types of tensors that are not quantized."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+TORCH_DTYPES = {DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16, DType.FLOAT32: torch.float32}
+
+
+def main(
+    hf_model_id: Annotated[str, typer.Option(help="Directory or hub id of the model that was quantized.")],
+    megatron_load_path: Annotated[Path, typer.Option(help="The checkpoint that quantize.py saved.")],
+    export_dir: Annotated[Path, typer.Option(help="Where the Hugging Face checkpoint goes; new or empty.")],
+    tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
+    etp: Annotated[int, typer.Option(help="Expert tensor parallel size.")] = 1,
+    dtype: Annotated[DType, typer.Option(help="Type of tensors that are not quantized.")] = DType.BFLOAT16,
+    max_shard_size: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Exports a quantized Megatron checkpoint to a Hugging Face checkpoint."""
+    with user_errors():
+        source = read_source_config(resolve_source(hf_model_id, weights=False), trust_remote_code)
+        family = find_family(source.architecture)
+        initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        model = build_gpt_model(family.megatron_config(source.values))
+        load_checkpoint(model, megatron_load_path)
+        result = export_mcore_gpt_to_hf(
+            model,
+            source.directory,
+            export_dir=export_dir,
+            dtype=TORCH_DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            max_shard_size=int(max_shard_size * GIGABYTE),
+            progress=StageBars(),
+        )
+        out.print(
+            f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / GIGABYTE:.3f} GB "
+            f"in {result.shards} file(s), to {result.directory}",
+            highlight=False,
+        )
+        destroy_parallel()
+
+
+if __name__ == "__main__":
+    typer.run(main)

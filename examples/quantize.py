@@ -1,0 +1,153 @@
+"""Quantizes a Hugging Face model in Megatron-Core and saves a Megatron checkpoint with the quantizers' state.
+
+    torchrun --nproc_per_node 1 examples/quantize.py --hf-model-id Qwen/Qwen3-30B-A3B \
+        --export-quant-cfg nvfp4 --weight-only --megatron-save-path Q
+
+Weight-only quantization needs no data and no GPU. Formats that quantize activations too are calibrated by running the
+model over a data set, which takes a GPU: Transformer Engine has no forward without one.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import modelopt.torch.quantization as mtq
+import torch
+import typer
+from console import StageBars, out, user_errors
+from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calibration_forward_loop
+from transformers import AutoTokenizer
+
+import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
+from quantplug import import_mcore_gpt_from_hf
+from quantplug.calibration.collect import collect_statistics
+from quantplug.calibration.render import print_statistics
+from quantplug.errors import CalibrationError, Offender
+from quantplug.export.hf_source import resolve_source
+from quantplug.export.source_config import read_source_config
+from quantplug.export.unified import plan_export
+from quantplug.mappings.families import find_family
+from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.checkpoint import save_checkpoint
+from quantplug.megatron.cpu import has_cuda
+from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+
+NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
+
+
+class QuantConfigName(StrEnum):
+    """The formats by the names that Megatron-Bridge's users know."""
+
+    NVFP4 = "nvfp4"
+    W4A16_NVFP4 = "w4a16_nvfp4"
+    FP8 = "fp8"
+    FP8_BLOCKWISE = "fp8_blockwise"
+
+
+CONFIGS: dict[QuantConfigName, dict[str, Any]] = {
+    QuantConfigName.NVFP4: mtq.NVFP4_DEFAULT_CFG,
+    QuantConfigName.W4A16_NVFP4: mtq.W4A16_NVFP4_CFG,
+    QuantConfigName.FP8: mtq.FP8_DEFAULT_CFG,
+    QuantConfigName.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+}
+WITHOUT_ACTIVATIONS = {QuantConfigName.W4A16_NVFP4, QuantConfigName.FP8_BLOCKWISE}
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What activations are calibrated on.
+
+    Attributes:
+        dataset: Name of a data set that ModelOpt knows, or a path to a .jsonl file.
+        samples: Number of samples.
+        length: Tokens of each.
+    """
+
+    dataset: str
+    samples: int
+    length: int
+
+
+def main(
+    hf_model_id: Annotated[str, typer.Option(help="Directory or hub id of the model.")],
+    megatron_save_path: Annotated[Path, typer.Option(help="Where the Megatron checkpoint goes; new or empty.")],
+    export_quant_cfg: Annotated[QuantConfigName, typer.Option(help="The format.")] = QuantConfigName.FP8,
+    weight_only: Annotated[bool, typer.Option("--weight-only", help="Leave activations in 16 bits.")] = False,
+    tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
+    etp: Annotated[int, typer.Option(help="Expert tensor parallel size.")] = 1,
+    calib_dataset: Annotated[str, typer.Option(help="Data set for activations.")] = "cnn_dailymail",
+    calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
+    calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
+) -> None:
+    """Quantizes a Hugging Face model in Megatron-Core."""
+    with user_errors():
+        source = read_source_config(resolve_source(hf_model_id), trust_remote_code)
+        family = find_family(source.architecture)
+        with_data = not weight_only and export_quant_cfg not in WITHOUT_ACTIVATIONS
+        if with_data:
+            require_gpu(export_quant_cfg)
+        topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        out.print(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}", highlight=False)
+
+        bars = StageBars()
+        model = build_gpt_model(family.megatron_config(source.values))
+        import_mcore_gpt_from_hf(model, source.directory, trust_remote_code=trust_remote_code, progress=bars)
+
+        out.print(f"Quantizing with {export_quant_cfg.value}{' weight-only' if weight_only else ''} ...")
+        data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
+        forward_loop = calibration_loop(source.directory, data, trust_remote_code) if with_data else None
+        quantize(model, source.directory, quant_config(export_quant_cfg, weight_only), forward_loop)
+
+        statistics = collect_statistics(model)
+        print_statistics(statistics, out)
+        if stats_json is not None:
+            statistics.save(stats_json)
+        about = {"hf_model_id": hf_model_id, "quant_cfg": export_quant_cfg.value, "weight_only": weight_only}
+        save_checkpoint(model, megatron_save_path, extra=about)
+        out.print(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")
+        destroy_parallel()
+
+
+def quant_config(name: QuantConfigName, weight_only: bool) -> dict[str, Any]:
+    """ModelOpt's config of that name; weight-only appends one rule, as ModelOpt's own examples do."""
+    config = copy.deepcopy(CONFIGS[name])
+    if weight_only:
+        config["quant_cfg"].append(NO_INPUTS)
+    return config
+
+
+def quantize(
+    model: torch.nn.Module, source: Path, config: dict[str, Any], forward_loop: Callable[[torch.nn.Module], None] | None
+) -> None:
+    """Places the quantizers, checks that what they say can be exported, and only then calibrates."""
+    mtq.quantize(model, {**config, "algorithm": None})
+    plan_export(model, source, calibrated=False)
+    mtq.calibrate(model, config["algorithm"], forward_loop)
+
+
+def calibration_loop(source: Path, data: CalibrationData, trust_remote_code: bool) -> Callable[[torch.nn.Module], None]:
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return get_megatron_calibration_forward_loop(
+        tokenizer, dataset_name=data.dataset, num_samples=data.samples, seq_length=data.length, pack=True
+    )
+
+
+def require_gpu(name: QuantConfigName) -> None:
+    """Raises CalibrationError where activations would have to be calibrated without a GPU."""
+    if not has_cuda():
+        raise CalibrationError(
+            "Calibrating activations takes a GPU: Transformer Engine has no forward without one.",
+            [Offender("--export-quant-cfg", f"{name.value} quantizes activations")],
+            "Add --weight-only (or use w4a16_nvfp4 or fp8_blockwise), or run on a machine with a GPU.",
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
