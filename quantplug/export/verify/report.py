@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from quantplug.atomic import write_atomically
 from quantplug.export.verify.checks import Check
 
 
@@ -151,16 +150,7 @@ class VerifyReport:
 
     def write_json(self, path: Path) -> None:
         """Writes the full report: complete or not at all."""
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, self.to_json())
 
 
 def _summary(kind: str, format_name: str, members: list[TensorError]) -> KindError:

@@ -12,6 +12,8 @@ from quantplug.export.verify.report import Finding, error, note, warning
 
 def coverage(inventory: Inventory) -> Iterator[Finding]:
     """Row 11: excluded modules are plain, all other Linears quantized."""
+    if not inventory.scheme.method:
+        return
     special = {module.name for module in inventory.routers()}
     for module in inventory.modules.values():
         if module.name in special or names.is_head(module.name) or names.is_embedding(module.name):

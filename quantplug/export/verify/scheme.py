@@ -41,7 +41,7 @@ class Scheme:
     """What the configs say about every module.
 
     Attributes:
-        method: `modelopt`, `fp8`, `compressed-tensors`; empty when there is no quantization config.
+        method: `modelopt`, `fp8`, `compressed-tensors`; empty without a quantization config that we know.
         label: Method and algorithm, for people.
         excludes: Patterns of modules kept unquantized.
         layout_of: What the config promises for a module that no pattern excludes; None for unquantized.
@@ -74,7 +74,7 @@ def read_scheme(checkpoint: Checkpoint) -> tuple[Scheme, list[Finding]]:
     if method == "compressed-tensors":
         return _compressed_tensors(config), []
     message = f"not judged: quant_method {method or 'missing'!r} is none of modelopt, fp8, compressed-tensors"
-    return _unjudged(method or "unknown", method or "unknown"), [error(Check.NOT_JUDGED, "config.json", message)]
+    return _unquantized(method or "unknown"), [error(Check.NOT_JUDGED, "config.json", message)]
 
 
 def _nested(file: Json) -> Json:
@@ -85,13 +85,9 @@ def _nested(file: Json) -> Json:
     return {**quantization, "quant_method": "modelopt", "ignore": quantization.get("exclude_modules")}
 
 
-def _unquantized() -> Scheme:
-    return Scheme("", "unquantized", (), excludes.matches_modelopt, lambda module: None)
-
-
-def _unjudged(method: str, label: str) -> Scheme:
-    layout = UnjudgedLayout(label)
-    return Scheme(method, label, (), excludes.matches_modelopt, lambda module: layout)
+def _unquantized(label: str = "unquantized") -> Scheme:
+    """Nothing is promised of any module, and the rules on promises have nothing to say."""
+    return Scheme("", label, (), excludes.matches_modelopt, lambda module: None)
 
 
 def modelopt_kv_cache(config: Json) -> str:
@@ -178,7 +174,7 @@ def _group_layout(group: Json, default_format: str) -> Layout | UnjudgedLayout:
     weights, inputs = as_object(group.get("weights")), as_object(group.get("input_activations"))
     file_format = as_text(group.get("format")) or default_format
     if file_format == "nvfp4-pack-quantized" and as_count(weights.get("group_size")) == 16:
-        suffix = "input_global_scale" if inputs else None
+        suffix = "input_global_scale" if inputs and inputs.get("dynamic") is not True else None
         name = "NVFP4" if inputs else "NVFP4A16"
         return Nvfp4Layout(name, "weight_packed", "weight_global_scale", True, suffix)
     is_fp8 = as_text(weights.get("type")) == "float" and as_count(weights.get("num_bits")) == 8

@@ -1,0 +1,317 @@
+"""Checkpoints of other tools: compressed-tensors' own compressors, DeepSeek's block FP8, ModelOpt's mixed precision."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import load_file, save_file
+
+from quantplug.export.verify import Severity, verify_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+PLAIN = ("lm_head", "model.embed_tokens")
+
+
+def fired(report: Any) -> set[str]:
+    return {str(check) for check in report.checks(Severity.ERROR, Severity.WARNING)}
+
+
+def linears(tensors: Tensors) -> Iterator[str]:
+    """Names of the modules that a quantizer would take."""
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if tensor.dim() == 2 and module not in PLAIN and not module.endswith("mlp.gate"):
+            yield module
+
+
+def write(directory: Path, source: Path, tensors: Tensors, quantization: dict[str, Any]) -> Path:
+    directory.mkdir()
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def group_amax(weights: Tensors, module: str) -> torch.Tensor:
+    """The amax of all modules that are merged with this one."""
+    parent, _, name = module.rpartition(".")
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        if name in group:
+            return torch.stack([weights[f"{parent}.{member}.weight"].abs().max() for member in group]).max()
+    return weights[f"{module}.weight"].abs().max()
+
+
+def compress_nvfp4(weights: Tensors, module: str, scheme: QuantizationScheme) -> Tensors:
+    weight = weights[f"{module}.weight"].float()
+    amax = group_amax(weights, module).float().reshape(1)
+    state = {"weight": weight, "weight_global_scale": generate_gparam(-amax, amax)}
+    blocks = weight.view(weight.shape[0], -1, 16)
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    scale, _ = calculate_qparams(low, high, scheme.weights, global_scale=state["weight_global_scale"])
+    state["weight_scale"] = scale
+    if scheme.input_activations is not None:
+        state["input_global_scale"] = torch.tensor([25.0])
+    return compress(state, scheme)
+
+
+def compress_fp8(weights: Tensors, module: str, scheme: QuantizationScheme) -> Tensors:
+    weight = weights[f"{module}.weight"].float()
+    strategy = str(scheme.weights.strategy)
+    if strategy == "channel":
+        low, high = weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True)
+    elif strategy == "block":
+        tiles = weight.view(weight.shape[0] // 128, 128, -1, 128)
+        low, high = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
+    else:
+        low, high = weight.min().reshape(1), weight.max().reshape(1)
+    scale, _ = calculate_qparams(low, high, scheme.weights)
+    state = {"weight": weight, "weight_scale": scale}
+    if scheme.input_activations is not None and scheme.input_activations.dynamic is False:
+        state["input_scale"] = torch.tensor([0.5])
+    return compress(state, scheme)
+
+
+def compress(state: Tensors, scheme: QuantizationScheme) -> Tensors:
+    compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
+    return {name: tensor.contiguous() for name, tensor in compressor.compress(state, scheme).items()}
+
+
+@pytest.fixture
+def compressed(pristine: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    def make(preset: str, spoil: Callable[[Tensors], object] = lambda tensors: None, **config: Any) -> Path:
+        scheme = preset_name_to_scheme(preset, ["Linear"])
+        scheme.format = "nvfp4-pack-quantized" if "NVFP4" in preset else "float-quantized"
+        scheme = QuantizationScheme.model_validate(scheme.model_dump())
+        pack = compress_nvfp4 if "NVFP4" in preset else compress_fp8
+        weights = load_file(pristine["source"] / "model.safetensors")
+        modules = [
+            name
+            for name in linears(weights)
+            if preset != "FP8_BLOCK" or ".k_proj" not in name and ".v_proj" not in name
+        ]
+        left = [name for name in linears(weights) if name not in modules]
+        tensors = {name: tensor for name, tensor in weights.items() if name.removesuffix(".weight") not in modules}
+        for module in modules:
+            packed = pack(weights, module, scheme)
+            tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
+        spoil(tensors)
+        quantization = {
+            "quant_method": "compressed-tensors", "format": str(scheme.format),
+            "config_groups": {"group_0": scheme.model_dump(mode="json")}, "ignore": ["lm_head", "re:.*mlp.gate$", *left],
+        } | config  # fmt: skip
+        return write(tmp_path / preset, pristine["source"], tensors, quantization)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("preset", "checks", "tensors"),
+    [
+        ("NVFP4A16", {"transformers"}, 39),
+        ("NVFP4", {"transformers"}, 39),
+        ("FP8", set(), 39),
+        ("FP8_DYNAMIC", set(), 39),
+        # k and v have 64 rows, half a block, and stay plain: that q is quantized beside them is the one finding.
+        ("FP8_BLOCK", {"one-algo", "serving-tp"}, 33),
+    ],
+)
+def test_compressed_tensors(
+    compressed: Callable[..., Path], pristine: dict[str, Path], preset: str, checks: set[str], tensors: int
+) -> None:
+    report = verify_checkpoint(compressed(preset), pristine["source"])
+    assert fired(report) == checks, report.findings
+    assert len(report.errors_by_tensor) == tensors
+    typical = 0.1 if "NVFP4" in preset else 0.03
+    assert all(typical / 2 < error.relative_error < typical for error in report.errors_by_tensor)
+
+
+EXPERT = "model.layers.2.mlp.experts.0.up_proj"
+CT_SPOILED: list[tuple[str, str, Callable[[Tensors], object], str]] = [
+    ("global scale not shared", "NVFP4A16", lambda t: t[f"{EXPERT}.weight_global_scale"].mul_(2), "shared-scales"),
+    ("no global scale", "NVFP4A16", lambda t: t.pop(f"{EXPERT}.weight_global_scale"), "tensor-layout"),
+    ("no input scale", "NVFP4", lambda t: t.pop(f"{EXPERT}.input_global_scale"), "input-scale"),
+    ("activations in weight-only", "NVFP4A16", lambda t: t.update({f"{EXPERT}.input_global_scale": torch.ones(1)}), "weight-only"),
+    ("zero channel scale", "FP8_DYNAMIC", lambda t: t[f"{EXPERT}.weight_scale"][3].zero_(), "scale-range"),
+    ("no channel scale", "FP8_DYNAMIC", lambda t: t.pop(f"{EXPERT}.weight_scale"), "tensor-layout"),
+    ("scale of the wrong rank", "FP8_DYNAMIC", lambda t: t.update({f"{EXPERT}.weight_scale": torch.ones(128, 2)}), "tensor-layout"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "spoil", "check"), [row[1:] for row in CT_SPOILED], ids=[r[0] for r in CT_SPOILED])
+def test_compressed_tensors_spoiled(
+    compressed: Callable[..., Path], preset: str, spoil: Callable[[Tensors], object], check: str
+) -> None:
+    assert fired(verify_checkpoint(compressed(preset, spoil))) - {"transformers"} == {check}
+
+
+def test_the_reciprocal_is_taken(compressed: Callable[..., Path], pristine: dict[str, Path]) -> None:
+    """A global scale stored as ModelOpt stores it is off by orders of magnitude, and only the source shows it."""
+
+    def invert(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("weight_global_scale")]:
+            tensors[name] = tensors[name].reciprocal()
+
+    directory = compressed("NVFP4A16", invert)
+    assert fired(verify_checkpoint(directory)) == {"transformers"}
+    assert "error-bound" in fired(verify_checkpoint(directory, pristine["source"]))
+
+
+def test_compressed_tensors_of_another_format(compressed: Callable[..., Path]) -> None:
+    report = verify_checkpoint(
+        compressed("FP8", config_groups={"group_0": {"targets": ["Linear"], "format": "pack-quantized"}})
+    )
+    assert fired(report) == {"not-judged"}
+
+
+# --- DeepSeek's form, on shapes that are not multiples of 128
+
+
+def awkward_source(directory: Path) -> Tensors:
+    """One dense layer: hidden 160, four heads of 48, two for keys and values, width 224, an odd vocabulary."""
+    torch.manual_seed(1)
+    shapes = {
+        "self_attn.q_proj": (192, 160), "self_attn.k_proj": (96, 160), "self_attn.v_proj": (96, 160),
+        "self_attn.o_proj": (160, 192), "mlp.gate_proj": (224, 160), "mlp.up_proj": (224, 160), "mlp.down_proj": (160, 224),
+    }  # fmt: skip
+    tensors = {f"model.layers.0.{name}.weight": torch.randn(shape).half() for name, shape in shapes.items()}
+    tensors |= {"model.embed_tokens.weight": torch.randn(131, 160).half(), "model.norm.weight": torch.ones(160).half()}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"num_hidden_layers": 1, "tie_word_embeddings": True}))
+    save_file(tensors, directory / "model.safetensors")
+    return tensors
+
+
+def block_fp8(weight: torch.Tensor) -> Tensors:
+    rows, columns = (-(-size // 128) for size in weight.shape)
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            place = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            scales[i, j] = weight[place].abs().max().float() / 448
+            codes[place] = (weight[place].float() / scales[i, j]).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scales}
+
+
+DEEPSEEK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def deepseek(
+    tmp_path: Path, spoil: Callable[[Tensors], object] = lambda tensors: None, **config: Any
+) -> tuple[Path, Path]:
+    source = tmp_path / "source"
+    weights = awkward_source(source)
+    tensors = dict(weights)
+    for module in list(linears(weights)):
+        packed = block_fp8(tensors.pop(f"{module}.weight"))
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
+    spoil(tensors)
+    return write(tmp_path / "fp8", source, tensors, DEEPSEEK | config), source
+
+
+def test_deepseek_block_fp8_of_awkward_shapes(tmp_path: Path) -> None:
+    directory, source = deepseek(tmp_path)
+    report = verify_checkpoint(directory, source)
+    assert report.ok, report.findings
+    assert fired(report) == {"serving-tp"}
+    assert {f.subject for f in report.findings if "cannot merge" in f.message} == {
+        f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    }
+    assert len(report.errors_by_tensor) == 7
+    assert all(0.015 < error.relative_error < 0.03 for error in report.errors_by_tensor)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+DEEPSEEK_SPOILED: list[tuple[str, Callable[[Tensors], object], dict[str, Any], str]] = [
+    ("scales rounded down", lambda t: t.update({f"{Q}.weight_scale_inv": t[f"{Q}.weight_scale_inv"][:1].clone()}), {}, "tensor-layout"),
+    ("scales per tensor", lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(1)}), {}, "tensor-layout"),
+    ("no scales", lambda t: t.pop(f"{Q}.weight_scale_inv"), {}, "tensor-layout"),
+    ("no activation scheme", lambda t: None, {"activation_scheme": None}, "algo"),
+    ("a zero scale", lambda t: t[f"{Q}.weight_scale_inv"].zero_(), {}, "scale-range"),
+    ("excluded, yet quantized", lambda t: None, {"modules_to_not_convert": ["model.layers.0.self_attn.o_proj"]}, "coverage"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "config", "check"), [row[1:] for row in DEEPSEEK_SPOILED], ids=[row[0] for row in DEEPSEEK_SPOILED]
+)
+def test_deepseek_spoiled(
+    tmp_path: Path, spoil: Callable[[Tensors], object], config: dict[str, Any], check: str
+) -> None:
+    directory, _ = deepseek(tmp_path, spoil, **config)
+    assert fired(verify_checkpoint(directory)) - {"serving-tp"} == {check}
+
+
+def test_scales_inverted_as_their_name_says(tmp_path: Path) -> None:
+    directory, source = deepseek(tmp_path, lambda t: t[f"{Q}.weight_scale_inv"].reciprocal_())
+    report = verify_checkpoint(directory, source)
+    assert {f.subject for f in report.findings if f.check == "error-bound"} == {f"{Q}.weight"}
+
+
+# --- ModelOpt's mixed precision
+
+
+def mix(surgery: Any, algo: str = "NVFP4") -> None:
+    modules = {name.removesuffix(".weight_scale") for name in surgery.tensors if name.endswith(".weight_scale")}
+    layers = {module: {"quant_algo": algo, "group_size": 16} for module in modules}
+    for config in (surgery.quantization_config, surgery.quantization):
+        config |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    surgery.quantization_config["kv_cache_quant_algo"] = None
+
+
+def in_both(key: str, value: Any) -> Callable[[Any], None]:
+    return lambda s: [
+        config["quantized_layers"].update({key: value}) for config in (s.quantization_config, s.quantization)
+    ]
+
+
+def unlist(key: str) -> Callable[[Any], None]:
+    return lambda s: s.quantization_config["quantized_layers"].pop(key)  # the same object as the other file's
+
+
+MIXED_SPOILED: list[tuple[str, Callable[[Any], object], set[str]]] = [
+    ("nothing", lambda s: None, set()),
+    ("a layer that is not there", in_both("model.layers.7.mlp", {"quant_algo": "NVFP4"}), {"mixed"}),
+    ("FP8 in blocks", in_both("model.layers.1.mlp.gate", {"quant_algo": "FP8_PB_WO"}), {"mixed"}),
+    ("no KV key", lambda s: s.quantization_config.pop("kv_cache_quant_algo"), {"mixed"}),
+    ("layers in one file alone", lambda s: s.quantization.pop("quantized_layers"), {"config-agreement"}),
+    ("not listed, yet quantized", unlist("model.layers.0.self_attn.o_proj"), {"coverage"}),
+    ("another algorithm in one expert", in_both(EXPERT, {"quant_algo": "W4A16_NVFP4"}), {"one-algo", "weight-only"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "checks"), [row[1:] for row in MIXED_SPOILED], ids=[row[0] for row in MIXED_SPOILED])
+def test_mixed_precision(open_copy: Callable[[str], Any], spoil: Callable[[Any], object], checks: set[str]) -> None:
+    surgery = open_copy("nvfp4")
+    mix(surgery)
+    spoil(surgery)
+    surgery.close()
+    report = verify_checkpoint(surgery.directory)
+    assert fired(report) == checks, report.findings
+
+
+def test_mixed_precision_without_nvfp4(open_copy: Callable[[str], Any]) -> None:
+    surgery = open_copy("fp8")
+    mix(surgery, "FP8")
+    surgery.close()
+    assert fired(verify_checkpoint(surgery.directory)) == {"mixed"}
+
+
+def test_the_nested_config_of_old_modelopt(open_copy: Callable[[str], Any]) -> None:
+    surgery = open_copy("nvfp4")
+    surgery.config["quantization_config"] = surgery.hf_quant_config
+    surgery.close()
+    assert fired(verify_checkpoint(surgery.directory)) == {"config-agreement"}
+
+
+def test_a_method_nobody_here_knows(open_copy: Callable[[str], Any]) -> None:
+    surgery = open_copy("source")
+    surgery.config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    surgery.close()
+    assert fired(verify_checkpoint(surgery.directory)) == {"not-judged"}
