@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (tables: one case a line)
 """Checkpoints of other tools: compressed-tensors' own compressors, DeepSeek's block FP8, ModelOpt's mixed precision."""
 
 import json
@@ -93,7 +94,7 @@ def compressed(pristine: dict[str, Path], tmp_path: Path) -> Callable[..., Path]
         modules = [
             name
             for name in linears(weights)
-            if preset != "FP8_BLOCK" or ".k_proj" not in name and ".v_proj" not in name
+            if preset != "FP8_BLOCK" or (".k_proj" not in name and ".v_proj" not in name)
         ]
         left = [name for name in linears(weights) if name not in modules]
         tensors = {name: tensor for name, tensor in weights.items() if name.removesuffix(".weight") not in modules}
