@@ -18,6 +18,7 @@ from quantplug.export.source_config import read_source_config, reference_shapes
 from quantplug.export.writer import SafetensorsSink, check_destination
 from quantplug.mappings.families import find_family
 from quantplug.megatron.parallel import current_topology
+from quantplug.plugins.rules import check_rules
 from quantplug.topology import ParallelTopology
 
 __all__ = ["ExportResult", "export_mcore_gpt_to_hf", "import_mcore_gpt_from_hf", "plan_export"]
@@ -68,6 +69,7 @@ def plan_export(
     _refuse_parallel(topology)
     family = find_family(source.architecture)
     refs, unclaimed = live_weights(model)
+    check_rules(model, topology.rank)
     request = ExportRequest(
         tied_embeddings=bool(source.values.get("tie_word_embeddings", False)),
         dtype=dtype,
@@ -114,7 +116,8 @@ def export_mcore_gpt_to_hf(
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
         TopologyError: The model is split over ranks.
-        MappingError, ShapeError: The model is not the one that the config describes.
+        MappingError: Rules of the quantizer config match nothing, or the model is not the one the config describes.
+        ShapeError: The model is not the one that the config describes, or does not divide as its format needs.
         UnsupportedQuantizationError: Quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax.
         WeightError: NaN or Inf in a weight.

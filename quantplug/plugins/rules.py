@@ -1,0 +1,101 @@
+"""A rule of a quantizer config that matches nothing: what its author meant to quantize is not.
+
+ModelOpt applies `quant_cfg` rule by rule to the quantizers whose names match, and says nothing of a rule that matches
+none. It keeps the config in the model's own state, so the rules can be judged wherever the model is, also after a
+restore. Only the first config is kept: what a second `mtq.quantize` applies to a quantized model cannot be judged.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from modelopt.torch.opt.conversion import ModeloptStateManager
+from modelopt.torch.quantization.config import normalize_quant_cfg_list
+from modelopt.torch.quantization.conversion import _match_quantizer
+from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
+from torch import nn
+
+from quantplug.errors import MappingError, Offender
+
+# What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
+_OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_proj\.|\.experts\.\*)\w+_quantizer")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An enabling rule of a `quant_cfg`.
+
+    Attributes:
+        quantizer_name: Wildcard over quantizer names.
+        parent_class: Key in ModelOpt's registry of the only modules it means; None for all.
+    """
+
+    quantizer_name: str
+    parent_class: str | None
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether it matches a quantizer of the model, as ModelOpt compares names when it applies it."""
+        parent = QuantModuleRegistry[self.parent_class] if self.parent_class else None
+        return any(
+            _match_quantizer(self.quantizer_name, name, module, parent, model) for name, module in model.named_modules()
+        )
+
+
+def check_rules(model: nn.Module | Sequence[nn.Module], rank: int = 0) -> None:
+    """Refuses a quantized model of which an enabling rule matched no quantizer; an unquantized one passes.
+
+    A rule for another architecture in ModelOpt's stock configs may match nothing, as long as some other rule does.
+
+    Args:
+        model: The whole model: one module, or all its virtual pipeline stages, of which one match is enough. A stage
+            of a pipeline over ranks cannot be judged by itself: a rule may match on another rank.
+        rank: Global rank, for messages.
+
+    Raises:
+        MappingError: Names every such rule and the quantizer name that is nearest to it.
+    """
+    roots = list(_quantized_roots([model] if isinstance(model, nn.Module) else model))
+    rules = {rule: any(rule.matches(root) for root in roots) for root in roots for rule in _enabling_rules(root)}
+    excused = any(rules.values())
+    unmatched = [
+        rule
+        for rule, matched in rules.items()
+        if not matched and not (excused and _OTHER_ARCHITECTURES.fullmatch(rule.quantizer_name))
+    ]
+    if unmatched:
+        raise MappingError(
+            "Rules of the quantizer config match no quantizer of this model.",
+            [Offender(rule.quantizer_name, _reason(rule, roots), rank=rank) for rule in unmatched],
+            "Use the names of this Megatron model, or leave out the rules for what it does not have.",
+        )
+
+
+def _quantized_roots(chunks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that `mtq.quantize` was called on: the rules are about names as seen from there."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if ModeloptStateManager._state_key in vars(module))
+
+
+def _enabling_rules(root: nn.Module) -> Iterator[Rule]:
+    for _, state in ModeloptStateManager(root).state_dict():
+        for entry in normalize_quant_cfg_list(state["config"].get("quant_cfg", [])):
+            if entry["enable"]:
+                yield Rule(entry["quantizer_name"], entry.get("parent_class"))
+
+
+def _reason(rule: Rule, roots: Sequence[nn.Module]) -> str:
+    where = f" in a {rule.parent_class}" if rule.parent_class else ""
+    near = get_close_matches(rule.quantizer_name, _name_patterns(roots), n=1, cutoff=0.0)
+    return f"matches nothing{where}" + (f"; the nearest quantizers are {near[0]}" if near else "")
+
+
+def _name_patterns(roots: Sequence[nn.Module]) -> list[str]:
+    """Every quantizer's name with `*` for the layer and the expert: few, and each good as a rule itself."""
+    names = (
+        name
+        for root in roots
+        for name, module in root.named_modules()
+        if isinstance(module, (TensorQuantizer, SequentialQuantizer))
+    )
+    return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
