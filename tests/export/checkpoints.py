@@ -1,0 +1,136 @@
+"""What the tests of the export share: models read from a source, ways to quantize them, and plain looks at files."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+import quantplug.plugins  # noqa: F401  # registers the wrappers
+from quantplug import import_mcore_gpt_from_hf
+from quantplug.mappings.families import find_family
+from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+
+INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
+
+
+def _with(config: dict[str, Any], *rules: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "quant_cfg": [*copy.deepcopy(config["quant_cfg"]), *rules]}
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "w4a16_nvfp4": mtq.W4A16_NVFP4_CFG,
+    "nvfp4": mtq.NVFP4_DEFAULT_CFG,
+    "fp8": mtq.FP8_DEFAULT_CFG,
+    "fp8_weight_only": _with(mtq.FP8_DEFAULT_CFG, INPUTS_OFF),
+    "fp8_blockwise": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+}
+WITH_ACTIVATIONS = ("nvfp4", "fp8")
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Megatron's parallel state of one rank, taken down again by whoever set it up."""
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    initialize_parallel()
+    try:
+        yield
+    finally:
+        destroy_parallel()
+
+
+def build(
+    source: Path,
+    layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,
+) -> GPTModel:
+    """An empty model of a checkpoint's config, all NaN: what the import does not write must show."""
+    config = {**AutoConfig.from_pretrained(source).to_dict(), **changes}
+    family = find_family(config["architectures"][0])
+    model = build_gpt_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    return model
+
+
+def load(source: Path, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE, **settings: Any) -> GPTModel:
+    model = build(source, layer_spec, **settings)
+    import_mcore_gpt_from_hf(model, source)
+    return model
+
+
+def quantize(model: GPTModel, scheme: str) -> GPTModel:
+    """Quantizes with calibrated weights, and input amaxes set by hand: a forward of TE's modules needs a GPU."""
+    mtq.quantize(model, SCHEMES[scheme])
+    if scheme in WITH_ACTIVATIONS:
+        for module, amax in input_amaxes(model).items():
+            model.get_submodule(module).input_quantizer.amax = torch.tensor(amax)
+    return model
+
+
+def input_amaxes(model: GPTModel) -> dict[str, float]:
+    """A different input amax for every quantized linear of a model, by its Megatron name."""
+    linears = [
+        name.removesuffix(".input_quantizer")
+        for name, module in model.named_modules()
+        if name.endswith(".input_quantizer") and module.is_enabled
+    ]
+    return {name: 0.37 * (index + 1) for index, name in enumerate(linears)}
+
+
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory of safetensors, by safetensors' own reader."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        loaded = load_file(path)
+        assert not tensors.keys() & loaded.keys()
+        tensors |= loaded
+    return tensors
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes: unlike `==`, they tell -0.0 from 0.0, and a NaN is equal to itself."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return (first.dtype, first.shape) == (second.dtype, second.shape) and raw(first) == raw(second)
+
+
+def files_of(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def scale_group(name: str) -> str:
+    """What shares scales with a source weight: q, k and v of a layer; gate and up of an MLP or expert; else itself."""
+    module, projection, _ = name.rsplit(".", 2)
+    groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    return f"{module}.{groups.get(projection, projection)}"
+
+
+def linear_weights(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that every scheme of these tests quantizes: all projections, no router, no vocabulary."""
+    return {name: tensor for name, tensor in source.items() if name.endswith("_proj.weight")}
+
+
+def group_amaxes(source: dict[str, torch.Tensor]) -> dict[str, float]:
+    """max |w| of every scale group, from the source's own tensors, by weight name."""
+    linears = linear_weights(source)
+    groups: dict[str, float] = {}
+    for name, tensor in linears.items():
+        group = scale_group(name)
+        groups[group] = max(groups.get(group, 0.0), tensor.abs().max().item())
+    return {name: groups[scale_group(name)] for name in linears}

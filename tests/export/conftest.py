@@ -1,0 +1,97 @@
+"""Sources and exports, each made once for all tests of the export."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.megatron.build import LayerSpec
+from tests.export.checkpoints import load, one_rank, quantize
+
+# FP8 in 128x128 blocks needs multiples of 128 everywhere but in the vocabulary.
+BLOCK_SIZES = {
+    "vocab_size": 523,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
+def _random(model: PreTrainedModel, directory: Path) -> Path:
+    """Every block with an amax of its own."""
+    torch.manual_seed(30)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.05 * torch.rand(parameter.shape))
+            if parameter.dim() == 1:
+                parameter.add_(1.0)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def _tiny(directory: Path, architecture: Architecture, tied: bool, dtype: Dtype) -> Path:
+    make_tiny_model(directory, architecture, tied, seed=3, layers=2, experts=4, dtype=dtype)
+    return directory
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "moe": lambda path: _tiny(path, Architecture.QWEN3_MOE, False, Dtype.BFLOAT16),
+    "moe_fp32": lambda path: _tiny(path, Architecture.QWEN3_MOE, False, Dtype.FLOAT32),
+    "dense": lambda path: _tiny(path, Architecture.QWEN3, False, Dtype.BFLOAT16),
+    "tied": lambda path: _tiny(path, Architecture.QWEN3, True, Dtype.BFLOAT16),
+    "moe_blocks": lambda path: _random(
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**BLOCK_SIZES, **MOE, head_dim=64, moe_intermediate_size=128)), path
+    ),
+    "wide_moe_blocks": lambda path: _random(
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**BLOCK_SIZES, **MOE, head_dim=128, moe_intermediate_size=256)), path
+    ),
+    "dense_blocks": lambda path: _random(Qwen3ForCausalLM(Qwen3Config(**BLOCK_SIZES, head_dim=128)), path),
+}
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Hugging Face checkpoints by name, made when first asked for. Nobody may change them."""
+    made: dict[str, Path] = {}
+
+    def source(name: str) -> Path:
+        if name == "mixed":
+            return request.getfixturevalue("tiny_qwen3_mixed_dir")
+        if name not in made:
+            made[name] = MAKERS[name](tmp_path_factory.mktemp(name) / "hf")
+        return made[name]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, sources: Callable[[str], Path]) -> Callable[..., Path]:
+    """Quantized exports by source and scheme, made when first asked for. Nobody may change them."""
+    made: dict[tuple[str, str, LayerSpec], Path] = {}
+
+    def export(name: str, scheme: str, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE) -> Path:
+        key = (name, scheme, layer_spec)
+        if key not in made:
+            directory = tmp_path_factory.mktemp(f"{name}_{scheme}") / "export"
+            with one_rank():
+                model = quantize(load(sources(name), layer_spec), scheme)
+                export_mcore_gpt_to_hf(model, sources(name), export_dir=directory)
+            made[key] = directory
+        return made[key]
+
+    return export
+
+
+@pytest.fixture
+def rank() -> Iterator[None]:
+    """Megatron's parallel state of one rank for one test."""
+    with one_rank():
+        yield

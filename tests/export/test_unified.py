@@ -1,0 +1,115 @@
+"""From Hugging Face to Megatron and back: the source's own bytes are the oracle."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.megatron.build import LayerSpec
+from tests.export.checkpoints import load, raw, read, same_bytes
+
+pytestmark = pytest.mark.usefixtures("rank")
+
+Sources = Callable[[str], Path]
+MODELS = ["moe", "mixed", "dense", "tied"]
+SPECS = pytest.mark.parametrize("layer_spec", LayerSpec, ids=["te", "local"])
+
+
+def assert_same_tensors(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert exported.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(exported[name], expected[name])] == []
+
+
+@SPECS
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_gives_back_every_byte(name: str, layer_spec: LayerSpec, sources: Sources, tmp_path: Path) -> None:
+    result = export_mcore_gpt_to_hf(load(sources(name), layer_spec), sources(name), export_dir=tmp_path / "out")
+    exported = read(tmp_path / "out")
+    assert_same_tensors(exported, read(sources(name)))
+    assert (result.algorithm, result.tensors) == (None, len(exported))
+    assert result.nbytes == sum(tensor.nbytes for tensor in exported.values())
+    assert ("lm_head.weight" in exported) == (name != "tied")
+
+
+@SPECS
+def test_round_trip_of_an_fp32_model(layer_spec: LayerSpec, sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("moe_fp32"), layer_spec, dtype=torch.float32)
+    export_mcore_gpt_to_hf(model, sources("moe_fp32"), export_dir=tmp_path / "out", dtype=torch.float32)
+    assert_same_tensors(read(tmp_path / "out"), read(sources("moe_fp32")))
+
+
+def test_a_wider_dtype_holds_the_same_values(sources: Sources, tmp_path: Path) -> None:
+    export_mcore_gpt_to_hf(load(sources("moe")), sources("moe"), export_dir=tmp_path / "out", dtype=torch.float32)
+    expected = {name: tensor.float() for name, tensor in read(sources("moe")).items()}
+    assert_same_tensors(read(tmp_path / "out"), expected)
+
+
+def test_the_router_may_have_a_dtype_of_its_own(sources: Sources, tmp_path: Path) -> None:
+    export_mcore_gpt_to_hf(
+        load(sources("moe")), sources("moe"), export_dir=tmp_path / "out", moe_router_dtype=torch.float32
+    )
+    expected = {
+        name: tensor.float() if name.endswith("mlp.gate.weight") else tensor
+        for name, tensor in read(sources("moe")).items()
+    }
+    assert_same_tensors(read(tmp_path / "out"), expected)
+
+
+def test_signed_zeros_subnormals_and_extremes_come_back(sources: Sources, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text((sources("moe") / "config.json").read_text())
+    # Every finite bf16 bit pattern, again and again, over all tensors.
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = patterns[patterns.isfinite()]
+    tensors = {
+        name: finite.repeat(-(-tensor.numel() // len(finite)))[: tensor.numel()].view(tensor.shape).clone()
+        for name, tensor in read(sources("moe")).items()
+    }
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    export_mcore_gpt_to_hf(load(source), source, export_dir=tmp_path / "out")
+    assert_same_tensors(read(tmp_path / "out"), tensors)
+
+
+@pytest.mark.parametrize("limit", [1, 30_000, 400_000])
+def test_many_files(limit: int, sources: Sources, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = export_mcore_gpt_to_hf(load(sources("moe")), sources("moe"), export_dir=out, max_shard_size=limit)
+    expected = read(sources("moe"))
+    assert_same_tensors(read(out), expected)
+
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    assert result.shards == len(files) > 1
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    assert index["weight_map"].keys() == expected.keys()
+    for file in files:
+        held = [name for name, holder in index["weight_map"].items() if holder == file]
+        size = sum(expected[name].nbytes for name in held)
+        assert held
+        assert size <= limit or len(held) == 1
+
+
+def test_transformers_reads_an_export_in_many_files(sources: Sources, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_mcore_gpt_to_hf(load(sources("mixed")), sources("mixed"), export_dir=out, max_shard_size=100_000)
+    tokens = torch.tensor([[1, 5, 522, 31]])
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (sources("mixed"), out)]
+    assert raw(logits[0]) == raw(logits[1])
+
+
+def test_padding_rows_are_cut_whatever_they_hold(sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("dense"))
+    with torch.no_grad():
+        for weight in (model.embedding.word_embeddings.weight, model.output_layer.weight):
+            assert weight.shape[0] == 640
+            weight[523:] = torch.nan
+    export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+    assert_same_tensors(read(tmp_path / "out"), read(sources("dense")))
