@@ -11,7 +11,8 @@ PACKAGE = Path(quantplug.__file__).parent
 # From the top down. Rooms of one row know nothing of each other.
 ROWS = (
     ("cli", "cli_tables"),
-    ("export", "calibration", "plugins"),
+    ("export",),
+    ("calibration", "plugins"),
     ("megatron",),
     ("mappings", "formats"),
     ("atomic", "errors", "topology"),

@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 out=demo-out
 bin=.venv/bin
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" # Deprecations within torch, Megatron-Core and ModelOpt drown the tables.
 
 say() { printf '\n== %s\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$bin/$@"; }
