@@ -24,6 +24,7 @@ Methods that are not round to nearest (GPTQ, a sweep of the block scales, AWQ) m
 and still be right; they do not exceed the bound of a whole tensor, unless something is broken.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,8 @@ class ErrorSum:
     ) -> None:
         """Adds rows: FP32 values, original values, and the bound of each value (broadcast to them)."""
         difference = (decoded - original).abs()
-        self.squared_error += float(difference.double().square().sum())
-        self.squared_norm += float(original.double().square().sum())
+        self.squared_error += _squared_norm(difference)
+        self.squared_norm += _squared_norm(original)
         self.squared_bound += squared_bound
         self.max_error = max(self.max_error, float(difference.max())) if difference.numel() else self.max_error
         self.amax = max(self.amax, float(original.abs().max())) if original.numel() else self.amax
@@ -68,20 +69,21 @@ class ErrorSum:
         self.values += decoded.numel()
 
 
+def _squared_norm(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
 def add_nvfp4(total: ErrorSum, decoded: torch.Tensor, original: torch.Tensor, scales: torch.Tensor) -> None:
     """Adds rows of an NVFP4 weight; `scales` are the decoded E4M3 block scales [rows, columns / 16]."""
-    rows, columns = original.shape
-    blocks = original.view(rows, scales.shape[1], -1)
+    blocks = original.view(*scales.shape, -1)
     normal = scales.abs() >= E4M3_SMALLEST_NORMAL
-    block_bound = torch.where(normal, NVFP4_BLOCK_BOUND, 1.0)
-    squared_norms = blocks.double().square().sum(dim=-1)
-    value_bound = blocks.abs().amax(dim=-1) * torch.where(normal, NVFP4_VALUE_BOUND, 1.0)
-    spread = value_bound.repeat_interleave(columns // scales.shape[1], dim=1)
-    total.add(decoded, original, float((block_bound.double().square() * squared_norms).sum()), spread)
+    block_bound = torch.where(normal, NVFP4_BLOCK_BOUND, 1.0) * torch.linalg.vector_norm(blocks, dim=-1)
+    value_bound = torch.where(normal, NVFP4_VALUE_BOUND, 1.0) * torch.linalg.vector_norm(blocks, math.inf, dim=-1)
+    total.add(decoded.view_as(blocks), blocks, _squared_norm(block_bound), value_bound.unsqueeze(-1))
 
 
 def add_fp8(total: ErrorSum, decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor) -> None:
     """Adds rows of an FP8 weight; `scale` broadcasts to them."""
     absolute = torch.where(original == 0, 0.0, FP8_ABSOLUTE_BOUND * scale)
     value_bound = original.abs() * FP8_RELATIVE_BOUND + absolute
-    total.add(decoded, original, float(value_bound.double().square().sum()), value_bound)
+    total.add(decoded, original, _squared_norm(value_bound), value_bound)

@@ -1,14 +1,14 @@
 """Which modules an exclude list keeps unquantized, as the servers read it.
 
-ModelOpt's lists hold names and shell wildcards (in vLLM 0.33 a plain name also hits
-every name it is part of).
-compressed-tensors holds names and `re:` expressions; DeepSeek's `modules_to_not_convert` names or parts of names.
+ModelOpt's lists hold names and shell wildcards (in vLLM 0.33 a plain name also hits every name it is part of).
+compressed-tensors' hold names and `re:` expressions; DeepSeek's `modules_to_not_convert` names or parts of names.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 Matcher = Callable[[str, str], bool]  # (pattern, module) -> does the pattern name the module
 
@@ -47,23 +47,59 @@ def is_valid_expression(text: str) -> bool:
     return _expression(text) is not None
 
 
-def hits(matcher: Matcher, pattern: str, modules: Iterable[str]) -> list[str]:
-    return [module for module in modules if matcher(pattern, module)]
+def with_parents(modules: Iterable[str]) -> frozenset[str]:
+    """The names and every prefix of theirs that ends before a dot."""
+    return frozenset(prefix for module in modules for prefix in _prefixes(module))
+
+
+def _prefixes(module: str) -> Iterator[str]:
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class ExcludeList:
+    """Patterns and the way their tool reads them.
+
+    Lists of large models have hundreds of names, and tens of thousands of modules to hold against them: plain names are
+    looked up, only the others are matched one by one.
+    """
+
+    patterns: tuple[str, ...]
+    matcher: Matcher
+
+    def excludes(self, module: str) -> bool:
+        return not self._names.isdisjoint(_prefixes(module)) or any(self.matcher(p, module) for p in self._others)
+
+    def hits(self, pattern: str, modules: Iterable[str]) -> list[str]:
+        return [module for module in modules if self.matcher(pattern, module)]
+
+    def is_name(self, pattern: str) -> bool:
+        """The pattern stands for one module and what is below it."""
+        return self.matcher is not matches_fp8 and not pattern.startswith("re:") and not set(pattern) & set("*?")
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(pattern for pattern in self.patterns if self.is_name(pattern))
+
+    @cached_property
+    def _others(self) -> tuple[str, ...]:
+        return tuple(pattern for pattern in self.patterns if pattern not in self._names)
 
 
 def overreach(pattern: str, hit: Iterable[str]) -> str | None:
-    """Why a ModelOpt wildcard is broader than an exact name, `prefix.*` or `*.name`; None when it is not.
+    """Why a ModelOpt wildcard is broader than an exact name, `prefix.*`, `*.name` or `a.*.b`; None when it is not.
 
     Args:
         hit: The names on disk, and the servers' merged names, that the pattern matches.
     """
-    body = pattern.removesuffix("*")
-    if "*" in body.removeprefix("*") or "?" in pattern:
-        return "has a wildcard inside"
-    if body.startswith("*") and (pattern.endswith("*") or not body.startswith("*.")):
-        return "may begin and end anywhere in a name"
-    if not pattern.endswith("*") or body.endswith("."):
+    components = pattern.split(".")
+    if all(component == "*" or not set(component) & set("*?") for component in components):
         return None
+    body = pattern.removesuffix("*")
+    if set(body) & set("*?"):
+        return "may begin, go on or end anywhere in a name"
     if body[-1:].isdigit():
         return f"also names {body}0 to {body}9"
     beyond = [module for module in hit if module[len(body) : len(body) + 1] not in ("", ".")]

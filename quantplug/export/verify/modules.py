@@ -94,7 +94,7 @@ def take_inventory(checkpoint: Checkpoint, scheme: Scheme) -> Inventory:
         module, suffix = names.split(info.name)
         grouped.setdefault(module, {})[suffix] = info
     modules = {
-        name: Module(name, tensors, scheme.excluded(name), scheme.layout_of(name))
+        name: Module(name, tensors, scheme.excludes.excludes(name), scheme.layout_of(name))
         for name, tensors in sorted(grouped.items())
     }
     return Inventory(checkpoint, scheme, modules)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d{1,9})\.(?P<projection>[^.]+)$")
 _LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
-_SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder")
+_SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project|connector")
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from quantplug.export.verify.checks import Check
+from quantplug.export.verify.excludes import with_parents
 from quantplug.export.verify.modules import Inventory
 from quantplug.export.verify.report import Finding, error, warning
 from quantplug.export.verify.scheme import MODELOPT_LAYOUTS, modelopt_kv_cache
@@ -164,10 +165,11 @@ def mixed(inventory: Inventory) -> Iterator[Finding]:
             CONFIG,
             "neither kv_cache_quant_algo nor kv_cache_scheme: SGLang reads the other file",
         )
+    known = with_parents(inventory.modules)
     for name, algorithm in algos.items():
         if algorithm.upper() == "FP8_PB_WO":
             yield error(Check.MIXED, name, "FP8_PB_WO inside MIXED_PRECISION: vLLM and SGLang want different tensors")
-        if not any(module == name or module.startswith(f"{name}.") for module in inventory.modules):
+        if name not in known:
             yield error(Check.MIXED, name, "listed in quantized_layers, but no module on disk has that name")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from quantplug.export.verify import excludes, names
 from quantplug.export.verify.checks import Check
+from quantplug.export.verify.excludes import with_parents
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, Severity, error, warning
 
@@ -15,42 +16,36 @@ def _listed(modules: list[str]) -> str:
     return ", ".join(modules[:_SHOWN]) + more
 
 
-def _known(inventory: Inventory) -> list[str]:
-    """Modules on disk, and the head that tied embeddings leave out."""
-    tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
-    return [*inventory.modules, *(["lm_head"] if tied and "lm_head" not in inventory.modules else [])]
-
-
 def patterns(inventory: Inventory) -> Iterator[Finding]:
     """Each pattern names something, and no more than it seems to."""
-    known = _known(inventory)
-    for pattern in inventory.scheme.excludes:
+    tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
+    modules = [*inventory.modules, *(["lm_head"] if tied else [])]  # ModelOpt excludes a head that is not on disk
+    known, listed = with_parents(modules), inventory.scheme.excludes
+    for pattern in listed.patterns:
         if pattern.startswith("re:") and inventory.scheme.method != "compressed-tensors":
             yield error(Check.EXCLUDE_PATTERN, pattern, "vLLM and SGLang ignore re: patterns; write the names")
         elif pattern.startswith("re:") and not excludes.is_valid_expression(pattern.removeprefix("re:")):
             yield error(Check.EXCLUDE_PATTERN, pattern, "is not a regular expression")
-        elif not excludes.hits(inventory.scheme.matcher, pattern, known):
+        elif not (pattern in known if listed.is_name(pattern) else listed.hits(pattern, modules)):
             severity = Severity.ERROR if inventory.scheme.method == "modelopt" else Severity.WARNING
             yield Finding(severity, Check.EXCLUDE_PATTERN, pattern, "matches no module on disk")
         elif inventory.scheme.method == "modelopt":
-            yield from _breadth(inventory, pattern)
+            yield from _plain_name(inventory, pattern) if listed.is_name(pattern) else _wildcard(inventory, pattern)
 
 
-def _breadth(inventory: Inventory, pattern: str) -> Iterator[Finding]:
+def _wildcard(inventory: Inventory, pattern: str) -> Iterator[Finding]:
     merged = [group.fused for group in inventory.fused_groups]
-    hit = excludes.hits(inventory.scheme.matcher, pattern, [*inventory.modules, *merged])
-    reason = excludes.overreach(pattern, hit)
-    if reason is not None:
+    hit = inventory.scheme.excludes.hits(pattern, [*inventory.modules, *merged])
+    if reason := excludes.overreach(pattern, hit):
         message = f"{reason}; it hits {_listed(hit)}: write exact names or prefix.*"
         yield error(Check.EXCLUDE_PATTERN, pattern, message)
-    elif "*" not in pattern:
-        yield from _plain_name(inventory, pattern, merged)
 
 
-def _plain_name(inventory: Inventory, pattern: str, merged: list[str]) -> Iterator[Finding]:
-    if pattern not in inventory.modules and any(name.startswith(f"{pattern}.") for name in inventory.modules):
+def _plain_name(inventory: Inventory, pattern: str) -> Iterator[Finding]:
+    if pattern not in inventory.modules and pattern != "lm_head":
         message = f"names a parent: TensorRT-LLM and SGLang want the whole name, write {pattern}.*"
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
+    merged = (group.fused for group in inventory.fused_groups)
     swallowed = [name for name in merged if pattern in name and not name.startswith(f"{pattern}.")]
     if swallowed:
         message = f"is part of the name {_listed(swallowed)}, which vLLM then leaves unquantized too"

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from quantplug.export.verify import excludes
 from quantplug.export.verify.checkpoint import Checkpoint
 from quantplug.export.verify.checks import Check
-from quantplug.export.verify.excludes import Matcher
+from quantplug.export.verify.excludes import ExcludeList, matches_compressed_tensors, matches_fp8, matches_modelopt
 from quantplug.export.verify.layouts import (
     F32,
     MODELOPT_FP8,
@@ -43,20 +42,16 @@ class Scheme:
     Attributes:
         method: `modelopt`, `fp8`, `compressed-tensors`; empty without a quantization config that we know.
         label: Method and algorithm, for people.
-        excludes: Patterns of modules kept unquantized.
+        excludes: The modules kept unquantized.
         layout_of: What the config promises for a module that no pattern excludes; None for unquantized.
         kv_cache: The name of the KV cache quantization; empty for none.
     """
 
     method: str
     label: str
-    excludes: tuple[str, ...]
-    matcher: Matcher
+    excludes: ExcludeList
     layout_of: Callable[[str], ModuleLayout]
     kv_cache: str = ""
-
-    def excluded(self, module: str) -> bool:
-        return any(self.matcher(pattern, module) for pattern in self.excludes)
 
 
 def read_scheme(checkpoint: Checkpoint) -> tuple[Scheme, list[Finding]]:
@@ -87,7 +82,7 @@ def _nested(file: Json) -> Json:
 
 def _unquantized(label: str = "unquantized") -> Scheme:
     """Nothing is promised of any module, and the rules on promises have nothing to say."""
-    return Scheme("", label, (), excludes.matches_modelopt, lambda module: None)
+    return Scheme("", label, ExcludeList((), matches_modelopt), lambda module: None)
 
 
 def modelopt_kv_cache(config: Json) -> str:
@@ -107,7 +102,7 @@ def _modelopt(config: Json) -> Scheme:
     else:
         layout = MODELOPT_LAYOUTS.get(algo.upper(), UnjudgedLayout(algo or "no quant_algo"))
         layout_of = _same_for_all(layout)
-    return Scheme("modelopt", f"modelopt {algo}", patterns, excludes.matches_modelopt, layout_of, kv_cache)
+    return Scheme("modelopt", f"modelopt {algo}", ExcludeList(patterns, matches_modelopt), layout_of, kv_cache)
 
 
 def _same_for_all(layout: ModuleLayout) -> Callable[[str], ModuleLayout]:
@@ -141,7 +136,7 @@ def _fp8(config: Json) -> Scheme:
         layout = Fp8Layout("FP8", "weight_scale", None, F32, inputs)
     else:
         layout = UnjudgedLayout(f"fp8 with weight_block_size {block!r}")
-    return Scheme("fp8", layout.name, patterns, excludes.matches_fp8, _same_for_all(layout))
+    return Scheme("fp8", layout.name, ExcludeList(patterns, matches_fp8), _same_for_all(layout))
 
 
 def _compressed_tensors(config: Json) -> Scheme:
@@ -156,13 +151,13 @@ def _compressed_tensors(config: Json) -> Scheme:
         return next(iter(named + classes), None)
 
     kv_cache = "FP8" if as_count(as_object(config.get("kv_cache_scheme")).get("num_bits")) == 8 else ""
-    matcher = excludes.matches_compressed_tensors
+    ignored = ExcludeList(as_texts(config.get("ignore")), matches_compressed_tensors)
     label = f"compressed-tensors {default_format}"
-    return Scheme("compressed-tensors", label, as_texts(config.get("ignore")), matcher, layout_of, kv_cache)
+    return Scheme("compressed-tensors", label, ignored, layout_of, kv_cache)
 
 
 def _targets(target: str, module: str) -> bool:
-    return not _is_class(target) and excludes.matches_compressed_tensors(target, module)
+    return not _is_class(target) and matches_compressed_tensors(target, module)
 
 
 def _is_class(target: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from quantplug.export.verify import bounds, decode, names
-from quantplug.export.verify.checkpoint import Checkpoint, TensorInfo, UnreadableTensorError
+from quantplug.export.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
 from quantplug.export.verify.modules import Inventory, Module
@@ -67,6 +67,10 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
             yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
         elif module.sound:
             yield from _quantized(inventory, source, info, module, measured)
+    elif info.dtype != target.dtype and not (is_plain(info) and is_plain(target)):
+        yield error(Check.SOURCE_VALUES, info.name, f"is {target.dtype}, in the source {info.dtype}")
+    elif info.dtype not in ITEM_BYTES:
+        yield error(Check.NOT_JUDGED, info.name, f"not judged: dtype {info.dtype}")
     elif target.shape != info.shape:
         yield error(Check.SOURCE_NAMES, info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
     elif differing := _differing(inventory.checkpoint, source, info.name):

@@ -126,6 +126,34 @@ def fused_experts(s: Any) -> None:
     s.tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.ones(4, 8, 8)
 
 
+def parent_name(s: Any) -> None:
+    """All of one attention is plain, excluded by the name of its parent."""
+    for part in "qkvo":
+        s.plain(f"{ATTENTION}.{part}_proj", 128)
+    s.exclude(ATTENTION)
+
+
+def router_in_dense_layer(s: Any) -> None:
+    s.tensors[f"{DENSE}.gate.weight"] = torch.ones(7, 128, dtype=torch.bfloat16)
+    s.exclude(f"{DENSE}.gate")
+
+
+def shared_expert_gate(s: Any) -> None:
+    s.tensors["model.layers.1.mlp.shared_expert_gate.weight"] = torch.ones(1, 128, dtype=torch.bfloat16)
+
+
+def shared_expert(s: Any) -> None:
+    for name in [name for name in s.tensors if EXPERT in name]:
+        s.tensors[name.replace("experts.2", "shared_expert")] = s.tensors[name].clone()
+    s.tensors["model.layers.1.mlp.shared_expert.up_proj.weight_scale_2"] *= 2
+
+
+def quantized_embeddings(s: Any) -> None:
+    s.include("model.embed_tokens")
+    for suffix in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+        s.tensors[f"model.embed_tokens.{suffix}"] = s.tensors[f"{ATTENTION}.o_proj.{suffix}"].clone()
+
+
 SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     # name, checkpoint, what is spoiled, checks that fire, a subject among the findings
     ("scale not shared by gate and up", "nvfp4", scale(f"{EXPERT}.up_proj.weight_scale_2", 2), {"shared-scales"}, EXPERT),
@@ -168,6 +196,14 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("bare layer number", "nvfp4", lambda s: s.exclude("model.layers.1*"), {"exclude-pattern", "coverage"}, "model.layers.1*"),
     ("router's name cut short", "nvfp4", lambda s: s.exclude("model.layers.0.mlp.gate*"), {"exclude-pattern", "coverage", "one-algo"}, "model.layers.0.mlp.gate*"),
     ("wildcards that end with a name are fine", "nvfp4", lambda s: s.exclude("*.mlp.gate", "model.norm*", "model.layers.1.input_layernorm"), set(), ""),
+    ("a wildcard for a whole component is fine", "nvfp4", lambda s: s.exclude("model.layers.*.mlp.gate"), set(), ""),
+    ("a wildcard inside a component", "nvfp4", lambda s: s.exclude("model.layers.1*.mlp.gate"), {"exclude-pattern"}, "model.layers.1*.mlp.gate"),
+    ("one expert by pattern", "nvfp4", lambda s: s.exclude(f"{EXPERT}.*"), {"coverage", "one-algo"}, "model.layers.1.mlp.experts"),
+    ("a parent's name", "nvfp4", parent_name, {"exclude-pattern"}, ATTENTION),
+    ("part of a merged name", "nvfp4", router_in_dense_layer, {"exclude-pattern"}, f"{DENSE}.gate"),
+    ("shared expert's gate not excluded", "nvfp4", shared_expert_gate, {"exclude-missing"}, "model.layers.1.mlp.shared_expert_gate"),
+    ("shared expert's scales", "nvfp4", shared_expert, {"shared-scales"}, "model.layers.1.mlp.shared_expert"),
+    ("quantized embeddings", "nvfp4", quantized_embeddings, {"exclude-missing"}, "model.embed_tokens"),
     ("lower-case algorithm", "w4a16", both("quant_algo", "quant_algo", "w4a16_nvfp4"), {"algo"}, "config.json"),
     ("unknown algorithm", "w4a16", both("quant_algo", "quant_algo", "NVFP5"), {"algo", "not-judged"}, "config.json"),
     ("algorithms disagree", "nvfp4", lambda s: s.quantization.update(quant_algo="W4A16_NVFP4"), {"config-agreement"}, "quant_algo"),
