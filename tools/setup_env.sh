@@ -25,6 +25,15 @@ fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   || fail "$python_version is too old: 3.11 or newer is needed; set PYTHON=/path/to/python3.11"
 
+# Before gigabytes are downloaded: what a build of the binding will need, unless one may be in the cache.
+wheels="${XDG_CACHE_HOME:-$HOME/.cache}/quantplug"
+te_version="$(sed -n 's/^transformer-engine-torch==//p' tools/constraints.txt)"
+if ! compgen -G "$wheels/te$te_version-torch*/transformer_engine_torch-*.whl" > /dev/null; then
+  command -v g++ > /dev/null || fail "g++ is needed (Debian: apt-get install g++)"
+  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+    || fail "Python's headers are needed (Debian: apt-get install python3-dev)"
+fi
+
 say "virtual environment in .venv"
 rm -f "$stamp"
 if [ "$("$venv/bin/python" -V 2> /dev/null)" != "$python_version" ]; then
@@ -45,19 +54,15 @@ from importlib.metadata import version
 print(f"te{version('transformer-engine')}-torch{torch.__version__}-cp{sys.version_info.major}{sys.version_info.minor}".replace("+", "."))
 PY
 )"
-cache="${XDG_CACHE_HOME:-$HOME/.cache}/quantplug/$key"
+cache="$wheels/$key"
 
 build_binding() {
-  command -v g++ > /dev/null || fail "g++ is needed (Debian: apt-get install g++)"
-  "$venv/bin/python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
-    || fail "Python's headers are needed (Debian: apt-get install python3-dev)"
   say "building Transformer Engine's PyTorch binding once (3 to 5 minutes on 2 cores); kept in $cache"
-  local work jobs te_version wheel
+  local work jobs wheel
   work="$(mktemp -d)"
   # shellcheck disable=SC2064  # the value of now
   trap "rm -rf '$work'" EXIT
   jobs="$(awk -v cores="$(nproc)" '/MemAvailable/ { fit = int($2 / 3e6); print (fit < 1 ? 1 : fit < cores ? fit : cores) }' /proc/meminfo)"
-  te_version="$(sed -n 's/^transformer-engine-torch==//p' tools/constraints.txt)"
   PATH="$venv/bin:$PATH" PCH_DIR="$work" CC="$PWD/tools/pch-cxx" CXX="$PWD/tools/pch-cxx" \
     MAX_JOBS="${MAX_JOBS:-$jobs}" NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch \
     "$venv/bin/python" -m pip --disable-pip-version-check wheel -q --no-cache-dir --no-build-isolation --no-deps \
