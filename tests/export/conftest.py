@@ -26,13 +26,15 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 
 
 def _random(model: PreTrainedModel, directory: Path) -> Path:
-    """Every block with an amax of its own."""
+    """Weights that grow along both axes, by different factors: every 128x128 block has an amax of its own."""
     torch.manual_seed(30)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.05 * torch.rand(parameter.shape))
             if parameter.dim() == 1:
-                parameter.add_(1.0)
+                parameter.uniform_(0.5, 1.5)
+            else:
+                rows, columns = (1.4 ** (torch.arange(size) / 128) for size in parameter.shape[-2:])
+                parameter.copy_(0.03 * torch.randn(parameter.shape) * rows[:, None] * columns**0.3)
     model.to(torch.bfloat16).save_pretrained(directory)
     return directory
 
