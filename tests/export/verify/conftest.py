@@ -112,6 +112,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nvfp4": mtq.NVFP4_DEFAULT_CFG,
         "w4a16": mtq.W4A16_NVFP4_CFG,
         "fp8": fp8_kv,
+        "fp8_channel": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
         "mxfp8": mtq.MXFP8_DEFAULT_CFG,
     }
     for name, config in configs.items():

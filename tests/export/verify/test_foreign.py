@@ -228,6 +228,25 @@ def test_deepseek_block_fp8_of_awkward_shapes(tmp_path: Path) -> None:
     assert all(0.015 < error.relative_error < 0.03 for error in report.errors_by_tensor)
 
 
+def test_deepseeks_own_plain_modules_need_no_exclude_list(tmp_path: Path) -> None:
+    """Routers, the projection of the draft layer and its head are BF16 in DeepSeek-V3, and no list says so."""
+
+    def add(tensors: Tensors) -> None:
+        for name in ("gate", "up", "down"):
+            for expert in range(2):
+                packed = block_fp8(torch.randn(128, 128))
+                prefix = f"model.layers.0.mlp.experts.{expert}.{name}_proj"
+                tensors |= {f"{prefix}.{suffix}": tensor for suffix, tensor in packed.items()}
+        for name in ("mlp.gate", "eh_proj", "shared_head.head"):
+            tensors[f"model.layers.0.{name}.weight"] = torch.ones(2, 160).bfloat16()
+        tensors["model.layers.0.mlp.gate.e_score_correction_bias"] = torch.ones(2)
+
+    directory, _ = deepseek(tmp_path, add)
+    config = json.loads((directory / "config.json").read_text()) | {"n_routed_experts": 2}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert fired(verify_checkpoint(directory)) == {"serving-tp"}
+
+
 Q = "model.layers.0.self_attn.q_proj"
 DEEPSEEK_SPOILED: list[tuple[str, Callable[[Tensors], object], dict[str, Any], str]] = [
     ("scales rounded down", lambda t: t.update({f"{Q}.weight_scale_inv": t[f"{Q}.weight_scale_inv"][:1].clone()}), {}, "tensor-layout"),

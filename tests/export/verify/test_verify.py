@@ -205,6 +205,7 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("shared expert's scales", "nvfp4", shared_expert, {"shared-scales"}, "model.layers.1.mlp.shared_expert"),
     ("quantized embeddings", "nvfp4", quantized_embeddings, {"exclude-missing"}, "model.embed_tokens"),
     ("lower-case algorithm", "w4a16", both("quant_algo", "quant_algo", "w4a16_nvfp4"), {"algo"}, "config.json"),
+    ("FP8 in blocks, as ModelOpt spells it", "fp8", both("quant_algo", "quant_algo", "fp8_pb_wo"), {"algo", "not-judged"}, "config.json"),
     ("unknown algorithm", "w4a16", both("quant_algo", "quant_algo", "NVFP5"), {"algo", "not-judged"}, "config.json"),
     ("algorithms disagree", "nvfp4", lambda s: s.quantization.update(quant_algo="W4A16_NVFP4"), {"config-agreement"}, "quant_algo"),
     ("excludes disagree", "nvfp4", lambda s: s.quantization["exclude_modules"].remove("lm_head"), {"config-agreement"}, "lm_head"),
@@ -413,3 +414,18 @@ def test_a_second_file_beside_the_single_one(open_copy: Callable[[str], Any]) ->
     surgery = open_copy("nvfp4")
     save_file({"stray": torch.ones(2)}, surgery.directory / "stray.safetensors")
     assert fired(verify_checkpoint(surgery.directory)) == {"index"}
+
+
+def test_fp8_by_channel_is_decoded_and_refused_for_experts(pristine: dict[str, Path]) -> None:
+    """ModelOpt writes it for a mixture of experts; neither vLLM's MoE nor SGLang loads that."""
+    report = verify_checkpoint(pristine["fp8_channel"], pristine["source"])
+    assert fired(report) == {"algo"}
+    assert all(0.02 < error.relative_error < 0.03 for error in report.errors_by_tensor)
+
+
+def test_an_ancestor_of_every_name_is_no_name(open_copy: Callable[[str], Any]) -> None:
+    """An empty pattern names nothing, whatever it is part of."""
+    surgery = open_copy("nvfp4")
+    surgery.exclude("")
+    surgery.close()
+    assert fired(verify_checkpoint(surgery.directory)) == {"exclude-pattern"}
