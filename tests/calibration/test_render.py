@@ -26,8 +26,8 @@ TABLE = CalibrationTable(
 
 def printed(width: int, terminal: bool, table: CalibrationTable = TABLE) -> str:
     file = io.StringIO()
-    color = "standard" if terminal else None
-    print_statistics(table, Console(file=file, width=width, force_terminal=terminal, color_system=color))
+    console = Console(file=file, width=width, force_terminal=terminal, color_system="standard" if terminal else "auto")
+    print_statistics(table, console)
     return file.getvalue()
 
 

@@ -73,7 +73,7 @@ def test_json_keeps_nan_and_stays_json() -> None:
 
     json.loads(text, parse_constant=refuse)
     (read,) = CalibrationTable.from_json(text).rows
-    assert math.isnan(read.amax)
+    assert str(read.amax) == "nan"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_replicas_give_their_largest_amax_and_the_source_that_has_it() -> None:
     merged = CalibrationTable.merged([left, right]).rows
 
     assert merged[0] == row(amax=2.0, source=Source.WEIGHT)
-    assert math.isnan(merged[1].amax)
+    assert str(merged[1].amax) == "nan"
     assert merged[2] == row(layer=2, amax=None, source=Source.MISSING)
     assert str(CalibrationTable.merged([right, left])) == str(CalibrationTable.merged([left, right]))
 
