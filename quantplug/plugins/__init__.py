@@ -1,7 +1,7 @@
 """`import quantplug.plugins` replaces ModelOpt's wrappers of grouped Transformer Engine layers by ours.
 
 After it `mtq.quantize`, `mto.restore` and Megatron's checkpoints work on mixture-of-experts models as they do on dense
-ones. `quantplug.plugins.transformer_engine` and `quantplug.plugins.megatron` say which module has whose wrapper, and why.
+ones. `quantplug.plugins.transformer_engine` and `quantplug.plugins.megatron` say which module has whose wrapper.
 Importing twice, or calling `register` again, changes nothing.
 """
 

@@ -31,6 +31,7 @@ def required_amax_shape(quantizer: TensorQuantizer, weight: torch.Tensor) -> tor
     """The shape that calibrating `quantizer` on `weight` [N, K] gives its amax; no data is read."""
     probe = copy.deepcopy(quantizer)
     probe.reset_amax()
+    probe.enable()
     probe.enable_calib()
     probe.disable_quant()
     probe(torch.empty_like(weight, device="meta"))

@@ -9,8 +9,8 @@ ModelOpt's, because one weight with one quantizer is sharded like any dense laye
     layers in it (one module an expert; it refuses TP with EP by itself).
 
 What a sharded checkpoint holds of an expert's quantizer is keyed by *global* layer and expert, as Megatron keys its
-weight: `decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight_quantizer._amax`. So a checkpoint saved at
-one (TP, EP, ETP, PP) loads at any other.
+weight: `decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight_quantizer._amax`. So a checkpoint saved
+at one (TP, EP, ETP, PP) loads at any other.
 """
 
 from typing import Any, ClassVar
@@ -143,7 +143,7 @@ class QuantRowParallelGroupedLinear(QuantMegatronGroupedLinear):
 
 
 class QuantTEGroupedMLP(QuantModule):
-    """Quantized TEGroupedMLP: every expert has a key of its own, and a block amax of gate and up rows is split in two."""
+    """Quantized TEGroupedMLP: every expert has a key of its own, and a block amax of gate and up is split."""
 
     def _setup(self) -> None:
         refuse_unsupported(self)

@@ -13,6 +13,7 @@ from quantplug.megatron.parallel import current_topology
 EXPERTS = 8
 HIDDEN = 160
 EXPERT_WIDTH = 96
+DENSE: dict[str, Any] = {"num_moe_experts": None, "moe_ffn_hidden_size": None, "moe_grouped_gemm": False}
 
 
 def tiny_config(**overrides: Any) -> TransformerConfig:

@@ -1,0 +1,130 @@
+"""Saves a quantized model at TP2 EP2 and loads it at other layouts, on 4 ranks, for test_checkpoint_topologies.py.
+
+The guard at the end is needed: Megatron's writer starts a process that imports this module again.
+"""
+
+import copy
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+import quantplug.plugins  # noqa: F401
+from quantplug.errors import ShapeError
+from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+from quantplug.megatron.parallel import current_topology, initialize_parallel
+from quantplug.topology import ParallelTopology
+from tests.plugins.configs import BLOCKWISE, WEIGHT_ONLY_FP8
+from tests.plugins.tiny_model import grouped_linears, tiny_model
+
+SAVED_AT = {"tp": 2, "ep": 2}
+LOADED_AT = [{}, {"ep": 4}, {"pp": 2, "ep": 2}, {"tp": 2, "etp": 2}, {"tp": 2, "ep": 2}]
+
+Key = tuple[int, str, int]
+"""Global layer, name of the grouped linear, global expert."""
+
+
+def experts_only(config: dict[str, Any]) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    config["quant_cfg"].append({"quantizer_name": "*self_attention*", "enable": False})
+    return config
+
+
+def quantizers(model: nn.Module, topology: ParallelTopology) -> dict[Key, nn.Module]:
+    """Every local expert's weight quantizer by its global place, counted here from the layout alone."""
+    found: dict[Key, nn.Module] = {}
+    for name, linear in grouped_linears(model).items():
+        layer = int(re.search(r"layers\.(\d+)\.", name)[1]) + topology.pp_rank * len(model.decoder.layers)
+        for local, quantizer in enumerate(linear.weight_quantizer):
+            expert = topology.ep_rank * len(linear.weight_quantizer) + local
+            found[layer, name.rpartition(".")[2], expert] = quantizer
+    return found
+
+
+def block_shard(amax: torch.Tensor, linear: str, topology: ParallelTopology) -> torch.Tensor:
+    """This rank's share of an amax [N/b, 1, K/b, 1]: of gate and of up rows (fc1), or of columns (fc2)."""
+    if amax.ndim != 4:
+        return amax
+    if linear == "linear_fc2":
+        return amax.chunk(topology.etp, dim=2)[topology.etp_rank]
+    return torch.cat([half.chunk(topology.etp)[topology.etp_rank] for half in amax.chunk(2)])
+
+
+def gathered(local: dict[Key, Any]) -> dict[Key, Any]:
+    parts: list[dict[Key, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, local)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def save(directory: Path, config: dict[str, Any], **model: Any) -> dict[Key, torch.Tensor]:
+    """Saves at TP2 EP2; returns what every expert's amax must be afterwards."""
+    topology = relayout(**SAVED_AT)
+    quantized = tiny_model(**model)
+    mtq.quantize(quantized, config)
+    expected: dict[Key, torch.Tensor] = {}
+    for (layer, linear, expert), quantizer in quantizers(quantized, topology).items():
+        # Values that no calibration gives, another for every expert and block; the same on the ranks that share it.
+        amax = quantizer._amax
+        amax.mul_(1 + layer + expert / 8).add_(torch.arange(amax.numel()).view_as(amax) / 64)
+        if expert == 5:
+            quantizer.disable()
+        expected[layer, linear, expert] = amax.clone()
+    save_checkpoint(quantized, directory, extra={"config": str(directory)})
+    return gathered(expected)
+
+
+def check(directory: Path, expected: dict[Key, torch.Tensor], layout: dict[str, int], **model: Any) -> None:
+    topology = relayout(**layout)
+    loaded = tiny_model(**model)
+    assert load_checkpoint(loaded, directory) == {"config": str(directory)}
+    mine = quantizers(loaded, topology)
+    for key, quantizer in mine.items():
+        want = block_shard(expected[key], key[1], topology)
+        assert quantizer._amax.dtype == want.dtype, (layout, key)
+        assert torch.equal(quantizer._amax, want), (layout, key, quantizer._amax, want)
+        assert quantizer.is_enabled == (key[2] != 5), (layout, key)
+    assert gathered(dict.fromkeys(mine)).keys() == expected.keys(), layout
+
+
+def refused_where_blocks_straddle(directory: Path) -> None:
+    """Expert width 96 has no whole blocks of 128, so no ETP but 1 has a place for its block amax."""
+    relayout(tp=2, etp=2)
+    quantized = tiny_model()
+    mtq.quantize(quantized, experts_only(BLOCKWISE))
+    with pytest.raises(ShapeError, match="block size 128"):
+        save_checkpoint(quantized, directory, extra={})
+    assert not directory.exists()
+
+
+def relayout(**sizes: int) -> ParallelTopology:
+    parallel_state.destroy_model_parallel()
+    initialize_parallel(**sizes)
+    return current_topology()
+
+
+def main(directory: Path) -> None:
+    initialize_parallel(**SAVED_AT)
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("nvfp4", mtq.W4A16_NVFP4_CFG, {}),
+        ("fp8", WEIGHT_ONLY_FP8, {}),
+        ("fp8_blockwise", experts_only(BLOCKWISE), {"moe_ffn_hidden_size": 256}),
+    ]
+    for name, config, model in cases:
+        expected = save(directory / name, config, **model)
+        for layout in LOADED_AT:
+            check(directory / name, expected, layout, **model)
+            if dist.get_rank() == 0:
+                sys.stdout.write(f"{name} {layout} ok\n")
+    refused_where_blocks_straddle(directory / "straddling")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
