@@ -77,7 +77,11 @@ def initialize_parallel(
 
 
 def destroy_parallel() -> None:
-    """Takes down Megatron's groups and the process group, so that both can be set up anew."""
+    """Takes down Megatron's groups and the process group, at the end of a script or of a single-rank test.
+
+    For another layout on several ranks call only Megatron's `destroy_model_parallel` and then `initialize_parallel`:
+    the process group is used again (gloo's rendezvous does not survive a second one in the same processes).
+    """
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
