@@ -121,6 +121,9 @@ def _json(path: Path, findings: list[Finding]) -> Json | None:
     """The object in a JSON file; None when there is no such file, or no such object in it."""
     if not path.exists():
         return None
+    if not path.is_file():  # opening a pipe would wait for ever
+        findings.append(error(Check.FILES, path.name, "is not a file"))
+        return None
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as problem:
@@ -154,6 +157,9 @@ def _tensors(directory: Path, findings: list[Finding]) -> dict[str, TensorInfo]:
 
 
 def _header(path: Path, findings: list[Finding]) -> list[TensorInfo]:
+    if not path.is_file():
+        findings.append(error(Check.FILES, path.name, "is not a file"))
+        return []
     try:
         with safe_open(path, framework="pt") as shard:
             slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 (not a dict)

@@ -1,6 +1,7 @@
 """Broken, hostile and lying files: findings, never an exception."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -157,9 +158,10 @@ def test_an_empty_directory(tmp_path: Path) -> None:
     assert fired(tmp_path) == {"files", "no-quantization"}
 
 
-def test_a_directory_named_like_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+def test_what_is_named_like_a_file_and_is_none(tmp_path: Path, make: Callable[[Path], None]) -> None:
     for name in ("config.json", "model.safetensors", INDEX):
-        (tmp_path / name).mkdir()
+        make(tmp_path / name)
     assert {"config.json", "model.safetensors", INDEX} <= subjects(tmp_path, "files")
 
 
