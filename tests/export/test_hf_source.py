@@ -1,0 +1,133 @@
+"""Lazy reading, and every way a source directory can be wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from quantplug.errors import SourceError
+from quantplug.export import hf_source
+from quantplug.export.hf_source import HFCheckpoint, resolve_source
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Two shards of one tensor each, and their index."""
+    save_file({"a": torch.arange(12.0).view(4, 3)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "two.safetensors")
+    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    return tmp_path
+
+
+def write_index(directory, weight_map):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("fixture", ["tiny_qwen3_dir", "tiny_qwen3_mixed_dir"])
+def test_headers_and_data_are_those_of_safetensors(fixture, request):
+    directory = request.getfixturevalue(fixture)
+    expected = {}
+    for file in directory.glob("*.safetensors"):
+        expected |= load_file(file)
+    with HFCheckpoint(directory) as source:
+        assert source.tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            header = source.tensors[name]
+            assert (header.shape, header.dtype) == (tuple(tensor.shape), tensor.dtype)
+            assert torch.equal(source.read(name), tensor)
+            assert torch.equal(source.read(name, 5, 17), tensor[5:17])
+            if tensor.dim() == 2:
+                assert torch.equal(source.read(name, 5, 17, dim=1), tensor[:, 5:17])
+
+
+def test_empty_slice_and_scalar(tmp_path):
+    save_file({"w": torch.ones(4, 3), "s": torch.tensor(2.0)}, tmp_path / "model.safetensors")
+    with HFCheckpoint(tmp_path) as source:
+        assert source.read("w", 4, 4).shape == (0, 3)
+        assert source.read("s") == 2
+
+
+def test_every_missing_or_damaged_shard_is_named(sharded):
+    (sharded / "one.safetensors").unlink()
+    data = (sharded / "two.safetensors").read_bytes()
+    (sharded / "two.safetensors").write_bytes(data[:-1])
+    with pytest.raises(SourceError) as caught:
+        HFCheckpoint(sharded)
+    assert [offender.parameter for offender in caught.value.offenders] == [
+        str(sharded / "one.safetensors"),
+        str(sharded / "two.safetensors"),
+    ]
+
+
+def test_index_that_names_the_wrong_shard(sharded):
+    write_index(sharded, {"a": "two.safetensors", "b": "two.safetensors", "c": "one.safetensors"})
+    with pytest.raises(SourceError) as caught:
+        HFCheckpoint(sharded)
+    assert [offender.parameter for offender in caught.value.offenders] == ["a", "c"]
+
+
+def test_tensor_in_two_shards(sharded):
+    shutil.copy(sharded / "one.safetensors", sharded / "three.safetensors")
+    write_index(sharded, {"a": "one.safetensors", "b": "two.safetensors", "other": "three.safetensors"})
+    with pytest.raises(SourceError, match="more than one file"):
+        HFCheckpoint(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_damaged_index(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(SourceError, match=r"index\.json"):
+        HFCheckpoint(sharded)
+
+
+def test_directory_without_safetensors(tmp_path):
+    with pytest.raises(SourceError, match=r"model\.safetensors.*does not exist"):
+        HFCheckpoint(tmp_path)
+
+
+def test_directory_is_taken_as_it_is(tmp_path):
+    assert resolve_source(tmp_path) == resolve_source(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["/no/such/directory", "./no-such", "~/no-such", "a/b/c"])
+def test_paths_are_not_looked_up_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(hf_source, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(SourceError, match="does not exist"):
+        resolve_source(name)
+
+
+def test_file_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="is a file"):
+        resolve_source(tmp_path / "file")
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network\nand more")
+
+    monkeypatch.setattr(hf_source, "snapshot_download", unreachable)
+    with pytest.raises(SourceError, match=r"owner/name.*no network"):
+        resolve_source("owner/name")
+
+
+@pytest.mark.parametrize("name", ["no such name", "owner/na..me"])
+def test_name_that_no_hub_model_can_have(name):
+    with pytest.raises(SourceError, match=name):
+        resolve_source(name)
+
+
+def test_weights_are_fetched_only_where_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, *, cache_dir, allow_patterns):
+        asked.append((name, cache_dir, "*.safetensors" in allow_patterns, "*.json" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hf_source, "snapshot_download", download)
+    assert resolve_source("owner/name", tmp_path) == tmp_path
+    assert resolve_source("owner/name", weights=False) == tmp_path
+    assert asked == [("owner/name", tmp_path, True, True), ("owner/name", None, False, True)]

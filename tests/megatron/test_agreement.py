@@ -1,0 +1,51 @@
+"""A rank that fails ends all ranks with one error."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantplug.errors import SourceError
+from quantplug.megatron.agreement import all_or_none, union
+
+ROOT = Path(__file__).parents[2]
+
+
+def refuse() -> None:
+    raise SourceError("Cannot read.")
+
+
+def test_without_a_process_group_a_step_is_just_called():
+    assert all_or_none(lambda: 3) == 3
+    assert union(torch.tensor([0, 1], dtype=torch.uint8)).tolist() == [0, 1]
+    with pytest.raises(SourceError, match="Cannot read"):
+        all_or_none(refuse)
+
+
+def test_errors_that_are_not_for_users_pass_through():
+    with pytest.raises(ZeroDivisionError):
+        all_or_none(lambda: 1 // 0)
+
+
+@pytest.mark.distributed
+def test_two_ranks_agree(tmp_path):
+    script = ROOT / "tests" / "distributed" / "agreement_ranks.py"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first.pop("none") == "no error: 0"
+    assert second.pop("none") == "no error: 1"
+    assert first == second
+    assert "file 1 (expert 1) on rank 1: does not exist" in first["second"]
+    assert first["both"].count("is damaged") == 1
+    assert first["both"].count("does not exist") == 2
+    assert first["differently"] == "SourceError: Problem of rank 0."
+    assert first["union"] == [1, 0, 1]
