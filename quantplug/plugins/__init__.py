@@ -1,4 +1,4 @@
-"""`import quantplug.plugins` replaces ModelOpt's wrappers of grouped Transformer Engine layers by ours.
+"""`import quantplug.plugins` replaces ModelOpt's wrappers of Transformer Engine layers by ours.
 
 After it `mtq.quantize`, `mto.restore` and Megatron's checkpoints work on mixture-of-experts models as they do on dense
 ones. `quantplug.plugins.transformer_engine` and `quantplug.plugins.megatron` say which module has whose wrapper.
@@ -12,6 +12,7 @@ from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
+from quantplug.plugins.dense import DENSE_WRAPPERS
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
     QuantRowParallelGroupedLinear,
@@ -35,6 +36,7 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
     TEColumnParallelGroupedLinear: ("megatron_TEColumnParallelGroupedLinear", QuantColumnParallelGroupedLinear),
     TERowParallelGroupedLinear: ("megatron_TERowParallelGroupedLinear", QuantRowParallelGroupedLinear),
     TEGroupedMLP: ("megatron_moe_TEGroupedMLP", QuantTEGroupedMLP),
+    **DENSE_WRAPPERS,
 }
 """Module class to ModelOpt's registry key for it, which configs name as `parent_class`, and our wrapper."""
 

@@ -5,17 +5,19 @@ Ours, below:
     quantizer has the dense layers' replica ids, shard axes that are right for two experts only, and settings by local
     expert: `dist_checkpointing.save` refuses it, or what is loaded belongs to other experts.
 ModelOpt's, because one weight with one quantizer is sharded like any dense layer:
-    TELinear, TEColumnParallelLinear, TERowParallelLinear, TELayerNormColumnParallelLinear, and SequentialMLP with the
-    layers in it (one module an expert; it refuses TP with EP by itself).
+    TELinear; TEColumnParallelLinear, TERowParallelLinear and TELayerNormColumnParallelLinear, which refuse the shards
+    that ModelOpt places wrong (`quantplug.plugins.dense`); SequentialMLP (one module an expert; it refuses TP with EP).
 
 What a sharded checkpoint holds of an expert's quantizer is keyed by *global* layer and expert, as Megatron keys its
 weight: `decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight_quantizer._amax`. So a checkpoint saved
 at one (TP, EP, ETP, PP) loads at any other.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -25,7 +27,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from modelopt.torch.utils.distributed import ParallelState
 
-from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.errors import Offender, ShapeError, UnsupportedQuantizationError
 from quantplug.plugins import extra_state
 from quantplug.plugins.amax_state import ShardDim, block_size, require_whole_blocks, shard_axis
 from quantplug.plugins.refusals import refuse_unsupported
@@ -66,13 +68,48 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
             state |= self._expert_state(expert, prefix, sharded_offsets, metadata)
         return state
 
-    def _activation_state(self, prefix: str, offsets: Offsets, metadata: dict[str, Any]) -> ShardedStateDict:
-        """The input and output quantizers': the same on every rank that has this layer."""
-        tensors = {
+    def require_placeable(self, prefix: str) -> None:
+        """Refuses, before any state is made, every quantizer whose state has no place in a sharded checkpoint.
+
+        Args:
+            prefix: Full name of this module with a dot: inside its own state dict Megatron names it by its last part.
+        """
+        errors: list[tuple[int | None, ShapeError | UnsupportedQuantizationError]] = []
+        for expert in (None, *range(self.num_gemms)):
+            try:
+                self._require_placeable(expert, prefix)
+            except (ShapeError, UnsupportedQuantizationError) as error:
+                errors.append((None if expert is None else self._global_expert(expert), error))
+        if errors:
+            _, first = errors[0]
+            offenders = [
+                replace(offender, expert=expert, rank=dist.get_rank())
+                for expert, error in errors
+                if type(error) is type(first)
+                for offender in error.offenders
+            ]
+            raise type(first)(first.problem, offenders, first.remedy)
+
+    def _require_placeable(self, expert: int | None, prefix: str) -> None:
+        if expert is None:
+            _require_scalar_amax(prefix, self._activation_tensors())
+        else:
+            quantizer, weight = self.weight_quantizer[expert], self.get_parameter(f"weight{expert}")
+            self._shard_axes(f"{prefix}weight_quantizer.{expert}", quantizer, weight)
+
+    def _global_expert(self, expert: int) -> int:
+        return int(self._pg_collection.ep.rank()) * self.num_gemms + expert
+
+    def _activation_tensors(self) -> dict[str, torch.Tensor]:
+        return {
             f"{name}.{key}": value
             for name in ("input_quantizer", "output_quantizer")
             for key, value in self.get_submodule(name).state_dict(keep_vars=True).items()
         }
+
+    def _activation_state(self, prefix: str, offsets: Offsets, metadata: dict[str, Any]) -> ShardedStateDict:
+        """The input and output quantizers': the same on every rank that has this layer."""
+        tensors = self._activation_tensors()
         _require_scalar_amax(prefix, tensors)
         return make_sharded_tensors_for_checkpoint(
             tensors,
@@ -88,7 +125,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         weight, quantizer = self.get_parameter(f"weight{expert}"), self.weight_quantizer[expert]
         axes = self._shard_axes(f"{prefix}weight_quantizer.{expert}", quantizer, weight)
         local = {f"weight_quantizer.{key}": value for key, value in quantizer.state_dict(keep_vars=True).items()}
-        global_expert = groups.ep.rank() * self.num_gemms + expert
+        global_expert = self._global_expert(expert)
         if metadata.get("singleton_local_shards", False):
             key_prefix = f"{global_expert}.{prefix}"
         else:
@@ -158,6 +195,8 @@ class QuantTEGroupedMLP(QuantModule):
         Raises:
             ShapeError: Scale blocks straddle the shards of a weight, or a shard's gate and up.
         """
+        for name in ("linear_fc1", "linear_fc2"):
+            self.get_submodule(name).require_placeable(f"{prefix}{name}.")
         metadata = {**(metadata or {}), "singleton_local_shards": True}
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if not self.config.gated_linear_unit:

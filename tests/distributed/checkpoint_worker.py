@@ -17,12 +17,12 @@ from megatron.core import parallel_state
 from torch import nn
 
 import quantplug.plugins  # noqa: F401
-from quantplug.errors import ShapeError
+from quantplug.errors import QuantplugError, ShapeError, UnsupportedQuantizationError
 from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
 from quantplug.megatron.parallel import current_topology, initialize_parallel
 from quantplug.topology import ParallelTopology
 from tests.plugins.configs import BLOCKWISE, WEIGHT_ONLY_FP8
-from tests.plugins.tiny_model import grouped_linears, tiny_model
+from tests.plugins.tiny_model import DENSE, EXPERTS, grouped_linears, tiny_model
 
 SAVED_AT = {"tp": 2, "ep": 2}
 LOADED_AT = [{}, {"ep": 4}, {"pp": 2, "ep": 2}, {"tp": 2, "etp": 2}, {"tp": 2, "ep": 2}]
@@ -31,7 +31,7 @@ Key = tuple[int, str, int]
 """Global layer, name of the grouped linear, global expert."""
 
 
-def experts_only(config: dict[str, Any]) -> dict[str, Any]:
+def without_attention(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     config["quant_cfg"].append({"quantizer_name": "*self_attention*", "enable": False})
     return config
@@ -93,14 +93,41 @@ def check(directory: Path, expected: dict[Key, torch.Tensor], layout: dict[str, 
     assert gathered(dict.fromkeys(mine)).keys() == expected.keys(), layout
 
 
-def refused_where_blocks_straddle(directory: Path) -> None:
-    """Expert width 96 has no whole blocks of 128, so no ETP but 1 has a place for its block amax."""
-    relayout(tp=2, etp=2)
-    quantized = tiny_model()
-    mtq.quantize(quantized, experts_only(BLOCKWISE))
-    with pytest.raises(ShapeError, match="block size 128"):
+def refused(
+    directory: Path,
+    layout: dict[str, int],
+    error: type[QuantplugError],
+    names: set[str],
+    config: dict[str, Any] = BLOCKWISE,
+    **model: Any,
+) -> None:
+    """An amax that has no place in a checkpoint of any layout is refused, on every rank, and nothing is written."""
+    relayout(**layout)
+    quantized = tiny_model(**model)
+    mtq.quantize(quantized, config)
+    with pytest.raises(error) as refusal:
         save_checkpoint(quantized, directory, extra={})
-    assert not directory.exists()
+    assert names <= {offender.parameter for offender in refusal.value.offenders}, refusal.value
+    assert list(directory.parent.glob(f"*{directory.name}*")) == []
+
+
+def virtual_stages(directory: Path) -> None:
+    """Saved by two pipeline ranks of two virtual stages each (layers 0, 2 and 1, 3), loaded as one stage."""
+    relayout(pp=2, ep=2)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+    chunks = [tiny_model(vp_stage=stage, num_layers=4, virtual_pipeline_model_parallel_size=2) for stage in range(2)]
+    for stage, chunk in enumerate(chunks):
+        mtq.quantize(chunk, mtq.W4A16_NVFP4_CFG)
+        for linear in grouped_linears(chunk).values():
+            for quantizer in linear.weight_quantizer:
+                quantizer.amax.fill_(2 * stage + parallel_state.get_pipeline_model_parallel_rank())
+    save_checkpoint(chunks, directory, extra={})
+    relayout()
+    loaded = tiny_model(num_layers=4)
+    load_checkpoint(loaded, directory)
+    for layer, block in enumerate(loaded.decoder.layers):
+        for linear in grouped_linears(block).values():
+            assert [float(quantizer.amax) for quantizer in linear.weight_quantizer] == [layer] * EXPERTS
 
 
 def relayout(**sizes: int) -> ParallelTopology:
@@ -114,7 +141,7 @@ def main(directory: Path) -> None:
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("nvfp4", mtq.W4A16_NVFP4_CFG, {}),
         ("fp8", WEIGHT_ONLY_FP8, {}),
-        ("fp8_blockwise", experts_only(BLOCKWISE), {"moe_ffn_hidden_size": 256}),
+        ("fp8_blockwise", without_attention(BLOCKWISE), {"moe_ffn_hidden_size": 256}),
     ]
     for name, config, model in cases:
         expected = save(directory / name, config, **model)
@@ -122,7 +149,15 @@ def main(directory: Path) -> None:
             check(directory / name, expected, layout, **model)
             if dist.get_rank() == 0:
                 sys.stdout.write(f"{name} {layout} ok\n")
-    refused_where_blocks_straddle(directory / "straddling")
+    virtual_stages(directory / "virtual")
+    # Expert width 96 and the 192 rows that a rank has of q, k and v have no whole blocks of 128.
+    fc1 = {f"decoder.layers.0.mlp.experts.linear_fc1.weight_quantizer.{expert}._amax" for expert in range(8)}
+    refused(directory / "experts", {"tp": 1, "etp": 2}, ShapeError, fc1)
+    qkv = {"decoder.layers.0.self_attention.linear_qkv.weight_quantizer._amax"}
+    refused(directory / "qkv", {"tp": 2}, ShapeError, qkv)
+    fc1 = {"decoder.layers.0.mlp.linear_fc1.weight_quantizer._amax"}
+    gated = {**DENSE, "ffn_hidden_size": 512}
+    refused(directory / "gated", {"tp": 2}, UnsupportedQuantizationError, fc1, without_attention(BLOCKWISE), **gated)
     dist.destroy_process_group()
 
 

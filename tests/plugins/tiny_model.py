@@ -48,20 +48,23 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
     return TransformerConfig(**(settings | overrides))
 
 
-def tiny_model(**overrides: Any) -> GPTModel:
-    """A model on this rank's shard of the parallel layout that is set up."""
+def tiny_model(vp_stage: int | None = None, **overrides: Any) -> GPTModel:
+    """A model on this rank's shard of the parallel layout that is set up, or one virtual pipeline stage of it."""
     topology = current_topology()
     config = tiny_config(**overrides)
+    stages = config.virtual_pipeline_model_parallel_size or 1
+    first, last = vp_stage in (None, 0), vp_stage in (None, stages - 1)
     with cpu.construction():
         return GPTModel(
             config,
-            get_gpt_decoder_block_spec(config, use_transformer_engine=True),
+            get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
             vocab_size=384,
             max_sequence_length=64,
-            pre_process=topology.pp_rank == 0,
-            post_process=topology.pp_rank == topology.pp - 1,
+            pre_process=first and topology.pp_rank == 0,
+            post_process=last and topology.pp_rank == topology.pp - 1,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
+            vp_stage=vp_stage,
         ).to(torch.bfloat16)
 
 

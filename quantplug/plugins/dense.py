@@ -1,0 +1,90 @@
+"""Dense Megatron layers: ModelOpt's wrappers, and a refusal where their sharding of block and channel scales is wrong.
+
+ModelOpt 0.47 takes any amax that a tensor parallel rank has as a shard of the whole weight's, in rank order. That is so
+for a per-tensor amax (it is reduced over the ranks), and for one of blocks or channels where every shard holds whole
+blocks. It is not where a block straddles two shards, nor in a gated MLP's first layer: there each rank has gate rows
+above up rows.
+
+This is the one file that names ModelOpt's private classes.
+"""
+
+from typing import Any, ClassVar
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TELayerNormColumnParallelLinear,
+    TERowParallelLinear,
+)
+from modelopt.torch.quantization.nn import QuantModule
+from modelopt.torch.quantization.plugins.megatron import (
+    _QuantTELayerNormColumnParallelLinear,
+    _QuantTEMCoreColumnParallelLinear,
+    _QuantTEMCoreRowParallelLinear,
+)
+from torch import nn
+
+from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.plugins.amax_state import ShardDim, leaf_quantizers, shard_axis
+
+Offsets = tuple[tuple[int, int, int], ...]
+
+
+class RefusesWrongShards(QuantModule):
+    """Mixin over a ModelOpt wrapper: refuses to place an amax among shards where ModelOpt would place it wrong."""
+
+    shard_dim: ClassVar[ShardDim]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """ModelOpt's own.
+
+        Raises:
+            ShapeError: Scale blocks straddle tensor parallel shards.
+            UnsupportedQuantizationError: The amax is of gate and up rows, or of a shape whose shards we cannot place.
+        """
+        size = self.parallel_state.tensor_parallel_group.world_size()
+        if size > 1:
+            for leaf in leaf_quantizers(self.weight_quantizer):
+                if leaf.is_enabled and leaf.amax is not None:
+                    name = f"{prefix}weight_quantizer._amax"
+                    axis = shard_axis(name, leaf, leaf.amax, self.weight, self.shard_dim, size)
+                    self._refuse_gate_and_up(name, axis)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+    def _refuse_gate_and_up(self, name: str, axis: int | None) -> None:
+        if axis == 0 and self.config.gated_linear_unit and ".linear_fc1." in f".{name}":
+            raise UnsupportedQuantizationError(
+                "The scales of a gated MLP's first layer have no place in a checkpoint of any tensor parallel size.",
+                [Offender(name, "has this rank's gate rows above its up rows")],
+                "Use a per-tensor format, or no tensor parallelism.",
+            )
+
+
+class QuantTEColumnParallelLinear(RefusesWrongShards, _QuantTEMCoreColumnParallelLinear):
+    """ModelOpt's quantized TEColumnParallelLinear."""
+
+    shard_dim = ShardDim.OUT
+
+
+class QuantTELayerNormColumnParallelLinear(RefusesWrongShards, _QuantTELayerNormColumnParallelLinear):
+    """ModelOpt's quantized TELayerNormColumnParallelLinear."""
+
+    shard_dim = ShardDim.OUT
+
+
+class QuantTERowParallelLinear(RefusesWrongShards, _QuantTEMCoreRowParallelLinear):
+    """ModelOpt's quantized TERowParallelLinear."""
+
+    shard_dim = ShardDim.IN
+
+
+DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
+    TEColumnParallelLinear: ("te_mcore_ColumnParallelLinear", QuantTEColumnParallelLinear),
+    TELayerNormColumnParallelLinear: (
+        "te_mcore_LayerNormColumnParallelLinear",
+        QuantTELayerNormColumnParallelLinear,
+    ),
+    TERowParallelLinear: ("te_mcore_RowParallelLinear", QuantTERowParallelLinear),
+}
