@@ -4,11 +4,21 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.qtensor import QTensorWrapper
 
+from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.base import QuantizerState, WeightRef
-from quantplug.megatron.parameters import iter_parameters, model_chunks
+from quantplug.export.findings import Findings, Kind
+from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
+
+_COMPRESSED = Kind(
+    UnsupportedQuantizationError,
+    "Weights are packed already, so that neither their shapes nor their values can be read.",
+    "Export the model before mtq.compress: an export packs the weights itself.",
+)
 
 
 def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
@@ -18,8 +28,11 @@ def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
 
     Raises:
         UnsupportedModelError: The model holds something else than a GPTModel.
+        UnsupportedQuantizationError: Weights that `mtq.compress` has packed.
         TopologyError: Megatron's parallel groups are not initialized.
     """
+    parameters = list(iter_parameters(model))
+    _refuse_compressed(parameters)
     names = {
         quantizer: name
         for chunk in model_chunks(model)
@@ -29,7 +42,7 @@ def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
     pairs = dict(_weights_with_quantizers(model))
     refs = []
     claimed: set[torch.nn.Module] = set()
-    for parameter in iter_parameters(model):
+    for parameter in parameters:
         quantizers = pairs.get(id(parameter.tensor), (None, None))
         claimed.update(leaf for quantizer in quantizers if quantizer for leaf in quantizer.modules())
         weight, activation = (_state(names, quantizer) for quantizer in quantizers)
@@ -50,6 +63,14 @@ def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
         if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer not in claimed
     ]
     return refs, unclaimed
+
+
+def _refuse_compressed(parameters: Sequence[MegatronParameter]) -> None:
+    findings = Findings(current_topology().rank)
+    for parameter in parameters:
+        if isinstance(parameter.tensor, QTensorWrapper):
+            findings.add(_COMPRESSED, parameter.key.name, "is packed (mtq.compress)", parameter.key.expert)
+    findings.raise_if_any()
 
 
 Quantizer = torch.nn.Module | None
@@ -101,4 +122,4 @@ def _unsupported(quantizer: TensorQuantizer) -> Iterator[str]:
     if quantizer.bias is not None:
         yield "bias (affine quantization)"
     if not quantizer.fake_quant:
-        yield "compressed weights (mtq.compress)"
+        yield "real quantization (fake_quant=False)"

@@ -1,0 +1,47 @@
+"""What an export reads of a live model, and what it cannot read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import modelopt.torch.quantization as mtq
+import pytest
+
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.errors import UnsupportedQuantizationError
+from quantplug.export.source import live_weights
+from quantplug.megatron.build import LayerSpec
+from tests.export.checkpoints import load, quantize
+from tests.export.refusals import FC1, expert_quantizer, refused
+
+pytestmark = pytest.mark.usefixtures("rank")
+
+Sources = Callable[[str], Path]
+
+
+def test_live_weights_are_the_models_own(sources: Sources) -> None:
+    model = quantize(load(sources("moe")), "nvfp4")
+    refs, unclaimed = live_weights(model)
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {ref.load().data_ptr() for ref in refs} == pointers
+    assert unclaimed == []
+    assert not any(ref.load().requires_grad for ref in refs)
+
+
+def test_a_state_says_what_its_quantizer_holds(sources: Sources) -> None:
+    model = quantize(load(sources("moe")), "w4a16_nvfp4")
+    states = {(ref.key.name, ref.key.expert): ref.weight for ref in live_weights(model)[0] if ref.weight}
+    expert = expert_quantizer(model, FC1, 3)
+    (state,) = [state for (name, number), state in states.items() if number == 3 and name.startswith(FC1)]
+    assert state.amax == model.get_submodule(FC1).weight3.abs().max().item() == expert.amax.item()
+    assert (state.name, state.num_bits, state.block_sizes) == (f"{FC1}.weight_quantizer.3", (2, 1), ((-1, 16),))
+    assert (state.scale_bits, state.dynamic_blocks, state.unsupported) == ((4, 3), True, ())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "fp8_weight_only"])
+def test_compressed_weights(scheme: str, sources: Sources, tmp_path: Path) -> None:
+    model = quantize(load(sources("dense"), LayerSpec.LOCAL), scheme)
+    mtq.compress(model)
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+    assert len(caught.value.offenders) == 2 * 4
+    assert "mtq.compress" in str(caught.value)
