@@ -8,7 +8,7 @@ import torch
 from quantplug.errors import MappingError, ShapeError
 from quantplug.export.base import WeightRef
 from quantplug.export.findings import Findings, Kind
-from quantplug.mappings.base import Family, ParamKey, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Scope, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 _SAME_MODEL = (
@@ -81,7 +81,20 @@ def part_shapes(
     parts = mapping.layout.split(torch.empty(ref.shape, dtype=ref.dtype, device="meta"), dims)
     shapes = tuple(tuple(part.shape) for part in parts)
     for name, shape in zip(mapping.hf_names(ref.key), shapes, strict=True):
-        if reference.get(name, shape) != shape:
+        expected = _with_mlp_width(shape, mapping, dims)
+        if shape != expected:
+            reason = f"gives {name} of shape {list(shape)}, the config says {list(expected)}"
+            findings.add(_SHAPE, ref.key.name, reason, ref.key.expert)
+        elif reference.get(name, shape) != shape:
             reason = f"gives {name} of shape {list(shape)}, the checkpoint has {list(reference[name])}"
             findings.add(_SHAPE, ref.key.name, reason, ref.key.expert)
     return shapes
+
+
+def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[int, ...]:
+    """The shape of a part with the config's feed-forward width, which lies along the axis that its layout shards."""
+    width = {Scope.DENSE_LAYER: dims.mlp_width, Scope.EXPERT: dims.expert_width}.get(mapping.scope)
+    axis = mapping.layout.shard_axis
+    if width is None or axis is None:
+        return shape
+    return (*shape[:axis], width, *shape[axis + 1 :])

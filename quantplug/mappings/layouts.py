@@ -20,6 +20,8 @@ class ModelDimensions:
         vocab_size: Rows of the Hugging Face embedding, without Megatron's padding.
         num_experts: Routed experts of a layer, 0 in a dense model.
         moe_layers: Global ids of the layers that have experts.
+        mlp_width: Feed-forward width F of a dense layer; None where it is not known.
+        expert_width: Feed-forward width F of an expert; None where it is not known.
     """
 
     num_layers: int
@@ -30,6 +32,8 @@ class ModelDimensions:
     vocab_size: int
     num_experts: int = 0
     moe_layers: tuple[int, ...] = ()
+    mlp_width: int | None = None
+    expert_width: int | None = None
 
 
 class Layout(Protocol):

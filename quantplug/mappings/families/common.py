@@ -156,6 +156,8 @@ def decoder_dimensions(config: Mapping[str, Any], num_experts: int, moe_layers: 
         vocab_size=config["vocab_size"],
         num_experts=num_experts,
         moe_layers=moe_layers,
+        mlp_width=config.get("intermediate_size"),
+        expert_width=config.get("moe_intermediate_size"),
     )
 
 
