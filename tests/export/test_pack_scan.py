@@ -1,0 +1,42 @@
+"""Values that must not be written are all found before anything is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.errors import WeightError
+from tests.export.checkpoints import load, quantize
+from tests.export.refusals import FC1, FC2, offenders, refused
+
+pytestmark = pytest.mark.usefixtures("rank")
+
+Sources = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("scheme", [None, "w4a16_nvfp4", "fp8_weight_only"])
+def test_nan_and_inf_are_all_named(scheme: str | None, sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("moe"))
+    if scheme is not None:
+        quantize(model, scheme)
+    with torch.no_grad():
+        model.get_submodule(FC1).weight2[5, 7] = torch.nan
+        model.get_submodule(FC2).weight0[0, 0] = -torch.inf
+        model.decoder.final_layernorm.weight[3] = torch.inf
+    with refused(WeightError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert {expert for _, expert in offenders(caught)} == {None, 0, 2}
+    text = str(caught.value)
+    for words in ("decoder.layers.0.mlp.experts.linear_fc1.weight2 (expert 2)", "(expert 0)", "final_layernorm"):
+        assert words in text
+
+
+def test_values_that_overflow_the_dtype_on_disk(sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("dense"))
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight[3] = 1e6
+    with refused(WeightError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out", dtype=torch.float16)
+    assert offenders(caught) == {("decoder.final_layernorm.weight", None)}
