@@ -12,6 +12,7 @@ from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
+from quantplug.plugins.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.dense import DENSE_WRAPPERS
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
@@ -42,7 +43,7 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
 
 
 def register() -> None:
-    """Registers our wrappers with ModelOpt in place of its own, and our refusals ahead of every conversion."""
+    """Registers our wrappers with ModelOpt in place of its own, our refusals before conversions, and NVFP4 on CPU."""
     for module_class, (key, wrapper) in WRAPPERS.items():
         registered = QuantModuleRegistry.get(module_class)
         if registered is not None and issubclass(registered, wrapper):
@@ -51,6 +52,7 @@ def register() -> None:
             QuantModuleRegistry.unregister(module_class)
         QuantModuleRegistry.register({module_class: key})(wrapper)
     CUSTOM_MODEL_PLUGINS.add(refuse_unsupported)
+    register_cpu_kernels()
 
 
 register()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformer_engine.pytorch.module.grouped_linear as te_grouped_linear
 from modelopt.torch.quantization.nn import GroupedQuantizer, QuantModuleRegistry
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
@@ -239,6 +240,17 @@ def test_a_folded_model_gives_the_same_outputs() -> None:
         torch.testing.assert_close(
             weights(model)[expert].data, fp8(weight.data, weight.data.abs().max()), rtol=1e-6, atol=0
         )
+
+
+def test_folding_nvfp4_gives_every_expert_the_values_of_its_packed_form() -> None:
+    model = Experts()
+    mtq.quantize(model, mtq.W4A16_NVFP4_CFG)
+    expected = []
+    for weight in weights(model):
+        packed, scale, scale_2 = NVFP4QTensor.quantize(weight.data.clone(), 16)
+        expected.append(packed.dequantize(dtype=weight.dtype, scale=scale, double_scale=scale_2, block_sizes={-1: 16}))
+    mtq.fold_weight(model)
+    assert all(torch.equal(weight, values) for weight, values in zip(weights(model), expected, strict=True))
 
 
 class _NoSeam:
