@@ -1,10 +1,7 @@
 """Files and directories that are complete or absent, whatever happens while they are written."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,23 +22,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-@contextmanager
-def staged_directory(destination: Path) -> Iterator[Path]:
-    """Gives a hidden sibling to write into; one rename to `destination` on success, no trace of it on any failure.
-
-    Missing parents are made. `destination` must be absent or an empty directory.
-    """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide it from others
-        sync_directory(staging)
-        staging.replace(destination)
-        sync_directory(destination.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+def publish_directory(staging: Path, destination: Path) -> None:
+    """Gives a finished directory its final name in one step; `destination` must be absent or an empty directory."""
+    sync_directory(staging)
+    staging.replace(destination)
+    sync_directory(destination.parent)
 
 
 def finish_file(path: Path) -> None:

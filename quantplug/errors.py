@@ -56,6 +56,14 @@ class DestinationError(QuantplugError):
     """The export directory cannot be written without overwriting something."""
 
 
+class WriteError(QuantplugError):
+    """The disk refused what was written; what is finished is kept, and the same export run again goes on from there."""
+
+
+class RankLostError(QuantplugError):
+    """A rank ended while the others still counted on it."""
+
+
 class CheckpointError(QuantplugError):
     """A Megatron checkpoint lacks quantizer state, or belongs to another model."""
 

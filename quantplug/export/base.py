@@ -1,5 +1,6 @@
 """The types that flow through an export: where a weight lives, what becomes of it, and the plan that says so."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ import torch
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.mappings.base import ParamKey, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.topology import Shard
+from quantplug.topology import Shard, ShardAxis
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class QuantizerState:
     unsupported: tuple[str, ...] = ()
 
 
+def not_here() -> torch.Tensor:
+    """The `load` of a weight that another rank holds."""
+    raise AssertionError("this rank does not hold the weight")
+
+
 @dataclass(frozen=True)
 class WeightRef:
-    """Where one weight lives, and how to get it.
+    """What one rank holds of one weight, and how to get it.
 
     Attributes:
         shape: Shape of this rank's tensor.
@@ -56,6 +62,36 @@ class WeightRef:
     load: Callable[[], torch.Tensor]
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """A weight of the model, and which ranks can deliver it.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        axis: The parallel dimension that cuts it into slices; None for a weight that each of its ranks holds whole.
+        replicas: Groups of ranks that each hold all of it, in slice order.
+        weight: Its weight quantizer, with the largest amax over all ranks; None if it is not quantized.
+        activation: The input quantizer of its linear, likewise.
+    """
+
+    key: ParamKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axis: ShardAxis | None = None
+    replicas: tuple[tuple[int, ...], ...] = ((0,),)
+    weight: QuantizerState | None = None
+    activation: QuantizerState | None = None
+
+    @property
+    def rank(self) -> int:
+        """A rank that holds it, for messages."""
+        return self.replicas[0][0]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -78,6 +114,10 @@ class ExportTask:
     """One weight's way from Megatron to Hugging Face.
 
     Attributes:
+        ranks: The ranks that deliver it, in slice order.
+        owner: The one of them that writes it.
+        gather_first: Whether its slices are put together before they are packed, because a block or a head straddles
+            them; otherwise every rank packs its own slice and only packed bytes travel.
         format: How its parts are packed; None for a plain tensor in `dtype`.
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
         input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
@@ -85,13 +125,23 @@ class ExportTask:
         outputs: The parts, in the order of the layout.
     """
 
-    source: WeightRef
+    source: WholeWeight
     mapping: WeightMapping
+    ranks: tuple[int, ...]
+    owner: int
+    gather_first: bool
     format: WeightFormat | None
     amax: float | None
     input_amax: float | None
     dtype: torch.dtype
     outputs: tuple[PartOutput, ...]
+
+    @property
+    def travel_bytes(self) -> int:
+        """Bytes that reach the owner, its own slice included."""
+        if self.gather_first:
+            return self.source.nbytes
+        return sum(spec.nbytes for part in self.outputs for spec in part.tensors)
 
 
 @dataclass(frozen=True)
@@ -110,6 +160,20 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
+class ShardFile:
+    """One safetensors file of the output.
+
+    Attributes:
+        owner: The rank that writes it.
+        tensors: Names of its tensors. All tensors of a weight are in one file.
+    """
+
+    name: str
+    owner: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ExportPlan:
     """The waist of an export: everything that will be written is known here, and nothing has been yet.
 
@@ -117,7 +181,7 @@ class ExportPlan:
         dims: Sizes of the model, for the layouts.
         exclude_modules: Hugging Face names of the linear modules that stay unquantized.
         quant_config: None for an export without quantization.
-        shards: Names of the tensors of each file, in writing order.
+        files: What goes where.
         digest: SHA-256 over names, shapes, dtypes, scales and config: two plans with one digest write the same files.
     """
 
@@ -125,7 +189,7 @@ class ExportPlan:
     dims: ModelDimensions
     exclude_modules: tuple[str, ...]
     quant_config: QuantConfig | None
-    shards: tuple[tuple[str, ...], ...]
+    files: tuple[ShardFile, ...]
     digest: str
 
     def expected(self) -> dict[str, TensorSpec]:

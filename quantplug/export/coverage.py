@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import torch
 
 from quantplug.errors import MappingError, ShapeError
-from quantplug.export.base import WeightRef
+from quantplug.export.base import WholeWeight
 from quantplug.export.findings import Findings, Kind
 from quantplug.mappings.base import Family, ParamKey, Scope, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
@@ -19,29 +19,29 @@ _MISSING = Kind(MappingError, "Parameters that the Hugging Face config promises 
 _TWICE = Kind(MappingError, "Parameters stand twice in the model.", "Pass each model chunk once.")
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the Hugging Face checkpoint.", _SAME_MODEL)
 
-Mapped = list[tuple[WeightRef, WeightMapping]]
+Mapped = list[tuple[WholeWeight, WeightMapping]]
 
 
 def match_table(
-    refs: Iterable[WeightRef], family: Family, dims: ModelDimensions, tied: bool, findings: Findings
+    weights: Iterable[WholeWeight], family: Family, dims: ModelDimensions, tied: bool, findings: Findings
 ) -> Mapped:
     """Every weight with its row, in writing order; what does not fit goes into `findings`."""
     table = family.by_megatron()
-    found: dict[tuple[str, ...], tuple[WeightRef, WeightMapping]] = {}
+    found: dict[tuple[str, ...], tuple[WholeWeight, WeightMapping]] = {}
     expected = dict(_expected(family, dims, tied))
-    for ref in refs:
-        mapping = table.get(ref.key.module)
+    for weight in weights:
+        mapping = table.get(weight.key.module)
         if mapping is None:
-            near = get_close_matches(ref.key.module, table, n=1)
+            near = get_close_matches(weight.key.module, table, n=1)
             hint = f"; the nearest known name is {near[0]}" if near else ""
-            findings.add(_UNKNOWN, ref.key.name, f"not in the table of {family.name}{hint}", ref.key.expert)
+            findings.add_weight(_UNKNOWN, weight, f"not in the table of {family.name}{hint}")
             continue
-        names = mapping.hf_names(ref.key)
+        names = mapping.hf_names(weight.key)
         if names in found:
-            findings.add(_TWICE, ref.key.name, f"stands for {', '.join(names)} a second time", ref.key.expert)
+            findings.add_weight(_TWICE, weight, f"stands for {', '.join(names)} a second time")
         elif names not in expected:
-            findings.add(_UNKNOWN, ref.key.name, f"a model of this config has no {', '.join(names)}", ref.key.expert)
-        found[names] = (ref, mapping)
+            findings.add_weight(_UNKNOWN, weight, f"a model of this config has no {', '.join(names)}")
+        found[names] = (weight, mapping)
     for names, key in expected.items():
         if names not in found:
             findings.add(_MISSING, key.name, f"needed for {', '.join(names)}", key.expert)
@@ -60,7 +60,7 @@ def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[t
 
 
 def part_shapes(
-    ref: WeightRef,
+    weight: WholeWeight,
     mapping: WeightMapping,
     dims: ModelDimensions,
     reference: Mapping[str, tuple[int, ...]],
@@ -71,23 +71,20 @@ def part_shapes(
     Args:
         reference: Shapes in the source checkpoint by name, as far as they are known.
     """
-    if ref.shard is not None:
-        findings.add(_SHAPE, ref.key.name, f"is slice {ref.shard.index} of {ref.shard.count}", ref.key.expert)
-        return ()
-    problem = mapping.layout.problem(ref.shape, dims)
+    problem = mapping.layout.problem(weight.shape, dims)
     if problem is not None:
-        findings.add(_SHAPE, ref.key.name, problem, ref.key.expert)
+        findings.add_weight(_SHAPE, weight, problem)
         return ()
-    parts = mapping.layout.split(torch.empty(ref.shape, dtype=ref.dtype, device="meta"), dims)
+    parts = mapping.layout.split(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), dims)
     shapes = tuple(tuple(part.shape) for part in parts)
-    for name, shape in zip(mapping.hf_names(ref.key), shapes, strict=True):
+    for name, shape in zip(mapping.hf_names(weight.key), shapes, strict=True):
         expected = _with_mlp_width(shape, mapping, dims)
         if shape != expected:
             reason = f"gives {name} of shape {list(shape)}, the config says {list(expected)}"
-            findings.add(_SHAPE, ref.key.name, reason, ref.key.expert)
+            findings.add_weight(_SHAPE, weight, reason)
         elif reference.get(name, shape) != shape:
             reason = f"gives {name} of shape {list(shape)}, the checkpoint has {list(reference[name])}"
-            findings.add(_SHAPE, ref.key.name, reason, ref.key.expert)
+            findings.add_weight(_SHAPE, weight, reason)
     return shapes
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from quantplug.errors import Offender, QuantplugError
+from quantplug.export.base import WholeWeight
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,14 @@ class Findings:
     rank: int = 0
     found: dict[Kind, list[Offender]] = field(default_factory=dict)
 
-    def add(self, kind: Kind, parameter: str, reason: str, expert: int | None = None) -> None:
-        self.found.setdefault(kind, []).append(Offender(parameter, reason, expert, self.rank))
+    def add(self, kind: Kind, parameter: str, reason: str, expert: int | None = None, rank: int | None = None) -> None:
+        """Notes an offender, on this rank if no other is named."""
+        offender = Offender(parameter, reason, expert, self.rank if rank is None else rank)
+        self.found.setdefault(kind, []).append(offender)
+
+    def add_weight(self, kind: Kind, weight: WholeWeight, reason: str) -> None:
+        """Notes a weight, on a rank that holds it."""
+        self.add(kind, weight.key.name, reason, weight.key.expert, weight.rank)
 
     def raise_if_any(self) -> None:
         """Raises one error that lists every offender; of several kinds, the type is that of the first met."""

@@ -1,86 +1,112 @@
-"""Packing one task where its data is, and the one look at all weights before anything is written."""
+"""Packing a weight's slices where they are, and putting packed slices together where they are written.
+
+For every format and layout, packing slices and joining them gives the bytes of packing the whole. Where that cannot be,
+because a block or a head straddles slices, the task says `gather_first` and slices are joined before they are packed.
+"""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
-from quantplug.errors import CalibrationError, WeightError
-from quantplug.export.base import ExportPlan, ExportTask, PartOutput, Progress
-from quantplug.export.findings import Findings, Kind
-from quantplug.formats import PackedWeight, WeightFormat, first_nonfinite
+from quantplug.export.base import ExportTask, PartOutput
+from quantplug.export.dialects import INPUT_SCALE
+from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.mappings.base import WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
-_NONFINITE = Kind(
-    WeightError,
-    "Weights hold NaN or Inf.",
-    "Repair the model before it is quantized: one such value would spoil its whole tensor when served.",
-)
-_OVERFLOW = Kind(
-    WeightError,
-    "Weights overflow the type they are written in.",
-    "Export with dtype=torch.bfloat16 or torch.float32.",
-)
-_ZERO_AMAX = Kind(
-    CalibrationError,
-    "Weight quantizers hold an amax of 0 for weights that are not zero.",
-    "Calibrate again: the weights changed after calibration, or the checkpoint's quantizer state was lost.",
-)
+
+def slice_shape(shape: tuple[int, ...], slices: int, mapping: WeightMapping) -> tuple[int, ...]:
+    """Shape of each rank's slice of a Megatron tensor that `slices` ranks share."""
+    if slices == 1:
+        return shape
+    axis = mapping.layout.shard_axis
+    assert axis is not None, f"{mapping.megatron[0]} is sharded, its layout is not"
+    return tuple(size // slices if dim == axis else size for dim, size in enumerate(shape))
 
 
-def scan_weights(plan: ExportPlan, rank: int, progress: Progress) -> None:
-    """Looks at every weight once, before anything is written.
-
-    Raises:
-        WeightError: NaN or Inf in a weight, or a plain weight that overflows the type it is written in.
-        CalibrationError: An amax of 0 for a weight that is not zero.
-    """
-    findings = Findings(rank)
-    for done, task in enumerate(plan.tasks, start=1):
-        _scan(task, plan.dims, findings)
-        progress("Checking weights", done, len(plan.tasks))
-    findings.raise_if_any()
+def must_gather_first(
+    shape: tuple[int, ...], slices: int, mapping: WeightMapping, packing: WeightFormat | None, dims: ModelDimensions
+) -> bool:
+    """Whether a head or a block straddles the slices, so that they cannot be packed one by one."""
+    if slices == 1:
+        return False
+    if not mapping.layout.cuts_cleanly(slices, dims):
+        return True
+    parts = _part_shapes(slice_shape(shape, slices, mapping), mapping, dims)
+    return packing is not None and any(packing.problem(part) is not None for part in parts)
 
 
-def _scan(task: ExportTask, dims: ModelDimensions, findings: Findings) -> None:
-    key = task.source.key
-    weight = task.source.load()
-    # Padding rows are never written, so what they hold does not matter.
+def travel_specs(task: ExportTask, dims: ModelDimensions) -> tuple[TensorSpec, ...]:
+    """What `pack_slice` gives for each slice of a task."""
+    shape = slice_shape(task.source.shape, len(task.ranks), task.mapping)
+    if task.gather_first:
+        return (TensorSpec("slice", shape, task.source.dtype),)
+    parts = _part_shapes(shape, task.mapping, dims)
+    if task.format is None:
+        return tuple(TensorSpec("weight", part, task.dtype) for part in parts)
+    return tuple(spec for part in parts for spec in task.format.outputs(part))
+
+
+def pack_slice(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions) -> list[torch.Tensor]:
+    """What one rank delivers of a weight: its slice, packed if it can be; on the weight's device."""
+    return [weight] if task.gather_first else _pack_parts(task, weight, dims)
+
+
+def join_slices(
+    task: ExportTask, slices: Sequence[Sequence[torch.Tensor]], dims: ModelDimensions
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that go to disk for one weight, on the CPU, from what `pack_slice` gave on each of its ranks."""
+    if task.gather_first:
+        whole = task.mapping.layout.join(tuple(piece for (piece,) in slices), dims)
+        tensors = iter(_pack_parts(task, whole, dims))
+    else:
+        axis = task.mapping.layout.shard_axis
+        tensors = iter([_concatenate(pieces, axis) for pieces in zip(*slices, strict=True)])
+    for output in task.outputs:
+        yield from _named(output, tensors, _input_scale(task))
+
+
+def _part_shapes(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:
+    parts = mapping.layout.split(torch.empty(shape, device="meta"), dims)
+    return tuple(tuple(part.shape) for part in parts)
+
+
+def _pack_parts(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions) -> list[torch.Tensor]:
     parts = task.mapping.layout.split(weight, dims)
-    for part in parts:
-        reason = first_nonfinite(part)
-        if reason is not None:
-            findings.add(_NONFINITE, key.name, reason, key.expert)
-        elif task.format is None and first_nonfinite(part.to(task.dtype)) is not None:
-            findings.add(_OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
-        elif task.amax == 0 and bool(part.any()):
-            findings.add(_ZERO_AMAX, key.name, "amax is 0", key.expert)
+    if task.format is None:
+        return [part.to(task.dtype) for part in parts]
+    amax = torch.tensor(task.amax, dtype=torch.float32, device=weight.device)
+    return [tensor for part in parts for tensor in task.format.pack(part, amax).tensors.values()]
 
 
-def pack_task(task: ExportTask, dims: ModelDimensions) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors that one weight becomes on disk, on the CPU, in the order of `task.outputs`."""
-    weight = task.source.load()
-    for output, part in zip(task.outputs, task.mapping.layout.split(weight, dims), strict=True):
-        if task.format is None:
-            # A copy: parts may be views of one live weight, which safetensors does not write twice.
-            tensors = [part.to(task.dtype, copy=True)]
-        else:
-            tensors = _packed(part, task.format, task.amax, task.input_amax)
-        yield from _named(output, tensors)
+def _concatenate(pieces: Sequence[torch.Tensor], axis: int | None) -> torch.Tensor:
+    """Slices end to end; what has no axes (a scale of the whole weight) is the same on every rank."""
+    first = pieces[0]
+    if len(pieces) == 1 or first.ndim == 0:
+        return first
+    assert axis is not None
+    # As bytes: not every device concatenates FP8.
+    if first.dtype.itemsize == 1:
+        return torch.cat([piece.view(torch.uint8) for piece in pieces], dim=axis).view(first.dtype)
+    return torch.cat(list(pieces), dim=axis)
 
 
-def _packed(
-    part: torch.Tensor, packing: WeightFormat, amax: float | None, input_amax: float | None
-) -> list[torch.Tensor]:
-    scalar = None if amax is None else torch.tensor(amax, dtype=torch.float32, device=part.device)
-    packed: PackedWeight = packing.pack(part, scalar)
-    tensors = list(packed.tensors.values())
-    if input_amax is not None:
-        tensors.append(packing.input_scale(torch.tensor(input_amax, dtype=torch.float32)))
-    return tensors
+def _input_scale(task: ExportTask) -> torch.Tensor | None:
+    if task.format is None or task.input_amax is None:
+        return None
+    return task.format.input_scale(torch.tensor(task.input_amax, dtype=torch.float32))
 
 
-def _named(output: PartOutput, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    for spec, tensor in zip(output.tensors, tensors, strict=True):
-        on_disk = tensor.reshape(spec.shape).to(device="cpu").contiguous()
-        assert on_disk.dtype == spec.dtype, f"{spec.name}: {on_disk.dtype} is not the planned {spec.dtype}"
-        yield spec.name, on_disk
+def _named(
+    output: PartOutput, tensors: Iterator[torch.Tensor], input_scale: torch.Tensor | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    *packed, last = output.tensors
+    specs = packed if last.name.endswith(INPUT_SCALE.name) else output.tensors
+    for spec, tensor in zip(specs, islice(tensors, len(specs)), strict=True):
+        if spec.shape and tensor.ndim and tensor.shape[0] > spec.shape[0]:
+            tensor = tensor[: spec.shape[0]]  # Megatron's padding rows of the vocabulary.
+        yield spec.name, tensor.reshape(spec.shape).to(device="cpu").contiguous()
+    if len(specs) < len(output.tensors):
+        assert input_scale is not None
+        yield last.name, input_scale

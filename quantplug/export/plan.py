@@ -6,16 +6,19 @@ packed or written.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from quantplug.export.base import ExportPlan, ExportTask, PartOutput, QuantConfig, WeightRef
+from quantplug.export.base import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
 from quantplug.export.coverage import match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.findings import Findings
+from quantplug.export.ownership import Assignment, assign
+from quantplug.export.pack import must_gather_first
 from quantplug.export.quantizers import check_calibrated, check_quantizers
+from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
 from quantplug.formats import TensorSpec
 from quantplug.mappings.base import Family, Role, WeightMapping
@@ -32,7 +35,7 @@ class ExportRequest:
         tied_embeddings: Whether the config ties lm_head to the embeddings.
         dtype: Type of unquantized tensors on disk.
         router_dtype: Type of the routers on disk; None for `dtype`.
-        max_shard_size: Largest size of one file in bytes; a larger tensor gets a file of its own.
+        max_shard_size: Largest size of one file in bytes; a larger weight gets a file of its own.
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
         calibrated: Whether calibration is over; before it, no amax is asked for.
@@ -49,7 +52,9 @@ class ExportRequest:
     rank: int = 0
 
 
-def build_plan(refs: Iterable[WeightRef], family: Family, dims: ModelDimensions, request: ExportRequest) -> ExportPlan:
+def build_plan(
+    weights: Sequence[WholeWeight], family: Family, dims: ModelDimensions, request: ExportRequest
+) -> ExportPlan:
     """Plans an export of a model's weights, quantized or not, to Hugging Face tensors.
 
     Raises:
@@ -59,8 +64,8 @@ def build_plan(refs: Iterable[WeightRef], family: Family, dims: ModelDimensions,
         CalibrationError: Enabled quantizers without amax.
     """
     findings = Findings(request.rank)
-    mapped = match_table(refs, family, dims, request.tied_embeddings, findings)
-    shapes = {ref.key: part_shapes(ref, mapping, dims, request.reference, findings) for ref, mapping in mapped}
+    mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
+    shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
     scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
     if request.calibrated:
@@ -68,43 +73,59 @@ def build_plan(refs: Iterable[WeightRef], family: Family, dims: ModelDimensions,
     findings.raise_if_any()
 
     dialect = dialect_for(scheme) if scheme else None
-    tasks = tuple(_task(ref, mapping, shapes[ref.key], scheme, dialect, request) for ref, mapping in mapped)
+    assigned = assign([weight for weight, _ in mapped])
+    packing = _Packing(dims, request, scheme, dialect)
+    tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = _excluded_modules(tasks, family) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
-    specs = [spec for task in tasks for part in task.outputs for spec in part.tensors]
-    shards = _cut_into_shards(specs, request.max_shard_size)
-    return ExportPlan(tasks, dims, excluded, quant_config, shards, _digest(tasks, quant_config, shards))
+    files = _cut_into_files(in_order(tasks), request.max_shard_size)
+    return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
 
 
-def _task(
-    ref: WeightRef,
-    mapping: WeightMapping,
-    shapes: tuple[tuple[int, ...], ...],
-    scheme: Scheme | None,
-    dialect: Dialect | None,
-    request: ExportRequest,
-) -> ExportTask:
-    names = mapping.hf_names(ref.key)
-    dtype = request.router_dtype if mapping.role is Role.ROUTER and request.router_dtype else request.dtype
-    if ref.weight is None or scheme is None or dialect is None:
-        outputs = tuple(
-            PartOutput(name, shape, (TensorSpec(name, shape, dtype),))
-            for name, shape in zip(names, shapes, strict=True)
+@dataclass(frozen=True)
+class _Packing:
+    """What is the same for all tasks of a plan."""
+
+    dims: ModelDimensions
+    request: ExportRequest
+    scheme: Scheme | None
+    dialect: Dialect | None
+
+    def task(
+        self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
+    ) -> ExportTask:
+        quantized = weight.weight is not None and self.scheme is not None
+        packing = self.scheme.weight if self.scheme and quantized else None
+        names = mapping.hf_names(weight.key)
+        return ExportTask(
+            source=weight,
+            mapping=mapping,
+            ranks=assigned.ranks,
+            owner=assigned.owner,
+            gather_first=must_gather_first(weight.shape, len(assigned.ranks), mapping, packing, self.dims),
+            format=packing,
+            amax=weight.weight.amax if weight.weight and quantized else None,
+            input_amax=weight.activation.amax if weight.activation and quantized else None,
+            dtype=self._plain_dtype(mapping),
+            outputs=tuple(
+                PartOutput(name, shape, self._tensors(name, shape, mapping, quantized))
+                for name, shape in zip(names, shapes, strict=True)
+            ),
         )
-        return ExportTask(ref, mapping, None, None, None, dtype, outputs)
-    outputs = tuple(
-        PartOutput(name, shape, _packed_specs(name, shape, scheme, dialect))
-        for name, shape in zip(names, shapes, strict=True)
-    )
-    input_amax = ref.activation.amax if ref.activation else None
-    return ExportTask(ref, mapping, scheme.weight, ref.weight.amax, input_amax, dtype, outputs)
 
+    def _plain_dtype(self, mapping: WeightMapping) -> torch.dtype:
+        is_router = mapping.role is Role.ROUTER
+        return (self.request.router_dtype if is_router else None) or self.request.dtype
 
-def _packed_specs(name: str, shape: tuple[int, ...], scheme: Scheme, dialect: Dialect) -> tuple[TensorSpec, ...]:
-    tensors = scheme.weight.outputs(shape)
-    if scheme.activations:
-        tensors = (*tensors, INPUT_SCALE)
-    return tuple(dialect.spec(name.removesuffix(".weight"), tensor) for tensor in tensors)
+    def _tensors(
+        self, name: str, shape: tuple[int, ...], mapping: WeightMapping, quantized: bool
+    ) -> tuple[TensorSpec, ...]:
+        if not quantized or self.scheme is None or self.dialect is None:
+            return (TensorSpec(name, shape, self._plain_dtype(mapping)),)
+        tensors = self.scheme.weight.outputs(shape)
+        if self.scheme.activations:
+            tensors = (*tensors, INPUT_SCALE)
+        return tuple(self.dialect.spec(name.removesuffix(".weight"), tensor) for tensor in tensors)
 
 
 def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str, ...]:
@@ -121,20 +142,29 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str,
     return tuple(sorted({name.removesuffix(".weight") for name in (*names, *family.tied)}))
 
 
-def _cut_into_shards(specs: Sequence[TensorSpec], limit: int) -> tuple[tuple[str, ...], ...]:
-    """Fills files in order up to `limit` bytes each."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec.name)
-        size += spec.nbytes
-    return tuple(tuple(shard) for shard in shards)
+def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:
+    """Fills each owner's files in order up to `limit` bytes; a weight's tensors stay together."""
+    files: list[tuple[int, list[str]]] = []
+    for owner in sorted({task.owner for task in tasks}):
+        size = limit
+        for task in tasks:
+            if task.owner != owner:
+                continue
+            specs = [spec for part in task.outputs for spec in part.tensors]
+            nbytes = sum(spec.nbytes for spec in specs)
+            if size + nbytes > limit:
+                files.append((owner, []))
+                size = 0
+            files[-1][1].extend(spec.name for spec in specs)
+            size += nbytes
+    count = len(files)
+    return tuple(
+        ShardFile(f"model-{number:05d}-of-{count:05d}.safetensors", owner, tuple(names))
+        for number, (owner, names) in enumerate(files, start=1)
+    )
 
 
-def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, shards: tuple[tuple[str, ...], ...]) -> str:
+def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files: tuple[ShardFile, ...]) -> str:
     content = {
         "tensors": [
             [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax)]
@@ -143,6 +173,6 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, shard
             for spec in part.tensors
         ],
         "config": None if quant_config is None else quant_config.config_json,
-        "shards": shards,
+        "files": [[file.name, file.owner, file.tensors] for file in files],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
 from quantplug.export import scheme as schemes
-from quantplug.export.base import QuantizerState, WeightRef
+from quantplug.export.base import QuantizerState, WholeWeight
 from quantplug.export.coverage import Mapped
 from quantplug.export.findings import Findings, Kind
 from quantplug.export.scheme import Scheme
@@ -50,19 +50,19 @@ def check_quantizers(
     """The scheme of all quantized weights, None if there are none; what cannot be written goes into `findings`."""
     for name in unclaimed:
         findings.add(_UNCLAIMED, name, "is enabled")
-    by_scheme: dict[Scheme, list[WeightRef]] = {}
-    for ref, mapping in mapped:
-        if ref.weight is None:
-            if ref.activation is not None:
-                findings.add(_SETTING, ref.key.name, "its input quantizer is enabled, its weight quantizer is not")
+    by_scheme: dict[Scheme, list[WholeWeight]] = {}
+    for whole, mapping in mapped:
+        if whole.weight is None:
+            if whole.activation is not None:
+                findings.add_weight(_SETTING, whole, "its input quantizer is enabled, its weight quantizer is not")
             continue
         if mapping.role is not Role.LINEAR:
-            findings.add(_KEPT, ref.key.name, f"is a {mapping.role.value}")
+            findings.add_weight(_KEPT, whole, f"is a {mapping.role.value}")
             continue
-        scheme = _scheme(ref, ref.weight, findings)
+        scheme = _scheme(whole, whole.weight, findings)
         if scheme is not None:
-            by_scheme.setdefault(scheme, []).append(ref)
-            _check_shapes(ref, scheme, shapes[ref.key], findings)
+            by_scheme.setdefault(scheme, []).append(whole)
+            _check_shapes(whole, scheme, shapes[whole.key], findings)
     _check_experts(mapped, findings)
     _check_uniform(by_scheme, findings)
     return next(iter(by_scheme), None)
@@ -73,46 +73,46 @@ def check_calibrated(mapped: Mapped, findings: Findings) -> None:
 
     A weight's may be 0 (an all-zero expert); an input's may not: served, a scale of 0 divides by zero.
     """
-    for ref, _ in mapped:
-        for state, zero_allowed in ((ref.weight, True), (ref.activation, False)):
+    for whole, _ in mapped:
+        for state, zero_allowed in ((whole.weight, True), (whole.activation, False)):
             if state is None:
                 continue
             if state.amax is None:
-                findings.add(_UNCALIBRATED, state.name, "has no amax", ref.key.expert)
+                findings.add(_UNCALIBRATED, state.name, "has no amax", whole.key.expert, whole.rank)
             elif not math.isfinite(state.amax) or state.amax < 0 or (state.amax == 0 and not zero_allowed):
-                findings.add(_UNCALIBRATED, state.name, f"has amax {state.amax}", ref.key.expert)
+                findings.add(_UNCALIBRATED, state.name, f"has amax {state.amax}", whole.key.expert, whole.rank)
 
 
-def _scheme(ref: WeightRef, weight: QuantizerState, findings: Findings) -> Scheme | None:
-    problem = schemes.problem(weight, ref.activation)
+def _scheme(whole: WholeWeight, weight: QuantizerState, findings: Findings) -> Scheme | None:
+    problem = schemes.problem(weight, whole.activation)
     packing = schemes.weight_format(weight)
     if problem is not None or packing is None:
-        findings.add(_SETTING, ref.key.name, problem or "", ref.key.expert)
+        findings.add_weight(_SETTING, whole, problem or "")
         return None
-    return Scheme(packing, activations=ref.activation is not None)
+    return Scheme(packing, activations=whole.activation is not None)
 
 
-def _check_shapes(ref: WeightRef, scheme: Scheme, shapes: tuple[tuple[int, ...], ...], findings: Findings) -> None:
+def _check_shapes(whole: WholeWeight, scheme: Scheme, shapes: tuple[tuple[int, ...], ...], findings: Findings) -> None:
     for shape in shapes:
         problem = scheme.weight.problem(shape)
         if problem is not None:
-            findings.add(_DIVISOR, ref.key.name, f"{scheme.weight.name}: {problem}", ref.key.expert)
+            findings.add_weight(_DIVISOR, whole, f"{scheme.weight.name}: {problem}")
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:
-    layers: dict[int | None, dict[bool, list[WeightRef]]] = {}
-    for ref, _ in mapped:
-        if ref.key.expert is not None:
-            layers.setdefault(ref.key.layer, {}).setdefault(ref.weight is not None, []).append(ref)
+    layers: dict[int | None, dict[bool, list[WholeWeight]]] = {}
+    for whole, _ in mapped:
+        if whole.key.expert is not None:
+            layers.setdefault(whole.key.layer, {}).setdefault(whole.weight is not None, []).append(whole)
     for layer, by_state in layers.items():
         if len(by_state) == 2:
-            for ref in by_state[False]:
-                findings.add(_PARTIAL, ref.key.name, f"unquantized, others of layer {layer} are", ref.key.expert)
+            for whole in by_state[False]:
+                findings.add_weight(_PARTIAL, whole, f"unquantized, others of layer {layer} are")
 
 
-def _check_uniform(by_scheme: Mapping[Scheme, list[WeightRef]], findings: Findings) -> None:
+def _check_uniform(by_scheme: Mapping[Scheme, list[WholeWeight]], findings: Findings) -> None:
     if len(by_scheme) < 2:
         return
-    for scheme, refs in by_scheme.items():
-        for ref in refs:
-            findings.add(_MIXED, ref.key.name, f"is {scheme.name}", ref.key.expert)
+    for scheme, wholes in by_scheme.items():
+        for whole in wholes:
+            findings.add_weight(_MIXED, whole, f"is {scheme.name}")

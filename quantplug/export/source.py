@@ -1,6 +1,7 @@
 """The weights of a live model and what its quantizers say of them, as plain data for the plan."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
@@ -12,6 +13,8 @@ from quantplug.export.findings import Findings, Kind
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
+OUTPUT_LAYER = "output_layer.weight"
+
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 _COMPRESSED = Kind(
@@ -21,8 +24,20 @@ _COMPRESSED = Kind(
 )
 
 
-def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
-    """Every weight of a model, and the names of enabled quantizers that belong to none of them.
+@dataclass(frozen=True)
+class LiveWeights:
+    """What a rank holds of a model.
+
+    Attributes:
+        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
+    """
+
+    refs: tuple[WeightRef, ...]
+    unclaimed: tuple[str, ...]
+
+
+def live_weights(model: Model) -> LiveWeights:
+    """Every weight that this rank holds, with what its quantizers say.
 
     Nothing is copied: `WeightRef.load` gives the live tensor.
 
@@ -43,6 +58,8 @@ def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
     refs = []
     claimed: set[torch.nn.Module] = set()
     for parameter in parameters:
+        if parameter.key.module == OUTPUT_LAYER and _is_tied(model):
+            continue  # The last pipeline stage's copy of the embedding.
         quantizers = pairs.get(id(parameter.tensor), (None, None))
         claimed.update(leaf for quantizer in quantizers if quantizer for leaf in quantizer.modules())
         weight, activation = (_state(names, quantizer) for quantizer in quantizers)
@@ -62,7 +79,11 @@ def live_weights(model: Model) -> tuple[list[WeightRef], list[str]]:
         for quantizer, name in names.items()
         if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer not in claimed
     ]
-    return refs, unclaimed
+    return LiveWeights(tuple(refs), tuple(unclaimed))
+
+
+def _is_tied(model: Model) -> bool:
+    return any(chunk.share_embeddings_and_output_weights for chunk in model_chunks(model))
 
 
 def _refuse_compressed(parameters: Sequence[MegatronParameter]) -> None:

@@ -5,21 +5,22 @@ from pathlib import Path
 
 import torch
 
-from quantplug.atomic import staged_directory
-from quantplug.errors import Offender, TopologyError
 from quantplug.export.base import ExportPlan, Progress
+from quantplug.export.findings import Findings
 from quantplug.export.hf_config import copy_side_files, write_configs
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.importer import import_mcore_gpt_from_hf
-from quantplug.export.pack import pack_task, scan_weights
 from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
+from quantplug.export.scan import Loaders, scan_weights
 from quantplug.export.source import Model, live_weights
-from quantplug.export.source_config import read_source_config, reference_shapes
-from quantplug.export.writer import SafetensorsSink, check_destination
+from quantplug.export.source_config import SourceConfig, read_source_config, reference_shapes
+from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
+from quantplug.export.work import disk_errors, write_tensors
+from quantplug.export.writer import Staging, check_destination, write_index
 from quantplug.mappings.families import find_family
-from quantplug.megatron.parallel import current_topology
-from quantplug.plugins.rules import check_rules
-from quantplug.topology import ParallelTopology
+from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.parallel import current_topology, group_ranks
+from quantplug.plugins.rules import judge_rules, refuse_unmatched
 
 __all__ = ["ExportResult", "export_mcore_gpt_to_hf", "import_mcore_gpt_from_hf", "plan_export"]
 
@@ -46,6 +47,20 @@ def silent(stage: str, done: int, total: int) -> None:
     """The progress callback of a caller who wants none."""
 
 
+@dataclass(frozen=True)
+class PlannedExport:
+    """A plan, and what this rank needs to carry out its part of it.
+
+    Attributes:
+        source: Directory of the Hugging Face checkpoint that config and tokenizer come from.
+        loaders: How to get each weight that this rank holds.
+    """
+
+    plan: ExportPlan
+    source: Path
+    loaders: Loaders
+
+
 def plan_export(
     model: Model,
     pretrained_model_name_or_path: str | Path,
@@ -55,8 +70,8 @@ def plan_export(
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     calibrated: bool = True,
-) -> ExportPlan:
-    """Everything an export would write, or the error it would raise, without touching data or disk.
+) -> PlannedExport:
+    """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
 
     Takes the arguments of `export_mcore_gpt_to_hf`.
 
@@ -64,23 +79,28 @@ def plan_export(
         calibrated: Whether calibration is over. False plans a model whose quantizers are placed but hold no amax yet:
             what cannot be exported is refused before calibration is paid for.
     """
-    source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
-    topology = current_topology()
-    _refuse_parallel(topology)
-    family = find_family(source.architecture)
-    refs, unclaimed = live_weights(model)
-    check_rules(model, topology.rank)
+    rank = current_topology().rank
+    source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
+    family = all_or_none(lambda: find_family(source.architecture))
+    weights = all_or_none(lambda: live_weights(model))
+    surveys = gather_surveys(RankSurvey(rank, group_ranks(), weights.refs, weights.unclaimed, judge_rules(model)))
+
+    # From here on every rank works on the same data, and so comes to the same plan or the same error.
+    refuse_unmatched(rule for survey in surveys for rule in survey.rules)
+    findings = Findings()
+    wholes = whole_weights(surveys, findings)
+    findings.raise_if_any()
     request = ExportRequest(
         tied_embeddings=bool(source.values.get("tie_word_embeddings", False)),
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
-        reference=reference_shapes(source.directory),
-        unclaimed=unclaimed,
+        reference=all_or_none(lambda: reference_shapes(source.directory)),
+        unclaimed=tuple(dict.fromkeys(name for survey in surveys for name in survey.unclaimed)),
         calibrated=calibrated,
-        rank=topology.rank,
     )
-    return build_plan(refs, family, family.dimensions(source.values), request)
+    plan = build_plan(wholes, family, family.dimensions(source.values), request)
+    return PlannedExport(plan, source.directory, {ref.key: ref.load for ref in weights.refs})
 
 
 @torch.no_grad()
@@ -115,7 +135,9 @@ def export_mcore_gpt_to_hf(
         DestinationError: `export_dir` is not empty.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
-        TopologyError: The model is split over ranks.
+        TopologyError: Megatron's parallel groups are not initialized.
+        WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
+        RankLostError: Another rank ended.
         MappingError: Rules of the quantizer config match nothing, or the model is not the one the config describes.
         ShapeError: The model is not the one that the config describes, or does not divide as its format needs.
         UnsupportedQuantizationError: Quantizers that cannot be written.
@@ -123,8 +145,9 @@ def export_mcore_gpt_to_hf(
         WeightError: NaN or Inf in a weight.
     """
     destination = Path(export_dir)
-    check_destination(destination, current_topology().rank)
-    plan = plan_export(
+    topology = current_topology()
+    all_or_none(lambda: check_destination(destination, topology.rank))
+    planned = plan_export(
         model,
         pretrained_model_name_or_path,
         dtype=dtype,
@@ -132,33 +155,32 @@ def export_mcore_gpt_to_hf(
         trust_remote_code=trust_remote_code,
         max_shard_size=max_shard_size,
     )
-    scan_weights(plan, current_topology().rank, progress)
-    source = resolve_source(pretrained_model_name_or_path, weights=False)
-    with staged_directory(destination) as staging:
-        sink = SafetensorsSink(staging, plan.shards, plan.expected())
-        for done, task in enumerate(plan.tasks, start=1):
-            for name, tensor in pack_task(task, plan.dims):
-                sink.write(name, tensor)
-            progress("Packing and writing", done, len(plan.tasks))
-        sink.close()
-        copy_side_files(source, staging)
-        write_configs(source, staging, dtype, plan.quant_config)
+    plan, rank = planned.plan, topology.rank
+    fingerprint = all_or_none(lambda: scan_weights(plan.tasks, planned.loaders, plan.dims, rank, progress))
+    staging = Staging(destination, plan.digest, fingerprint, rank)
+    try:
+        write_tensors(plan, planned.loaders, staging, rank, progress)
+        all_or_none(lambda: _finish(planned, staging, dtype) if rank == 0 else None)
+    finally:
+        staging.close()
     return _result(destination, plan)
+
+
+def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
+    return read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
+
+
+def _finish(planned: PlannedExport, staging: Staging, dtype: torch.dtype) -> None:
+    """What is written once, last: the index of what is there, configs, tokenizer; then all of it becomes visible."""
+    plan = planned.plan
+    with disk_errors(staging.directory):
+        write_index(staging.directory, plan.files, plan.expected())
+        copy_side_files(planned.source, staging.directory)
+        write_configs(planned.source, staging.directory, dtype, plan.quant_config)
+        staging.publish()
 
 
 def _result(directory: Path, plan: ExportPlan) -> ExportResult:
     expected = plan.expected().values()
     algorithm = plan.quant_config.algorithm if plan.quant_config else None
-    return ExportResult(directory, algorithm, len(expected), sum(spec.nbytes for spec in expected), len(plan.shards))
-
-
-def _refuse_parallel(topology: ParallelTopology) -> None:
-    if topology.world_size == 1:
-        return
-    sizes = {"world size": topology.world_size, "tp": topology.tp, "pp": topology.pp}
-    sizes |= {"ep": topology.ep, "etp": topology.etp}
-    raise TopologyError(
-        "This version exports from one rank.",
-        [Offender(name, f"is {size}", rank=topology.rank) for name, size in sizes.items() if size > 1],
-        "Save a Megatron checkpoint, load it on one rank (torchrun --nproc_per_node 1) and export there.",
-    )
+    return ExportResult(directory, algorithm, len(expected), sum(spec.nbytes for spec in expected), len(plan.files))

@@ -1,18 +1,28 @@
-"""Where an export goes: checked to be free before any work, then filled with safetensors files and their index."""
+"""Where an export goes: checked to be free, filled file by file beside it, and made visible by one rename.
 
+An export that is killed leaves its finished files in a hidden directory beside the destination. The same export run
+again keeps them and writes only the rest; another one refuses to touch them.
+"""
+
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from quantplug.atomic import finish_file
+from quantplug.atomic import publish_directory, write_atomically
 from quantplug.errors import DestinationError, Offender
+from quantplug.export.base import ShardFile
+from quantplug.export.safetensors_file import SafetensorsFile, file_size
 from quantplug.formats import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
+_LOCK_NAME = ".lock"
 
 
 def check_destination(export_dir: Path, rank: int = 0) -> None:
@@ -28,45 +38,115 @@ def check_destination(export_dir: Path, rank: int = 0) -> None:
         )
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    finish_file(path)
+class Staging:
+    """The hidden directory beside the destination in which an export grows.
 
-
-class SafetensorsSink:
-    """Writes tensors, in the plan's order, to the plan's safetensors files, and the index of what was written.
-
-    Holds one file's tensors in memory at a time.
+    Args:
+        digest: Of the plan, which knows names, shapes, scales and files.
+        fingerprint: Of the weights that this rank delivers.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Sequence[str]], expected: Mapping[str, TensorSpec]) -> None:
-        self._directory = directory
-        self._shards = shards
-        self._expected = expected
-        self._pending: dict[str, torch.Tensor] = {}
-        self._weight_map: dict[str, str] = {}
-        self._total_size = 0
-        self._shard = 0
+    def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int) -> None:
+        self.destination = destination
+        self.directory = destination.with_name(f".{destination.name}.partial")
+        self._identity = {"digest": digest, "fingerprint": fingerprint}
+        self._rank = rank
+        self._lock: int | None = None
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        spec = self._expected[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"{name} is not as planned"
-        self._pending[name] = tensor
-        if len(self._pending) == len(self._shards[self._shard]):
-            self._flush()
+    def open(self) -> None:
+        """Makes the directory, or takes up one that the same export left.
+
+        Raises:
+            DestinationError: It belongs to another export, or one that is still running.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            self._take_lock()
+        manifest = self.directory / f".rank-{self._rank:05d}.json"
+        if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._identity:
+            raise self._refusal("was left by an export of another model, config or topology")
+        write_atomically(manifest, json.dumps(self._identity))
+
+    def finished(self, files: Iterable[ShardFile], expected: Mapping[str, TensorSpec]) -> set[str]:
+        """Names of the files that are complete: they got their final names only once they were on disk."""
+        found = set()
+        for file in files:
+            path = self.directory / file.name
+            if path.exists() and path.stat().st_size == file_size([expected[name] for name in file.tensors]):
+                found.add(file.name)
+        return found
+
+    def discard(self) -> None:
+        """Removes everything that was staged."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Makes the finished checkpoint visible under its name."""
+        for path in self.directory.glob(".*"):
+            path.unlink()
+        publish_directory(self.directory, self.destination)
 
     def close(self) -> None:
-        assert not self._pending, f"{len(self._pending)} tensors were left over"
-        assert self._weight_map.keys() == self._expected.keys(), "not everything planned was written"
-        index = {"metadata": {"total_size": self._total_size}, "weight_map": dict(sorted(self._weight_map.items()))}
-        write_json(self._directory / INDEX_NAME, index)
+        """Lets go of the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    def _flush(self) -> None:
-        filename = f"model-{self._shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
-        assert list(self._pending) == list(self._shards[self._shard]), "tensors came out of the plan's order"
-        save_file(self._pending, self._directory / filename, metadata={"format": "pt"})
-        finish_file(self._directory / filename)
-        self._weight_map.update(dict.fromkeys(self._pending, filename))
-        self._total_size += sum(tensor.nbytes for tensor in self._pending.values())
-        self._pending = {}
-        self._shard += 1
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise self._refusal("is being written by an export that still runs") from error
+
+    def _refusal(self, reason: str) -> DestinationError:
+        return DestinationError(
+            "There is an unfinished export beside the export directory.",
+            [Offender(str(self.directory), reason, rank=self._rank)],
+            "Remove that directory, or choose another export directory.",
+        )
+
+
+class FileSink:
+    """Writes the tensors of one rank to its files, each in its place."""
+
+    def __init__(self, directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
+        self._directory = directory
+        self._expected = expected
+        self._home = {name: file for file in files for name in file.tensors}
+        self._open: dict[str, SafetensorsFile] = {}
+        self.total = len(self._home)
+        self.written = 0
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        file = self._home[name]
+        if file.name not in self._open:
+            specs = [self._expected[member] for member in file.tensors]
+            self._open[file.name] = SafetensorsFile(self._directory / file.name, specs)
+        self._open[file.name].write(name, tensor)
+        self.written += 1
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def check_complete(self) -> None:
+        assert self.written == self.total, f"{self.total - self.written} planned tensors were not written"
+
+
+def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
+    """Writes the index of what is in the files, by their own headers, which must be what was planned."""
+    weight_map: dict[str, str] = {}
+    for file in files:
+        with safe_open(directory / file.name, framework="pt") as opened:
+            names = set(opened.keys())
+        assert names == set(file.tensors), f"{file.name} does not hold what was planned"
+        weight_map |= dict.fromkeys(names, file.name)
+    total_size = sum(expected[name].nbytes for name in weight_map)
+    write_json(
+        directory / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -46,6 +46,12 @@ class Layout(Protocol):
     def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
         """Why a whole Megatron tensor of this shape is not one of a model of these sizes; None when it may be."""
 
+    def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
+        """Whether each of that many slices of the Megatron tensor splits into slices of the parts."""
+
+    def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        """The whole Megatron tensor from its tensor parallel slices, in order."""
+
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         """Megatron to Hugging Face."""
 
@@ -53,8 +59,20 @@ class Layout(Protocol):
         """Hugging Face to Megatron: the inverse of `split`, up to Megatron's padding rows."""
 
 
+class _Concatenated:
+    """Slices that are put together end to end, as Megatron's own tensor parallelism cuts most tensors."""
+
+    shard_axis: int | None
+
+    def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
+        return True
+
+    def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        return slices[0] if self.shard_axis is None else torch.cat(slices, dim=self.shard_axis)
+
+
 @dataclass(frozen=True)
-class Identity:
+class Identity(_Concatenated):
     """The same tensor under another name."""
 
     shard_axis: int | None = None
@@ -71,7 +89,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class VocabularyRows:
+class VocabularyRows(_Concatenated):
     """[V_padded, H] in Megatron, [V, H] in Hugging Face: padding rows exist only in Megatron."""
 
     shard_axis: int | None = 0
@@ -98,6 +116,14 @@ class GatedConcat:
     def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
         return None if shape[0] % 2 == 0 else f"has {shape[0]} rows, which do not halve into gate_proj and up_proj"
 
+    def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
+        return True
+
+    def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        # Every slice holds its rows of gate_proj, then its rows of up_proj.
+        gates, ups = zip(*(self.split(part, dims) for part in slices), strict=True)
+        return torch.cat((*gates, *ups), dim=0)
+
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         gate, up = weight.chunk(2, dim=0)
         return gate, up
@@ -107,7 +133,7 @@ class GatedConcat:
 
 
 @dataclass(frozen=True)
-class QKVInterleave:
+class QKVInterleave(_Concatenated):
     """[(A + 2G) * D, ...] in Megatron, one query group after another: its A/G query heads, its key, its value.
 
     Works for the weight [.., H] and the bias [..]. Only the ratio A/G is used, so a shard that holds a part of the
@@ -122,6 +148,10 @@ class QKVInterleave:
             return None
         heads = f"{dims.num_attention_heads} heads and {dims.num_query_groups} query groups of {dims.head_dim}"
         return f"has {shape[0]} rows, not the {rows} of {heads}"
+
+    def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
+        # With fewer query groups than ranks Megatron cuts through a group.
+        return dims.num_query_groups % slices == 0
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         heads_per_group = dims.num_attention_heads // dims.num_query_groups

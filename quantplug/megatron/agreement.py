@@ -1,14 +1,19 @@
 """What all ranks agree on before any of them goes on, so that one failing rank ends all of them with one error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from quantplug.errors import Offender, QuantplugError
+from quantplug.errors import Offender, QuantplugError, RankLostError
 
 T = TypeVar("T")
+
+# How long a living rank may take to answer once a peer is lost; they all notice within moments of one another.
+_ROLL_CALL = timedelta(seconds=3)
 
 
 def all_or_none(step: Callable[[], T]) -> T:
@@ -20,24 +25,78 @@ def all_or_none(step: Callable[[], T]) -> T:
         QuantplugError: Of the lowest failing rank, with the offenders of every rank that failed in the same way.
     """
     result, error = _attempt(step)
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several_ranks():
         if error is not None:
             raise error
         return result  # type: ignore[return-value]  # There is a result where there is no error.
-    failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=_collective_device())
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed.item():
-        raise _one_error(error)
+    failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=collective_device())
+    with lost_ranks_named():
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed.item():
+            raise _one_error(error)
     return result  # type: ignore[return-value]
 
 
 def union(flags: torch.Tensor) -> torch.Tensor:
     """Elementwise maximum over all ranks of a uint8 tensor of flags, on CPU. A collective: all ranks must call it."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several_ranks():
         return flags
-    everywhere = flags.to(_collective_device())
-    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
+    everywhere = flags.to(collective_device())
+    with lost_ranks_named():
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
     return everywhere.cpu()
+
+
+def gather_objects(mine: T) -> list[T]:
+    """One object of every rank, in order of rank: for metadata, not for data. A collective."""
+    if not _several_ranks():
+        return [mine]
+    gathered: list[T | None] = [None] * dist.get_world_size()
+    with lost_ranks_named():
+        dist.all_gather_object(gathered, mine)
+    return gathered  # type: ignore[return-value]  # Every place is filled.
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Around a collective: where it breaks because a rank is gone, all that are left raise one error that names it.
+
+    Raises:
+        RankLostError: A peer ended, or could no longer be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # What every backend of torch.distributed raises.
+        lost = _roll_call()
+        names = [Offender(f"rank {rank}", "does not answer", rank=rank) for rank in lost]
+        raise RankLostError(
+            "A rank ended while the others counted on it.",
+            names or [Offender("collective", str(error).strip().splitlines()[0], rank=dist.get_rank())],
+            "Look for that rank's own error above; then run the same command again.",
+        ) from error
+
+
+def _roll_call() -> list[int]:
+    """Ranks that do not answer in the store; none if the store itself is gone."""
+    store = dist.distributed_c10d._get_default_store()  # torch has no public way to the store of init_process_group
+    keys = [f"quantplug/roll-call/{rank}" for rank in range(dist.get_world_size())]
+    try:
+        store.set(keys[dist.get_rank()], "here")
+        return [rank for rank, key in enumerate(keys) if not _answers(store, key)]
+    except RuntimeError:
+        return []
+
+
+def _answers(store: "torch._C._distributed_c10d.Store", key: str) -> bool:
+    try:
+        store.wait([key], _ROLL_CALL)
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def _several_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _attempt(step: Callable[[], T]) -> tuple[T | None, QuantplugError | None]:
@@ -63,5 +122,6 @@ def _one_error(error: QuantplugError | None) -> QuantplugError:
     return kind(problem, tuple(offenders.values()), remedy)
 
 
-def _collective_device() -> torch.device:
+def collective_device() -> torch.device:
+    """Where tensors must be for collectives of the default backend."""
     return torch.device("cuda") if dist.get_backend() == dist.Backend.NCCL else torch.device("cpu")

@@ -26,6 +26,8 @@ def construction() -> AbstractContextManager[None]:
     return _answers(
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "current_device", _cpu_device),
+        # The last pipeline stage of a model with tied embeddings moves its copy of them.
+        (torch.Tensor, "cuda", _stay),
     )
 
 
@@ -51,6 +53,10 @@ def local_forward() -> AbstractContextManager[None]:
 def _cpu_device() -> str:
     """Stands for `torch.cuda.current_device`, whose result Megatron only hands on as `device=`."""
     return "cpu"
+
+
+def _stay(tensor: torch.Tensor, *where: object, **how: object) -> torch.Tensor:
+    return tensor
 
 
 def _do_nothing(device: torch.device | int | str | None = None) -> None:

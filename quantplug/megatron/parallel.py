@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import HashStore
 
 from quantplug.errors import Offender, TopologyError
 from quantplug.megatron.cpu import has_cuda
-from quantplug.topology import ParallelTopology
+from quantplug.topology import ParallelTopology, ShardAxis
 
 
 def current_topology() -> ParallelTopology:
@@ -36,6 +36,19 @@ def current_topology() -> ParallelTopology:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
+
+
+def process_groups() -> dict[ShardAxis, dist.ProcessGroup]:
+    """The groups of ranks that share the slices of a tensor, in slice order."""
+    return {
+        ShardAxis.TP: parallel_state.get_tensor_model_parallel_group(),
+        ShardAxis.ETP: parallel_state.get_expert_tensor_parallel_group(),
+    }
+
+
+def group_ranks() -> dict[ShardAxis, tuple[int, ...]]:
+    """Global ranks of this rank's groups, in slice order."""
+    return {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in process_groups().items()}
 
 
 def initialize_parallel(

@@ -6,7 +6,7 @@ restore. Only the first config is kept: what a second `mtq.quantize` applies to 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -42,31 +42,54 @@ class Rule:
         )
 
 
-def check_rules(model: nn.Module | Sequence[nn.Module], rank: int = 0) -> None:
-    """Refuses a quantized model of which an enabling rule matched no quantizer; an unquantized one passes.
+@dataclass(frozen=True)
+class JudgedRule:
+    """A rule, and what one rank can say of it.
+
+    Attributes:
+        matched: Whether it matches a quantizer here.
+        reason: What to tell the user if it matches none anywhere.
+    """
+
+    rule: Rule
+    matched: bool
+    reason: str
+
+
+def judge_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[JudgedRule, ...]:
+    """Every enabling rule that a quantized model was made with, judged by what this rank holds of it.
+
+    Args:
+        model: One module, or all virtual pipeline stages of this rank, of which one match is enough.
+    """
+    roots = list(_quantized_roots([model] if isinstance(model, nn.Module) else model))
+    rules = dict.fromkeys(rule for root in roots for rule in _enabling_rules(root))
+    return tuple(JudgedRule(rule, any(map(rule.matches, roots)), _reason(rule, roots)) for rule in rules)
+
+
+def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
+    """Refuses rules that matched no quantizer on any rank; a model without rules passes.
 
     A rule for another architecture in ModelOpt's stock configs may match nothing, as long as some other rule does.
 
     Args:
-        model: The whole model: one module, or all its virtual pipeline stages, of which one match is enough. A stage
-            of a pipeline over ranks cannot be judged by itself: a rule may match on another rank.
+        judged: What `judge_rules` said on all ranks.
         rank: Global rank, for messages.
 
     Raises:
         MappingError: Names every such rule and the quantizer name that is nearest to it.
     """
-    roots = list(_quantized_roots([model] if isinstance(model, nn.Module) else model))
-    rules = {rule: any(rule.matches(root) for root in roots) for root in roots for rule in _enabling_rules(root)}
-    excused = any(rules.values())
-    unmatched = [
-        rule
-        for rule, matched in rules.items()
-        if not matched and not (excused and _OTHER_ARCHITECTURES.fullmatch(rule.quantizer_name))
-    ]
+    verdicts = list(judged)
+    matched = {verdict.rule for verdict in verdicts if verdict.matched}
+    unmatched = {
+        verdict.rule: verdict.reason
+        for verdict in verdicts
+        if verdict.rule not in matched and not (matched and _OTHER_ARCHITECTURES.fullmatch(verdict.rule.quantizer_name))
+    }
     if unmatched:
         raise MappingError(
             "Rules of the quantizer config match no quantizer of this model.",
-            [Offender(rule.quantizer_name, _reason(rule, roots), rank=rank) for rule in unmatched],
+            [Offender(rule.quantizer_name, reason, rank=rank) for rule, reason in unmatched.items()],
             "Use the names of this Megatron model, or leave out the rules for what it does not have.",
         )
 

@@ -1,0 +1,91 @@
+"""One safetensors file, written tensor by tensor in any order: its header is known before any data is.
+
+The library's own writer needs all tensors of a file in memory at once; here a file costs no memory beyond the tensor
+at hand. Layout by the format's specification (safetensors README, "Format"): 8 bytes of header length, a JSON header
+padded with spaces, then the data without holes. Like the library we put wide types first, so that each is aligned.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from quantplug.atomic import finish_file, sync_directory
+from quantplug.formats import TensorSpec
+
+_HEADER_ALIGNMENT = 8
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
+
+
+class SafetensorsFile:
+    """A file that takes its final name once all of its tensors are in it and on disk."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self._path = path
+        self._partial = path.with_name(f"{path.name}.part")
+        self._specs = {spec.name: spec for spec in specs}
+        self._missing = set(self._specs)
+        header, self._offsets, size = _plan(specs)
+        self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.ftruncate(self._file, size)
+        _write_all(self._file, memoryview(header), 0)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Puts one tensor in its place; the last one finishes the file."""
+        spec = self._specs[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"{name} is not as planned"
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        _write_all(self._file, data.data, self._offsets[name])
+        self._missing.remove(name)
+        if not self._missing:
+            self._finish()
+
+    def close(self) -> None:
+        """Gives up an unfinished file; without effect on a finished one."""
+        if self._missing and self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _finish(self) -> None:
+        os.close(self._file)
+        self._file = -1
+        finish_file(self._partial)
+        self._partial.replace(self._path)
+        sync_directory(self._path.parent)
+
+
+def file_size(specs: Sequence[TensorSpec]) -> int:
+    """Bytes that a file of these tensors has."""
+    return _plan(specs)[2]
+
+
+def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor starts in the file, and the size of the file."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        starts[spec.name], end = end, end + spec.nbytes
+        entries[spec.name] = {
+            "dtype": _DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [starts[spec.name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written

@@ -1,0 +1,106 @@
+"""Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from quantplug.errors import Offender, WriteError
+from quantplug.export.base import ExportPlan, Progress
+from quantplug.export.gather import Delivered, PackedBucket
+from quantplug.export.pack import join_slices
+from quantplug.export.scan import Loaders
+from quantplug.export.schedule import Bucket, Round, make_rounds
+from quantplug.export.writer import FileSink, Staging
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named, union
+from quantplug.megatron.parallel import process_groups
+
+
+@contextmanager
+def disk_errors(path: Path, rank: int = 0) -> Iterator[None]:
+    """Turns what the operating system says of a file into a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(
+            "The checkpoint could not be written.",
+            [Offender(str(error.filename or path), reason, rank=rank)],
+            "Make room, or mend the permissions; the same export run again goes on from what is finished.",
+        ) from error
+
+
+def write_tensors(plan: ExportPlan, loaders: Loaders, staging: Staging, rank: int, progress: Progress) -> None:
+    """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks.
+
+    Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
+    collective for one that has failed. Host memory holds at most a bucket that is sent and one that is received.
+
+    Raises:
+        DestinationError: Another export left its unfinished files in the way.
+        WriteError: The disk refused a file on some rank.
+        RankLostError: A rank ended.
+    """
+    all_or_none(lambda: _on_disk(staging.open, staging, rank))
+    expected = plan.expected()
+    finished = _finished_everywhere(plan, staging, rank)
+    kept = {name for file in plan.files if file.name in finished for name in file.tensors}
+    todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
+    sink = FileSink(staging.directory, [f for f in plan.files if f.owner == rank and f.name not in finished], expected)
+    steps = _Steps(loaders, plan.dims, sink, staging.directory, rank, progress)
+    groups = process_groups()
+    delivered: Delivered = []
+    try:
+        for bucket in (_mine(each, rank) for each in make_rounds(todo)):
+            packed = all_or_none(partial(steps.write_and_pack, delivered, bucket))
+            with lost_ranks_named():
+                delivered = [] if packed is None else packed.exchange(groups)
+        all_or_none(partial(steps.write_and_pack, delivered, None))
+    finally:
+        sink.close()
+    sink.check_complete()
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What a rank does by itself between two collectives."""
+
+    loaders: Loaders
+    dims: ModelDimensions
+    sink: FileSink
+    directory: Path
+    rank: int
+    progress: Progress
+
+    def write_and_pack(self, delivered: Delivered, bucket: Bucket | None) -> PackedBucket | None:
+        """Writes what the last round delivered, then packs what the next one sends."""
+        with disk_errors(self.directory, self.rank):
+            while delivered:
+                task, slices = delivered.pop(0)
+                for name, tensor in join_slices(task, slices, self.dims):
+                    self.sink.write(name, tensor)
+                self.progress("Packing and writing", self.sink.written, self.sink.total)
+        if bucket is None:
+            return None
+        return PackedBucket(bucket, self.loaders, self.dims, self.rank, collective_device())
+
+
+def _on_disk(step: Callable[[], None], staging: Staging, rank: int) -> None:
+    with disk_errors(staging.directory, rank):
+        step()
+
+
+def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:
+    """Files that their owners find finished, known to all ranks."""
+    own = staging.finished([file for file in plan.files if file.owner == rank], plan.expected())
+    flags = union(torch.tensor([file.name in own for file in plan.files], dtype=torch.uint8))
+    return {file.name for file, flag in zip(plan.files, flags.tolist(), strict=True) if flag}
+
+
+def _mine(buckets: Round, rank: int) -> Bucket | None:
+    """This rank's bucket of a round; it may have none while others still have."""
+    return next((bucket for bucket in buckets if rank in bucket.ranks), None)
