@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -29,8 +29,10 @@ def write_atomically(path: Path, text: str) -> None:
 def staged_directory(destination: Path) -> Iterator[Path]:
     """Gives a hidden sibling to write into; one rename to `destination` on success, no trace of it on any failure.
 
-    Missing parents are made. `destination` must be absent or an empty directory.
+    Missing parents are made. `destination` must be absent, an empty directory, or a link to one.
     """
+    destination = destination.resolve()  # A rename would replace a link, not what it points to.
+    made = [parent for parent in destination.parents if not parent.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
     try:
@@ -41,6 +43,9 @@ def staged_directory(destination: Path) -> Iterator[Path]:
         sync_directory(destination.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # Somebody else's by now, if it is not empty.
+                parent.rmdir()
         raise
 
 

@@ -16,16 +16,34 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def check_destination(export_dir: Path, rank: int = 0) -> None:
-    """Raises DestinationError if the directory holds anything, or is not a directory."""
-    if export_dir.is_dir() and not any(export_dir.iterdir()):
-        return
-    if export_dir.exists() or export_dir.is_symlink():
-        reason = "is not empty" if export_dir.is_dir() else "exists and is not a directory"
+    """Refuses a directory that one rename cannot fill.
+
+    Raises:
+        DestinationError: It holds anything, is no directory or below a file, is a mount point (renaming over one fails)
+            or the current directory (renaming over it leaves the process in one that is gone).
+    """
+    path, reason = export_dir, _obstacle(export_dir)
+    for parent in export_dir.parents:
+        if parent.exists() and not parent.is_dir():
+            path, reason = parent, "exists and is not a directory"
+    if reason is not None:
         raise DestinationError(
             "The export directory cannot be used.",
-            [Offender(str(export_dir), reason, rank=rank)],
+            [Offender(str(path), reason, rank=rank)],
             "Choose a directory that is new or empty; nothing is overwritten.",
         )
+
+
+def _obstacle(export_dir: Path) -> str | None:
+    if not export_dir.is_dir():
+        return "exists and is not a directory" if export_dir.exists() or export_dir.is_symlink() else None
+    if any(export_dir.iterdir()):
+        return "is not empty"
+    if export_dir.resolve().is_mount():
+        return "is a mount point; choose a directory in it"
+    if export_dir.samefile(Path.cwd()):
+        return "is the current directory; choose a directory in it"
+    return None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
