@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.atomic import finish_file, staged_directory, write_atomically
+from quantplug.atomic import finish_file, publish_directory, write_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -51,37 +51,16 @@ def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
         write_atomically(tmp_path / "nowhere" / "report.json", "text")
 
 
-def test_a_directory_appears_whole_and_readable(tmp_path: Path) -> None:
-    destination = tmp_path / "new" / "checkpoint"
-    with staged_directory(destination) as staging:
-        (staging / "file").write_text("text")
-        assert not destination.exists()
+def test_a_directory_takes_its_name_whole(tmp_path: Path) -> None:
+    staging, destination = tmp_path / "staging", tmp_path / "checkpoint"
+    staging.mkdir()
+    (staging / "file").write_text("text")
+    destination.mkdir()  # Empty: it may be there already.
+
+    publish_directory(staging, destination)
 
     assert (destination / "file").read_text() == "text"
-    assert [entry.name for entry in destination.parent.iterdir()] == ["checkpoint"]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(destination.stat().st_mode) == 0o777 & ~mask
-
-
-def test_an_empty_directory_may_be_there_already(tmp_path: Path) -> None:
-    destination = tmp_path / "checkpoint"
-    destination.mkdir()
-    with staged_directory(destination) as staging:
-        (staging / "file").write_text("text")
-    assert (destination / "file").exists()
-
-
-@pytest.mark.parametrize("fault", [OSError, KeyboardInterrupt])
-def test_a_directory_that_fails_leaves_no_trace(tmp_path: Path, fault: type[BaseException]) -> None:
-    def fill() -> None:
-        with staged_directory(tmp_path / "checkpoint") as staging:
-            (staging / "file").write_text("half")
-            raise fault
-
-    with pytest.raises(fault):
-        fill()
-    assert list(tmp_path.iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_finished_file_is_as_readable_as_any_other(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quantplug.atomic import finish_file
+from quantplug.atomic import finish_file, sync_directory
 from quantplug.export.base import QuantConfig
 from quantplug.export.writer import write_json
 
@@ -17,14 +17,23 @@ QUANT_CONFIG_NAME = "hf_quant_config.json"
 # Weights in any of their forms, what announces them, and what we write ourselves.
 _NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 _NOT_COPIED_NAMES = {CONFIG_NAME, QUANT_CONFIG_NAME}
+# The one directory that belongs to a tokenizer (transformers.utils.CHAT_TEMPLATE_DIR).
+_TEMPLATES = "additional_chat_templates"
+# What transformers and compressed-tensors read a quantization from.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def write_configs(source: Path, destination: Path, dtype: torch.dtype, quant_config: QuantConfig | None) -> None:
-    """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization."""
+    """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization.
+
+    What the source says of an earlier quantization is left out: it does not hold for what is written.
+    """
     config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     # transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree.
     spelled = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}
     config |= dict.fromkeys(spelled, str(dtype).removeprefix("torch."))
+    for key in _QUANTIZATION_KEYS:
+        config.pop(key, None)
     if quant_config is not None:
         config["quantization_config"] = dict(quant_config.config_json)
         if quant_config.hf_quant_config is not None:
@@ -34,10 +43,13 @@ def write_configs(source: Path, destination: Path, dtype: torch.dtype, quant_con
 
 def copy_side_files(source: Path, destination: Path) -> None:
     """Copies tokenizer, generation settings, templates and model code: every top-level file that is not weights."""
-    for path in sorted(source.iterdir()):
+    for path in sorted([*source.iterdir(), *(source / _TEMPLATES).glob("*")]):
         if path.is_file() and not _is_left_out(path):
-            shutil.copyfile(path, destination / path.name)
-            finish_file(destination / path.name)
+            copy = destination / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+            finish_file(copy)
+            sync_directory(copy.parent)
 
 
 def _is_left_out(path: Path) -> bool:

@@ -161,6 +161,9 @@ def export_mcore_gpt_to_hf(
     try:
         write_tensors(plan, planned.loaders, staging, rank, progress)
         all_or_none(lambda: _finish(planned, staging, dtype) if rank == 0 else None)
+    except BaseException:
+        staging.discard_unless_resumable()
+        raise
     finally:
         staging.close()
     return _result(destination, plan)

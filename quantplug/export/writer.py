@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,34 @@ _LOCK_NAME = ".lock"
 
 
 def check_destination(export_dir: Path, rank: int = 0) -> None:
-    """Raises DestinationError if the directory holds anything, or is not a directory."""
-    if export_dir.is_dir() and not any(export_dir.iterdir()):
-        return
-    if export_dir.exists() or export_dir.is_symlink():
-        reason = "is not empty" if export_dir.is_dir() else "exists and is not a directory"
+    """Refuses a directory that one rename cannot fill.
+
+    Raises:
+        DestinationError: It holds anything, is no directory or below a file, is a mount point (renaming over one fails)
+            or the current directory (renaming over it leaves the process in one that is gone).
+    """
+    path, reason = export_dir, _obstacle(export_dir)
+    for parent in export_dir.parents:
+        if parent.exists() and not parent.is_dir():
+            path, reason = parent, "exists and is not a directory"
+    if reason is not None:
         raise DestinationError(
             "The export directory cannot be used.",
-            [Offender(str(export_dir), reason, rank=rank)],
+            [Offender(str(path), reason, rank=rank)],
             "Choose a directory that is new or empty; nothing is overwritten.",
         )
+
+
+def _obstacle(export_dir: Path) -> str | None:
+    if not export_dir.is_dir():
+        return "exists and is not a directory" if export_dir.exists() or export_dir.is_symlink() else None
+    if any(export_dir.iterdir()):
+        return "is not empty"
+    if export_dir.resolve().is_mount():
+        return "is a mount point; choose a directory in it"
+    if export_dir.samefile(Path.cwd()):
+        return "is the current directory; choose a directory in it"
+    return None
 
 
 class Staging:
@@ -47,11 +66,13 @@ class Staging:
     """
 
     def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int) -> None:
-        self.destination = destination
-        self.directory = destination.with_name(f".{destination.name}.partial")
+        self.destination = destination.resolve()  # A rename would replace a link, not what it points to.
+        self.directory = self.destination.with_name(f".{self.destination.name}.partial")
         self._identity = {"digest": digest, "fingerprint": fingerprint}
         self._rank = rank
         self._lock: int | None = None
+        self._made: list[Path] = []
+        self._is_ours = False
 
     def open(self) -> None:
         """Makes the directory, or takes up one that the same export left.
@@ -59,6 +80,7 @@ class Staging:
         Raises:
             DestinationError: It belongs to another export, or one that is still running.
         """
+        self._made = [parent for parent in self.directory.parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
             self._take_lock()
@@ -66,6 +88,7 @@ class Staging:
         if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._identity:
             raise self._refusal("was left by an export of another model, config or topology")
         write_atomically(manifest, json.dumps(self._identity))
+        self._is_ours = True
 
     def finished(self, files: Iterable[ShardFile], expected: Mapping[str, TensorSpec]) -> set[str]:
         """Names of the files that are complete: they got their final names only once they were on disk."""
@@ -76,9 +99,14 @@ class Staging:
                 found.add(file.name)
         return found
 
-    def discard(self) -> None:
-        """Removes everything that was staged."""
+    def discard_unless_resumable(self) -> None:
+        """After a failure: leaves no trace, unless there are finished files to go on from."""
+        if self._rank != 0 or not self._is_ours or any(self.directory.glob("*.safetensors")):
+            return
         shutil.rmtree(self.directory, ignore_errors=True)
+        for parent in self._made:
+            with suppress(OSError):  # Somebody else's by now, if it is not empty.
+                parent.rmdir()
 
     def publish(self) -> None:
         """Makes the finished checkpoint visible under its name."""

@@ -133,6 +133,13 @@ def test_a_directory_that_is_not_empty_is_kept_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_an_empty_directory_and_missing_parents_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for directory in (tmp_path / "empty", tmp_path / "new" / "q"):
+        save_checkpoint(tiny_model(), directory, extra={})
+        assert read_extra(directory) == {}
+
+
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
