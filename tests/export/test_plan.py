@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from quantplug.errors import CalibrationError, MappingError, ShapeError, UnsupportedQuantizationError
-from quantplug.export.base import QuantizerState, WeightRef
+from quantplug.export.base import QuantizerState, WholeWeight
 from quantplug.export.plan import ExportRequest, build_plan
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.topology import Shard, ShardAxis
+from quantplug.topology import ShardAxis
 
 MOE = find_family("Qwen3MoeForCausalLM")
 DENSE = find_family("Qwen3ForCausalLM")
@@ -37,21 +37,21 @@ def shape_of(name: str) -> tuple[int, ...]:
     return next(shape for suffix, shape in SHAPES.items() if name.rstrip("*").endswith(suffix))
 
 
-def weights(family=MOE, dims=DIMS, quantizer=None, activation=None) -> list[WeightRef]:
+def weights(family=MOE, dims=DIMS, quantizer=None, activation=None) -> list[WholeWeight]:
     """Every weight of a whole model; linears get the quantizers, as ModelOpt's default configs give them."""
     found = []
     for row in family.mappings:
         quantized = quantizer is not None and row.role.name == "LINEAR"
         for key in row.keys(dims):
             found.append(
-                WeightRef(
+                WholeWeight(
                     key,
                     shape_of(key.module),
                     torch.bfloat16,
-                    None,
-                    lambda: pytest.fail("the plan read data"),
-                    replace(quantizer, name=f"{key.name}_quantizer") if quantized else None,
-                    replace(activation, name=f"{key.name}.input_quantizer") if quantized and activation else None,
+                    weight=replace(quantizer, name=f"{key.name}_quantizer") if quantized else None,
+                    activation=replace(activation, name=f"{key.name}.input_quantizer")
+                    if quantized and activation
+                    else None,
                 )
             )
     return found
@@ -61,7 +61,7 @@ def plan(refs, family=MOE, dims=DIMS, **request):
     return build_plan(refs, family, dims, ExportRequest(**request))
 
 
-def change(refs: list[WeightRef], name: str, **changes) -> list[WeightRef]:
+def change(refs: list[WholeWeight], name: str, **changes) -> list[WholeWeight]:
     assert any(ref.key.name == name for ref in refs)
     return [replace(ref, **changes) if ref.key.name == name else ref for ref in refs]
 
@@ -177,10 +177,43 @@ def test_a_shape_that_disagrees_with_the_source_is_an_error():
     assert caught.value.offenders[0].expert == 3
 
 
-def test_a_shard_is_refused_not_written_as_half_a_tensor():
-    half = change(weights(), FC1_EXPERT_3, shard=Shard(ShardAxis.ETP, 0, 0, 2))
-    with pytest.raises(ShapeError, match="slice 0 of 2"):
-        plan(half)
+def spread(refs: list[WholeWeight], ranks: tuple[int, ...], axis: ShardAxis) -> list[WholeWeight]:
+    """The same weights, linears cut over ranks."""
+    return [
+        replace(ref, replicas=(ranks,), axis=axis if len(ranks) > 1 else None)
+        if ref.shape[0] > 1 and ref.key.module.endswith(("linear_qkv.weight", "linear_proj.weight", "weight*"))
+        else ref
+        for ref in refs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "ranks", "first"),
+    [
+        (NVFP4, 2, {"linear_proj.weight": False, "linear_fc1.weight*": False, "linear_qkv.weight": False}),
+        # 192 / 8 = 24 and 96 / 8 = 12 columns do not divide by 16; two query groups do not divide over eight ranks.
+        (NVFP4, 8, {"linear_proj.weight": True, "linear_fc2.weight*": True, "linear_qkv.weight": True}),
+        (FP8, 8, {"linear_proj.weight": False, "linear_fc2.weight*": False, "linear_qkv.weight": True}),
+    ],
+)
+def test_what_straddles_slices_is_gathered_before_it_is_packed(quantizer, ranks, first):
+    made = plan(spread(weights(quantizer=quantizer), tuple(range(ranks)), ShardAxis.TP))
+    for ending, expected in first.items():
+        found = {task.gather_first for task in made.tasks if task.source.key.module.endswith(ending)}
+        assert found == {expected}, ending
+
+
+def test_owners_balance_bytes_over_the_ranks_that_hold_a_weight():
+    made = plan(spread(weights(quantizer=NVFP4), (0, 1, 2, 3), ShardAxis.TP))
+    load = dict.fromkeys(range(4), 0)
+    for task in made.tasks:
+        assert task.owner in task.ranks
+        load[task.owner] += task.source.nbytes
+        for rank in task.ranks:
+            load[rank] += task.source.nbytes // len(task.ranks)
+    # Only rank 0 holds what is not cut: embeddings, routers and norms.
+    assert max(load.values()) < 1.25 * min(load.values())
+    assert {file.owner for file in made.files} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -273,10 +306,13 @@ def test_enabled_quantizers_that_nothing_expresses_are_refused():
 def test_files_are_filled_up_to_the_limit_in_order():
     made = plan(weights(), max_shard_size=100_000)
     specs = made.expected()
-    assert [name for shard in made.shards for name in shard] == list(specs)
-    sizes = [sum(specs[name].nbytes for name in shard) for shard in made.shards]
-    assert all(size <= 100_000 or len(shard) == 1 for size, shard in zip(sizes, made.shards, strict=True))
-    assert len(made.shards) > 5
+    assert [name for file in made.files for name in file.tensors] == list(specs)
+    weights_of = {spec.name: task for task in made.tasks for part in task.outputs for spec in part.tensors}
+    for file in made.files:
+        size = sum(specs[name].nbytes for name in file.tensors)
+        assert size <= 100_000 or len({id(weights_of[name]) for name in file.tensors}) == 1
+    assert len(made.files) > 5
+    assert made.files[0].name == f"model-00001-of-{len(made.files):05d}.safetensors"
 
 
 def test_a_layers_tensors_stand_together():

@@ -22,6 +22,12 @@ EVERYTHING_OFF = {"quantizer_name": "*", "enable": False}
 INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
 
 
+def check_rules(model, rank: int = 0) -> None:
+    """As an export of one rank judges."""
+    refuse_unmatched(judge_rules(model), rank)
+
+
+
 def quantized(config: dict[str, Any], **overrides: Any) -> GPTModel:
     """A tiny model with its quantizers placed: rules need no calibration."""
     return mtq.quantize(tiny_model(**overrides), {**config, "algorithm": None})
@@ -139,3 +145,12 @@ def test_judging_changes_nothing() -> None:
     check_rules(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert str(ModeloptStateManager(model).state_dict()) == str(state)
+
+
+def test_a_rule_that_matches_on_another_rank_passes() -> None:
+    """Two pipeline stages over ranks: each judges what it holds, and one match is enough."""
+    rules = with_rules(enabling("*mlp.experts.linear_fc1.weight_quantizer"), enabling("*linear_qkv.weight_quantizer"))
+    experts, dense = quantized(rules), quantized(rules, **DENSE)
+    refuse_unmatched([*judge_rules(dense), *judge_rules(experts)])
+    with pytest.raises(MappingError, match="linear_fc1"):
+        refuse_unmatched([*judge_rules(dense), *judge_rules(dense)])
