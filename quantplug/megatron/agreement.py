@@ -67,24 +67,31 @@ def lost_ranks_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # What every backend of torch.distributed raises.
-        lost = _roll_call()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        lost = _roll_call(rank, world_size)
         names = [Offender(f"rank {rank}", "does not answer", rank=rank) for rank in lost]
         raise RankLostError(
             "A rank ended while the others counted on it.",
-            names or [Offender("collective", str(error).strip().splitlines()[0], rank=dist.get_rank())],
+            names or [Offender("collective", str(error).strip().splitlines()[0], rank=rank)],
             "Look for that rank's own error above; then run the same command again.",
         ) from error
 
 
-def _roll_call() -> list[int]:
+def _roll_call(rank: int, world_size: int) -> list[int]:
     """Ranks that do not answer in the store; none if the store itself is gone."""
     store = dist.distributed_c10d._get_default_store()  # torch has no public way to the store of init_process_group
-    keys = [f"quantplug/roll-call/{rank}" for rank in range(dist.get_world_size())]
+    # Closes our connections, so that no living peer goes on waiting for us in a collective.
+    dist.destroy_process_group()
     try:
-        store.set(keys[dist.get_rank()], "here")
-        return [rank for rank, key in enumerate(keys) if not _answers(store, key)]
+        store.set(f"quantplug/here/{rank}", "")
+        lost = [peer for peer in range(world_size) if not _answers(store, f"quantplug/here/{peer}")]
+        store.set(f"quantplug/heard/{rank}", "")
+        if rank == 0:  # Which may host the store: the others must have heard all before it ends.
+            for peer in set(range(world_size)) - set(lost):
+                _answers(store, f"quantplug/heard/{peer}")
     except RuntimeError:
         return []
+    return lost
 
 
 def _answers(store: "torch._C._distributed_c10d.Store", key: str) -> bool:

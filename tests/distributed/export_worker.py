@@ -1,0 +1,99 @@
+"""One rank of an export, for the tests beside it: at several topologies in turn, or with a fault on one rank.
+
+Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP ...`, or `fault SOURCE OUTPUT KIND RANK`.
+"""
+
+import copy
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+import quantplug.plugins  # noqa: F401  # registers the wrappers
+from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.export.source_config import read_source_config
+from quantplug.mappings.families import find_family
+from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.parallel import initialize_parallel
+
+INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
+
+
+def config(name: str) -> dict[str, Any]:
+    """A weight-only config by the name that examples/quantize.py gives it."""
+    chosen = copy.deepcopy(
+        {
+            "nvfp4": mtq.NVFP4_DEFAULT_CFG,
+            "fp8": mtq.FP8_DEFAULT_CFG,
+            "fp8_blockwise": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+        }[name]
+    )
+    chosen["quant_cfg"].append(INPUTS_OFF)
+    return chosen
+
+
+def quantized_model(source: Path, name: str) -> nn.Module:
+    settings = read_source_config(source)
+    model = build_gpt_model(find_family(settings.architecture).megatron_config(settings.values))
+    import_mcore_gpt_from_hf(model, source)
+    return mtq.quantize(model, config(name))
+
+
+def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
+    for layout in sizes:
+        tp, ep, etp, pp = map(int, layout.split("-"))
+        initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
+        export_mcore_gpt_to_hf(quantized_model(source, name), source, export_dir=output / layout)
+        parallel_state.destroy_model_parallel()
+
+
+def fault(source: Path, output: Path, kind: str, rank: int) -> None:
+    """Every rank prints the error it ends with; the fault is on one of them alone."""
+    topology = initialize_parallel(tp=2, ep=2)
+    model = quantized_model(source, "nvfp4")
+    faulty = topology.rank == rank
+    if faulty:
+        inject(kind, model)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if faulty and kind == "killed" and stage == "Packing and writing":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        export_mcore_gpt_to_hf(model, source, export_dir=output, progress=progress)
+    except QuantplugError as error:
+        sys.stdout.write(f"{type(error).__name__}: {error}\n")
+        sys.stdout.flush()
+
+
+def inject(kind: str, model: nn.Module) -> None:
+    experts = model.decoder.layers[1].mlp.experts
+    if kind == "nan":
+        experts.linear_fc1.weight1.data[3, 5] = float("nan")
+    elif kind == "missing":
+        # As if this rank had lost one of its experts.
+        del experts.linear_fc2._parameters["weight1"]
+    elif kind == "disk":
+
+        def full(*arguments: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        os.pwrite = full
+    elif kind == "uncalibrated":
+        del experts.linear_fc1.weight_quantizer[0]._amax
+
+
+if __name__ == "__main__":
+    mode, source, output, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    if mode == "layouts":
+        layouts(Path(source), Path(output), rest[0], rest[1:])
+    else:
+        fault(Path(source), Path(output), rest[0], int(rest[1]))

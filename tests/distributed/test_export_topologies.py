@@ -1,0 +1,129 @@
+"""Real ranks: the same tensors at any topology, and one error on all ranks wherever it began."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.export.verify import verify_checkpoint
+from tests.distributed.export_worker import quantized_model
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("export_worker.py")
+RANKS = 4
+# tp-ep-etp-pp on four ranks: what the sizes leave over is data parallel.
+LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-1-2-2", "1-4-1-1"]
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def run_ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """Starts the ranks without a launcher, so that nothing but the ranks themselves ends them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *map(str, arguments)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(processes, outputs, strict=True)
+    ]
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_same_tensors(directory: Path, expected: Path) -> None:
+    got, wanted = tensors(directory), tensors(expected)
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(got[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.fixture(scope="module")
+def divisible_dir(tmp_path_factory) -> Path:
+    """A model whose sizes divide by 128, also when cut in two."""
+    directory = tmp_path_factory.mktemp("divisible")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=523,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        moe_intermediate_size=256,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("nvfp4", "tiny_qwen3_moe_dir"), ("fp8", "tiny_qwen3_moe_dir"), ("fp8_blockwise", "divisible_dir")],
+)
+def test_every_topology_writes_the_same_tensors(name, source, tmp_path, request):
+    source = request.getfixturevalue(source)
+    export_mcore_gpt_to_hf(quantized_model(source, name), source, export_dir=tmp_path / "one")
+    ranks = run_ranks("layouts", source, tmp_path, name, *LAYOUTS)
+    assert [rank.returncode for rank in ranks] == [0] * RANKS, ranks[0].stderr[-2000:]
+    for layout in LAYOUTS:
+        assert_same_tensors(tmp_path / layout, tmp_path / "one")
+        assert verify_checkpoint(tmp_path / layout, source).ok
+        config = (tmp_path / layout / "config.json").read_bytes()
+        assert config == (tmp_path / "one" / "config.json").read_bytes()
+    # Every rank writes a part: nobody carries it all.
+    assert len(list((tmp_path / "2-2-1-1").glob("*.safetensors"))) == RANKS
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "says"),
+    [
+        ("nan", 2, ["WeightError", "linear_fc1.weight", "1 NaN", "on rank 2"]),
+        ("missing", 3, ["MappingError", "linear_fc2.weight"]),
+        ("uncalibrated", 1, ["CalibrationError", "has no amax"]),
+        ("disk", 3, ["WriteError", "No space left on device", "on rank 3"]),
+        ("killed", 2, ["RankLostError", "rank 2"]),
+    ],
+)
+def test_a_fault_on_one_rank_ends_all_with_one_message(kind, rank, says, tiny_qwen3_moe_dir, tmp_path):
+    output = tmp_path / "out"
+    ranks = run_ranks("fault", tiny_qwen3_moe_dir, output, kind, rank)
+    living = [done for number, done in enumerate(ranks) if not (kind == "killed" and number == rank)]
+    messages = {"\n".join(line for line in done.stdout.splitlines() if "quantizers" not in line) for done in living}
+    assert len(messages) == 1, messages
+    (message,) = messages
+    for words in says:
+        assert words in message
+    assert not output.exists()
