@@ -1,4 +1,4 @@
-"""From a family's Megatron settings to an empty `GPTModel` of this rank, its weights not initialized."""
+"""From a family's Megatron settings to an empty `GPTModel` of this rank, its weights all zero."""
 
 from enum import Enum
 from math import ceil
@@ -36,7 +36,8 @@ def build_gpt_model(
 ) -> GPTModel:
     """Builds what this rank holds of a model, on its GPU, or on CPU where there is none.
 
-    The weights are *not* initialized: import them next, or load a checkpoint.
+    The weights are zero: import them next, or load a checkpoint. ModelOpt's restore calibrates on them to size the
+    amaxes that are loaded afterwards, and would fail on NaN in memory that is left as it was.
 
     Args:
         family_config: The family's settings in Megatron's words; `vocab_size` unpadded.
@@ -79,7 +80,7 @@ def build_gpt_model(
         )
         built = GPTModel(config, block, vp_stage=virtual_stage, **model)
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype).zero_()
     return built
 
 

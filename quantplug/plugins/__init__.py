@@ -44,15 +44,20 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
 
 def register() -> None:
     """Registers our wrappers with ModelOpt in place of its own, our refusals before conversions, and NVFP4 on CPU."""
-    for module_class, (key, wrapper) in WRAPPERS.items():
-        registered = QuantModuleRegistry.get(module_class)
-        if registered is not None and issubclass(registered, wrapper):
-            continue
-        if registered is not None:
+    if not all(map(_is_registered, WRAPPERS)):
+        for module_class in WRAPPERS:
             QuantModuleRegistry.unregister(module_class)
-        QuantModuleRegistry.register({module_class: key})(wrapper)
+        # A lookup takes the first base class with the same forward: subclasses must be met before their bases.
+        for module_class in sorted(WRAPPERS, key=lambda wrapped: len(wrapped.__mro__), reverse=True):
+            key, wrapper = WRAPPERS[module_class]
+            QuantModuleRegistry.register({module_class: key})(wrapper)
     CUSTOM_MODEL_PLUGINS.add(refuse_unsupported)
     register_cpu_kernels()
+
+
+def _is_registered(module_class: type[nn.Module]) -> bool:
+    registered = QuantModuleRegistry.get(module_class)
+    return registered is not None and issubclass(registered, WRAPPERS[module_class][1])
 
 
 register()

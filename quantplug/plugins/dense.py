@@ -1,27 +1,34 @@
-"""Dense Megatron layers: ModelOpt's wrappers, and a refusal where their sharding of block and channel scales is wrong.
+"""Dense Megatron layers: ModelOpt's wrappers, corrected where their groups or their sharding of scales are wrong.
 
 ModelOpt 0.47 takes any amax that a tensor parallel rank has as a shard of the whole weight's, in rank order. That is so
 for a per-tensor amax (it is reduced over the ranks), and for one of blocks or channels where every shard holds whole
 blocks. It is not where a block straddles two shards, nor in a gated MLP's first layer: there each rank has gate rows
 above up rows.
 
+ModelOpt 0.47 also takes the whole world for the data parallel group of a linear layer that tensor parallelism leaves
+whole (TELinear): its amax would be reduced over pipeline stages, which hold other layers.
+
 This is the one file that names ModelOpt's private classes.
 """
 
 from typing import Any, ClassVar
 
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
+    TELinear,
     TERowParallelLinear,
 )
 from modelopt.torch.quantization.nn import QuantModule
 from modelopt.torch.quantization.plugins.megatron import (
     _QuantTELayerNormColumnParallelLinear,
     _QuantTEMCoreColumnParallelLinear,
+    _QuantTEMCoreLinear,
     _QuantTEMCoreRowParallelLinear,
 )
+from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
 
 from quantplug.errors import Offender, UnsupportedQuantizationError
@@ -80,6 +87,17 @@ class QuantTERowParallelLinear(RefusesWrongShards, _QuantTEMCoreRowParallelLinea
     shard_dim = ShardDim.IN
 
 
+class QuantTELinear(_QuantTEMCoreLinear):
+    """ModelOpt's quantized TELinear, with the groups of its own layer."""
+
+    def _setup(self) -> None:
+        self.parallel_state = ParallelState(
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        super()._setup()
+
+
 DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
     TEColumnParallelLinear: ("te_mcore_ColumnParallelLinear", QuantTEColumnParallelLinear),
     TELayerNormColumnParallelLinear: (
@@ -87,4 +105,5 @@ DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
         QuantTELayerNormColumnParallelLinear,
     ),
     TERowParallelLinear: ("te_mcore_RowParallelLinear", QuantTERowParallelLinear),
+    TELinear: ("te_mcore_Linear", QuantTELinear),
 }

@@ -5,8 +5,9 @@ Ours, below:
     quantizer has the dense layers' replica ids, shard axes that are right for two experts only, and settings by local
     expert: `dist_checkpointing.save` refuses it, or what is loaded belongs to other experts.
 ModelOpt's, because one weight with one quantizer is sharded like any dense layer:
-    TELinear; TEColumnParallelLinear, TERowParallelLinear and TELayerNormColumnParallelLinear, which refuse the shards
-    that ModelOpt places wrong (`quantplug.plugins.dense`); SequentialMLP (one module an expert; it refuses TP with EP).
+    TEColumnParallelLinear, TERowParallelLinear and TELayerNormColumnParallelLinear, which refuse the shards that
+    ModelOpt places wrong, and TELinear, with other process groups than ModelOpt's (`quantplug.plugins.dense`);
+    SequentialMLP (one module an expert; it refuses TP with EP).
 
 What a sharded checkpoint holds of an expert's quantizer is keyed by *global* layer and expert, as Megatron keys its
 weight: `decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight_quantizer._amax`. So a checkpoint saved

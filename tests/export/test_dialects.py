@@ -145,13 +145,14 @@ def test_megatron_computes_with_the_exported_weights_what_transformers_does(
 
 
 @pytest.mark.usefixtures("rank")
+@pytest.mark.parametrize("scheme", ["fp8_weight_only", "w4a16_nvfp4"])
 def test_the_quantized_megatron_model_computes_what_its_export_does(
-    sources: Sources, exports: Exports, tmp_path: Path
+    scheme: str, sources: Sources, exports: Exports, tmp_path: Path
 ) -> None:
     """ModelOpt's fake quantization multiplies by 448 / amax where packing divides: some ties go the other way."""
     for name in ("moe", "dense"):
-        plain = dequantized(exports(name, "fp8_weight_only"), sources(name), tmp_path / name)
-        model = quantize(load(sources(name), LayerSpec.LOCAL, dtype=torch.float32), "fp8_weight_only")
+        plain = dequantized(exports(name, scheme), sources(name), tmp_path / name)
+        model = quantize(load(sources(name), LayerSpec.LOCAL, dtype=torch.float32), scheme)
         exported, original = transformers_logits(plain), transformers_logits(sources(name))
         assert (megatron_logits(model) - exported).norm() < 0.05 * (exported - original).norm()
 

@@ -1,17 +1,24 @@
 """From Hugging Face to Megatron and back: the source's own bytes are the oracle."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from quantplug import export_mcore_gpt_to_hf
+from quantplug.cli import app
+from quantplug.errors import QuantplugError
+from quantplug.export.unified import plan_export
+from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
-from tests.export.checkpoints import load, raw, read, same_bytes
+from tests.export.checkpoints import SCHEMES, load, quantize, raw, read, same_bytes
 
 pytestmark = pytest.mark.usefixtures("rank")
 
@@ -113,3 +120,89 @@ def test_padding_rows_are_cut_whatever_they_hold(sources: Sources, tmp_path: Pat
             weight[523:] = torch.nan
     export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
     assert_same_tensors(read(tmp_path / "out"), read(sources("dense")))
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, Any]:
+    """Everything a model is: its attributes down to the identity of each, its values, its quantizers' state."""
+    buffer = io.BytesIO()
+    with cpu.checkpointing():  # TE's extra state synchronizes with the device.
+        torch.save(model.state_dict(), buffer)
+    seen = {
+        f"{name}.{attribute}": id(value)
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+    }
+    tensors = {
+        name: (id(tensor), tensor.data_ptr(), raw(tensor), tensor.requires_grad, tensor.grad is None)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    return {"attributes": seen, "tensors": tensors, "saved": buffer.getvalue()}
+
+
+@SPECS
+@pytest.mark.parametrize("scheme", [None, *(name for name in SCHEMES if name != "fp8_blockwise")])
+def test_the_model_is_not_changed(scheme: str | None, layer_spec: LayerSpec, sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("moe"), layer_spec)
+    if scheme is not None:
+        quantize(model, scheme)
+    before, rng = snapshot(model), torch.get_rng_state()
+    export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.is_grad_enabled()
+
+
+def test_the_model_is_not_changed_by_an_export_that_fails(sources: Sources, tmp_path: Path) -> None:
+    model = quantize(load(sources("moe")), "nvfp4")
+    expert = model.get_submodule("decoder.layers.1.mlp.experts.linear_fc1")
+    with torch.no_grad():
+        expert.weight2[0, 0] = torch.nan
+    before = snapshot(model)
+    with pytest.raises(QuantplugError):
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert snapshot(model) == before
+
+    with torch.no_grad():
+        expert.weight2[0, 0] = 0.0
+    before = snapshot(model)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("Packing") and done == total:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out", progress=stop)
+    assert snapshot(model) == before
+
+
+def test_a_plan_says_what_the_export_writes(sources: Sources, tmp_path: Path) -> None:
+    model = quantize(load(sources("mixed")), "nvfp4")
+    settings = {"dtype": torch.float32, "max_shard_size": 100_000}
+    plan = plan_export(model, sources("mixed"), **settings)
+    assert list(tmp_path.iterdir()) == []
+    export_mcore_gpt_to_hf(model, sources("mixed"), export_dir=tmp_path / "out", **settings)
+    exported = read(tmp_path / "out")
+    expected = plan.expected()
+    assert exported.keys() == expected.keys()
+    for name, tensor in exported.items():
+        assert (expected[name].shape, expected[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert [sorted(shard) for shard in plan.shards] == [
+        sorted(name for name, file in index.items() if file == holder) for holder in sorted(set(index.values()))
+    ]
+    assert plan.digest == plan_export(model, sources("mixed"), **settings).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("moe", "w4a16_nvfp4"),
+        ("mixed", "nvfp4"),
+        ("dense", "fp8"),
+        ("tied", "fp8_weight_only"),
+        ("moe_blocks", "fp8_blockwise"),
+    ],
+)
+def test_the_verify_command_passes(name: str, scheme: str, sources: Sources, exports: Callable[..., Path]) -> None:
+    result = CliRunner().invoke(app, ["verify", str(exports(name, scheme)), "--source", str(sources(name))])
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,109 @@
+"""The two commands of the README as a user runs them, with torchrun and a checkpoint between them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
+from quantplug.export.verify import verify_checkpoint
+from tests.export.checkpoints import group_amaxes, linear_weights, read, same_bytes
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    """One rank under torchrun, on a port of its own choice."""
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    return subprocess.run(
+        [*launcher, str(EXAMPLES / script), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+    )
+
+
+def make(directory: Path, architecture: Architecture) -> Path:
+    make_tiny_model(directory, architecture, False, seed=5, layers=2, experts=4, dtype=Dtype.BFLOAT16)
+    return directory
+
+
+def quantize_and_export(source: Path, work: Path, *options: str) -> Path:
+    quantized = run(
+        "quantize.py", "--hf-model-id", source, "--megatron-save-path", work / "Q", "--stats-json", work / "s", *options
+    )
+    assert quantized.returncode == 0, quantized.stdout + quantized.stderr
+    assert "Quantization Statistics" in quantized.stdout
+    exported = run(
+        "export.py", "--hf-model-id", source, "--megatron-load-path", work / "Q", "--export-dir", work / "out"
+    )
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    return work / "out"
+
+
+def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
+    exported = read(quantize_and_export(source, tmp_path, "--export-quant-cfg", "nvfp4", "--weight-only"))
+    original = read(source)
+    amaxes = group_amaxes(original)
+    for name, weight in linear_weights(original).items():
+        if amaxes[name] == 0:
+            continue
+        scale = torch.tensor(amaxes[name]) / torch.tensor(2688.0)
+        packed, block_scales, _ = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=scale)
+        module = name.removesuffix(".weight")
+        assert same_bytes(exported[name], packed._quantized_data), name
+        assert same_bytes(exported[f"{module}.weight_scale"], block_scales), name
+        assert same_bytes(exported[f"{module}.weight_scale_2"], scale), name
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+    rows = json.loads((tmp_path / "s").read_text())
+    assert "linear_fc1" in json.dumps(rows)
+
+
+def test_fp8_of_a_dense_model(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3)
+    exported = read(quantize_and_export(source, tmp_path, "--export-quant-cfg", "fp8", "--weight-only"))
+    original = read(source)
+    for name, amax in group_amaxes(original).items():
+        scale = torch.tensor(amax) / torch.tensor(448.0)
+        assert same_bytes(exported[name], (original[name].float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn))
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_an_unsupported_architecture_is_refused_at_once(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchForCausalLM"]}))
+    result = run("quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--weight-only")
+    assert result.returncode == 1
+    assert "UnsupportedModelError" in result.stderr
+    assert "Qwen3MoeForCausalLM" in result.stderr
+    assert not (tmp_path / "Q").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="with a GPU it calibrates")
+def test_activations_without_a_gpu_say_the_way_out(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3)
+    result = run(
+        "quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--export-quant-cfg", "nvfp4"
+    )
+    assert result.returncode == 1
+    assert "--weight-only" in result.stderr
+    assert not (tmp_path / "Q").exists()
+
+
+def test_an_export_without_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3)
+    result = run(
+        "export.py", "--hf-model-id", source, "--megatron-load-path", tmp_path / "Q", "--export-dir", tmp_path / "out"
+    )
+    assert result.returncode == 1
+    assert "CheckpointError" in result.stderr
+    assert "Traceback" not in result.stderr.split("CheckpointError")[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
