@@ -64,6 +64,10 @@ class WeightRef:
     activation: QuantizerState | None = None
 
 
+Held = Mapping[ParamKey, WeightRef]
+"""What this rank holds."""
+
+
 @dataclass(frozen=True)
 class WholeWeight:
     """A weight of the model, and which ranks can deliver it.

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from quantplug.export.base import ExportTask
+from quantplug.export.base import ExportTask, Held
 from quantplug.export.pack import pack_slice, travel_specs
-from quantplug.export.scan import Loaders
 from quantplug.export.schedule import Bucket
 from quantplug.formats import TensorSpec
 from quantplug.mappings.base import ParamKey
@@ -27,20 +26,18 @@ class PackedBucket:
     Packing can fail and touches no other rank; `exchange` is the collective, and comes once all ranks have packed.
     """
 
-    def __init__(
-        self, bucket: Bucket, loaders: Loaders, dims: ModelDimensions, rank: int, device: torch.device
-    ) -> None:
+    def __init__(self, bucket: Bucket, held: Held, dims: ModelDimensions, rank: int, device: torch.device) -> None:
         self._bucket = bucket
         self._rank = rank
         self._specs = {task.source.key: travel_specs(task, dims) for task in bucket.tasks}
         self._own: dict[ParamKey, list[torch.Tensor]] = {}
         if len(bucket.ranks) == 1:
-            self._own = {task.source.key: pack_slice(task, loaders[task.source.key](), dims) for task in bucket.tasks}
+            self._own = {task.source.key: pack_slice(task, held[task.source.key].load(), dims) for task in bucket.tasks}
             return
         self._send = torch.empty(sum(self._sizes()), dtype=torch.uint8, device=device)
         offset = 0
         for task in self._by_owner():
-            for tensor in pack_slice(task, loaders[task.source.key](), dims):
+            for tensor in pack_slice(task, held[task.source.key].load(), dims):
                 data = tensor.contiguous().reshape(-1).view(torch.uint8)
                 self._send[offset : offset + data.numel()].copy_(data)
                 offset += _aligned(data.numel())

@@ -1,16 +1,15 @@
 """The one look at all weights before anything is written: NaN, Inf, overflow, and amaxes that cannot be theirs."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from quantplug.errors import CalibrationError, WeightError
-from quantplug.export.base import ExportTask, Progress
+from quantplug.export.base import ExportTask, Held, Progress
 from quantplug.export.findings import Findings, Kind
 from quantplug.export.fingerprint import fingerprint
 from quantplug.formats import first_nonfinite
-from quantplug.mappings.base import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 
 _NONFINITE = Kind(
@@ -27,13 +26,9 @@ _ZERO_AMAX = Kind(
     "Calibrate again: the weights changed after calibration, or the checkpoint's quantizer state was lost.",
 )
 
-Loaders = Mapping[ParamKey, Callable[[], torch.Tensor]]
 
-
-def scan_weights(
-    tasks: Sequence[ExportTask], loaders: Loaders, dims: ModelDimensions, rank: int, progress: Progress
-) -> str:
-    """Looks once at every slice that this rank delivers.
+def scan_weights(tasks: Sequence[ExportTask], held: Held, dims: ModelDimensions, rank: int, progress: Progress) -> str:
+    """Looks once at every slice that this rank holds, also where another copy of it is the one that is written.
 
     Returns:
         A fingerprint of them all.
@@ -44,25 +39,25 @@ def scan_weights(
     """
     findings = Findings(rank)
     marks = hashlib.sha256()
-    mine = [task for task in tasks if rank in task.ranks]
+    mine = [task for task in tasks if task.source.key in held]
     for done, task in enumerate(mine, start=1):
-        weight = loaders[task.source.key]()
+        ref = held[task.source.key]
+        weight = ref.load()
         marks.update(f"{task.source.key.name} {fingerprint(weight)}\n".encode())
-        for part in _written_parts(task, weight, dims, rank):
+        for part in _written_parts(task, weight, dims, ref.shard.index if ref.shard else 0):
             _look(task, part, findings)
         progress("Checking weights", done, len(mine))
     findings.raise_if_any()
     return marks.hexdigest()
 
 
-def _written_parts(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions, rank: int) -> Sequence[torch.Tensor]:
+def _written_parts(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions, place: int) -> Sequence[torch.Tensor]:
     """This rank's slices of the parts, without padding rows: those are never written, whatever they hold."""
     if task.gather_first:
         return (weight,)
     parts = task.mapping.layout.split(weight, dims)
     if task.mapping.layout.shard_axis != 0:
         return parts
-    place = task.ranks.index(rank)
     return [
         part[: max(0, output.shape[0] - place * part.shape[0])]
         for part, output in zip(parts, task.outputs, strict=True)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from quantplug.export.base import ExportPlan, Progress
+from quantplug.export.base import ExportPlan, Held, Progress
 from quantplug.export.findings import Findings
 from quantplug.export.hf_config import copy_side_files, write_configs
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
-from quantplug.export.scan import Loaders, scan_weights
+from quantplug.export.scan import scan_weights
 from quantplug.export.source import Model, live_weights
 from quantplug.export.source_config import SourceConfig, read_source_config, reference_shapes
 from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
@@ -53,12 +53,12 @@ class PlannedExport:
 
     Attributes:
         source: Directory of the Hugging Face checkpoint that config and tokenizer come from.
-        loaders: How to get each weight that this rank holds.
+        held: The weights that this rank holds.
     """
 
     plan: ExportPlan
     source: Path
-    loaders: Loaders
+    held: Held
 
 
 def plan_export(
@@ -100,7 +100,7 @@ def plan_export(
         calibrated=calibrated,
     )
     plan = build_plan(wholes, family, family.dimensions(source.values), request)
-    return PlannedExport(plan, source.directory, {ref.key: ref.load for ref in weights.refs})
+    return PlannedExport(plan, source.directory, {ref.key: ref for ref in weights.refs})
 
 
 @torch.no_grad()
@@ -156,10 +156,10 @@ def export_mcore_gpt_to_hf(
         max_shard_size=max_shard_size,
     )
     plan, rank = planned.plan, topology.rank
-    fingerprint = all_or_none(lambda: scan_weights(plan.tasks, planned.loaders, plan.dims, rank, progress))
+    fingerprint = all_or_none(lambda: scan_weights(plan.tasks, planned.held, plan.dims, rank, progress))
     staging = Staging(destination, plan.digest, fingerprint, rank)
     try:
-        write_tensors(plan, planned.loaders, staging, rank, progress)
+        write_tensors(plan, planned.held, staging, rank, progress)
         all_or_none(lambda: _finish(planned, staging, dtype) if rank == 0 else None)
     except BaseException:
         staging.discard_unless_resumable()

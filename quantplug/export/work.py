@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from quantplug.errors import Offender, WriteError
-from quantplug.export.base import ExportPlan, Progress
+from quantplug.export.base import ExportPlan, Held, Progress
 from quantplug.export.gather import Delivered, PackedBucket
 from quantplug.export.pack import join_slices
-from quantplug.export.scan import Loaders
 from quantplug.export.schedule import Bucket, Round, make_rounds
 from quantplug.export.writer import FileSink, Staging
 from quantplug.mappings.layouts import ModelDimensions
@@ -34,7 +33,7 @@ def disk_errors(path: Path, rank: int = 0) -> Iterator[None]:
         ) from error
 
 
-def write_tensors(plan: ExportPlan, loaders: Loaders, staging: Staging, rank: int, progress: Progress) -> None:
+def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, progress: Progress) -> None:
     """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks.
 
     Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
@@ -51,7 +50,7 @@ def write_tensors(plan: ExportPlan, loaders: Loaders, staging: Staging, rank: in
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
     todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
     sink = FileSink(staging.directory, [f for f in plan.files if f.owner == rank and f.name not in finished], expected)
-    steps = _Steps(loaders, plan.dims, sink, staging.directory, rank, progress)
+    steps = _Steps(held, plan.dims, sink, staging.directory, rank, progress)
     groups = process_groups()
     delivered: Delivered = []
     try:
@@ -69,7 +68,7 @@ def write_tensors(plan: ExportPlan, loaders: Loaders, staging: Staging, rank: in
 class _Steps:
     """What a rank does by itself between two collectives."""
 
-    loaders: Loaders
+    held: Held
     dims: ModelDimensions
     sink: FileSink
     directory: Path
@@ -86,7 +85,7 @@ class _Steps:
                 self.progress("Packing and writing", self.sink.written, self.sink.total)
         if bucket is None:
             return None
-        return PackedBucket(bucket, self.loaders, self.dims, self.rank, collective_device())
+        return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
 
 
 def _on_disk(step: Callable[[], None], staging: Staging, rank: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from traceback import clear_frames
 from typing import TypeVar
 
 import torch
@@ -68,17 +69,17 @@ def lost_ranks_named() -> Iterator[None]:
         yield
     except RuntimeError as error:  # What every backend of torch.distributed raises.
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        clear_frames(error.__traceback__)  # They hold the process group, which ends only with its last reference.
         lost = _roll_call(rank, world_size)
-        names = [Offender(f"rank {rank}", "does not answer", rank=rank) for rank in lost]
         raise RankLostError(
             "A rank ended while the others counted on it.",
-            names or [Offender("collective", str(error).strip().splitlines()[0], rank=rank)],
+            [Offender("process", "does not answer", rank=peer) for peer in lost],
             "Look for that rank's own error above; then run the same command again.",
         ) from error
 
 
 def _roll_call(rank: int, world_size: int) -> list[int]:
-    """Ranks that do not answer in the store; none if the store itself is gone."""
+    """Ranks that do not answer in the store; rank 0 if the store is gone, which it hosts unless a launcher does."""
     store = dist.distributed_c10d._get_default_store()  # torch has no public way to the store of init_process_group
     # Closes our connections, so that no living peer goes on waiting for us in a collective.
     dist.destroy_process_group()
@@ -90,7 +91,7 @@ def _roll_call(rank: int, world_size: int) -> list[int]:
             for peer in set(range(world_size)) - set(lost):
                 _answers(store, f"quantplug/heard/{peer}")
     except RuntimeError:
-        return []
+        return [0]
     return lost
 
 

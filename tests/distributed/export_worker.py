@@ -56,7 +56,7 @@ def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
 
 def fault(source: Path, output: Path, kind: str, rank: int) -> None:
     """Every rank prints the error it ends with; the fault is on one of them alone."""
-    topology = initialize_parallel(tp=2, ep=2)
+    topology = initialize_parallel(tp=2, ep=2, etp=2)
     model = quantized_model(source, "nvfp4")
     faulty = topology.rank == rank
     if faulty:
@@ -79,7 +79,7 @@ def inject(kind: str, model: nn.Module) -> None:
         experts.linear_fc1.weight1.data[3, 5] = float("nan")
     elif kind == "missing":
         # As if this rank had lost one of its experts.
-        del experts.linear_fc2._parameters["weight1"]
+        model.decoder.layers[1].mlp.local_expert_indices.pop()
     elif kind == "disk":
 
         def full(*arguments: object) -> int:

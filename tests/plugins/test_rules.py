@@ -27,7 +27,6 @@ def check_rules(model, rank: int = 0) -> None:
     refuse_unmatched(judge_rules(model), rank)
 
 
-
 def quantized(config: dict[str, Any], **overrides: Any) -> GPTModel:
     """A tiny model with its quantizers placed: rules need no calibration."""
     return mtq.quantize(tiny_model(**overrides), {**config, "algorithm": None})
