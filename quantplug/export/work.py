@@ -50,7 +50,9 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
     todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
     sink = FileSink(staging.directory, [f for f in plan.files if f.owner == rank and f.name not in finished], expected)
-    steps = _Steps(held, plan.dims, sink, staging.directory, rank, progress)
+    steps = _Steps(
+        held, plan.dims, sink, staging.directory, rank, progress, total=sum(task.owner == rank for task in todo)
+    )
     groups = process_groups()
     delivered: Delivered = []
     try:
@@ -64,7 +66,7 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     sink.check_complete()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Steps:
     """What a rank does by itself between two collectives."""
 
@@ -74,15 +76,18 @@ class _Steps:
     directory: Path
     rank: int
     progress: Progress
+    total: int
+    done: int = 0
 
     def write_and_pack(self, delivered: Delivered, bucket: Bucket | None) -> PackedBucket | None:
         """Writes what the last round delivered, then packs what the next one sends."""
-        with disk_errors(self.directory, self.rank):
-            while delivered:
-                task, slices = delivered.pop(0)
+        while delivered:
+            task, slices = delivered.pop(0)
+            with disk_errors(self.directory, self.rank):
                 for name, tensor in join_slices(task, slices, self.dims):
                     self.sink.write(name, tensor)
-                self.progress("Packing and writing", self.sink.written, self.sink.total)
+            self.done += 1
+            self.progress("Packing and writing", self.done, self.total)
         if bucket is None:
             return None
         return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())

@@ -29,7 +29,7 @@ def test_quantizers_that_were_never_calibrated(sources: Sources, tmp_path: Path)
         export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
     assert len(caught.value.offenders) == 2 * (2 + 2 * 4)  # qkv and proj; two linears of four experts.
     assert (f"{FC1}.weight_quantizer.3", 3) in offenders(caught)
-    assert plan_export(model, sources("moe"), calibrated=False).quant_config is not None
+    assert plan_export(model, sources("moe"), calibrated=False).plan.quant_config is not None
 
 
 def test_inputs_that_were_never_calibrated(sources: Sources, tmp_path: Path) -> None:

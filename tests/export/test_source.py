@@ -20,16 +20,16 @@ Sources = Callable[[str], Path]
 
 def test_live_weights_are_the_models_own(sources: Sources) -> None:
     model = quantize(load(sources("moe")), "nvfp4")
-    refs, unclaimed = live_weights(model)
+    live = live_weights(model)
     pointers = {parameter.data_ptr() for parameter in model.parameters()}
-    assert {ref.load().data_ptr() for ref in refs} == pointers
-    assert unclaimed == []
-    assert not any(ref.load().requires_grad for ref in refs)
+    assert {ref.load().data_ptr() for ref in live.refs} == pointers
+    assert live.unclaimed == ()
+    assert not any(ref.load().requires_grad for ref in live.refs)
 
 
 def test_a_state_says_what_its_quantizer_holds(sources: Sources) -> None:
     model = quantize(load(sources("moe")), "w4a16_nvfp4")
-    states = {(ref.key.name, ref.key.expert): ref.weight for ref in live_weights(model)[0] if ref.weight}
+    states = {(ref.key.name, ref.key.expert): ref.weight for ref in live_weights(model).refs if ref.weight}
     expert = expert_quantizer(model, FC1, 3)
     (state,) = [state for (name, number), state in states.items() if number == 3 and name.startswith(FC1)]
     assert state.amax == model.get_submodule(FC1).weight3.abs().max().item() == expert.amax.item()

@@ -1,7 +1,10 @@
 """The export directory is complete or absent, whatever is in its way and wherever writing fails."""
 
 import errno
+import os
+import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,8 @@ import pytest
 import torch
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.errors import DestinationError
-from quantplug.export import hf_config, writer
+from quantplug.errors import DestinationError, WriteError
+from quantplug.export import hf_config, safetensors_file, writer
 from quantplug.export.writer import check_destination
 from tests.export.checkpoints import load, quantize, read
 from tests.export.refusals import refused
@@ -110,35 +113,148 @@ def _after(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FAULTS: list[tuple[Any, str, int]] = [
-    (writer, "save_file", 0),
-    (writer, "save_file", 2),
-    (writer, "finish_file", 1),
+    (os, "ftruncate", 0),
+    (os, "pwrite", 0),
+    (os, "pwrite", 30),
+    (safetensors_file, "finish_file", 0),
+    (safetensors_file, "finish_file", 1),
     (writer, "write_json", 0),
     (shutil, "copyfile", 1),
     (hf_config, "write_json", 0),
     (hf_config, "write_json", 1),
+    (Path, "replace", 6),
 ]
 
 
 @pytest.mark.usefixtures("rank")
 @pytest.mark.parametrize(("owner", "name", "calls"), FAULTS, ids=[f"{name} {calls}" for _, name, calls in FAULTS])
 @pytest.mark.parametrize("existing", [None, "out", "parent"])
-def test_a_disk_that_is_full_leaves_nothing(
+def test_after_a_full_disk_the_same_export_goes_on(
     owner: Any, name: str, calls: int, existing: str | None, sources: Sources, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """Nothing is visible; what is finished is kept out of sight, or no trace is left if nothing is."""
     out = tmp_path / "parent" / "out"
     if existing is not None:
         (out if existing == "out" else out.parent).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     model = quantize(load(sources("dense")), "w4a16_nvfp4")
     monkeypatch.setattr(owner, name, _after(calls, getattr(owner, name)))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         export_mcore_gpt_to_hf(model, sources("dense"), export_dir=out, max_shard_size=50_000)
-    assert sorted(tmp_path.rglob("*")) == before
+    partial = out.with_name(".out.partial")
+    finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    if finished:
+        assert not out.exists() or not any(out.iterdir())
+    else:
+        assert sorted(tmp_path.rglob("*")) == before
 
     monkeypatch.undo()
     export_mcore_gpt_to_hf(model, sources("dense"), export_dir=out, max_shard_size=50_000)
-    assert out.is_dir()
+    assert not partial.exists()
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    # Finished files were not written again, and the whole is what an export without trouble writes.
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+    export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "smooth", max_shard_size=50_000)
+    assert_same_files(out, tmp_path / "smooth")
+
+
+def assert_same_files(directory: Path, expected: Path) -> None:
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in expected.iterdir())
+    for path in expected.iterdir():
+        assert (directory / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def _stopped(model: Any, source: Path, out: Path) -> None:
+    """An export that ends with some of its files finished."""
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("Packing") and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_mcore_gpt_to_hf(model, source, export_dir=out, max_shard_size=50_000, progress=interrupt)
+    assert list(out.with_name(f".{out.name}.partial").glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("rank")
+@pytest.mark.parametrize("change", ["weight", "scheme", "file size", "plain weight"])
+def test_another_export_does_not_take_up_what_is_left(change: str, sources: Sources, tmp_path: Path) -> None:
+    model = quantize(load(sources("dense")), "w4a16_nvfp4")
+    out = tmp_path / "out"
+    _stopped(model, sources("dense"), out)
+    limit = 50_000
+    with torch.no_grad():
+        if change == "weight":
+            model.decoder.layers[1].mlp.linear_fc2.weight[5, 7] *= 0.5
+        elif change == "plain weight":
+            model.decoder.final_layernorm.weight[3] += 1
+        elif change == "scheme":
+            model = quantize(load(sources("dense")), "fp8_weight_only")
+        else:
+            limit = 60_000
+    with refused(DestinationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=out, max_shard_size=limit)
+    assert ".out.partial" in str(caught.value)
+
+
+@pytest.mark.usefixtures("rank")
+def test_two_exports_do_not_write_the_same_directory(sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("dense"))
+
+    def again(stage: str, done: int, total: int) -> None:
+        if stage.startswith("Packing") and done == 1:
+            with pytest.raises(DestinationError, match="still runs"):
+                export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+
+    export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out", progress=again)
+    assert read(tmp_path / "out").keys() == read(sources("dense")).keys()
+
+
+@pytest.mark.usefixtures("rank")
+@pytest.mark.slow
+def test_fifty_kills_at_any_moment_end_with_the_same_bytes(sources: Sources, tmp_path: Path) -> None:
+    """kill -9 of a forked export, again and again, until one gets through."""
+    model = quantize(load(sources("dense")), "w4a16_nvfp4")
+    export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "smooth", max_shard_size=20_000)
+    dice = random.Random(0)
+    kills = 0
+    while kills < 50:
+        out = tmp_path / f"out{kills}"
+        while not out.exists():
+            steps = dice.randrange(60)
+            child = os.fork()
+            if child == 0:
+                _export_until(steps, model, sources("dense"), out)
+            _, status = os.waitpid(child, 0)
+            if os.WIFSIGNALED(status):
+                kills += 1
+            else:
+                assert os.WEXITSTATUS(status) == 0
+        assert_same_files(out, tmp_path / "smooth")
+        shutil.rmtree(out)
+
+
+def _export_until(steps: int, model: Any, source: Path, out: Path) -> None:
+    """In a child process: an export that is killed after so many steps, at a write, an fsync or a rename."""
+    left = iter(range(steps))
+
+    def mortal(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        return call
+
+    torch.set_num_threads(1)
+    os.pwrite, os.fsync, os.replace = mortal(os.pwrite), mortal(os.fsync), mortal(os.replace)
+    Path.replace = mortal(Path.replace)  # type: ignore[method-assign]
+    status = 1
+    try:
+        export_mcore_gpt_to_hf(model, source, export_dir=out, max_shard_size=20_000)
+        status = 0
+    finally:
+        os._exit(status)
 
 
 @pytest.mark.usefixtures("rank")
@@ -165,14 +281,3 @@ def test_progress_counts_every_task_of_both_passes(sources: Sources, tmp_path: P
     total = calls[0][2]
     assert total > 0
     assert calls == [(stage, done, total) for stage in stages for done in range(1, total + 1)]
-
-
-def test_one_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    specs = {name: writer.TensorSpec(name, (4,), torch.float32) for name in "abc"}
-    sink = writer.SafetensorsSink(tmp_path, (("a", "b"), ("c",)), specs)
-    sink.write("a", torch.ones(4))
-    assert list(tmp_path.iterdir()) == []
-    sink.write("b", torch.ones(4))
-    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
-    with pytest.raises(AssertionError):
-        sink.close()

@@ -1,0 +1,108 @@
+"""What ranks hold, put together from plain data: no process group, no model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantplug.export.base import QuantizerState, WeightRef, not_here
+from quantplug.export.findings import Findings
+from quantplug.export.schedule import in_order, make_rounds
+from quantplug.export.survey import RankSurvey, whole_weights
+from quantplug.mappings.base import ParamKey
+from quantplug.topology import Shard, ShardAxis
+from tests.export.test_plan import NVFP4, plan, spread, weights
+
+QKV = ParamKey("decoder.layers.*.self_attention.linear_qkv.weight", 0)
+STATE = QuantizerState("q", (4, 3), amax=1.0)
+
+
+def survey(rank: int, *refs: WeightRef, tp: int = 2) -> RankSurvey:
+    first = rank // tp * tp
+    groups = {ShardAxis.TP: tuple(range(first, first + tp)), ShardAxis.ETP: (rank,)}
+    return RankSurvey(rank, groups, refs)
+
+
+def piece(index: int, count: int = 2, **changes) -> WeightRef:
+    shard = Shard(ShardAxis.TP, 0, index, count)
+    return replace(WeightRef(QKV, (192, 160), torch.bfloat16, shard, not_here), **changes)
+
+
+def put_together(*surveys: RankSurvey):
+    findings = Findings()
+    wholes = whole_weights(surveys, findings)
+    findings.raise_if_any()
+    return wholes
+
+
+def test_slices_of_a_group_are_one_weight_and_copies_are_replicas():
+    (whole,) = put_together(*(survey(rank, piece(rank % 2)) for rank in range(4)))
+    assert whole.shape == (384, 160)
+    assert whole.replicas == ((0, 1), (2, 3))
+    assert whole.axis is ShardAxis.TP
+
+
+def test_a_group_that_lacks_a_slice_does_not_deliver():
+    (whole,) = put_together(survey(0, piece(0)), survey(1), survey(2, piece(0)), survey(3, piece(1)))
+    assert whole.replicas == ((2, 3),)
+
+
+def test_a_weight_of_which_no_group_has_all_slices_is_an_error():
+    with pytest.raises(Exception, match=r"slices \[0\] of 2 are there"):
+        put_together(survey(0, piece(0)), survey(1))
+
+
+def test_slices_in_the_wrong_place_are_no_group():
+    with pytest.raises(Exception, match="Slices of weights are missing"):
+        put_together(survey(0, piece(1)), survey(1, piece(0)))
+
+
+@pytest.mark.parametrize("changes", [{"shape": (96, 160)}, {"dtype": torch.float32}, {"shard": None}])
+def test_slices_that_do_not_fit_together_are_an_error(changes):
+    with pytest.raises(Exception, match="do not fit together"):
+        put_together(survey(0, piece(0)), survey(1, piece(1, **changes)))
+
+
+def test_the_amax_is_the_largest_of_all_ranks():
+    states = [replace(STATE, amax=amax) for amax in (1.0, 3.0)]
+    (whole,) = put_together(*(survey(rank, piece(rank, weight=states[rank])) for rank in (0, 1)))
+    assert whole.weight.amax == 3.0
+
+
+@pytest.mark.parametrize("unusable", [None, float("nan")])
+def test_an_amax_that_one_rank_lacks_is_not_hidden_by_the_others(unusable):
+    states = [replace(STATE, amax=amax) for amax in (5.0, unusable)]
+    (whole,) = put_together(*(survey(rank, piece(rank, weight=states[rank])) for rank in (0, 1)))
+    assert whole.weight.amax is unusable or whole.weight.amax != whole.weight.amax
+
+
+@pytest.mark.parametrize("other", [None, replace(STATE, num_bits=8)])
+def test_ranks_that_quantize_otherwise_are_an_error(other):
+    with pytest.raises(Exception, match="Ranks disagree"):
+        put_together(survey(0, piece(0, weight=STATE)), survey(1, piece(1, weight=other)))
+
+
+def test_in_a_round_no_rank_is_in_two_buckets_and_every_task_is_in_one():
+    refs = [
+        *spread(weights(quantizer=NVFP4), (0, 1), ShardAxis.TP),
+    ]
+    experts = [
+        replace(ref, replicas=((0, 2), (1, 3))[ref.key.expert % 2 :][:1], axis=ShardAxis.ETP)
+        if ref.key.expert is not None
+        else ref
+        for ref in refs
+    ]
+    made = plan(experts)
+    rounds = make_rounds(made.tasks, bucket_bytes=50_000)
+    seen = []
+    for each in rounds:
+        ranks = [rank for bucket in each for rank in bucket.ranks]
+        assert len(ranks) == len(set(ranks))
+        for bucket in each:
+            assert sum(task.travel_bytes for task in bucket.tasks) <= 50_000 or len(bucket.tasks) == 1
+            assert all(task.ranks == bucket.ranks and task.source.axis is bucket.axis for task in bucket.tasks)
+            seen += bucket.tasks
+    assert sorted(map(id, seen)) == sorted(map(id, made.tasks))
+    # The order in which each rank's files are filled is that of its rounds.
+    for owner in range(4):
+        assert [task for task in in_order(made.tasks) if task.owner == owner] == [t for t in seen if t.owner == owner]
