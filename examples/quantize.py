@@ -33,7 +33,7 @@ from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_gpt_model
 from quantplug.megatron.checkpoint import save_checkpoint
 from quantplug.megatron.cpu import has_cuda
-from quantplug.megatron.parallel import current_topology, destroy_parallel, initialize_parallel
+from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 
@@ -128,8 +128,7 @@ def quantize(
 ) -> None:
     """Places the quantizers, checks that what they say can be exported, and only then calibrates."""
     mtq.quantize(model, {**config, "algorithm": None})
-    if current_topology().world_size == 1:  # An export is planned on one rank yet.
-        plan_export(model, source, calibrated=False)
+    plan_export(model, source, calibrated=False)
     mtq.calibrate(model, config["algorithm"], forward_loop)
 
 
