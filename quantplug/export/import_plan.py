@@ -7,11 +7,11 @@ from difflib import get_close_matches
 
 import torch
 
-from quantplug.errors import MappingError, ShapeError, SourceError, TopologyError
+from quantplug.errors import MappingError, ShapeError, SourceError
 from quantplug.export.findings import Findings, Kind
 from quantplug.export.hf_source import TensorHeader
 from quantplug.mappings.base import Family, ParamKey, WeightMapping
-from quantplug.mappings.layouts import ModelDimensions, QKVInterleave, VocabularyRows
+from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.megatron.parameters import MegatronParameter
 
 _SAME_MODEL = "Build the model from the config.json of this checkpoint, and pass every model chunk."
@@ -26,11 +26,6 @@ _DTYPE = Kind(
     "The source has weights that are not plain floating-point numbers.",
     "Import the checkpoint that it was quantized from.",
 )
-_SPREAD = Kind(
-    TopologyError,
-    "Query groups spread over several TP ranks are not imported.",
-    "Choose a TP size that divides the number of query groups.",
-)
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -40,11 +35,13 @@ class ImportTask:
 
     Attributes:
         sources: Names of the tensors in the checkpoint, in the order of the layout's parts.
+        cuts_cleanly: Whether this rank's slice is merged from slices of them; if not, it is cut from the merged whole.
     """
 
     parameter: MegatronParameter
     mapping: WeightMapping
     sources: tuple[str, ...]
+    cuts_cleanly: bool
 
 
 def plan_import(
@@ -76,7 +73,9 @@ def plan_import(
             reason = f"a model of this config has no {', '.join(mapping.hf_names(key))}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
-        task = ImportTask(parameter, mapping, tuple(aliases.get(name, name) for name in mapping.hf_names(key)))
+        sources = tuple(aliases.get(name, name) for name in mapping.hf_names(key))
+        slices = parameter.shard.count if parameter.shard else 1
+        task = ImportTask(parameter, mapping, sources, mapping.layout.cuts_cleanly(slices, dims))
         _check_shapes(task, tensors, dims, findings)
         tasks.append(task)
     return tuple(tasks)
@@ -130,13 +129,10 @@ def _check_shapes(
     task: ImportTask, tensors: Mapping[str, TensorHeader], dims: ModelDimensions, findings: Findings
 ) -> None:
     parameter, layout = task.parameter, task.mapping.layout
-    key, shard, shape = parameter.key, parameter.shard, whole_shape(parameter)
+    key, shape = parameter.key, whole_shape(parameter)
     problem = layout.problem(shape, dims)
     if problem is not None:
         findings.add(_SHAPE, key.name, problem, key.expert)
-        return
-    if shard is not None and isinstance(layout, QKVInterleave) and dims.num_query_groups % shard.count:
-        findings.add(_SPREAD, key.name, f"{dims.num_query_groups} query groups over {shard.count} ranks")
         return
     parts = layout.split(torch.empty(shape, device="meta"), dims)
     for name, part in zip(task.sources, parts, strict=True):
@@ -146,9 +142,9 @@ def _check_shapes(
 
 
 def part_bounds(task: ImportTask, size: int) -> tuple[int, int]:
-    """Where this rank's slice of a part of `size` entries along the sharded axis starts and ends."""
+    """Where what this rank reads of a part of `size` entries along the sharded axis starts and ends."""
     shard = task.parameter.shard
-    if shard is None:
+    if shard is None or not task.cuts_cleanly:
         return 0, size
     # Ranks hold equal numbers of *padded* rows of a vocabulary; the last ones may hold padding alone.
     if isinstance(task.mapping.layout, VocabularyRows):

@@ -47,7 +47,7 @@ def import_mcore_gpt_from_hf(
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
         MappingError: Tensors or parameters are missing or unknown.
         ShapeError: Shapes do not agree, the number of experts among them.
-        TopologyError: Megatron is not initialized, or the query groups do not divide over the TP ranks.
+        TopologyError: Megatron's parallel groups are not initialized.
     """
     config = all_or_none(lambda: _read_config(pretrained_model_path, workspace_dir, trust_remote_code))
     family = find_family(config.architecture)
@@ -102,6 +102,9 @@ def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: 
         for name, stored in zip(names, task.sources, strict=True)
     }
     merged = task.mapping.to_megatron(task.parameter.key, tensors, dims)
+    shard = task.parameter.shard
+    if shard is not None and not task.cuts_cleanly:
+        merged = merged.chunk(shard.count, dim=shard.dim)[shard.index]
     target = task.parameter.tensor
     target[: merged.shape[0]].copy_(merged if dtype is None else merged.to(dtype))
     target[merged.shape[0] :].zero_()  # Megatron's padding of the vocabulary; empty for everything else.

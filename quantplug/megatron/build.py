@@ -98,7 +98,7 @@ def check_divisible(
 ) -> None:
     """Refuses a model whose sizes do not divide over the ranks.
 
-    Megatron can spread fewer key-value heads than TP ranks over them; quantplug's layouts cannot.
+    Fewer query groups than TP ranks are spread over them, the same number of ranks to each.
 
     Raises:
         TopologyError: Names every size at fault.
@@ -108,7 +108,6 @@ def check_divisible(
     divisions = [
         ("num_layers", stages, "pipeline stages"),
         ("num_attention_heads", topology.tp, "TP ranks"),
-        ("num_query_groups", topology.tp, "TP ranks"),
         ("ffn_hidden_size", topology.tp, "TP ranks"),
         ("num_moe_experts", topology.ep, "EP ranks"),
         ("moe_ffn_hidden_size", topology.etp, "ETP ranks"),
@@ -118,6 +117,10 @@ def check_divisible(
         for name, count, ranks in divisions
         if sizes.get(name) is not None and sizes[name] % count
     ]
+    groups = sizes["num_query_groups"]
+    if max(groups, topology.tp) % min(groups, topology.tp):
+        reason = f"{groups} and {topology.tp} TP ranks do not divide one another"
+        offenders.append(Offender("num_query_groups", reason, rank=topology.rank))
     if offenders:
         raise TopologyError(
             "The model does not divide over these parallel sizes.", offenders, "Choose sizes that divide these numbers."

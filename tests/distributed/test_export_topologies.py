@@ -18,8 +18,9 @@ from tests.distributed.export_worker import quantized_model
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("export_worker.py")
 RANKS = 4
-# tp-ep-etp-pp on four ranks: what the sizes leave over is data parallel.
-LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-1-2-2", "1-4-1-1"]
+# tp-ep-etp-pp on four ranks; what the sizes leave over is data parallel. TP 4 is more ranks than there are query
+# groups, and with ETP 4 blocks straddle the slices of the experts.
+LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-1-2-2", "1-4-1-1", "4-1-4-1"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

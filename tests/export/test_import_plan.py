@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from quantplug.errors import TopologyError
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import TensorHeader
 from quantplug.export.import_plan import ImportTask, part_bounds, plan_import, whole_shape
@@ -34,7 +33,7 @@ def headers(**shapes: tuple[int, ...]) -> dict[str, TensorHeader]:
 
 def task(key: ParamKey, *shape: int, shard: Shard | None = None) -> ImportTask:
     mapping = FAMILY.by_megatron()[key.module]
-    return ImportTask(parameter(key, *shape, shard=shard), mapping, mapping.hf_names(key))
+    return ImportTask(parameter(key, *shape, shard=shard), mapping, mapping.hf_names(key), cuts_cleanly=True)
 
 
 def test_whole_shape_of_a_slice():
@@ -57,12 +56,12 @@ def test_other_parts_are_cut_evenly():
     assert part_bounds(task(QKV, 192, 160, shard=Shard(ShardAxis.TP, 0, 1, 2)), 96) == (48, 96)
 
 
-def test_query_groups_that_spread_over_ranks_are_refused():
+def test_fewer_query_groups_than_ranks_are_read_whole():
     spread = parameter(QKV, 96, 160, shard=Shard(ShardAxis.TP, 0, 0, 4))
-    findings = Findings()
-    plan_import([spread], headers(q_proj=(192, 160), k_proj=(96, 160), v_proj=(96, 160)), FAMILY, DIMS, False, findings)
-    with pytest.raises(TopologyError, match="2 query groups over 4 ranks"):
-        findings.raise_if_any()
+    tensors = headers(q_proj=(192, 160), k_proj=(96, 160), v_proj=(96, 160))
+    (found,) = plan_import([spread], tensors, FAMILY, DIMS, False, Findings())
+    assert not found.cuts_cleanly
+    assert part_bounds(found, 192) == (0, 192)
 
 
 def test_shapes_of_a_slice_are_checked_as_the_whole():
