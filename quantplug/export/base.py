@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -199,16 +199,6 @@ class ExportPlan:
     def expected(self) -> dict[str, TensorSpec]:
         """What must be on disk afterwards, by name."""
         return {spec.name: spec for task in self.tasks for part in task.outputs for spec in part.tensors}
-
-
-class TensorSink(Protocol):
-    """Takes the tensors of an export in the plan's order."""
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes one tensor; the caller does not change it afterwards."""
-
-    def close(self) -> None:
-        """Makes what was written complete and durable; nothing is visible as finished before."""
 
 
 Progress = Callable[[str, int, int], None]
