@@ -23,7 +23,9 @@ from transformers import AutoTokenizer
 
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug import import_mcore_gpt_from_hf
-from quantplug.calibration.collect import collect_statistics
+from quantplug.calibration.calibrate import CalibrationRecord, calibrate
+from quantplug.calibration.collect import gather_statistics
+from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
 from quantplug.calibration.render import print_statistics
 from quantplug.errors import CalibrationError, Offender
 from quantplug.export.hf_source import resolve_source
@@ -84,6 +86,12 @@ def main(
     calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    expert_weights: Annotated[
+        ExpertWeights, typer.Option(help="One amax for each expert's weight, or one for all experts of a layer.")
+    ] = ExpertWeights.PER_EXPERT,
+    cold_experts: Annotated[
+        ColdExperts, typer.Option(help="What becomes of an expert that saw no calibration token.")
+    ] = ColdExperts.ERROR,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
@@ -103,12 +111,14 @@ def main(
         out.print(f"Quantizing with {export_quant_cfg.value}{' weight-only' if weight_only else ''} ...")
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
         forward_loop = calibration_loop(source.directory, data, trust_remote_code) if with_data else None
-        quantize(model, source.directory, quant_config(export_quant_cfg, weight_only), forward_loop)
+        policy = CalibrationPolicy(expert_weights, cold_experts)
+        record = quantize(model, source.directory, quant_config(export_quant_cfg, weight_only), forward_loop, policy)
 
-        statistics = collect_statistics(model)
-        print_statistics(statistics, out)
-        if stats_json is not None:
-            statistics.save(stats_json)
+        statistics = gather_statistics(model, record)
+        if topology.rank == 0:
+            print_statistics(statistics, out)
+            if stats_json is not None:
+                statistics.save(stats_json)
         about = {"hf_model_id": hf_model_id, "quant_cfg": export_quant_cfg.value, "weight_only": weight_only}
         save_checkpoint(model, megatron_save_path, extra=about)
         out.print(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")
@@ -124,12 +134,16 @@ def quant_config(name: QuantConfigName, weight_only: bool) -> dict[str, Any]:
 
 
 def quantize(
-    model: torch.nn.Module, source: Path, config: dict[str, Any], forward_loop: Callable[[torch.nn.Module], None] | None
-) -> None:
+    model: torch.nn.Module,
+    source: Path,
+    config: dict[str, Any],
+    forward_loop: Callable[[torch.nn.Module], None] | None,
+    policy: CalibrationPolicy,
+) -> CalibrationRecord:
     """Places the quantizers, checks that what they say can be exported, and only then calibrates."""
     mtq.quantize(model, {**config, "algorithm": None})
     plan_export(model, source, calibrated=False)
-    mtq.calibrate(model, config["algorithm"], forward_loop)
+    return calibrate(model, forward_loop, policy)
 
 
 def calibration_loop(source: Path, data: CalibrationData, trust_remote_code: bool) -> Callable[[torch.nn.Module], None]:

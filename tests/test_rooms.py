@@ -12,7 +12,8 @@ PACKAGE = Path(quantplug.__file__).parent
 ROWS = (
     ("cli", "cli_tables"),
     ("export",),
-    ("calibration", "plugins"),
+    ("plugins",),
+    ("calibration",),
     ("megatron",),
     ("mappings", "formats"),
     ("atomic", "errors", "topology"),

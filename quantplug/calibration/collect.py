@@ -1,33 +1,84 @@
 """Reads the calibration table out of a live, quantized Megatron model."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
+from transformer_engine.pytorch import GroupedLinear
 
+from quantplug.calibration.calibrate import CalibrationRecord
+from quantplug.calibration.quantizers import is_dynamic, leaf_quantizers
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
 from quantplug.mappings.base import ParamKey
+from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
+_DECODER_EXPERTS = "decoder.layers.*.mlp.experts."
+"""Start of the names that a `CalibrationRecord` is about; those of multi-token prediction layers start otherwise."""
 
-def collect_statistics(model: nn.Module | Sequence[nn.Module]) -> CalibrationTable:
-    """The quantizers that this rank holds, of all its virtual pipeline stages.
 
-    The weight of a quantized module has a row whether its quantizer is enabled or not; any other quantizer, such as
-    that of an input, only when it is enabled. `CalibrationTable.merged` makes one table of those of all ranks.
+def gather_statistics(
+    model: nn.Module | Sequence[nn.Module], record: CalibrationRecord | None = None
+) -> CalibrationTable:
+    """One table of the quantizers of all ranks and virtual pipeline stages; the same on every rank.
+
+    A collective: all ranks must call it. Rows are metadata, and travel as objects, once.
 
     Args:
         model: A quantized `GPTModel`, wrapped or bare, or the list of them that virtual pipelining makes.
+        record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
+
+    Raises:
+        CalibrationError: Ranks disagree on what they hold.
+        UnsupportedModelError: There is something else than a `GPTModel` inside.
+        TopologyError: Megatron's parallel groups are not initialized.
+    """
+    mine = all_or_none(lambda: collect_statistics(model, record))
+    tables = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        tables *= dist.get_world_size()
+        dist.all_gather_object(tables, mine)
+    return CalibrationTable.merged(tables)
+
+
+def collect_statistics(
+    model: nn.Module | Sequence[nn.Module], record: CalibrationRecord | None = None
+) -> CalibrationTable:
+    """The quantizers that this rank holds, of all its virtual pipeline stages.
+
+    The weight of a quantized module has a row whether its quantizer is enabled or not; any other quantizer, such as
+    that of an input, only when it is enabled. Where experts share one input quantizer, each that fell back to it has a
+    row of its own beside it.
+
+    Args:
+        model: A quantized `GPTModel`, wrapped or bare, or the list of them that virtual pipelining makes.
+        record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
 
     Raises:
         UnsupportedModelError: There is something else than a `GPTModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
-    return CalibrationTable.merged(CalibrationTable(tuple(_rows(chunk))) for chunk in model_chunks(model))
+    record = record or CalibrationRecord()
+    return CalibrationTable.merged(
+        CalibrationTable(tuple(_with_tokens(row, record) for row in _rows(chunk, record)))
+        for chunk in model_chunks(model)
+    )
 
 
-def _rows(chunk: nn.Module) -> Iterator[StatisticsRow]:
+def _with_tokens(row: StatisticsRow, record: CalibrationRecord) -> StatisticsRow:
+    layer, expert = row.key.layer, row.key.expert
+    tokens = None if layer is None else record.tokens.get(layer)
+    if tokens is None or expert is None or not row.key.module.startswith(_DECODER_EXPERTS):
+        return row
+    is_fallback = row.source is Source.CALIBRATED and ".weight" not in row.key.module
+    source = Source.FALLBACK if is_fallback and (layer, expert) in record.fallback else row.source
+    return replace(row, source=source, tokens=tokens.by_expert[expert], coverage=tokens.coverage(expert))
+
+
+def _rows(chunk: nn.Module, record: CalibrationRecord) -> Iterator[StatisticsRow]:
     parameters = list(iter_parameters(chunk))
     by_tensor = {id(parameter.tensor): parameter for parameter in parameters}
     modules = _module_keys(parameters)
@@ -36,16 +87,16 @@ def _rows(chunk: nn.Module) -> Iterator[StatisticsRow]:
     for name, module in chunk.named_modules():
         if isinstance(module, QuantModule):
             for weight, quantizer in module.iter_weights_for_calibration():
-                leaves = _leaves(quantizer)
+                leaves = leaf_quantizers(quantizer)
                 of_weights.update(leaves)
                 yield _weight_row(by_tensor[id(weight)], leaves)
         elif isinstance(module, TensorQuantizer) and module.is_enabled and module not in of_weights:
-            yield _activation_row(_key(name, modules), module)
-
-
-def _leaves(quantizer: nn.Module) -> list[TensorQuantizer]:
-    """The tensor quantizers in one quantizer: itself, or the members of a sequential one."""
-    return [module for module in quantizer.modules() if isinstance(module, TensorQuantizer)]
+            key = _key(name, modules)
+            yield _activation_row(key, module)
+            if isinstance(chunk.get_submodule(name.rpartition(".")[0]), GroupedLinear):
+                for layer, expert in sorted(record.fallback):
+                    if layer == key.layer:
+                        yield _activation_row(replace(key, expert=expert), module)
 
 
 def _weight_row(parameter: MegatronParameter, quantizers: Sequence[TensorQuantizer]) -> StatisticsRow:
@@ -69,8 +120,7 @@ def _activation_row(key: ParamKey, quantizer: TensorQuantizer) -> StatisticsRow:
 
 def _amax(enabled: Sequence[TensorQuantizer]) -> tuple[Source, float | None]:
     """The largest amax of enabled quantizers of one tensor; MISSING as soon as one lacks it."""
-    # ModelOpt has no public name for "dynamic" of a whole quantizer, only for the MX formats.
-    static = [quantizer for quantizer in enabled if not (quantizer.is_mx_format or quantizer._dynamic)]
+    static = [quantizer for quantizer in enabled if not is_dynamic(quantizer)]
     if not static:
         return Source.DYNAMIC, None
     amaxes = [quantizer.amax for quantizer in static]

@@ -13,7 +13,9 @@ TITLE = "Quantization Statistics"
 # Below this width, folding a name into what the other columns leave makes it unreadable.
 LEAST_NAME_WIDTH = 24
 
-_STYLES = {Source.MISSING: "bold red", Source.DISABLED: "dim", Source.DYNAMIC: "dim"}
+COLD = "cold"
+
+_STYLES = {Source.MISSING: "bold red", Source.FALLBACK: "yellow", Source.DISABLED: "dim", Source.DYNAMIC: "dim"}
 
 
 def print_statistics(table: CalibrationTable, console: Console) -> None:
@@ -37,28 +39,43 @@ def wide_table(table: CalibrationTable) -> Table:
     wide.add_column("Shape", no_wrap=True)
     wide.add_column("Max Value", justify="right", no_wrap=True)
     wide.add_column("Source", no_wrap=True)
+    counted = has_tokens(table)
+    if counted:
+        wide.add_column("Tokens", justify="right", no_wrap=True)
+        wide.add_column("Coverage", justify="right", no_wrap=True)
     for row in table.rows:
-        wide.add_row(row.parameter, _expert(row), str(row.shape), _amax(row), row.source.value, style=_style(row))
+        values = (row.parameter, _expert(row), str(row.shape), _amax(row), row.source.value)
+        tokens = (_tokens(row), _coverage(row)) if counted else ()
+        wide.add_row(*values, *tokens, style=_style(row))
     return wide
 
 
 def narrow_table(table: CalibrationTable) -> Table:
     """Two rows for each quantizer: its name, and below it what the wide table has beside it."""
     narrow = Table(title=TITLE, caption=summary(table), box=box.SIMPLE_HEAD)
-    narrow.add_column("Parameter Name / Expert / Shape / Max Value / Source", overflow="fold")
+    tokens = " / Tokens / Coverage" if has_tokens(table) else ""
+    narrow.add_column(f"Parameter Name / Expert / Shape / Max Value / Source{tokens}", overflow="fold")
     for row in table.rows:
         expert = "" if row.expert is None else f"expert {row.expert}"
-        values = (expert, str(row.shape), _amax(row), row.source.value)
+        seen = "" if row.tokens is None else f"{row.tokens} tokens"
+        values = (expert, str(row.shape), _amax(row), row.source.value, seen, _coverage(row))
         narrow.add_row(row.parameter, style=_style(row))
         narrow.add_row("  " + "  ".join(filter(None, values)), style=_style(row))
     return narrow
 
 
 def summary(table: CalibrationTable) -> str:
-    """How many quantizers there are of each source."""
+    """How many quantizers there are of each source, and how many experts saw no token."""
     counts = Counter(row.source for row in table.rows)
     parts = [f"{counts[source]} {source.value}" for source in Source if counts[source]]
-    return f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
+    cold = {(row.key.layer, row.key.expert) for row in table.rows if row.is_cold}
+    text = f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
+    return text + (f"; {len(cold)} cold experts" if cold else "")
+
+
+def has_tokens(table: CalibrationTable) -> bool:
+    """Whether the experts' tokens were counted: without data there are none to show."""
+    return any(row.tokens is not None for row in table.rows)
 
 
 def _expert(row: StatisticsRow) -> str:
@@ -69,5 +86,15 @@ def _amax(row: StatisticsRow) -> str:
     return "-" if row.amax is None else f"{row.amax:.4e}"
 
 
+def _tokens(row: StatisticsRow) -> str:
+    return "" if row.tokens is None else str(row.tokens)
+
+
+def _coverage(row: StatisticsRow) -> str:
+    if row.coverage is None:
+        return ""
+    return COLD if row.is_cold else f"{row.coverage:.2f}"
+
+
 def _style(row: StatisticsRow) -> str:
-    return _STYLES.get(row.source, "")
+    return _STYLES.get(row.source, "yellow" if row.is_cold else "")

@@ -15,20 +15,21 @@ from quantplug.atomic import write_atomically
 from quantplug.errors import CalibrationError, Offender, SourceError
 from quantplug.mappings.base import ParamKey
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Source(StrEnum):
     """Where an amax comes from, or why there is none. Earlier members win when ranks are merged."""
 
     MISSING = "missing"  # Enabled, and yet without an amax: an export refuses it.
+    FALLBACK = "fallback"  # Of its layer's experts, because this one saw no calibration token.
     WEIGHT = "weight"  # Exactly max|weight| of this weight.
     CALIBRATED = "calibrated"  # From data, from a search, or reduced together with other tensors.
     DYNAMIC = "dynamic"  # Computed anew in every forward, by the format's definition.
     DISABLED = "disabled"  # Not quantized.
 
 
-HAS_AMAX = frozenset({Source.WEIGHT, Source.CALIBRATED})
+HAS_AMAX = frozenset({Source.FALLBACK, Source.WEIGHT, Source.CALIBRATED})
 _PRECEDENCE = tuple(Source)
 
 
@@ -42,14 +43,22 @@ class StatisticsRow:
         shape: Shape of the whole weight, tensor parallel shards put together; of the amax for an activation.
         amax: Largest of the quantizer's amax values, None without any.
         source: Where the amax comes from, or why there is none.
+        tokens: Calibration tokens that this expert saw, over all ranks; None for what is no routed expert, and where
+            no data was run.
+        coverage: `tokens` over the expert's fair share, which is the data's tokens times topk over the number of
+            experts: 1 is an even routing, 0 a cold expert.
     """
 
     key: ParamKey
     shape: tuple[int, ...]
     amax: float | None
     source: Source
+    tokens: int | None = None
+    coverage: float | None = None
 
     def __post_init__(self) -> None:
+        if (self.tokens is None) != (self.coverage is None):
+            raise ValueError(f"{self.parameter}: {self.tokens} tokens do not go with coverage {self.coverage}")
         if (self.amax is not None) != (self.source in HAS_AMAX):
             raise ValueError(f"{self.parameter}: amax {self.amax} does not go with source {self.source.value}")
 
@@ -61,6 +70,11 @@ class StatisticsRow:
     @property
     def expert(self) -> int | None:
         return self.key.expert
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether calibration ran data, and no token of it reached this expert."""
+        return self.tokens == 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class CalibrationTable:
         The order of the result does not depend on how layers and experts were spread over the ranks.
 
         Raises:
-            CalibrationError: Ranks disagree on a weight's shape, or on whether it is quantized.
+            CalibrationError: Ranks disagree on a weight's shape, on whether it is quantized, or on an expert's tokens.
         """
         found: dict[ParamKey, list[StatisticsRow]] = {}
         for table in tables:
@@ -137,6 +151,8 @@ def _check_agreement(found: Mapping[ParamKey, list[StatisticsRow]]) -> None:
             offenders.append(Offender(key.name, f"has shapes {shapes}", key.expert))
         if len({row.source is Source.DISABLED for row in rows}) > 1:
             offenders.append(Offender(key.name, "is quantized on some ranks and not on others", key.expert))
+        if len(counts := {row.tokens for row in rows if row.tokens is not None}) > 1:
+            offenders.append(Offender(key.name, f"saw {sorted(counts)} tokens by different counts", key.expert))
     if offenders:
         raise CalibrationError(
             "Ranks disagree on what they hold.", offenders, "Quantize the model with one config on all ranks."
@@ -148,7 +164,9 @@ def _combined(rows: list[StatisticsRow]) -> StatisticsRow:
     amaxes = [row.amax for row in rows if row.amax is not None]
     # max() alone would lose a NaN that does not come first.
     largest = math.nan if any(map(math.isnan, amaxes)) else max(amaxes, default=None)
-    return StatisticsRow(rows[0].key, rows[0].shape, largest if source in HAS_AMAX else None, source)
+    counted = next((row for row in rows if row.tokens is not None), rows[0])
+    amax = largest if source in HAS_AMAX else None
+    return StatisticsRow(rows[0].key, rows[0].shape, amax, source, counted.tokens, counted.coverage)
 
 
 def _ordered(rows: Iterable[StatisticsRow]) -> list[StatisticsRow]:
@@ -174,6 +192,8 @@ def _row_to_json(row: StatisticsRow) -> dict[str, Any]:
         "shape": list(row.shape),
         "amax": row.amax if finite else str(row.amax),
         "source": row.source.value,
+        "tokens": row.tokens,
+        "coverage": row.coverage,
     }
 
 
@@ -195,7 +215,9 @@ def _row_from_json(entry: Any) -> StatisticsRow:
     if entry["parameter"] != key.name:
         raise ValueError(f"parameter {entry['parameter']!r} is not {key.name!r}")
     amax = None if entry["amax"] is None else float(entry["amax"])
-    return StatisticsRow(key, tuple(int(size) for size in entry["shape"]), amax, Source(entry["source"]))
+    coverage = None if entry["coverage"] is None else float(entry["coverage"])
+    shape = tuple(int(size) for size in entry["shape"])
+    return StatisticsRow(key, shape, amax, Source(entry["source"]), _id(entry["tokens"]), coverage)
 
 
 def _id(value: Any) -> int | None:

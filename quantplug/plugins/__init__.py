@@ -14,6 +14,7 @@ from transformer_engine.pytorch import GroupedLinear
 
 from quantplug.plugins.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.dense import DENSE_WRAPPERS
+from quantplug.plugins.max_calibration import register_max_calibration
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
     QuantRowParallelGroupedLinear,
@@ -43,7 +44,7 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
 
 
 def register() -> None:
-    """Registers our wrappers with ModelOpt in place of its own, our refusals before conversions, and NVFP4 on CPU."""
+    """Registers our wrappers with ModelOpt in place of its own, our refusals, NVFP4 on CPU, and our reductions."""
     if not all(map(_is_registered, WRAPPERS)):
         for module_class in WRAPPERS:
             QuantModuleRegistry.unregister(module_class)
@@ -53,6 +54,7 @@ def register() -> None:
             QuantModuleRegistry.register({module_class: key})(wrapper)
     CUSTOM_MODEL_PLUGINS.add(refuse_unsupported)
     register_cpu_kernels()
+    register_max_calibration()
 
 
 def _is_registered(module_class: type[nn.Module]) -> bool:

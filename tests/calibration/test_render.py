@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -88,3 +89,19 @@ def test_summary_counts_by_source() -> None:
 
 def test_an_empty_table_prints() -> None:
     assert "0 quantizers" in printed(80, terminal=True, table=CalibrationTable(()))
+
+
+def test_tokens_are_shown_and_cold_experts_marked() -> None:
+    name = ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 0, 1)
+    cold = StatisticsRow(name, (192, 160), 0.5, Source.WEIGHT, tokens=0, coverage=0.0)
+    warm = StatisticsRow(replace(name, expert=2), (192, 160), 0.5, Source.WEIGHT, tokens=123, coverage=2.0)
+    table = CalibrationTable((cold, warm))
+
+    for text in (printed(200, terminal=False, table=table), without_escapes(printed(40, terminal=True, table=table))):
+        assert re.search(r"\b0( tokens)?  +cold", text)
+        assert re.search(r"\b123( tokens)?  +2\.00", text)
+        assert "1 cold experts" in text
+
+
+def test_there_are_no_token_columns_without_tokens() -> None:
+    assert "Tokens" not in printed(200, terminal=False)

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,10 @@ def test_json_gives_back_the_same_table(original: CalibrationTable) -> None:
 
 
 def test_json_is_what_a_script_would_read() -> None:
-    text = table(row(layer=3, expert=7, amax=0.25)).to_json()
+    text = table(replace(row(layer=3, expert=7, amax=0.25), tokens=6, coverage=1.5)).to_json()
 
     assert json.loads(text) == {
-        "schema_version": 1,
+        "schema_version": 2,
         "rows": [
             {
                 "parameter": "decoder.layers.3.mlp.experts.linear_fc1.weight7",
@@ -60,6 +61,8 @@ def test_json_is_what_a_script_would_read() -> None:
                 "shape": [192, 160],
                 "amax": 0.25,
                 "source": "weight",
+                "tokens": 6,
+                "coverage": 1.5,
             }
         ],
     }
@@ -107,9 +110,9 @@ def test_unreadable_rows_are_all_named() -> None:
         ("", "is no JSON"),
         ("[]", "has no list of rows"),
         ('{"rows": 1, "schema_version": 1}', "has no list of rows"),
-        ('{"rows": []}', "has schema_version None, not 1"),
-        ('{"rows": [], "schema_version": 2}', "has schema_version 2, not 1"),
-        ('{"rows": [3], "schema_version": 1}', r"rows\[0\]"),
+        ('{"rows": []}', "has schema_version None, not 2"),
+        ('{"rows": [], "schema_version": 1}', "has schema_version 1, not 2"),
+        ('{"rows": [3], "schema_version": 2}', r"rows\[0\]"),
     ],
 )
 def test_another_file_is_refused(text: str, reason: str) -> None:
@@ -194,6 +197,36 @@ def test_ranks_that_disagree_are_all_named() -> None:
     assert (first.parameter, first.expert) == ("decoder.layers.0.mlp.experts.linear_fc1.weight3", 3)
     assert first.reason == "has shapes [(96, 160), (192, 160)]"
     assert second.parameter == "decoder.layers.1.self_attention.linear_qkv.weight"
+
+
+def test_merging_keeps_tokens_that_only_some_ranks_know() -> None:
+    counted = replace(row(expert=3), tokens=0, coverage=0.0)
+
+    (merged,) = CalibrationTable.merged([table(row(expert=3)), table(counted)]).rows
+
+    assert merged == counted
+    assert merged.is_cold
+    assert not row(expert=3).is_cold
+
+
+def test_a_fallback_wins_over_calibrated_and_not_over_missing() -> None:
+    fallback, calibrated = row(source=Source.FALLBACK), row(source=Source.CALIBRATED)
+    missing = row(source=Source.MISSING, amax=None)
+
+    assert CalibrationTable.merged([table(calibrated), table(fallback)]).rows == (fallback,)
+    assert CalibrationTable.merged([table(fallback), table(missing)]).rows == (missing,)
+
+
+def test_counts_that_disagree_are_refused() -> None:
+    counts = [table(replace(row(expert=3), tokens=tokens, coverage=1.0)) for tokens in (4, 8)]
+
+    with pytest.raises(CalibrationError, match=r"saw \[4, 8\] tokens"):
+        CalibrationTable.merged(counts)
+
+
+def test_tokens_and_coverage_come_together() -> None:
+    with pytest.raises(ValueError, match="do not go with coverage"):
+        replace(row(), tokens=4)
 
 
 def test_no_tables_make_an_empty_one() -> None:

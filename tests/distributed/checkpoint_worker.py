@@ -31,9 +31,9 @@ Key = tuple[int, str, int]
 """Global layer, name of the grouped linear, global expert."""
 
 
-def without_attention(config: dict[str, Any]) -> dict[str, Any]:
+def without(pattern: str, config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
-    config["quant_cfg"].append({"quantizer_name": "*self_attention*", "enable": False})
+    config["quant_cfg"].append({"quantizer_name": pattern, "enable": False})
     return config
 
 
@@ -141,7 +141,7 @@ def main(directory: Path) -> None:
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("nvfp4", mtq.W4A16_NVFP4_CFG, {}),
         ("fp8", WEIGHT_ONLY_FP8, {}),
-        ("fp8_blockwise", without_attention(BLOCKWISE), {"moe_ffn_hidden_size": 256}),
+        ("fp8_blockwise", without("*self_attention*", BLOCKWISE), {"moe_ffn_hidden_size": 256}),
     ]
     for name, config, model in cases:
         expected = save(directory / name, config, **model)
@@ -150,14 +150,23 @@ def main(directory: Path) -> None:
             if dist.get_rank() == 0:
                 sys.stdout.write(f"{name} {layout} ok\n")
     virtual_stages(directory / "virtual")
-    # Expert width 96 and the 192 rows that a rank has of q, k and v have no whole blocks of 128.
+    # No whole blocks: expert width 96, and on each of two ranks 96 columns of the projection and 192 rows of q, k, v.
     fc1 = {f"decoder.layers.0.mlp.experts.linear_fc1.weight_quantizer.{expert}._amax" for expert in range(8)}
     refused(directory / "experts", {"tp": 1, "etp": 2}, ShapeError, fc1)
+    projection = {"decoder.layers.0.self_attention.linear_proj.weight_quantizer._amax"}
+    refused(directory / "projection", {"tp": 2}, ShapeError, projection)
     qkv = {"decoder.layers.0.self_attention.linear_qkv.weight_quantizer._amax"}
-    refused(directory / "qkv", {"tp": 2}, ShapeError, qkv)
+    refused(directory / "qkv", {"tp": 2}, ShapeError, qkv, without("*linear_proj*", BLOCKWISE))
     fc1 = {"decoder.layers.0.mlp.linear_fc1.weight_quantizer._amax"}
     gated = {**DENSE, "ffn_hidden_size": 512}
-    refused(directory / "gated", {"tp": 2}, UnsupportedQuantizationError, fc1, without_attention(BLOCKWISE), **gated)
+    refused(
+        directory / "gated",
+        {"tp": 2},
+        UnsupportedQuantizationError,
+        fc1,
+        without("*self_attention*", BLOCKWISE),
+        **gated,
+    )
     dist.destroy_process_group()
 
 

@@ -1,0 +1,162 @@
+"""Calibrates a quantized model: ModelOpt collects; here tokens are counted, cold experts judged, amaxes reduced."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch.distributed as dist
+from modelopt.torch.quantization import model_calib
+from modelopt.torch.quantization.nn import QuantModule
+from torch import nn
+
+from quantplug.calibration.policy import (
+    CalibrationPolicy,
+    ColdExperts,
+    ExpertWeights,
+    apply_to_cold_experts,
+    refuse_weight_only_fallback,
+)
+from quantplug.calibration.quantizers import leaf_quantizers, needs_amax
+from quantplug.calibration.shared_amax import plan_reductions
+from quantplug.calibration.sync import synchronize
+from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
+from quantplug.errors import Offender, WeightError
+from quantplug.megatron.agreement import all_or_none
+
+Model = nn.Module | Sequence[nn.Module]
+ForwardLoop = Callable[[Any], None]
+
+_COLLECT = {"method": "max", "distributed_sync": False}
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What calibration saw of the routed experts, which the model itself does not keep.
+
+    Attributes:
+        tokens: Global layer to its experts' tokens over all ranks, for the layers that this rank holds; empty without
+            data.
+        fallback: (global layer, global expert) of every expert whose input amax is its layer's largest.
+    """
+
+    tokens: Mapping[int, LayerTokens] = field(default_factory=dict)
+    fallback: frozenset[tuple[int, int]] = frozenset()
+
+
+def calibrate(
+    model: Model, forward_loop: ForwardLoop | None = None, policy: CalibrationPolicy | None = None
+) -> CalibrationRecord:
+    """Gives every quantizer that `mtq.quantize(model, {**config, "algorithm": None})` placed its amax, by maximum.
+
+    A collective: all ranks must call it. The number of its collectives, beside those of the forward loop, does not
+    depend on the model (`sync`, `tokens`).
+
+    Args:
+        model: A quantized model, or the list of them that virtual pipelining makes.
+        forward_loop: Runs calibration data through the model that it is given (the list under virtual pipelining);
+            None calibrates the weights alone.
+        policy: The choices; by default every expert has its own weight amax, and a cold expert is an error.
+
+    Returns:
+        What `gather_statistics` shows of tokens and fallbacks.
+
+    Raises:
+        CalibrationError: An expert saw no token under the policy `error`; or an amax is missing or not a finite number
+            of at least zero. On all ranks.
+        WeightError: A weight to quantize holds NaN or Inf.
+        UnsupportedQuantizationError: The policy `weight_only_fallback` does not go with a format of the model.
+    """
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+
+    def collect(loop: ForwardLoop | None) -> None:
+        _collect(chunks, None if loop is None else lambda: loop(model))
+
+    return _calibrate(chunks, collect, forward_loop, policy or CalibrationPolicy(), strict=True)
+
+
+def max_calibrate(
+    model: nn.Module,
+    forward_loop: ForwardLoop | None = None,
+    distributed_sync: bool | None = True,
+    sync_expert_weight_amax: bool = False,
+    **options: Any,
+) -> None:
+    """Stands for ModelOpt's calibration of the same name and arguments: its collection, and our reductions.
+
+    An activation that saw no data on any rank stays without an amax, as in ModelOpt. `sync_expert_weight_amax` is the
+    policy `shared`.
+
+    Raises:
+        CalibrationError: As `calibrate`.
+    """
+
+    def collect(loop: ForwardLoop | None) -> None:
+        model_calib.max_calibrate(model, loop, distributed_sync=False, **options)
+
+    if not distributed_sync:
+        model_calib.max_calibrate(
+            model, forward_loop, distributed_sync=False, sync_expert_weight_amax=sync_expert_weight_amax, **options
+        )
+        return
+    weights = ExpertWeights.SHARED if sync_expert_weight_amax else ExpertWeights.PER_EXPERT
+    _calibrate([model], collect, forward_loop, CalibrationPolicy(weights), strict=False)
+
+
+def _calibrate(
+    chunks: Sequence[nn.Module],
+    collect: Callable[[ForwardLoop | None], None],
+    forward_loop: ForwardLoop | None,
+    policy: CalibrationPolicy,
+    *,
+    strict: bool,
+) -> CalibrationRecord:
+    all_or_none(lambda: _require_finite_weights(chunks))
+    layers = expert_layers(chunks)
+    with_data = forward_loop is not None
+    if with_data and policy.cold_experts is ColdExperts.WEIGHT_ONLY_FALLBACK:
+        all_or_none(lambda: refuse_weight_only_fallback(layers))
+    counter = TokenCounter(layers)
+    with counter.counting() if with_data else nullcontext():
+        all_or_none(lambda: collect(forward_loop))
+    tokens = counter.reduced() if with_data else []
+    fallback: frozenset[tuple[int, int]] = frozenset()
+    if with_data:
+        fallback = all_or_none(lambda: apply_to_cold_experts(policy.cold_experts, layers, tokens))
+    plan = all_or_none(lambda: plan_reductions(chunks, policy.expert_weights))
+    synchronize(plan, require_activations=strict and with_data)
+    return CalibrationRecord({counted.layer: counted for counted in tokens}, fallback)
+
+
+def _require_finite_weights(chunks: Sequence[nn.Module]) -> None:
+    """ModelOpt's collection ends at the first NaN, on the rank that has it alone."""
+    offenders = [
+        Offender(name, "holds NaN or Inf", rank=dist.get_rank() if dist.is_initialized() else 0)
+        for chunk in chunks
+        for name, module in chunk.named_modules()
+        if isinstance(module, QuantModule)
+        and any(
+            any(map(needs_amax, leaf_quantizers(quantizer))) and not bool(weight.detach().isfinite().all())
+            for weight, quantizer in module.iter_weights_for_calibration()
+        )
+    ]
+    if offenders:
+        raise WeightError("Weights to quantize are not finite.", offenders, "Import the weights, or mend their source.")
+
+
+def _collect(chunks: Sequence[nn.Module], run: Callable[[], None] | None) -> None:
+    """ModelOpt's collection of every chunk at once: each one's data is what runs while the next ones collect."""
+    first, *rest = chunks
+
+    def forward(_: nn.Module) -> None:
+        if rest:
+            _collect(rest, run)
+        elif run is not None:
+            run()
+
+    if run is None:
+        for chunk in chunks:
+            mtq.calibrate(chunk, _COLLECT)
+    else:
+        mtq.calibrate(first, _COLLECT, forward)

@@ -1,0 +1,21 @@
+"""What calibration asks of a quantizer."""
+
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+
+
+def leaf_quantizers(quantizer: nn.Module) -> list[TensorQuantizer]:
+    """The tensor quantizers in one quantizer: itself, or the members of a sequential or grouped one."""
+    return [module for module in quantizer.modules() if isinstance(module, TensorQuantizer)]
+
+
+def is_dynamic(quantizer: TensorQuantizer) -> bool:
+    """Whether its amax is computed anew in every forward."""
+    # ModelOpt has no public name for "dynamic" of a whole quantizer, only for the MX formats.
+    return bool(quantizer.is_mx_format or quantizer._dynamic)
+
+
+def needs_amax(quantizer: TensorQuantizer) -> bool:
+    """Whether calibration must give it an amax: it is enabled, and its amax neither dynamic nor set to a constant."""
+    constant = quantizer._use_constant_amax or quantizer._constant_amax is not None  # No public name either.
+    return bool(quantizer.is_enabled and not is_dynamic(quantizer) and not constant)

@@ -1,0 +1,155 @@
+"""Makes every amax that of the whole tensor it belongs to, over all ranks, in a fixed number of collectives.
+
+All ranks first agree that they are about to reduce the same amaxes. Then each axis of the layout costs one all-reduce
+of one flat FP32 bucket, whatever the number of layers and experts. Nothing is written before all ranks agree on what
+came out, so that one failing rank ends all of them with one error, their quantizers as calibration left them.
+
+FP32 holds every BF16, FP16 and FP32 amax exactly.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer
+
+from quantplug.calibration.shared_amax import Axis, ReductionPlan, Role, SharedAmax
+from quantplug.errors import CalibrationError, Offender, UnsupportedQuantizationError
+from quantplug.megatron.agreement import all_or_none
+
+_NONE_YET = -1.0  # Below every amax, so that the maximum over ranks passes over a rank without one.
+
+
+def synchronize(plan: ReductionPlan, *, require_activations: bool) -> None:
+    """Reduces every amax of a plan over the ranks that share it. A collective: all ranks must call it.
+
+    Args:
+        plan: What this rank holds.
+        require_activations: Whether an activation that has an amax on no rank is an error; else it stays without.
+
+    Raises:
+        CalibrationError: An amax is missing, negative, NaN or Inf, or ranks that share amaxes hold different ones. No
+            quantizer has changed.
+        UnsupportedQuantizationError: The model has static NVFP4 block scales on several ranks.
+    """
+    local = all_or_none(lambda: _local_values(plan))
+    _agree_on_layout(plan, local)
+    reduced = _reduced(plan, local)
+    all_or_none(lambda: _require_all(plan.amaxes, local, reduced, require_activations))
+    for amax, value in zip(plan.amaxes, reduced, strict=True):
+        _write(amax, value)
+
+
+def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
+    """For every amax the flat FP32 maximum over the quantizers that this rank has of it."""
+    values, offenders = [], []
+    for amax in plan.amaxes:
+        found = [leaf.amax.detach().float().flatten() for leaf in amax.leaves if leaf.amax is not None]
+        value = torch.stack(found).amax(0) if found else torch.full((1,), _NONE_YET)
+        if len(found) < len(amax.leaves) and amax.role is Role.WEIGHT:
+            offenders.append(_offender(amax, "has a weight, and yet no amax"))
+        elif found and not bool(((value >= 0) & value.isfinite()).all()):
+            offenders.append(_offender(amax, "has an amax that is not a finite number of at least zero"))
+        values.append(value)
+    if offenders:
+        raise CalibrationError("Calibration did not give every quantizer an amax.", offenders, _REMEDY)
+    if plan.groups:
+        _refuse_static_blocks(plan.amaxes)
+    return values
+
+
+def _refuse_static_blocks(amaxes: Sequence[SharedAmax]) -> None:
+    static = [amax for amax in amaxes if any(isinstance(leaf, StaticBlockScaleQuantizer) for leaf in amax.leaves)]
+    if static:
+        raise UnsupportedQuantizationError(
+            "Static NVFP4 block scales are not reduced over ranks.",
+            [_offender(amax, "has static block scales") for amax in static],
+            "Use a config whose block scales are dynamic, or calibrate on one rank.",
+        )
+
+
+def _agree_on_layout(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> None:
+    """Refuses ranks that would reduce different amaxes with each other; costs one gather of 8 bytes an axis."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    device = _device(None)
+    mine = torch.tensor([_digest(plan, local, axis) for axis in Axis], dtype=torch.int64, device=device)
+    everyone = torch.empty(dist.get_world_size() * len(Axis), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(everyone, mine)
+    all_or_none(lambda: _check_layout(plan, everyone.cpu().view(-1, len(Axis)), mine.cpu()))
+
+
+def _digest(plan: ReductionPlan, local: Sequence[torch.Tensor], axis: Axis) -> int:
+    """Of the names and sizes in the bucket of one axis, and of its ranks."""
+    if axis not in plan.groups:
+        return 0
+    lines = [str(dist.get_process_group_ranks(plan.groups[axis]))]
+    pairs = zip(plan.amaxes, local, strict=True)
+    lines += [f"{amax.name} {value.numel()}" for amax, value in pairs if axis in amax.axes]
+    return int.from_bytes(hashlib.blake2b("\n".join(lines).encode(), digest_size=7).digest(), "big")
+
+
+def _check_layout(plan: ReductionPlan, everyone: torch.Tensor, mine: torch.Tensor) -> None:
+    offenders = []
+    for axis, group in plan.groups.items():
+        others = [rank for rank in dist.get_process_group_ranks(group) if everyone[rank, axis] != mine[axis]]
+        if others:
+            name = axis.name.lower().replace("_", " ")
+            offenders.append(Offender(f"{name} parallel ranks", f"differs from ranks {others}", rank=dist.get_rank()))
+    if offenders:
+        raise CalibrationError(
+            "Ranks that share amaxes hold different quantizers.", offenders, "Quantize with one config on all ranks."
+        )
+
+
+def _reduced(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    values = list(local)
+    for axis in Axis:
+        members = [index for index, amax in enumerate(plan.amaxes) if axis in amax.axes]
+        if axis not in plan.groups or not members:
+            continue
+        device = _device(plan.groups[axis])
+        bucket = torch.cat([values[index].to(device) for index in members])
+        dist.all_reduce(bucket, op=dist.ReduceOp.MAX, group=plan.groups[axis])
+        parts = bucket.split([values[index].numel() for index in members])
+        for index, part in zip(members, parts, strict=True):
+            values[index] = part
+    return values
+
+
+def _require_all(
+    amaxes: Sequence[SharedAmax], local: Sequence[torch.Tensor], reduced: Sequence[torch.Tensor], activations: bool
+) -> None:
+    offenders = []
+    for amax, before, after in zip(amaxes, local, reduced, strict=True):
+        if bool((after < 0).any()):
+            if activations:
+                offenders.append(_offender(amax, "saw no data on any rank"))
+        elif bool((before < 0).any()) and amax.role is Role.ACTIVATION:
+            offenders.append(_offender(amax, "saw no data on this rank, but on others"))
+    if offenders:
+        raise CalibrationError("Calibration did not give every quantizer an amax.", offenders, _REMEDY)
+
+
+def _write(amax: SharedAmax, value: torch.Tensor) -> None:
+    if bool((value < 0).any()):
+        return
+    shape = next((leaf.amax.shape for leaf in amax.leaves if leaf.amax is not None), torch.Size())
+    for leaf in amax.leaves:
+        known = leaf.amax
+        dtype = amax.dtype if known is None else known.dtype
+        leaf.amax = value.view(shape).to(dtype=dtype, device=value.device if known is None else known.device)
+
+
+def _offender(amax: SharedAmax, reason: str) -> Offender:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Offender(amax.name.partition(".")[2], reason, rank=rank)
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the collectives of a group work."""
+    return torch.device("cuda") if dist.get_backend(group) == dist.Backend.NCCL else torch.device("cpu")
+
+
+_REMEDY = "Run the forward loop on every rank, over data that reaches every module."
