@@ -7,6 +7,7 @@ reductions run. It writes its section of `benchmarks/RESULTS.md`. ModelOpt's sid
 wrappers of SequentialMLP, and on our wrappers of TEGroupedMLP: both sides have the same quantizers.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -33,6 +34,7 @@ from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 RESULTS = Path(__file__).parent / "RESULTS.md"
 BEGIN, END = "<!-- calibration_sync: begin -->", "<!-- calibration_sync: end -->"
 REPEATS = 15
+LOAD, _, _ = os.getloadavg()
 LAYOUTS = ({}, {"ep": 2})
 COUNTED = (
     "all_reduce",
@@ -148,6 +150,7 @@ def section(table: str) -> str:
 `torchrun --nproc_per_node 2 benchmarks/calibration_sync.py`: 2 layers x 4 experts, weight-only NVFP4, hidden 256,
 expert width 128, BF16. Collection of max|W| and reductions; {REPEATS} repeats, sides in turn, the slower of two ranks.
 Machine: 2 CPU cores, gloo over loopback, no GPU; Python {platform.python_version()}, torch {torch.__version__}.
+Load average before the run: {LOAD:.1f}; on cores that others use too, the medians mean little and the counts all.
 NCCL's times are others; the number of collectives is not. ratio: ModelOpt's median over quantplug's.
 
 {table}
