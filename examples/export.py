@@ -55,7 +55,11 @@ def main(
         family = find_family(source.architecture)
         initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         model = build_gpt_model(family.megatron_config(source.values))
-        load_checkpoint(model, megatron_load_path)
+        report = load_checkpoint(model, megatron_load_path)
+        if report.fan_outs:
+            out.print(
+                "ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.", highlight=False
+            )
         result = export_mcore_gpt_to_hf(
             model,
             source.directory,

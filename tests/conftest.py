@@ -1,5 +1,8 @@
-"""Small real checkpoints, written by transformers, and Megatron's parallel state of one rank."""
+"""Small real checkpoints, written by transformers and by plain ModelOpt, and Megatron's parallel state of one rank."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +76,17 @@ def tiny_qwen3_tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dense Qwen3 in bf16 whose output layer is its embedding."""
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
     return _save(model, tmp_path_factory.mktemp("qwen3_tied"))
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Megatron checkpoints of plain_modelopt.py, written by a process that knows ModelOpt's own wrappers only."""
+    script, directory = Path(__file__).with_name("plain_modelopt.py"), tmp_path_factory.mktemp("plain")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), str(directory)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return directory
 
 
 @pytest.fixture

@@ -5,17 +5,24 @@ A checkpoint is a directory:
     modelopt_state/                                   ModelOpt's: the config that inserts the quantizers, if any
     quantplug.json                                    what the caller wants to know again, and the versions that wrote
 
-The keys in it name global layers and experts (`singleton_local_shards`), so they do not depend on TP, EP, ETP or PP. It
-is laid out as ModelOpt 0.47 lays out its own, and either reads the other's.
+The keys in it name global layers and experts (`singleton_local_shards`), so they do not depend on TP, EP, ETP or PP.
+
+What is read, by who wrote it (`checkpoint_layouts` has the keys):
+    quantplug: every amax, bit-equal.
+    Plain ModelOpt 0.47 (`dist_checkpointing.save` and `save_sharded_modelopt_state`): the same; its save refuses TP
+        with EP.
+    Plain ModelOpt 0.46, with one amax for all experts of a layer: given to each of them, and said in the `LoadReport`.
+        Refused where an expert's weight exceeds it.
+    Megatron-Core alone: the weights. A model that has quantizers refuses it.
+    Anything else, or another model: refused, naming every key.
 
 Quantized grouped linear layers need `import quantplug.plugins` before a model is quantized, saved or loaded.
 """
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,20 +33,39 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.models.gpt import GPTModel
-from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
-from quantplug.atomic import write_atomically
-from quantplug.errors import CheckpointError, DestinationError, Offender
+from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none
-from quantplug.megatron.checkpoint_keys import keys_on_disk, require_same_keys, settings_on_disk
+from quantplug.megatron.checkpoint_files import METADATA_FILE, MODELOPT_STATE, write_directory
+from quantplug.megatron.checkpoint_keys import Keys, keys_on_disk, require_same_keys, settings_on_disk
+from quantplug.megatron.checkpoint_layouts import (
+    FanOut,
+    fan_outs,
+    find_displaced,
+    put_in_place,
+    redirected,
+    require_own_amax,
+)
 from quantplug.megatron.parameters import model_chunks
 
-METADATA_FILE = "quantplug.json"
-MODELOPT_STATE = "modelopt_state"
 _WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load has to say of a checkpoint.
+
+    Attributes:
+        extra: What the checkpoint was saved with beside its tensors; nothing if plain ModelOpt or Megatron wrote it.
+        fan_outs: Amaxes of all experts of a layer that were given to each of them, on this rank: such a checkpoint
+            does not have an amax for every expert.
+    """
+
+    extra: Mapping[str, Any]
+    fan_outs: tuple[FanOut, ...] = ()
 
 
 def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Path, *, extra: Mapping[str, Any]) -> None:
@@ -53,42 +79,30 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
         extra: What to keep beside the tensors, as JSON: the model's id, the name of the quantization config.
 
     Raises:
-        DestinationError: `directory` is not empty, or is a file.
+        DestinationError: `directory` is not empty, is a file, or cannot be made.
+        CheckpointError: Writing failed, on whichever rank; or Megatron found that the ranks' shards do not make up the
+            tensors.
         ShapeError, UnsupportedQuantizationError: The state of a quantizer has no place in a checkpoint that loads at
             any parallel layout.
         TypeError: `extra` is not JSON.
     """
     chunks, directory = model_chunks(model), Path(directory)
     metadata = json.dumps({"versions": {name: version(name) for name in _WRITERS}, "extra": dict(extra)}, indent=2)
-    all_or_none(lambda: _require_free(directory))
-    with cpu.checkpointing():
-        state = all_or_none(lambda: _sharded_state(chunks))
-        partial = directory.with_name(f".{directory.name}.partial")
-        try:
-            _begin(partial)
-            dist_checkpointing.save(state, str(partial))
-            save_sharded_modelopt_state([chunks[0]], str(partial))
-            _finish(partial, directory, metadata)
-        except BaseException:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+    write_directory(directory, metadata, chunks[0], lambda: _sharded_state(chunks))
 
 
-def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Path) -> dict[str, Any]:
+def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Path) -> LoadReport:
     """Loads a checkpoint into a model of the same configuration, at any parallel layout. A collective.
 
     Args:
         model: A fresh `GPTModel`, or the list of them that virtual pipelining makes. If the checkpoint is of a
             quantized model, the quantizers are inserted first, then get their settings and amaxes, bit for bit.
-        directory: What `save_checkpoint` wrote.
-
-    Returns:
-        The `extra` that the checkpoint was saved with.
+        directory: What `save_checkpoint` wrote; or what plain ModelOpt and Megatron-Core did, see the table above.
 
     Raises:
         CheckpointError: `directory` is not a checkpoint, lacks the state of quantizers, or is of another model; names
-            every key at fault. The model may by then have quantizers, but no weight of it has changed.
+            every key at fault. The model may by then have quantizers, but no weight of it has changed. Or the one amax
+            of all experts is not of all: that shows only when the weights have been read.
     """
     chunks, directory = model_chunks(model), Path(directory)
     extra = all_or_none(lambda: read_extra(directory))
@@ -99,29 +113,25 @@ def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
             state = all_or_none(lambda: _sharded_state(chunks))
             require_same_keys(state, on_disk, weights_only=True)
             _load_settings(chunks, settings_on_disk(_settings(state), on_disk), directory)
-        state = all_or_none(lambda: _sharded_state(chunks))
-        require_same_keys(state, on_disk)
-        _load_tensors(chunks, state, directory)
-    return extra
+        return LoadReport(extra, _load_tensors(chunks, on_disk, directory))
 
 
 def read_extra(directory: str | Path) -> dict[str, Any]:
-    """The `extra` that a checkpoint was saved with, without a model.
+    """The `extra` that a checkpoint was saved with, without a model; nothing if `save_checkpoint` did not write it.
 
     Raises:
-        CheckpointError: `directory` is not a checkpoint that `save_checkpoint` wrote.
+        CheckpointError: `directory` is not a Megatron distributed checkpoint.
     """
     path = Path(directory)
-    missing = [name for name in ("metadata.json", METADATA_FILE) if not (path / name).is_file()]
-    if missing:
+    if not (path / "metadata.json").is_file():
+        reason = "is missing" if path.is_dir() else "is missing: there is no such directory"
         raise CheckpointError(
             f"{path} is not a checkpoint.",
-            [
-                Offender(name, "is missing" if path.is_dir() else "is missing: there is no such directory")
-                for name in missing
-            ],
+            [Offender("metadata.json", reason)],
             "Give the directory that save_checkpoint wrote (the --megatron-save-path of quantize.py).",
         )
+    if not (path / METADATA_FILE).is_file():
+        return {}
     extra: dict[str, Any] = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))["extra"]
     return extra
 
@@ -182,47 +192,14 @@ def _quantized_linears(chunk: GPTModel) -> Iterator[str]:
                 yield name
 
 
-def _load_tensors(chunks: Sequence[GPTModel], state: ShardedStateDict, directory: Path) -> None:
+def _load_tensors(chunks: Sequence[GPTModel], on_disk: Keys, directory: Path) -> tuple[FanOut, ...]:
+    state = all_or_none(lambda: _sharded_state(chunks))
+    displaced = find_displaced(state, on_disk, directory)
+    state = redirected(state, displaced, on_disk)
+    require_same_keys(state, on_disk)
     loaded = dist_checkpointing.load(state, str(directory))
+    put_in_place(loaded, displaced)
+    all_or_none(lambda: require_own_amax(loaded, displaced, dist.get_rank()))
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[str(number)], strict=True)
-
-
-def _require_free(directory: Path) -> None:
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise DestinationError(
-            "A checkpoint is not written over something else.",
-            [Offender(str(directory), "is not empty" if directory.is_dir() else "is a file")],
-            "Choose a directory that does not exist yet, or remove this one.",
-        )
-
-
-def _begin(partial: Path) -> None:
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-
-
-def _finish(partial: Path, directory: Path, metadata: str) -> None:
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(partial / METADATA_FILE, metadata)
-        for path in _tree(partial):
-            _sync(path)
-        partial.replace(directory)
-        _sync(directory.parent)
-    dist.barrier()
-
-
-def _tree(root: Path) -> Iterator[Path]:
-    yield from sorted(root.rglob("*"))
-    yield root
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return fan_outs(loaded, displaced)

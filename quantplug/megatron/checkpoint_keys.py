@@ -100,11 +100,12 @@ def _misshapen(in_model: Keys, on_disk: Keys) -> Iterator[Offender]:
 
 
 def _keys(state: ShardedStateDict) -> Keys:
-    entries = [built for entry in nested_values(state) for built in _built(entry)]
+    entries = [built for entry in nested_values(state) for built in built_entries(entry)]
     return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key: _shape(entry) for entry in entries}
 
 
-def _built(entry: ShardedTensor | ShardedObject | ShardedTensorFactory) -> list[ShardedTensor | ShardedObject]:
+def built_entries(entry: ShardedTensor | ShardedObject | ShardedTensorFactory) -> list[ShardedTensor | ShardedObject]:
+    """What is on disk of an entry of a sharded state: itself, or the parts that a factory makes of it."""
     return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
 
 

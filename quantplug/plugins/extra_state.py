@@ -5,8 +5,9 @@ quantizers have on the rank that saved: `weight_quantizer.{local expert}`. Anoth
 local indices. In a sharded checkpoint Megatron gives every expert an `_extra_state` of its own, so there each one holds
 its own weight quantizer as `weight_quantizer.0`; a rank that loads puts its experts' together again.
 
-ModelOpt's own checkpoints have the saving rank's whole state in every expert's place; its `weight_quantizer.0` is then
-read for each, as ModelOpt itself does where the number of local experts has changed.
+ModelOpt's own checkpoints have the saving rank's whole state in every expert's place. With 0.47 it holds as many weight
+quantizers as that rank had experts, so the place of a global expert in it is known; with 0.46, which had one weight
+quantizer for all experts, it holds that one's settings, for each.
 """
 
 import re
@@ -18,7 +19,8 @@ import torch
 from modelopt.torch.utils import safe_load
 
 QUANTIZER_STATE = "modelopt_quantizer_state"
-_EXPERT_QUANTIZER = re.compile(r"(?P<group>weight_quantizer)\.(?P<expert>\d+)(?P<rest>.*)")
+_GROUP = "weight_quantizer"
+_EXPERT_QUANTIZER = re.compile(_GROUP + r"\.(?P<expert>\d+)(?P<rest>.*)")
 
 
 def of_expert(module_state: torch.Tensor, expert: int) -> torch.Tensor:
@@ -31,24 +33,32 @@ def of_expert(module_state: torch.Tensor, expert: int) -> torch.Tensor:
     return _edit(module_state, lambda names: _take_expert(names, source=expert, target=0))
 
 
-def of_module(expert_states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The extra state [bytes] of a module from those of all its experts, in local order."""
+def of_module(expert_states: Sequence[torch.Tensor], first_expert: int = 0) -> torch.Tensor:
+    """The extra state [bytes] of a module from those of all its experts, in local order.
+
+    Args:
+        expert_states: Of each expert, with its own weight quantizer alone, or ModelOpt's with those of a whole rank.
+        first_expert: Global id of the first expert.
+    """
     merged: dict[str, Any] = {}
     for expert, state in enumerate(expert_states):
         quantizers = _decode(state).get(QUANTIZER_STATE) or {}
-        merged |= _take_expert(quantizers, source=0, target=expert)
+        held = {int(match["expert"]) for match in map(_EXPERT_QUANTIZER.fullmatch, quantizers) if match}
+        merged |= _take_expert(quantizers, source=(first_expert + expert) % max(len(held), 1), target=expert)
     return _edit(expert_states[0], lambda _: merged)
 
 
 def _take_expert(quantizers: dict[str, Any], source: int, target: int) -> dict[str, Any]:
-    """Keeps the weight quantizer of one expert under another number, and whatever belongs to no expert."""
+    """Keeps the weight quantizer of one expert, or of all, under another number, and whatever belongs to no expert."""
     taken: dict[str, Any] = {}
     for name, state in quantizers.items():
         match = _EXPERT_QUANTIZER.fullmatch(name)
-        if match is None:
+        if name == _GROUP:
+            taken[f"{_GROUP}.{target}"] = state
+        elif match is None:
             taken[name] = state
         elif int(match["expert"]) == source:
-            taken[f"{match['group']}.{target}{match['rest']}"] = state
+            taken[f"{_GROUP}.{target}{match['rest']}"] = state
     return taken
 
 

@@ -162,7 +162,8 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         """Puts the experts' settings together before TE's hook sees them: it takes them for its own FP8 state."""
         keys = [f"{prefix}_extra_state{expert or ''}" for expert in range(self.num_gemms)]
         if len(keys) > 1 and all(key in state_dict for key in keys):
-            state_dict[keys[0]] = extra_state.of_module([state_dict.pop(key) for key in keys])
+            states = [state_dict.pop(key) for key in keys]
+            state_dict[keys[0]] = extra_state.of_module(states, self._global_expert(0))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import quantplug.plugins  # noqa: F401
 from quantplug.errors import QuantplugError, ShapeError, UnsupportedQuantizationError
-from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+from quantplug.megatron.checkpoint import LoadReport, load_checkpoint, save_checkpoint
 from quantplug.megatron.parallel import current_topology, initialize_parallel
 from quantplug.topology import ParallelTopology
 from tests.plugins.configs import BLOCKWISE, WEIGHT_ONLY_FP8
@@ -83,7 +83,7 @@ def save(directory: Path, config: dict[str, Any], **model: Any) -> dict[Key, tor
 def check(directory: Path, expected: dict[Key, torch.Tensor], layout: dict[str, int], **model: Any) -> None:
     topology = relayout(**layout)
     loaded = tiny_model(**model)
-    assert load_checkpoint(loaded, directory) == {"config": str(directory)}
+    assert load_checkpoint(loaded, directory) == LoadReport({"config": str(directory)})
     mine = quantizers(loaded, topology)
     for key, quantizer in mine.items():
         want = block_shard(expected[key], key[1], topology)

@@ -15,7 +15,7 @@ from torch import nn
 import quantplug.plugins  # noqa: F401
 from quantplug.errors import CheckpointError, DestinationError
 from quantplug.megatron import cpu
-from quantplug.megatron.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from quantplug.megatron.checkpoint import LoadReport, load_checkpoint, read_extra, save_checkpoint
 from tests.plugins.configs import BLOCKWISE, PER_TENSOR
 from tests.plugins.tiny_model import DENSE, tiny_model
 
@@ -55,7 +55,7 @@ def test_a_fresh_model_gets_weights_quantizers_and_amaxes(config: dict[str, Any]
     saved = with_values_that_no_calibration_gives(quantized(config))
     save_checkpoint(saved, tmp_path / "q", extra=EXTRA)
     loaded = tiny_model()
-    assert load_checkpoint(loaded, tmp_path / "q") == EXTRA
+    assert load_checkpoint(loaded, tmp_path / "q") == LoadReport(EXTRA)
     assert_equal(saved, loaded)
     assert settings(loaded) == settings(saved)
 
@@ -113,9 +113,8 @@ def test_it_reads_what_modelopts_own_save_wrote(tmp_path: Path) -> None:
         (tmp_path / "q").mkdir()
         dist_checkpointing.save(saved.sharded_state_dict(), str(tmp_path / "q"))
         save_sharded_modelopt_state([saved], str(tmp_path / "q"))
-    (tmp_path / "q" / "quantplug.json").write_text('{"extra": {}}')
     loaded = tiny_model()
-    load_checkpoint(loaded, tmp_path / "q")
+    assert load_checkpoint(loaded, tmp_path / "q") == LoadReport({})
     assert_equal(saved, loaded)
 
 
@@ -144,8 +143,8 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("quantplug.megatron.checkpoint.write_atomically", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr("quantplug.megatron.checkpoint_files.write_atomically", full)
+    with pytest.raises(CheckpointError, match="no space"):
         save_checkpoint(tiny_model(), tmp_path / "q", extra={})
     assert list(tmp_path.iterdir()) == []
 
