@@ -5,16 +5,16 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file by way of a temporary one beside it: fsync, then rename.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, by way of a temporary one beside it: fsync, then rename.
 
     Raises:
         OSError: The directory is missing or cannot be written; `path` is then as it was.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         finish_file(Path(temporary))
         os.replace(temporary, path)  # noqa: PTH105
     except BaseException:

@@ -51,17 +51,33 @@ def verify(
 @app.command()
 def stats(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What examples/quantize.py wrote to --stats-json.")],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw amax by layer and expert here (.png, .pdf or .svg).")
+    ] = None,
 ) -> None:
     """Shows the "Quantization Statistics" table of a calibrated model.
 
-    Exit status: 0, or 2 when the file cannot be read.
+    Exit status: 0, or 2 when the file cannot be read, or the plot cannot be drawn.
     """
     try:
         table = CalibrationTable.load(file)
-    except QuantplugError as problem:
+        if plot is not None:
+            _save_plot(table, plot)
+    except (QuantplugError, OSError) as problem:
         Console(stderr=True).print(str(problem), markup=False, highlight=False)
         raise typer.Exit(USAGE_ERROR) from problem
     print_statistics(table, Console())
+
+
+def _save_plot(table: CalibrationTable, path: Path) -> None:
+    try:
+        from quantplug.calibration.plots import save_plot  # An extra: all else works without matplotlib.
+    except ModuleNotFoundError as missing:
+        Console(stderr=True).print(
+            f'--plot draws with matplotlib: {missing}.\nWhat to do: pip install "quantplug[plots]"', markup=False
+        )
+        raise typer.Exit(USAGE_ERROR) from missing
+    save_plot(table, path)
 
 
 def _with_progress(directory: Path, source: Path | None) -> VerifyReport:

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,38 @@ def test_stats_of_another_file_says_why(tmp_path: Path, content: str | None) -> 
     assert result.stdout == ""
     assert "This is not a statistics table of quantplug." in result.stderr
     assert "What to do:" in result.stderr
+
+
+def test_stats_draws_a_plot_beside_the_table(saved: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["stats", str(saved), "--plot", str(tmp_path / "out.png")])
+
+    assert result.exit_code == 0
+    assert "Quantization Statistics" in result.stdout
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_without_matplotlib_a_plot_says_how_to_get_it(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "quantplug.calibration.plots", raising=False)
+    for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # How Python spells a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+
+    result = CliRunner().invoke(app, ["stats", str(saved), "--plot", str(tmp_path / "out.png")])
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert 'pip install "quantplug[plots]"' in result.stderr
+    assert not (tmp_path / "out.png").exists()
+    assert CliRunner().invoke(app, ["stats", str(saved)]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["out.jpeg", "missing/out.png"])
+def test_a_plot_that_cannot_be_written_says_why(saved: Path, tmp_path: Path, name: str) -> None:
+    result = CliRunner().invoke(app, ["stats", str(saved), "--plot", str(tmp_path / name)])
+
+    assert result.exit_code == 2
+    assert name.split("/")[0] in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.json"]

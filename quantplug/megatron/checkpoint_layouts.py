@@ -6,7 +6,7 @@ For global expert `e` of `fc`, which is `linear_fc1` or `linear_fc2`, all below 
     ModelOpt 0.47: the same key, [1] per tensor, [N/b, 1, K/b, 1] for blocks, gate above up.
     ModelOpt 0.46: `experts.{fc}.weight_quantizer._amax`, one [1] for all experts; it has no blocks.
 
-Read off checkpoints that ModelOpt 0.46.1 and 0.47.0 wrote with Megatron-Core 0.16.1. Dense layers are alike in all three.
+Read off checkpoints that ModelOpt 0.46.1 and 0.47.0 wrote with Megatron-Core 0.16.1. Dense layers are alike in all.
 """
 
 import re
