@@ -47,7 +47,7 @@ class Mark(Enum):
 
 
 MARKS = tuple(Mark)
-Value = Callable[[StatisticsRow], float | Mark]
+Value = Callable[[StatisticsRow], float | Mark | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class HeatMap:
             found = value(row)
             if isinstance(found, Mark):
                 marks[cell] = MARKS.index(found)
-            else:
+            elif found is not None:
                 values[cell] = found
         return cls(title, unit, grid.layers, grid.experts, values, marks)
 
@@ -113,12 +113,12 @@ def save_plot(table: CalibrationTable, path: Path) -> None:
 
 
 def statistics_figure(table: CalibrationTable) -> Figure:
-    """A heat map for each module that every expert has; then, as lines, what a layer has once: a dense model has these.
+    """Heat maps of what every expert has, and of its tokens; then, as lines, what a layer has once.
 
     Raises:
         SourceError: No quantizer in the table is enabled and belongs to a layer.
     """
-    panels: list[Panel] = [*amax_maps(table), *line_charts(table)]
+    panels: list[Panel] = [*amax_maps(table), *token_maps(table), *line_charts(table)]
     if not panels:
         raise SourceError(
             "There is nothing to plot.",
@@ -132,6 +132,14 @@ def amax_maps(table: CalibrationTable) -> list[HeatMap]:
     """Amax by layer and expert, for each module that has an enabled quantizer."""
     grids = [grid for grid in expert_grids(table) if _is_quantized(grid.rows.values())]
     return [HeatMap.of(grid, amax_or_mark, f"amax of {label(grid.module)}", AMAX) for grid in grids]
+
+
+def token_maps(table: CalibrationTable) -> list[HeatMap]:
+    """Calibration tokens by layer and expert, if there are any; once, as all modules of an expert see the same."""
+    grids = [grid for grid in expert_grids(table) if any(row.tokens is not None for row in grid.rows.values())]
+    return [
+        HeatMap.of(grid, tokens_or_mark, "tokens of experts", "calibration tokens, log scale") for grid in grids[:1]
+    ]
 
 
 def line_charts(table: CalibrationTable) -> list[LineChart]:
@@ -151,6 +159,11 @@ def amax_or_mark(row: StatisticsRow) -> float | Mark:
     if not math.isfinite(row.amax):
         return Mark.NOT_FINITE
     return row.amax if row.amax > 0 else Mark.ZERO
+
+
+def tokens_or_mark(row: StatisticsRow) -> float | Mark | None:
+    """A row's tokens where they are on a logarithmic scale; None where they were not counted."""
+    return Mark.ZERO if row.is_cold else row.tokens
 
 
 def figure_of(panels: Sequence[Panel]) -> Figure:

@@ -1,5 +1,6 @@
 import math
 import struct
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from quantplug.calibration.grids import expert_grids
-from quantplug.calibration.plots import DOTS_PER_INCH, MARKS, HeatMap, Mark, figure_of, save_plot, statistics_figure
+from quantplug.calibration.plots import DOTS_PER_INCH, MARKS, Mark, save_plot, statistics_figure
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
 from quantplug.errors import DestinationError, SourceError
 from quantplug.mappings.base import ParamKey
@@ -136,19 +136,25 @@ def test_equal_amaxes_do_not_fill_the_scale() -> None:
     assert low < 1.0 < high
 
 
-def test_a_count_of_every_expert_is_drawn_beside_amax() -> None:
-    table = model(layers=2, experts=8)
+def test_tokens_are_drawn_once_beside_amax() -> None:
     counts = {(layer, expert): 37 * expert for layer in (3, 4) for expert in range(8)}
-    grid = expert_grids(table)[0]
+    counted = [
+        replace(row, tokens=(tokens := counts[row.key.layer, row.expert]), coverage=tokens / 100)
+        if row.expert is not None
+        else row
+        for row in model(layers=2, experts=8).rows
+    ]
 
-    def tokens(row: StatisticsRow) -> float | Mark:
-        return counts[row.key.layer, row.expert] or Mark.ZERO
-
-    figure = figure_of([HeatMap.of(grid, tokens, "tokens of experts", "calibration tokens, log scale")])
+    figure = statistics_figure(CalibrationTable(tuple(counted)))
 
     axes = panel(figure, "tokens of experts")
     assert axes.images[0].get_array()[:, 1:].tolist() == [[37.0 * expert for expert in range(1, 8)]] * 2
+    assert axes.images[0].colorbar.ax.get_ylabel() == "calibration tokens, log scale"
     assert marked(axes) == {(3, 0): Mark.ZERO, (4, 0): Mark.ZERO}
+
+
+def test_without_data_there_are_no_tokens_to_draw() -> None:
+    assert all("tokens" not in axes.get_title() for axes in statistics_figure(model(layers=2, experts=8)).axes)
 
 
 @pytest.mark.parametrize(("layers", "experts", "least", "most"), [(2, 8, 800, 3000), (48, 128, 1500, 4000)])
