@@ -4,8 +4,9 @@
 
 Both ways end with every quantized Hugging Face tensor on every rank, bit for bit the same, which is checked. Gathering
 first is the same stream with nothing quantized, so the same buckets and owners, and then every rank quantizes what it
-got, as Megatron-Bridge's BF16 stream is used. The ways alternate, on the same ranks, in the same run. The model has the
-shape of Qwen3-30B-A3B's layers with 16 of the 128 experts, and a vocabulary that does not count.
+got, as one does with Megatron-Bridge's BF16 stream; its first half alone is shown too. The ways alternate, on the same
+ranks, in the same run. The model has the shape of Qwen3-30B-A3B's layers with 16 of the 128 experts, and a vocabulary
+that does not count.
 """
 
 import json
@@ -36,6 +37,9 @@ GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_
 EXPERTS = 16
 VOCABULARY = 256
 
+GATHER_FIRST = "gather, then quantize"
+QUANTIZE_FIRST = "quantize, then gather"
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -48,30 +52,39 @@ class Wire:
 
     @contextmanager
     def watched(self) -> Iterator["Wire"]:
-        originals = dist.broadcast, dist.all_to_all_single, dist.all_reduce
+        """Counts what goes through torch.distributed meanwhile."""
 
-        def broadcast(tensor: torch.Tensor, src: int, **rest: Any) -> Any:
-            self._add(tensor.nbytes if dist.get_rank() != src else 0)
-            return originals[0](tensor, src=src, **rest)
+        def of_broadcast(tensor: torch.Tensor, *, src: int, **rest: Any) -> int:
+            return 0 if dist.get_rank() == src else tensor.nbytes
 
-        def all_to_all_single(output: torch.Tensor, *rest: Any, group: dist.ProcessGroup, **more: Any) -> Any:
+        def of_all_to_all(output: torch.Tensor, *rest: Any, group: dist.ProcessGroup, **more: Any) -> int:
             ranks = dist.get_world_size(group)
-            self._add(output.nbytes * (ranks - 1) // ranks)
-            return originals[1](output, *rest, group=group, **more)
+            return output.nbytes * (ranks - 1) // ranks
 
-        def all_reduce(tensor: torch.Tensor, *rest: Any, **more: Any) -> Any:
-            self._add(2 * tensor.nbytes)
-            return originals[2](tensor, *rest, **more)
+        def of_all_reduce(tensor: torch.Tensor, *rest: Any, **more: Any) -> int:
+            return 2 * tensor.nbytes
 
-        dist.broadcast, dist.all_to_all_single, dist.all_reduce = broadcast, all_to_all_single, all_reduce
+        counted: dict[str, Callable[..., int]] = {
+            "broadcast": of_broadcast,
+            "all_to_all_single": of_all_to_all,
+            "all_reduce": of_all_reduce,
+        }
+        originals = {name: getattr(dist, name) for name in counted}
+        for name, nbytes in counted.items():
+            setattr(dist, name, self._counting(originals[name], nbytes))
         try:
             yield self
         finally:
-            dist.broadcast, dist.all_to_all_single, dist.all_reduce = originals
+            for name, original in originals.items():
+                setattr(dist, name, original)
 
-    def _add(self, nbytes: int) -> None:
-        self.received += nbytes
-        self.calls += 1
+    def _counting(self, original: Callable[..., Any], nbytes: Callable[..., int]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.received += nbytes(*args, **kwargs)
+            self.calls += 1
+            return original(*args, **kwargs)
+
+        return call
 
 
 @dataclass
@@ -83,20 +96,19 @@ class Way:
     received: int = 0
     calls: int = 0
 
-    def measure(self) -> Tensors:
+    def measure(self) -> None:
         """One repetition: the slowest rank's time, all ranks' bytes."""
         wire = Wire()
         dist.barrier()
         start = time.perf_counter()
         with wire.watched():
-            result = self.run()
+            self.run()
         slowest = torch.tensor(time.perf_counter() - start)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         total = torch.tensor(wire.received)
         dist.all_reduce(total)
         self.seconds.append(float(slowest))
         self.received, self.calls = int(total), wire.calls
-        return result
 
 
 def scale_group(name: str) -> str:
@@ -154,20 +166,23 @@ def random_model(source: Path) -> torch.nn.Module:
     return model
 
 
-def compare(model: torch.nn.Module, source: Path, name: str, repeats: int) -> tuple[Way, Way]:
-    """Runs both ways in turn."""
+def compare(model: torch.nn.Module, source: Path, name: str, repeats: int) -> dict[str, Way]:
+    """Runs the ways in turn."""
     quantized = plan_stream(model, source, quant_format=name)
     plain = plan_stream(model, source, lambda _: False, lambda weight, block: (weight, weight))
     names = {weight for weight in plain.expected() if weight.endswith("_proj.weight")}
-    ours = Way(lambda: dict(quantized.tensors()))
-    theirs = Way(lambda: quantize_gathered(plain, FORMATS[name], names))
+    ways = {
+        GATHER_FIRST: Way(lambda: quantize_gathered(plain, FORMATS[name], names)),
+        "gather BF16 alone": Way(lambda: dict(plain.tensors())),
+        QUANTIZE_FIRST: Way(lambda: dict(quantized.tensors())),
+    }
+    if not same(spelled(ways[GATHER_FIRST].run()), spelled(ways[QUANTIZE_FIRST].run())):
+        raise AssertionError(f"{name}: the two ways differ")
     for repeat in range(repeats):
-        ways = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)
-        first, second = (way.measure() for way in ways)
-        if repeat == 0 and not same(spelled(first), spelled(second)):
-            raise typer.BadParameter(f"{name}: the two ways differ")
-        del first, second
-    return ours, theirs
+        order = list(ways.values())
+        for way in order if repeat % 2 == 0 else reversed(order):
+            way.measure()
+    return ways
 
 
 def spelled(tensors: Tensors) -> Tensors:
@@ -189,15 +204,16 @@ def main(
         config(layers).save_pretrained(directory)
         model = random_model(Path(directory))
         for name in FORMATS:
-            ours, theirs = compare(model, Path(directory), name, repeats)
-            add_rows(table, name, ours, theirs)
+            add_rows(table, name, compare(model, Path(directory), name, repeats))
     if topology.rank == 0:
         Console(width=140).print(f"{topology.world_size} ranks, tp-ep-etp-pp {layout}, {layers} layers", table)
     destroy_parallel()
 
 
-def add_rows(table: Table, name: str, ours: Way, theirs: Way) -> None:
-    for title, way in (("gather, quantize", theirs), ("quantize, gather", ours)):
+def add_rows(table: Table, name: str, ways: dict[str, Way]) -> None:
+    """One row a way; ratios to gathering first."""
+    theirs = ways[GATHER_FIRST]
+    for title, way in ways.items():
         low, middle, high = min(way.seconds), statistics.median(way.seconds), max(way.seconds)
         table.add_row(
             name,

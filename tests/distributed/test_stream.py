@@ -29,7 +29,7 @@ def run_ranks(*arguments: object) -> None:
         [*torchrun, str(WORKER), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         check=True,
-        timeout=120,
+        timeout=300,
     )
 
 

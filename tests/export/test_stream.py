@@ -339,7 +339,7 @@ def test_a_model_that_lost_a_weight_needs_another_plan(sources: Sources) -> None
 
 def test_what_did_not_come_is_named_at_the_end(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Delivery.rounds
-    monkeypatch.setattr(Delivery, "rounds", lambda self, runs, loaders: whole(self, runs[:-1], loaders))
+    monkeypatch.setattr(Delivery, "rounds", lambda self, runs, held: whole(self, runs[:-1], held))
     stream = export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="fp8", bucket_bytes=1)
     with pytest.raises(MappingError, match=r"experts\.3\.down_proj\.weight_scale on rank 0: is missing"):
         list(stream)
