@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantplug.errors import QuantplugError
 
 if TYPE_CHECKING:
+    from quantplug.export.stream import export_hf_weights_quant
     from quantplug.export.unified import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
     from quantplug.export.verify import verify_checkpoint
 
@@ -18,12 +19,14 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantplugError",
     "__version__",
+    "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
     "import_mcore_gpt_from_hf",
     "verify_checkpoint",
 ]
 
 _HOMES = {
+    "export_hf_weights_quant": "quantplug.export.stream",
     "export_mcore_gpt_to_hf": "quantplug.export.unified",
     "import_mcore_gpt_from_hf": "quantplug.export.unified",
     "verify_checkpoint": "quantplug.export.verify",

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 PUBLIC = {
     "QuantplugError",
     "__version__",
+    "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
     "import_mcore_gpt_from_hf",
     "verify_checkpoint",

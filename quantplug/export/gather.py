@@ -40,7 +40,7 @@ class PackedBucket:
             for tensor in pack_slice(task, held[task.source.key].load(), dims):
                 data = tensor.contiguous().reshape(-1).view(torch.uint8)
                 self._send[offset : offset + data.numel()].copy_(data)
-                offset += _aligned(data.numel())
+                offset += aligned(data.numel())
 
     def exchange(self, groups: Groups) -> Delivered:
         """Sends every slice to the rank that writes it. A collective of the bucket's ranks."""
@@ -71,21 +71,23 @@ class PackedBucket:
         ]
 
     def _nbytes(self, task: ExportTask) -> int:
-        return sum(_aligned(spec.nbytes) for spec in self._specs[task.source.key])
+        return sum(aligned(spec.nbytes) for spec in self._specs[task.source.key])
 
     def _unpack(self, data: torch.Tensor, tasks: Sequence[ExportTask]) -> Iterator[list[torch.Tensor]]:
         offset = 0
         for task in tasks:
             tensors = []
             for spec in self._specs[task.source.key]:
-                tensors.append(_view(data[offset : offset + spec.nbytes], spec))
-                offset += _aligned(spec.nbytes)
+                tensors.append(typed_view(data[offset : offset + spec.nbytes], spec))
+                offset += aligned(spec.nbytes)
             yield tensors
 
 
-def _view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def typed_view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Bytes of a bucket as the tensor they are."""
     return data.view(spec.dtype).reshape(spec.shape)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """What a tensor of that many bytes takes up in a bucket."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

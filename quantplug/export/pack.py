@@ -56,7 +56,7 @@ def pack_slice(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions) ->
 def join_slices(
     task: ExportTask, slices: Sequence[Sequence[torch.Tensor]], dims: ModelDimensions
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that go to disk for one weight, on the CPU, from what `pack_slice` gave on each of its ranks."""
+    """The output tensors of one weight, where its slices are, from what `pack_slice` gave on each of its ranks."""
     if task.gather_first:
         whole = task.mapping.layout.join(tuple(piece for (piece,) in slices), dims)
         tensors = iter(_pack_parts(task, whole, dims))
@@ -106,7 +106,7 @@ def _named(
     for spec, tensor in zip(specs, islice(tensors, len(specs)), strict=True):
         if spec.shape and tensor.ndim and tensor.shape[0] > spec.shape[0]:
             tensor = tensor[: spec.shape[0]]  # Megatron's padding rows of the vocabulary.
-        yield spec.name, tensor.reshape(spec.shape).to(device="cpu").contiguous()
+        yield spec.name, tensor.reshape(spec.shape).contiguous()
     if len(specs) < len(output.tensors):
         assert input_scale is not None
         yield last.name, input_scale

@@ -12,15 +12,15 @@ from quantplug.export.fingerprint import fingerprint
 from quantplug.formats import first_nonfinite
 from quantplug.mappings.layouts import ModelDimensions
 
-_NONFINITE = Kind(
+NONFINITE = Kind(
     WeightError,
     "Weights hold NaN or Inf.",
     "Repair the model before it is quantized: one such value would spoil its whole tensor when served.",
 )
-_OVERFLOW = Kind(
+OVERFLOW = Kind(
     WeightError, "Weights overflow the type they are written in.", "Export with dtype=torch.bfloat16 or torch.float32."
 )
-_ZERO_AMAX = Kind(
+ZERO_AMAX = Kind(
     CalibrationError,
     "Weight quantizers hold an amax of 0 for weights that are not zero.",
     "Calibrate again: the weights changed after calibration, or the checkpoint's quantizer state was lost.",
@@ -70,8 +70,8 @@ def _look(task: ExportTask, part: torch.Tensor, findings: Findings) -> None:
         return
     reason = first_nonfinite(part)
     if reason is not None:
-        findings.add(_NONFINITE, key.name, reason, key.expert)
+        findings.add(NONFINITE, key.name, reason, key.expert)
     elif task.format is None and first_nonfinite(part.to(task.dtype)) is not None:
-        findings.add(_OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
+        findings.add(OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
     elif task.amax == 0 and bool(part.any()):
-        findings.add(_ZERO_AMAX, key.name, "amax is 0", key.expert)
+        findings.add(ZERO_AMAX, key.name, "amax is 0", key.expert)

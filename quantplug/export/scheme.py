@@ -46,6 +46,12 @@ def weight_format(state: QuantizerState) -> WeightFormat | None:
     return _FORMATS.get(_Settings(state.num_bits, state.block_sizes, state.scale_bits, state.dynamic_blocks))
 
 
+def quantizer_for(packing: WeightFormat, name: str) -> QuantizerState:
+    """An uncalibrated quantizer that stands for a format: `weight_format` backwards."""
+    settings = next(settings for settings, known in _FORMATS.items() if known == packing)
+    return QuantizerState(name, settings.num_bits, settings.block_sizes, settings.scale_bits, settings.dynamic_blocks)
+
+
 def problem(weight: QuantizerState, activation: QuantizerState | None) -> str | None:
     """Why a linear's quantizers cannot be written; None when they can."""
     packing = weight_format(weight)

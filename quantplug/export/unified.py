@@ -1,11 +1,12 @@
 """From a live Megatron-Core model to a Hugging Face checkpoint, quantized or not: one call a stage."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quantplug.export.base import ExportPlan, Held, Progress
+from quantplug.export.base import ExportPlan, Held, Progress, WholeWeight
 from quantplug.export.findings import Findings
 from quantplug.export.hf_config import copy_side_files, write_configs
 from quantplug.export.hf_source import resolve_source
@@ -17,6 +18,7 @@ from quantplug.export.source_config import SourceConfig, read_source_config, ref
 from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
 from quantplug.export.work import disk_errors, write_tensors
 from quantplug.export.writer import Staging, check_destination, write_index
+from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.parallel import current_topology, group_ranks
@@ -53,12 +55,18 @@ class PlannedExport:
 
     Attributes:
         source: Directory of the Hugging Face checkpoint that config and tokenizer come from.
+        family: The architecture's table.
         held: The weights that this rank holds.
     """
 
     plan: ExportPlan
     source: Path
+    family: Family
     held: Held
+
+
+Requantize = Callable[[Sequence[WholeWeight], Family], Sequence[WholeWeight]]
+"""Gives weights other quantizers than the model's own; called on all ranks with the same weights."""
 
 
 def plan_export(
@@ -70,6 +78,7 @@ def plan_export(
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     calibrated: bool = True,
+    requantize: Requantize | None = None,
 ) -> PlannedExport:
     """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
 
@@ -78,6 +87,7 @@ def plan_export(
     Args:
         calibrated: Whether calibration is over. False plans a model whose quantizers are placed but hold no amax yet:
             what cannot be exported is refused before calibration is paid for.
+        requantize: Quantizers to plan with in place of the model's own, which are not looked at then.
     """
     rank = current_topology().rank
     source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
@@ -86,21 +96,25 @@ def plan_export(
     surveys = gather_surveys(RankSurvey(rank, group_ranks(), weights.refs, weights.unclaimed, judge_rules(model)))
 
     # From here on every rank works on the same data, and so comes to the same plan or the same error.
-    refuse_unmatched(rule for survey in surveys for rule in survey.rules)
+    if requantize is None:
+        refuse_unmatched(rule for survey in surveys for rule in survey.rules)
     findings = Findings()
-    wholes = whole_weights(surveys, findings)
+    wholes: Sequence[WholeWeight] = whole_weights(surveys, findings)
     findings.raise_if_any()
+    unclaimed = tuple(dict.fromkeys(name for survey in surveys for name in survey.unclaimed))
+    if requantize is not None:
+        wholes, unclaimed = requantize(wholes, family), ()
     request = ExportRequest(
         tied_embeddings=bool(source.values.get("tie_word_embeddings", False)),
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
         reference=all_or_none(lambda: reference_shapes(source.directory)),
-        unclaimed=tuple(dict.fromkeys(name for survey in surveys for name in survey.unclaimed)),
+        unclaimed=unclaimed,
         calibrated=calibrated,
     )
     plan = build_plan(wholes, family, family.dimensions(source.values), request)
-    return PlannedExport(plan, source.directory, {ref.key: ref for ref in weights.refs})
+    return PlannedExport(plan, source.directory, family, {ref.key: ref for ref in weights.refs})
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class _Steps:
             task, slices = delivered.pop(0)
             with disk_errors(self.directory, self.rank):
                 for name, tensor in join_slices(task, slices, self.dims):
-                    self.sink.write(name, tensor)
+                    self.sink.write(name, tensor.cpu())
             self.done += 1
             self.progress("Packing and writing", self.done, self.total)
         if bucket is None:

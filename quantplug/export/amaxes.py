@@ -1,0 +1,85 @@
+"""The one look at all weights before any is streamed: NaN, Inf, overflow, and the amaxes of the weights themselves."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from quantplug.export.base import ExportTask, Held, WeightRef
+from quantplug.export.findings import Findings
+from quantplug.export.gather import Groups
+from quantplug.export.scan import NONFINITE, OVERFLOW, ZERO_AMAX
+from quantplug.formats import first_nonfinite
+from quantplug.formats.scales import weight_amax
+from quantplug.mappings.base import ParamKey
+from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named
+
+Amaxes = dict[ParamKey, torch.Tensor]
+
+
+def current_amaxes(tasks: Sequence[ExportTask], held: Held, groups: Groups, rank: int) -> dict[ParamKey, float]:
+    """max|weight| of every quantized weight that this rank holds a slice of, over all slices. A collective.
+
+    One MAX reduction over TP and one over ETP serve all weights. A fused weight (q, k and v; gate and up) is one
+    weight, so its parts share one amax.
+
+    Raises:
+        WeightError: NaN or Inf in a weight, or a plain weight that overflows the type it is sent in.
+        CalibrationError: A calibrated amax of 0 for a weight that is not zero.
+    """
+    mine = [task for task in tasks if task.source.key in held]
+    amaxes = all_or_none(lambda: _look(mine, held, rank))
+    for axis, group in groups.items():
+        cut = [task.source.key for task in mine if task.source.axis is axis and task.format is not None]
+        if cut:
+            largest = torch.stack([amaxes[key] for key in cut]).to(collective_device())
+            with lost_ranks_named():
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            amaxes.update(zip(cut, largest.unbind(), strict=True))
+    keys = [task.source.key for task in mine if task.format is not None]
+    values = torch.stack([amaxes[key].to(collective_device()) for key in keys]).tolist() if keys else []
+    return dict(zip(keys, values, strict=True))
+
+
+def _look(tasks: Sequence[ExportTask], held: Held, rank: int) -> Amaxes:
+    """This rank's own amaxes, on the device of the weights: one synchronization for all that are fine.
+
+    Copies are looked at too where another one is sent: a damaged copy must not go unnoticed.
+    """
+    amaxes = {task.source.key: _amax(task, held[task.source.key]) for task in tasks}
+    if not amaxes:
+        return amaxes
+    findings = Findings(rank)
+    sent = [amaxes[task.source.key].to(task.dtype if task.format is None else torch.float32) for task in tasks]
+    suspect = [task.amax == 0 for task in tasks]
+    fine = torch.stack([amax.isfinite() for amax in sent]).tolist()
+    for task, is_fine, is_suspect in zip(tasks, fine, suspect, strict=True):
+        if not is_fine:
+            _add_unsendable(task, _written(task, held[task.source.key]), findings)
+        elif is_suspect and amaxes[task.source.key] > 0:
+            findings.add(ZERO_AMAX, task.source.key.name, "amax is 0", task.source.key.expert)
+    findings.raise_if_any()
+    return amaxes
+
+
+def _amax(task: ExportTask, ref: WeightRef) -> torch.Tensor:
+    written = _written(task, ref)
+    return weight_amax(written) if written.numel() else torch.zeros((), device=written.device)
+
+
+def _written(task: ExportTask, ref: WeightRef) -> torch.Tensor:
+    """This rank's slice without the padding rows of the vocabulary: those are never sent, whatever they hold."""
+    weight = ref.load()
+    if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
+        return weight
+    place = ref.shard.index if ref.shard else 0
+    return weight[: max(0, task.outputs[0].shape[0] - place * weight.shape[0])]
+
+
+def _add_unsendable(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:
+    key = task.source.key
+    reason = first_nonfinite(weight)
+    if reason is None:
+        findings.add(OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
+    else:
+        findings.add(NONFINITE, key.name, reason, key.expert)

@@ -1,0 +1,175 @@
+"""What a stream will send: the plan of an export to disk, with the caller's quantization in place of the model's."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from quantplug.errors import Offender, TopologyError
+from quantplug.export.base import ExportPlan, ExportTask, PartOutput, WholeWeight
+from quantplug.export.checker import chosen_weights
+from quantplug.export.quant_fn import QuantFn, QuantFunction
+from quantplug.export.scheme import quantizer_for
+from quantplug.export.source import Model
+from quantplug.export.stream_request import StreamFormat, StreamRequest
+from quantplug.export.unified import PlannedExport, plan_export
+from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec, WeightFormat
+from quantplug.mappings.base import Family, Role
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.megatron.agreement import all_or_none, gather_objects
+from quantplug.topology import ParallelTopology
+
+_FORMATS: dict[StreamFormat, WeightFormat] = {
+    StreamFormat.NVFP4: NVFP4(),
+    StreamFormat.FP8: FP8(),
+    StreamFormat.FP8_BLOCKWISE: FP8Block(),
+}
+
+
+@dataclass(frozen=True)
+class PlannedStream:
+    """What is sent, and in which order.
+
+    Attributes:
+        plan: The plan of an export to disk that it was made from: sizes, excluded modules, config.
+        aliases: Names of weights that are given a second time, with the name that they have then.
+    """
+
+    plan: ExportPlan
+    tasks: tuple[ExportTask, ...]
+    aliases: Mapping[str, str]
+
+    def outputs(self, tasks: Sequence[ExportTask]) -> Iterator[tuple[str, TensorSpec]]:
+        """What a receiver is given for some of the tasks: (its name, the tensor that it is).
+
+        A weight, its scales, then the same once more under the name of a weight that is tied to it.
+        """
+        for part in (part for task in tasks for part in task.outputs):
+            yield from ((spec.name, spec) for spec in part.tensors)
+            if part.name in self.aliases:
+                for spec in part.tensors:
+                    yield f"{self.aliases[part.name]}{spec.name.removeprefix(part.name)}", spec
+
+    def digest(self) -> str:
+        """Of all that ranks must agree on before one sends a byte."""
+        sent = [(task.owner, task.ranks, task.gather_first, task.outputs) for task in self.tasks]
+        return hashlib.sha256(repr((sent, sorted(self.aliases.items()))).encode()).hexdigest()
+
+
+def make_stream_plan(
+    model: Model, source: str | Path, request: StreamRequest, topology: ParallelTopology, device: torch.device
+) -> PlannedStream:
+    """Plans a stream. A collective of metadata.
+
+    Args:
+        device: Where the model's weights are, for trials of `quant_fn`.
+
+    Raises:
+        QuantplugError: As `export_hf_weights_quant` says.
+    """
+    planned = plan_export(
+        model,
+        source,
+        dtype=request.dtype,
+        moe_router_dtype=request.moe_router_dtype,
+        trust_remote_code=request.trust_remote_code,
+        calibrated=request.quant_format is StreamFormat.AS_QUANTIZED,
+        requantize=None
+        if request.quant_format is StreamFormat.AS_QUANTIZED
+        else lambda weights, family: _requantized(weights, family, request, topology.rank),
+    )
+    tasks = planned.plan.tasks
+    if request.quant_fn is not None:
+        tasks = _with_quant_fn(tasks, planned.plan.dims, request.quant_fn, request, topology.rank, device)
+    stream = PlannedStream(planned.plan, tasks, _aliases(planned, tasks) if request.emit_tied else {})
+    _refuse_different_plans(stream, request.receivers(topology))
+    return stream
+
+
+def _requantized(
+    weights: Sequence[WholeWeight], family: Family, request: StreamRequest, rank: int
+) -> Sequence[WholeWeight]:
+    """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
+    plain = [replace(weight, weight=None, activation=None) for weight in weights]
+    if request.quant_format is None:
+        return plain
+    packing = _FORMATS[request.quant_format]
+    table = family.by_megatron()
+    linears = [
+        weight for weight in plain if weight.key.module in table and table[weight.key.module].role is Role.LINEAR
+    ]
+    chosen = {weight.key for weight in linears}
+    if request.quantization_checker is not None:
+        chosen &= chosen_weights(linears, request.quantization_checker, rank)
+    return [
+        replace(weight, weight=quantizer_for(packing, weight.key.name)) if weight.key in chosen else weight
+        for weight in plain
+    ]
+
+
+def _with_quant_fn(
+    tasks: Sequence[ExportTask],
+    dims: ModelDimensions,
+    quant_fn: QuantFn,
+    request: StreamRequest,
+    rank: int,
+    device: torch.device,
+) -> tuple[ExportTask, ...]:
+    """The tasks of plain weights, those that are wanted quantized by the caller's function."""
+    askable = (Role.LINEAR,) if request.quantization_checker is None else (Role.LINEAR, Role.VOCABULARY)
+    weights = [task.source for task in tasks if task.mapping.role in askable]
+    chosen = frozenset(weight.key for weight in weights)
+    if request.quantization_checker is not None:
+        chosen = chosen_weights(weights, request.quantization_checker, rank)
+    functions = {
+        dtype: QuantFunction(quant_fn, request.quant_block_size, dtype, device)
+        for dtype in {weight.dtype for weight in weights}
+    }
+    return all_or_none(
+        lambda: tuple(
+            _task_with(task, functions[task.source.dtype], request.scale_suffix, dims)
+            if task.source.key in chosen
+            else task
+            for task in tasks
+        )
+    )
+
+
+def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: ModelDimensions) -> ExportTask:
+    outputs = tuple(_part_with(part, function, suffix) for part in task.outputs)
+    gather_first = len(task.ranks) > 1 and not _packs_apart(task, function, dims)
+    return replace(task, format=function, gather_first=gather_first, outputs=outputs)
+
+
+def _part_with(part: PartOutput, function: QuantFunction, suffix: str) -> PartOutput:
+    codes, scale = function.outputs(part.shape)
+    return replace(part, tensors=(replace(codes, name=part.name), replace(scale, name=f"{part.name}{suffix}")))
+
+
+def _packs_apart(task: ExportTask, function: QuantFunction, dims: ModelDimensions) -> bool:
+    """Whether every slice of every part can be quantized where it is."""
+    axis, slices = task.mapping.layout.shard_axis, len(task.ranks)
+    rows = sum(part.shape[0] for part in task.outputs)
+    if axis is None or rows != task.source.shape[0]:
+        return False  # Padding rows of the vocabulary would count in the scale of the last block.
+    cleanly = task.mapping.layout.cuts_cleanly(slices, dims)
+    return cleanly and all(function.packs_apart(part.shape, axis, slices) for part in task.outputs)
+
+
+def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask]) -> dict[str, str]:
+    """Every weight that another of the architecture is tied to, and the name of that other one."""
+    names = {part.name for task in tasks for part in task.outputs}
+    return {source: name for name, source in planned.family.tied.items() if name not in names}
+
+
+def _refuse_different_plans(stream: PlannedStream, receivers: tuple[int, ...]) -> None:
+    digests = gather_objects((stream.digest(), receivers))
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise TopologyError(
+            "Ranks planned different streams.",
+            [Offender("plan", "differs from that of rank 0", rank=rank) for rank in different],
+            "Call with the same arguments on all ranks, and with a quant_fn that depends on its arguments alone.",
+        )

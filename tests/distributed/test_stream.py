@@ -1,0 +1,121 @@
+"""The stream on four real ranks: the tensors of one rank's export, on every receiver, or one error on all ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from quantplug import export_mcore_gpt_to_hf
+from tests.distributed.stream_worker import BLOCK, RECEIVERS
+from tests.export.blockwise import blockwise_fp8
+from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("stream_worker.py")
+RANKS = 4
+SCHEMES = {"nvfp4": "w4a16_nvfp4", "fp8": "fp8_weight_only", "fp8_blockwise": "fp8_blockwise"}
+
+pytestmark = pytest.mark.distributed
+
+
+def run_ranks(*arguments: object) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    subprocess.run(
+        [*torchrun, str(WORKER), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        check=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def divisible_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which every weight, but not every half of one, divides by 128."""
+    directory = tmp_path_factory.mktemp("divisible")
+    config = Qwen3MoeConfig(
+        vocab_size=523,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        moe_intermediate_size=256,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(got[name], expected[name])] == []
+
+
+def expected_tensors(way: str, source: Path, directory: Path) -> dict[str, torch.Tensor]:
+    """One rank's export to disk; for a function what it makes of whole Hugging Face weights."""
+    if way == "function":
+        weights = read(source)
+        quantized = {name: blockwise_fp8(tensor, BLOCK) for name, tensor in linear_weights(weights).items()}
+        scales = {f"{name}_scale_inv": scale for name, (_, scale) in quantized.items()}
+        return {**weights, **{name: codes for name, (codes, _) in quantized.items()}, **scales}
+    export_mcore_gpt_to_hf(quantize(load(source), SCHEMES[way]), source, export_dir=directory)
+    return read(directory)
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize(
+    ("layout", "source", "ways"),
+    [
+        ("2-2-2-1", "tiny_qwen3_moe_dir", ["nvfp4", "function"]),
+        ("2-1-1-2", "tiny_qwen3_moe_dir", ["fp8", "function"]),
+        ("2-2-2-1", "divisible_dir", ["fp8_blockwise"]),
+    ],
+)
+def test_receivers_get_what_one_rank_exports(
+    layout: str, source: str, ways: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(source)
+    run_ranks(directory, tmp_path, layout, "streams", *ways)
+    for way in ways:
+        expected = expected_tensors(way, directory, tmp_path / way)
+        for rank in range(RANKS):
+            assert_same_tensors(torch.load(tmp_path / f"{way}-{rank}.pt"), expected)
+            some = torch.load(tmp_path / f"{way}-some-{rank}.pt")
+            assert_same_tensors(some, expected if rank in RECEIVERS else {})
+        told = json.loads((tmp_path / f"{way}-0.json").read_text())
+        # Two agreements, two reductions of amaxes; then one bucket: two agreements, TP, ETP, a broadcast an owner.
+        assert sum(told["calls"].values()) <= 4 + 2 + 2 + RANKS < len(expected)
+        assert "all_gather_object" not in told["calls"]
+        if way == "function":
+            # o_proj cuts at a block, 96 columns a rank; down_proj does not, 48 columns of an expert.
+            assert not [name for name in told["first"] if "linear_proj" in name]
+            assert (layout == "2-2-2-1") == any("linear_fc2" in name for name in told["first"])
+
+
+def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:
+    kinds = ["experts", "ranks", "argument", "receivers", "function", "nan"]
+    run_ranks(tiny_qwen3_moe_dir, tmp_path, "2-2-2-1", "faults", *kinds)
+    ends = [json.loads((tmp_path / f"faults-{rank}.json").read_text()) for rank in range(RANKS)]
+    assert all(end == ends[0] for end in ends)
+    expected = {
+        "experts": ("UnsupportedQuantizationError", ["weight3 (expert 3)", "yes for others of layer 1"]),
+        "ranks": ("UnsupportedQuantizationError", ["linear_proj.weight on rank 3", "no on ranks [3]"]),
+        "argument": ("UnsupportedQuantizationError", ["quant_format", "nvfp5"]),
+        "receivers": ("TopologyError", ["plan on rank 1: differs from that of rank 0"]),
+        "function": ("UnsupportedQuantizationError", ["raised ValueError", "out of luck"]),
+        "nan": ("WeightError", ["linear_fc1.weight5 (expert 5)", "1 NaN; first at [3, 5]"]),
+    }
+    assert ends[0].keys() == expected.keys()
+    for kind, (error, says) in expected.items():
+        name, message, came = ends[0][kind]
+        assert (name, came) == (error, 0), kind
+        for words in says:
+            assert words in message, message
