@@ -37,7 +37,7 @@ def main(
 
 def tensor_files(directory: Path) -> dict[str, Path]:
     """Every tensor of a checkpoint with the file that holds it."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
