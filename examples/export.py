@@ -16,6 +16,7 @@ from console import StageBars, out, user_errors
 
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug import export_mcore_gpt_to_hf
+from quantplug.calibration.collect import gather_statistics
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
@@ -48,18 +49,21 @@ def main(
     dtype: Annotated[DType, typer.Option(help="Type of tensors that are not quantized.")] = DType.BFLOAT16,
     max_shard_size: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table of what was loaded here.")] = None,
 ) -> None:
     """Exports a quantized Megatron checkpoint to a Hugging Face checkpoint."""
     with user_errors():
         source = read_source_config(resolve_source(hf_model_id, weights=False), trust_remote_code)
         family = find_family(source.architecture)
-        initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         model = build_gpt_model(family.megatron_config(source.values))
         report = load_checkpoint(model, megatron_load_path)
         if report.fan_outs:
-            out.print(
-                "ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.", highlight=False
-            )
+            out.print("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
+        if stats_json is not None:
+            statistics = gather_statistics(model, fan_outs=report.fan_outs)
+            if topology.rank == 0:
+                statistics.save(stats_json)
         result = export_mcore_gpt_to_hf(
             model,
             source.directory,

@@ -14,6 +14,7 @@ from quantplug.calibration.quantizers import is_dynamic, leaf_quantizers
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
 from quantplug.mappings.base import ParamKey
 from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.checkpoint_layouts import FanOut
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
 _DECODER_EXPERTS = "decoder.layers.*.mlp.experts."
@@ -21,7 +22,9 @@ _DECODER_EXPERTS = "decoder.layers.*.mlp.experts."
 
 
 def gather_statistics(
-    model: nn.Module | Sequence[nn.Module], record: CalibrationRecord | None = None
+    model: nn.Module | Sequence[nn.Module],
+    record: CalibrationRecord | None = None,
+    fan_outs: Sequence[FanOut] = (),
 ) -> CalibrationTable:
     """One table of the quantizers of all ranks and virtual pipeline stages; the same on every rank.
 
@@ -30,13 +33,14 @@ def gather_statistics(
     Args:
         model: A quantized `GPTModel`, wrapped or bare, or the list of them that virtual pipelining makes.
         record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
+        fan_outs: What `load_checkpoint` gave to several experts, if the model was loaded.
 
     Raises:
         CalibrationError: Ranks disagree on what they hold.
         UnsupportedModelError: There is something else than a `GPTModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
-    mine = all_or_none(lambda: collect_statistics(model, record))
+    mine = all_or_none(lambda: collect_statistics(model, record, fan_outs))
     tables = [mine]
     if dist.is_initialized() and dist.get_world_size() > 1:
         tables *= dist.get_world_size()
@@ -45,7 +49,9 @@ def gather_statistics(
 
 
 def collect_statistics(
-    model: nn.Module | Sequence[nn.Module], record: CalibrationRecord | None = None
+    model: nn.Module | Sequence[nn.Module],
+    record: CalibrationRecord | None = None,
+    fan_outs: Sequence[FanOut] = (),
 ) -> CalibrationTable:
     """The quantizers that this rank holds, of all its virtual pipeline stages.
 
@@ -56,6 +62,7 @@ def collect_statistics(
     Args:
         model: A quantized `GPTModel`, wrapped or bare, or the list of them that virtual pipelining makes.
         record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
+        fan_outs: What `load_checkpoint` gave to several experts, if the model was loaded.
 
     Raises:
         UnsupportedModelError: There is something else than a `GPTModel` inside.
@@ -63,8 +70,10 @@ def collect_statistics(
     """
     record = record or CalibrationRecord()
     return CalibrationTable.merged(
-        CalibrationTable(tuple(_with_tokens(row, record) for row in _rows(chunk, record)))
-        for chunk in model_chunks(model)
+        CalibrationTable(
+            tuple(_with_tokens(row, record) for row in _rows(chunk, record, _fanned_out(fan_outs, number)))
+        )
+        for number, chunk in enumerate(model_chunks(model))
     )
 
 
@@ -78,7 +87,13 @@ def _with_tokens(row: StatisticsRow, record: CalibrationRecord) -> StatisticsRow
     return replace(row, source=source, tokens=tokens.by_expert[expert], coverage=tokens.coverage(expert))
 
 
-def _rows(chunk: nn.Module, record: CalibrationRecord) -> Iterator[StatisticsRow]:
+def _fanned_out(fan_outs: Sequence[FanOut], chunk: int) -> frozenset[str]:
+    """Names of a chunk's quantizers that share an amax which a checkpoint has once."""
+    return frozenset(name for fan_out in fan_outs for number, name in fan_out.quantizers if number == chunk)
+
+
+def _rows(chunk: nn.Module, record: CalibrationRecord, fanned_out: frozenset[str]) -> Iterator[StatisticsRow]:
+    shared = {chunk.get_submodule(name) for name in fanned_out}
     parameters = list(iter_parameters(chunk))
     by_tensor = {id(parameter.tensor): parameter for parameter in parameters}
     modules = _module_keys(parameters)
@@ -89,7 +104,8 @@ def _rows(chunk: nn.Module, record: CalibrationRecord) -> Iterator[StatisticsRow
             for weight, quantizer in module.iter_weights_for_calibration():
                 leaves = leaf_quantizers(quantizer)
                 of_weights.update(leaves)
-                yield _weight_row(by_tensor[id(weight)], leaves)
+                row = _weight_row(by_tensor[id(weight)], leaves)
+                yield row if shared.isdisjoint(leaves) else replace(row, source=Source.FAN_OUT)
         elif isinstance(module, TensorQuantizer) and module.is_enabled and module not in of_weights:
             key = _key(name, modules)
             yield _activation_row(key, module)

@@ -15,7 +15,13 @@ LEAST_NAME_WIDTH = 24
 
 COLD = "cold"
 
-_STYLES = {Source.MISSING: "bold red", Source.FALLBACK: "yellow", Source.DISABLED: "dim", Source.DYNAMIC: "dim"}
+_STYLES = {
+    Source.MISSING: "bold red",
+    Source.FALLBACK: "yellow",
+    Source.FAN_OUT: "yellow",
+    Source.DISABLED: "dim",
+    Source.DYNAMIC: "dim",
+}
 
 
 def print_statistics(table: CalibrationTable, console: Console) -> None:

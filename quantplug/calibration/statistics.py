@@ -23,13 +23,14 @@ class Source(StrEnum):
 
     MISSING = "missing"  # Enabled, and yet without an amax: an export refuses it.
     FALLBACK = "fallback"  # Of its layer's experts, because this one saw no calibration token.
+    FAN_OUT = "fan-out"  # The one amax that a checkpoint of ModelOpt 0.46 or before has for all experts of a layer.
     WEIGHT = "weight"  # Exactly max|weight| of this weight.
     CALIBRATED = "calibrated"  # From data, from a search, or reduced together with other tensors.
     DYNAMIC = "dynamic"  # Computed anew in every forward, by the format's definition.
     DISABLED = "disabled"  # Not quantized.
 
 
-HAS_AMAX = frozenset({Source.FALLBACK, Source.WEIGHT, Source.CALIBRATED})
+HAS_AMAX = frozenset({Source.FALLBACK, Source.FAN_OUT, Source.WEIGHT, Source.CALIBRATED})
 _PRECEDENCE = tuple(Source)
 
 

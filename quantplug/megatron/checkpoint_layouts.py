@@ -41,11 +41,13 @@ class FanOut:
         key: Its key in the checkpoint.
         amax: Its value.
         experts: Global ids of this rank's experts, each with a quantizer that now has it.
+        quantizers: For each of them, the number of the model chunk and the name of the quantizer in it.
     """
 
     key: str
     amax: float
     experts: tuple[int, ...]
+    quantizers: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,12 @@ def put_in_place(loaded: ShardedStateDict, displaced: Sequence[DisplacedAmax]) -
 
 def fan_outs(loaded: ShardedStateDict, displaced: Sequence[DisplacedAmax]) -> tuple[FanOut, ...]:
     """What was given to several experts, in the order of the model."""
-    experts: dict[str, list[int]] = {}
+    given: dict[str, list[tuple[int, tuple[int, str]]]] = {}
     for amax in displaced:
         if amax.expert is not None:
-            experts.setdefault(amax.key, []).append(amax.expert)
-    return tuple(FanOut(key, float(loaded[WHOLE][key]), tuple(ids)) for key, ids in experts.items())
+            quantizer = (int(amax.chunk), amax.name.removesuffix("._amax"))
+            given.setdefault(amax.key, []).append((amax.expert, quantizer))
+    return tuple(FanOut(key, float(loaded[WHOLE][key]), *zip(*experts, strict=True)) for key, experts in given.items())
 
 
 def require_own_amax(loaded: ShardedStateDict, displaced: Sequence[DisplacedAmax], rank: int) -> None:
