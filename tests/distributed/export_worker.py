@@ -1,6 +1,6 @@
 """One rank of an export, for the tests beside it: at several topologies in turn, or with a fault on one rank.
 
-Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP ...`, or `fault SOURCE OUTPUT KIND RANK`.
+Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP ...`, or `faults SOURCE OUTPUT KIND:RANK ...`.
 """
 
 import copy
@@ -54,11 +54,18 @@ def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
         parallel_state.destroy_model_parallel()
 
 
-def fault(source: Path, output: Path, kind: str, rank: int) -> None:
-    """Every rank prints the error it ends with; the fault is on one of them alone."""
+def faults(source: Path, output: Path, wanted: list[str]) -> None:
+    """One export for each `KIND:RANK`, with that fault on that rank; every rank notes the error it ends with."""
     topology = initialize_parallel(tp=2, ep=2, etp=2)
+    for fault in wanted:
+        kind, rank = fault.split(":")
+        message = export_with(kind, topology.rank == int(rank), source, output / kind)
+        (output / f"{kind}-{topology.rank}.txt").write_text(message)
+
+
+def export_with(kind: str, faulty: bool, source: Path, export_dir: Path) -> str:
     model = quantized_model(source, "nvfp4")
-    faulty = topology.rank == rank
+    pwrite = os.pwrite
     if faulty:
         inject(kind, model)
 
@@ -67,10 +74,12 @@ def fault(source: Path, output: Path, kind: str, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        export_mcore_gpt_to_hf(model, source, export_dir=output, progress=progress)
+        export_mcore_gpt_to_hf(model, source, export_dir=export_dir, progress=progress)
     except QuantplugError as error:
-        sys.stdout.write(f"{type(error).__name__}: {error}\n")
-        sys.stdout.flush()
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.pwrite = pwrite
+    return "no error"
 
 
 def inject(kind: str, model: nn.Module) -> None:
@@ -96,4 +105,4 @@ if __name__ == "__main__":
     if mode == "layouts":
         layouts(Path(source), Path(output), rest[0], rest[1:])
     else:
-        fault(Path(source), Path(output), rest[0], int(rest[1]))
+        faults(Path(source), Path(output), rest)
