@@ -20,8 +20,9 @@ def user_errors() -> Iterator[None]:
     """Prints an error that is the user's to mend without a traceback, and exits with status 1."""
     try:
         yield
-    except QuantplugError as error:
-        err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, style="red")
+    except (QuantplugError, OSError) as error:
+        # soft_wrap: names and paths stay whole, to be searched for and copied.
+        err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, style="red", soft_wrap=True)
         raise SystemExit(1) from error
 
 

@@ -19,6 +19,7 @@ from quantplug import export_mcore_gpt_to_hf
 from quantplug.calibration.collect import gather_statistics
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.source_config import read_source_config
+from quantplug.export.writer import check_destination
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_gpt_model
 from quantplug.megatron.checkpoint import load_checkpoint
@@ -46,17 +47,20 @@ def main(
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
     etp: Annotated[int, typer.Option(help="Expert tensor parallel size.")] = 1,
-    dtype: Annotated[DType, typer.Option(help="Type of tensors that are not quantized.")] = DType.BFLOAT16,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type of tensors that are not quantized; by default that of the source.")
+    ] = None,
     max_shard_size: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table of what was loaded here.")] = None,
 ) -> None:
     """Exports a quantized Megatron checkpoint to a Hugging Face checkpoint."""
     with user_errors():
+        check_destination(export_dir)
         source = read_source_config(resolve_source(hf_model_id, weights=False), trust_remote_code)
         family = find_family(source.architecture)
         topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        model = build_gpt_model(family.megatron_config(source.values))
+        model = build_gpt_model(family.megatron_config(source.values), dtype=source.dtype)
         report = load_checkpoint(model, megatron_load_path)
         if report.fan_outs:
             out.print("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
@@ -68,7 +72,7 @@ def main(
             model,
             source.directory,
             export_dir=export_dir,
-            dtype=TORCH_DTYPES[dtype],
+            dtype=TORCH_DTYPES[dtype] if dtype else source.dtype,
             trust_remote_code=trust_remote_code,
             max_shard_size=int(max_shard_size * GIGABYTE),
             progress=StageBars(),

@@ -31,6 +31,7 @@ from quantplug.errors import CalibrationError, Offender
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.source_config import read_source_config
 from quantplug.export.unified import plan_export
+from quantplug.export.writer import check_destination
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_gpt_model
 from quantplug.megatron.checkpoint import save_checkpoint
@@ -96,6 +97,7 @@ def main(
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
     with user_errors():
+        check_destination(megatron_save_path)
         source = read_source_config(resolve_source(hf_model_id), trust_remote_code)
         family = find_family(source.architecture)
         with_data = not weight_only and export_quant_cfg not in WITHOUT_ACTIVATIONS
@@ -105,7 +107,7 @@ def main(
         out.print(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}", highlight=False)
 
         bars = StageBars()
-        model = build_gpt_model(family.megatron_config(source.values))
+        model = build_gpt_model(family.megatron_config(source.values), dtype=source.dtype)
         import_mcore_gpt_from_hf(model, source.directory, trust_remote_code=trust_remote_code, progress=bars)
 
         out.print(f"Quantizing with {export_quant_cfg.value}{' weight-only' if weight_only else ''} ...")
@@ -117,11 +119,11 @@ def main(
         statistics = gather_statistics(model, record)
         if topology.rank == 0:
             print_statistics(statistics, out)
-            if stats_json is not None:
-                statistics.save(stats_json)
         about = {"hf_model_id": hf_model_id, "quant_cfg": export_quant_cfg.value, "weight_only": weight_only}
         save_checkpoint(model, megatron_save_path, extra=about)
-        out.print(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")
+        out.print(f"Saved the quantized Megatron checkpoint in {megatron_save_path}", soft_wrap=True)
+        if stats_json is not None and topology.rank == 0:
+            statistics.save(stats_json)
         destroy_parallel()
 
 

@@ -42,7 +42,7 @@ def verify(
         if json is not None:
             report.write_json(json)
     except (QuantplugError, OSError) as problem:
-        Console(stderr=True).print(str(problem), markup=False, highlight=False)
+        Console(stderr=True).print(str(problem), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR) from problem
     print_report(report, Console(), limit)
     raise typer.Exit(0 if report.ok else 1)
@@ -64,7 +64,7 @@ def stats(
         if plot is not None:
             _save_plot(table, plot)
     except (QuantplugError, OSError) as problem:
-        Console(stderr=True).print(str(problem), markup=False, highlight=False)
+        Console(stderr=True).print(str(problem), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR) from problem
     print_statistics(table, Console())
 

@@ -48,6 +48,10 @@ class QuantplugError(Exception):
         super().__init__("\n".join(lines))
 
 
+class ArgumentError(QuantplugError):
+    """An argument of a call has a value that the call does not take."""
+
+
 class SourceError(QuantplugError):
     """The Hugging Face checkpoint to read from is missing, incomplete or not of a kind we read."""
 

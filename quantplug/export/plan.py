@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from quantplug.errors import ArgumentError, Offender
 from quantplug.export.base import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
 from quantplug.export.coverage import match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
@@ -25,6 +26,7 @@ from quantplug.mappings.base import Family, Role, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 MAX_SHARD_SIZE = 5 * 10**9
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ def build_plan(
     """Plans an export of a model's weights, quantized or not, to Hugging Face tensors.
 
     Raises:
+        ArgumentError: A type or size that cannot be written.
         MappingError: Parameters unknown, missing, or there twice.
         ShapeError: A shape disagrees with the checkpoint, or does not divide as its format needs.
         UnsupportedQuantizationError: Quantizers that cannot be written.
         CalibrationError: Enabled quantizers without amax.
     """
+    _check_request(request)
     findings = Findings(request.rank)
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
@@ -80,6 +84,21 @@ def build_plan(
     quant_config = dialect.config(excluded) if dialect else None
     files = _cut_into_files(in_order(tasks), request.max_shard_size)
     return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
+
+
+def _check_request(request: ExportRequest) -> None:
+    types = {"dtype": request.dtype, "moe_router_dtype": request.router_dtype or request.dtype}
+    offenders = [
+        Offender(name, f"is {dtype}", rank=request.rank) for name, dtype in types.items() if dtype not in PLAIN_DTYPES
+    ]
+    if request.max_shard_size < 1:
+        offenders.append(Offender("max_shard_size", f"is {request.max_shard_size}", rank=request.rank))
+    if offenders:
+        raise ArgumentError(
+            "Arguments of the export cannot be served.",
+            offenders,
+            f"Plain tensors are written as one of {', '.join(map(str, PLAIN_DTYPES))}, files in sizes of at least a byte.",
+        )
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def check_quantizers(
                 findings.add_weight(_SETTING, whole, "its input quantizer is enabled, its weight quantizer is not")
             continue
         if mapping.role is not Role.LINEAR:
-            findings.add_weight(_KEPT, whole, f"is a {mapping.role.value}")
+            findings.add_weight(_KEPT, whole, f"enabled for the {mapping.role.value}")
             continue
         scheme = _scheme(whole, whole.weight, findings)
         if scheme is not None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -29,6 +31,12 @@ class SourceConfig:
     quantization: dict[str, Any] | None
     values: dict[str, Any]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the weights were saved in, by the config; BF16 if it says none that a model can be built in."""
+        spelled = str(self.values.get("dtype")).removeprefix("torch.")
+        return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
+
 
 def read_source_config(directory: Path, trust_remote_code: bool = False) -> SourceConfig:
     """Reads config.json.
@@ -38,13 +46,19 @@ def read_source_config(directory: Path, trust_remote_code: bool = False) -> Sour
         UnsupportedModelError: Its architecture is not one we convert.
     """
     raw = _read_json(directory)
-    architectures = raw.get("architectures") or []
-    if not architectures:
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
         raise config_error(directory, "names no architecture")
+    if raw.get("auto_map") and not trust_remote_code:
+        raise SourceError(
+            "The source checkpoint brings its own code.",
+            [Offender(str(directory / CONFIG_FILE), f"auto_map names {', '.join(map(str, raw['auto_map']))}")],
+            "Read that code, then allow it: trust_remote_code=True, or --trust-remote-code.",
+        )
     find_family(str(architectures[0]))  # Before transformers, whose error would not list what we support.
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise config_error(directory, str(error).strip().splitlines()[0]) from error
     return SourceConfig(directory, str(architectures[0]), raw.get("quantization_config"), dict(config.to_dict()))
 

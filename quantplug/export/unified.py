@@ -121,8 +121,8 @@ def plan_export(
 def export_mcore_gpt_to_hf(
     model: Model,
     pretrained_model_name_or_path: str | Path,
-    *,
     export_dir: str | Path,
+    *,
     dtype: torch.dtype = torch.bfloat16,
     moe_router_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -146,6 +146,7 @@ def export_mcore_gpt_to_hf(
         progress: Called as (stage, done, total).
 
     Raises:
+        ArgumentError: A `dtype` or `max_shard_size` that cannot be written.
         DestinationError: `export_dir` is not empty.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantplug.errors import CalibrationError, MappingError, ShapeError, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, CalibrationError, MappingError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.base import QuantizerState, WholeWeight
 from quantplug.export.plan import ExportRequest, build_plan
 from quantplug.mappings.families import find_family
@@ -290,6 +290,15 @@ def test_mixed_schemes_are_refused():
     ]
     with pytest.raises(UnsupportedQuantizationError, match="mixes quantization schemes"):
         plan(refs)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dtype": torch.float8_e4m3fn}, {"router_dtype": torch.int8}, {"dtype": "bfloat16"}, {"max_shard_size": 0}],
+)
+def test_arguments_that_cannot_be_served_are_refused(wrong):
+    with pytest.raises(ArgumentError, match=f"is {next(iter(wrong.values()))}"):
+        plan(weights(), **wrong)
 
 
 @pytest.mark.parametrize("name", ["output_layer.weight", "decoder.layers.0.mlp.router.weight"])

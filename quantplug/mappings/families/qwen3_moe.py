@@ -19,7 +19,7 @@ def _num_experts(config: Mapping[str, Any]) -> int:
 
 
 def _moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
-    step = config.get("decoder_sparse_step", 1)
+    step = config.get("decoder_sparse_step") or 1
     dense = config.get("mlp_only_layers") or ()
     return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
