@@ -110,9 +110,10 @@ class Staging:
 
     def publish(self) -> None:
         """Makes the finished checkpoint visible under its name."""
-        for path in self.directory.glob(".*"):
-            path.unlink()
         publish_directory(self.directory, self.destination)
+        # Only now: while the rename may still fail, they keep another model's export from taking up these files.
+        for path in self.destination.glob(".*"):
+            path.unlink()
 
     def close(self) -> None:
         """Lets go of the lock."""

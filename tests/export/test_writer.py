@@ -198,6 +198,22 @@ def test_another_export_does_not_take_up_what_is_left(change: str, sources: Sour
 
 
 @pytest.mark.usefixtures("rank")
+def test_nor_does_it_after_a_rename_that_failed(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are finished by then: nothing but their manifest tells whose they are."""
+    model = load(sources("dense"))
+    monkeypatch.setattr(writer, "publish_directory", _disk_full)
+    with pytest.raises(WriteError):
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight[3] += 1
+    with refused(DestinationError, tmp_path):
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+
+
+@pytest.mark.usefixtures("rank")
 def test_two_exports_do_not_write_the_same_directory(sources: Sources, tmp_path: Path) -> None:
     model = load(sources("dense"))
 
