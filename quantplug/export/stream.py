@@ -75,6 +75,7 @@ class StreamPlan:
                 for name, spec in self.stream.outputs(run):
                     missing.pop(name)
                     yield name, bucket.tensor(spec.name)
+            del bucket  # Before the next one is packed.
         _refuse_missing(list(missing), self.delivery.rank)
 
     def _held_now(self) -> Held:

@@ -1,5 +1,6 @@
 """The stream on one rank, against the export to disk, the source's own bytes and the caller's function."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from quantplug.errors import (
     UnsupportedQuantizationError,
     WeightError,
 )
+from quantplug.export.base import Held
+from quantplug.export.broadcast import BroadcastBucket
 from quantplug.export.stream import StreamFormat, plan_stream
-from quantplug.export.stream_work import Delivery
+from quantplug.export.stream_work import Delivery, Run
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, raw, read, same_bytes
 
@@ -180,6 +183,24 @@ def test_nothing_that_is_done_to_the_tensors_reaches_the_model(sources: Sources)
 def test_a_tensor_that_is_kept_does_not_keep_its_bucket(sources: Sources) -> None:
     for _, tensor in export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="nvfp4"):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_bucket_is_gone_before_the_next_is_packed(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[BroadcastBucket]] = []
+    alive = []
+    deliver = Delivery._deliver
+
+    def watched(self: Delivery, run: Run, held: Held) -> BroadcastBucket:
+        alive.append(sum(bucket() is not None for bucket in made))
+        bucket = deliver(self, run, held)
+        made.append(weakref.ref(bucket))
+        return bucket
+
+    monkeypatch.setattr(Delivery, "_deliver", watched)
+    plan = plan_stream(load(sources("moe")), sources("moe"), quant_format="nvfp4", bucket_bytes=20_000)
+    assert len(list(plan.tensors())) == len(plan.expected())
+    assert len(alive) > 2
+    assert not any(alive)
 
 
 class TestTied:
