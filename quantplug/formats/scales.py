@@ -8,7 +8,11 @@ from quantplug.formats.constants import F32_SMALLEST_NORMAL, ZERO_AMAX_SCALE
 
 def weight_amax(weight: torch.Tensor) -> torch.Tensor:
     """max|weight| of a non-empty tensor, an FP32 scalar on its device; NaN where the weight holds a NaN."""
-    return torch.stack([chunk.abs().amax() for chunk in fp32_row_chunks(weight)]).amax()
+    largest = torch.zeros((), device=weight.device)
+    for chunk in fp32_row_chunks(weight):
+        # In place: a list of small results would settle between the chunks, and the heap grow to an FP32 copy.
+        torch.maximum(largest, chunk.abs().amax(), out=largest)
+    return largest
 
 
 def scale_from_amax(amax: torch.Tensor, largest: float) -> torch.Tensor:
