@@ -64,6 +64,10 @@ class WriteError(QuantplugError):
     """The disk refused what was written; what is finished is kept, and the same export run again goes on from there."""
 
 
+class UnforeseenError(QuantplugError):
+    """A rank failed in a way that no check foresaw: a bug, or a machine that ran out of something."""
+
+
 class RankLostError(QuantplugError):
     """A rank ended while the others still counted on it."""
 

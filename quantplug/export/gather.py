@@ -35,6 +35,9 @@ class PackedBucket:
             self._own = {task.source.key: pack_slice(task, held[task.source.key].load(), dims) for task in bucket.tasks}
             return
         self._send = torch.empty(sum(self._sizes()), dtype=torch.uint8, device=device)
+        # Here, not in the exchange: to run out of memory must be this rank's own failure, not a broken collective.
+        expected = sum(self._nbytes(task) for task in bucket.tasks if task.owner == rank)
+        self._received = torch.empty(expected * len(bucket.ranks), dtype=torch.uint8, device=device)
         offset = 0
         for task in self._by_owner():
             for tensor in pack_slice(task, held[task.source.key].load(), dims):
@@ -48,17 +51,16 @@ class PackedBucket:
         if len(self._bucket.ranks) == 1:
             return [(task, [self._own[task.source.key]]) for task in mine]
         assert self._bucket.axis is not None
-        expected = sum(map(self._nbytes, mine))
-        received = torch.empty(expected * len(self._bucket.ranks), dtype=torch.uint8, device=self._send.device)
+        count = len(self._bucket.ranks)
         dist.all_to_all_single(
-            received,
+            self._received,
             self._send,
-            output_split_sizes=[expected] * len(self._bucket.ranks),
+            output_split_sizes=[self._received.numel() // count] * count,
             input_split_sizes=self._sizes(),
             group=groups[self._bucket.axis],
         )
         del self._send
-        pieces = [list(self._unpack(chunk, mine)) for chunk in received.chunk(len(self._bucket.ranks))] if mine else []
+        pieces = [list(self._unpack(chunk, mine)) for chunk in self._received.chunk(count)] if mine else []
         return [(task, [rank_pieces[index] for rank_pieces in pieces]) for index, task in enumerate(mine)]
 
     def _by_owner(self) -> list[ExportTask]:

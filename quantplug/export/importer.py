@@ -55,10 +55,14 @@ def import_mcore_gpt_from_hf(
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
     with all_or_none(lambda: HFCheckpoint(config.directory)) as source:
         tasks = _plan(parameters, source, family, dims, bool(config.values.get("tie_word_embeddings", False)))
-        for done, task in enumerate(tasks, start=1):
-            _fill(task, source, dims, (moe_router_dtype or dtype) if task.mapping.role is Role.ROUTER else dtype)
-            if progress is not None:
-                progress("import", done, len(tasks))
+
+        def fill_all() -> None:
+            for done, task in enumerate(tasks, start=1):
+                _fill(task, source, dims, (moe_router_dtype or dtype) if task.mapping.role is Role.ROUTER else dtype)
+                if progress is not None:
+                    progress("import", done, len(tasks))
+
+        all_or_none(fill_all)
 
 
 def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> SourceConfig:

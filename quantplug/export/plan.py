@@ -41,7 +41,6 @@ class ExportRequest:
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
         calibrated: Whether calibration is over; before it, no amax is asked for.
-        rank: Global rank, for messages.
     """
 
     tied_embeddings: bool = False
@@ -51,7 +50,6 @@ class ExportRequest:
     reference: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     unclaimed: Sequence[str] = ()
     calibrated: bool = True
-    rank: int = 0
 
 
 def build_plan(
@@ -67,7 +65,7 @@ def build_plan(
         CalibrationError: Enabled quantizers without amax.
     """
     _check_request(request)
-    findings = Findings(request.rank)
+    findings = Findings()
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
@@ -88,16 +86,15 @@ def build_plan(
 
 def _check_request(request: ExportRequest) -> None:
     types = {"dtype": request.dtype, "moe_router_dtype": request.router_dtype or request.dtype}
-    offenders = [
-        Offender(name, f"is {dtype}", rank=request.rank) for name, dtype in types.items() if dtype not in PLAIN_DTYPES
-    ]
+    offenders = [Offender(name, f"is {dtype}") for name, dtype in types.items() if dtype not in PLAIN_DTYPES]
     if request.max_shard_size < 1:
-        offenders.append(Offender("max_shard_size", f"is {request.max_shard_size}", rank=request.rank))
+        offenders.append(Offender("max_shard_size", f"is {request.max_shard_size}"))
     if offenders:
+        names = ", ".join(map(str, PLAIN_DTYPES))
         raise ArgumentError(
             "Arguments of the export cannot be served.",
             offenders,
-            f"Plain tensors are written as one of {', '.join(map(str, PLAIN_DTYPES))}, files in sizes of at least a byte.",
+            f"Plain tensors are written as {names}; a file has at least a byte.",
         )
 
 

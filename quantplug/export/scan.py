@@ -17,6 +17,11 @@ NONFINITE = Kind(
     "Weights hold NaN or Inf.",
     "Repair the model before it is quantized: one such value would spoil its whole tensor when served.",
 )
+_DIVERGED = Kind(
+    WeightError,
+    "Copies of weights on several ranks differ.",
+    "Bring data parallel ranks to the same weights (load one checkpoint on all of them) before the export.",
+)
 OVERFLOW = Kind(
     WeightError, "Weights overflow the type they are written in.", "Export with dtype=torch.bfloat16 or torch.float32."
 )
@@ -27,28 +32,55 @@ ZERO_AMAX = Kind(
 )
 
 
-def scan_weights(tasks: Sequence[ExportTask], held: Held, dims: ModelDimensions, rank: int, progress: Progress) -> str:
-    """Looks once at every slice that this rank holds, also where another copy of it is the one that is written.
+Marks = dict[tuple[str, int], str]
+"""Fingerprints of what a rank holds, by the weight's name and the place of the slice."""
 
-    Returns:
-        A fingerprint of them all.
+
+def scan_weights(
+    tasks: Sequence[ExportTask], held: Held, dims: ModelDimensions, rank: int, progress: Progress
+) -> Marks:
+    """Looks once at every slice that this rank holds, also where another copy of it is the one that is written.
 
     Raises:
         WeightError: NaN or Inf in a weight, or a plain weight that overflows the type it is written in.
         CalibrationError: An amax of 0 for a weight that is not zero.
     """
     findings = Findings(rank)
-    marks = hashlib.sha256()
+    marks: Marks = {}
     mine = [task for task in tasks if task.source.key in held]
     for done, task in enumerate(mine, start=1):
         ref = held[task.source.key]
         weight = ref.load()
-        marks.update(f"{task.source.key.name} {fingerprint(weight)}\n".encode())
-        for part in _written_parts(task, weight, dims, ref.shard.index if ref.shard else 0):
+        place = ref.shard.index if ref.shard else 0
+        marks[task.source.key.name, place] = fingerprint(weight)
+        for part in _written_parts(task, weight, dims, place):
             _look(task, part, findings)
         progress("Checking weights", done, len(mine))
     findings.raise_if_any()
-    return marks.hexdigest()
+    return marks
+
+
+def digest_of(marks: Marks) -> str:
+    """One fingerprint of all that a rank holds."""
+    return hashlib.sha256(repr(sorted(marks.items())).encode()).hexdigest()
+
+
+def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
+    """Refuses copies of a weight that differ: which of them is written would depend on the topology.
+
+    Args:
+        of_ranks: The marks of every rank, in order of rank.
+
+    Raises:
+        WeightError: Names every weight, and the first rank whose copy differs from another's.
+    """
+    findings = Findings()
+    seen: Marks = {}
+    for rank, marks in enumerate(of_ranks):
+        for (name, place), mark in marks.items():
+            if seen.setdefault((name, place), mark) != mark:
+                findings.add(_DIVERGED, name, "its copy here is not that of a lower rank", rank=rank)
+    findings.raise_if_any()
 
 
 def _written_parts(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions, place: int) -> Sequence[torch.Tensor]:

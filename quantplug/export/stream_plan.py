@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from quantplug.errors import Offender, TopologyError
 from quantplug.export.base import ExportPlan, ExportTask, PartOutput, WholeWeight
 from quantplug.export.checker import chosen_weights
 from quantplug.export.quant_fn import QuantFn, QuantFunction
@@ -18,7 +17,7 @@ from quantplug.export.unified import PlannedExport, plan_export
 from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec, WeightFormat
 from quantplug.mappings.base import Family, Role
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.megatron.agreement import all_or_none, gather_objects
+from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.topology import ParallelTopology
 
 _FORMATS: dict[StreamFormat, WeightFormat] = {
@@ -84,7 +83,11 @@ def make_stream_plan(
     if request.quant_fn is not None:
         tasks = _with_quant_fn(tasks, planned.plan.dims, request.quant_fn, request, topology.rank, device)
     stream = PlannedStream(planned.plan, tasks, _aliases(planned, tasks) if request.emit_tied else {})
-    _refuse_different_plans(stream, request.receivers(topology))
+    require_same(
+        f"{stream.digest()} {request.receivers(topology)}",
+        "stream",
+        "Call with the same arguments on all ranks, and with a quant_fn that depends on its arguments alone.",
+    )
     return stream
 
 
@@ -162,14 +165,3 @@ def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask]) -> dict[str, s
     """Every weight that another of the architecture is tied to, and the name of that other one."""
     names = {part.name for task in tasks for part in task.outputs}
     return {source: name for name, source in planned.family.tied.items() if name not in names}
-
-
-def _refuse_different_plans(stream: PlannedStream, receivers: tuple[int, ...]) -> None:
-    digests = gather_objects((stream.digest(), receivers))
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise TopologyError(
-            "Ranks planned different streams.",
-            [Offender("plan", "differs from that of rank 0", rank=rank) for rank in different],
-            "Call with the same arguments on all ranks, and with a quant_fn that depends on its arguments alone.",
-        )

@@ -21,6 +21,11 @@ _INCOMPLETE = Kind(
     "Slices of weights are missing: no group of ranks holds them all.",
     "Pass every model chunk of every rank; all ranks of a tensor parallel group must hold the same layers and experts.",
 )
+_TWICE = Kind(
+    MappingError,
+    "Weights stand twice in what a rank passed.",
+    "Pass one model: a GPTModel, or the list of its own virtual pipeline stages.",
+)
 _DISAGREE = Kind(
     CalibrationError,
     "Ranks disagree on how a weight is quantized.",
@@ -62,6 +67,8 @@ def whole_weights(surveys: Sequence[RankSurvey], findings: Findings) -> list[Who
     groups = {survey.rank: survey.groups for survey in surveys}
     for survey in surveys:
         for ref in survey.refs:
+            if survey.rank in held[ref.key]:
+                findings.add(_TWICE, ref.key.name, "is there twice", ref.key.expert, survey.rank)
             held[ref.key][survey.rank] = ref
     wholes = (_whole(key, refs, groups, findings) for key, refs in held.items())
     return [whole for whole in wholes if whole is not None]

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
+from quantplug.errors import RankLostError
 from quantplug.export.base import ExportPlan, Held, Progress, WholeWeight
 from quantplug.export.findings import Findings
 from quantplug.export.hf_config import copy_side_files, write_configs
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
-from quantplug.export.scan import scan_weights
+from quantplug.export.scan import digest_of, refuse_diverged, scan_weights
 from quantplug.export.source import Model, live_weights
 from quantplug.export.source_config import SourceConfig, read_source_config, reference_shapes
 from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
@@ -20,7 +21,7 @@ from quantplug.export.work import disk_errors, write_tensors
 from quantplug.export.writer import Staging, check_destination, write_index
 from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
-from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.agreement import all_or_none, gather_objects, require_same
 from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
 
@@ -113,7 +114,8 @@ def plan_export(
         unclaimed=unclaimed,
         calibrated=calibrated,
     )
-    plan = build_plan(wholes, family, family.dimensions(source.values), request)
+    plan = all_or_none(lambda: build_plan(wholes, family, family.dimensions(source.values), request))
+    require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
     return PlannedExport(plan, source.directory, family, {ref.key: ref for ref in weights.refs})
 
 
@@ -157,11 +159,11 @@ def export_mcore_gpt_to_hf(
         ShapeError: The model is not the one that the config describes, or does not divide as its format needs.
         UnsupportedQuantizationError: Quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax.
-        WeightError: NaN or Inf in a weight.
+        WeightError: NaN or Inf in a weight, or copies on several ranks that differ.
     """
     destination = Path(export_dir)
     topology = current_topology()
-    all_or_none(lambda: check_destination(destination, topology.rank))
+    all_or_none(lambda: _check_destination(destination, topology.rank))
     planned = plan_export(
         model,
         pretrained_model_name_or_path,
@@ -171,11 +173,14 @@ def export_mcore_gpt_to_hf(
         max_shard_size=max_shard_size,
     )
     plan, rank = planned.plan, topology.rank
-    fingerprint = all_or_none(lambda: scan_weights(plan.tasks, planned.held, plan.dims, rank, progress))
-    staging = Staging(destination, plan.digest, fingerprint, rank)
+    marks = all_or_none(lambda: scan_weights(plan.tasks, planned.held, plan.dims, rank, progress))
+    refuse_diverged(gather_objects(marks))
+    staging = Staging(destination, plan.digest, digest_of(marks), rank)
     try:
         write_tensors(plan, planned.held, staging, rank, progress)
         all_or_none(lambda: _finish(planned, staging, dtype) if rank == 0 else None)
+    except RankLostError:
+        raise  # Others may still write.
     except BaseException:
         staging.discard_unless_resumable()
         raise
@@ -186,6 +191,11 @@ def export_mcore_gpt_to_hf(
 
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
     return read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
+
+
+def _check_destination(destination: Path, rank: int) -> None:
+    with disk_errors(destination, rank):
+        check_destination(destination, rank)
 
 
 def _finish(planned: PlannedExport, staging: Staging, dtype: torch.dtype) -> None:

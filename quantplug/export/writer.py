@@ -23,7 +23,6 @@ from quantplug.export.safetensors_file import SafetensorsFile, file_size
 from quantplug.formats import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
-_LOCK_NAME = ".lock"
 
 
 def check_destination(export_dir: Path, rank: int = 0) -> None:
@@ -62,12 +61,14 @@ class Staging:
 
     Args:
         digest: Of the plan, which knows names, shapes, scales and files.
-        fingerprint: Of the weights that this rank delivers.
+        fingerprint: Of the weights that this rank holds.
     """
 
     def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int) -> None:
         self.destination = destination.resolve()  # A rename would replace a link, not what it points to.
-        self.directory = self.destination.with_name(f".{self.destination.name}.partial")
+        self._root = self.destination.with_name(f".{self.destination.name}.partial")
+        # What becomes the checkpoint holds nothing else; what tells exports apart lies beside it.
+        self.directory = self._root / "checkpoint"
         self._identity = {"digest": digest, "fingerprint": fingerprint}
         self._rank = rank
         self._lock: int | None = None
@@ -82,12 +83,13 @@ class Staging:
         """
         self._made = [parent for parent in self.directory.parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self._rank == 0:
-            self._take_lock()
-        manifest = self.directory / f".rank-{self._rank:05d}.json"
-        if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._identity:
+        self._take_lock()
+        manifest = self._root / f"rank-{self._rank:05d}.json"
+        identity = json.dumps(self._identity)
+        left_by = manifest.read_text(encoding="utf-8") if manifest.exists() else None
+        if left_by != identity and any(self.directory.glob("*.safetensors")):
             raise self._refusal("was left by an export of another model, config or topology")
-        write_atomically(manifest, json.dumps(self._identity))
+        write_atomically(manifest, identity)
         self._is_ours = True
 
     def finished(self, files: Iterable[ShardFile], expected: Mapping[str, TensorSpec]) -> set[str]:
@@ -103,17 +105,18 @@ class Staging:
         """After a failure: leaves no trace, unless there are finished files to go on from."""
         if self._rank != 0 or not self._is_ours or any(self.directory.glob("*.safetensors")):
             return
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self._root, ignore_errors=True)
         for parent in self._made:
             with suppress(OSError):  # Somebody else's by now, if it is not empty.
                 parent.rmdir()
 
     def publish(self) -> None:
         """Makes the finished checkpoint visible under its name."""
+        for path in (*self.directory.glob(".*.part"), *self.directory.glob("*.part")):
+            path.unlink(missing_ok=True)  # What a kill left half-written.
         publish_directory(self.directory, self.destination)
-        # Only now: while the rename may still fail, they keep another model's export from taking up these files.
-        for path in self.destination.glob(".*"):
-            path.unlink()
+        # Only now: while the rename may still fail, manifests keep another model's export from taking up these files.
+        shutil.rmtree(self._root, ignore_errors=True)
 
     def close(self) -> None:
         """Lets go of the lock."""
@@ -122,7 +125,9 @@ class Staging:
             self._lock = None
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        # Every rank has one of its own: a rank may outlive the one that started with it.
+        path = self._root / f"rank-{self._rank:05d}.lock"
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -131,7 +136,7 @@ class Staging:
     def _refusal(self, reason: str) -> DestinationError:
         return DestinationError(
             "There is an unfinished export beside the export directory.",
-            [Offender(str(self.directory), reason, rank=self._rank)],
+            [Offender(str(self._root), reason, rank=self._rank)],
             "Remove that directory, or choose another export directory.",
         )
 

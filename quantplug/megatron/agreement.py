@@ -1,6 +1,8 @@
 """What all ranks agree on before any of them goes on, so that one failing rank ends all of them with one error."""
 
-from collections.abc import Callable, Iterator
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from traceback import clear_frames
@@ -9,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from quantplug.errors import Offender, QuantplugError, RankLostError
+from quantplug.errors import Offender, QuantplugError, RankLostError, TopologyError, UnforeseenError
 
 T = TypeVar("T")
 
@@ -58,6 +60,22 @@ def gather_objects(mine: T) -> list[T]:
     return gathered  # type: ignore[return-value]  # Every place is filled.
 
 
+def require_same(mine: str, what: str, remedy: str) -> None:
+    """Refuses ranks that come to different results where all must come to the same. A collective, of a short text.
+
+    Raises:
+        TopologyError: Names every rank that differs from the first.
+    """
+    results = gather_objects(mine)
+    offenders = [
+        Offender(what, "differs from that of rank 0", rank=rank)
+        for rank, result in enumerate(results)
+        if result != results[0]
+    ]
+    if offenders:
+        raise TopologyError(f"Ranks came to a different {what}.", offenders, remedy)
+
+
 @contextmanager
 def lost_ranks_named() -> Iterator[None]:
     """Around a collective: where it breaks because a rank is gone, all that are left raise one error that names it.
@@ -85,22 +103,29 @@ def _roll_call(rank: int, world_size: int) -> list[int]:
     dist.destroy_process_group()
     try:
         store.set(f"quantplug/here/{rank}", "")
-        lost = [peer for peer in range(world_size) if not _answers(store, f"quantplug/here/{peer}")]
+        lost = _silent(store, [f"quantplug/here/{peer}" for peer in range(world_size)])
+        # The first verdict is everybody's: a rank that answers late must not be lost to some and living to others.
+        verdict = store.compare_set("quantplug/lost", "", json.dumps(lost)).decode()
+        lost = json.loads(verdict)
         store.set(f"quantplug/heard/{rank}", "")
         if rank == 0:  # Which may host the store: the others must have heard all before it ends.
-            for peer in set(range(world_size)) - set(lost):
-                _answers(store, f"quantplug/heard/{peer}")
+            _silent(store, [f"quantplug/heard/{peer}" for peer in range(world_size) if peer not in lost])
     except RuntimeError:
         return [0]
     return lost
 
 
-def _answers(store: "torch._C._distributed_c10d.Store", key: str) -> bool:
-    try:
-        store.wait([key], _ROLL_CALL)
-    except dist.DistStoreError:
-        return False
-    return True
+def _silent(store: "torch._C._distributed_c10d.Store", keys: Sequence[str]) -> list[int]:
+    """Places of the keys that nobody has set when the time of the roll call is over, one time for all of them."""
+    end = time.monotonic() + _ROLL_CALL.total_seconds()
+    silent = []
+    for place, key in enumerate(keys):
+        left = max(timedelta(seconds=end - time.monotonic()), timedelta(milliseconds=1))
+        try:
+            store.wait([key], left)
+        except dist.DistStoreError:
+            silent.append(place)
+    return silent
 
 
 def _several_ranks() -> bool:
@@ -112,6 +137,16 @@ def _attempt(step: Callable[[], T]) -> tuple[T | None, QuantplugError | None]:
         return step(), None
     except QuantplugError as error:
         return None, error
+    except Exception as error:  # The others must not wait for this rank, whatever it is that ended its step.
+        if not _several_ranks():
+            raise
+        unforeseen = UnforeseenError(
+            "A rank failed in a way that was not foreseen.",
+            [Offender(type(error).__name__, str(error) or "without a word", rank=dist.get_rank())],
+            "Look for the traceback of that rank; if it did not run out of memory or disk, please report it.",
+        )
+        unforeseen.__cause__ = error
+        return None, unforeseen
 
 
 def _one_error(error: QuantplugError | None) -> QuantplugError:

@@ -72,9 +72,12 @@ def export_with(kind: str, faulty: bool, source: Path, export_dir: Path) -> str:
     def progress(stage: str, done: int, total: int) -> None:
         if faulty and kind == "killed" and stage == "Packing and writing":
             os.kill(os.getpid(), signal.SIGKILL)
+        if faulty and kind == "unforeseen" and stage == "Packing and writing":
+            raise LookupError("a bug")
 
+    dtype = torch.float32 if faulty and kind == "arguments" else torch.bfloat16
     try:
-        export_mcore_gpt_to_hf(model, source, export_dir=export_dir, progress=progress)
+        export_mcore_gpt_to_hf(model, source, export_dir=export_dir, dtype=dtype, progress=progress)
     except QuantplugError as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -95,6 +98,8 @@ def inject(kind: str, model: nn.Module) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         os.pwrite = full
+    elif kind == "diverged":
+        model.decoder.layers[0].self_attention.q_layernorm.weight.data[7] += 1
     elif kind == "uncalibrated":
         del experts.linear_fc1.weight_quantizer[0]._amax
 

@@ -112,6 +112,9 @@ FAULTS = {
     "nan": (2, ["WeightError", "linear_fc1.weight", "1 NaN", "on rank 2"]),
     "missing": (3, ["MappingError", "linear_fc2.weight"]),
     "uncalibrated": (1, ["CalibrationError", "has no amax"]),
+    "diverged": (2, ["WeightError", "layers.0.self_attention.q_layernorm.weight", "on rank 2"]),
+    "arguments": (1, ["TopologyError", "plan on rank 1"]),
+    "unforeseen": (3, ["UnforeseenError", "LookupError on rank 3: a bug"]),
     "disk": (3, ["WriteError", "No space left on device", "on rank 3"]),
     "killed": (2, ["RankLostError", "process on rank 2"]),  # Last: the ranks are fewer after it.
 }

@@ -109,7 +109,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_di
         "experts": ("UnsupportedQuantizationError", ["weight3 (expert 3)", "yes for others of layer 1"]),
         "ranks": ("UnsupportedQuantizationError", ["linear_proj.weight on rank 3", "no on ranks [3]"]),
         "argument": ("UnsupportedQuantizationError", ["quant_format", "nvfp5"]),
-        "receivers": ("TopologyError", ["plan on rank 1: differs from that of rank 0"]),
+        "receivers": ("TopologyError", ["stream on rank 1: differs from that of rank 0"]),
         "function": ("UnsupportedQuantizationError", ["raised ValueError", "out of luck"]),
         "nan": ("WeightError", ["linear_fc1.weight5 (expert 5)", "1 NaN; first at [3, 5]"]),
     }

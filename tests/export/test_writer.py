@@ -142,7 +142,7 @@ def test_after_a_full_disk_the_same_export_goes_on(
     with pytest.raises(WriteError, match="No space left"):
         export_mcore_gpt_to_hf(model, sources("dense"), export_dir=out, max_shard_size=50_000)
     partial = out.with_name(".out.partial")
-    finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    finished = {path.name: path.stat().st_mtime_ns for path in (partial / "checkpoint").glob("*.safetensors")}
     if finished:
         assert not out.exists() or not any(out.iterdir())
     else:
@@ -173,7 +173,7 @@ def _stopped(model: Any, source: Path, out: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         export_mcore_gpt_to_hf(model, source, export_dir=out, max_shard_size=50_000, progress=interrupt)
-    assert list(out.with_name(f".{out.name}.partial").glob("*.safetensors"))
+    assert list(out.with_name(f".{out.name}.partial").glob("checkpoint/*.safetensors"))
 
 
 @pytest.mark.usefixtures("rank")
