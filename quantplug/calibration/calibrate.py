@@ -17,6 +17,7 @@ from quantplug.calibration.policy import (
     apply_to_cold_experts,
     refuse_weight_only_fallback,
 )
+from quantplug.calibration.progress import Progress, reporting
 from quantplug.calibration.shared_amax import plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
@@ -43,7 +44,10 @@ class CalibrationRecord:
 
 
 def calibrate(
-    model: Model, forward_loop: ForwardLoop | None = None, policy: CalibrationPolicy | None = None
+    model: Model,
+    forward_loop: ForwardLoop | None = None,
+    policy: CalibrationPolicy | None = None,
+    progress: Progress | None = None,
 ) -> CalibrationRecord:
     """Gives every quantizer that `mtq.quantize(model, {**config, "algorithm": None})` placed its amax, by maximum.
 
@@ -55,6 +59,7 @@ def calibrate(
         forward_loop: Runs calibration data through the model that it is given (the list under virtual pipelining);
             None calibrates the weights alone.
         policy: The choices; by default every expert has its own weight amax, and a cold expert is an error.
+        progress: Called as ("Calibrating", done, total) over the weights that this rank holds, before any data.
 
     Returns:
         What `gather_statistics` shows of tokens and fallbacks.
@@ -68,7 +73,8 @@ def calibrate(
     chunks = [model] if isinstance(model, nn.Module) else list(model)
 
     def collect(loop: ForwardLoop | None) -> None:
-        _collect(chunks, None if loop is None else lambda: loop(model))
+        with reporting(chunks, progress) if progress else nullcontext():
+            _collect(chunks, None if loop is None else lambda: loop(model))
 
     return _calibrate(chunks, collect, forward_loop, policy or CalibrationPolicy(), strict=True)
 

@@ -1,14 +1,13 @@
 """Weights with NaN or Inf, all named before ModelOpt's collection ends at the first, on the rank that has it alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
-from quantplug.calibration.quantizers import leaf_quantizers, needs_amax
+from quantplug.calibration.quantizers import weights_to_calibrate
 from quantplug.errors import Offender, WeightError
 from quantplug.formats import first_nonfinite
 from quantplug.mappings.base import ParamKey
@@ -26,7 +25,7 @@ def require_finite_weights(chunks: Sequence[nn.Module]) -> None:
         WeightError: Names every such weight that this rank holds, with the number of NaN and Inf and the first's index
             in this rank's slice.
     """
-    found = [(name, weight, reason) for name, weight in _to_calibrate(chunks) if (reason := _reason(weight))]
+    found = [(name, weight, reason) for name, weight, _ in weights_to_calibrate(chunks) if (reason := _reason(weight))]
     if not found:
         return
     keys, rank = _global_keys(chunks), dist.get_rank() if dist.is_initialized() else 0
@@ -35,17 +34,6 @@ def require_finite_weights(chunks: Sequence[nn.Module]) -> None:
         key = keys.get(id(weight), ParamKey(name))
         offenders.append(Offender(key.name, reason, expert=key.expert, rank=rank))
     raise WeightError("Weights to quantize are not finite.", offenders, "Import the weights, or mend their source.")
-
-
-def _to_calibrate(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Local name and tensor of every weight whose quantizer needs an amax."""
-    for chunk in chunks:
-        for prefix, module in chunk.named_modules():
-            if isinstance(module, QuantModule):
-                names = {id(weight): name for name, weight in module.named_parameters(prefix, recurse=False)}
-                for weight, quantizer in module.iter_weights_for_calibration():
-                    if any(map(needs_amax, leaf_quantizers(quantizer))):
-                        yield names.get(id(weight), prefix), weight
 
 
 def _reason(weight: torch.Tensor) -> str | None:
