@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import modelopt.torch.quantization as mtq
-import torch.distributed as dist
 from modelopt.torch.quantization import model_calib
-from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
+from quantplug.calibration.finite import require_finite_weights
 from quantplug.calibration.policy import (
     CalibrationPolicy,
     ColdExperts,
@@ -18,11 +17,10 @@ from quantplug.calibration.policy import (
     apply_to_cold_experts,
     refuse_weight_only_fallback,
 )
-from quantplug.calibration.quantizers import leaf_quantizers, needs_amax
+from quantplug.calibration.progress import Progress, reporting
 from quantplug.calibration.shared_amax import plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
-from quantplug.errors import Offender, WeightError
 from quantplug.megatron.agreement import all_or_none
 
 Model = nn.Module | Sequence[nn.Module]
@@ -46,7 +44,10 @@ class CalibrationRecord:
 
 
 def calibrate(
-    model: Model, forward_loop: ForwardLoop | None = None, policy: CalibrationPolicy | None = None
+    model: Model,
+    forward_loop: ForwardLoop | None = None,
+    policy: CalibrationPolicy | None = None,
+    progress: Progress | None = None,
 ) -> CalibrationRecord:
     """Gives every quantizer that `mtq.quantize(model, {**config, "algorithm": None})` placed its amax, by maximum.
 
@@ -58,6 +59,7 @@ def calibrate(
         forward_loop: Runs calibration data through the model that it is given (the list under virtual pipelining);
             None calibrates the weights alone.
         policy: The choices; by default every expert has its own weight amax, and a cold expert is an error.
+        progress: Called as ("Calibrating", done, total) over the weights that this rank holds, before any data.
 
     Returns:
         What `gather_statistics` shows of tokens and fallbacks.
@@ -65,13 +67,14 @@ def calibrate(
     Raises:
         CalibrationError: An expert saw no token under the policy `error`; or an amax is missing or not a finite number
             of at least zero. On all ranks.
-        WeightError: A weight to quantize holds NaN or Inf.
+        WeightError: A weight to quantize holds NaN or Inf; named by global layer and expert, all at once.
         UnsupportedQuantizationError: The policy `weight_only_fallback` does not go with a format of the model.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
 
     def collect(loop: ForwardLoop | None) -> None:
-        _collect(chunks, None if loop is None else lambda: loop(model))
+        with reporting(chunks, progress) if progress else nullcontext():
+            _collect(chunks, None if loop is None else lambda: loop(model))
 
     return _calibrate(chunks, collect, forward_loop, policy or CalibrationPolicy(), strict=True)
 
@@ -112,7 +115,7 @@ def _calibrate(
     *,
     strict: bool,
 ) -> CalibrationRecord:
-    all_or_none(lambda: _require_finite_weights(chunks))
+    all_or_none(lambda: require_finite_weights(chunks))
     layers = expert_layers(chunks)
     with_data = forward_loop is not None
     if with_data and policy.cold_experts is ColdExperts.WEIGHT_ONLY_FALLBACK:
@@ -127,22 +130,6 @@ def _calibrate(
     plan = all_or_none(lambda: plan_reductions(chunks, policy.expert_weights))
     synchronize(plan, require_activations=strict and with_data)
     return CalibrationRecord({counted.layer: counted for counted in tokens}, fallback)
-
-
-def _require_finite_weights(chunks: Sequence[nn.Module]) -> None:
-    """ModelOpt's collection ends at the first NaN, on the rank that has it alone."""
-    offenders = [
-        Offender(name, "holds NaN or Inf", rank=dist.get_rank() if dist.is_initialized() else 0)
-        for chunk in chunks
-        for name, module in chunk.named_modules()
-        if isinstance(module, QuantModule)
-        and any(
-            any(map(needs_amax, leaf_quantizers(quantizer))) and not bool(weight.detach().isfinite().all())
-            for weight, quantizer in module.iter_weights_for_calibration()
-        )
-    ]
-    if offenders:
-        raise WeightError("Weights to quantize are not finite.", offenders, "Import the weights, or mend their source.")
 
 
 def _collect(chunks: Sequence[nn.Module], run: Callable[[], None] | None) -> None:

@@ -1,6 +1,9 @@
 """What calibration asks of a quantizer."""
 
-from modelopt.torch.quantization.nn import TensorQuantizer
+from collections.abc import Iterator, Sequence
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 
 
@@ -19,3 +22,14 @@ def needs_amax(quantizer: TensorQuantizer) -> bool:
     """Whether calibration must give it an amax: it is enabled, and its amax neither dynamic nor set to a constant."""
     constant = quantizer._use_constant_amax or quantizer._constant_amax is not None  # No public name either.
     return bool(quantizer.is_enabled and not is_dynamic(quantizer) and not constant)
+
+
+def weights_to_calibrate(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
+    """Local name, tensor and quantizer of every weight that calibration must give an amax."""
+    for chunk in chunks:
+        for prefix, module in chunk.named_modules():
+            if isinstance(module, QuantModule):
+                names = {id(weight): name for name, weight in module.named_parameters(prefix, recurse=False)}
+                for weight, quantizer in module.iter_weights_for_calibration():
+                    if any(map(needs_amax, leaf_quantizers(quantizer))):
+                        yield names.get(id(weight), prefix), weight, quantizer

@@ -3,7 +3,18 @@
 After it `mtq.quantize`, `mto.restore` and Megatron's checkpoints work on mixture-of-experts models as they do on dense
 ones. `quantplug.plugins.transformer_engine` and `quantplug.plugins.megatron` say which module has whose wrapper.
 Importing twice, or calling `register` again, changes nothing.
+
+Raises:
+    UnsupportedModelError: On import: the installed Transformer Engine is not a version that the wrappers know.
 """
+
+# ruff: noqa: E402  # An unknown Transformer Engine is refused before an import of ours breaks on it.
+
+from importlib.metadata import version
+
+from quantplug.plugins.known_versions import require_known_version
+
+require_known_version(version("transformer-engine"))
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP

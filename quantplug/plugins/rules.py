@@ -1,4 +1,4 @@
-"""A rule of a quantizer config that matches nothing: what its author meant to quantize is not.
+"""A rule of a quantizer config that matches nothing: what its author meant to quantize, or to leave out, is not.
 
 ModelOpt applies `quant_cfg` rule by rule to the quantizers whose names match, and says nothing of a rule that matches
 none. It keeps the config in the model's own state, so the rules can be judged wherever the model is, also after a
@@ -6,10 +6,12 @@ restore. Only the first config is kept: what a second `mtq.quantize` applies to 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
+import modelopt.torch.quantization as mtq
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.config import normalize_quant_cfg_list
 from modelopt.torch.quantization.conversion import _match_quantizer
@@ -24,15 +26,17 @@ _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_pro
 
 @dataclass(frozen=True)
 class Rule:
-    """An enabling rule of a `quant_cfg`.
+    """One rule of a `quant_cfg`.
 
     Attributes:
         quantizer_name: Wildcard over quantizer names.
         parent_class: Key in ModelOpt's registry of the only modules it means; None for all.
+        enable: Whether it turns quantizers on, or off.
     """
 
     quantizer_name: str
     parent_class: str | None
+    enable: bool
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it matches a quantizer of the model, as ModelOpt compares names when it applies it."""
@@ -57,20 +61,24 @@ class JudgedRule:
 
 
 def judge_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[JudgedRule, ...]:
-    """Every enabling rule that a quantized model was made with, judged by what this rank holds of it.
+    """Every rule that a quantized model was made with, judged by what this rank holds of it.
+
+    Left out are the rules that turn off what most models do not have: those of ModelOpt's stock configs, and the plain
+    `*input_quantizer` and `*output_quantizer`.
 
     Args:
         model: One module, or all virtual pipeline stages of this rank, of which one match is enough.
     """
     roots = list(_quantized_roots([model] if isinstance(model, nn.Module) else model))
-    rules = dict.fromkeys(rule for root in roots for rule in _enabling_rules(root))
+    rules = dict.fromkeys(rule for root in roots for rule in _rules_to_judge(root))
     return tuple(JudgedRule(rule, any(map(rule.matches, roots)), _reason(rule, roots)) for rule in rules)
 
 
 def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
     """Refuses rules that matched no quantizer on any rank; a model without rules passes.
 
-    A rule for another architecture in ModelOpt's stock configs may match nothing, as long as some other rule does.
+    An enabling rule for another architecture in ModelOpt's stock configs may match nothing, as long as some other
+    enabling rule does.
 
     Args:
         judged: What `judge_rules` said on all ranks.
@@ -81,10 +89,11 @@ def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
     """
     verdicts = list(judged)
     matched = {verdict.rule for verdict in verdicts if verdict.matched}
+    something_is_quantized = any(rule.enable for rule in matched)
     unmatched = {
         verdict.rule: verdict.reason
         for verdict in verdicts
-        if verdict.rule not in matched and not (matched and _OTHER_ARCHITECTURES.fullmatch(verdict.rule.quantizer_name))
+        if verdict.rule not in matched and not (something_is_quantized and _is_for_other_architectures(verdict.rule))
     }
     if unmatched:
         raise MappingError(
@@ -100,17 +109,32 @@ def _quantized_roots(chunks: Sequence[nn.Module]) -> Iterator[nn.Module]:
         yield from (module for module in chunk.modules() if ModeloptStateManager._state_key in vars(module))
 
 
-def _enabling_rules(root: nn.Module) -> Iterator[Rule]:
+def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:
     for _, state in ModeloptStateManager(root).state_dict():
-        for entry in normalize_quant_cfg_list(state["config"].get("quant_cfg", [])):
-            if entry["enable"]:
-                yield Rule(entry["quantizer_name"], entry.get("parent_class"))
+        rules = _rules(state["config"].get("quant_cfg", []))
+        yield from (rule for rule in rules if rule.enable or rule not in _EXCUSED)
+
+
+def _rules(quant_cfg: Any) -> Iterator[Rule]:
+    for entry in normalize_quant_cfg_list(quant_cfg):
+        yield Rule(entry["quantizer_name"], entry.get("parent_class"), entry["enable"])
+
+
+def _is_for_other_architectures(rule: Rule) -> bool:
+    return rule.enable and _OTHER_ARCHITECTURES.fullmatch(rule.quantizer_name) is not None
+
+
+def _stock_disabling_rules() -> Iterator[Rule]:
+    for name, config in vars(mtq).items():
+        if name.endswith("_CFG") and isinstance(config, Mapping):
+            yield from (rule for rule in _rules(config["quant_cfg"]) if not rule.enable)
 
 
 def _reason(rule: Rule, roots: Sequence[nn.Module]) -> str:
     where = f" in a {rule.parent_class}" if rule.parent_class else ""
     near = get_close_matches(rule.quantizer_name, _name_patterns(roots), n=1, cutoff=0.0)
-    return f"matches nothing{where}" + (f"; the nearest quantizers are {near[0]}" if near else "")
+    effect = "matches nothing" if rule.enable else "is to leave out, but matches nothing"
+    return f"{effect}{where}" + (f"; the nearest quantizers are {near[0]}" if near else "")
 
 
 def _name_patterns(roots: Sequence[nn.Module]) -> list[str]:
@@ -122,3 +146,10 @@ def _name_patterns(roots: Sequence[nn.Module]) -> list[str]:
         if isinstance(module, (TensorQuantizer, SequentialQuantizer))
     )
     return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
+
+
+# Read once, on import: a rule that a user appends to a stock config afterwards, in place, is his own.
+_EXCUSED = frozenset(_stock_disabling_rules()) | {
+    Rule("*input_quantizer", None, enable=False),
+    Rule("*output_quantizer", None, enable=False),
+}

@@ -40,6 +40,10 @@ def enabling(name: str, **more: Any) -> dict[str, Any]:
     return {"quantizer_name": name, "cfg": NVFP4_WEIGHT, **more}
 
 
+def disabling(name: str, **more: Any) -> dict[str, Any]:
+    return {"quantizer_name": name, "enable": False, **more}
+
+
 @pytest.mark.parametrize("grouped", [True, False], ids=["TEGroupedMLP", "SequentialMLP"])
 @pytest.mark.parametrize(
     "name",
@@ -101,11 +105,56 @@ def test_all_rules_without_a_match_are_named_and_no_others() -> None:
             enabling("*self_attn.q_proj*"),
             {"quantizer_name": "*o_proj*", "enable": True},
             {"quantizer_name": "*lm_head*", "enable": False},
+            disabling("*self_attn.k_proj*"),
         )
     )
     with pytest.raises(MappingError) as caught:
         check_rules(model)
-    assert [offender.parameter for offender in caught.value.offenders] == ["*self_attn.q_proj*", "*o_proj*"]
+    assert [offender.parameter for offender in caught.value.offenders] == [
+        "*self_attn.q_proj*",
+        "*o_proj*",
+        "*self_attn.k_proj*",
+    ]
+
+
+def test_a_disabling_rule_without_a_match_is_an_error() -> None:
+    """What its author wanted left out would be quantized."""
+    config = copy.deepcopy(mtq.W4A16_NVFP4_CFG)
+    config["quant_cfg"] += [disabling("*nosuchlayer*weight_quantizer"), disabling("*linear_proj.weight_quantizer")]
+    with pytest.raises(MappingError, match="is to leave out, but matches nothing") as caught:
+        check_rules(quantized(config))
+    assert [offender.parameter for offender in caught.value.offenders] == ["*nosuchlayer*weight_quantizer"]
+
+
+def test_a_disabling_rule_appended_to_a_stock_config_in_place_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [*mtq.W4A16_NVFP4_CFG["quant_cfg"], disabling("*nosuchlayer*")]
+    monkeypatch.setitem(mtq.W4A16_NVFP4_CFG, "quant_cfg", rules)
+    with pytest.raises(MappingError, match=r"\*nosuchlayer\*"):
+        check_rules(quantized(mtq.W4A16_NVFP4_CFG))
+
+
+def test_a_stock_disabling_rule_for_one_class_excuses_no_other_class() -> None:
+    rules = with_rules(
+        enabling("*weight_quantizer"), disabling("*lm_head*", parent_class="te_mcore_RowParallelLinear"), INPUTS_OFF
+    )
+    with pytest.raises(MappingError, match="in a te_mcore_RowParallelLinear"):
+        check_rules(quantized(rules))
+
+
+def test_a_disabling_rule_excuses_no_enabling_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules for other architectures need something that is quantized beside them."""
+    monkeypatch.setenv("MODELOPT_SKIP_WEIGHT_QUANT_CHECK", "1")
+    with pytest.raises(MappingError, match="block_sparse_moe"):
+        check_rules(quantized(with_rules(enabling("*block_sparse_moe*weight_quantizer"), disabling("*linear_proj*"))))
+
+
+@pytest.mark.parametrize("name", ["*input_quantizer", "*output_quantizer"])
+def test_plain_rules_that_turn_activations_off_are_excused(name: str) -> None:
+    model = quantized(with_rules(enabling("*weight_quantizer"), disabling(name)))
+    for module_name, _ in list(model.named_modules()):
+        if module_name.endswith(name[1:]):
+            delattr(model.get_submodule(module_name.rpartition(".")[0]), name[1:])
+    check_rules(model)
 
 
 def test_one_expert_matches_as_modelopt_compares() -> None:

@@ -1,0 +1,33 @@
+"""How far the calibration of weights is: ModelOpt has no callback for it, but each weight passes its quantizer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from quantplug.calibration.quantizers import weights_to_calibrate
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total)."""
+
+
+@contextmanager
+def reporting(chunks: Sequence[nn.Module], progress: Progress) -> Iterator[None]:
+    """Calls `progress("Calibrating", done, total)` once for each weight of this rank that ModelOpt calibrates inside.
+
+    Forwards of calibration data, which pass the same quantizers again, are not counted.
+    """
+    waiting = {quantizer for _, _, quantizer in weights_to_calibrate(chunks)}
+    total = len(waiting)
+
+    def report(quantizer: nn.Module, *_: object) -> None:
+        if quantizer in waiting:
+            waiting.remove(quantizer)
+            progress("Calibrating", total - len(waiting), total)
+
+    handles = [quantizer.register_forward_hook(report) for quantizer in waiting]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
