@@ -114,7 +114,8 @@ def main(
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
         forward_loop = calibration_loop(source.directory, data, trust_remote_code) if with_data else None
         policy = CalibrationPolicy(expert_weights, cold_experts)
-        record = quantize(model, source.directory, quant_config(export_quant_cfg, weight_only), forward_loop, policy)
+        config = quant_config(export_quant_cfg, weight_only)
+        record = quantize(model, source.directory, config, forward_loop, policy, bars)
 
         statistics = gather_statistics(model, record)
         if topology.rank == 0:
@@ -141,11 +142,12 @@ def quantize(
     config: dict[str, Any],
     forward_loop: Callable[[torch.nn.Module], None] | None,
     policy: CalibrationPolicy,
+    bars: StageBars,
 ) -> CalibrationRecord:
     """Places the quantizers, checks that what they say can be exported, and only then calibrates."""
     mtq.quantize(model, {**config, "algorithm": None})
     plan_export(model, source, calibrated=False)
-    return calibrate(model, forward_loop, policy)
+    return calibrate(model, forward_loop, policy, progress=bars)
 
 
 def calibration_loop(source: Path, data: CalibrationData, trust_remote_code: bool) -> Callable[[torch.nn.Module], None]:

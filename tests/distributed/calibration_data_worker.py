@@ -170,7 +170,8 @@ def failing_rank(dense: Path) -> None:
             model.decoder.layers[0].mlp.linear_fc1.weight[3, 5] = torch.nan
     with pytest.raises(WeightError) as not_finite:
         calibrate(model)
-    assert not_finite.value.offenders == (Offender("decoder.layers.0.mlp.linear_fc1", "holds NaN or Inf", rank=1),)
+    fc1 = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert not_finite.value.offenders == (Offender(fc1, "1 NaN; first at [3, 5]", rank=1),)
     done("NaN on one rank")
 
 
