@@ -272,11 +272,32 @@ def swap_experts(s: Any) -> None:
         s.tensors[ours], s.tensors[theirs] = s.tensors[theirs], s.tensors[ours]
 
 
+def zero_row(name: str, row: int) -> Spoil:
+    """One row of a tensor of bytes is zero: codes, or the block scales."""
+
+    def spoil(s: Any) -> None:
+        s.tensors[name] = s.tensors[name].clone()
+        s.tensors[name].view(torch.uint8)[row] = 0
+
+    return spoil
+
+
+def swap_rows(s: Any) -> None:
+    """Two rows of codes changed places: too few for the bound of the whole tensor."""
+    name = f"{EXPERT}.down_proj.weight"
+    s.tensors[name] = s.tensors[name][torch.tensor([1, 0, *range(2, 128)])].contiguous()
+
+
 AGAINST_SOURCE: list[tuple[str, str, Spoil, set[str], str]] = [
     ("nibbles swapped", "nvfp4", swap_nibbles, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("experts swapped", "nvfp4", swap_experts, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("tensor scale off by a third", "nvfp4", scale(f"{EXPERT}.down_proj.weight_scale_2", 1.33), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("FP8 scale off by a tenth", "fp8", scale(f"{EXPERT}.down_proj.weight_scale", 1.1), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
+    ("block scales of one row lost", "nvfp4", zero_row(f"{EXPERT}.gate_proj.weight_scale", 0), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
+    ("codes of the last row lost", "w4a16", zero_row(f"{EXPERT}.gate_proj.weight", -1), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
+    ("one block scale lost", "nvfp4", lambda s: s.set_byte(f"{EXPERT}.down_proj.weight_scale", 5, 0), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
+    ("FP8 codes of one row lost", "fp8", zero_row(f"{EXPERT}.gate_proj.weight", -1), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
+    ("two rows swapped", "w4a16", swap_rows, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("plain value changed", "nvfp4", scale("model.norm.weight", 2), {"source-values"}, "model.norm.weight"),
     ("plain tensor in FP32", "nvfp4", store("model.norm.weight", lambda t: t.float()), set(), ""),
     ("tensor missing", "nvfp4", lambda s: s.drop("layers.1.input_layernorm"), {"source-names"}, "model.layers.1.input_layernorm.weight"),
