@@ -12,8 +12,8 @@ is normal.
   rounded-up scale (d = 1/16) is the worst: squared error (0.353^2 + 15) S^2 over squared norm (5.647^2 + 375) S^2 is
   0.03718, whose root is 0.1929. (Other halfway points, 0.25, 0.75, 1.25, 1.75, 2.5 and 3.5, give less.)
 - With a scale below 2^-6, or zero, the scale itself is coarse: rounding on a grid that holds 0 moves a value by at most
-  itself, or saturates it towards 0; the bound is 1. Which blocks these are is told by the scale that the source's values
-  ask for, a / (6 weight_scale_2), not by the stored one: a destroyed scale must not excuse itself.
+  itself, or saturates it towards 0; the bound is 1. Which blocks these are is told by the scale that the source's
+  values ask for, a / (6 weight_scale_2), not by the stored one: a destroyed scale must not excuse itself.
 
 A tensor's bound is the root of the sum over its blocks of (bound * norm)^2, over the norm: exact for these very values.
 A zero block, and so a zero tensor, has bound 0.
@@ -23,10 +23,11 @@ value, which can move a tie), hence 2^-4 (1 + 2^-4) for the first term.
 
 Methods that are not round to nearest (GPTQ, a sweep of the block scales, AWQ) may exceed the bound of a single value
 and still be right; they do not exceed the bound of a whole tensor, nor twice that of a row, unless something is broken.
+
 Nor do they lose values that the format holds. Rounding makes a block zero when its scale rounds to zero (the scale it
-asks for is at most 2^-10), or is clamped to the smallest, 2^-9, and the values lie below its first step: from 2^-9 on no
-packer does. An FP8 value becomes zero up to 2^-10 of the scale. Here too 2^-9 is held to be lost, which leaves room for
-a packer that flushes ties or divides in BF16.
+asks for is at most 2^-10), or is clamped to the smallest, 2^-9, and the values lie below its first step: from 2^-9 on
+no packer does. An FP8 value becomes zero up to 2^-10 of the scale. Here too 2^-9 is held to be lost, which leaves room
+for a packer that flushes ties or divides in BF16.
 """
 
 import math

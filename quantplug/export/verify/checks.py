@@ -19,6 +19,7 @@ class Check(StrEnum):
     SERVING_TP = "serving-tp"
     ONE_ALGO = "one-algo"
     EXPERTS = "experts"
+    ARCHITECTURE = "architecture"
     LAYERS = "layers"
     EXCLUDE_PATTERN = "exclude-pattern"
     EXCLUDE_MISSING = "exclude-missing"
