@@ -10,6 +10,7 @@ from quantplug.export.verify import (
     rules_architecture,
     rules_config,
     rules_excludes,
+    rules_groups,
     rules_model,
     rules_modules,
     values,
@@ -27,6 +28,7 @@ __all__ = ["Finding", "KindError", "OnProgress", "Severity", "Size", "TensorErro
 OnProgress = Callable[[int, int], None]
 _RULES = (
     *rules_config.RULES,
+    *rules_groups.RULES,
     *rules_excludes.RULES,
     *rules_modules.RULES,
     *rules_model.RULES,

@@ -9,6 +9,7 @@ class Check(StrEnum):
     NO_QUANTIZATION = "no-quantization"
     NOT_JUDGED = "not-judged"
     ALGO = "algo"
+    CONFIG_GROUPS = "config-groups"
     CONFIG_AGREEMENT = "config-agreement"
     WEIGHT_ONLY = "weight-only"
     INPUT_SCALE = "input-scale"
