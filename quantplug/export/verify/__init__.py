@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quantplug.export.verify import (
+    rules_architecture,
     rules_config,
     rules_excludes,
+    rules_groups,
     rules_model,
     rules_modules,
     values,
@@ -24,7 +26,14 @@ from quantplug.export.verify.scheme import read_scheme
 __all__ = ["Finding", "KindError", "OnProgress", "Severity", "Size", "TensorError", "VerifyReport", "verify_checkpoint"]
 
 OnProgress = Callable[[int, int], None]
-_RULES = (*rules_config.RULES, *rules_excludes.RULES, *rules_modules.RULES, *rules_model.RULES)
+_RULES = (
+    *rules_config.RULES,
+    *rules_groups.RULES,
+    *rules_excludes.RULES,
+    *rules_modules.RULES,
+    *rules_model.RULES,
+    *rules_architecture.RULES,
+)
 
 
 def verify_checkpoint(

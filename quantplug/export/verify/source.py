@@ -115,9 +115,9 @@ def _add_nvfp4(
     last = first + original.shape[0]
     packed = export.rows(f"{module.name}.{layout.codes}", first, last)
     scales = export.rows(f"{module.name}.weight_scale", first, last).view(torch.uint8)
-    tensor_scale = export.read(f"{module.name}.{layout.tensor_scale}")
-    decoded = decode.decode_nvfp4(packed, scales, tensor_scale.reciprocal() if layout.reciprocal else tensor_scale)
-    bounds.add_nvfp4(total, decoded, original, decode.decode_e4m3(scales))
+    stored = export.read(f"{module.name}.{layout.tensor_scale}")
+    tensor_scale = stored.reciprocal() if layout.reciprocal else stored
+    bounds.add_nvfp4(total, decode.decode_nvfp4(packed, scales, tensor_scale), original, tensor_scale)
 
 
 def _add_fp8(
@@ -159,12 +159,23 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
         if not total.squared_norm:
             message = "the source is all zero, the export does not decode to zeros"
         yield error(Check.ERROR_BOUND, result.name, message)
+    elif total.lost or total.broken_rows:
+        yield error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
     elif total.beyond:
         message = (
             f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
             "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
         )
         yield warning(Check.VALUE_BOUND, result.name, message)
+
+
+def _lost_message(result: TensorError, total: bounds.ErrorSum) -> str:
+    said = {
+        f"{total.lost} blocks decode to zeros, the source's are not, and {result.format} holds them": total.lost,
+        f"{total.broken_rows} rows are off by more than {bounds.ROW_SLACK:g} times what rounding to {result.format} "
+        "gives at most": total.broken_rows,
+    }
+    return "; ".join(text for text, count in said.items() if count)
 
 
 def sizes(export: Checkpoint, source: Checkpoint | None) -> Iterator[Size]:

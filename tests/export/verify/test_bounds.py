@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,8 @@ from quantplug.export.verify import bounds, decode
 def nvfp4_error(weight: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> bounds.ErrorSum:
     """Packs by ModelOpt, decodes, and sums up."""
     packed, scales, used = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=tensor_scale)
-    codes = scales.view(torch.uint8)
     total = bounds.ErrorSum()
-    decoded = decode.decode_nvfp4(packed._quantized_data, codes, used)
-    bounds.add_nvfp4(total, decoded, weight, decode.decode_e4m3(codes))
+    bounds.add_nvfp4(total, decode.decode_nvfp4(packed._quantized_data, scales.view(torch.uint8), used), weight, used)
     return total
 
 
@@ -38,7 +37,7 @@ def weights(draw: DrawFn) -> torch.Tensor:
 def test_round_to_nearest_stays_within_the_nvfp4_bound(weight: torch.Tensor) -> None:
     total = nvfp4_error(weight)
     assert total.squared_error <= total.squared_bound * bounds.SLACK**2
-    assert total.beyond == 0
+    assert (total.beyond, total.lost, total.broken_rows) == (0, 0, 0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -52,7 +51,7 @@ def test_rounding_stays_within_the_fp8_bound(weight: torch.Tensor, scale: float)
     total = bounds.ErrorSum()
     bounds.add_fp8(total, decode.decode_e4m3(codes.view(torch.uint8)) * factor, weight.bfloat16().float(), factor)
     assert total.squared_error <= total.squared_bound * bounds.SLACK**2
-    assert total.beyond == 0
+    assert (total.beyond, total.lost, total.broken_rows) == (0, 0, 0)
 
 
 def test_the_worst_block_comes_close_to_the_bound() -> None:
@@ -68,7 +67,30 @@ def test_the_worst_block_comes_close_to_the_bound() -> None:
 
 def test_a_zero_block_must_be_zero() -> None:
     total = bounds.ErrorSum()
-    bounds.add_nvfp4(total, torch.full((1, 16), 1e-30), torch.zeros(1, 16), torch.ones(1, 1))
+    bounds.add_nvfp4(total, torch.full((1, 16), 1e-30), torch.zeros(1, 16), torch.ones(1))
     assert total.squared_bound == 0
     assert total.squared_error > 0
     assert total.beyond == 16
+    assert total.broken_rows == 1
+
+
+@pytest.mark.parametrize(("magnitude", "lost"), [(6 * 2**-9, 1), (6.0, 1), (6 * 2**-10, 0), (0.25 * 2**-9, 0), (0, 0)])
+def test_a_block_is_lost_from_the_smallest_scale_on(magnitude: float, lost: int) -> None:
+    """With a tensor scale of 1; below, rounding the block scale or the values gives zeros too."""
+    weight = torch.full((2, 16), 6 * 448.0)
+    weight[1] = magnitude
+    decoded = torch.cat([weight[:1], torch.zeros(1, 16)])
+    total = bounds.ErrorSum()
+    bounds.add_nvfp4(total, decoded, weight, torch.ones(1))
+    assert total.lost == lost
+
+
+@pytest.mark.parametrize(("magnitude", "lost"), [(2**-9, 2), (1.0, 2), (2**-10, 0), (0, 0)])
+def test_a_part_of_an_fp8_row_is_lost_from_the_smallest_code_on(magnitude: float, lost: int) -> None:
+    """160 columns: a segment of 128 and a shorter one."""
+    weight = torch.full((2, 160), 448.0)
+    weight[1] = magnitude
+    decoded = torch.cat([weight[:1], torch.zeros(1, 160)])
+    total = bounds.ErrorSum()
+    bounds.add_fp8(total, decoded, weight, torch.ones(1, 1))
+    assert total.lost == lost

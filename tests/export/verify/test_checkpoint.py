@@ -200,7 +200,8 @@ def playground(pristine: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @settings(deadline=None, max_examples=80)
 @given(
     config=st.fixed_dictionaries(
-        {"quantization_config": QUANTIZATION | JUNK}, optional=dict.fromkeys(MODEL_KEYS, JUNK)
+        {"quantization_config": QUANTIZATION | JUNK},
+        optional=dict.fromkeys(MODEL_KEYS, JUNK) | {"architectures": st.just(["Qwen3ForCausalLM"]) | JUNK},
     ),
     file=JUNK | st.fixed_dictionaries({"quantization": QUANTIZATION, "producer": JUNK}),
 )

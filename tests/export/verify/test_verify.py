@@ -67,6 +67,16 @@ def store(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
     return lambda s: s.tensors.__setitem__(name, make(s.tensors[name]).contiguous())
 
 
+def foreign(spoil: Spoil) -> Spoil:
+    """The same in a model of an architecture whose weights we do not know."""
+
+    def both(s: Any) -> None:
+        s.config["architectures"] = ["ElseForCausalLM"]
+        spoil(s)
+
+    return both
+
+
 def rename_expert(s: Any) -> None:
     for name in [name for name in s.tensors if f"{EXPERT}." in name]:
         s.tensors[name.replace(EXPERT, EXPERT.removesuffix("2") + "9")] = s.tensors.pop(name)
@@ -173,7 +183,7 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("block scales transposed", "w4a16", store(f"{ATTENTION}.o_proj.weight_scale", lambda t: t.view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)), {"tensor-layout"}, f"{ATTENTION}.o_proj.weight_scale"),
     ("block scales as bytes", "w4a16", store(f"{ATTENTION}.o_proj.weight_scale", lambda t: t.view(torch.uint8)), {"tensor-layout"}, f"{ATTENTION}.o_proj.weight_scale"),
     ("a foreign scale", "w4a16", lambda s: s.tensors.update({f"{EXPERT}.up_proj.weight_scale_inv": torch.ones(1)}), {"tensor-layout"}, f"{EXPERT}.up_proj.weight_scale_inv"),
-    ("half a block", "w4a16", narrow, {"alignment", "serving-tp"}, f"{DENSE}.down_proj"),
+    ("half a block", "w4a16", foreign(narrow), {"alignment", "serving-tp"}, f"{DENSE}.down_proj"),
     ("group size 32", "w4a16", lambda s: s.quantization.update(group_size=32), {"alignment"}, "hf_quant_config.json"),
     ("expert missing", "nvfp4", lambda s: s.drop(f"{EXPERT}."), {"experts"}, "model.layers.1.mlp.experts"),
     ("expert misnumbered", "nvfp4", rename_expert, {"experts"}, "model.layers.1.mlp.experts"),
@@ -189,7 +199,7 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("router not excluded", "nvfp4", lambda s: s.include("model.layers.1.mlp.gate"), {"exclude-missing"}, "model.layers.1.mlp.gate"),
     ("head not excluded", "nvfp4", lambda s: s.include("lm_head"), {"exclude-missing"}, "lm_head"),
     ("embeddings need not be excluded", "nvfp4", lambda s: s.include("model.embed_tokens"), set(), ""),
-    ("router quantized", "nvfp4", quantized_router, {"exclude-missing"}, "model.layers.1.mlp.gate"),
+    ("router quantized", "nvfp4", quantized_router, {"exclude-missing", "architecture"}, "model.layers.1.mlp.gate"),
     ("pattern without a match", "nvfp4", lambda s: s.exclude("lm_head.\x00backbone.pt_name_sentinel"), {"exclude-pattern"}, "lm_head.\x00backbone.pt_name_sentinel"),
     ("regular expression", "nvfp4", lambda s: s.exclude("re:.*gate$"), {"exclude-pattern"}, "re:.*gate$"),
     ("wildcards at both ends", "nvfp4", lambda s: s.exclude("*lm_head*"), {"exclude-pattern"}, "*lm_head*"),
@@ -200,10 +210,10 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("a wildcard inside a component", "nvfp4", lambda s: s.exclude("model.layers.1*.mlp.gate"), {"exclude-pattern"}, "model.layers.1*.mlp.gate"),
     ("one expert by pattern", "nvfp4", lambda s: s.exclude(f"{EXPERT}.*"), {"coverage", "one-algo"}, "model.layers.1.mlp.experts"),
     ("a parent's name", "nvfp4", parent_name, {"exclude-pattern"}, ATTENTION),
-    ("part of a merged name", "nvfp4", router_in_dense_layer, {"exclude-pattern"}, f"{DENSE}.gate"),
-    ("shared expert's gate not excluded", "nvfp4", shared_expert_gate, {"exclude-missing"}, "model.layers.1.mlp.shared_expert_gate"),
-    ("shared expert's scales", "nvfp4", shared_expert, {"shared-scales"}, "model.layers.1.mlp.shared_expert"),
-    ("quantized embeddings", "nvfp4", quantized_embeddings, {"exclude-missing"}, "model.embed_tokens"),
+    ("part of a merged name", "nvfp4", foreign(router_in_dense_layer), {"exclude-pattern"}, f"{DENSE}.gate"),
+    ("shared expert's gate not excluded", "nvfp4", foreign(shared_expert_gate), {"exclude-missing"}, "model.layers.1.mlp.shared_expert_gate"),
+    ("shared expert's scales", "nvfp4", foreign(shared_expert), {"shared-scales"}, "model.layers.1.mlp.shared_expert"),
+    ("quantized embeddings", "nvfp4", quantized_embeddings, {"exclude-missing", "architecture"}, "model.embed_tokens"),
     ("lower-case algorithm", "w4a16", both("quant_algo", "quant_algo", "w4a16_nvfp4"), {"algo"}, "config.json"),
     ("FP8 in blocks, as ModelOpt spells it", "fp8", both("quant_algo", "quant_algo", "fp8_pb_wo"), {"algo", "not-judged"}, "config.json"),
     ("unknown algorithm", "w4a16", both("quant_algo", "quant_algo", "NVFP5"), {"algo", "not-judged"}, "config.json"),
@@ -272,17 +282,38 @@ def swap_experts(s: Any) -> None:
         s.tensors[ours], s.tensors[theirs] = s.tensors[theirs], s.tensors[ours]
 
 
+def zero_row(name: str, row: int) -> Spoil:
+    """One row of a tensor of bytes is zero: codes, or the block scales."""
+
+    def spoil(s: Any) -> None:
+        s.tensors[name] = s.tensors[name].clone()
+        s.tensors[name].view(torch.uint8)[row] = 0
+
+    return spoil
+
+
+def swap_rows(s: Any) -> None:
+    """Two rows of codes changed places: too few for the bound of the whole tensor."""
+    name = f"{EXPERT}.down_proj.weight"
+    s.tensors[name] = s.tensors[name][torch.tensor([1, 0, *range(2, 128)])].contiguous()
+
+
 AGAINST_SOURCE: list[tuple[str, str, Spoil, set[str], str]] = [
     ("nibbles swapped", "nvfp4", swap_nibbles, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("experts swapped", "nvfp4", swap_experts, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("tensor scale off by a third", "nvfp4", scale(f"{EXPERT}.down_proj.weight_scale_2", 1.33), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("FP8 scale off by a tenth", "fp8", scale(f"{EXPERT}.down_proj.weight_scale", 1.1), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
+    ("block scales of one row lost", "nvfp4", zero_row(f"{EXPERT}.gate_proj.weight_scale", 0), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
+    ("codes of the last row lost", "w4a16", zero_row(f"{EXPERT}.gate_proj.weight", -1), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
+    ("one block scale lost", "nvfp4", lambda s: s.set_byte(f"{EXPERT}.down_proj.weight_scale", 5, 0), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
+    ("FP8 codes of one row lost", "fp8", zero_row(f"{EXPERT}.gate_proj.weight", -1), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
+    ("two rows swapped", "w4a16", swap_rows, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("plain value changed", "nvfp4", scale("model.norm.weight", 2), {"source-values"}, "model.norm.weight"),
     ("plain tensor in FP32", "nvfp4", store("model.norm.weight", lambda t: t.float()), set(), ""),
-    ("tensor missing", "nvfp4", lambda s: s.drop("layers.1.input_layernorm"), {"source-names"}, "model.layers.1.input_layernorm.weight"),
-    ("module missing", "nvfp4", lambda s: s.drop(f"{ATTENTION}.o_proj"), {"source-names"}, f"{ATTENTION}.o_proj.weight"),
-    ("tensor too many", "nvfp4", lambda s: s.tensors.update({"model.extra.bias": torch.ones(3)}), {"source-names"}, "model.extra.bias"),
-    ("padded vocabulary", "nvfp4", store("lm_head.weight", lambda t: torch.cat([t, t[:5]])), {"source-names"}, "lm_head.weight"),
+    ("tensor missing", "nvfp4", foreign(lambda s: s.drop("layers.1.input_layernorm")), {"source-names"}, "model.layers.1.input_layernorm.weight"),
+    ("module missing", "nvfp4", foreign(lambda s: s.drop(f"{ATTENTION}.o_proj")), {"source-names"}, f"{ATTENTION}.o_proj.weight"),
+    ("tensor too many", "nvfp4", foreign(lambda s: s.tensors.update({"model.extra.bias": torch.ones(3)})), {"source-names"}, "model.extra.bias"),
+    ("padded vocabulary", "nvfp4", foreign(store("lm_head.weight", lambda t: torch.cat([t, t[:5]]))), {"source-names"}, "lm_head.weight"),
     ("one block off", "nvfp4", lambda s: s.set_byte(f"{EXPERT}.down_proj.weight_scale", 0, 0x60), {"value-bound"}, f"{EXPERT}.down_proj.weight"),
 ]  # fmt: skip
 
@@ -378,8 +409,9 @@ def test_an_absent_directory_is_a_users_error(tmp_path: Path, pristine: dict[str
 def test_serving_sizes_that_cut_blocks(open_copy: Callable[[str], Any]) -> None:
     """An expert width of 96 is 6 blocks: whole on 2 ranks, cut on 4 and 8."""
     surgery = open_copy("w4a16")
+    surgery.config["architectures"] = ["ElseForCausalLM"]
     for name in [name for name in surgery.tensors if ".experts." in name and "down_proj" in name]:
-        if surgery.tensors[name].dim() == 2:
+        if surgery.tensors[name].dim() == 2:  # the gate and up projections stay wider
             columns = 48 if name.endswith(".weight") else 6
             surgery.tensors[name] = surgery.tensors[name][:, :columns].contiguous()
     surgery.close()
@@ -413,7 +445,7 @@ def test_formats_not_judged_say_so(pristine: dict[str, Path]) -> None:
 def test_a_second_file_beside_the_single_one(open_copy: Callable[[str], Any]) -> None:
     surgery = open_copy("nvfp4")
     save_file({"stray": torch.ones(2)}, surgery.directory / "stray.safetensors")
-    assert fired(verify_checkpoint(surgery.directory)) == {"index"}
+    assert fired(verify_checkpoint(surgery.directory)) == {"index", "architecture"}
 
 
 def test_fp8_by_channel_is_decoded_and_refused_for_experts(pristine: dict[str, Path]) -> None:
