@@ -1,4 +1,4 @@
-"""Transformer Engine's real forward of a quantized grouped linear: explicit quantize-dequantize, then the plain module."""
+"""Transformer Engine's real forward of a quantized grouped linear: quantize-dequantize, then the plain module."""
 
 import copy
 
