@@ -65,6 +65,19 @@ def tiny_qwen3_mixed_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def divisible_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-MoE in bf16 of which every weight, but not every half of one, divides by 128."""
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "head_dim": 64,
+        "num_experts": 4,
+    }
+    return _save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**MOE_SIZES, **sizes})), tmp_path_factory.mktemp("divisible"))
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dense Qwen3 in bf16 with an output layer of its own."""
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False))

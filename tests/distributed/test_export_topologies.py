@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.export.verify import verify_checkpoint
@@ -66,27 +65,6 @@ def assert_same_tensors(directory: Path, expected: Path) -> None:
     for name, tensor in wanted.items():
         assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(got[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
-
-
-@pytest.fixture(scope="module")
-def divisible_dir(tmp_path_factory) -> Path:
-    """A model whose sizes divide by 128, also when cut in two."""
-    directory = tmp_path_factory.mktemp("divisible")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=523,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        moe_intermediate_size=256,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.usefixtures("single_rank")

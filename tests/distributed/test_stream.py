@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf
 from tests.distributed.stream_worker import BLOCK, RECEIVERS
@@ -31,27 +30,6 @@ def run_ranks(*arguments: object) -> None:
         check=True,
         timeout=300,
     )
-
-
-@pytest.fixture(scope="module")
-def divisible_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of which every weight, but not every half of one, divides by 128."""
-    directory = tmp_path_factory.mktemp("divisible")
-    config = Qwen3MoeConfig(
-        vocab_size=523,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        moe_intermediate_size=256,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
 
 
 def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
