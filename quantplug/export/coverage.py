@@ -1,13 +1,12 @@
 """Which row of the table each weight stands in, and which weights are unknown, missing, there twice or mis-shaped."""
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 
 import torch
 
 from quantplug.errors import MappingError, ShapeError
 from quantplug.export.base import WholeWeight
-from quantplug.export.findings import Findings, Kind
+from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.mappings.base import Family, ParamKey, Scope, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -32,8 +31,7 @@ def match_table(
     for weight in weights:
         mapping = table.get(weight.key.module)
         if mapping is None:
-            near = get_close_matches(weight.key.module, table, n=1)
-            hint = f"; the nearest known name is {near[0]}" if near else ""
+            hint = nearest(weight.key.module, table)
             findings.add_weight(_UNKNOWN, weight, f"not in the table of {family.name}{hint}")
             continue
         names = mapping.hf_names(weight.key)
@@ -50,12 +48,7 @@ def match_table(
 
 def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[tuple[str, ...], ParamKey]]:
     """Names of every part group of a whole model: what stands outside the layers first, then layer after layer."""
-    keys = [
-        (mapping.hf_names(key), key)
-        for mapping in family.mappings
-        if not (tied and set(mapping.hf) & set(family.tied))
-        for key in mapping.keys(dims)
-    ]
+    keys = [(names, key) for names, key in family.expected(dims) if not (tied and set(names) & set(family.tied))]
     return sorted(keys, key=lambda item: -1 if item[1].layer is None else item[1].layer)
 
 

@@ -1,9 +1,17 @@
 """Collecting what is wrong, so that a check raises once with everything it found."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from quantplug.errors import Offender, QuantplugError
 from quantplug.export.base import WholeWeight
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a reason that says what an unknown name was perhaps meant to be; empty if nothing is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; the nearest known name is {near[0]}" if near else ""
 
 
 @dataclass(frozen=True)

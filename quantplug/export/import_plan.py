@@ -3,12 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 
 from quantplug.errors import MappingError, ShapeError, SourceError
-from quantplug.export.findings import Findings, Kind
+from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
 from quantplug.mappings.base import Family, ParamKey, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
@@ -57,7 +56,7 @@ def plan_import(
     Args:
         tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
     """
-    expected = dict(_expected(family, dims))
+    expected = dict(family.expected(dims))
     aliases = family.tied if tied else {}
     _check_tensors(expected, tensors, aliases, findings)
     table = family.by_megatron()
@@ -66,7 +65,7 @@ def plan_import(
         key = parameter.key
         mapping = table.get(key.module)
         if mapping is None:
-            reason = f"not in the table of {family.name}{_nearest(key.module, table)}"
+            reason = f"not in the table of {family.name}{nearest(key.module, table)}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
         if mapping.hf_names(key) not in expected:
@@ -90,7 +89,7 @@ def add_unused(
         used: Sources of the tasks of all ranks, and names that are tied to one of them.
     """
     unused = tensors.keys() - set(used)
-    for names, key in _expected(family, dims):
+    for names, key in family.expected(dims):
         for name in names:
             if name in unused:
                 findings.add(_UNUSED_TENSOR, name, f"{key.name} is on no rank", key.expert)
@@ -104,10 +103,6 @@ def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _expected(family: Family, dims: ModelDimensions) -> Iterable[tuple[tuple[str, ...], ParamKey]]:
-    return ((row.hf_names(key), key) for row in family.mappings for key in row.keys(dims))
-
-
 def _check_tensors(
     expected: Mapping[tuple[str, ...], ParamKey],
     tensors: Mapping[str, TensorHeader],
@@ -117,7 +112,7 @@ def _check_tensors(
     known = {name: key for names, key in expected.items() for name in names}
     patterns = {_pattern(name) for name in known}
     for name in sorted(tensors.keys() - known.keys()):
-        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{_nearest(_pattern(name), patterns)}")
+        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
     for name, key in known.items():
         if name not in tensors and name not in aliases:
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
@@ -156,8 +151,3 @@ def part_bounds(task: ImportTask, size: int) -> tuple[int, int]:
 
 def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; the nearest known name is {near[0]}" if near else ""

@@ -22,6 +22,11 @@ def slice_shape(shape: tuple[int, ...], slices: int, mapping: WeightMapping) -> 
         return shape
     axis = mapping.layout.shard_axis
     assert axis is not None, f"{mapping.megatron[0]} is sharded, its layout is not"
+    return divided(shape, axis, slices)
+
+
+def divided(shape: tuple[int, ...], axis: int, slices: int) -> tuple[int, ...]:
+    """A shape with one of its axes cut into equal slices."""
     return tuple(size // slices if dim == axis else size for dim, size in enumerate(shape))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.export.pack import divided
 from quantplug.formats import PackedWeight, TensorSpec
 
 QuantFn = Callable[[torch.Tensor, tuple[int, int] | None], tuple[torch.Tensor, torch.Tensor]]
@@ -94,12 +95,12 @@ class QuantFunction:
             return False
         blocks = tuple(math.ceil(size / block) for size, block in zip(shape, self._block_size, strict=True))
         codes, scale = self.outputs(shape)
-        pieces = self.outputs(_divided(shape, axis, slices))
+        pieces = self.outputs(divided(shape, axis, slices))
         return (
             scale.shape == blocks
             and len(codes.shape) == 2
             and all(
-                piece.shape == _divided(whole.shape, axis, slices)
+                piece.shape == divided(whole.shape, axis, slices)
                 for piece, whole in zip(pieces, (codes, scale), strict=True)
             )
         )
@@ -107,7 +108,7 @@ class QuantFunction:
     def _agrees(self, shape: tuple[int, ...], axis: int, slices: int) -> bool:
         """Whether it does on random slices, each of another magnitude: a scale of the whole tensor would show."""
         generator = torch.Generator(device=self._device).manual_seed(_SEED)
-        piece = _divided(shape, axis, slices)
+        piece = divided(shape, axis, slices)
         weights = [
             torch.randn(piece, generator=generator, dtype=self._dtype, device=self._device) * 2.0**index
             for index in range(slices)
@@ -140,10 +141,6 @@ def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 def _described(specs: tuple[TensorSpec, ...]) -> str:
     return " and ".join(f"{spec.dtype} {list(spec.shape)}" for spec in specs)
-
-
-def _divided(shape: tuple[int, ...], axis: int, slices: int) -> tuple[int, ...]:
-    return tuple(size // slices if dim == axis else size for dim, size in enumerate(shape))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

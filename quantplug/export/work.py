@@ -1,6 +1,6 @@
 """Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
         WriteError: The disk refused a file on some rank.
         RankLostError: A rank ended.
     """
-    all_or_none(lambda: _on_disk(staging.open, staging, rank))
+    all_or_none(disk_errors(staging.directory, rank)(staging.open))
     expected = plan.expected()
     finished = _finished_everywhere(plan, staging, rank)
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
@@ -91,11 +91,6 @@ class _Steps:
         if bucket is None:
             return None
         return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
-
-
-def _on_disk(step: Callable[[], None], staging: Staging, rank: int) -> None:
-    with disk_errors(staging.directory, rank):
-        step()
 
 
 def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:

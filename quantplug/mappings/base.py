@@ -139,6 +139,10 @@ class Family:
     megatron_config: Callable[[Mapping[str, Any]], MegatronConfig]
     tied: Mapping[str, str] = field(default_factory=dict)
 
+    def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
+        """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""
+        return ((row.hf_names(key), key) for row in self.mappings for key in row.keys(dims))
+
     def by_megatron(self) -> dict[str, WeightMapping]:
         """Every Megatron spelling with its row."""
         return {name: mapping for mapping in self.mappings for name in mapping.megatron}
