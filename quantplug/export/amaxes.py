@@ -1,6 +1,6 @@
 """The one look at all weights before any is streamed: NaN, Inf, overflow, and the amaxes of the weights themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ Amaxes = dict[ParamKey, torch.Tensor]
 def current_amaxes(tasks: Sequence[ExportTask], held: Held, groups: Groups, rank: int) -> dict[ParamKey, float]:
     """max|weight| of every quantized weight that this rank holds a slice of, over all slices. A collective.
 
-    One MAX reduction over TP and one over ETP serve all weights. A fused weight (q, k and v; gate and up) is one
-    weight, so its parts share one amax.
+    One MAX reduction over TP, one over ETP and one over all ranks for the scale groups serve all weights. A fused
+    weight (q, k and v; gate and up) is one weight, so its parts share one amax.
 
     Raises:
         WeightError: NaN or Inf in a weight, or a plain weight that overflows the type it is sent in.
@@ -38,7 +38,27 @@ def current_amaxes(tasks: Sequence[ExportTask], held: Held, groups: Groups, rank
             amaxes.update(zip(cut, largest.unbind(), strict=True))
     keys = [task.source.key for task in mine if task.format is not None]
     values = torch.stack([amaxes[key].to(collective_device()) for key in keys]).tolist() if keys else []
-    return dict(zip(keys, values, strict=True))
+    own = dict(zip(keys, values, strict=True))
+    return own | _of_groups(tasks, own)
+
+
+def _of_groups(tasks: Sequence[ExportTask], own: Mapping[ParamKey, float]) -> dict[ParamKey, float]:
+    """The largest amax of its scale group for every weight of this rank that is in one. A collective if any is."""
+    names = sorted({task.scale_group for task in tasks if task.scale_group is not None})
+    if not names:
+        return {}
+    places = {name: place for place, name in enumerate(names)}
+    members = {task.source.key: places[task.scale_group] for task in tasks if task.scale_group is not None}
+    largest = [0.0] * len(names)
+    for key, amax in own.items():
+        if key in members:
+            largest[members[key]] = max(largest[members[key]], amax)
+    reduced = torch.tensor(largest, dtype=torch.float32, device=collective_device())
+    if dist.is_initialized():
+        with lost_ranks_named():
+            dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+    maxima = reduced.tolist()
+    return {key: maxima[members[key]] for key in own if key in members}
 
 
 def _look(tasks: Sequence[ExportTask], held: Held, rank: int) -> Amaxes:

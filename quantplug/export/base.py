@@ -127,6 +127,8 @@ class ExportTask:
         input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
         dtype: Type of a plain tensor on disk.
         outputs: The parts, in the order of the layout.
+        copies: Outputs that hold the same as the one part, under other names.
+        scale_group: Name of the weights that it shares its amax with; None if it is alone.
     """
 
     source: WholeWeight
@@ -139,6 +141,13 @@ class ExportTask:
     input_amax: float | None
     dtype: torch.dtype
     outputs: tuple[PartOutput, ...]
+    copies: tuple[PartOutput, ...] = ()
+    scale_group: str | None = None
+
+    @property
+    def all_outputs(self) -> tuple[PartOutput, ...]:
+        """Everything that is written for it."""
+        return (*self.outputs, *self.copies)
 
     @property
     def travel_bytes(self) -> int:
@@ -198,7 +207,7 @@ class ExportPlan:
 
     def expected(self) -> dict[str, TensorSpec]:
         """What must be on disk afterwards, by name."""
-        return {spec.name: spec for task in self.tasks for part in task.outputs for spec in part.tensors}
+        return {spec.name: spec for task in self.tasks for part in task.all_outputs for spec in part.tensors}
 
 
 Progress = Callable[[str, int, int], None]

@@ -34,7 +34,7 @@ def match_table(
             hint = nearest(weight.key.module, table)
             findings.add_weight(_UNKNOWN, weight, f"not in the table of {family.name}{hint}")
             continue
-        names = mapping.hf_names(weight.key)
+        names = mapping.hf_names(weight.key, dims)
         if names in found:
             findings.add_weight(_TWICE, weight, f"stands for {', '.join(names)} a second time")
         elif names not in expected:
@@ -70,7 +70,7 @@ def part_shapes(
         return ()
     parts = mapping.layout.split(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), dims)
     shapes = tuple(tuple(part.shape) for part in parts)
-    for name, shape in zip(mapping.hf_names(weight.key), shapes, strict=True):
+    for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
         expected = _with_mlp_width(shape, mapping, dims)
         if shape != expected:
             reason = f"gives {name} of shape {list(shape)}, the config says {list(expected)}"
@@ -83,7 +83,12 @@ def part_shapes(
 
 def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[int, ...]:
     """The shape of a part with the config's feed-forward width, which lies along the axis that its layout shards."""
-    width = {Scope.DENSE_LAYER: dims.mlp_width, Scope.EXPERT: dims.expert_width}.get(mapping.scope)
+    widths = {
+        Scope.DENSE_LAYER: dims.mlp_width,
+        Scope.EXPERT: dims.expert_width,
+        Scope.MOE_LAYER: dims.shared_width,
+    }
+    width = widths.get(mapping.scope)
     axis = mapping.layout.shard_axis
     if width is None or axis is None:
         return shape

@@ -58,7 +58,7 @@ def plan_import(
     """
     expected = dict(family.expected(dims))
     aliases = family.tied if tied else {}
-    _check_tensors(expected, tensors, aliases, findings)
+    _check_tensors(expected, family.copies(dims), tensors, aliases, findings)
     table = family.by_megatron()
     tasks = []
     for parameter in parameters:
@@ -68,11 +68,11 @@ def plan_import(
             reason = f"not in the table of {family.name}{nearest(key.module, table)}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
-        if mapping.hf_names(key) not in expected:
-            reason = f"a model of this config has no {', '.join(mapping.hf_names(key))}"
+        if mapping.hf_names(key, dims) not in expected:
+            reason = f"a model of this config has no {', '.join(mapping.hf_names(key, dims))}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
-        sources = tuple(aliases.get(name, name) for name in mapping.hf_names(key))
+        sources = tuple(aliases.get(name, name) for name in mapping.hf_names(key, dims))
         slices = parameter.shard.count if parameter.shard else 1
         task = ImportTask(parameter, mapping, sources, mapping.layout.cuts_cleanly(slices, dims))
         _check_shapes(task, tensors, dims, findings)
@@ -105,13 +105,14 @@ def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
 
 def _check_tensors(
     expected: Mapping[tuple[str, ...], ParamKey],
+    copies: Mapping[str, str],
     tensors: Mapping[str, TensorHeader],
     aliases: Mapping[str, str],
     findings: Findings,
 ) -> None:
     known = {name: key for names, key in expected.items() for name in names}
     patterns = {_pattern(name) for name in known}
-    for name in sorted(tensors.keys() - known.keys()):
+    for name in sorted(tensors.keys() - known.keys() - copies.keys()):
         findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
     for name, key in known.items():
         if name not in tensors and name not in aliases:

@@ -100,7 +100,7 @@ def _used_anywhere(tasks: Iterable[ImportTask], names: list[str]) -> list[str]:
 @torch.no_grad()
 def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: torch.dtype | None) -> None:
     axis = task.mapping.layout.shard_axis or 0
-    names = task.mapping.hf_names(task.parameter.key)
+    names = task.mapping.hf_names(task.parameter.key, dims)
     tensors = {
         name: source.read(stored, *part_bounds(task, source.tensors[stored].shape[axis]), dim=axis)
         for name, stored in zip(names, task.sources, strict=True)

@@ -69,7 +69,10 @@ def join_slices(
         axis = task.mapping.layout.shard_axis
         tensors = iter([_concatenate(pieces, axis) for pieces in zip(*slices, strict=True)])
     for output in task.outputs:
-        yield from _named(output, tensors, _input_scale(task))
+        named = list(_named(output, tensors, _input_scale(task)))
+        yield from named
+        for copy in task.copies:
+            yield from ((spec.name, tensor) for spec, (_, tensor) in zip(copy.tensors, named, strict=True))
 
 
 def _part_shapes(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:

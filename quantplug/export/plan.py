@@ -19,10 +19,11 @@ from quantplug.export.findings import Findings
 from quantplug.export.ownership import Assignment, assign
 from quantplug.export.pack import must_gather_first
 from quantplug.export.quantizers import check_calibrated, check_quantizers
+from quantplug.export.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
 from quantplug.formats import TensorSpec
-from quantplug.mappings.base import Family, Role, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Role, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -69,6 +70,8 @@ def build_plan(
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
+    groups = group_names(mapped, dims)
+    mapped = with_shared_amaxes(mapped, groups, findings)
     scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
     if request.calibrated:
         check_calibrated(mapped, findings)
@@ -76,7 +79,7 @@ def build_plan(
 
     dialect = dialect_for(scheme) if scheme else None
     assigned = assign([weight for weight, _ in mapped])
-    packing = _Packing(dims, request, scheme, dialect)
+    packing = _Packing(dims, request, scheme, dialect, groups)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = _excluded_modules(tasks, family) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
@@ -106,13 +109,17 @@ class _Packing:
     request: ExportRequest
     scheme: Scheme | None
     dialect: Dialect | None
+    groups: Mapping[ParamKey, str]
 
     def task(
         self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
     ) -> ExportTask:
         quantized = weight.weight is not None and self.scheme is not None
         packing = self.scheme.weight if self.scheme and quantized else None
-        names = mapping.hf_names(weight.key)
+        outputs = tuple(
+            PartOutput(name, shape, self._tensors(name, shape, mapping, quantized))
+            for name, shape in zip(mapping.hf_names(weight.key, self.dims), shapes, strict=True)
+        )
         return ExportTask(
             source=weight,
             mapping=mapping,
@@ -123,13 +130,18 @@ class _Packing:
             amax=weight.weight.amax if weight.weight and quantized else None,
             input_amax=weight.activation.amax if weight.activation and quantized else None,
             dtype=self._plain_dtype(mapping),
-            outputs=tuple(
-                PartOutput(name, shape, self._tensors(name, shape, mapping, quantized))
-                for name, shape in zip(names, shapes, strict=True)
+            outputs=outputs,
+            copies=tuple(
+                PartOutput(name, shapes[0], self._tensors(name, shapes[0], mapping, quantized))
+                for name in mapping.copy_names(self.dims)
+                if not self.request.reference or name in self.request.reference
             ),
+            scale_group=self.groups.get(weight.key) if quantized else None,
         )
 
     def _plain_dtype(self, mapping: WeightMapping) -> torch.dtype:
+        if mapping.dtype is not None:
+            return mapping.dtype
         is_router = mapping.role is Role.ROUTER
         return (self.request.router_dtype if is_router else None) or self.request.dtype
 
@@ -153,7 +165,7 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str,
         part.name
         for task in tasks
         if task.format is None and task.mapping.role is not Role.OTHER
-        for part in task.outputs
+        for part in task.all_outputs
     ]
     return tuple(sorted({name.removesuffix(".weight") for name in (*names, *family.tied)}))
 
@@ -166,7 +178,7 @@ def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile,
         for task in tasks:
             if task.owner != owner:
                 continue
-            specs = [spec for part in task.outputs for spec in part.tensors]
+            specs = [spec for part in task.all_outputs for spec in part.tensors]
             nbytes = sum(spec.nbytes for spec in specs)
             if size + nbytes > limit:
                 files.append((owner, []))
@@ -185,7 +197,7 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
         "tensors": [
             [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax)]
             for task in tasks
-            for part in task.outputs
+            for part in task.all_outputs
             for spec in part.tensors
         ],
         "config": None if quant_config is None else quant_config.config_json,

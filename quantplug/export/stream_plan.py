@@ -33,12 +33,12 @@ class PlannedStream:
 
     Attributes:
         plan: The plan of an export to disk that it was made from: sizes, excluded modules, config.
-        aliases: Names of weights that are given a second time, with the name that they have then.
+        aliases: Names of weights that are given again, with the names that they have then.
     """
 
     plan: ExportPlan
     tasks: tuple[ExportTask, ...]
-    aliases: Mapping[str, str]
+    aliases: Mapping[str, tuple[str, ...]]
 
     def outputs(self, tasks: Sequence[ExportTask]) -> Iterator[tuple[str, TensorSpec]]:
         """What a receiver is given for some of the tasks: (its name, the tensor that it is).
@@ -47,9 +47,9 @@ class PlannedStream:
         """
         for part in (part for task in tasks for part in task.outputs):
             yield from ((spec.name, spec) for spec in part.tensors)
-            if part.name in self.aliases:
+            for alias in self.aliases.get(part.name, ()):
                 for spec in part.tensors:
-                    yield f"{self.aliases[part.name]}{spec.name.removeprefix(part.name)}", spec
+                    yield f"{alias}{spec.name.removeprefix(part.name)}", spec
 
     def digest(self) -> str:
         """Of all that ranks must agree on before one sends a byte."""
@@ -82,7 +82,8 @@ def make_stream_plan(
     tasks = planned.plan.tasks
     if request.quant_fn is not None:
         tasks = _with_quant_fn(tasks, planned.plan.dims, request.quant_fn, request, topology.rank, device)
-    stream = PlannedStream(planned.plan, tasks, _aliases(planned, tasks) if request.emit_tied else {})
+    aliases = _aliases(planned, tasks, request.emit_tied)
+    stream = PlannedStream(planned.plan, tuple(replace(task, copies=()) for task in tasks), aliases)
     require_same(
         f"{stream.digest()} {request.receivers(topology)}",
         "stream",
@@ -161,7 +162,11 @@ def _packs_apart(task: ExportTask, function: QuantFunction, dims: ModelDimension
     return cleanly and all(function.packs_apart(part.shape, axis, slices) for part in task.outputs)
 
 
-def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask]) -> dict[str, str]:
-    """Every weight that another of the architecture is tied to, and the name of that other one."""
+def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask], tied: bool) -> dict[str, tuple[str, ...]]:
+    """Every weight that is given again: its copies, and with `tied` the name of another that is tied to it."""
     names = {part.name for task in tasks for part in task.outputs}
-    return {source: name for name, source in planned.family.tied.items() if name not in names}
+    aliases = {task.outputs[0].name: tuple(copy.name for copy in task.copies) for task in tasks if task.copies}
+    for name, source in planned.family.tied.items() if tied else ():
+        if name not in names:
+            aliases[source] = (*aliases.get(source, ()), name)
+    return aliases

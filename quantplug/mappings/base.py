@@ -1,10 +1,10 @@
 """Names: how one Megatron parameter stands for one or more Hugging Face tensors.
 
 A family's table is read in both directions. Patterns carry `*` for the layer and, for experts, a second `*` for the
-expert; both are always *global* ids.
+expert; both are always *global* ids. Layers of multi-token prediction are counted from 0, as Megatron names them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -21,7 +21,7 @@ class ParamKey:
     Attributes:
         module: Megatron's name with `*` in place of the layer and expert numbers, such as
             `decoder.layers.*.mlp.experts.linear_fc1.weight*`.
-        layer: Global layer id (0-based), None outside the layers.
+        layer: Global layer id (0-based) in the decoder, or in the MTP block; None outside the layers.
         expert: Global expert id, None outside the experts.
     """
 
@@ -53,12 +53,20 @@ class Scope(Enum):
     EXPERT = "expert"
 
 
+class Block(Enum):
+    """Which stack of layers a row belongs to."""
+
+    DECODER = "decoder"
+    MTP = "multi-token prediction, whose layers Hugging Face counts on after the decoder's"
+
+
 class Role(Enum):
     """What a tensor is to quantization."""
 
     LINEAR = "linear weight, which a format may pack"
     ROUTER = "router, kept in high precision: servers load it so"
     VOCABULARY = "embedding or output layer, kept in high precision: servers load it so"
+    KEPT = "linear weight kept in high precision: servers load it so"
     OTHER = "no matrix product"
 
 
@@ -72,6 +80,11 @@ class WeightMapping:
         scope: Where in the model the row stands.
         layout: How the Megatron tensor is cut into those parts, and merged again.
         role: What the tensor is to quantization.
+        block: Which stack of layers it belongs to.
+        scale_group: Pattern that names what this weight shares its scales with, besides its own parts: servers fuse
+            weights of one group into one linear, which has one `weight_scale_2`. None if it is alone.
+        copies: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
+        dtype: Type on disk where it is not that of the model's other plain tensors.
     """
 
     megatron: tuple[str, ...]
@@ -79,31 +92,55 @@ class WeightMapping:
     scope: Scope
     layout: Layout = IDENTITY
     role: Role = Role.OTHER
+    block: Block = Block.DECODER
+    scale_group: str | None = None
+    copies: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
         module = self.megatron[0]
-        moe_layers = dims.moe_layers
-        layers = {
-            Scope.MODEL: (None,),
-            Scope.LAYER: range(dims.num_layers),
-            Scope.DENSE_LAYER: [layer for layer in range(dims.num_layers) if layer not in moe_layers],
-            Scope.MOE_LAYER: moe_layers,
-            Scope.EXPERT: moe_layers,
-        }[self.scope]
+        layers: Iterable[int | None] = (None,) if self.scope is Scope.MODEL else self._layers(dims)
         experts = range(dims.num_experts) if self.scope is Scope.EXPERT else (None,)
         return (ParamKey(module, layer, expert) for layer in layers for expert in experts)
 
-    def hf_names(self, key: ParamKey) -> tuple[str, ...]:
-        return tuple(fill(pattern, key.layer, key.expert) for pattern in self.hf)
+    def _layers(self, dims: ModelDimensions) -> list[int]:
+        """The layers of its block that have it, counted from 0 in the block."""
+        if self.block is Block.MTP:
+            # Megatron makes MTP layers like the last one of the decoder (get_gpt_mtp_block_spec).
+            layers, moe = range(dims.mtp_layers), {dims.num_layers - 1} <= set(dims.moe_layers)
+            moe_layers = set(layers) if moe else set()
+        else:
+            layers, moe_layers = range(dims.num_layers), set(dims.moe_layers)
+        match self.scope:
+            case Scope.DENSE_LAYER:
+                return [layer for layer in layers if layer not in moe_layers]
+            case Scope.MOE_LAYER | Scope.EXPERT:
+                return [layer for layer in layers if layer in moe_layers]
+        return list(layers)
+
+    def hf_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
+        """Names of the parts."""
+        return tuple(fill(pattern, self._hf_layer(key, dims), key.expert) for pattern in self.hf)
+
+    def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
+        """Name of its scale group; None if it is alone."""
+        return None if self.scale_group is None else fill(self.scale_group, self._hf_layer(key, dims), key.expert)
+
+    def copy_names(self, dims: ModelDimensions) -> tuple[str, ...]:
+        """Names under which Hugging Face holds the same tensor once more."""
+        return tuple(fill(name, dims.num_layers + mtp, None) for mtp in range(dims.mtp_layers) for name in self.copies)
+
+    def _hf_layer(self, key: ParamKey, dims: ModelDimensions) -> int | None:
+        return dims.num_layers + key.layer if self.block is Block.MTP and key.layer is not None else key.layer
 
     def to_hf(self, key: ParamKey, weight: torch.Tensor, dims: ModelDimensions) -> dict[str, torch.Tensor]:
         """Cuts a whole Megatron tensor into its named Hugging Face tensors (views where the layout allows)."""
-        return dict(zip(self.hf_names(key), self.layout.split(weight, dims), strict=True))
+        return dict(zip(self.hf_names(key, dims), self.layout.split(weight, dims), strict=True))
 
     def to_megatron(self, key: ParamKey, tensors: Mapping[str, torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
         """Merges named Hugging Face tensors into the whole Megatron tensor."""
-        return self.layout.merge(tuple(tensors[name] for name in self.hf_names(key)), dims)
+        return self.layout.merge(tuple(tensors[name] for name in self.hf_names(key, dims)), dims)
 
 
 @dataclass(frozen=True)
@@ -141,7 +178,11 @@ class Family:
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""
-        return ((row.hf_names(key), key) for row in self.mappings for key in row.keys(dims))
+        return ((row.hf_names(key, dims), key) for row in self.mappings for key in row.keys(dims))
+
+    def copies(self, dims: ModelDimensions) -> dict[str, str]:
+        """Names under which Hugging Face holds a tensor once more, each with the name of that tensor."""
+        return {copy: row.hf[0] for row in self.mappings for copy in row.copy_names(dims)}
 
     def by_megatron(self) -> dict[str, WeightMapping]:
         """Every Megatron spelling with its row."""

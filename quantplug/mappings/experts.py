@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.mappings.base import ParamKey, Role, Scope, WeightMapping, fill
+from quantplug.mappings.base import ParamKey, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import Layout, ModelDimensions
 
 
@@ -42,9 +42,10 @@ class GroupedMLPMerging:
 
     slicing: GroupedMLPSlicing
 
-    def names(self, layer: int, experts: Sequence[int]) -> tuple[str, ...]:
+    def names(self, layer: int, experts: Sequence[int], dims: ModelDimensions) -> tuple[str, ...]:
         """The Hugging Face tensors that these experts of a layer are merged from."""
-        return tuple(fill(pattern, layer, expert) for expert in experts for pattern in self.slicing.hf)
+        keys = (ParamKey(self.slicing.megatron[0], layer, expert) for expert in experts)
+        return tuple(name for key in keys for name in self.slicing.hf_names(key, dims))
 
     def merge_module(
         self, layer: int, experts: Sequence[int], tensors: Mapping[str, torch.Tensor], dims: ModelDimensions

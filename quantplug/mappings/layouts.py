@@ -22,6 +22,8 @@ class ModelDimensions:
         moe_layers: Global ids of the layers that have experts.
         mlp_width: Feed-forward width F of a dense layer; None where it is not known.
         expert_width: Feed-forward width F of an expert; None where it is not known.
+        shared_width: Feed-forward width F of all shared experts together; None where there are none.
+        mtp_layers: Layers of multi-token prediction.
     """
 
     num_layers: int
@@ -34,6 +36,8 @@ class ModelDimensions:
     moe_layers: tuple[int, ...] = ()
     mlp_width: int | None = None
     expert_width: int | None = None
+    shared_width: int | None = None
+    mtp_layers: int = 0
 
 
 class Layout(Protocol):

@@ -24,7 +24,7 @@ def parameter(key: ParamKey, *shape: int, shard: Shard | None = None) -> Megatro
 
 def headers(**shapes: tuple[int, ...]) -> dict[str, TensorHeader]:
     """Of every tensor the family has; only the shapes given matter."""
-    names = [name for row in FAMILY.mappings for key in row.keys(DIMS) for name in row.hf_names(key)]
+    names = [name for row in FAMILY.mappings for key in row.keys(DIMS) for name in row.hf_names(key, DIMS)]
     found = {name: TensorHeader((160,), torch.bfloat16, "file") for name in names}
     for name, shape in shapes.items():
         found[f"model.layers.0.self_attn.{name}.weight"] = TensorHeader(shape, torch.bfloat16, "file")
@@ -33,7 +33,7 @@ def headers(**shapes: tuple[int, ...]) -> dict[str, TensorHeader]:
 
 def task(key: ParamKey, *shape: int, shard: Shard | None = None) -> ImportTask:
     mapping = FAMILY.by_megatron()[key.module]
-    return ImportTask(parameter(key, *shape, shard=shard), mapping, mapping.hf_names(key), cuts_cleanly=True)
+    return ImportTask(parameter(key, *shape, shard=shard), mapping, mapping.hf_names(key, DIMS), cuts_cleanly=True)
 
 
 def test_whole_shape_of_a_slice():

@@ -92,9 +92,10 @@ def test_te_modules_get_the_same_values_as_local_ones(fixture, request):
     for layer_spec in LayerSpec:
         model = build(directory, layer_spec, torch.bfloat16)
         import_mcore_gpt_from_hf(model, str(directory))
-        family = find_family(AutoConfig.from_pretrained(directory).architectures[0])
-        table = family.by_megatron()
-        values.append({table[p.key.module].hf_names(p.key): p.tensor for p in iter_parameters(model)})
+        config = AutoConfig.from_pretrained(directory)
+        family = find_family(config.architectures[0])
+        table, dims = family.by_megatron(), family.dimensions(config.to_dict())
+        values.append({table[p.key.module].hf_names(p.key, dims): p.tensor for p in iter_parameters(model)})
     te, local = values
     assert te.keys() == local.keys()
     assert all(torch.equal(te[names], local[names]) for names in te)

@@ -28,7 +28,7 @@ def test_merging_undoes_slicing():
     weights = [torch.randn(192, 160) for _ in range(4)]
     sliced = dict(FC1.slice_module(0, [1, 3, 5, 7], weights, DIMS))
     merged = FC1.merging.merge_module(0, [1, 3, 5, 7], sliced, DIMS)
-    assert set(sliced) == set(FC1.merging.names(0, [1, 3, 5, 7]))
+    assert set(sliced) == set(FC1.merging.names(0, [1, 3, 5, 7], DIMS))
     assert all(torch.equal(a, b) for a, b in zip(merged, weights, strict=True))
 
 

@@ -43,7 +43,7 @@ def test_the_table_names_every_tensor_that_transformers_saves(kind, tied, tmp_pa
 
     family = find_family(config.architectures[0])
     dims = family.dimensions(AutoConfig.from_pretrained(tmp_path).to_dict())
-    named = {name for row in family.mappings for key in row.keys(dims) for name in row.hf_names(key)}
+    named = {name for row in family.mappings for key in row.keys(dims) for name in row.hf_names(key, dims)}
     assert named - (set(family.tied) if tied else set()) == saved
 
 

@@ -105,7 +105,7 @@ def _may_be_null(config: Json, key: str) -> bool:
 
 
 def _modules(family: Family, dims: ModelDimensions) -> frozenset[str]:
-    weights = (name for row in family.mappings for key in row.keys(dims) for name in row.hf_names(key))
+    weights = (name for row in family.mappings for key in row.keys(dims) for name in row.hf_names(key, dims))
     return frozenset(names.split(name)[0] for name in weights)
 
 
