@@ -8,18 +8,17 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from quantplug.errors import MappingError, ShapeError, SourceError, UnsupportedModelError
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
-from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec, build_gpt_model
 from quantplug.megatron.parameters import iter_parameters
+from tests.logits import megatron_logits, transformers_logits
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 MODELS = ["tiny_qwen3_moe_dir", "tiny_qwen3_mixed_dir", "tiny_qwen3_dir", "tiny_qwen3_tied_dir"]
-TOKENS = torch.tensor([[0, 7, 522, 31, 31, 400], [5, 4, 3, 2, 1, 0]])
 
 
 def build(directory: Path, layer_spec: LayerSpec = LayerSpec.LOCAL, dtype: torch.dtype = torch.float32, **changes):
@@ -30,20 +29,6 @@ def build(directory: Path, layer_spec: LayerSpec = LayerSpec.LOCAL, dtype: torch
         for parameter in model.parameters():
             parameter.fill_(float("nan"))  # What the import does not write must show.
     return model
-
-
-def megatron_logits(model: GPTModel) -> torch.Tensor:
-    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
-    length = TOKENS.shape[1]
-    hidden_from_later = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
-    with torch.no_grad(), cpu.local_forward():
-        return model.eval()(TOKENS, positions, hidden_from_later)
-
-
-def transformers_logits(directory: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
 
 
 def copy_with(directory: Path, target: Path, **config_changes) -> Path:

@@ -1,0 +1,37 @@
+"""One rank that runs the two example scripts for several families in turn.
+
+Arguments: `WORK TP EP FAMILY ...`; reads WORK/FAMILY/hf, writes WORK/FAMILY/TP-EP.
+"""
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import export  # noqa: E402
+import quantize  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+# The ranks go on with the next family: only the model parallel groups end with an example.
+quantize.destroy_parallel = export.destroy_parallel = parallel_state.destroy_model_parallel
+
+
+def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
+    for family in families:
+        source, out = work / family / "hf", work / family / f"{tp}-{ep}"
+        checkpoint = out.with_name(f"{out.name}-megatron")
+        quantize.main(
+            str(source), checkpoint, quantize.QuantConfigName.NVFP4, weight_only=True, tp=tp, ep=has_experts(source, ep)
+        )
+        export.main(str(source), checkpoint, out, tp=tp, ep=has_experts(source, ep))
+
+
+def has_experts(source: Path, ep: int) -> int:
+    """The EP size; 1 for a dense model."""
+    config = quantize.read_source_config(source)
+    return ep if quantize.find_family(config.architecture).dimensions(config.values).num_experts else 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,134 @@
+"""Every family in both directions. The README's table of families has one column for each of these tests."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from transformers import AutoConfig
+
+from quantplug.export.verify import verify_checkpoint
+from quantplug.mappings.base import Family
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.parameters import iter_parameters
+from tests.export.checkpoints import build, load, one_rank, read, same_bytes
+from tests.families.cases import Tensors
+from tests.logits import VOCABULARY, megatron_logits, transformers_logits
+
+PADDED_VOCABULARY = 640
+WORD_MATRICES = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+Checkpoint = Callable[[str], Path]
+Export = Callable[..., Path]
+
+
+def family_of(directory: Path) -> tuple[Family, ModelDimensions]:
+    config = AutoConfig.from_pretrained(directory).to_dict()
+    found = find_family(config["architectures"][0])
+    return found, found.dimensions(config)
+
+
+def without_copies(directory: Path) -> Tensors:
+    """The tensors of a checkpoint, each once."""
+    found, dims = family_of(directory)
+    return {name: tensor for name, tensor in read(directory).items() if name not in found.copies(dims)}
+
+
+def test_config(family: str, checkpoint: Checkpoint) -> None:
+    """The Megatron model built from the config has as many weights as the checkpoint, padding apart."""
+    with one_rank():
+        parameters = list(iter_parameters(build(checkpoint(family))))
+    padding = sum(
+        (PADDED_VOCABULARY - VOCABULARY) * parameter.tensor.shape[1]
+        for parameter in parameters
+        if parameter.key.name in WORD_MATRICES
+    )
+    expected = sum(tensor.numel() for tensor in without_copies(checkpoint(family)).values())
+    assert sum(parameter.tensor.numel() for parameter in parameters) - padding == expected
+
+
+def test_import(family: str, checkpoint: Checkpoint) -> None:
+    """Whatever the layouts, Megatron holds the values of the checkpoint, each as often as it is there."""
+    with one_rank():
+        imported = sorted_values(parameter.tensor for parameter in iter_parameters(load(checkpoint(family))))
+    assert torch.equal(imported, sorted_values(without_copies(checkpoint(family)).values()))
+
+
+def sorted_values(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All values but zeros, which Megatron's padding holds."""
+    values = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+    assert not values.isnan().any()
+    return values[values != 0].sort().values
+
+
+def test_export(family: str, checkpoint: Checkpoint, export: Export) -> None:
+    """Names, shapes and dtypes are those of the checkpoint that transformers saved."""
+    specs = [
+        {name: (tensor.shape, tensor.dtype) for name, tensor in read(directory).items()}
+        for directory in (checkpoint(family), export(family))
+    ]
+    assert specs[0] == specs[1]
+
+
+def test_round_trip(family: str, checkpoint: Checkpoint, export: Export) -> None:
+    """HF to Megatron to HF without quantization gives the same bytes."""
+    original, exported = read(checkpoint(family)), read(export(family))
+    assert original.keys() == exported.keys()
+    assert [name for name in original if not same_bytes(original[name], exported[name])] == []
+
+
+def test_logits(family: str, checkpoint: Checkpoint) -> None:
+    """Megatron's own forward of the imported model gives transformers' logits."""
+    with one_rank():
+        logits = megatron_logits(load(checkpoint(family), LayerSpec.LOCAL, dtype=torch.float32))
+    expected = transformers_logits(checkpoint(family))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits[..., :VOCABULARY], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nvfp4(family: str, checkpoint: Checkpoint, export: Export) -> None:
+    """Weight-only: codes and scales are ModelOpt's of the source, all else is the source, and verify finds no fault."""
+    original, exported = read(checkpoint(family)), read(export(family, "w4a16_nvfp4"))
+    quantized = [name for name, tensor in exported.items() if tensor.dtype == torch.uint8]
+    assert quantized
+    for name in quantized:
+        module = name.removesuffix(".weight")
+        scale = exported[f"{module}.weight_scale_2"]
+        packed, block_scales, _ = NVFP4QTensor.quantize(original[name], 16, weights_scaling_factor_2=scale)
+        assert same_bytes(exported[name], packed._quantized_data), name
+        assert same_bytes(exported[f"{module}.weight_scale"], block_scales), name
+    check_scales(original, exported, quantized, ".weight_scale_2", 448 * 6)
+    check_rest(original, exported, quantized)
+    assert verify_checkpoint(export(family, "w4a16_nvfp4"), checkpoint(family)).ok
+
+
+def test_fp8(family: str, checkpoint: Checkpoint, export: Export) -> None:
+    """With activations: codes are the source over its scale, all else is the source, and verify finds no fault."""
+    original, exported = read(checkpoint(family)), read(export(family, "fp8"))
+    quantized = [name for name, tensor in exported.items() if tensor.dtype == torch.float8_e4m3fn]
+    assert quantized
+    for name in quantized:
+        scaled = original[name].float() / exported[f"{name}_scale"]
+        assert same_bytes(exported[name], scaled.clamp(-448, 448).to(torch.float8_e4m3fn)), name
+        assert exported[f"{name.removesuffix('.weight')}.input_scale"] > 0
+    check_scales(original, exported, quantized, ".weight_scale", 448)
+    check_rest(original, exported, quantized)
+    assert verify_checkpoint(export(family, "fp8"), checkpoint(family)).ok
+
+
+def check_scales(original: Tensors, exported: Tensors, quantized: list[str], suffix: str, largest: float) -> None:
+    """A scale of one tensor is the amax, over the tensors beside it that share it, by the format's largest value."""
+    amaxes: dict[tuple[str, float], float] = {}
+    for name in quantized:
+        parent, scale = name.rsplit(".", 2)[0], exported[name.removesuffix(".weight") + suffix].item()
+        amaxes[parent, scale] = max(amaxes.get((parent, scale), 0.0), original[name].abs().max().item())
+    for (parent, scale), amax in amaxes.items():
+        assert torch.tensor(scale) == torch.tensor(amax) / torch.tensor(largest), parent
+
+
+def check_rest(original: Tensors, exported: Tensors, quantized: list[str]) -> None:
+    assert all(same_bytes(exported[name], tensor) for name, tensor in original.items() if name not in quantized)
+    scales = {name for name in exported if name.endswith((".weight_scale", ".weight_scale_2", ".input_scale"))}
+    assert exported.keys() - scales == original.keys()

@@ -1,0 +1,48 @@
+"""Every family through the two example scripts, on one rank and on two: the same bytes, and verify finds no fault."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantplug.export.verify import verify_checkpoint
+from tests.export.checkpoints import read, same_bytes
+from tests.families.cases import CASES
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("examples_worker.py")
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Path:
+    """FAMILY/1-1 and FAMILY/2-2 for every family: HF to Megatron, NVFP4 weight-only, a Megatron checkpoint, HF."""
+    work = tmp_path_factory.mktemp("examples")
+    for name in CASES:
+        (work / name).mkdir()
+        (work / name / "hf").symlink_to(checkpoint(name))
+    for size in (1, 2):
+        launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        run = subprocess.run(
+            [*launcher, "--nproc_per_node", str(size), str(WORKER), str(work), str(size), str(size), *CASES],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
+    return work
+
+
+def test_the_same_bytes_at_tp2_ep2_as_at_one_rank(family: str, exports: Path) -> None:
+    one, two = read(exports / family / "1-1"), read(exports / family / "2-2")
+    assert one.keys() == two.keys()
+    assert [name for name in one if not same_bytes(one[name], two[name])] == []
+
+
+def test_verify_with_the_source_finds_no_fault(family: str, exports: Path, checkpoint: Callable[[str], Path]) -> None:
+    report = verify_checkpoint(exports / family / "2-2", checkpoint(family))
+    assert report.ok, report

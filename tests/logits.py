@@ -1,0 +1,30 @@
+"""The logits of a tiny checkpoint, by transformers and by Megatron-Core's own forward on a CPU."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quantplug.megatron import cpu
+
+VOCABULARY = 523
+TOKENS = torch.tensor([[0, 7, 522, 31, 31, 400], [5, 4, 3, 2, 1, 0]])
+
+
+def transformers_model(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def transformers_logits(directory: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return transformers_model(directory)(TOKENS).logits
+
+
+def megatron_logits(model: GPTModel) -> torch.Tensor:
+    """The logits of every padded row of the vocabulary."""
+    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+    length = TOKENS.shape[1]
+    hidden_from_later = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
+    with torch.no_grad(), cpu.local_forward():
+        return model.eval()(TOKENS, positions, hidden_from_later)
