@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantplug.formats import TensorSpec, WeightFormat
-from quantplug.mappings.base import ParamKey, WeightMapping
+from quantplug.mappings.base import ParamKey, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import Shard, ShardAxis
 
@@ -104,13 +104,20 @@ class PartOutput:
 
     Attributes:
         name: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
-        shape: Its shape before packing.
+        shape: Its shape before packing; of one expert's slice where the tensors hold all experts of a layer.
         tensors: What is written for it, in this order.
+        placement: Where the slice lies in those tensors; None if they are all its own.
     """
 
     name: str
     shape: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
+    placement: Placement | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written for it."""
+        return sum(spec.nbytes // (self.placement.experts if self.placement else 1) for spec in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class ExportTask:
         """Bytes that reach the owner, its own slice included."""
         if self.gather_first:
             return self.source.nbytes
-        return sum(spec.nbytes for part in self.outputs for spec in part.tensors)
+        return sum(part.nbytes for part in self.outputs)
 
 
 @dataclass(frozen=True)

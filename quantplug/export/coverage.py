@@ -18,6 +18,9 @@ _MISSING = Kind(MappingError, "Parameters that the Hugging Face config promises 
 _TWICE = Kind(MappingError, "Parameters stand twice in the model.", "Pass each model chunk once.")
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the Hugging Face checkpoint.", _SAME_MODEL)
 
+Slot = tuple[tuple[str, ...], int | None]
+"""What one parameter stands for: its Hugging Face names, and which expert of them."""
+
 Mapped = list[tuple[WholeWeight, WeightMapping]]
 
 
@@ -26,7 +29,7 @@ def match_table(
 ) -> Mapped:
     """Every weight with its row, in writing order; what does not fit goes into `findings`."""
     table = family.by_megatron()
-    found: dict[tuple[str, ...], tuple[WholeWeight, WeightMapping]] = {}
+    found: dict[Slot, tuple[WholeWeight, WeightMapping]] = {}
     expected = dict(_expected(family, dims, tied))
     for weight in weights:
         mapping = table.get(weight.key.module)
@@ -35,21 +38,23 @@ def match_table(
             findings.add_weight(_UNKNOWN, weight, f"not in the table of {family.name}{hint}")
             continue
         names = mapping.hf_names(weight.key, dims)
-        if names in found:
+        slot = (names, weight.key.expert)
+        if slot in found:
             findings.add_weight(_TWICE, weight, f"stands for {', '.join(names)} a second time")
-        elif names not in expected:
+        elif slot not in expected:
             findings.add_weight(_UNKNOWN, weight, f"a model of this config has no {', '.join(names)}")
-        found[names] = (weight, mapping)
-    for names, key in expected.items():
-        if names not in found:
-            findings.add(_MISSING, key.name, f"needed for {', '.join(names)}", key.expert)
-    return [found[names] for names in expected if names in found]
+        found[slot] = (weight, mapping)
+    for slot, key in expected.items():
+        if slot not in found:
+            findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)
+    return [found[slot] for slot in expected if slot in found]
 
 
-def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[tuple[str, ...], ParamKey]]:
-    """Names of every part group of a whole model: what stands outside the layers first, then layer after layer."""
+def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[Slot, ParamKey]]:
+    """Every part group of a whole model: what stands outside the layers first, then layer after layer."""
     keys = [(names, key) for names, key in family.expected(dims) if not (tied and set(names) & set(family.tied))]
-    return sorted(keys, key=lambda item: -1 if item[1].layer is None else item[1].layer)
+    slots = [((names, key.expert), key) for names, key in keys]
+    return sorted(slots, key=lambda item: -1 if item[1].layer is None else item[1].layer)
 
 
 def part_shapes(
@@ -59,7 +64,7 @@ def part_shapes(
     reference: Mapping[str, tuple[int, ...]],
     findings: Findings,
 ) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the Hugging Face parts of a weight: its layout run on a tensor without data.
+    """Shapes of the Hugging Face parts of a weight, of one expert's alone: its layout run on a tensor without data.
 
     Args:
         reference: Shapes in the source checkpoint by name, as far as they are known.
@@ -70,13 +75,15 @@ def part_shapes(
         return ()
     parts = mapping.layout.split(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), dims)
     shapes = tuple(tuple(part.shape) for part in parts)
+    placement = mapping.placement(weight.key, dims)
     for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
         expected = _with_mlp_width(shape, mapping, dims)
+        stored = placement.stored_shape(shape) if placement else shape
         if shape != expected:
             reason = f"gives {name} of shape {list(shape)}, the config says {list(expected)}"
             findings.add_weight(_SHAPE, weight, reason)
-        elif reference.get(name, shape) != shape:
-            reason = f"gives {name} of shape {list(shape)}, the checkpoint has {list(reference[name])}"
+        elif reference.get(name, stored) != stored:
+            reason = f"gives {name} of shape {list(stored)}, the checkpoint has {list(reference[name])}"
             findings.add_weight(_SHAPE, weight, reason)
     return shapes
 
@@ -92,4 +99,4 @@ def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelD
     axis = mapping.layout.shard_axis
     if width is None or axis is None:
         return shape
-    return (*shape[:axis], width, *shape[axis + 1 :])
+    return (*shape[:axis], width * mapping.layout.widths(), *shape[axis + 1 :])

@@ -16,6 +16,19 @@ from quantplug.export.base import QuantConfig
 from quantplug.export.scheme import Scheme
 from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec
 
+
+def stored_name(weight: str, tensor: str) -> str:
+    """Name on disk of a tensor of a weight.
+
+    A module's `weight` has its scales beside it (`q_proj.weight_scale`). Experts in one tensor, which is a parameter by
+    another name, have it in theirs (`experts.gate_up_proj_weight_scale`), as ModelOpt writes them for GPT-OSS.
+    """
+    module, dot, last = weight.rpartition(".")
+    if last == "weight":
+        return f"{module}{dot}{tensor}"
+    return weight if tensor == "weight" else f"{weight}_{tensor}"
+
+
 # Servers look for this producer name; the version is ours.
 PRODUCER = {"name": "modelopt", "version": f"quantplug-{__version__}"}
 
@@ -29,8 +42,8 @@ class ModelOptDialect:
     activations: Mapping[str, Any] | None
     group_size: int | None = None
 
-    def spec(self, module: str, tensor: TensorSpec) -> TensorSpec:
-        return replace(tensor, name=f"{module}.{tensor.name}")
+    def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=stored_name(weight, tensor.name))
 
     def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
         group = {"weights": dict(self.weights), "targets": ["Linear"]}
@@ -56,9 +69,9 @@ class DeepSeekDialect:
 
     algorithm: str = "FP8 128x128"
 
-    def spec(self, module: str, tensor: TensorSpec) -> TensorSpec:
+    def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
         suffix = {"weight_scale": "weight_scale_inv"}.get(tensor.name, tensor.name)
-        return replace(tensor, name=f"{module}.{suffix}")
+        return replace(tensor, name=stored_name(weight, suffix))
 
     def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
         config_json = {
@@ -87,8 +100,8 @@ class CompressedTensorsDialect:
         }
     )
 
-    def spec(self, module: str, tensor: TensorSpec) -> TensorSpec:
-        return replace(tensor, name=f"{module}.{tensor.name}", shape=tensor.shape or (1,))
+    def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=stored_name(weight, tensor.name), shape=tensor.shape or (1,))
 
     def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
         scheme = {

@@ -109,10 +109,10 @@ class HFCheckpoint:
     ) -> None:
         self._files.clear()  # The maps go with the last reference to them.
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None, dim: int = 0) -> torch.Tensor:
-        """A tensor on CPU, whole, or only what lies from `start` to `stop` of one dimension."""
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        """A tensor on CPU, whole, or only what an index along its first axes says."""
         view = self._files[self.tensors[name].file].get_slice(name)
-        return view[(*[slice(None)] * dim, slice(start, stop))] if self.tensors[name].shape else view[...]
+        return view[index] if index else view[...]
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name to file, as the index says it; None for a single file."""

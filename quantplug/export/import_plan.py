@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from quantplug.errors import MappingError, ShapeError, SourceError
+from quantplug.export.coverage import Slot
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
-from quantplug.mappings.base import Family, ParamKey, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.megatron.parameters import MegatronParameter
 
@@ -35,12 +36,14 @@ class ImportTask:
     Attributes:
         sources: Names of the tensors in the checkpoint, in the order of the layout's parts.
         cuts_cleanly: Whether this rank's slice is merged from slices of them; if not, it is cut from the merged whole.
+        placement: Where the data lies in tensors that hold all experts of a layer.
     """
 
     parameter: MegatronParameter
     mapping: WeightMapping
     sources: tuple[str, ...]
     cuts_cleanly: bool
+    placement: Placement | None = None
 
 
 def plan_import(
@@ -56,7 +59,7 @@ def plan_import(
     Args:
         tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
     """
-    expected = dict(family.expected(dims))
+    expected = {(names, key.expert): key for names, key in family.expected(dims)}
     aliases = family.tied if tied else {}
     _check_tensors(expected, family.copies(dims), tensors, aliases, findings)
     table = family.by_megatron()
@@ -68,13 +71,14 @@ def plan_import(
             reason = f"not in the table of {family.name}{nearest(key.module, table)}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
-        if mapping.hf_names(key, dims) not in expected:
+        if (mapping.hf_names(key, dims), key.expert) not in expected:
             reason = f"a model of this config has no {', '.join(mapping.hf_names(key, dims))}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
         sources = tuple(aliases.get(name, name) for name in mapping.hf_names(key, dims))
         slices = parameter.shard.count if parameter.shard else 1
-        task = ImportTask(parameter, mapping, sources, mapping.layout.cuts_cleanly(slices, dims))
+        cleanly = mapping.layout.cuts_cleanly(slices, dims)
+        task = ImportTask(parameter, mapping, sources, cleanly, mapping.placement(key, dims))
         _check_shapes(task, tensors, dims, findings)
         tasks.append(task)
     return tuple(tasks)
@@ -104,13 +108,13 @@ def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
 
 
 def _check_tensors(
-    expected: Mapping[tuple[str, ...], ParamKey],
+    expected: Mapping[Slot, ParamKey],
     copies: Mapping[str, str],
     tensors: Mapping[str, TensorHeader],
     aliases: Mapping[str, str],
     findings: Findings,
 ) -> None:
-    known = {name: key for names, key in expected.items() for name in names}
+    known = {name: key for (names, _), key in expected.items() for name in names}
     patterns = {_pattern(name) for name in known}
     for name in sorted(tensors.keys() - known.keys() - copies.keys()):
         findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
@@ -132,13 +136,29 @@ def _check_shapes(
         return
     parts = layout.split(torch.empty(shape, device="meta"), dims)
     for name, part in zip(task.sources, parts, strict=True):
-        if name in tensors and tensors[name].shape != tuple(part.shape):
-            reason = f"needs {name} of shape {list(part.shape)}, the source has {list(tensors[name].shape)}"
+        stored = task.placement.stored_shape(tuple(part.shape)) if task.placement else tuple(part.shape)
+        if name in tensors and tensors[name].shape != stored:
+            reason = f"needs {name} of shape {list(stored)}, the source has {list(tensors[name].shape)}"
             findings.add(_SHAPE, key.name, reason, key.expert)
 
 
-def part_bounds(task: ImportTask, size: int) -> tuple[int, int]:
-    """Where what this rank reads of a part of `size` entries along the sharded axis starts and ends."""
+Index = tuple[int | slice, ...]
+
+
+def part_index(task: ImportTask, stored: tuple[int, ...]) -> Index:
+    """What this rank reads of a stored tensor of that shape: its expert, and its slice along the sharded axis."""
+    axis, rank = task.mapping.layout.shard_axis, len(stored)
+    index: list[int | slice] = [slice(None)] * rank
+    if task.placement is not None:
+        index[0] = task.placement.expert
+        axis = None if axis is None else task.placement.stored_axis(axis, rank - 1)
+    if axis is not None:
+        index[axis] = slice(*_bounds(task, stored[axis]))
+    return tuple(index)
+
+
+def _bounds(task: ImportTask, size: int) -> tuple[int, int]:
+    """Where what this rank reads of `size` entries along the sharded axis starts and ends."""
     shard = task.parameter.shard
     if shard is None or not task.cuts_cleanly:
         return 0, size

@@ -9,7 +9,7 @@ from quantplug.errors import Offender, SourceError
 from quantplug.export.base import Progress
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
-from quantplug.export.import_plan import ImportTask, add_unused, part_bounds, plan_import
+from quantplug.export.import_plan import ImportTask, add_unused, part_index, plan_import
 from quantplug.export.source_config import CONFIG_FILE, SourceConfig, read_source_config
 from quantplug.mappings.base import Family, Role
 from quantplug.mappings.families import find_family
@@ -99,16 +99,13 @@ def _used_anywhere(tasks: Iterable[ImportTask], names: list[str]) -> list[str]:
 
 @torch.no_grad()
 def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: torch.dtype | None) -> None:
-    axis = task.mapping.layout.shard_axis or 0
-    names = task.mapping.hf_names(task.parameter.key, dims)
-    tensors = {
-        name: source.read(stored, *part_bounds(task, source.tensors[stored].shape[axis]), dim=axis)
-        for name, stored in zip(names, task.sources, strict=True)
-    }
-    merged = task.mapping.to_megatron(task.parameter.key, tensors, dims)
+    parts = [source.read(name, part_index(task, source.tensors[name].shape)) for name in task.sources]
+    if task.placement is not None:
+        parts = [task.placement.turned(part) for part in parts]
+    merged = task.mapping.layout.merge(tuple(parts), dims)
     shard = task.parameter.shard
     if shard is not None and not task.cuts_cleanly:
-        merged = merged.chunk(shard.count, dim=shard.dim)[shard.index]
+        merged = task.mapping.layout.cut(merged, shard.index, shard.count)
     target = task.parameter.tensor
     target[: merged.shape[0]].copy_(merged if dtype is None else merged.to(dtype))
     target[merged.shape[0] :].zero_()  # Megatron's padding of the vocabulary; empty for everything else.

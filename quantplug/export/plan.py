@@ -7,7 +7,7 @@ packed or written.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,7 +23,7 @@ from quantplug.export.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
 from quantplug.formats import TensorSpec
-from quantplug.mappings.base import Family, ParamKey, Role, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Placement, Role, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -116,8 +116,9 @@ class _Packing:
     ) -> ExportTask:
         quantized = weight.weight is not None and self.scheme is not None
         packing = self.scheme.weight if self.scheme and quantized else None
+        placement = mapping.placement(weight.key, self.dims)
         outputs = tuple(
-            PartOutput(name, shape, self._tensors(name, shape, mapping, quantized))
+            PartOutput(name, shape, self._tensors(name, shape, mapping, quantized, placement), placement)
             for name, shape in zip(mapping.hf_names(weight.key, self.dims), shapes, strict=True)
         )
         return ExportTask(
@@ -132,7 +133,7 @@ class _Packing:
             dtype=self._plain_dtype(mapping),
             outputs=outputs,
             copies=tuple(
-                PartOutput(name, shapes[0], self._tensors(name, shapes[0], mapping, quantized))
+                PartOutput(name, shapes[0], self._tensors(name, shapes[0], mapping, quantized, None))
                 for name in mapping.copy_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
@@ -146,14 +147,26 @@ class _Packing:
         return (self.request.router_dtype if is_router else None) or self.request.dtype
 
     def _tensors(
-        self, name: str, shape: tuple[int, ...], mapping: WeightMapping, quantized: bool
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        mapping: WeightMapping,
+        quantized: bool,
+        placement: Placement | None,
     ) -> tuple[TensorSpec, ...]:
         if not quantized or self.scheme is None or self.dialect is None:
-            return (TensorSpec(name, shape, self._plain_dtype(mapping)),)
+            return (self._stored(TensorSpec(name, shape, self._plain_dtype(mapping)), placement),)
         tensors = self.scheme.weight.outputs(shape)
         if self.scheme.activations:
             tensors = (*tensors, INPUT_SCALE)
-        return tuple(self.dialect.spec(name.removesuffix(".weight"), tensor) for tensor in tensors)
+        stored = (self._stored(tensor, placement) for tensor in tensors)
+        return tuple(self.dialect.spec(name, tensor) for tensor in stored)
+
+    def _stored(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
+        """As it is stored with those of all experts; what has no axes (a scale of all experts) is stored once."""
+        if placement is None or not tensor.shape:
+            return tensor
+        return replace(tensor, shape=placement.stored_shape(tensor.shape))
 
 
 def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str, ...]:
@@ -161,13 +174,16 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str,
 
     A tied lm_head has no tensor of its own, but servers build the module and look it up.
     """
-    names = [
-        part.name
+    parts = [
+        part
         for task in tasks
         if task.format is None and task.mapping.role is not Role.OTHER
         for part in task.all_outputs
     ]
-    return tuple(sorted({name.removesuffix(".weight") for name in (*names, *family.tied)}))
+    # Experts in one tensor are parameters of their module: `mlp.experts.gate_up_proj` of `mlp.experts`.
+    fused = {part.name.rpartition(".")[0] for part in parts if part.placement is not None}
+    names = [*(part.name for part in parts if part.placement is None), *family.tied]
+    return tuple(sorted(fused | {name.removesuffix(".weight") for name in names}))
 
 
 def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:

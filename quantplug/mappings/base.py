@@ -71,6 +71,33 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where one expert's tensor lies in a Hugging Face tensor of all experts of its layer.
+
+    Attributes:
+        expert: Its place along the first axis.
+        experts: Length of that axis.
+        transposed: Whether a matrix is stored as [in, out].
+    """
+
+    expert: int
+    experts: int
+    transposed: bool
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor of all experts, from that of one expert's."""
+        return (self.experts, *(reversed(shape) if self.transposed else shape))
+
+    def stored_axis(self, axis: int, rank: int) -> int:
+        """Which axis of the tensor of all experts an axis of one expert's tensor of that rank is."""
+        return rank - axis if self.transposed else axis + 1
+
+    def turned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One expert's tensor as it is stored; and as it is stored, back. A view."""
+        return tensor.mT if self.transposed and tensor.ndim > 1 else tensor
+
+
+@dataclass(frozen=True)
 class WeightMapping:
     """One row of a family's table.
 
@@ -122,6 +149,10 @@ class WeightMapping:
     def hf_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
         """Names of the parts."""
         return tuple(fill(pattern, self._hf_layer(key, dims), key.expert) for pattern in self.hf)
+
+    def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement | None:
+        """Where the parts lie in tensors that hold all experts of a layer; None where they are tensors themselves."""
+        return None
 
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
         """Name of its scale group; None if it is alone."""

@@ -3,7 +3,8 @@
 Megatron names the weights of its local experts either `experts.linear_fc1.weight{i}` (`TEGroupedMLP`, one module) or
 `experts.local_experts.{i}.linear_fc1.weight` (`SequentialMLP`). Both stand for the same per-expert Hugging Face
 tensors, and both are renumbered from local to global experts. `GroupedMLPSlicing` is the row of a table (Megatron to
-Hugging Face); `GroupedMLPMerging` is the same row read backwards.
+Hugging Face); `GroupedMLPMerging` is the same row read backwards. Where Hugging Face too holds all experts of a layer
+in one tensor, the rows are `FusedExpertMapping` and `FusedGatedExpertMapping`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.mappings.base import ParamKey, Role, Scope, WeightMapping
-from quantplug.mappings.layouts import Layout, ModelDimensions
+from quantplug.mappings.base import ParamKey, Placement, Role, Scope, WeightMapping
+from quantplug.mappings.layouts import GATED_JOINED, Layout, ModelDimensions
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,33 @@ class GroupedMLPMerging:
         return tuple(self.slicing.to_megatron(key, tensors, dims) for key in keys)
 
 
+@dataclass(frozen=True)
+class FusedExpertMapping(WeightMapping):
+    """One expert's tensor as a slice of the Hugging Face tensor that holds all experts of its layer.
+
+    `hf` carries `*` for the layer alone. All experts share their scales, of which there is one for a whole tensor.
+
+    Attributes:
+        transposed: Whether a matrix is stored as [experts, in, out]. Declared, never guessed from shapes.
+    """
+
+    transposed: bool = False
+
+    def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement:
+        assert key.expert is not None
+        return Placement(key.expert, dims.num_experts, self.transposed)
+
+    def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
+        return self.hf_names(key, dims)[0] if self.role is Role.LINEAR else None
+
+
+@dataclass(frozen=True)
+class FusedGatedExpertMapping(FusedExpertMapping):
+    """gate_proj and up_proj of one expert as one slice: [gate; up] joined, or their rows in turn, by the layout."""
+
+    layout: Layout = GATED_JOINED
+
+
 def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> GroupedMLPSlicing:
     """The row of an experts' linear under both of Megatron's spellings.
 
@@ -62,11 +90,21 @@ def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> GroupedMLPS
         linear: `linear_fc1` or `linear_fc2`.
         hf: Per-expert Hugging Face patterns, layer then expert as `*`.
     """
-    experts = "decoder.layers.*.mlp.experts"
     return GroupedMLPSlicing(
-        megatron=(f"{experts}.{linear}.weight*", f"{experts}.local_experts.*.{linear}.weight"),
+        megatron=spellings(linear, "weight"),
         hf=hf,
         scope=Scope.EXPERT,
         layout=layout,
         role=Role.LINEAR,
     )
+
+
+def spellings(linear: str, tensor: str) -> tuple[str, str]:
+    """Megatron's two names of an experts' tensor: grouped, and one module an expert.
+
+    Args:
+        linear: `linear_fc1` or `linear_fc2`.
+        tensor: `weight` or `bias`.
+    """
+    experts = "decoder.layers.*.mlp.experts"
+    return f"{experts}.{linear}.{tensor}*", f"{experts}.local_experts.*.{linear}.{tensor}"

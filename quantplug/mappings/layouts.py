@@ -53,8 +53,14 @@ class Layout(Protocol):
     def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
         """Whether each of that many slices of the Megatron tensor splits into slices of the parts."""
 
+    def widths(self) -> int:
+        """How many times the feed-forward width F the sharded axis of a part is."""
+
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         """The whole Megatron tensor from its tensor parallel slices, in order."""
+
+    def cut(self, weight: torch.Tensor, index: int, slices: int) -> torch.Tensor:
+        """One of that many slices of a whole Megatron tensor: the inverse of `join`."""
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         """Megatron to Hugging Face."""
@@ -71,8 +77,14 @@ class _Concatenated:
     def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
         return True
 
+    def widths(self) -> int:
+        return 1
+
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         return slices[0] if self.shard_axis is None else torch.cat(slices, dim=self.shard_axis)
+
+    def cut(self, weight: torch.Tensor, index: int, slices: int) -> torch.Tensor:
+        return weight if self.shard_axis is None else weight.chunk(slices, dim=self.shard_axis)[index]
 
 
 @dataclass(frozen=True)
@@ -123,10 +135,16 @@ class GatedConcat:
     def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
         return True
 
+    def widths(self) -> int:
+        return 1
+
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         # Every slice holds its rows of gate_proj, then its rows of up_proj.
-        gates, ups = zip(*(self.split(part, dims) for part in slices), strict=True)
+        gates, ups = zip(*(part.chunk(2, dim=0) for part in slices), strict=True)
         return torch.cat((*gates, *ups), dim=0)
+
+    def cut(self, weight: torch.Tensor, index: int, slices: int) -> torch.Tensor:
+        return torch.cat([half.chunk(slices, dim=0)[index] for half in weight.chunk(2, dim=0)], dim=0)
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         gate, up = weight.chunk(2, dim=0)
@@ -134,6 +152,39 @@ class GatedConcat:
 
     def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         return torch.cat(parts, dim=0)
+
+
+@dataclass(frozen=True)
+class GatedJoined(GatedConcat):
+    """The same Megatron tensor as one Hugging Face part [2F, ...]: all rows of gate_proj, then all rows of up_proj."""
+
+    def widths(self) -> int:
+        return 2
+
+    def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
+        return slices == 1  # A slice holds rows of both halves, which lie apart in the part.
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        return (weight,)
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        (weight,) = parts
+        return weight
+
+
+@dataclass(frozen=True)
+class GatedInterleave(GatedConcat):
+    """The same Megatron tensor as one Hugging Face part [2F, ...]: rows of gate_proj and up_proj in turn (GPT-OSS)."""
+
+    def widths(self) -> int:
+        return 2
+
+    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        return (torch.stack(weight.chunk(2, dim=0), dim=1).flatten(0, 1),)
+
+    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        (weight,) = parts
+        return torch.cat((weight[0::2], weight[1::2]), dim=0)
 
 
 @dataclass(frozen=True)
@@ -185,4 +236,6 @@ COLUMN = Identity(shard_axis=0)
 ROW = Identity(shard_axis=1)
 VOCABULARY = VocabularyRows()
 GATED = GatedConcat()
+GATED_JOINED = GatedJoined()
+GATED_INTERLEAVED = GatedInterleave()
 QKV = QKVInterleave()

@@ -38,16 +38,23 @@ def test_headers_and_data_are_those_of_safetensors(fixture, request):
             header = source.tensors[name]
             assert (header.shape, header.dtype) == (tuple(tensor.shape), tensor.dtype)
             assert torch.equal(source.read(name), tensor)
-            assert torch.equal(source.read(name, 5, 17), tensor[5:17])
+            assert torch.equal(source.read(name, (slice(5, 17),)), tensor[5:17])
             if tensor.dim() == 2:
-                assert torch.equal(source.read(name, 5, 17, dim=1), tensor[:, 5:17])
+                assert torch.equal(source.read(name, (slice(None), slice(5, 17))), tensor[:, 5:17])
 
 
 def test_empty_slice_and_scalar(tmp_path):
     save_file({"w": torch.ones(4, 3), "s": torch.tensor(2.0)}, tmp_path / "model.safetensors")
     with HFCheckpoint(tmp_path) as source:
-        assert source.read("w", 4, 4).shape == (0, 3)
+        assert source.read("w", (slice(4, 4),)).shape == (0, 3)
         assert source.read("s") == 2
+
+
+def test_one_entry_of_the_first_axis_and_a_slice_of_another(tmp_path):
+    stacked = torch.arange(24.0).reshape(2, 3, 4)
+    save_file({"w": stacked}, tmp_path / "model.safetensors")
+    with HFCheckpoint(tmp_path) as source:
+        assert torch.equal(source.read("w", (1, slice(None), slice(1, 3))), stacked[1, :, 1:3])
 
 
 def test_every_missing_or_damaged_shard_is_named(sharded):

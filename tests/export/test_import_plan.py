@@ -5,7 +5,7 @@ import torch
 
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import TensorHeader
-from quantplug.export.import_plan import ImportTask, part_bounds, plan_import, whole_shape
+from quantplug.export.import_plan import ImportTask, part_index, plan_import, whole_shape
 from quantplug.mappings.base import ParamKey
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
@@ -48,12 +48,14 @@ def test_whole_shape_of_a_slice():
     [(0, (0, 256)), (1, (256, 512)), (2, (512, 523)), (3, (523, 523))],
 )
 def test_vocabulary_is_cut_by_padded_rows(index, bounds):
-    assert part_bounds(task(EMBEDDING, 256, 160, shard=Shard(ShardAxis.TP, 0, index, 4)), 523) == bounds
+    rows, columns = part_index(task(EMBEDDING, 256, 160, shard=Shard(ShardAxis.TP, 0, index, 4)), (523, 160))
+    assert (rows, columns) == (slice(*bounds), slice(None))
 
 
 def test_other_parts_are_cut_evenly():
-    assert part_bounds(task(QKV, 384, 160), 192) == (0, 192)
-    assert part_bounds(task(QKV, 192, 160, shard=Shard(ShardAxis.TP, 0, 1, 2)), 96) == (48, 96)
+    assert part_index(task(QKV, 384, 160), (192, 160)) == (slice(0, 192), slice(None))
+    half = task(QKV, 192, 160, shard=Shard(ShardAxis.TP, 0, 1, 2))
+    assert part_index(half, (96, 160)) == (slice(48, 96), slice(None))
 
 
 def test_fewer_query_groups_than_ranks_are_read_whole():
@@ -61,7 +63,7 @@ def test_fewer_query_groups_than_ranks_are_read_whole():
     tensors = headers(q_proj=(192, 160), k_proj=(96, 160), v_proj=(96, 160))
     (found,) = plan_import([spread], tensors, FAMILY, DIMS, False, Findings())
     assert not found.cuts_cleanly
-    assert part_bounds(found, 192) == (0, 192)
+    assert part_index(found, (192, 160)) == (slice(0, 192), slice(None))
 
 
 def test_shapes_of_a_slice_are_checked_as_the_whole():
