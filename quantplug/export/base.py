@@ -126,6 +126,8 @@ class ExportTask:
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
         input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
         dtype: Type of a plain tensor on disk.
+        row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
+            give the part's bytes.
         outputs: The parts, in the order of the layout.
     """
 
@@ -138,14 +140,8 @@ class ExportTask:
     amax: float | None
     input_amax: float | None
     dtype: torch.dtype
+    row_step: int | None
     outputs: tuple[PartOutput, ...]
-
-    @property
-    def travel_bytes(self) -> int:
-        """Bytes that reach the owner, its own slice included."""
-        if self.gather_first:
-            return self.source.nbytes
-        return sum(spec.nbytes for part in self.outputs for spec in part.tensors)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from quantplug.export.coverage import match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.findings import Findings
 from quantplug.export.ownership import Assignment, assign
-from quantplug.export.pack import must_gather_first
+from quantplug.export.pack import must_gather_first, row_step
 from quantplug.export.quantizers import check_calibrated, check_quantizers
 from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
@@ -123,6 +123,7 @@ class _Packing:
             amax=weight.weight.amax if weight.weight and quantized else None,
             input_amax=weight.activation.amax if weight.activation and quantized else None,
             dtype=self._plain_dtype(mapping),
+            row_step=row_step(packing, shapes[0]),
             outputs=tuple(
                 PartOutput(name, shape, self._tensors(name, shape, mapping, quantized))
                 for name, shape in zip(names, shapes, strict=True)

@@ -1,7 +1,7 @@
-"""One safetensors file, written tensor by tensor in any order: its header is known before any data is.
+"""One safetensors file, written in any order, some rows at a time: its header is known before any data is.
 
-The library's own writer needs all tensors of a file in memory at once; here a file costs no memory beyond the tensor
-at hand. Layout by the format's specification (safetensors README, "Format"): 8 bytes of header length, a JSON header
+The library's own writer needs all tensors of a file in memory at once; here a file costs no memory beyond the rows at
+hand. Layout by the format's specification (safetensors README, "Format"): 8 bytes of header length, a JSON header
 padded with spaces, then the data without holes. Like the library we put wide types first, so that each is aligned.
 """
 
@@ -32,19 +32,24 @@ class SafetensorsFile:
         self._path = path
         self._partial = path.with_name(f"{path.name}.part")
         self._specs = {spec.name: spec for spec in specs}
-        self._missing = set(self._specs)
+        self._missing = {spec.name: spec.nbytes for spec in specs}
         header, self._offsets, size = _plan(specs)
         self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.ftruncate(self._file, size)
         _write_all(self._file, memoryview(header), 0)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor in its place; the last one finishes the file."""
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
+        """Puts a tensor, or rows of it from number `row` on, in their place; the last ones finish the file."""
         spec = self._specs[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"{name} is not as planned"
+        assert tensor.dtype == spec.dtype, f"{name} is not as planned"
+        assert _is_part_of(tensor.shape, row, spec.shape), f"{name} is not as planned"
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_all(self._file, data.data, self._offsets[name])
-        self._missing.remove(name)
+        start = row * (spec.nbytes // spec.shape[0]) if row else 0
+        _write_all(self._file, data.data, self._offsets[name] + start)
+        self._missing[name] -= tensor.nbytes
+        assert self._missing[name] >= 0, f"{name} was written twice"
+        if not self._missing[name]:
+            del self._missing[name]
         if not self._missing:
             self._finish()
 
@@ -60,6 +65,13 @@ class SafetensorsFile:
         finish_file(self._partial)
         self._partial.replace(self._path)
         sync_directory(self._path.parent)
+
+
+def _is_part_of(shape: Sequence[int], row: int, whole: Sequence[int]) -> bool:
+    """Whether a tensor of that shape fits as rows from number `row` on."""
+    if not whole or not shape:
+        return tuple(shape) == tuple(whole)
+    return tuple(shape[1:]) == tuple(whole[1:]) and row + shape[0] <= whole[0]
 
 
 def file_size(specs: Sequence[TensorSpec]) -> int:

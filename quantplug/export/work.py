@@ -10,8 +10,9 @@ import torch
 
 from quantplug.errors import Offender, WriteError
 from quantplug.export.base import ExportPlan, Held, Progress
-from quantplug.export.gather import Delivered, PackedBucket
-from quantplug.export.pack import join_slices
+from quantplug.export.gather import Delivered, PackedBucket, Slices
+from quantplug.export.join import join_piece
+from quantplug.export.pieces import Piece
 from quantplug.export.schedule import Bucket, Round, make_rounds
 from quantplug.export.writer import FileSink, Staging
 from quantplug.mappings.layouts import ModelDimensions
@@ -37,7 +38,8 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks.
 
     Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
-    collective for one that has failed. Host memory holds at most a bucket that is sent and one that is received.
+    collective for one that has failed. Memory holds at most a bucket that is sent and one that is received, or one that
+    was received and working copies of a piece.
 
     Raises:
         DestinationError: Another export left its unfinished files in the way.
@@ -56,10 +58,11 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     groups = process_groups()
     delivered: Delivered = []
     try:
-        for bucket in (_mine(each, rank) for each in make_rounds(todo)):
+        for bucket in (_mine(each, rank) for each in make_rounds(todo, plan.dims)):
             packed = all_or_none(partial(steps.write_and_pack, delivered, bucket))
             with lost_ranks_named():
                 delivered = [] if packed is None else packed.exchange(groups)
+            del packed  # Or what it received would be there while the next one is packed.
         all_or_none(partial(steps.write_and_pack, delivered, None))
     finally:
         sink.close()
@@ -82,15 +85,18 @@ class _Steps:
     def write_and_pack(self, delivered: Delivered, bucket: Bucket | None) -> PackedBucket | None:
         """Writes what the last round delivered, then packs what the next one sends."""
         while delivered:
-            task, slices = delivered.pop(0)
-            with disk_errors(self.directory, self.rank):
-                for name, tensor in join_slices(task, slices, self.dims):
-                    self.sink.write(name, tensor.cpu())
-            self.done += 1
-            self.progress("Packing and writing", self.done, self.total)
+            self._write(*delivered.pop(0))
         if bucket is None:
             return None
         return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
+
+    def _write(self, piece: Piece, slices: Slices) -> None:
+        with disk_errors(self.directory, self.rank):
+            for rows in join_piece(piece, slices, self.dims):
+                self.sink.write(rows)
+        if piece.ends_task:
+            self.done += 1
+            self.progress("Packing and writing", self.done, self.total)
 
 
 def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:

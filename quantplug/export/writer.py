@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.errors import DestinationError, Offender
 from quantplug.export.base import ShardFile
+from quantplug.export.join import Rows
 from quantplug.export.safetensors_file import SafetensorsFile, file_size
 from quantplug.formats import TensorSpec
 
@@ -142,30 +142,29 @@ class Staging:
 
 
 class FileSink:
-    """Writes the tensors of one rank to its files, each in its place."""
+    """Writes the tensors of one rank to its files, rows by rows, each in their place."""
 
     def __init__(self, directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
         self._directory = directory
         self._expected = expected
         self._home = {name: file for file in files for name in file.tensors}
         self._open: dict[str, SafetensorsFile] = {}
-        self.total = len(self._home)
-        self.written = 0
+        self._missing = sum(expected[name].nbytes for name in self._home)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        file = self._home[name]
+    def write(self, rows: Rows) -> None:
+        file = self._home[rows.name]
         if file.name not in self._open:
             specs = [self._expected[member] for member in file.tensors]
             self._open[file.name] = SafetensorsFile(self._directory / file.name, specs)
-        self._open[file.name].write(name, tensor)
-        self.written += 1
+        self._open[file.name].write(rows.name, rows.data.cpu(), rows.first)
+        self._missing -= rows.data.nbytes
 
     def close(self) -> None:
         for file in self._open.values():
             file.close()
 
     def check_complete(self) -> None:
-        assert self.written == self.total, f"{self.total - self.written} planned tensors were not written"
+        assert self._missing == 0, f"{self._missing} planned bytes were not written"
 
 
 def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
