@@ -17,6 +17,7 @@ from quantplug.megatron.agreement import all_or_none, collective_device, lost_ra
 Amaxes = dict[ParamKey, torch.Tensor]
 
 
+@torch.no_grad()
 def current_amaxes(tasks: Sequence[ExportTask], held: Held, groups: Groups, rank: int) -> dict[ParamKey, float]:
     """max|weight| of every quantized weight that this rank holds a slice of, over all slices. A collective.
 

@@ -56,7 +56,7 @@ class StreamPlan:
         parts = (part for task in self.stream.tasks for part in task.outputs)
         return {name: replace(spec, name=name) for name, spec in self.stream.outputs(parts)}
 
-    @torch.no_grad()
+    # Not under torch.no_grad: around a generator it keeps each tensor that is yielded until the next one is there.
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every (name, tensor) of the model as it is now: each weight and, right after it, its scales.
 

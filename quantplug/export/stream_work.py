@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from quantplug.export.amaxes import current_amaxes
 from quantplug.export.base import ExportTask, Held, PartOutput
 from quantplug.export.broadcast import BroadcastBucket
@@ -100,6 +102,7 @@ class Delivery:
         for run in runs:
             yield run, self._deliver(run.with_amaxes(amaxes), held)
 
+    @torch.no_grad()
     def _deliver(self, run: Run, held: Held) -> BroadcastBucket:
         bucket = BroadcastBucket(
             run.parts, self.rank, self.receivers, self.world_size, collective_device(), together=not run.is_large

@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive = {key: alive for key, alive in self._alive.items() if not alive[0].expired()}
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known and storage._cdata not in self._alive:
                     self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
