@@ -8,7 +8,7 @@ import torch.distributed as dist
 from quantplug.export.base import ExportTask, Held, WeightRef
 from quantplug.export.findings import Findings
 from quantplug.export.gather import Groups
-from quantplug.export.scan import NONFINITE, OVERFLOW, ZERO_AMAX
+from quantplug.export.scan import NONFINITE, OVERFLOW, ZERO_AMAX, written_rows
 from quantplug.formats import first_nonfinite
 from quantplug.formats.scales import weight_amax
 from quantplug.mappings.base import ParamKey
@@ -17,6 +17,7 @@ from quantplug.megatron.agreement import all_or_none, collective_device, lost_ra
 Amaxes = dict[ParamKey, torch.Tensor]
 
 
+@torch.no_grad()
 def current_amaxes(tasks: Sequence[ExportTask], held: Held, groups: Groups, rank: int) -> dict[ParamKey, float]:
     """max|weight| of every quantized weight that this rank holds a slice of, over all slices. A collective.
 
@@ -75,7 +76,7 @@ def _look(tasks: Sequence[ExportTask], held: Held, rank: int) -> Amaxes:
     fine = torch.stack([amax.isfinite() for amax in sent]).tolist()
     for task, is_fine, is_suspect in zip(tasks, fine, suspect, strict=True):
         if not is_fine:
-            _add_unsendable(task, _written(task, held[task.source.key]), findings)
+            _add_unsendable(task, written_rows(task, held[task.source.key]), findings)
         elif is_suspect and amaxes[task.source.key] > 0:
             findings.add(ZERO_AMAX, task.source.key.name, "amax is 0", task.source.key.expert)
     findings.raise_if_any()
@@ -83,17 +84,8 @@ def _look(tasks: Sequence[ExportTask], held: Held, rank: int) -> Amaxes:
 
 
 def _amax(task: ExportTask, ref: WeightRef) -> torch.Tensor:
-    written = _written(task, ref)
+    written = written_rows(task, ref)
     return weight_amax(written) if written.numel() else torch.zeros((), device=written.device)
-
-
-def _written(task: ExportTask, ref: WeightRef) -> torch.Tensor:
-    """This rank's slice without the padding rows of the vocabulary: those are never sent, whatever they hold."""
-    weight = ref.load()
-    if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
-        return weight
-    place = ref.shard.index if ref.shard else 0
-    return weight[: max(0, task.outputs[0].shape[0] - place * weight.shape[0])]
 
 
 def _add_unsendable(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:

@@ -114,10 +114,13 @@ class PartOutput:
     tensors: tuple[TensorSpec, ...]
     placement: Placement | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are written for it."""
-        return sum(spec.nbytes // (self.placement.experts if self.placement else 1) for spec in self.tensors)
+    def nbytes(self, spec: TensorSpec) -> int:
+        """Bytes that are written for it of one of its tensors."""
+        if self.placement is None:
+            return spec.nbytes
+        if not spec.shape:  # A scale of all experts is written with the first of them.
+            return spec.nbytes if self.placement.expert == 0 else 0
+        return spec.nbytes // self.placement.experts
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class ExportTask:
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
         input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
         dtype: Type of a plain tensor on disk.
+        row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
+            give the part's bytes.
         outputs: The parts, in the order of the layout.
         copies: Outputs that hold the same as the one part, under other names.
         scale_group: Name of the weights that it shares its amax with; None if it is alone.
@@ -147,21 +152,20 @@ class ExportTask:
     amax: float | None
     input_amax: float | None
     dtype: torch.dtype
+    row_step: int | None
     outputs: tuple[PartOutput, ...]
     copies: tuple[PartOutput, ...] = ()
     scale_group: str | None = None
 
     @property
+    def unit(self) -> str:
+        """Name of the weight it writes to: tasks of experts in one tensor have the same."""
+        return self.outputs[0].name
+
+    @property
     def all_outputs(self) -> tuple[PartOutput, ...]:
         """Everything that is written for it."""
         return (*self.outputs, *self.copies)
-
-    @property
-    def travel_bytes(self) -> int:
-        """Bytes that reach the owner, its own slice included."""
-        if self.gather_first:
-            return self.source.nbytes
-        return sum(part.nbytes for part in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -184,12 +188,13 @@ class ShardFile:
     """One safetensors file of the output.
 
     Attributes:
-        owner: The rank that writes it.
+        owners: The ranks that write it: one, or those that own experts of tensors that hold all experts of a layer. The
+            first of them makes it and gives it its final name.
         tensors: Names of its tensors. All tensors of a weight are in one file.
     """
 
     name: str
-    owner: int
+    owners: tuple[int, ...]
     tensors: tuple[str, ...]
 
 

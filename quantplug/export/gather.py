@@ -5,19 +5,27 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from quantplug.export.base import ExportTask, Held
-from quantplug.export.pack import pack_slice, travel_specs
+from quantplug.export.base import Held
+from quantplug.export.pack import pack_rows
+from quantplug.export.pieces import Piece, rows_of, travel_specs
 from quantplug.export.schedule import Bucket
 from quantplug.formats import TensorSpec
-from quantplug.mappings.base import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import ShardAxis
 
 _ALIGNMENT = 16  # Of each tensor in a bucket, so that its bytes can be viewed as any type.
 
 Groups = Mapping[ShardAxis, dist.ProcessGroup]
-Delivered = list[tuple[ExportTask, list[list[torch.Tensor]]]]
-"""Tasks that this rank writes, each with what `pack_slice` gave on every rank that delivers it."""
+Slices = list[Sequence[torch.Tensor]]
+"""What every rank that delivers a piece has sent of it, in slice order."""
+Delivered = list[tuple[Piece, Slices]]
+"""Pieces that this rank writes."""
+
+
+def pack_piece(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> Sequence[torch.Tensor]:
+    """What a rank sends of a piece, of which it holds slice number `place`; on the weight's device."""
+    rows = _taken(weight, rows_of(piece, place, dims))
+    return (rows,) if piece.task.gather_first else pack_rows(piece.task, rows)
 
 
 class PackedBucket:
@@ -28,58 +36,60 @@ class PackedBucket:
 
     def __init__(self, bucket: Bucket, held: Held, dims: ModelDimensions, rank: int, device: torch.device) -> None:
         self._bucket = bucket
-        self._rank = rank
-        self._specs = {task.source.key: travel_specs(task, dims) for task in bucket.tasks}
-        self._own: dict[ParamKey, list[torch.Tensor]] = {}
+        self._dims = dims
+        self._place = bucket.ranks.index(rank)
+        self._mine = [piece for piece in bucket.pieces if piece.task.owner == rank]
+        packed = (
+            (piece, pack_piece(piece, held[piece.task.source.key].load(), self._place, dims))
+            for piece in self._by_owner()
+        )
         if len(bucket.ranks) == 1:
-            self._own = {task.source.key: pack_slice(task, held[task.source.key].load(), dims) for task in bucket.tasks}
+            self._own: Delivered = [(piece, [tensors]) for piece, tensors in packed]
             return
-        self._send = torch.empty(sum(self._sizes()), dtype=torch.uint8, device=device)
+        self._send_sizes = [self._nbytes(self._owned_by(owner), self._place) for owner in bucket.ranks]
+        self._received_sizes = [self._nbytes(self._mine, place) for place in range(len(bucket.ranks))]
+        self._send = torch.empty(sum(self._send_sizes), dtype=torch.uint8, device=device)
         # Here, not in the exchange: to run out of memory must be this rank's own failure, not a broken collective.
-        expected = sum(self._nbytes(task) for task in bucket.tasks if task.owner == rank)
-        self._received = torch.empty(expected * len(bucket.ranks), dtype=torch.uint8, device=device)
+        self._received = torch.empty(sum(self._received_sizes), dtype=torch.uint8, device=device)
         offset = 0
-        for task in self._by_owner():
-            for tensor in pack_slice(task, held[task.source.key].load(), dims):
+        for _, tensors in packed:
+            for tensor in tensors:
                 data = tensor.contiguous().reshape(-1).view(torch.uint8)
                 self._send[offset : offset + data.numel()].copy_(data)
                 offset += aligned(data.numel())
 
     def exchange(self, groups: Groups) -> Delivered:
-        """Sends every slice to the rank that writes it. A collective of the bucket's ranks."""
-        mine = [task for task in self._bucket.tasks if task.owner == self._rank]
+        """Sends every slice to the rank that writes it. A collective of the bucket's ranks; can be called once."""
         if len(self._bucket.ranks) == 1:
-            return [(task, [self._own[task.source.key]]) for task in mine]
+            return self._own
         assert self._bucket.axis is not None
-        count = len(self._bucket.ranks)
         dist.all_to_all_single(
             self._received,
             self._send,
-            output_split_sizes=[self._received.numel() // count] * count,
-            input_split_sizes=self._sizes(),
+            output_split_sizes=self._received_sizes,
+            input_split_sizes=self._send_sizes,
             group=groups[self._bucket.axis],
         )
         del self._send
-        pieces = [list(self._unpack(chunk, mine)) for chunk in self._received.chunk(count)] if mine else []
-        return [(task, [rank_pieces[index] for rank_pieces in pieces]) for index, task in enumerate(mine)]
+        chunks = self._received.split(self._received_sizes)
+        of_ranks = [list(self._unpack(chunk, place)) for place, chunk in enumerate(chunks)]
+        return [(piece, list(slices)) for piece, *slices in zip(self._mine, *of_ranks, strict=True)]
 
-    def _by_owner(self) -> list[ExportTask]:
-        return [task for rank in self._bucket.ranks for task in self._bucket.tasks if task.owner == rank]
+    def _owned_by(self, rank: int) -> list[Piece]:
+        return [piece for piece in self._bucket.pieces if piece.task.owner == rank]
 
-    def _sizes(self) -> list[int]:
-        """Bytes that this rank sends to each rank of the group."""
-        return [
-            sum(self._nbytes(task) for task in self._bucket.tasks if task.owner == rank) for rank in self._bucket.ranks
-        ]
+    def _by_owner(self) -> list[Piece]:
+        return [piece for rank in self._bucket.ranks for piece in self._owned_by(rank)]
 
-    def _nbytes(self, task: ExportTask) -> int:
-        return sum(aligned(spec.nbytes) for spec in self._specs[task.source.key])
+    def _nbytes(self, pieces: Sequence[Piece], place: int) -> int:
+        """What slice number `place` sends of some pieces."""
+        return sum(aligned(spec.nbytes) for piece in pieces for spec in travel_specs(piece, place, self._dims))
 
-    def _unpack(self, data: torch.Tensor, tasks: Sequence[ExportTask]) -> Iterator[list[torch.Tensor]]:
+    def _unpack(self, data: torch.Tensor, place: int) -> Iterator[list[torch.Tensor]]:
         offset = 0
-        for task in tasks:
+        for piece in self._mine:
             tensors = []
-            for spec in self._specs[task.source.key]:
+            for spec in travel_specs(piece, place, self._dims):
                 tensors.append(typed_view(data[offset : offset + spec.nbytes], spec))
                 offset += aligned(spec.nbytes)
             yield tensors
@@ -93,3 +103,11 @@ def typed_view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 def aligned(nbytes: int) -> int:
     """What a tensor of that many bytes takes up in a bucket."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _taken(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a weight: the weight's own memory where they follow each other, as they mostly do."""
+    if bool((rows.diff() == 1).all()):
+        first = int(rows[0]) if len(rows) else 0
+        return weight[first : first + len(rows)]
+    return weight.index_select(0, rows.to(weight.device))

@@ -6,6 +6,7 @@ packed or written.
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +18,7 @@ from quantplug.export.coverage import match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.findings import Findings
 from quantplug.export.ownership import Assignment, assign
-from quantplug.export.pack import must_gather_first
+from quantplug.export.pack import must_gather_first, row_step
 from quantplug.export.quantizers import check_calibrated, check_quantizers
 from quantplug.export.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.schedule import in_order
@@ -131,6 +132,8 @@ class _Packing:
             amax=weight.weight.amax if weight.weight and quantized else None,
             input_amax=weight.activation.amax if weight.activation and quantized else None,
             dtype=self._plain_dtype(mapping),
+            # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
+            row_step=None if placement else row_step(packing, shapes[0]),
             outputs=outputs,
             copies=tuple(
                 PartOutput(name, shapes[0], self._tensors(name, shapes[0], mapping, quantized, None))
@@ -187,24 +190,31 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str,
 
 
 def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:
-    """Fills each owner's files in order up to `limit` bytes; a weight's tensors stay together."""
-    files: list[tuple[int, list[str]]] = []
-    for owner in sorted({task.owner for task in tasks}):
+    """Fills the files of each owner, or of owners that share a tensor, in order up to `limit` bytes.
+
+    A weight's tensors stay together.
+    """
+    owners: defaultdict[str, set[int]] = defaultdict(set)
+    specs: defaultdict[str, dict[str, TensorSpec]] = defaultdict(dict)
+    for task in tasks:
+        owners[task.unit].add(task.owner)
+        specs[task.unit] |= {spec.name: spec for part in task.all_outputs for spec in part.tensors}
+    files: list[tuple[tuple[int, ...], list[str]]] = []
+    for group in sorted({tuple(sorted(of_unit)) for of_unit in owners.values()}):
         size = limit
-        for task in tasks:
-            if task.owner != owner:
+        for unit, of_unit in owners.items():
+            if tuple(sorted(of_unit)) != group:
                 continue
-            specs = [spec for part in task.all_outputs for spec in part.tensors]
-            nbytes = sum(spec.nbytes for spec in specs)
+            nbytes = sum(spec.nbytes for spec in specs[unit].values())
             if size + nbytes > limit:
-                files.append((owner, []))
+                files.append((group, []))
                 size = 0
-            files[-1][1].extend(spec.name for spec in specs)
+            files[-1][1].extend(specs[unit])
             size += nbytes
     count = len(files)
     return tuple(
-        ShardFile(f"model-{number:05d}-of-{count:05d}.safetensors", owner, tuple(names))
-        for number, (owner, names) in enumerate(files, start=1)
+        ShardFile(f"model-{number:05d}-of-{count:05d}.safetensors", group, tuple(names))
+        for number, (group, names) in enumerate(files, start=1)
     )
 
 
@@ -217,6 +227,6 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
             for spec in part.tensors
         ],
         "config": None if quant_config is None else quant_config.config_json,
-        "files": [[file.name, file.owner, file.tensors] for file in files],
+        "files": [[file.name, file.owners, file.tensors] for file in files],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -106,19 +106,27 @@ class QuantFunction:
         )
 
     def _agrees(self, shape: tuple[int, ...], axis: int, slices: int) -> bool:
-        """Whether it does on random slices, each of another magnitude: a scale of the whole tensor would show."""
-        generator = torch.Generator(device=self._device).manual_seed(_SEED)
-        piece = divided(shape, axis, slices)
-        weights = [
-            torch.randn(piece, generator=generator, dtype=self._dtype, device=self._device) * 2.0**index
-            for index in range(slices)
-        ]
-        whole = self._call(torch.cat(weights, dim=axis))
-        pieces = [self._call(weight) for weight in weights]
-        return all(
-            torch.equal(torch.cat([_bytes(part) for part in parts], dim=axis), _bytes(expected))
-            for parts, expected in zip(zip(*pieces, strict=True), whole, strict=True)
-        )
+        """Whether it does on random slices, each of another magnitude: a scale of the whole tensor would show.
+
+        Slices are drawn anew rather than kept, so that no more is there than the whole, or what it gave and a slice.
+        """
+        codes_and_scale = self._call(self._random_whole(shape, axis, slices))
+        for index in range(slices):
+            of_slice = self._call(self._random_slice(divided(shape, axis, slices), index))
+            for part, whole in zip(of_slice, codes_and_scale, strict=True):
+                if not torch.equal(_bytes(part), _bytes(whole.chunk(slices, dim=axis)[index])):
+                    return False
+        return True
+
+    def _random_whole(self, shape: tuple[int, ...], axis: int, slices: int) -> torch.Tensor:
+        whole = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for index, place in enumerate(whole.chunk(slices, dim=axis)):
+            place.copy_(self._random_slice(divided(shape, axis, slices), index))
+        return whole
+
+    def _random_slice(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
+        generator = torch.Generator(device=self._device).manual_seed(_SEED + index)
+        return torch.randn(shape, generator=generator, dtype=self._dtype, device=self._device).mul_(2.0**index)
 
     def _call(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         try:

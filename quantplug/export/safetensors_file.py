@@ -1,13 +1,13 @@
-"""One safetensors file, written tensor by tensor in any order: its header is known before any data is.
+"""One safetensors file, written in any order, some rows at a time: its header is known before any data is.
 
-The library's own writer needs all tensors of a file in memory at once; here a file costs no memory beyond the tensor
-at hand. Layout by the format's specification (safetensors README, "Format"): 8 bytes of header length, a JSON header
+The library's own writer needs all tensors of a file in memory at once; here a file costs no memory beyond the rows at
+hand. Layout by the format's specification (safetensors README, "Format"): 8 bytes of header length, a JSON header
 padded with spaces, then the data without holes. Like the library we put wide types first, so that each is aligned.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,25 +26,41 @@ _DTYPES = {
 
 
 class SafetensorsFile:
-    """A file that takes its final name once all of its tensors are in it and on disk."""
+    """A file that takes its final name once all of its tensors are in it and on disk.
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    Several ranks can write one file, each some of its bytes: one of them makes it and, when all have synced theirs,
+    gives it its name.
+
+    Args:
+        shares: Bytes that this rank writes of each tensor, if it is not to write them all.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], shares: Mapping[str, int] | None = None) -> None:
         self._path = path
-        self._partial = path.with_name(f"{path.name}.part")
+        self._partial = _partial(path)
         self._specs = {spec.name: spec for spec in specs}
-        self._missing = set(self._specs)
-        header, self._offsets, size = _plan(specs)
-        self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.ftruncate(self._file, size)
-        _write_all(self._file, memoryview(header), 0)
+        self._is_shared = shares is not None
+        if shares is None:
+            self._missing = {spec.name: spec.nbytes for spec in specs}
+        else:
+            self._missing = {name: nbytes for name, nbytes in shares.items() if nbytes}
+        _, self._offsets, _ = _plan(specs)
+        if not self._is_shared:
+            make_file(path, specs)
+        self._file = os.open(self._partial, os.O_WRONLY)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts one tensor in its place; the last one finishes the file."""
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
+        """Puts a tensor, or rows of it from number `row` on, in their place; the last ones finish the file."""
         spec = self._specs[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"{name} is not as planned"
+        assert tensor.dtype == spec.dtype, f"{name} is not as planned"
+        assert _is_part_of(tensor.shape, row, spec.shape), f"{name} is not as planned"
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_all(self._file, data.data, self._offsets[name])
-        self._missing.remove(name)
+        start = row * (spec.nbytes // spec.shape[0]) if row else 0
+        _write_all(self._file, data.data, self._offsets[name] + start)
+        self._missing[name] -= tensor.nbytes
+        assert self._missing[name] >= 0, f"{name} was written twice"
+        if not self._missing[name]:
+            del self._missing[name]
         if not self._missing:
             self._finish()
 
@@ -55,11 +71,41 @@ class SafetensorsFile:
             self._file = -1
 
     def _finish(self) -> None:
+        if self._is_shared:
+            os.fsync(self._file)
         os.close(self._file)
         self._file = -1
-        finish_file(self._partial)
-        self._partial.replace(self._path)
-        sync_directory(self._path.parent)
+        if not self._is_shared:
+            name_file(self._path)
+
+
+def make_file(path: Path, specs: Sequence[TensorSpec]) -> None:
+    """Makes a file of its full size that has its header and no data yet, under a name of its own."""
+    header, _, size = _plan(specs)
+    file = os.open(_partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.ftruncate(file, size)
+        _write_all(file, memoryview(header), 0)
+    finally:
+        os.close(file)
+
+
+def name_file(path: Path) -> None:
+    """Gives a file whose data is all there its final name."""
+    finish_file(_partial(path))
+    _partial(path).replace(path)
+    sync_directory(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def _is_part_of(shape: Sequence[int], row: int, whole: Sequence[int]) -> bool:
+    """Whether a tensor of that shape fits as rows from number `row` on."""
+    if not whole or not shape:
+        return tuple(shape) == tuple(whole)
+    return tuple(shape[1:]) == tuple(whole[1:]) and row + shape[0] <= whole[0]
 
 
 def file_size(specs: Sequence[TensorSpec]) -> int:

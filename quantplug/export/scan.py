@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from quantplug.errors import CalibrationError, WeightError
-from quantplug.export.base import ExportTask, Held, Progress
+from quantplug.export.base import ExportTask, Held, Progress, WeightRef
 from quantplug.export.findings import Findings, Kind
 from quantplug.export.fingerprint import fingerprint
 from quantplug.formats import first_nonfinite
-from quantplug.mappings.layouts import ModelDimensions
 
 NONFINITE = Kind(
     WeightError,
@@ -36,9 +35,7 @@ Marks = dict[tuple[str, int], str]
 """Fingerprints of what a rank holds, by the weight's name and the place of the slice."""
 
 
-def scan_weights(
-    tasks: Sequence[ExportTask], held: Held, dims: ModelDimensions, rank: int, progress: Progress
-) -> Marks:
+def scan_weights(tasks: Sequence[ExportTask], held: Held, rank: int, progress: Progress) -> Marks:
     """Looks once at every slice that this rank holds, also where another copy of it is the one that is written.
 
     Raises:
@@ -50,11 +47,8 @@ def scan_weights(
     mine = [task for task in tasks if task.source.key in held]
     for done, task in enumerate(mine, start=1):
         ref = held[task.source.key]
-        weight = ref.load()
-        place = ref.shard.index if ref.shard else 0
-        marks[task.source.key.name, place] = fingerprint(weight)
-        for part in _written_parts(task, weight, dims, place):
-            _look(task, part, findings)
+        marks[task.source.key.name, ref.shard.index if ref.shard else 0] = fingerprint(ref.load())
+        _look(task, written_rows(task, ref), findings)
         progress("Checking weights", done, len(mine))
     findings.raise_if_any()
     return marks
@@ -83,27 +77,23 @@ def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
     findings.raise_if_any()
 
 
-def _written_parts(task: ExportTask, weight: torch.Tensor, dims: ModelDimensions, place: int) -> Sequence[torch.Tensor]:
-    """This rank's slices of the parts, without padding rows: those are never written, whatever they hold."""
-    if task.gather_first:
-        return (weight,)
-    parts = task.mapping.layout.split(weight, dims)
-    if task.mapping.layout.shard_axis != 0:
-        return parts
-    return [
-        part[: max(0, output.shape[0] - place * part.shape[0])]
-        for part, output in zip(parts, task.outputs, strict=True)
-    ]
+def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
+    """This rank's slice without the padding rows of the vocabulary: those are never written, whatever they hold."""
+    weight = ref.load()
+    if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
+        return weight
+    place = ref.shard.index if ref.shard else 0
+    return weight[: max(0, task.outputs[0].shape[0] - place * weight.shape[0])]
 
 
-def _look(task: ExportTask, part: torch.Tensor, findings: Findings) -> None:
+def _look(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:
     key = task.source.key
-    if part.numel() == 0:
+    if weight.numel() == 0:
         return
-    reason = first_nonfinite(part)
+    reason = first_nonfinite(weight)
     if reason is not None:
         findings.add(NONFINITE, key.name, reason, key.expert)
-    elif task.format is None and first_nonfinite(part.to(task.dtype)) is not None:
+    elif task.format is None and first_nonfinite(weight.to(task.dtype)) is not None:
         findings.add(OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
-    elif task.amax == 0 and bool(part.any()):
+    elif task.amax == 0 and bool(weight.any()):
         findings.add(ZERO_AMAX, key.name, "amax is 0", key.expert)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from quantplug.export.base import ExportTask
+from quantplug.export.pieces import Piece, cut
+from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import ShardAxis
 
 BUCKET_BYTES = 256 * 2**20
@@ -29,7 +31,7 @@ class Bucket:
 
     axis: ShardAxis | None
     ranks: tuple[int, ...]
-    tasks: tuple[ExportTask, ...]
+    pieces: tuple[Piece, ...]
 
 
 Round = tuple[Bucket, ...]
@@ -40,32 +42,34 @@ def in_order(tasks: Sequence[ExportTask]) -> list[ExportTask]:
     return [task for phase in _PHASES for task in tasks if _axis(task) is phase]
 
 
-def make_rounds(tasks: Sequence[ExportTask], bucket_bytes: int = BUCKET_BYTES) -> list[Round]:
-    """Cuts the work into rounds of buckets of at most `bucket_bytes`; a larger weight has a bucket of its own."""
+def make_rounds(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int = BUCKET_BYTES) -> list[Round]:
+    """Cuts the work into rounds of buckets, in each of which at most `bucket_bytes` are in flight."""
     rounds: list[Round] = []
     for phase in _PHASES:
-        by_group: defaultdict[tuple[int, ...], list[ExportTask]] = defaultdict(list)
+        by_group: defaultdict[tuple[int, ...], list[Piece]] = defaultdict(list)
         for task in tasks:
             if _axis(task) is phase:
-                by_group[task.ranks].append(task)
-        buckets = [_buckets(phase, ranks, group, bucket_bytes) for ranks, group in by_group.items()]
+                by_group[task.ranks] += cut(task, dims, bucket_bytes)
+        buckets = [
+            [Bucket(phase, ranks, batch) for batch in batches(pieces, bucket_bytes)]
+            for ranks, pieces in by_group.items()
+        ]
         rounds += [tuple(bucket for bucket in row if bucket is not None) for row in zip_longest(*buckets)]
     return rounds
 
 
+def batches(pieces: Sequence[Piece], bucket_bytes: int) -> Iterator[tuple[Piece, ...]]:
+    """Pieces in their order, cut where a bucket is full; a larger one, which cannot be cut, has one of its own."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + piece.in_flight > bucket_bytes:
+            yield tuple(batch)
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.in_flight
+    yield tuple(batch)
+
+
 def _axis(task: ExportTask) -> ShardAxis | None:
     return task.source.axis
-
-
-def _buckets(
-    axis: ShardAxis | None, ranks: tuple[int, ...], tasks: Sequence[ExportTask], limit: int
-) -> Iterator[Bucket]:
-    bucket: list[ExportTask] = []
-    size = 0
-    for task in tasks:
-        if bucket and size + task.travel_bytes > limit:
-            yield Bucket(axis, ranks, tuple(bucket))
-            bucket, size = [], 0
-        bucket.append(task)
-        size += task.travel_bytes
-    yield Bucket(axis, ranks, tuple(bucket))

@@ -1,5 +1,6 @@
 """From a live Megatron-Core model to quantized Hugging Face tensors in memory: the refit of RL, without a disk."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class StreamPlan:
     Attributes:
         model: The live model.
         stream: What is sent.
-        runs: The tasks, cut into rounds.
+        runs: The weights, cut into rounds.
         delivery: How this rank takes part.
         portrait: What of the model must stay as it was.
         has_quantizers: Whether the amaxes of its quantizers are part of that.
@@ -52,9 +53,10 @@ class StreamPlan:
 
     def expected(self) -> dict[str, TensorSpec]:
         """Every tensor that a receiver gets, by name, in the order in which it comes."""
-        return {name: replace(spec, name=name) for name, spec in self.stream.outputs(self.stream.tasks)}
+        parts = (part for task in self.stream.tasks for part in task.outputs)
+        return {name: replace(spec, name=name) for name, spec in self.stream.outputs(parts)}
 
-    @torch.no_grad()
+    # Not under torch.no_grad: around a generator it keeps each tensor that is yielded until the next one is there.
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every (name, tensor) of the model as it is now: each weight and, right after it, its scales.
 
@@ -72,9 +74,12 @@ class StreamPlan:
         missing = dict.fromkeys(self.expected()) if self.delivery.rank in self.delivery.receivers else {}
         for run, bucket in self.delivery.rounds(self.runs, held):
             if missing:
-                for name, spec in self.stream.outputs(run):
+                outputs = list(self.stream.outputs(part for _, part in run.parts))
+                uses = Counter(spec.name for _, spec in outputs)
+                for name, spec in outputs:
                     missing.pop(name)
-                    yield name, bucket.tensor(spec.name)
+                    uses[spec.name] -= 1
+                    yield name, bucket.tensor(spec.name, is_last_use=not uses[spec.name])
             del bucket  # Before the next one is packed.
         _refuse_missing(list(missing), self.delivery.rank)
 
@@ -139,7 +144,7 @@ def plan_stream(
     return StreamPlan(
         model=model,
         stream=stream,
-        runs=tuple(cut_into_runs(stream.tasks, bucket_bytes)),
+        runs=tuple(cut_into_runs(stream.tasks, stream.plan.dims, bucket_bytes)),
         delivery=Delivery(
             stream.plan.dims, process_groups(), topology.rank, topology.world_size, request.receivers(topology)
         ),

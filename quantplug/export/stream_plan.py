@@ -1,7 +1,7 @@
 """What a stream will send: the plan of an export to disk, with the caller's quantization in place of the model's."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,12 +40,12 @@ class PlannedStream:
     tasks: tuple[ExportTask, ...]
     aliases: Mapping[str, tuple[str, ...]]
 
-    def outputs(self, tasks: Sequence[ExportTask]) -> Iterator[tuple[str, TensorSpec]]:
-        """What a receiver is given for some of the tasks: (its name, the tensor that it is).
+    def outputs(self, parts: Iterable[PartOutput]) -> Iterator[tuple[str, TensorSpec]]:
+        """What a receiver is given for some of the parts: (its name, the tensor that it is).
 
         A weight, its scales, then the same once more under the name of a weight that is tied to it.
         """
-        for part in (part for task in tasks for part in task.outputs):
+        for part in parts:
             yield from ((spec.name, spec) for spec in part.tensors)
             for alias in self.aliases.get(part.name, ()):
                 for spec in part.tensors:
@@ -144,7 +144,7 @@ def _with_quant_fn(
 def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: ModelDimensions) -> ExportTask:
     outputs = tuple(_part_with(part, function, suffix) for part in task.outputs)
     gather_first = len(task.ranks) > 1 and not _packs_apart(task, function, dims)
-    return replace(task, format=function, gather_first=gather_first, outputs=outputs)
+    return replace(task, format=function, gather_first=gather_first, row_step=None, outputs=outputs)
 
 
 def _part_with(part: PartOutput, function: QuantFunction, suffix: str) -> PartOutput:

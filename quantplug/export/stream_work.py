@@ -1,35 +1,80 @@
 """Carrying out a stream round by round: pack, gather to the owners, broadcast; a failing rank ends them all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from quantplug.export.amaxes import current_amaxes
-from quantplug.export.base import ExportTask, Held
+from quantplug.export.base import ExportTask, Held, PartOutput
 from quantplug.export.broadcast import BroadcastBucket
-from quantplug.export.gather import Delivered, Groups, PackedBucket
-from quantplug.export.pack import join_slices
-from quantplug.export.schedule import Bucket
+from quantplug.export.gather import Delivered, Groups, PackedBucket, Slices
+from quantplug.export.join import join_piece
+from quantplug.export.pieces import Piece, cut
+from quantplug.export.schedule import Bucket, batches
+from quantplug.mappings.base import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named
 from quantplug.topology import ShardAxis
 
-Run = tuple[ExportTask, ...]
-"""Consecutive tasks of the plan that fit one bucket."""
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive parts of the plan that are broadcast together.
+
+    Attributes:
+        batches: Their pieces, as many at a time as fit one bucket.
+        is_large: Whether it is one part that is larger than a bucket, whose tensors receivers get without a copy.
+    """
+
+    batches: tuple[tuple[Piece, ...], ...]
+    is_large: bool
+
+    @property
+    def parts(self) -> list[tuple[int, PartOutput]]:
+        """Every part with the rank that owns it."""
+        pieces = (piece for batch in self.batches for piece in batch)
+        return [(piece.task.owner, piece.output) for piece in pieces if piece.start == 0]
+
+    def with_amaxes(self, amaxes: Mapping[ParamKey, float]) -> "Run":
+        """The same, with amaxes for weights without a calibrated one."""
+
+        def current(piece: Piece) -> Piece:
+            key = piece.task.source.key
+            if piece.task.amax is not None or key not in amaxes:
+                return piece
+            return replace(piece, task=replace(piece.task, amax=amaxes[key]))
+
+        return replace(self, batches=tuple(tuple(map(current, batch)) for batch in self.batches))
 
 
-def cut_into_runs(tasks: Sequence[ExportTask], bucket_bytes: int) -> list[Run]:
-    """Tasks in their order, cut where a bucket is full; a larger weight has a run of its own."""
-    runs: list[list[ExportTask]] = []
-    size = bucket_bytes
+def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int) -> list[Run]:
+    """Weights in their order, cut where a bucket is full; every part of a larger weight has a run of its own."""
+    runs: list[Run] = []
+    small: list[Piece] = []
+    size = 0
+
+    def flush() -> None:
+        if small:
+            runs.append(Run((tuple(small),), is_large=False))
+            small.clear()
+
     for task in tasks:
-        nbytes = max(task.travel_bytes, sum(spec.nbytes for part in task.outputs for spec in part.tensors))
+        pieces = list(cut(task, dims, bucket_bytes))
+        written = sum(spec.nbytes for part in task.outputs for spec in part.tensors)
+        nbytes = max(written, sum(piece.in_flight for piece in pieces))
         if size + nbytes > bucket_bytes:
-            runs.append([])
+            flush()
             size = 0
-        runs[-1].append(task)
-        size += nbytes
-    return [tuple(run) for run in runs]
+        if nbytes > bucket_bytes:
+            parts = ([piece for piece in pieces if piece.part == part] for part in range(len(task.outputs)))
+            runs += [Run(tuple(batches(part, bucket_bytes)), is_large=True) for part in parts]
+        else:
+            small += pieces
+            size += nbytes
+    flush()
+    return runs
 
 
 @dataclass(frozen=True)
@@ -48,42 +93,47 @@ class Delivery:
     receivers: tuple[int, ...]
 
     def rounds(self, runs: Sequence[Run], held: Held) -> Iterator[tuple[Run, BroadcastBucket]]:
-        """The tasks run after run, each with its bucket, which holds them all where this rank is a receiver.
+        """The runs one after another, each with its bucket, which holds it all where this rank is a receiver.
 
         Amaxes are those of the weights as they are now, unless the plan has calibrated ones. A collective of all ranks.
         """
-        amaxes = current_amaxes([task for run in runs for task in run], held, self.groups, self.rank)
+        tasks = {piece.task.source.key: piece.task for run in runs for batch in run.batches for piece in batch}
+        amaxes = current_amaxes(list(tasks.values()), held, self.groups, self.rank)
         for run in runs:
-            current = tuple(
-                replace(task, amax=amaxes[task.source.key]) if task.source.key in amaxes and task.amax is None else task
-                for task in run
-            )
-            yield run, self._deliver(current, held)
+            yield run, self._deliver(run.with_amaxes(amaxes), held)
 
+    @torch.no_grad()
     def _deliver(self, run: Run, held: Held) -> BroadcastBucket:
-        packed = all_or_none(partial(self._pack, run, held))
+        bucket = BroadcastBucket(
+            run.parts, self.rank, self.receivers, self.world_size, collective_device(), together=not run.is_large
+        )
         delivered: Delivered = []
-        with lost_ranks_named():
-            while packed:
-                delivered += packed.pop(0).exchange(self.groups)
-        bucket = all_or_none(partial(self._join, run, delivered))
+        for batch in run.batches:
+            packed = all_or_none(partial(self._fill_and_pack, bucket, delivered, batch, held))
+            with lost_ranks_named():
+                while packed:
+                    delivered += packed.pop(0).exchange(self.groups)
+        all_or_none(partial(self._fill_and_pack, bucket, delivered, (), held))
         with lost_ranks_named():
             bucket.exchange()
         return bucket
 
-    def _pack(self, run: Run, held: Held) -> list[PackedBucket]:
-        """This rank's slices, packed, for each group that it shares slices with."""
+    def _fill_and_pack(
+        self, bucket: BroadcastBucket, delivered: Delivered, batch: Sequence[Piece], held: Held
+    ) -> list[PackedBucket]:
+        """Takes what the last batch delivered, then packs the next one for each group that has slices of it."""
+        while delivered:
+            self._fill(bucket, *delivered.pop(0))
+        if not batch:
+            bucket.allocate()
+            return []
         buckets = []
         for axis in (*ShardAxis, None):
-            tasks = tuple(task for task in run if task.source.axis is axis and self.rank in task.ranks)
-            if tasks:
-                buckets.append(Bucket(axis, tasks[0].ranks, tasks))
+            pieces = tuple(piece for piece in batch if piece.task.source.axis is axis and self.rank in piece.task.ranks)
+            if pieces:
+                buckets.append(Bucket(axis, pieces[0].task.ranks, pieces))
         return [PackedBucket(each, held, self.dims, self.rank, collective_device()) for each in buckets]
 
-    def _join(self, run: Run, delivered: Delivered) -> BroadcastBucket:
-        """A bucket with the tensors that this rank owns."""
-        bucket = BroadcastBucket(run, self.rank, self.receivers, self.world_size, collective_device())
-        while delivered:
-            task, slices = delivered.pop(0)
-            bucket.fill(join_slices(task, slices, self.dims))
-        return bucket
+    def _fill(self, bucket: BroadcastBucket, piece: Piece, slices: Slices) -> None:
+        for rows in join_piece(piece, slices, self.dims):
+            bucket.fill(rows)

@@ -173,7 +173,7 @@ def export_mcore_gpt_to_hf(
         max_shard_size=max_shard_size,
     )
     plan, rank = planned.plan, topology.rank
-    marks = all_or_none(lambda: scan_weights(plan.tasks, planned.held, plan.dims, rank, progress))
+    marks = all_or_none(lambda: scan_weights(plan.tasks, planned.held, rank, progress))
     refuse_diverged(gather_objects(marks))
     staging = Staging(destination, plan.digest, digest_of(marks), rank)
     try:

@@ -1,6 +1,7 @@
 """Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,9 +10,10 @@ from pathlib import Path
 import torch
 
 from quantplug.errors import Offender, WriteError
-from quantplug.export.base import ExportPlan, Held, Progress
-from quantplug.export.gather import Delivered, PackedBucket
-from quantplug.export.pack import join_slices
+from quantplug.export.base import ExportPlan, Held, Progress, ShardFile
+from quantplug.export.gather import Delivered, PackedBucket, Slices
+from quantplug.export.join import join_piece
+from quantplug.export.pieces import Piece
 from quantplug.export.schedule import Bucket, Round, make_rounds
 from quantplug.export.writer import FileSink, Staging
 from quantplug.mappings.layouts import ModelDimensions
@@ -37,7 +39,8 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks.
 
     Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
-    collective for one that has failed. Host memory holds at most a bucket that is sent and one that is received.
+    collective for one that has failed. Memory holds at most a bucket that is sent and one that is received, or one that
+    was received and working copies of a piece.
 
     Raises:
         DestinationError: Another export left its unfinished files in the way.
@@ -45,25 +48,47 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
         RankLostError: A rank ended.
     """
     all_or_none(disk_errors(staging.directory, rank)(staging.open))
-    expected = plan.expected()
     finished = _finished_everywhere(plan, staging, rank)
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
     todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
-    sink = FileSink(staging.directory, [f for f in plan.files if f.owner == rank and f.name not in finished], expected)
+    files = [file for file in plan.files if file.name not in finished]
+    rounds = make_rounds(todo, plan.dims)
+    sink = FileSink(staging.directory, files, plan, rank)
+    full = _full_after(rounds, files)
     steps = _Steps(
         held, plan.dims, sink, staging.directory, rank, progress, total=sum(task.owner == rank for task in todo)
     )
     groups = process_groups()
     delivered: Delivered = []
     try:
-        for bucket in (_mine(each, rank) for each in make_rounds(todo)):
-            packed = all_or_none(partial(steps.write_and_pack, delivered, bucket))
+        if full:
+            all_or_none(disk_errors(staging.directory, rank)(sink.make_shared))
+        for number, bucket in enumerate(_mine(each, rank) for each in rounds):
+            # All ranks have agreed on having written what the round before the last one delivered.
+            packed = all_or_none(partial(steps.write_and_pack, delivered, bucket, full.get(number - 2, ())))
             with lost_ranks_named():
                 delivered = [] if packed is None else packed.exchange(groups)
-        all_or_none(partial(steps.write_and_pack, delivered, None))
+            del packed  # Or what it received would be there while the next one is packed.
+        all_or_none(partial(steps.write_and_pack, delivered, None, full.get(len(rounds) - 2, ())))
+        if full:
+            all_or_none(partial(steps.write_and_pack, [], None, full.get(len(rounds) - 1, ())))
     finally:
         sink.close()
     sink.check_complete()
+
+
+def _full_after(rounds: Sequence[Round], files: Sequence[ShardFile]) -> dict[int, list[str]]:
+    """Files that several ranks write, by the number of the last round that delivers something of them."""
+    home = {name: file.name for file in files if len(file.owners) > 1 for name in file.tensors}
+    last: dict[str, int] = {}
+    for number, buckets in enumerate(rounds):
+        for piece in (piece for bucket in buckets for piece in bucket.pieces):
+            if piece.task.unit in home:
+                last[home[piece.task.unit]] = number
+    full: defaultdict[int, list[str]] = defaultdict(list)
+    for name, number in last.items():
+        full[number].append(name)
+    return dict(full)
 
 
 @dataclass
@@ -79,23 +104,32 @@ class _Steps:
     total: int
     done: int = 0
 
-    def write_and_pack(self, delivered: Delivered, bucket: Bucket | None) -> PackedBucket | None:
-        """Writes what the last round delivered, then packs what the next one sends."""
+    def write_and_pack(self, delivered: Delivered, bucket: Bucket | None, full: Container[str]) -> PackedBucket | None:
+        """Writes what the last round delivered, then packs what the next one sends.
+
+        Args:
+            full: Files of several ranks that have become full.
+        """
+        with disk_errors(self.directory, self.rank):
+            self.sink.name_shared(full)
         while delivered:
-            task, slices = delivered.pop(0)
-            with disk_errors(self.directory, self.rank):
-                for name, tensor in join_slices(task, slices, self.dims):
-                    self.sink.write(name, tensor.cpu())
-            self.done += 1
-            self.progress("Packing and writing", self.done, self.total)
+            self._write(*delivered.pop(0))
         if bucket is None:
             return None
         return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
 
+    def _write(self, piece: Piece, slices: Slices) -> None:
+        with disk_errors(self.directory, self.rank):
+            for rows in join_piece(piece, slices, self.dims):
+                self.sink.write(rows)
+        if piece.ends_task:
+            self.done += 1
+            self.progress("Packing and writing", self.done, self.total)
+
 
 def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:
     """Files that their owners find finished, known to all ranks."""
-    own = staging.finished([file for file in plan.files if file.owner == rank], plan.expected())
+    own = staging.finished([file for file in plan.files if file.owners[0] == rank], plan.expected())
     flags = union(torch.tensor([file.name in own for file in plan.files], dtype=torch.uint8))
     return {file.name for file, flag in zip(plan.files, flags.tolist(), strict=True) if flag}
 

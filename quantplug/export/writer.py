@@ -8,18 +8,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.errors import DestinationError, Offender
-from quantplug.export.base import ShardFile
-from quantplug.export.safetensors_file import SafetensorsFile, file_size
+from quantplug.export.base import ExportPlan, ShardFile
+from quantplug.export.join import Rows
+from quantplug.export.safetensors_file import SafetensorsFile, file_size, make_file, name_file
 from quantplug.formats import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -142,30 +143,60 @@ class Staging:
 
 
 class FileSink:
-    """Writes the tensors of one rank to its files, each in its place."""
+    """Writes what one rank writes of an export's files, rows by rows, each in their place.
 
-    def __init__(self, directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
+    Files that it writes alone get their final names when they are full. Those of several ranks are made before any of
+    them writes (`make_shared`), and get theirs when all of them have written (`name_shared`); both by their first rank.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[ShardFile], plan: ExportPlan, rank: int) -> None:
         self._directory = directory
-        self._expected = expected
-        self._home = {name: file for file in files for name in file.tensors}
+        self._expected = plan.expected()
+        self._rank = rank
+        self._files = [file for file in files if rank in file.owners]
+        self._home = {name: file for file in self._files for name in file.tensors}
+        self._shares = _bytes_written(plan, self._home, rank)
         self._open: dict[str, SafetensorsFile] = {}
-        self.total = len(self._home)
-        self.written = 0
+        self._missing = sum(self._shares.values())
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        file = self._home[name]
+    def make_shared(self) -> None:
+        for file in self._files:
+            if len(file.owners) > 1 and file.owners[0] == self._rank:
+                make_file(self._directory / file.name, self._specs(file))
+
+    def name_shared(self, names: Container[str]) -> None:
+        for file in self._files:
+            if file.name in names and file.owners[0] == self._rank:
+                name_file(self._directory / file.name)
+
+    def write(self, rows: Rows) -> None:
+        file = self._home[rows.name]
         if file.name not in self._open:
-            specs = [self._expected[member] for member in file.tensors]
-            self._open[file.name] = SafetensorsFile(self._directory / file.name, specs)
-        self._open[file.name].write(name, tensor)
-        self.written += 1
+            shares = {name: self._shares[name] for name in file.tensors} if len(file.owners) > 1 else None
+            self._open[file.name] = SafetensorsFile(self._directory / file.name, self._specs(file), shares)
+        self._open[file.name].write(rows.name, rows.data.cpu(), rows.first)
+        self._missing -= rows.data.nbytes
 
     def close(self) -> None:
         for file in self._open.values():
             file.close()
 
     def check_complete(self) -> None:
-        assert self.written == self.total, f"{self.total - self.written} planned tensors were not written"
+        assert self._missing == 0, f"{self._missing} planned bytes were not written"
+
+    def _specs(self, file: ShardFile) -> list[TensorSpec]:
+        return [self._expected[name] for name in file.tensors]
+
+
+def _bytes_written(plan: ExportPlan, tensors: Container[str], rank: int) -> dict[str, int]:
+    """How much of each of some tensors a rank writes."""
+    nbytes: defaultdict[str, int] = defaultdict(int)
+    for task in plan.tasks:
+        for part in task.all_outputs if task.owner == rank else ():
+            for spec in part.tensors:
+                if spec.name in tensors:
+                    nbytes[spec.name] += part.nbytes(spec)
+    return nbytes
 
 
 def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:

@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from torch import nn
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.export import work
+from quantplug.export.schedule import make_rounds
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_gpt_model
 from quantplug.megatron.parallel import initialize_parallel
 
+SMALL_BUCKET_BYTES = 100_000  # So that even this model's weights are cut into pieces, and make many rounds.
 INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
 
 
@@ -47,6 +51,7 @@ def quantized_model(source: Path, name: str) -> nn.Module:
 
 
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
+    work.make_rounds = partial(make_rounds, bucket_bytes=SMALL_BUCKET_BYTES)
     for layout in sizes:
         tp, ep, etp, pp = map(int, layout.split("-"))
         initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)

@@ -8,8 +8,14 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
+from quantplug.export.base import WeightRef
+from quantplug.export.scan import scan_weights
+from quantplug.export.unified import silent
+from quantplug.mappings.layouts import ModelDimensions
 from tests.export.checkpoints import load, quantize
+from tests.export.live_bytes import LiveBytes
 from tests.export.refusals import FC1, FC2, offenders, refused
+from tests.export.test_slices import task_for
 
 pytestmark = pytest.mark.usefixtures("rank")
 
@@ -40,3 +46,14 @@ def test_values_that_overflow_the_dtype_on_disk(sources: Sources, tmp_path: Path
     with refused(WeightError, tmp_path) as caught:
         export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out", dtype=torch.float16)
     assert offenders(caught) == {("decoder.final_layernorm.weight", None)}
+
+
+@pytest.mark.parametrize("layout", ["column", "gated", "qkv", "row"])
+def test_weights_are_looked_at_where_they_are(layout: str) -> None:
+    dims = ModelDimensions(1, 2048, 64, 32, 64, 0)
+    weight = torch.ones(128 * 64 if layout == "qkv" else 8192, 2048, dtype=torch.bfloat16)
+    task = task_for(layout, "fp8", tuple(weight.shape), dims, 1, 1.0)
+    held = {task.source.key: WeightRef(task.source.key, tuple(weight.shape), weight.dtype, None, weight.detach)}
+    with LiveBytes([weight]) as live:
+        scan_weights([task], held, 0, silent)
+    assert live.peak <= weight.nbytes / 4

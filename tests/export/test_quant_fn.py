@@ -6,6 +6,7 @@ import torch
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.quant_fn import QuantFn, QuantFunction
 from tests.export.blockwise import blockwise_fp8
+from tests.export.live_bytes import LiveBytes
 
 BLOCK = (16, 32)
 CPU = torch.device("cpu")
@@ -48,6 +49,17 @@ def test_a_trial_leaves_the_random_numbers_of_a_training_alone() -> None:
     state = torch.get_rng_state()
     function(blockwise_fp8).packs_apart((64, 96), 0, 2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trial_holds_one_weight_and_what_is_made_of_it() -> None:
+    shape = (4096, 2048)
+
+    tried = function(lambda weight, block: (weight.to(torch.float8_e4m3fn), weight[::16, ::32].float()))
+    weight_bytes = 2 * 4096 * 2048
+    for axis in (0, 1):
+        with LiveBytes() as live:
+            assert tried.packs_apart(shape, axis, 4)
+        assert live.peak <= 1.8 * weight_bytes
 
 
 def test_outputs_are_what_pack_gives() -> None:

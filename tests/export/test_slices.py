@@ -3,6 +3,7 @@
 The slices are cut as Megatron cuts them, by hand in this file; the oracle packs the whole Hugging Face part.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantplug.export.base import QuantizerState, WholeWeight
-from quantplug.export.pack import join_slices, pack_slice, travel_specs
+from quantplug.export.base import ExportTask, QuantizerState, WholeWeight
+from quantplug.export.gather import pack_piece
+from quantplug.export.join import join_piece
+from quantplug.export.pieces import cut, travel_specs
 from quantplug.export.plan import ExportRequest, build_plan
 from quantplug.formats import FP8, NVFP4, FP8Block
 from quantplug.mappings.base import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, VOCABULARY, ModelDimensions
 from quantplug.topology import ShardAxis
+from tests.export.live_bytes import LiveBytes
 
 STATES = {
     "nvfp4": QuantizerState("q", (2, 1), ((-1, 16),), (4, 3), dynamic_blocks=True),
@@ -71,6 +75,31 @@ def task_for(layout: str, scheme: str, whole_shape: tuple[int, ...], dims: Model
     return task
 
 
+def exported(
+    task: ExportTask, slices: Sequence[torch.Tensor], dims: ModelDimensions, bucket_bytes: int
+) -> dict[str, torch.Tensor]:
+    """The output tensors of one weight, each byte written once, from its slices, in pieces for such buckets."""
+    specs = [spec for output in task.outputs for spec in output.tensors]
+    tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+    written = {spec.name: torch.zeros(spec.shape, dtype=torch.int64) for spec in specs}
+    pieces = list(cut(task, dims, bucket_bytes))
+    assert [piece.ends_task for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    for piece in pieces:
+        delivered = [pack_piece(piece, weight, place, dims) for place, weight in enumerate(slices)]
+        nbytes = 0
+        for place, sent in enumerate(delivered):
+            planned = travel_specs(piece, place, dims)
+            assert [(tuple(t.shape), t.dtype) for t in sent] == [(spec.shape, spec.dtype) for spec in planned]
+            nbytes += sum(spec.nbytes for spec in planned)
+        assert nbytes <= piece.in_flight
+        for rows in join_piece(piece, delivered, dims):
+            place = slice(rows.first, rows.first + len(rows.data)) if rows.data.ndim else ()
+            tensors[rows.name][place] = rows.data
+            written[rows.name][place] += 1
+    assert all(bool((times == 1).all()) for times in written.values())
+    return tensors
+
+
 @st.composite
 def cases(draw):
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
@@ -86,13 +115,14 @@ def cases(draw):
         if columns % ranks:
             columns *= ranks
     dims = ModelDimensions(1, columns, groups * draw(st.sampled_from([2, 4])), groups, head_dim, 0)
-    return layout, scheme, ranks, rows, columns, dims, draw(st.integers(0, 2**16))
+    bucket_bytes = draw(st.sampled_from([1, 20_000, 200_000, 2**28]))
+    return layout, scheme, ranks, rows, columns, dims, bucket_bytes, draw(st.integers(0, 2**16))
 
 
 @settings(deadline=None, max_examples=150)
 @given(cases())
 def test_slices_packed_apart_are_the_whole_packed_at_once(case):
-    layout, scheme, ranks, rows, columns, dims, seed = case
+    layout, scheme, ranks, rows, columns, dims, bucket_bytes, seed = case
     generator = torch.Generator().manual_seed(seed)
     sizes = {
         "qkv": [dims.num_attention_heads * dims.head_dim, *[dims.num_query_groups * dims.head_dim] * 2],
@@ -105,11 +135,7 @@ def test_slices_packed_apart_are_the_whole_packed_at_once(case):
     amax = torch.cat([part.flatten() for part in parts]).abs().max().float()
     task = task_for(layout, scheme, whole_shape, dims, ranks, float(amax))
 
-    delivered = [pack_slice(task, piece, dims) for piece in slices]
-    for tensors in delivered:
-        assert [(tuple(t.shape), t.dtype) for t in tensors] == [(s.shape, s.dtype) for s in travel_specs(task, dims)]
-    joined = dict(join_slices(task, delivered, dims))
-
+    joined = exported(task, slices, dims, bucket_bytes)
     for output, part in zip(task.outputs, parts, strict=True):
         if scheme == "plain":
             assert torch.equal(joined[output.name], part)
@@ -124,16 +150,37 @@ def test_slices_packed_apart_are_the_whole_packed_at_once(case):
             )
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_padding_rows_of_the_vocabulary_are_cut_after_joining(ranks):
+@pytest.mark.parametrize("bucket_bytes", [1, 2_000, 2**28])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_padding_rows_of_the_vocabulary_are_not_written(ranks, bucket_bytes):
     dims = ModelDimensions(1, 8, 1, 1, 8, 100)
     row = WeightMapping(("embedding",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY)
     family = Family("one", ("One",), (row,), lambda config: dims, lambda config: MegatronConfig({}, {}))
     # 256 rows: with two ranks the second one holds padding alone.
     whole = torch.randn(256, 8).to(torch.bfloat16)
-    weight = WholeWeight(ParamKey("embedding"), (256, 8), torch.bfloat16, ShardAxis.TP, (tuple(range(ranks)),))
+    axis = ShardAxis.TP if ranks > 1 else None
+    weight = WholeWeight(ParamKey("embedding"), (256, 8), torch.bfloat16, axis, (tuple(range(ranks)),))
     (task,) = build_plan([weight], family, dims, ExportRequest()).tasks
-    delivered = [pack_slice(task, piece, dims) for piece in whole.chunk(ranks)]
-    ((name, tensor),) = join_slices(task, delivered, dims)
+    ((name, tensor),) = exported(task, whole.chunk(ranks), dims, bucket_bytes).items()
     assert name == "model.embed_tokens.weight"
     assert torch.equal(tensor, whole[:100])
+
+
+@pytest.mark.parametrize("gather_first", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scheme", ["fp8", "plain"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_a_weight_larger_than_a_bucket_never_takes_the_memory_of_one(layout, scheme, ranks, gather_first):
+    """Whatever is done with a piece: its slices are taken, packed, joined."""
+    bucket_bytes = 2**24
+    dims = ModelDimensions(1, 2048, 64, 32, 64, 0)
+    shape = (128 * 64 if layout == "qkv" else 8192, 2048)
+    task = replace(task_for(layout, scheme, shape, dims, ranks, 1.0), gather_first=gather_first and ranks > 1)
+    assert task.source.nbytes == 2 * bucket_bytes
+    slices = torch.zeros(shape, dtype=torch.bfloat16).chunk(ranks, dim=1 if layout == "row" else 0)
+    with LiveBytes(slices) as live:
+        for piece in cut(task, dims, bucket_bytes):
+            assert piece.in_flight <= bucket_bytes / 4
+            delivered = [pack_piece(piece, weight, place, dims) for place, weight in enumerate(slices)]
+            list(join_piece(piece, delivered, dims))
+    assert live.peak <= bucket_bytes

@@ -7,6 +7,7 @@ import torch
 
 from quantplug.export.base import QuantizerState, WeightRef, not_here
 from quantplug.export.findings import Findings
+from quantplug.export.pieces import cut
 from quantplug.export.schedule import in_order, make_rounds
 from quantplug.export.survey import RankSurvey, whole_weights
 from quantplug.mappings.base import ParamKey
@@ -82,7 +83,7 @@ def test_ranks_that_quantize_otherwise_are_an_error(other):
         put_together(survey(0, piece(0, weight=STATE)), survey(1, piece(1, weight=other)))
 
 
-def test_in_a_round_no_rank_is_in_two_buckets_and_every_task_is_in_one():
+def test_in_a_round_no_rank_is_in_two_buckets_and_every_piece_is_in_one():
     refs = [
         *spread(weights(quantizer=NVFP4), (0, 1), ShardAxis.TP),
     ]
@@ -93,16 +94,20 @@ def test_in_a_round_no_rank_is_in_two_buckets_and_every_task_is_in_one():
         for ref in refs
     ]
     made = plan(experts)
-    rounds = make_rounds(made.tasks, bucket_bytes=50_000)
+    dims = made.dims
+    rounds = make_rounds(made.tasks, dims, bucket_bytes=50_000)
     seen = []
     for each in rounds:
         ranks = [rank for bucket in each for rank in bucket.ranks]
         assert len(ranks) == len(set(ranks))
         for bucket in each:
-            assert sum(task.travel_bytes for task in bucket.tasks) <= 50_000 or len(bucket.tasks) == 1
-            assert all(task.ranks == bucket.ranks and task.source.axis is bucket.axis for task in bucket.tasks)
-            seen += bucket.tasks
-    assert sorted(map(id, seen)) == sorted(map(id, made.tasks))
+            tasks = [piece.task for piece in bucket.pieces]
+            assert sum(piece.in_flight for piece in bucket.pieces) <= 50_000
+            assert all(task.ranks == bucket.ranks and task.source.axis is bucket.axis for task in tasks)
+            seen += bucket.pieces
+    assert sorted(map(repr, seen)) == sorted(repr(piece) for task in made.tasks for piece in cut(task, dims, 50_000))
+    assert len(seen) > len(made.tasks)
     # The order in which each rank's files are filled is that of its rounds.
     for owner in range(4):
-        assert [task for task in in_order(made.tasks) if task.owner == owner] == [t for t in seen if t.owner == owner]
+        done = [piece.task for piece in seen if piece.task.owner == owner and piece.ends_task]
+        assert [task for task in in_order(made.tasks) if task.owner == owner] == done
