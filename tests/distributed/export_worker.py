@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,13 @@ def export_with(kind: str, faulty: bool, source: Path, export_dir: Path) -> str:
             raise LookupError("a bug")
 
     dtype = torch.float32 if faulty and kind == "arguments" else torch.bfloat16
+    here = export_dir.parent
+    if kind == "apart":  # One relative path, and yet two directories; as two nodes have with one absolute path.
+        here, export_dir = here / ("there" if faulty else "here"), Path("new", "apart")
+        here.mkdir(exist_ok=True)
     try:
-        export_mcore_gpt_to_hf(model, source, export_dir=export_dir, dtype=dtype, progress=progress)
+        with chdir(here):
+            export_mcore_gpt_to_hf(model, source, export_dir=export_dir, dtype=dtype, progress=progress)
     except QuantplugError as error:
         return f"{type(error).__name__}: {error}"
     finally:

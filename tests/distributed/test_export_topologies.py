@@ -99,6 +99,7 @@ FAULTS = {
     "uncalibrated": (1, ["CalibrationError", "has no amax"]),
     "diverged": (2, ["WeightError", "layers.0.self_attention.q_layernorm.weight", "on rank 2"]),
     "arguments": (1, ["TopologyError", "plan on rank 1"]),
+    "apart": (2, ["DestinationError", "there/new/apart on rank 2", "is not the directory of rank 0"]),
     "unforeseen": (3, ["UnforeseenError", "LookupError on rank 3: a bug"]),
     "disk": (3, ["WriteError", "No space left on device", "on rank 3"]),
     "killed": (2, ["RankLostError", "process on rank 2"]),  # Last: the ranks are fewer after it.
@@ -123,3 +124,4 @@ def test_a_fault_on_one_rank_ends_all_with_one_message(kind, messages):
     for words in says:
         assert words in message
     assert not (messages / kind).exists()
+    assert not list(messages.glob("*here/*"))  # Where the ranks were that had two directories.
