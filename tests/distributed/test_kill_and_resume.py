@@ -1,9 +1,10 @@
 """kill -9 of one or both of two ranks at any moment, and the same export again: the same bytes, nothing done twice."""
 
 import itertools
-import os
+import multiprocessing
 import random
 import shutil
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from quantplug.export import safetensors_file, unified, writer
-from quantplug.export.gather import PackedBucket
-from quantplug.export.writer import FileSink
 from tests.distributed.mortal_ranks import EXPORTED, KILLED, Moment, Ranks, after, before
 
 pytestmark = pytest.mark.distributed
 
-DISK = ((os, "pwrite"), (os, "fsync"), (os, "replace"), (Path, "replace"))
+# What an export calls at moments that matter.
+MANIFEST = "quantplug.export.writer.write_atomically"
+EXCHANGE = "quantplug.export.gather.PackedBucket.exchange"
+ON_DISK = "quantplug.export.safetensors_file.finish_file"
+FILE_DONE = "quantplug.export.safetensors_file.sync_directory"
+INDEX = "quantplug.export.unified.write_index"
+INDEX_FILE = "quantplug.export.writer.write_json"
+RENAME = "quantplug.export.writer.publish_directory"
+ALL_WRITTEN = "quantplug.export.writer.FileSink.check_complete"
+WRITE = "os.pwrite"  # Of a header, then of each tensor.
+DISK = (WRITE, "os.fsync", "os.replace", "pathlib.Path.replace")
 
 
 @pytest.fixture(scope="module")
 def ranks(tiny_qwen3_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    return Ranks(tiny_qwen3_moe_dir, tmp_path_factory.mktemp("notes"), store, itertools.count())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.mortal_ranks"])
+    with pytest.MonkeyPatch.context() as patch:  # For the server, which Python 3.11 starts without our sys.path.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        forkserver.ensure_running()
+    return Ranks(tiny_qwen3_moe_dir, tmp_path_factory.mktemp("notes"), store, context, itertools.count())
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +77,31 @@ def assert_resumes(ranks: Ranks, out: Path, smooth: Path) -> None:
 
 # Who is killed and when, and how many files are finished by then, at least; None for all of them.
 KILLS: dict[str, tuple[dict[int, Moment], int | None]] = {
-    "before the manifest": ({1: before(writer, "write_atomically")}, 0),
-    "after the manifest": ({1: after(writer, "write_atomically")}, 0),
-    "both after the manifest": ({0: after(writer, "write_atomically"), 1: before(writer, "write_atomically")}, 0),
-    "before the first exchange": ({0: before(PackedBucket, "exchange")}, 0),
-    "after the first exchange": ({1: after(PackedBucket, "exchange")}, 0),
-    "before a later exchange": ({1: before(PackedBucket, "exchange", 1)}, 1),
-    "in a header": ({0: before(os, "pwrite")}, 0),
-    "in a tensor": ({1: before(os, "pwrite", 11)}, 0),
-    "both in a tensor": ({0: after(os, "pwrite", 7), 1: after(os, "pwrite", 9)}, 0),
-    "before a file is on disk": ({0: before(safetensors_file, "finish_file", 1)}, 1),
-    "after the first file": ({1: after(safetensors_file, "sync_directory")}, 1),
-    "after the third file": ({0: after(safetensors_file, "sync_directory", 2)}, 3),
+    "before the manifest": ({1: before(MANIFEST)}, 0),
+    "after the manifest": ({1: after(MANIFEST)}, 0),
+    "both after the manifest": (
+        {0: after(MANIFEST), 1: before(MANIFEST)},
+        0,
+    ),
+    "before the first exchange": ({0: before(EXCHANGE)}, 0),
+    "after the first exchange": ({1: after(EXCHANGE)}, 0),
+    "before a later exchange": ({1: before(EXCHANGE, 1)}, 1),
+    "in a header": ({0: before(WRITE)}, 0),
+    "in a tensor": ({1: before(WRITE, 11)}, 0),
+    "both in a tensor": ({0: after(WRITE, 7), 1: after(WRITE, 9)}, 0),
+    "before a file is on disk": ({0: before(ON_DISK, 1)}, 1),
+    "after the first file": ({1: after(FILE_DONE)}, 1),
+    "after the third file": ({0: after(FILE_DONE, 2)}, 3),
     "both after some files": (
-        {0: after(safetensors_file, "sync_directory", 2), 1: after(safetensors_file, "sync_directory", 3)},
+        {
+            0: after(FILE_DONE, 2),
+            1: after(FILE_DONE, 3),
+        },
         3,
     ),
-    "before the index": ({0: before(unified, "write_index")}, None),
-    "in the index": ({0: before(writer, "write_json")}, None),
-    "before the rename": ({0: before(writer, "publish_directory")}, None),
+    "before the index": ({0: before(INDEX)}, None),
+    "in the index": ({0: before(INDEX_FILE)}, None),
+    "before the rename": ({0: before(RENAME)}, None),
 }
 
 
@@ -100,7 +119,9 @@ def test_after_a_kill_the_same_export_goes_on(moment: str, ranks: Ranks, smooth:
 
 
 @pytest.mark.parametrize(
-    "killed", [{0: after(writer, "publish_directory")}, {1: after(FileSink, "check_complete")}], ids=["0", "1"]
+    "killed",
+    [{0: after(RENAME)}, {1: after(ALL_WRITTEN)}],
+    ids=["0", "1"],
 )
 def test_a_kill_after_the_last_rename_changes_nothing(
     killed: dict[int, Moment], ranks: Ranks, smooth: Path, tmp_path: Path
@@ -131,9 +152,19 @@ def test_random_kills_end_with_the_same_bytes(ranks: Ranks, smooth: Path, tmp_pa
         shutil.rmtree(out)
 
 
+def test_gloo_beside_the_backend_of_a_gpu_tells_of_a_kill(ranks: Ranks, smooth: Path, tmp_path: Path) -> None:
+    """As with `cpu:gloo,cuda:nccl`; without a GPU there is only torch's fake to stand beside gloo."""
+    out = tmp_path / "out"
+    outcomes = ranks.export(out, backend="cpu:gloo,cuda:fake", killed={0: after(WRITE, 7)})
+    assert outcomes[0] == KILLED
+    assert "process on rank 0: does not answer" in outcomes[1]
+    assert ranks.export(out, backend="cpu:gloo,cuda:fake") == [EXPORTED] * 2
+    assert_same_files(out, smooth)
+
+
 def _half_done(ranks: Ranks, out: Path) -> None:
     """An export that was killed with some of its files finished."""
-    outcomes = ranks.export(out, killed=dict.fromkeys(range(2), after(safetensors_file, "sync_directory", 2)))
+    outcomes = ranks.export(out, killed=dict.fromkeys(range(2), after(FILE_DONE, 2)))
     assert outcomes == [KILLED] * 2
     assert len(finished(out)) == 6
 
@@ -157,15 +188,16 @@ def test_another_topology_does_not_take_up_what_is_left(
     assert_resumes(ranks, out, smooth)
 
 
-def test_nor_does_a_model_that_changed_on_one_rank_alone(ranks: Ranks, smooth: Path, tmp_path: Path) -> None:
-    def change(rank: int, model: nn.Module) -> None:
-        if rank == 1:
-            with torch.no_grad():  # Not its largest element: every amax stays, and with them the plan.
-                model.decoder.layers[1].self_attention.linear_proj.weight[5, 7] *= 0.5
+def _halve_an_element(rank: int, model: nn.Module) -> None:
+    if rank == 1:
+        with torch.no_grad():  # Not the largest one: every amax stays, and with them the plan.
+            model.decoder.layers[1].self_attention.linear_proj.weight[5, 7] *= 0.5
 
+
+def test_nor_does_a_model_that_changed_on_one_rank_alone(ranks: Ranks, smooth: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     _half_done(ranks, out)
-    (said,) = set(ranks.export(out, change=change))
+    (said,) = set(ranks.export(out, change=_halve_an_element))
     assert said.startswith("DestinationError")
     assert ".out.partial on rank 1: was left by an export of another model" in said
     assert_resumes(ranks, out, smooth)
@@ -176,7 +208,7 @@ def test_where_nothing_is_finished_another_topology_starts_afresh(layout: str, r
     """Neither half-written files of the other one nor its manifests get in the way, or into the result."""
     world_size, tp, ep = LAYOUTS[layout]
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    assert ranks.export(out, killed=dict.fromkeys(range(2), before(os, "pwrite", 1))) == [KILLED] * 2
+    assert ranks.export(out, killed=dict.fromkeys(range(2), before(WRITE, 1))) == [KILLED] * 2
     assert list(out.with_name(".out.partial").glob("checkpoint/*.part"))
     for directory in (out, undisturbed):
         outcomes = ranks.export(directory, world_size=world_size, tp=tp, ep=ep)
