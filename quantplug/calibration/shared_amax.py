@@ -87,8 +87,10 @@ def plan_reductions(chunks: Sequence[nn.Module], expert_weights: ExpertWeights) 
             if not isinstance(module, QuantModule):
                 continue
             here = _axes(module)
-            _add_groups(groups, here, name)
-            for amax in _amaxes_of(f"{index}.{name}", module, frozenset(here), families, expert_weights):
+            found = list(_amaxes_of(f"{index}.{name}", module, frozenset(here), families, expert_weights))
+            if found:  # A module without any, such as ModelOpt's own wrapper of a dense MLP, joins no reduction.
+                _add_groups(groups, here, name)
+            for amax in found:
                 known = amaxes.setdefault(amax.name, amax)
                 if known is not amax:
                     amaxes[amax.name] = replace(known, leaves=known.leaves + amax.leaves)

@@ -14,6 +14,7 @@ from quantplug.export.hf_source import resolve_source
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.scan import digest_of, refuse_diverged, scan_weights
+from quantplug.export.shared_directory import require_shared
 from quantplug.export.source import Model, live_weights
 from quantplug.export.source_config import SourceConfig, read_source_config, reference_shapes
 from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
@@ -149,7 +150,8 @@ def export_mcore_gpt_to_hf(
 
     Raises:
         ArgumentError: A `dtype` or `max_shard_size` that cannot be written.
-        DestinationError: `export_dir` is not empty.
+        DestinationError: `export_dir` is not empty, is not the same directory on all ranks, or is on a file system
+            without file locks; or another export left its unfinished files beside it.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
         TopologyError: Megatron's parallel groups are not initialized.
@@ -164,6 +166,7 @@ def export_mcore_gpt_to_hf(
     destination = Path(export_dir)
     topology = current_topology()
     all_or_none(lambda: _check_destination(destination, topology.rank))
+    require_shared(destination, topology.rank)
     planned = plan_export(
         model,
         pretrained_model_name_or_path,

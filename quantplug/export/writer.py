@@ -4,7 +4,6 @@ An export that is killed leaves its finished files in a hidden directory beside 
 again keeps them and writes only the rest; another one refuses to touch them.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.errors import DestinationError, Offender
 from quantplug.export.base import ExportPlan, ShardFile
+from quantplug.export.export_lock import take_lock
 from quantplug.export.join import Rows
 from quantplug.export.safetensors_file import SafetensorsFile, file_size, make_file, name_file
 from quantplug.formats import TensorSpec
@@ -80,7 +80,8 @@ class Staging:
         """Makes the directory, or takes up one that the same export left.
 
         Raises:
-            DestinationError: It belongs to another export, or one that is still running.
+            DestinationError: It belongs to another export, or one that is still running; or its file system has no
+                locks.
         """
         self._made = [parent for parent in self.directory.parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -127,12 +128,13 @@ class Staging:
 
     def _take_lock(self) -> None:
         # Every rank has one of its own: a rank may outlive the one that started with it.
-        path = self._root / f"rank-{self._rank:05d}.lock"
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = take_lock(self._root / f"rank-{self._rank:05d}.lock", self._rank)
         except BlockingIOError as error:
             raise self._refusal("is being written by an export that still runs") from error
+        except (DestinationError, OSError):
+            self._is_ours = not any(self._root.glob("rank-*.json"))  # No export ever got further than its lock.
+            raise
 
     def _refusal(self, reason: str) -> DestinationError:
         return DestinationError(

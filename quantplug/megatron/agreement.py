@@ -32,7 +32,7 @@ def all_or_none(step: Callable[[], T]) -> T:
         if error is not None:
             raise error
         return result  # type: ignore[return-value]  # There is a result where there is no error.
-    failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=collective_device())
+    failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=agreement_device())
     with lost_ranks_named():
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if failed.item():
@@ -44,7 +44,7 @@ def union(flags: torch.Tensor) -> torch.Tensor:
     """Elementwise maximum over all ranks of a uint8 tensor of flags, on CPU. A collective: all ranks must call it."""
     if not _several_ranks():
         return flags
-    everywhere = flags.to(collective_device())
+    everywhere = flags.to(agreement_device())
     with lost_ranks_named():
         dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
     return everywhere.cpu()
@@ -166,5 +166,18 @@ def _one_error(error: QuantplugError | None) -> QuantplugError:
 
 
 def collective_device() -> torch.device:
-    """Where tensors must be for collectives of the default backend."""
-    return torch.device("cuda") if dist.get_backend() == dist.Backend.NCCL else torch.device("cpu")
+    """Where data must be for collectives of the default group: on the GPU where NCCL serves it, else on CPU."""
+    return torch.device("cuda" if _serves("cuda:nccl") else "cpu")
+
+
+def agreement_device() -> torch.device:
+    """Where tensors of an agreement must be: on CPU where gloo serves it, also beside NCCL.
+
+    Gloo says at once that a peer has ended; NCCL leaves it to its watchdog, minutes later. Gathers of objects choose
+    likewise (torch's `_get_object_coll_device`).
+    """
+    return torch.device("cpu") if _serves("cpu:gloo") else collective_device()
+
+
+def _serves(device_and_backend: str) -> bool:
+    return device_and_backend in dist.get_backend_config().split(",")

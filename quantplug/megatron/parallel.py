@@ -66,7 +66,8 @@ def initialize_parallel(
 
     Args:
         tp, pp, ep, etp: Tensor, pipeline, expert and expert-tensor parallel sizes.
-        backend: Backend of the process group; nccl where there is a GPU, gloo where there is none.
+        backend: Backend of the process group; by default gloo, and where there is a GPU nccl beside it, so that data
+            travels by nccl, and gloo tells at once of a rank that ended.
         seed: Seed of Megatron's CUDA generators (set only where there is a GPU).
 
     Raises:
@@ -77,7 +78,7 @@ def initialize_parallel(
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        _initialize_process_group(backend or ("nccl" if has_cuda() else "gloo"))
+        _initialize_process_group(backend or ("cpu:gloo,cuda:nccl" if has_cuda() else "gloo"))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

@@ -1,6 +1,6 @@
 """One rank of an export, for the tests beside it: at several topologies in turn, or with a fault on one rank.
 
-Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP ...`, or `faults SOURCE OUTPUT KIND:RANK ...`.
+Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP[-VPP] ...`, or `faults SOURCE OUTPUT KIND:RANK ...`.
 """
 
 import copy
@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_f
 from quantplug.export import work
 from quantplug.export.schedule import make_rounds
 from quantplug.export.source_config import read_source_config
+from quantplug.mappings.base import MegatronConfig
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_gpt_model
 from quantplug.megatron.parallel import initialize_parallel
@@ -43,19 +45,32 @@ def config(name: str) -> dict[str, Any]:
     return chosen
 
 
-def quantized_model(source: Path, name: str) -> nn.Module:
+def megatron_config(source: Path) -> MegatronConfig:
     settings = read_source_config(source)
-    model = build_gpt_model(find_family(settings.architecture).megatron_config(settings.values))
+    return find_family(settings.architecture).megatron_config(settings.values)
+
+
+def quantized_model(source: Path, name: str) -> nn.Module:
+    model = build_gpt_model(megatron_config(source))
     import_mcore_gpt_from_hf(model, source)
     return mtq.quantize(model, config(name))
+
+
+def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
+    """The chunks of this rank under virtual pipeline parallelism."""
+    settings = megatron_config(source)
+    chunks = [build_gpt_model(settings, virtual_stages=stages, virtual_stage=stage) for stage in range(stages)]
+    import_mcore_gpt_from_hf(chunks, source)
+    return [mtq.quantize(chunk, config(name)) for chunk in chunks]
 
 
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
     work.make_rounds = partial(make_rounds, bucket_bytes=SMALL_BUCKET_BYTES)
     for layout in sizes:
-        tp, ep, etp, pp = map(int, layout.split("-"))
+        tp, ep, etp, pp, *stages = map(int, layout.split("-"))
         initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
-        export_mcore_gpt_to_hf(quantized_model(source, name), source, export_dir=output / layout)
+        model = quantized_stages(source, name, *stages) if stages else quantized_model(source, name)
+        export_mcore_gpt_to_hf(model, source, export_dir=output / layout)
         parallel_state.destroy_model_parallel()
 
 
@@ -81,8 +96,13 @@ def export_with(kind: str, faulty: bool, source: Path, export_dir: Path) -> str:
             raise LookupError("a bug")
 
     dtype = torch.float32 if faulty and kind == "arguments" else torch.bfloat16
+    here = export_dir.parent
+    if kind == "apart":  # One relative path, and yet two directories; as two nodes have with one absolute path.
+        here, export_dir = here / ("there" if faulty else "here"), Path("new", "apart")
+        here.mkdir(exist_ok=True)
     try:
-        export_mcore_gpt_to_hf(model, source, export_dir=export_dir, dtype=dtype, progress=progress)
+        with chdir(here):
+            export_mcore_gpt_to_hf(model, source, export_dir=export_dir, dtype=dtype, progress=progress)
     except QuantplugError as error:
         return f"{type(error).__name__}: {error}"
     finally:

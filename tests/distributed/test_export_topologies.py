@@ -20,6 +20,8 @@ RANKS = 4
 # tp-ep-etp-pp on four ranks; what the sizes leave over is data parallel. TP 4 is more ranks than there are query
 # groups, and with ETP 4 blocks straddle the slices of the experts.
 LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-1-2-2", "1-4-1-1", "4-1-4-1"]
+# Four layers, of which one alone is dense: on one pipeline stage, or on one of two virtual stages a rank.
+PIPELINES = ["1-1-1-2", "1-1-1-2-2", "2-2-1-2-2"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -69,21 +71,26 @@ def assert_same_tensors(directory: Path, expected: Path) -> None:
 
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(
-    ("name", "source"),
-    [("nvfp4", "tiny_qwen3_moe_dir"), ("fp8", "tiny_qwen3_moe_dir"), ("fp8_blockwise", "divisible_dir")],
+    ("name", "source", "layouts"),
+    [
+        ("nvfp4", "tiny_qwen3_moe_dir", LAYOUTS),
+        ("fp8", "tiny_qwen3_moe_dir", LAYOUTS),
+        ("fp8_blockwise", "divisible_dir", LAYOUTS),
+        ("nvfp4", "tiny_qwen3_mixed_dir", PIPELINES),
+    ],
 )
-def test_every_topology_writes_the_same_tensors(name, source, tmp_path, request):
+def test_every_topology_writes_the_same_tensors(name, source, layouts, tmp_path, request):
     source = request.getfixturevalue(source)
     export_mcore_gpt_to_hf(quantized_model(source, name), source, export_dir=tmp_path / "one")
-    ranks = run_ranks("layouts", source, tmp_path, name, *LAYOUTS)
+    ranks = run_ranks("layouts", source, tmp_path, name, *layouts)
     assert [rank.returncode for rank in ranks] == [0] * RANKS, ranks[0].stderr[-2000:]
-    for layout in LAYOUTS:
+    for layout in layouts:
         assert_same_tensors(tmp_path / layout, tmp_path / "one")
         assert verify_checkpoint(tmp_path / layout, source).ok
         config = (tmp_path / layout / "config.json").read_bytes()
         assert config == (tmp_path / "one" / "config.json").read_bytes()
     # Every rank writes a part: nobody carries it all.
-    assert len(list((tmp_path / "2-2-1-1").glob("*.safetensors"))) == RANKS
+    assert len(list((tmp_path / layouts[-1]).glob("*.safetensors"))) == RANKS
 
 
 FAULTS = {
@@ -92,6 +99,7 @@ FAULTS = {
     "uncalibrated": (1, ["CalibrationError", "has no amax"]),
     "diverged": (2, ["WeightError", "layers.0.self_attention.q_layernorm.weight", "on rank 2"]),
     "arguments": (1, ["TopologyError", "plan on rank 1"]),
+    "apart": (2, ["DestinationError", "there/new/apart on rank 2", "is not the directory of rank 0"]),
     "unforeseen": (3, ["UnforeseenError", "LookupError on rank 3: a bug"]),
     "disk": (3, ["WriteError", "No space left on device", "on rank 3"]),
     "killed": (2, ["RankLostError", "process on rank 2"]),  # Last: the ranks are fewer after it.
@@ -116,3 +124,4 @@ def test_a_fault_on_one_rank_ends_all_with_one_message(kind, messages):
     for words in says:
         assert words in message
     assert not (messages / kind).exists()
+    assert not list(messages.glob("*here/*"))  # Where the ranks were that had two directories.

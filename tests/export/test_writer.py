@@ -1,10 +1,12 @@
 """The export directory is complete or absent, whatever is in its way and wherever writing fails."""
 
 import errno
+import fcntl
 import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,30 @@ def test_two_exports_do_not_write_the_same_directory(sources: Sources, tmp_path:
 
     export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out", progress=again)
     assert read(tmp_path / "out").keys() == read(sources("dense")).keys()
+
+
+@pytest.mark.usefixtures("rank")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks(
+    code: int, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says which file system, and what to do; what else a lock may fail of is the disk's."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    kind = WriteError if code == errno.EIO else DestinationError
+    with refused(kind, tmp_path) as caught:
+        export_mcore_gpt_to_hf(load(sources("dense")), sources("dense"), export_dir=tmp_path / "new" / "out")
+    (offender,) = caught.value.offenders
+    assert os.strerror(code) in offender.reason
+    if code != errno.EIO:
+        df = subprocess.run(["df", "--output=fstype,target", tmp_path], capture_output=True, text=True, check=True)
+        file_system, mounted_at = df.stdout.splitlines()[1].split()
+        assert offender.reason.startswith(f"{file_system} file system")
+        assert offender.parameter == mounted_at
+        assert "mounted with locks" in caught.value.remedy
 
 
 @pytest.mark.usefixtures("rank")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from quantplug.errors import SourceError
-from quantplug.megatron.agreement import all_or_none, union
+from quantplug.megatron.agreement import agreement_device, all_or_none, collective_device, union
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,27 @@ def test_without_a_process_group_a_step_is_just_called():
 def test_errors_that_are_not_for_users_pass_through():
     with pytest.raises(ZeroDivisionError):
         all_or_none(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "agreement", "data"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),  # What torch makes of "gloo"; the next one of "nccl".
+        ("cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cuda"),
+        ("cuda:nccl,cpu:gloo", "cpu", "cuda"),
+    ],
+)
+def test_agreement_keeps_to_gloo_and_data_to_nccl(backend, agreement, data, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backend)
+    assert agreement_device() == torch.device(agreement)
+    assert collective_device() == torch.device(data)
+
+
+def test_what_torch_makes_of_gloo():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.get_backend_config() == "cpu:gloo,cuda:gloo"
+    dist.destroy_process_group()
 
 
 @pytest.mark.distributed

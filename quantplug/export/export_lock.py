@@ -1,0 +1,46 @@
+"""A lock that keeps two exports out of one directory, and that ends with its process, however that ends."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from quantplug.errors import DestinationError, Offender
+
+# What flock(2) fails with where there are no locks: Lustre mounted without them, NFS without its lock service, FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def take_lock(path: Path, rank: int) -> int:
+    """The descriptor of a file that is now locked; closing it lets go.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+        DestinationError: The file system has no locks.
+        OSError: The file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in _NO_LOCKS:
+            raise
+        mount, kind = _file_system(path)
+        raise DestinationError(
+            "The export directory is on a file system without file locks, so that two exports could mix their files.",
+            [Offender(str(mount), f"{kind} file system: {error.strerror}", rank=rank)],
+            "Have it mounted with locks (Lustre: option flock; NFS: with its lock service, without nolock), or choose "
+            "an export directory on another file system that all ranks share.",
+        ) from error
+    return descriptor
+
+
+def _file_system(path: Path) -> tuple[Path, str]:
+    """Where the file system of a path is mounted, and of which kind it is."""
+    mount = next(parent for parent in path.resolve().parents if parent.is_mount())
+    # The last one mounted at a place hides those below it.
+    kinds = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    return mount, kinds.get(mount, "unknown")
