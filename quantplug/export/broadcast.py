@@ -1,7 +1,7 @@
 """Finished tensors from their owners to the receivers: one flat byte segment an owner, one typed transfer each."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,21 @@ from quantplug.formats import TensorSpec
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's bytes are: in which segment, and from which byte on."""
+    """Where a tensor's bytes are: in which buffer, and from which byte on."""
 
-    segment: int
+    buffer: int
     start: int
     spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Bytes of a buffer that one rank owns and the receivers get."""
+
+    owner: int
+    buffer: int
+    start: int
+    stop: int
 
 
 class BroadcastBucket:
@@ -30,8 +40,8 @@ class BroadcastBucket:
         receivers: The ranks that get it all, in order.
         world_size: Number of ranks.
         device: Where the bytes travel.
-        together: Whether all that a rank owns travels as one segment; otherwise each tensor is one, which a receiver
-            is given without a copy.
+        together: Whether all that a rank owns travels as one segment; otherwise each tensor has memory of its own,
+            which a receiver is given without a copy. So it is for tensors that several ranks own experts of.
     """
 
     def __init__(
@@ -49,21 +59,39 @@ class BroadcastBucket:
         self._device = device
         self._together = together
         self._places: dict[str, _Place] = {}
-        self._owners: list[int] = []
         self._sizes: list[int] = []
-        for owner, spec in sorted(((owner, spec) for owner, part in parts for spec in part.tensors), key=_owner):
-            if not (together and self._owners and self._owners[-1] == owner):
-                self._owners.append(owner)
-                self._sizes.append(0)
-            self._places[spec.name] = _Place(len(self._sizes) - 1, self._sizes[-1], spec)
-            self._sizes[-1] += aligned(spec.nbytes) if together else spec.nbytes
-        self._segments: dict[int, torch.Tensor] = {}
+        self._segments = self._owned_together(parts) if together else self._owned_apart(parts)
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    def _owned_together(self, parts: Sequence[tuple[int, PartOutput]]) -> list[_Segment]:
+        """One buffer an owner, with all of its tensors."""
+        owners = sorted({owner for owner, _ in parts})
+        for buffer, owner in enumerate(owners):
+            self._sizes.append(0)
+            for spec in (spec for of_part, part in parts if of_part == owner for spec in part.tensors):
+                self._places[spec.name] = _Place(buffer, self._sizes[-1], spec)
+                self._sizes[-1] += aligned(spec.nbytes)
+        return [_Segment(owner, buffer, 0, self._sizes[buffer]) for buffer, owner in enumerate(owners)]
+
+    def _owned_apart(self, parts: Sequence[tuple[int, PartOutput]]) -> list[_Segment]:
+        """One buffer a tensor; experts of a tensor of all experts are segments of it, one behind the other."""
+        segments: list[_Segment] = []
+        for owner, part in parts:
+            for spec in part.tensors:
+                if spec.name not in self._places:
+                    self._places[spec.name] = _Place(len(self._sizes), 0, spec)
+                    self._sizes.append(spec.nbytes)
+                nbytes, buffer = part.nbytes(spec), self._places[spec.name].buffer
+                start = part.placement.expert * nbytes if part.placement else 0
+                if nbytes:
+                    segments.append(_Segment(owner, buffer, start, start + nbytes))
+        return _merged(sorted(segments, key=lambda segment: (segment.buffer, segment.start)))
 
     def allocate(self) -> None:
         """Makes room for all that this rank owns or receives, as far as there is none yet."""
-        for segment, owner in enumerate(self._owners):
-            if owner == self._rank or self._rank in self._receivers:
-                self._segment(segment)
+        for segment in self._segments:
+            if segment.owner == self._rank or self._rank in self._receivers:
+                self._buffer(segment.buffer)
 
     def fill(self, rows: Rows) -> None:
         """Takes rows of a tensor that this rank owns."""
@@ -78,8 +106,7 @@ class BroadcastBucket:
             if not dist.is_initialized() or dist.get_world_size() == 1:
                 return
             works = [
-                dist.broadcast(self._segments[segment], src=owner, async_op=True)
-                for segment, owner in enumerate(self._owners)
+                dist.broadcast(self._data(segment), src=segment.owner, async_op=True) for segment in self._segments
             ]
         else:
             transfers = list(self._transfers())
@@ -97,26 +124,38 @@ class BroadcastBucket:
         tensor = typed_view(self._bytes(place), place.spec)
         if self._together or not is_last_use:
             return tensor.clone()
-        del self._segments[place.segment]
+        del self._buffers[place.buffer]
         return tensor
 
-    def _segment(self, number: int) -> torch.Tensor:
-        if number not in self._segments:
-            self._segments[number] = torch.empty(self._sizes[number], dtype=torch.uint8, device=self._device)
-        return self._segments[number]
+    def _buffer(self, number: int) -> torch.Tensor:
+        if number not in self._buffers:
+            self._buffers[number] = torch.empty(self._sizes[number], dtype=torch.uint8, device=self._device)
+        return self._buffers[number]
 
     def _bytes(self, place: _Place) -> torch.Tensor:
-        return self._segment(place.segment)[place.start : place.start + place.spec.nbytes]
+        return self._buffer(place.buffer)[place.start : place.start + place.spec.nbytes]
+
+    def _data(self, segment: _Segment) -> torch.Tensor:
+        return self._buffers[segment.buffer][segment.start : segment.stop]
 
     def _transfers(self) -> Iterator[dist.P2POp]:
         """What this rank sends and receives where only some ranks receive: those who do not need bytes get none."""
-        for segment, owner in enumerate(self._owners):
+        for segment in self._segments:
             for receiver in self._receivers:
-                if owner == receiver or self._rank not in (owner, receiver):
+                if segment.owner == receiver or self._rank not in (segment.owner, receiver):
                     continue
-                operation, peer = (dist.isend, receiver) if self._rank == owner else (dist.irecv, owner)
-                yield dist.P2POp(operation, self._segments[segment], peer)
+                sends = self._rank == segment.owner
+                operation, peer = (dist.isend, receiver) if sends else (dist.irecv, segment.owner)
+                yield dist.P2POp(operation, self._data(segment), peer)
 
 
-def _owner(owned: tuple[int, TensorSpec]) -> int:
-    return owned[0]
+def _merged(segments: Sequence[_Segment]) -> list[_Segment]:
+    """Segments of one owner that follow each other in a buffer as one."""
+    merged: list[_Segment] = []
+    for segment in segments:
+        last = merged[-1] if merged else None
+        if last and (last.owner, last.buffer, last.stop) == (segment.owner, segment.buffer, segment.start):
+            merged[-1] = replace(last, stop=segment.stop)
+        else:
+            merged.append(segment)
+    return merged

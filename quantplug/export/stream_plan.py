@@ -46,6 +46,8 @@ class PlannedStream:
         A weight, its scales, then the same once more under the name of a weight that is tied to it.
         """
         for part in parts:
+            if part.placement is not None and part.placement.expert > 0:
+                continue  # The first expert stands for the tensors of all.
             yield from ((spec.name, spec) for spec in part.tensors)
             for alias in self.aliases.get(part.name, ()):
                 for spec in part.tensors:
@@ -148,8 +150,13 @@ def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: Mod
 
 
 def _part_with(part: PartOutput, function: QuantFunction, suffix: str) -> PartOutput:
-    codes, scale = function.outputs(part.shape)
+    codes, scale = (_stored(part, tensor) for tensor in function.outputs(part.shape))
     return replace(part, tensors=(replace(codes, name=part.name), replace(scale, name=f"{part.name}{suffix}")))
+
+
+def _stored(part: PartOutput, tensor: TensorSpec) -> TensorSpec:
+    """As a receiver gets it: with those of all experts, where they are one tensor; each has a scale of its own."""
+    return tensor if part.placement is None else replace(tensor, shape=part.placement.stored_shape(tensor.shape))
 
 
 def _packs_apart(task: ExportTask, function: QuantFunction, dims: ModelDimensions) -> bool:

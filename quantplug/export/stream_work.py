@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
 import torch
 
@@ -50,7 +51,10 @@ class Run:
 
 
 def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int) -> list[Run]:
-    """Weights in their order, cut where a bucket is full; every part of a larger weight has a run of its own."""
+    """Weights in their order, cut where a bucket is full.
+
+    Every part of a larger weight has a run of its own, and so has every tensor of all experts of a layer.
+    """
     runs: list[Run] = []
     small: list[Piece] = []
     size = 0
@@ -60,15 +64,17 @@ def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_byt
             runs.append(Run((tuple(small),), is_large=False))
             small.clear()
 
-    for task in tasks:
-        pieces = list(cut(task, dims, bucket_bytes))
-        written = sum(spec.nbytes for part in task.outputs for spec in part.tensors)
+    for _, unit in groupby(tasks, key=lambda task: task.unit):
+        of_unit = list(unit)
+        pieces = [piece for task in of_unit for piece in cut(task, dims, bucket_bytes)]
+        written = sum(part.nbytes(spec) for task in of_unit for part in task.outputs for spec in part.tensors)
         nbytes = max(written, sum(piece.in_flight for piece in pieces))
-        if size + nbytes > bucket_bytes:
+        is_fused = of_unit[0].outputs[0].placement is not None
+        if size + nbytes > bucket_bytes or is_fused:
             flush()
             size = 0
-        if nbytes > bucket_bytes:
-            parts = ([piece for piece in pieces if piece.part == part] for part in range(len(task.outputs)))
+        if nbytes > bucket_bytes or is_fused:
+            parts = ([piece for piece in pieces if piece.part == part] for part in range(len(of_unit[0].outputs)))
             runs += [Run(tuple(batches(part, bucket_bytes)), is_large=True) for part in parts]
         else:
             small += pieces
