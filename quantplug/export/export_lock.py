@@ -5,8 +5,6 @@ import fcntl
 import os
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
-
 from quantplug.errors import DestinationError, Offender
 
 # What flock(2) fails with where there are no locks: Lustre mounted without them, NFS without its lock service, FUSE.
@@ -39,8 +37,9 @@ def take_lock(path: Path, rank: int) -> int:
 
 
 def _file_system(path: Path) -> tuple[Path, str]:
-    """Where the file system of a path is mounted, and of which kind it is."""
+    """Where the file system of a path is mounted, and of which kind it is (proc(5), /proc/self/mounts)."""
     mount = next(parent for parent in path.resolve().parents if parent.is_mount())
+    lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     # The last one mounted at a place hides those below it.
-    kinds = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
-    return mount, kinds.get(mount, "unknown")
+    kinds = {point: kind for _, point, kind, *_ in map(str.split, lines)}
+    return mount, kinds.get(str(mount).replace(" ", r"\040"), "unknown")

@@ -79,10 +79,7 @@ def assert_resumes(ranks: Ranks, out: Path, smooth: Path) -> None:
 KILLS: dict[str, tuple[dict[int, Moment], int | None]] = {
     "before the manifest": ({1: before(MANIFEST)}, 0),
     "after the manifest": ({1: after(MANIFEST)}, 0),
-    "both after the manifest": (
-        {0: after(MANIFEST), 1: before(MANIFEST)},
-        0,
-    ),
+    "both around the manifest": ({0: after(MANIFEST), 1: before(MANIFEST)}, 0),
     "before the first exchange": ({0: before(EXCHANGE)}, 0),
     "after the first exchange": ({1: after(EXCHANGE)}, 0),
     "before a later exchange": ({1: before(EXCHANGE, 1)}, 1),
@@ -92,13 +89,7 @@ KILLS: dict[str, tuple[dict[int, Moment], int | None]] = {
     "before a file is on disk": ({0: before(ON_DISK, 1)}, 1),
     "after the first file": ({1: after(FILE_DONE)}, 1),
     "after the third file": ({0: after(FILE_DONE, 2)}, 3),
-    "both after some files": (
-        {
-            0: after(FILE_DONE, 2),
-            1: after(FILE_DONE, 3),
-        },
-        3,
-    ),
+    "both after some files": ({0: after(FILE_DONE, 2), 1: after(FILE_DONE, 3)}, 7),
     "before the index": ({0: before(INDEX)}, None),
     "in the index": ({0: before(INDEX_FILE)}, None),
     "before the rename": ({0: before(RENAME)}, None),
