@@ -100,11 +100,12 @@ def _check_shapes(whole: WholeWeight, scheme: Scheme, shapes: tuple[tuple[int, .
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:
-    layers: dict[int | None, dict[bool, list[WholeWeight]]] = {}
-    for whole, _ in mapped:
-        if whole.key.expert is not None:
-            layers.setdefault(whole.key.layer, {}).setdefault(whole.weight is not None, []).append(whole)
-    for layer, by_state in layers.items():
+    layers: dict[tuple[str, int | None], dict[bool, list[WholeWeight]]] = {}
+    for whole, mapping in mapped:
+        if whole.key.expert is not None and mapping.role is Role.LINEAR:
+            place = (whole.key.stack, whole.key.layer)
+            layers.setdefault(place, {}).setdefault(whole.weight is not None, []).append(whole)
+    for (_, layer), by_state in layers.items():
         if len(by_state) == 2:
             for whole in by_state[False]:
                 findings.add_weight(_PARTIAL, whole, f"unquantized, others of layer {layer} are")

@@ -30,6 +30,11 @@ class ParamKey:
     expert: int | None = None
 
     @property
+    def stack(self) -> str:
+        """The stack of layers it belongs to, in which `layer` counts: `decoder` or `mtp`."""
+        return self.module.partition(".")[0]
+
+    @property
     def name(self) -> str:
         """The name with global ids filled in."""
         return fill(self.module, self.layer, self.expert)
@@ -174,6 +179,13 @@ class WeightMapping:
         return self.layout.merge(tuple(tensors[name] for name in self.hf_names(key, dims)), dims)
 
 
+class Activation(Enum):
+    """Functions of Megatron's feed-forward networks."""
+
+    SILU = "silu"
+    QUICK_GELU = "x * sigmoid(1.702 * x)"
+
+
 @dataclass(frozen=True)
 class MegatronConfig:
     """A Hugging Face config in Megatron's words.
@@ -181,10 +193,14 @@ class MegatronConfig:
     Attributes:
         transformer: Keyword arguments of `TransformerConfig`.
         model: Keyword arguments of `GPTModel`, `vocab_size` being the unpadded number of rows.
+        activation: Function of the feed-forward networks.
+        yarn: Attributes that `GPTModel` reads from the config for position embeddings of type yarn.
     """
 
     transformer: Mapping[str, Any]
     model: Mapping[str, Any]
+    activation: Activation = Activation.SILU
+    yarn: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

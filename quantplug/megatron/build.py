@@ -5,12 +5,14 @@ from math import ceil
 from typing import Any
 
 import torch
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
 
 from quantplug.errors import Offender, TopologyError
-from quantplug.mappings.base import MegatronConfig
+from quantplug.mappings.base import Activation, MegatronConfig
 from quantplug.megatron import cpu
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology
@@ -23,6 +25,7 @@ class LayerSpec(Enum):
     LOCAL = "Megatron-Core's own modules, the experts one after another; runs without a GPU too"
 
 
+_ACTIVATIONS = {Activation.SILU: functional.silu, Activation.QUICK_GELU: quick_gelu}
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by.
 
 
@@ -54,6 +57,7 @@ def build_gpt_model(
     transformer = {
         **family_config.transformer,
         **_parallel_settings(topology, virtual_stages),
+        "activation_func": _ACTIVATIONS[family_config.activation],
         "moe_grouped_gemm": layer_spec is LayerSpec.TRANSFORMER_ENGINE,
         # The all-to-all dispatcher needs a CUDA stream even to be built.
         "moe_token_dispatcher_type": "alltoall" if cpu.has_cuda() else "allgather",
@@ -72,6 +76,8 @@ def build_gpt_model(
     }
     with cpu.construction():
         config = TransformerConfig(**transformer)
+        for name, value in family_config.yarn.items():  # No fields of it, but GPTModel reads them there.
+            setattr(config, name, value)
         block = get_gpt_decoder_block_spec(
             config,
             use_transformer_engine=layer_spec is LayerSpec.TRANSFORMER_ENGINE,

@@ -28,6 +28,8 @@ def construction() -> AbstractContextManager[None]:
         (torch.cuda, "current_device", _cpu_device),
         # The last pipeline stage of a model with tied embeddings moves its copy of them.
         (torch.Tensor, "cuda", _stay),
+        # TE's attention makes its sinks (softmax_offset) on "cuda" by name.
+        (torch, "zeros", _on_cpu(torch.zeros)),
     )
 
 
@@ -47,6 +49,8 @@ def local_forward() -> AbstractContextManager[None]:
         (CudaRNGStatesTracker, "fork", _no_fork),
         # The router multiplies by TE's cuBLAS wrapper where it is there, by torch.mm where it is None.
         (moe_utils, "te_general_gemm", None),
+        # The mask of a sliding window is made on "cuda" by name.
+        (torch, "ones", _on_cpu(torch.ones)),
     )
 
 
@@ -57,6 +61,15 @@ def _cpu_device() -> str:
 
 def _stay(tensor: torch.Tensor, *where: object, **how: object) -> torch.Tensor:
     return tensor
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Stands for a factory of tensors that is asked for one on "cuda"."""
+
+    def make(*size: Any, device: Any = None, **how: Any) -> torch.Tensor:
+        return factory(*size, device="cpu" if device == "cuda" else device, **how)
+
+    return make
 
 
 def _do_nothing(device: torch.device | int | str | None = None) -> None:

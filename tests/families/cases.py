@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -65,6 +67,16 @@ CASES: dict[str, Case] = {
             num_experts_per_tok=2,
             norm_topk_prob=True,
             mlp_only_layers=[1],
+        ),
+    ),
+    # The first and third layer see 3 tokens, fewer than the tests' sequences have.
+    "gpt_oss": Case(
+        GptOssForCausalLM,
+        GptOssConfig(
+            **{**DECODER, "num_hidden_layers": 3, "intermediate_size": 96},
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=3,
         ),
     ),
 }

@@ -94,12 +94,12 @@ def test_nvfp4(family: str, checkpoint: Checkpoint, export: Export) -> None:
     quantized = [name for name, tensor in exported.items() if tensor.dtype == torch.uint8]
     assert quantized
     for name in quantized:
-        module = name.removesuffix(".weight")
-        scale = exported[f"{module}.weight_scale_2"]
-        packed, block_scales, _ = NVFP4QTensor.quantize(original[name], 16, weights_scaling_factor_2=scale)
-        assert same_bytes(exported[name], packed._quantized_data), name
-        assert same_bytes(exported[f"{module}.weight_scale"], block_scales), name
-    check_scales(original, exported, quantized, ".weight_scale_2", 448 * 6)
+        scale = exported[beside(name, "weight_scale_2")]
+        for index, weight in matrices(original[name]):
+            packed, block_scales, _ = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=scale)
+            assert same_bytes(matrix(exported[name], index), packed._quantized_data), name
+            assert same_bytes(matrix(exported[beside(name, "weight_scale")], index), block_scales), name
+    check_scales(original, exported, quantized, "weight_scale_2", 448 * 6)
     check_rest(original, exported, quantized)
     assert verify_checkpoint(export(family, "w4a16_nvfp4"), checkpoint(family)).ok
 
@@ -110,19 +110,34 @@ def test_fp8(family: str, checkpoint: Checkpoint, export: Export) -> None:
     quantized = [name for name, tensor in exported.items() if tensor.dtype == torch.float8_e4m3fn]
     assert quantized
     for name in quantized:
-        scaled = original[name].float() / exported[f"{name}_scale"]
+        scaled = original[name].float() / exported[beside(name, "weight_scale")]
         assert same_bytes(exported[name], scaled.clamp(-448, 448).to(torch.float8_e4m3fn)), name
-        assert exported[f"{name.removesuffix('.weight')}.input_scale"] > 0
-    check_scales(original, exported, quantized, ".weight_scale", 448)
+        assert exported[beside(name, "input_scale")] > 0
+    check_scales(original, exported, quantized, "weight_scale", 448)
     check_rest(original, exported, quantized)
     assert verify_checkpoint(export(family, "fp8"), checkpoint(family)).ok
+
+
+def beside(name: str, scale: str) -> str:
+    """Name of a weight's scale; the experts of a layer in one tensor have theirs as ModelOpt names it."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.{scale}" if last == "weight" else f"{name}_{scale}"
+
+
+def matrices(weight: torch.Tensor) -> list[tuple[int | None, torch.Tensor]]:
+    """Its [out, in] matrices: itself, or those of all experts, which are stored transposed."""
+    return [(None, weight)] if weight.dim() == 2 else [(index, matrix(weight, index)) for index in range(len(weight))]
+
+
+def matrix(stored: torch.Tensor, index: int | None) -> torch.Tensor:
+    return stored if index is None else stored[index].mT
 
 
 def check_scales(original: Tensors, exported: Tensors, quantized: list[str], suffix: str, largest: float) -> None:
     """A scale of one tensor is the amax, over the tensors beside it that share it, by the format's largest value."""
     amaxes: dict[tuple[str, float], float] = {}
     for name in quantized:
-        parent, scale = name.rsplit(".", 2)[0], exported[name.removesuffix(".weight") + suffix].item()
+        parent, scale = name.removesuffix(".weight").rpartition(".")[0], exported[beside(name, suffix)].item()
         amaxes[parent, scale] = max(amaxes.get((parent, scale), 0.0), original[name].abs().max().item())
     for (parent, scale), amax in amaxes.items():
         assert torch.tensor(scale) == torch.tensor(amax) / torch.tensor(largest), parent
@@ -130,5 +145,5 @@ def check_scales(original: Tensors, exported: Tensors, quantized: list[str], suf
 
 def check_rest(original: Tensors, exported: Tensors, quantized: list[str]) -> None:
     assert all(same_bytes(exported[name], tensor) for name, tensor in original.items() if name not in quantized)
-    scales = {name for name in exported if name.endswith((".weight_scale", ".weight_scale_2", ".input_scale"))}
+    scales = {name for name in exported if name.endswith(("weight_scale", "weight_scale_2", "input_scale"))}
     assert exported.keys() - scales == original.keys()

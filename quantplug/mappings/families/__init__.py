@@ -4,10 +4,11 @@ from difflib import get_close_matches
 
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.base import Family
+from quantplug.mappings.families.gpt_oss import GPT_OSS
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, GPT_OSS)
 
 
 def find_family(architecture: str) -> Family:

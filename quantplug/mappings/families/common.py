@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch.nn import functional
-
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.base import Role, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
@@ -146,6 +144,26 @@ def rope(config: Mapping[str, Any]) -> tuple[float, str]:
     return base, kind
 
 
+def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Megatron reads of YaRN (arXiv 2309.00071), in the spelling of its GPTModel.
+
+    The attention factor must be the paper's own, 0.1 ln(factor) + 1, which is what Megatron computes without mscale.
+    """
+    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found = {name: parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")}
+    refuse_settings("YaRN", found, dict.fromkeys(found))
+    return {
+        "yarn_rotary_scaling_factor": float(parameters["factor"]),
+        "yarn_original_max_position_embeddings": parameters.get("original_max_position_embeddings")
+        or config["max_position_embeddings"],
+        "yarn_beta_fast": float(parameters.get("beta_fast") or 32.0),
+        "yarn_beta_slow": float(parameters.get("beta_slow") or 1.0),
+        "yarn_mscale": None,
+        "yarn_mscale_all_dim": None,
+        "yarn_correction_range_round_to_int": bool(parameters.get("truncate", True)),
+    }
+
+
 def decoder_dimensions(config: Mapping[str, Any], num_experts: int, moe_layers: tuple[int, ...]) -> ModelDimensions:
     return ModelDimensions(
         num_layers=config["num_hidden_layers"],
@@ -172,7 +190,6 @@ def decoder_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "kv_channels": head_dim(config),
         "normalization": "RMSNorm",
         "layernorm_epsilon": config["rms_norm_eps"],
-        "activation_func": functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,

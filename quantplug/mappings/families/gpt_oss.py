@@ -1,0 +1,107 @@
+"""GPT-OSS: attention with sinks and biases, some layers in a sliding window; all experts of a layer in one tensor.
+
+On disk `mlp.experts.gate_up_proj` is [experts, hidden, 2 * width], columns of gate and up in turn, and `down_proj`
+[experts, width, hidden]: transposed, as transformers' GptOssExperts multiplies them. The activation is
+`gate * sigmoid(1.702 * gate) * (up + 1)` of clamped values, 1.702 and the clamp at 7 being fixed in that class.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantplug.mappings.base import Activation, Family, MegatronConfig, Role, Scope, WeightMapping
+from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
+from quantplug.mappings.families import common
+from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, IDENTITY, QKV, ROW, ModelDimensions
+
+CLAMP = 7.0
+
+_EXPERTS = "model.layers.*.mlp.experts"
+_ATTENTION = "model.layers.*.self_attn"
+
+ATTENTION_BIASES = (
+    WeightMapping(
+        ("decoder.layers.*.self_attention.linear_qkv.bias",),
+        (f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
+        Scope.LAYER,
+        QKV,
+    ),
+    WeightMapping(("decoder.layers.*.self_attention.linear_proj.bias",), (f"{_ATTENTION}.o_proj.bias",), Scope.LAYER),
+    WeightMapping(
+        ("decoder.layers.*.self_attention.core_attention.softmax_offset",),
+        (f"{_ATTENTION}.sinks",),
+        Scope.LAYER,
+        COLUMN,
+    ),
+)
+
+FUSED_EXPERTS = (
+    WeightMapping(
+        ("decoder.layers.*.mlp.router.weight",),
+        ("model.layers.*.mlp.router.weight",),
+        Scope.MOE_LAYER,
+        role=Role.ROUTER,
+    ),
+    WeightMapping(("decoder.layers.*.mlp.router.bias",), ("model.layers.*.mlp.router.bias",), Scope.MOE_LAYER),
+    FusedGatedExpertMapping(
+        spellings("linear_fc1", "weight"),
+        (f"{_EXPERTS}.gate_up_proj",),
+        Scope.EXPERT,
+        GATED_INTERLEAVED,
+        Role.LINEAR,
+        transposed=True,
+    ),
+    FusedGatedExpertMapping(
+        spellings("linear_fc1", "bias"), (f"{_EXPERTS}.gate_up_proj_bias",), Scope.EXPERT, GATED_INTERLEAVED
+    ),
+    FusedExpertMapping(
+        spellings("linear_fc2", "weight"), (f"{_EXPERTS}.down_proj",), Scope.EXPERT, ROW, Role.LINEAR, transposed=True
+    ),
+    FusedExpertMapping(spellings("linear_fc2", "bias"), (f"{_EXPERTS}.down_proj_bias",), Scope.EXPERT, IDENTITY),
+)
+
+
+def _dimensions(config: Mapping[str, Any]) -> ModelDimensions:
+    # Every layer has experts, and intermediate_size is their width.
+    widths = {**config, "moe_intermediate_size": config["intermediate_size"], "intermediate_size": None}
+    experts = common.setting(config, "num_local_experts", "num_experts")
+    return common.decoder_dimensions(widths, experts, tuple(range(config["num_hidden_layers"])))
+
+
+def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
+    found = {
+        "rope_type": common.rope(config)[1],
+        "attention_bias": bool(config.get("attention_bias", True)),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "swiglu_limit": config.get("swiglu_limit", CLAMP),
+    }
+    expected = {"rope_type": "yarn", "attention_bias": True, "hidden_act": "silu", "swiglu_limit": CLAMP}
+    common.refuse_settings("GPT-OSS", found, expected)
+    in_window = [kind == "sliding_attention" for kind in config["layer_types"]]
+    transformer = {
+        **common.decoder_transformer_config(config),
+        "add_bias_linear": True,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": CLAMP,
+        "bias_activation_fusion": False,
+        "softmax_type": "learnable",
+        # transformers counts the query's own position in the window, Megatron those before it.
+        "window_size": (config["sliding_window"] - 1, 0) if any(in_window) else None,
+        "window_attn_skip_freq": [int(windowed) for windowed in in_window],
+        "num_moe_experts": common.setting(config, "num_local_experts", "num_experts"),
+        "moe_ffn_hidden_size": config["intermediate_size"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+    }
+    model = {**common.decoder_model_arguments(config), "position_embedding_type": "yarn"}
+    return MegatronConfig(transformer, model, Activation.QUICK_GELU, common.yarn(config))
+
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    architectures=("GptOssForCausalLM",),
+    mappings=(*common.EMBEDDINGS, *common.ATTENTION, *ATTENTION_BIASES, *common.MLP_NORM, *FUSED_EXPERTS),
+    dimensions=_dimensions,
+    megatron_config=_megatron_config,
+    tied=common.TIED_LM_HEAD,
+)
