@@ -214,6 +214,7 @@ class Family:
         dimensions: Reads `ModelDimensions` from the config as a dict.
         megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert.
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
+        counts: Settings that `dimensions` reads beyond those of every decoder, whole numbers above zero.
     """
 
     name: str
@@ -222,6 +223,7 @@ class Family:
     dimensions: Callable[[Mapping[str, Any]], ModelDimensions]
     megatron_config: Callable[[Mapping[str, Any]], MegatronConfig]
     tied: Mapping[str, str] = field(default_factory=dict)
+    counts: tuple[str, ...] = ()
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""

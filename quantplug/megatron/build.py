@@ -117,6 +117,7 @@ def check_divisible(
         ("ffn_hidden_size", topology.tp, "TP ranks"),
         ("num_moe_experts", topology.ep, "EP ranks"),
         ("moe_ffn_hidden_size", topology.etp, "ETP ranks"),
+        ("moe_shared_expert_intermediate_size", topology.tp, "TP ranks"),
     ]
     offenders = [
         Offender(name, f"{sizes[name]} does not divide over {count} {ranks}", rank=topology.rank)

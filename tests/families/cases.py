@@ -13,8 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -32,6 +40,15 @@ DECODER: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 48,
     "max_position_embeddings": 128,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -57,6 +74,20 @@ class Case:
 
 
 CASES: dict[str, Case] = {
+    "qwen2": Case(Qwen2ForCausalLM, Qwen2Config(**DECODER)),
+    "qwen2_tied": Case(Qwen2ForCausalLM, Qwen2Config(**DECODER, tie_word_embeddings=True)),
+    "qwen2_moe": Case(
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig(
+            **{**DECODER, "num_hidden_layers": 3},
+            moe_intermediate_size=96,
+            shared_expert_intermediate_size=288,
+            num_experts=6,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            mlp_only_layers=[1],
+        ),
+    ),
     "qwen3": Case(Qwen3ForCausalLM, Qwen3Config(**DECODER)),
     "qwen3_moe": Case(
         Qwen3MoeForCausalLM,
@@ -77,6 +108,19 @@ CASES: dict[str, Case] = {
             num_local_experts=8,
             num_experts_per_tok=2,
             sliding_window=3,
+        ),
+    ),
+    "llama2": Case(LlamaForCausalLM, LlamaConfig(**{**DECODER, "num_key_value_heads": 4, "head_dim": 40})),
+    "llama3": Case(
+        LlamaForCausalLM, LlamaConfig(**{**DECODER, "max_position_embeddings": 16384}, rope_parameters=LLAMA3_ROPE)
+    ),
+    "mixtral": Case(
+        MixtralForCausalLM,
+        MixtralConfig(
+            **{**DECODER, "intermediate_size": 96},
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=None,
         ),
     ),
 }

@@ -5,6 +5,7 @@ Whole layers and experts that are missing or too many are told by `rules_model.p
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from quantplug.errors import UnsupportedModelError
 from quantplug.export.verify import names
@@ -36,12 +37,20 @@ _SHAPES: Mapping[str, Callable[[ModelDimensions], Shape]] = {
     "self_attn.v_proj": lambda dims: (dims.num_query_groups * dims.head_dim, dims.hidden_size),
     "self_attn.o_proj": lambda dims: (dims.hidden_size, dims.num_attention_heads * dims.head_dim),
     "mlp.gate": lambda dims: (dims.num_experts, dims.hidden_size),
+    "block_sparse_moe.gate": lambda dims: (dims.num_experts, dims.hidden_size),
+    "mlp.shared_expert_gate": lambda dims: (1, dims.hidden_size),
     "mlp.gate_proj": lambda dims: (dims.mlp_width, dims.hidden_size),
     "mlp.up_proj": lambda dims: (dims.mlp_width, dims.hidden_size),
     "mlp.down_proj": lambda dims: (dims.hidden_size, dims.mlp_width),
     "mlp.experts.gate_proj": lambda dims: (dims.expert_width, dims.hidden_size),
     "mlp.experts.up_proj": lambda dims: (dims.expert_width, dims.hidden_size),
     "mlp.experts.down_proj": lambda dims: (dims.hidden_size, dims.expert_width),
+    "block_sparse_moe.experts.w1": lambda dims: (dims.expert_width, dims.hidden_size),
+    "block_sparse_moe.experts.w3": lambda dims: (dims.expert_width, dims.hidden_size),
+    "block_sparse_moe.experts.w2": lambda dims: (dims.hidden_size, dims.expert_width),
+    "mlp.shared_expert.gate_proj": lambda dims: (dims.shared_width, dims.hidden_size),
+    "mlp.shared_expert.up_proj": lambda dims: (dims.shared_width, dims.hidden_size),
+    "mlp.shared_expert.down_proj": lambda dims: (dims.hidden_size, dims.shared_width),
 }  # by kind of module
 
 
@@ -50,12 +59,16 @@ class Architecture:
     """What config.json asks for.
 
     Attributes:
-        modules: Names of all modules that have a weight.
+        tensors: Names of all weights and biases, before quantization.
     """
 
     name: str
     dims: ModelDimensions
-    modules: frozenset[str]
+    tensors: frozenset[str]
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        return frozenset(names.split(tensor)[0] for tensor in self.tensors)
 
 
 def architecture(inventory: Inventory) -> Iterator[Finding]:
@@ -68,7 +81,7 @@ def architecture(inventory: Inventory) -> Iterator[Finding]:
         yield from unusable
         return
     dims = family.dimensions(config)
-    found = Architecture(as_texts(config.get("architectures"))[0], dims, _modules(family, dims))
+    found = Architecture(as_texts(config.get("architectures"))[0], dims, _tensors(family, dims))
     yield from _missing(inventory, found)
     yield from _extra(inventory, found)
     yield from _misshapen(inventory, found)
@@ -86,7 +99,7 @@ def _unusable(config: Json, family: Family) -> Iterator[Finding]:
     """Settings that no sizes can be read from."""
     mixture = any(row.scope is Scope.EXPERT for row in family.mappings)
     experts = next((key for key in ("num_experts", "num_local_experts") if config.get(key) is not None), "num_experts")
-    counts = (*_COUNTS, *((experts, "moe_intermediate_size") if mixture else ()))
+    counts = (*_COUNTS, *((experts,) if mixture else ()), *family.counts)
     optional = (*_OPTIONAL_COUNTS, *(("decoder_sparse_step",) if mixture else ()))
     wrong = [key for key in counts if not as_count(config.get(key))]
     wrong += [key for key in optional if key in config and not as_count(config[key]) and not _may_be_null(config, key)]
@@ -104,27 +117,31 @@ def _may_be_null(config: Json, key: str) -> bool:
     return config[key] is None and key in _OPTIONAL_COUNTS
 
 
-def _modules(family: Family, dims: ModelDimensions) -> frozenset[str]:
-    weights = (name for row in family.mappings for key in row.keys(dims) for name in row.hf_names(key, dims))
-    return frozenset(names.split(name)[0] for name in weights)
+def _tensors(family: Family, dims: ModelDimensions) -> frozenset[str]:
+    return frozenset(name for tensors, _ in family.expected(dims) for name in tensors)
 
 
-def _has_weight(module: Module | None) -> bool:
+def _has(inventory: Inventory, tensor: str) -> bool:
     """A quantized module without its codes is for the rule on coverage."""
-    return module is not None and (module.quantized or not module.tensors.keys().isdisjoint(_WEIGHTS))
+    name, suffix = names.split(tensor)
+    module = inventory.modules.get(name)
+    if module is None or suffix != "weight":
+        return module is not None and suffix in module.tensors
+    return module.quantized or not module.tensors.keys().isdisjoint(_WEIGHTS)
 
 
 def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
     layers = {names.layer(module) for module in inventory.modules}
     missing: dict[str, list[str]] = {}
-    for name in sorted(found.modules):
-        layer = names.layer(name)
-        if _has_weight(inventory.modules.get(name)) or (layer is not None and layer not in layers):
+    for name in sorted(found.tensors):
+        module = names.split(name)[0]
+        layer = names.layer(module)
+        if _has(inventory, name) or (layer is not None and layer not in layers):
             continue
-        if not _told_elsewhere(inventory, found, name):
+        if not _told_elsewhere(inventory, found, module):
             missing.setdefault(names.kind(name), []).append(name)
     for absent in missing.values():
-        yield error(Check.ARCHITECTURE, f"{absent[0]}.weight", f"missing: {found.name} has it{_others(absent)}")
+        yield error(Check.ARCHITECTURE, absent[0], f"missing: {found.name} has it{_others(absent)}")
 
 
 def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> bool:
@@ -149,7 +166,8 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         known.add("bias")
     extra: dict[str, list[str]] = {}
     for module in inventory.modules.values():
-        strange = module.tensors.keys() - known if module.name in found.modules else module.tensors.keys()
+        strange = {part for part in module.tensors if f"{module.name}.{part}" not in found.tensors}
+        strange -= known if module.name in found.modules else set()
         if strange and not _beyond(module.name, found.dims) and not module.name.endswith(".experts"):
             extra.setdefault(names.kind(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
     for strangers in extra.values():
@@ -165,23 +183,29 @@ def _beyond(name: str, dims: ModelDimensions) -> bool:
 
 
 def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
-    wrong: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name in sorted(found.modules & inventory.modules.keys()):
-        shape = _shape(inventory.modules[name])
-        wanted = _SHAPES.get(names.kind(name))
-        if shape is not None and wanted is not None and shape != wanted(found.dims):
-            wrong.setdefault((names.kind(name), shape), []).append(name)
-    for (kind, shape), modules in wrong.items():
-        message = f"is {list(shape)}, by config.json {list(_SHAPES[kind](found.dims))}{_others(modules)}"
-        yield error(Check.ARCHITECTURE, f"{modules[0]}.weight", message)
+    wrong: dict[tuple[str, Shape, Shape], list[str]] = {}
+    for name in sorted(found.tensors):
+        module, suffix = names.split(name)
+        sizes = _SHAPES.get(names.kind(module))
+        shape = _shape(inventory.modules.get(module), suffix)
+        if shape is None or sizes is None:
+            continue
+        wanted = sizes(found.dims) if suffix == "weight" else sizes(found.dims)[:1]
+        if shape != wanted:
+            wrong.setdefault((names.kind(name), shape, wanted), []).append(name)
+    for (_, shape, wanted), tensors in wrong.items():
+        message = f"is {list(shape)}, by config.json {list(wanted)}{_others(tensors)}"
+        yield error(Check.ARCHITECTURE, tensors[0], message)
 
 
-def _shape(module: Module) -> tuple[int, ...] | None:
-    """Of the unpacked weight; None when the format is not known."""
-    if module.layout is not None and module.codes is not None:
+def _shape(module: Module | None, suffix: str) -> Shape | None:
+    """Of the unpacked weight, or of a bias; None when the format is not known."""
+    if module is None:
+        return None
+    if suffix == "weight" and module.layout is not None and module.codes is not None:
         return module.codes.shape[0], module.layout.columns(module.codes)
-    weight = module.tensors.get("weight")
-    return weight.shape if weight is not None and not module.quantized else None
+    plain = module.tensors.get(suffix)
+    return plain.shape if plain is not None and not (suffix == "weight" and module.quantized) else None
 
 
 def _others(like: list[str]) -> str:

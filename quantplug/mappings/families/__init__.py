@@ -5,10 +5,14 @@ from difflib import get_close_matches
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.base import Family
 from quantplug.mappings.families.gpt_oss import GPT_OSS
+from quantplug.mappings.families.llama import LLAMA
+from quantplug.mappings.families.mixtral import MIXTRAL
+from quantplug.mappings.families.qwen2 import QWEN2
+from quantplug.mappings.families.qwen2_moe import QWEN2_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, GPT_OSS)
+FAMILIES: tuple[Family, ...] = (QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, LLAMA, MIXTRAL, GPT_OSS)
 
 
 def find_family(architecture: str) -> Family:

@@ -1,6 +1,7 @@
 """Rows and settings that decoder-only families share. `*` is the layer, in expert rows the second one the expert."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from quantplug.errors import Offender, UnsupportedModelError
@@ -43,6 +44,19 @@ ATTENTION = (
         Scope.LAYER,
         ROW,
         Role.LINEAR,
+    ),
+)
+
+QKV_BIAS = (
+    WeightMapping(
+        ("decoder.layers.*.self_attention.linear_qkv.bias",),
+        (
+            "model.layers.*.self_attn.q_proj.bias",
+            "model.layers.*.self_attn.k_proj.bias",
+            "model.layers.*.self_attn.v_proj.bias",
+        ),
+        Scope.LAYER,
+        QKV,
     ),
 )
 
@@ -96,6 +110,30 @@ ROUTED_EXPERTS = (
     grouped_mlp("linear_fc2", ("model.layers.*.mlp.experts.*.down_proj.weight",), ROW),
 )
 
+# The gate of Qwen's shared expert is one row [1, H], whole on every tensor parallel rank.
+GATED_SHARED_EXPERT = (
+    WeightMapping(
+        ("decoder.layers.*.mlp.shared_experts.linear_fc1.weight",),
+        ("model.layers.*.mlp.shared_expert.gate_proj.weight", "model.layers.*.mlp.shared_expert.up_proj.weight"),
+        Scope.MOE_LAYER,
+        GATED,
+        Role.LINEAR,
+    ),
+    WeightMapping(
+        ("decoder.layers.*.mlp.shared_experts.linear_fc2.weight",),
+        ("model.layers.*.mlp.shared_expert.down_proj.weight",),
+        Scope.MOE_LAYER,
+        ROW,
+        Role.LINEAR,
+    ),
+    WeightMapping(
+        ("decoder.layers.*.mlp.shared_experts.gate_weight",),
+        ("model.layers.*.mlp.shared_expert_gate.weight",),
+        Scope.MOE_LAYER,
+        role=Role.KEPT,
+    ),
+)
+
 TIED_LM_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
@@ -116,11 +154,16 @@ def setting(config: Mapping[str, Any], *names: str) -> Any:
 
 
 def refuse_settings(architecture: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises UnsupportedModelError naming every setting whose value differs from the one we convert."""
+    """Raises UnsupportedModelError naming every setting whose value differs from those we convert.
+
+    Args:
+        expected: The value of each setting that is converted, or a tuple of them.
+    """
+    converted = {name: value if isinstance(value, tuple) else (value,) for name, value in expected.items()}
     offenders = [
-        Offender(name, f"is {found[name]!r}, only {value!r} is converted")
-        for name, value in expected.items()
-        if found[name] != value
+        Offender(name, f"is {found[name]!r}, only {' or '.join(map(repr, values))} is converted")
+        for name, values in converted.items()
+        if found[name] not in values
     ]
     if offenders:
         raise UnsupportedModelError(
@@ -135,13 +178,16 @@ def head_dim(config: Mapping[str, Any]) -> int:
     return explicit if explicit else config["hidden_size"] // config["num_attention_heads"]
 
 
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of rotary embeddings: `rope_parameters` in transformers 5, `rope_scaling` before."""
+    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
 def rope(config: Mapping[str, Any]) -> tuple[float, str]:
-    """Rotary base and kind, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
-    kind = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    return base, kind
+    """Rotary base and kind."""
+    said = rope_settings(config)
+    base = said.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return base, said.get("rope_type") or said.get("type") or "default"
 
 
 def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +195,7 @@ def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
 
     The attention factor must be the paper's own, 0.1 ln(factor) + 1, which is what Megatron computes without mscale.
     """
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    parameters = rope_settings(config)
     found = {name: parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")}
     refuse_settings("YaRN", found, dict.fromkeys(found))
     return {
@@ -164,7 +210,53 @@ def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def decoder_dimensions(config: Mapping[str, Any], num_experts: int, moe_layers: tuple[int, ...]) -> ModelDimensions:
+# What RotaryEmbedding._apply_scaling has fixed (megatron/core/models/common/embeddings/rotary_pos_embedding.py).
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+_DECODER_SETTINGS = {
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "layer_types": "full_attention",
+    "hidden_act": "silu",
+}
+
+
+def refuse_decoder_settings(
+    architecture: str, config: Mapping[str, Any], more: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
+) -> None:
+    """Raises UnsupportedModelError for a Llama-like decoder that Megatron would compute otherwise.
+
+    Args:
+        more: Settings of this family alone: what each is, and what is converted.
+    """
+    rotary, (_, kind) = rope_settings(config), rope(config)
+    found = {
+        "rope_type": kind,
+        "partial_rotary_factor": rotary.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
+        "attention_bias": bool(config.get("attention_bias", False)),
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "use_sliding_window": bool(config.get("use_sliding_window", False)),
+        "layer_types": " and ".join(sorted(set(config.get("layer_types") or ["full_attention"]))),
+        "hidden_act": config.get("hidden_act", "silu"),
+        **{name: value for name, (value, _) in more.items()},
+    }
+    expected = {**_DECODER_SETTINGS, **{name: converted for name, (_, converted) in more.items()}}
+    if kind == "llama3":
+        found |= {name: rotary.get(name) for name in _LLAMA3_ROPE}
+        expected |= _LLAMA3_ROPE
+    refuse_settings(architecture, found, expected)
+
+
+def _llama3_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rope_scaling": True, "rope_scaling_factor": setting(rope_settings(config), "factor")}
+
+
+def decoder_dimensions(
+    config: Mapping[str, Any], num_experts: int = 0, moe_layers: tuple[int, ...] = ()
+) -> ModelDimensions:
     return ModelDimensions(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -199,12 +291,13 @@ def decoder_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def decoder_model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """`GPTModel` arguments of the same decoder; `vocab_size` is unpadded."""
-    base, _ = rope(config)
+    base, kind = rope(config)
     return {
         "vocab_size": config["vocab_size"],
         "max_sequence_length": config["max_position_embeddings"],
         "position_embedding_type": "rope",
         "rotary_base": base,
         "rotary_percent": 1.0,
+        **(_llama3_rope(config) if kind == "llama3" else {}),
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
     }

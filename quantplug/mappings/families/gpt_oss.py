@@ -11,7 +11,7 @@ from typing import Any
 from quantplug.mappings.base import Activation, Family, MegatronConfig, Role, Scope, WeightMapping
 from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
 from quantplug.mappings.families import common
-from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, IDENTITY, QKV, ROW, ModelDimensions
+from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, IDENTITY, ROW, ModelDimensions
 
 CLAMP = 7.0
 
@@ -19,12 +19,7 @@ _EXPERTS = "model.layers.*.mlp.experts"
 _ATTENTION = "model.layers.*.self_attn"
 
 ATTENTION_BIASES = (
-    WeightMapping(
-        ("decoder.layers.*.self_attention.linear_qkv.bias",),
-        (f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
-        Scope.LAYER,
-        QKV,
-    ),
+    *common.QKV_BIAS,
     WeightMapping(("decoder.layers.*.self_attention.linear_proj.bias",), (f"{_ATTENTION}.o_proj.bias",), Scope.LAYER),
     WeightMapping(
         ("decoder.layers.*.self_attention.core_attention.softmax_offset",),
