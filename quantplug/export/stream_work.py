@@ -12,7 +12,7 @@ from quantplug.export.broadcast import BroadcastBucket
 from quantplug.export.gather import Delivered, Groups, PackedBucket, Slices
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import Piece, cut
-from quantplug.export.schedule import Bucket, batches
+from quantplug.export.schedule import Bucket, batches, payload
 from quantplug.mappings.base import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named
@@ -51,6 +51,7 @@ class Run:
 
 def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int) -> list[Run]:
     """Weights in their order, cut where a bucket is full; every part of a larger weight has a run of its own."""
+    limit = payload(bucket_bytes)
     runs: list[Run] = []
     small: list[Piece] = []
     size = 0
@@ -64,10 +65,10 @@ def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_byt
         pieces = list(cut(task, dims, bucket_bytes))
         written = sum(spec.nbytes for part in task.outputs for spec in part.tensors)
         nbytes = max(written, sum(piece.in_flight for piece in pieces))
-        if size + nbytes > bucket_bytes:
+        if size + nbytes > limit:
             flush()
             size = 0
-        if nbytes > bucket_bytes:
+        if nbytes > limit:
             parts = ([piece for piece in pieces if piece.part == part] for part in range(len(task.outputs)))
             runs += [Run(tuple(batches(part, bucket_bytes)), is_large=True) for part in parts]
         else:
