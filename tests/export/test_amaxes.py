@@ -41,6 +41,6 @@ def grown() -> int:
 
 def test_looking_at_many_weights_does_not_make_the_heap_grow() -> None:
     """In a process of its own: a heap that others have used has holes in which growth would not show."""
-    command = "from tests.export.checkpoints import one_rank\nfrom tests.export.test_amaxes import grown\nwith one_rank():\n    print(grown())"
+    command = "import tests.export.checkpoints as c, tests.export.test_amaxes as t\nwith c.one_rank(): print(t.grown())"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True, capture_output=True, text=True)
     assert int(done.stdout.splitlines()[-1]) < WEIGHTS * 2**17
