@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from quantplug.export.base import ExportTask, Held, WeightRef
+from quantplug.export.base import ExportTask, Held
 from quantplug.export.findings import Findings
 from quantplug.export.gather import Groups
 from quantplug.export.scan import NONFINITE, OVERFLOW, ZERO_AMAX, written_rows
@@ -67,9 +67,16 @@ def _look(tasks: Sequence[ExportTask], held: Held, rank: int) -> Amaxes:
 
     Copies are looked at too where another one is sent: a damaged copy must not go unnoticed.
     """
-    amaxes = {task.source.key: _amax(task, held[task.source.key]) for task in tasks}
-    if not amaxes:
-        return amaxes
+    if not tasks:
+        return {}
+    # All of them before the first is known: small results would settle between the copies of weights that are made
+    # for a moment, and the heap grow with the model.
+    largest = torch.zeros(len(tasks), device=held[tasks[0].source.key].load().device)
+    amaxes = dict(zip((task.source.key for task in tasks), largest.unbind(), strict=True))
+    for task in tasks:
+        written = written_rows(task, held[task.source.key])
+        if written.numel():
+            amaxes[task.source.key].copy_(weight_amax(written))
     findings = Findings(rank)
     sent = [amaxes[task.source.key].to(task.dtype if task.format is None else torch.float32) for task in tasks]
     suspect = [task.amax == 0 for task in tasks]
@@ -81,11 +88,6 @@ def _look(tasks: Sequence[ExportTask], held: Held, rank: int) -> Amaxes:
             findings.add(ZERO_AMAX, task.source.key.name, "amax is 0", task.source.key.expert)
     findings.raise_if_any()
     return amaxes
-
-
-def _amax(task: ExportTask, ref: WeightRef) -> torch.Tensor:
-    written = written_rows(task, ref)
-    return weight_amax(written) if written.numel() else torch.zeros((), device=written.device)
 
 
 def _add_unsendable(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:

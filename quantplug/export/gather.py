@@ -39,47 +39,43 @@ class PackedBucket:
         self._dims = dims
         self._place = bucket.ranks.index(rank)
         self._mine = [piece for piece in bucket.pieces if piece.task.owner == rank]
-        packed = (
-            (piece, pack_piece(piece, held[piece.task.source.key].load(), self._place, dims))
-            for piece in self._by_owner()
-        )
-        if len(bucket.ranks) == 1:
-            self._own: Delivered = [(piece, [tensors]) for piece, tensors in packed]
-            return
         self._send_sizes = [self._nbytes(self._owned_by(owner), self._place) for owner in bucket.ranks]
         self._received_sizes = [self._nbytes(self._mine, place) for place in range(len(bucket.ranks))]
+        # Both here, not in the exchange: to run out of memory must be this rank's own failure, not a broken collective.
         self._send = torch.empty(sum(self._send_sizes), dtype=torch.uint8, device=device)
-        # Here, not in the exchange: to run out of memory must be this rank's own failure, not a broken collective.
-        self._received = torch.empty(sum(self._received_sizes), dtype=torch.uint8, device=device)
-        offset = 0
-        for _, tensors in packed:
-            for tensor in tensors:
-                data = tensor.contiguous().reshape(-1).view(torch.uint8)
-                self._send[offset : offset + data.numel()].copy_(data)
-                offset += aligned(data.numel())
+        self._received = self._send
+        if len(bucket.ranks) > 1:
+            self._received = torch.empty(sum(self._received_sizes), dtype=torch.uint8, device=device)
+        self._pack(held)
 
     def exchange(self, groups: Groups) -> Delivered:
         """Sends every slice to the rank that writes it. A collective of the bucket's ranks; can be called once."""
-        if len(self._bucket.ranks) == 1:
-            return self._own
-        assert self._bucket.axis is not None
-        dist.all_to_all_single(
-            self._received,
-            self._send,
-            output_split_sizes=self._received_sizes,
-            input_split_sizes=self._send_sizes,
-            group=groups[self._bucket.axis],
-        )
+        if len(self._bucket.ranks) > 1:
+            assert self._bucket.axis is not None
+            dist.all_to_all_single(
+                self._received,
+                self._send,
+                output_split_sizes=self._received_sizes,
+                input_split_sizes=self._send_sizes,
+                group=groups[self._bucket.axis],
+            )
         del self._send
         chunks = self._received.split(self._received_sizes)
         of_ranks = [list(self._unpack(chunk, place)) for place, chunk in enumerate(chunks)]
         return [(piece, list(slices)) for piece, *slices in zip(self._mine, *of_ranks, strict=True)]
 
+    def _pack(self, held: Held) -> None:
+        """Fills what is sent, owner by owner. A flat buffer, as thousands of small tensors would fragment the heap."""
+        offset = 0
+        for piece in (piece for rank in self._bucket.ranks for piece in self._owned_by(rank)):
+            weight = held[piece.task.source.key].load()
+            for tensor in pack_piece(piece, weight, self._place, self._dims):
+                data = tensor.contiguous().reshape(-1).view(torch.uint8)
+                self._send[offset : offset + data.numel()].copy_(data)
+                offset += aligned(data.numel())
+
     def _owned_by(self, rank: int) -> list[Piece]:
         return [piece for piece in self._bucket.pieces if piece.task.owner == rank]
-
-    def _by_owner(self) -> list[Piece]:
-        return [piece for rank in self._bucket.ranks for piece in self._owned_by(rank)]
 
     def _nbytes(self, pieces: Sequence[Piece], place: int) -> int:
         """What slice number `place` sends of some pieces."""

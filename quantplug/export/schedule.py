@@ -17,6 +17,10 @@ from quantplug.topology import ShardAxis
 
 BUCKET_BYTES = 256 * 2**20
 
+# One bucket is sent and one received, or one received and one written from: what is left of two is for working copies
+# of a piece, for formats and the heap.
+_PAYLOAD = 0.75
+
 _PHASES = (ShardAxis.TP, ShardAxis.ETP, None)
 
 
@@ -43,7 +47,7 @@ def in_order(tasks: Sequence[ExportTask]) -> list[ExportTask]:
 
 
 def make_rounds(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int = BUCKET_BYTES) -> list[Round]:
-    """Cuts the work into rounds of buckets, in each of which at most `bucket_bytes` are in flight."""
+    """Cuts the work into rounds of buckets, of which any two and the work on them fit `2 * bucket_bytes` of memory."""
     rounds: list[Round] = []
     for phase in _PHASES:
         by_group: defaultdict[tuple[int, ...], list[Piece]] = defaultdict(list)
@@ -58,12 +62,17 @@ def make_rounds(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes
     return rounds
 
 
+def payload(bucket_bytes: int) -> int:
+    """Bytes of tensors that a bucket may hold."""
+    return int(bucket_bytes * _PAYLOAD)
+
+
 def batches(pieces: Sequence[Piece], bucket_bytes: int) -> Iterator[tuple[Piece, ...]]:
     """Pieces in their order, cut where a bucket is full; a larger one, which cannot be cut, has one of its own."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
-        if batch and size + piece.in_flight > bucket_bytes:
+        if batch and size + piece.in_flight > payload(bucket_bytes):
             yield tuple(batch)
             batch, size = [], 0
         batch.append(piece)

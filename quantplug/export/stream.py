@@ -196,7 +196,8 @@ def export_hf_weights_quant(
         trust_remote_code: Whether transformers may run code from the source to read its config.
         emit_tied: Whether a tied `lm_head.weight` is given too, behind the embedding and, like it, with its scale.
         receiver_ranks: The ranks that get the tensors; None for all.
-        bucket_bytes: Largest size of a bucket; memory beyond the model is two of them and the largest tensor.
+        bucket_bytes: Memory of a bucket; beyond the model there are two of them and the largest tensor. A `quant_fn`
+            that must be given whole weights needs two copies of one, and what it uses itself, on top.
 
     Returns:
         An iterator over (name, tensor): each weight with its scales right after it, layer by layer; CPU tensors with

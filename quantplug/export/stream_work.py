@@ -13,7 +13,7 @@ from quantplug.export.broadcast import BroadcastBucket
 from quantplug.export.gather import Delivered, Groups, PackedBucket, Slices
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import Piece, cut
-from quantplug.export.schedule import Bucket, batches
+from quantplug.export.schedule import Bucket, batches, payload
 from quantplug.mappings.base import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named
@@ -55,6 +55,7 @@ def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_byt
 
     Every part of a larger weight has a run of its own, and so has every tensor of all experts of a layer.
     """
+    limit = payload(bucket_bytes)
     runs: list[Run] = []
     small: list[Piece] = []
     size = 0
@@ -70,10 +71,10 @@ def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_byt
         written = sum(part.nbytes(spec) for task in of_unit for part in task.outputs for spec in part.tensors)
         nbytes = max(written, sum(piece.in_flight for piece in pieces))
         is_fused = of_unit[0].outputs[0].placement is not None
-        if size + nbytes > bucket_bytes or is_fused:
+        if size + nbytes > limit or is_fused:
             flush()
             size = 0
-        if nbytes > bucket_bytes or is_fused:
+        if nbytes > limit or is_fused:
             parts = ([piece for piece in pieces if piece.part == part] for part in range(len(of_unit[0].outputs)))
             runs += [Run(tuple(batches(part, bucket_bytes)), is_large=True) for part in parts]
         else:

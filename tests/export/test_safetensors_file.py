@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -29,14 +29,23 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+@settings(deadline=None)  # It syncs files.
 @given(tensor_specs, st.randoms(use_true_random=False))
 def test_the_library_reads_what_was_written_in_any_order(tmp_path_factory, specs, dice):
+    """Whole tensors, or rows of them, a few at a time."""
     path = tmp_path_factory.mktemp("file") / "model.safetensors"
     tensors = {spec.name: filled(spec, seed) for seed, spec in enumerate(specs)}
     file = SafetensorsFile(path, specs)
-    for name in dice.sample(sorted(tensors), len(tensors)):
+    writes = []
+    for name, tensor in tensors.items():
+        step = dice.randint(1, 3)
+        if tensor.numel() and tensor.ndim and dice.random() < 0.5:
+            writes += [(name, tensor[row : row + step], row) for row in range(0, len(tensor), step)]
+        else:
+            writes.append((name, tensor, 0))
+    for write in dice.sample(writes, len(writes)):
         assert not path.exists()
-        file.write(name, tensors[name])
+        file.write(*write)
     assert path.stat().st_size == file_size(specs)
     read = load_file(path)
     assert read.keys() == tensors.keys()
@@ -78,4 +87,15 @@ def test_only_the_planned_tensor_is_taken(tmp_path: Path, wrong: torch.Tensor):
     file = SafetensorsFile(tmp_path / "model.safetensors", [TensorSpec("a", (4,), torch.float32)])
     with pytest.raises(AssertionError, match="not as planned"):
         file.write("a", wrong)
+    file.close()
+
+
+def test_rows_are_taken_once_and_where_they_fit(tmp_path: Path):
+    specs = [TensorSpec("a", (4, 2), torch.float32), TensorSpec("b", (1,), torch.float32)]
+    file = SafetensorsFile(tmp_path / "model.safetensors", specs)
+    with pytest.raises(AssertionError, match="not as planned"):
+        file.write("a", torch.ones(2, 2), 3)
+    file.write("a", torch.ones(3, 2))
+    with pytest.raises(AssertionError, match="written twice"):
+        file.write("a", torch.ones(2, 2), 2)
     file.close()
