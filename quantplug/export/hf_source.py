@@ -111,7 +111,10 @@ class HFCheckpoint:
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         """A tensor on CPU, whole, or only what an index along its first axes says."""
-        view = self._files[self.tensors[name].file].get_slice(name)
+        return self._read(name, self.tensors[name].file, index)
+
+    def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
+        view = self._files[file].get_slice(name)
         return view[index] if index else view[...]
 
     def _weight_map(self) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from quantplug.errors import Offender, SourceError
+from quantplug.export import mxfp4_source
 from quantplug.export.base import Progress
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
@@ -43,7 +44,7 @@ def import_mcore_gpt_from_hf(
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Raises:
-        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized.
+        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 is decoded).
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
         MappingError: Tensors or parameters are missing or unknown.
         ShapeError: Shapes do not agree, the number of experts among them.
@@ -53,7 +54,7 @@ def import_mcore_gpt_from_hf(
     family = find_family(config.architecture)
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
-    with all_or_none(lambda: HFCheckpoint(config.directory)) as source:
+    with all_or_none(lambda: _open(config)) as source:
         tasks = _plan(parameters, source, family, dims, bool(config.values.get("tie_word_embeddings", False)))
 
         def fill_all() -> None:
@@ -69,14 +70,24 @@ def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_r
     config = read_source_config(resolve_source(name_or_path, cache_dir), trust_remote_code)
     # Refuses settings that a Megatron model cannot have been built with.
     find_family(config.architecture).megatron_config(config.values)
-    if config.quantization is not None:
-        method = config.quantization.get("quant_method") or config.quantization.get("quant_algo")
+    method = _quantization_method(config)
+    if method not in (None, mxfp4_source.METHOD):
         raise SourceError(
             "The source checkpoint is quantized already.",
             [Offender(str(config.directory / CONFIG_FILE), f"has a quantization_config ({method})")],
             "Import the checkpoint that it was quantized from.",
         )
     return config
+
+
+def _quantization_method(config: SourceConfig) -> str | None:
+    said = config.quantization
+    return None if said is None else str(said.get("quant_method") or said.get("quant_algo"))
+
+
+def _open(config: SourceConfig) -> HFCheckpoint:
+    is_mxfp4 = _quantization_method(config) == mxfp4_source.METHOD
+    return mxfp4_source.MXFP4Checkpoint(config.directory) if is_mxfp4 else HFCheckpoint(config.directory)
 
 
 def _plan(

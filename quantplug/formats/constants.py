@@ -41,3 +41,12 @@ reciprocal of a subnormal may not be. Only a weight with amax below 2^-126 times
 
 ZERO_AMAX_SCALE = 1.0
 """Scale of an all-zero tensor or block, whose own amax would give 0 and then 0 / 0 [TE]."""
+
+MX_BLOCK = 32
+"""Consecutive input features that share one E8M0 scale [MX]."""
+
+E8M0_BIAS = 127
+"""Of the exponent that an E8M0 scale is [MX]."""
+
+E8M0_NAN = 255
+"""The one E8M0 code that is no power of two [MX]."""
