@@ -1,6 +1,8 @@
 """From weight rows to amax rows: every name is ModelOpt's, and no row is lost."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +169,13 @@ def test_kv_quantizers_stand_in_the_attention() -> None:
 def test_a_name_of_no_linears_amax_is_refused(mapped_name: str) -> None:
     with pytest.raises(ArgumentError, match="mapped_name"):
         convert_to_amax_map(QWEN3_MOE.mappings, mapped_name)
+
+
+def test_the_documented_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    example = (Path(__file__).parents[2] / "docs" / "amax.md").read_text().split("```")[1].removeprefix("python\n")
+    exec(example, {})
+    printed = capsys.readouterr().out.splitlines()
+    said = re.findall(r"^print\(.*#\s(.*)$", example, flags=re.MULTILINE)
+    assert said == ["tensor(3.)", "True"]
+    assert printed[-2:] == said
+    assert "decoder.layers.*.mlp.router.weight - router, kept in high precision: servers load it so" in printed

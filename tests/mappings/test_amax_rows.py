@@ -11,7 +11,7 @@ from quantplug.mappings.amax_rows import AmaxMapping
 from quantplug.mappings.base import ParamKey, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.common import ATTENTION, DENSE_MLP, ROUTED_EXPERTS
-from quantplug.mappings.layouts import IDENTITY, QKV, VOCABULARY, ModelDimensions
+from quantplug.mappings.layouts import GATED, IDENTITY, QKV, VOCABULARY, ModelDimensions
 
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 1))
 NAN = float("nan")
@@ -151,6 +151,20 @@ def test_experts_in_one_tensor(values: list[float], fused: FusedAmax) -> None:
     assert len(named) == (4 if fused is FusedAmax.PER_EXPERT else 1)
     if fused is FusedAmax.STACKED:
         assert same(*named.values(), torch.tensor(values))
+
+
+def test_the_largest_of_two_stacks_comes_back_for_each_expert() -> None:
+    apart = ("model.layers.*.moe.gate_proj.weight", "model.layers.*.moe.up_proj.weight")
+    (row,) = convert_to_amax_map([grouped_mlp("linear_fc1", apart, GATED)], fused=FusedAmax.STACKED).mappings
+    keys = [key_of(row, expert) for expert in range(4)]
+    gate, up = row.hf_names(keys[0], DIMS)
+    assert (gate, up) == tuple(f"model.layers.1.moe.{name}_proj.weight_quantizer._amax" for name in ("gate", "up"))
+    stacks = {gate: torch.tensor([1.0, 5.0, NAN, 0.0]), up: torch.tensor([2.0, 3.0, 4.0, 0.0])}
+    back = row.layer_to_megatron(keys, stacks, DIMS)
+    assert same(torch.stack([back[key] for key in keys]), torch.tensor([2.0, 5.0, NAN, 0.0]))
+    del stacks[up]
+    with pytest.raises(MappingError, match=r"up_proj\.weight_quantizer\._amax on rank 0: is missing"):
+        row.layer_to_megatron(keys, stacks, DIMS)
 
 
 def test_a_stack_names_the_experts_that_are_missing() -> None:
