@@ -1,0 +1,16 @@
+"""The amaxes of real quantized models, to Hugging Face names and back into fresh quantizers, over real ranks."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_checkpoint_topologies import torchrun
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.slow
+def test_amaxes_of_every_layout_go_to_hugging_face_and_come_back_bit_for_bit(tiny_qwen3_moe_dir: Path) -> None:
+    run = torchrun(2, "amax_worker.py", tiny_qwen3_moe_dir)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(" ok\n") == 3 + 1
