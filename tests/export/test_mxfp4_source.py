@@ -23,9 +23,7 @@ EXPERTS = ("gate_up_proj", "down_proj")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny GPT-OSS with random blocks and scales in place of its experts' weights."""
     directory = make("gpt_oss", tmp_path_factory.mktemp("mxfp4"))
-    change(
-        directory, lambda tensors: tensors | {k: v for name in weights(tensors) for k, v in blocks_of(name, tensors)}
-    )
+    change(directory, with_blocks)
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (directory / "config.json").write_text(json.dumps(config))
