@@ -79,12 +79,9 @@ def test_any_slice_is_that_of_the_whole(packed: Path, index: tuple[int | slice, 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda name, tensors: tensors.pop(f"{name}_scales"), "is without its _scales"),
-        (
-            lambda name, tensors: tensors.update({f"{name}_scales": torch.zeros(2, 2, 2).byte()}),
-            "its _scales [2, 2, 2]",
-        ),
-        (lambda name, tensors: tensors.update({f"{name}_scales": tensors[f"{name}_scales"].float()}), "float32"),
+        (lambda scales, tensors: tensors.pop(scales), "is without its _scales"),
+        (lambda scales, tensors: tensors.update({scales: torch.zeros(2, 2, 2).byte()}), "its _scales [2, 2, 2]"),
+        (lambda scales, tensors: tensors.update({scales: tensors[scales].float()}), "float32"),
     ],
 )
 def test_blocks_without_matching_scales_are_all_named(packed: Path, tmp_path: Path, damage, reason: str) -> None:
