@@ -5,9 +5,11 @@ purpose: no size is a power of two (hidden 160, head size 48, expert width 96, v
 tails, the norm weights are not 1, and in each layer of a mixture of experts one expert is all zero.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,13 +20,17 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 HIDDEN_SIZE = 160
@@ -32,6 +38,7 @@ HEAD_DIM = 48
 ATTENTION_HEADS = 4
 KEY_VALUE_HEADS = 2
 EXPERT_WIDTH = 96
+SHARED_EXPERT_WIDTH = 288
 DENSE_WIDTH = 224
 EXPERTS_PER_TOKEN = 2
 VOCABULARY = 523
@@ -67,6 +74,10 @@ class Architecture(StrEnum):
 
     QWEN3_MOE = "qwen3-moe"
     QWEN3 = "qwen3"
+    QWEN2_MOE = "qwen2-moe"
+    QWEN2 = "qwen2"
+    LLAMA = "llama"
+    MIXTRAL = "mixtral"
 
 
 class Dtype(StrEnum):
@@ -98,43 +109,54 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What to make for an architecture.
+
+    Attributes:
+        experts: Its name of the number of experts; None in a dense model.
+        settings: Beyond those of every decoder.
+    """
+
+    config: type[PreTrainedConfig]
+    experts: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+ROUTED = {"moe_intermediate_size": EXPERT_WIDTH, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+RECIPES = {
+    Architecture.QWEN3_MOE: Recipe(Qwen3MoeConfig, "num_experts", {**ROUTED, "norm_topk_prob": True}),
+    Architecture.QWEN3: Recipe(Qwen3Config),
+    Architecture.QWEN2_MOE: Recipe(
+        Qwen2MoeConfig, "num_experts", {**ROUTED, "shared_expert_intermediate_size": SHARED_EXPERT_WIDTH}
+    ),
+    Architecture.QWEN2: Recipe(Qwen2Config),
+    Architecture.LLAMA: Recipe(LlamaConfig),
+    Architecture.MIXTRAL: Recipe(
+        MixtralConfig,
+        "num_local_experts",
+        {"intermediate_size": EXPERT_WIDTH, "num_experts_per_tok": EXPERTS_PER_TOKEN},
+    ),
+}
+
+
 def build_model(architecture: Architecture, layers: int, experts: int, tie_embeddings: bool) -> PreTrainedModel:
     """The model in FP32 with transformers' own initial weights."""
-    if architecture is Architecture.QWEN3:
-        return Qwen3ForCausalLM(dense_config(layers, tie_embeddings))
-    return Qwen3MoeForCausalLM(moe_config(layers, experts, tie_embeddings))
-
-
-def dense_config(layers: int, tie_embeddings: bool) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=DENSE_WIDTH,
-        num_hidden_layers=layers,
-        num_attention_heads=ATTENTION_HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=256,
-        tie_word_embeddings=tie_embeddings,
-    )
-
-
-def moe_config(layers: int, experts: int, tie_embeddings: bool) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=DENSE_WIDTH,
-        moe_intermediate_size=EXPERT_WIDTH,
-        num_experts=experts,
-        num_experts_per_tok=min(EXPERTS_PER_TOKEN, experts),
-        norm_topk_prob=True,
-        num_hidden_layers=layers,
-        num_attention_heads=ATTENTION_HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=256,
-        tie_word_embeddings=tie_embeddings,
-    )
+    recipe = RECIPES[architecture]
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": DENSE_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": ATTENTION_HEADS,
+        "num_key_value_heads": KEY_VALUE_HEADS,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie_embeddings,
+        **recipe.settings,
+        **({recipe.experts: experts} if recipe.experts else {}),
+    }
+    return AutoModelForCausalLM.from_config(recipe.config(**settings))
 
 
 def draw_weights(model: PreTrainedModel, seed: int) -> None:
@@ -158,7 +180,7 @@ def make_tiny_model(
     tie_embeddings: Annotated[bool, typer.Option(help="Share the embedding with the output layer.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
     layers: Annotated[int, typer.Option(min=1, help="Transformer layers.")] = 2,
-    experts: Annotated[int, typer.Option(min=2, help="Routed experts of a layer (qwen3-moe).")] = 8,
+    experts: Annotated[int, typer.Option(min=2, help="Routed experts of a layer, in a mixture of experts.")] = 8,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the saved weights.")] = Dtype.BFLOAT16,
 ) -> None:
     """Writes a small real Hugging Face checkpoint with random weights, a tokenizer and generation settings."""

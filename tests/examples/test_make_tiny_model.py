@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from examples import make_tiny_model as example
+from quantplug.export.source_config import read_source_config
+from quantplug.mappings.families import find_family
 
 app = typer.Typer()
 app.command()(example.make_tiny_model)
@@ -128,6 +130,18 @@ def test_dense_with_tied_embeddings(tmp_path: Path) -> None:
     assert "lm_head.weight" not in tensors
     assert tensors["model.layers.2.mlp.gate_proj.weight"].shape == (224, 160)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", example.Architecture)
+def test_every_architecture_is_one_that_is_converted(architecture: example.Architecture, tmp_path: Path) -> None:
+    config = read_source_config(make(tmp_path / "hf", "--architecture", architecture, "--experts", "3"))
+
+    family = find_family(config.architecture)
+    dims = family.dimensions(config.values)
+
+    assert family.name == architecture.replace("-", "_")
+    assert dims.num_experts == (3 if family.name.endswith("moe") or family.name == "mixtral" else 0)
+    assert {name for names, _ in family.expected(dims) for name in names} == tensors_of(tmp_path / "hf").keys()
 
 
 def test_number_of_experts(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen2MoeConfig
 
+from quantplug.errors import TopologyError
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_gpt_model, check_divisible
+from quantplug.topology import ParallelTopology
 
 
 @pytest.fixture
@@ -30,3 +32,14 @@ def test_weights_are_zero_until_they_are_loaded(layer_spec: LayerSpec, tiny_qwen
     model = build_gpt_model(family.megatron_config(config.to_dict()), layer_spec=layer_spec)
     assert [name for name, parameter in model.named_parameters() if parameter.any()] == []
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_shared_experts_are_cut_over_tp_and_routed_ones_over_etp() -> None:
+    config = Qwen2MoeConfig(
+        num_experts=8, intermediate_size=224, moe_intermediate_size=97, shared_expert_intermediate_size=290
+    )
+    settings = find_family("Qwen2MoeForCausalLM").megatron_config(config.to_dict())
+    with pytest.raises(TopologyError) as caught:
+        check_divisible(settings, ParallelTopology(rank=0, tp=4, etp=1))
+    assert [offender.parameter for offender in caught.value.offenders] == ["moe_shared_expert_intermediate_size"]
+    check_divisible(settings, ParallelTopology(rank=0, tp=2, etp=1))
