@@ -6,7 +6,7 @@ runtime ends the process when two threads, or a forked process, use it at once.
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
@@ -18,10 +18,22 @@ Result = TypeVar("Result")
 def run(loop: Callable[..., Result], *pieces: Iterable[Any]) -> list[Result]:
     """Calls the loop with each piece, or each row of pieces, on `torch.get_num_threads()` threads; results in order."""
     calls = list(zip(*pieces, strict=True))
-    threads = torch.get_num_threads()
-    if threads == 1 or len(calls) == 1:
-        return [loop(*arguments) for arguments in calls]
-    return list(_pool(threads).map(lambda arguments: loop(*arguments), calls))
+    results: dict[int, Result] = {}
+    waiting = iter(enumerate(calls))  # Each thread takes the next: the interpreter lets one at a time.
+
+    def work() -> None:
+        for number, arguments in waiting:
+            results[number] = loop(*arguments)
+
+    helpers = min(torch.get_num_threads(), len(calls)) - 1
+    helping = [_pool(torch.get_num_threads()).submit(work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        wait(helping)
+    for helper in helping:
+        helper.result()
+    return [results[number] for number in range(len(calls))]
 
 
 @cache
