@@ -32,8 +32,8 @@ def modules_below(room: str) -> list[str]:
     return [".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for file in files]
 
 
-# Needs numba, and is imported only where that is.
-COMPILED = {"quantplug.formats.kernels.cpu", "quantplug.formats.kernels.loops"}
+# Need numba or Triton, and are imported only where those are.
+COMPILED = {f"quantplug.formats.kernels.{kernels}" for kernels in ("cpu", "loops", "cuda")}
 
 # What a machine without Megatron-Core, Transformer Engine, ModelOpt and transformers must be able to import.
 LIGHT_MODULES = [

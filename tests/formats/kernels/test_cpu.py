@@ -10,18 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantplug.formats.constants import E2M1_MAX, E4M3_MAX, NVFP4_MAX
+from quantplug.formats.constants import NVFP4_MAX
 from quantplug.formats.kernels import cpu, reference
 from quantplug.formats.kernels.base import Kernels
+from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
 SETS: tuple[Kernels, Kernels] = (cpu, reference)
-PATTERNS = torch.arange(2**16, dtype=torch.int32)
-SCALES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""Every positive finite E4M3 value."""
-
-TENSOR_SCALES = [1.0, 2.0**-126, 2.0**-60, 3e38 / NVFP4_MAX, 1e-5, 2.5e-6, 0.1, 1 / 3, 1.9999998, 1.0000001]
-"""Powers of two make every tie exact; the others have long mantissas, and two are the extremes."""
 
 
 def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,18 +39,6 @@ def fp8_block(kernels: Kernels, weight: torch.Tensor) -> tuple[torch.Tensor, tor
     return codes, block_scales
 
 
-def all_values(dtype: torch.dtype) -> torch.Tensor:
-    """Every value of a 16-bit dtype. Of FP32 every upper half, and lower halves on, beside and between ties.
-
-    A tie of E2M1 or E4M3 has at most 5 significant bits. So of the lower 16 bits of a quotient it counts alone whether
-    they are 0; those tried also carry into the upper half, or just fail to.
-    """
-    if dtype.itemsize == 2:
-        return PATTERNS.to(torch.int16).view(dtype)
-    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
-    return ((PATTERNS << 16)[:, None] + lower).view(dtype).flatten()
-
-
 def assert_same_bits(made: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
     for one, other in zip(made, expected, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -67,18 +50,12 @@ def assert_same_bits(made: tuple[torch.Tensor, ...], expected: tuple[torch.Tenso
 def test_nvfp4_of_every_value_under_every_block_scale_that_it_can_have(
     dtype: torch.dtype, weight_scale_2: float
 ) -> None:
-    values = all_values(dtype)
-    values = values[values.isfinite()]
-    for scale in SCALES if dtype.itemsize == 2 else SCALES.flip(0)[::9]:
-        # The amax that gives a block this scale; above the last one all have it too.
-        amax = (scale * E2M1_MAX * weight_scale_2).to(dtype)
-        inside = values if scale == E4M3_MAX else values[values.abs() <= amax]
-        blocks = torch.nn.functional.pad(inside, (0, -inside.numel() % 15)).view(-1, 15)
-        weight = torch.cat((amax.expand(len(blocks), 1), blocks), 1)
+    for scale in E4M3_SCALES if dtype.itemsize == 2 else E4M3_SCALES.flip(0)[::9]:
+        weight = every_block(dtype, scale, weight_scale_2)
         codes, block_scales = nvfp4(cpu, weight, weight_scale_2)
         assert_same_bits((codes, block_scales), nvfp4(reference, weight, weight_scale_2))
-        if dtype == torch.bfloat16 and amax >= torch.finfo(dtype).smallest_normal:
-            assert torch.equal(block_scales.float(), scale.expand(len(blocks), 1))
+        if dtype == torch.bfloat16 and weight[0, 0] >= torch.finfo(dtype).smallest_normal:
+            assert torch.equal(block_scales.float(), scale.expand(len(weight), 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
