@@ -30,6 +30,6 @@ def _cpu_kernels() -> Kernels:
     """Those of numba, which is imported with the first weight that is packed and not with quantplug."""
     try:
         from quantplug.formats.kernels import cpu
-    except ImportError:  # Not here, or not for this version of Python or NumPy.
+    except ImportError:  # Not here, not for this version of Python or NumPy, or told not to compile.
         return reference
     return cpu

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import overload
 
 from quantplug.formats.constants import (
@@ -25,6 +25,9 @@ from quantplug.formats.constants import (
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set: these loops are nothing without their machine code")
 
 Array = np.ndarray[Any, Any]
 

@@ -48,6 +48,10 @@ def test_without_numba_the_bytes_are_the_same(tmp_path: Path) -> None:
     assert_same_bytes_after("sys.modules['numba'] = None", tmp_path)
 
 
+def test_with_numba_s_compiler_turned_off_the_bytes_are_the_same(tmp_path: Path) -> None:
+    assert_same_bytes_after("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", tmp_path)
+
+
 def test_without_a_place_for_machine_code_the_bytes_are_the_same(tmp_path: Path) -> None:
     assert_same_bytes_after("from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []", tmp_path)
 
