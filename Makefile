@@ -3,7 +3,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test bench lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -16,6 +16,11 @@ demo: setup  ## Tiny Qwen3-MoE checkpoint to NVFP4 through Megatron-Core, verifi
 
 test: setup  ## The whole test suite. PYTEST_ARGS adds arguments, such as PYTEST_ARGS="-k nvfp4".
 	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each writes its section of benchmarks/RESULTS.md.
+	$(bin)/python benchmarks/packing.py
+	$(bin)/python benchmarks/packing_tools.py
+	OMP_NUM_THREADS=1 $(bin)/torchrun --standalone --nproc_per_node 2 benchmarks/calibration_sync.py
 
 lint: setup  ## ruff, as a linter and as a format check.
 	$(bin)/ruff check .

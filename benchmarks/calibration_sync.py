@@ -7,14 +7,12 @@ reductions run. It writes its section of `benchmarks/RESULTS.md`. ModelOpt's sid
 wrappers of SequentialMLP, and on our wrappers of TEGroupedMLP: both sides have the same quantizers.
 """
 
-import os
 import platform
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -23,18 +21,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization import model_calib
+from results import LOAD, write_section
 
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
-from quantplug.atomic import write_atomically
 from quantplug.calibration.calibrate import max_calibrate
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import LayerSpec, build_gpt_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
-BEGIN, END = "<!-- calibration_sync: begin -->", "<!-- calibration_sync: end -->"
 REPEATS = 15
-LOAD, _, _ = os.getloadavg()
 LAYOUTS = ({}, {"ep": 2})
 COUNTED = (
     "all_reduce",
@@ -144,8 +139,7 @@ def rows() -> Iterator[str]:
 
 
 def section(table: str) -> str:
-    return f"""{BEGIN}
-## Calibration: collectives and wall time
+    return f"""## Calibration: collectives and wall time
 
 `torchrun --nproc_per_node 2 benchmarks/calibration_sync.py`: 2 layers x 4 experts, weight-only NVFP4, hidden 256,
 expert width 128, BF16. Collection of max|W| and reductions; {REPEATS} repeats, sides in turn, the slower of two ranks.
@@ -154,25 +148,13 @@ Load average before the run: {LOAD:.1f}; on cores that others use too, the media
 NCCL's times are others; the number of collectives is not. ratio: ModelOpt's median over quantplug's.
 
 {table}
-{END}
 """
-
-
-def write(text: str) -> None:
-    """Puts the section in its place in the results, or at their end."""
-    old = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n\n"
-    if BEGIN in old:
-        before, _, rest = old.partition(BEGIN)
-        text = before + text + rest.partition(f"{END}\n")[2]
-    else:
-        text = old.rstrip("\n") + "\n\n" + text
-    write_atomically(RESULTS, text)
 
 
 def main() -> None:
     table = "\n".join(rows())
     if dist.get_rank() == 0:
-        write(section(table))
+        write_section("calibration_sync", section(table))
     destroy_parallel()
 
 

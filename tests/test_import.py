@@ -32,12 +32,15 @@ def modules_below(room: str) -> list[str]:
     return [".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for file in files]
 
 
+# Need numba or Triton, and are imported only where those are.
+COMPILED = {f"quantplug.formats.kernels.{kernels}" for kernels in ("cpu", "loops", "cuda")}
+
 # What a machine without Megatron-Core, Transformer Engine, ModelOpt and transformers must be able to import.
 LIGHT_MODULES = [
     "quantplug",
     "quantplug.errors",
     "quantplug.topology",
-    *sorted(modules_below("formats")),
+    *sorted(set(modules_below("formats")) - COMPILED),
     *sorted(modules_below("mappings")),
     "quantplug.calibration.statistics",
     "quantplug.export.plan",
@@ -118,6 +121,16 @@ def test_verify_runs_with_torch_and_safetensors_alone(tiny_qwen3_dir: Path) -> N
     result = run_with_only_torch_and_safetensors(code)
 
     assert result.stdout.strip() == "VerifyReport", result.stderr
+
+
+def test_packing_runs_with_torch_and_safetensors_alone() -> None:
+    pack = "NVFP4().pack(torch.full((1, 16), -6.0)).tensors['weight']"
+
+    result = run_with_only_torch_and_safetensors(
+        f"import torch; from quantplug.formats import NVFP4; print({pack}.tolist())"
+    )
+
+    assert result.stdout.strip() == str([[0xFF] * 8]), result.stderr
 
 
 def test_the_blocker_blocks() -> None:

@@ -4,7 +4,7 @@ A format knows numerics only. It never sees a parameter's name, a model or a ran
 and the caller that knows the name raises them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,11 @@ class TensorSpec:
         for size in self.shape:
             count *= size
         return count
+
+
+def empty_tensors(specs: Iterable[TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:
+    """Contiguous tensors to be filled, by name."""
+    return {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
 
 
 @dataclass(frozen=True)

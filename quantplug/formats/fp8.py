@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec
-from quantplug.formats.chunks import fp32_row_chunks
+from quantplug.formats.base import PackedWeight, TensorSpec, empty_tensors
 from quantplug.formats.constants import E4M3_MAX
-from quantplug.formats.scales import scale_from_amax, tensor_scale
+from quantplug.formats.kernels import kernels_for
+from quantplug.formats.scale_from_amax import scale_from_amax
+from quantplug.formats.scales import tensor_scale
 from quantplug.formats.shapes import shape_problem
 
 
@@ -39,17 +40,15 @@ class FP8:
         )
 
     def pack(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> PackedWeight:
-        weight_scale = tensor_scale(weight, amax, E4M3_MAX)
-        codes = [saturate_to_e4m3(rows / weight_scale) for rows in fp32_row_chunks(weight)]
-        return PackedWeight({"weight": torch.cat(codes), "weight_scale": weight_scale})
+        tensors = empty_tensors(self.outputs(tuple(weight.shape)), weight.device)
+        tensors["weight_scale"] = tensor_scale(weight, amax, E4M3_MAX)
+        kernels_for(weight).pack_fp8(weight, tensors["weight_scale"], tensors["weight"])
+        return PackedWeight(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
-        return packed.tensors["weight"].float() * packed.tensors["weight_scale"]
+        values = torch.empty_like(packed.tensors["weight"], dtype=torch.float32)
+        kernels_for(values).unpack_fp8(packed.tensors["weight"], packed.tensors["weight_scale"], values)
+        return values
 
     def input_scale(self, amax: torch.Tensor) -> torch.Tensor:
         return scale_from_amax(amax.reshape(()), E4M3_MAX)
-
-
-def saturate_to_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """Rounds FP32 to E4M3, ties to even; magnitudes above 448 become 448 where a plain cast makes NaN of them."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec
-from quantplug.formats.chunks import fp32_row_chunks
-from quantplug.formats.constants import E4M3_MAX, FP8_BLOCK
-from quantplug.formats.fp8 import saturate_to_e4m3
-from quantplug.formats.scales import scale_from_amax
+from quantplug.formats.base import PackedWeight, TensorSpec, empty_tensors
+from quantplug.formats.constants import FP8_BLOCK
+from quantplug.formats.kernels import kernels_for
 from quantplug.formats.shapes import shape_problem
 
 
@@ -44,30 +42,14 @@ class FP8Block:
         )
 
     def pack(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> PackedWeight:
-        chunks = [_pack_rows(rows) for rows in fp32_row_chunks(weight, row_multiple=FP8_BLOCK)]
-        codes, scales = zip(*chunks, strict=True)
-        return PackedWeight({"weight": torch.cat(codes), "weight_scale": torch.cat(scales)})
+        tensors = empty_tensors(self.outputs(tuple(weight.shape)), weight.device)
+        kernels_for(weight).pack_fp8_block(weight, tensors["weight"], tensors["weight_scale"])
+        return PackedWeight(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
-        blocks = _in_blocks(packed.tensors["weight"].float())
-        return _in_rows(blocks * packed.tensors["weight_scale"][:, None, :, None])
+        values = torch.empty_like(packed.tensors["weight"], dtype=torch.float32)
+        kernels_for(values).unpack_fp8_block(packed.tensors["weight"], packed.tensors["weight_scale"], values)
+        return values
 
     def input_scale(self, amax: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("fp8_block has no static activations: check static_activations first")
-
-
-def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """[n, in] as [n/128, 128, in/128, 128]."""
-    return rows.view(rows.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
-
-
-def _in_rows(blocks: torch.Tensor) -> torch.Tensor:
-    """Undoes `_in_blocks`."""
-    return blocks.flatten(2).flatten(0, 1)
-
-
-def _pack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [n, in] and scales [n/128, in/128] of FP32 rows [n, in]."""
-    blocks = _in_blocks(rows)
-    scales = scale_from_amax(blocks.abs().amax((1, 3)), E4M3_MAX)
-    return _in_rows(saturate_to_e4m3(blocks / scales[:, None, :, None])), scales

@@ -16,18 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats import e2m1
-from quantplug.formats.base import PackedWeight, TensorSpec
-from quantplug.formats.chunks import fp32_row_chunks
-from quantplug.formats.constants import (
-    E2M1_MAX,
-    E4M3_MAX,
-    E4M3_SMALLEST_SUBNORMAL,
-    NVFP4_BLOCK,
-    NVFP4_MAX,
-    ZERO_AMAX_SCALE,
-)
-from quantplug.formats.scales import scale_from_amax, tensor_scale
+from quantplug.formats.base import PackedWeight, TensorSpec, empty_tensors
+from quantplug.formats.constants import NVFP4_BLOCK, NVFP4_MAX
+from quantplug.formats.kernels import kernels_for
+from quantplug.formats.scale_from_amax import scale_from_amax
+from quantplug.formats.scales import tensor_scale
 from quantplug.formats.shapes import shape_problem
 
 
@@ -55,43 +48,16 @@ class NVFP4:
         )
 
     def pack(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> PackedWeight:
-        weight_scale_2 = tensor_scale(weight, amax, NVFP4_MAX)
-        chunks = [_pack_rows(rows, weight_scale_2) for rows in fp32_row_chunks(weight)]
-        packed, block_scales = zip(*chunks, strict=True)
-        return PackedWeight(
-            {
-                "weight": torch.cat(packed),
-                "weight_scale": torch.cat(block_scales),
-                "weight_scale_2": weight_scale_2,
-            }
-        )
+        tensors = empty_tensors(self.outputs(tuple(weight.shape)), weight.device)
+        tensors["weight_scale_2"] = scale_2 = tensor_scale(weight, amax, NVFP4_MAX)
+        kernels_for(weight).pack_nvfp4(weight, scale_2, tensors["weight"], tensors["weight_scale"])
+        return PackedWeight(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
-        values = e2m1.decode(e2m1.unpack_pairs(packed.tensors["weight"]))
-        scales = packed.tensors["weight_scale"].float() * packed.tensors["weight_scale_2"]
-        return (_in_blocks(values) * scales.unsqueeze(-1)).flatten(-2)
+        codes, scales = packed.tensors["weight"], packed.tensors["weight_scale"]
+        values = torch.empty(codes.shape[0], 2 * codes.shape[1], device=codes.device)
+        kernels_for(values).unpack_nvfp4(codes, scales, packed.tensors["weight_scale_2"], values)
+        return values
 
     def input_scale(self, amax: torch.Tensor) -> torch.Tensor:
         return scale_from_amax(amax.reshape(()), NVFP4_MAX)
-
-
-def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """[n, in] as [n, in/16, 16]."""
-    return rows.view(rows.shape[0], -1, NVFP4_BLOCK)
-
-
-def _pack_rows(rows: torch.Tensor, weight_scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes [n, in/2] and block scales [n, in/16] of FP32 rows [n, in]."""
-    blocks = _in_blocks(rows)
-    block_scales = _block_scales(blocks, weight_scale_2)
-    # Divided by the scale as the reader will see it, after its rounding to E4M3.
-    codes = e2m1.encode(blocks / (block_scales.float() * weight_scale_2).unsqueeze(-1))
-    return e2m1.pack_pairs(codes.flatten(-2)), block_scales
-
-
-def _block_scales(blocks: torch.Tensor, weight_scale_2: torch.Tensor) -> torch.Tensor:
-    """E4M3 scales [n, in/16] that map the amax of each block [n, in/16, 16] to 6."""
-    scales = blocks.abs().amax(-1) / (E2M1_MAX * weight_scale_2)
-    scales = torch.where(scales == 0, ZERO_AMAX_SCALE, scales)
-    # E4M3 would round a tiny scale to 0, by which codes cannot be divided, and one above 448 to NaN.
-    return scales.clamp(E4M3_SMALLEST_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from quantplug.formats import FP8, NVFP4, FP8Block
+from quantplug.formats.kernels import cuda
+from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, every_block
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,3 +23,16 @@ def test_bytes_do_not_depend_on_the_device(packing, dtype):
     on_gpu = packing.pack(weight.cuda(), amax.cuda()).tensors
     for suffix, tensor in on_cpu.items():
         assert torch.equal(on_gpu[suffix].cpu().reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weight_scale_2", TENSOR_SCALES)
+def test_the_triton_kernel_gives_the_bytes_of_the_cpu_for_every_value(dtype, weight_scale_2):
+    weight = torch.cat([every_block(dtype, scale, weight_scale_2) for scale in E4M3_SCALES[5::10]])
+    amax = torch.tensor(weight_scale_2) * 2688
+    on_cpu = NVFP4().pack(weight, amax).tensors
+    assert on_cpu["weight_scale_2"].item() == pytest.approx(weight_scale_2)
+    codes, scales = on_cpu["weight"].cuda().zero_(), torch.zeros_like(on_cpu["weight_scale"], device="cuda")
+    cuda.pack_nvfp4(weight.cuda(), on_cpu["weight_scale_2"].cuda(), codes, scales)
+    assert torch.equal(codes.cpu(), on_cpu["weight"])
+    assert torch.equal(scales.cpu().view(torch.uint8), on_cpu["weight_scale"].view(torch.uint8))

@@ -1,0 +1,232 @@
+"""Packing and unpacking of expert weights on a CPU: quantplug and its peers against a plain copy.
+
+    python benchmarks/packing.py [--repeats 9]
+
+All work on the same BF16 tensors, in turn, in one run, and keep what they make until their turn ends, as an export
+does until it is written. The two cases differ in what a copy costs: those of experts' weights the C library puts into
+memory that this process had before, for that of one large weight the kernel maps new pages. It writes its section of
+RESULTS.md.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Annotated
+
+import torch
+import typer
+from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+from results import machine, write_section
+from rich.console import Console
+from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
+from torchao.quantization import Float8Tensor, PerBlock, PerTensor
+
+from quantplug.formats import FP8, NVFP4, FP8Block, PackedWeight, WeightFormat
+from quantplug.formats.base import empty_tensors
+from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
+from quantplug.formats.kernels import kernels_for, reference
+from quantplug.formats.scale_from_amax import scale_from_amax
+
+CASES = {
+    "16 weights of 1536 x 2048, gate and up of experts of Qwen3-30B-A3B": (16, 1536, 2048),
+    "One weight of 8192 x 8192": (1, 8192, 8192),
+}
+CLONE, QUANTPLUG, PLAIN, MODELOPT = "`Tensor.clone`", "**quantplug**", "quantplug without numba", "ModelOpt"
+SQUARES = {-1: 128, -2: 128}
+FORMATS: tuple[WeightFormat, ...] = (NVFP4(), FP8(), FP8Block())
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a contestant gets.
+
+    Attributes:
+        amax: Of `values`, FP32.
+        packed: `values` in each of `FORMATS`, by its name.
+        theirs: `values` in NVFP4 as ModelOpt packs it: codes, block scales and tensor scale.
+        target: Memory of the size of `values` that has been written before.
+    """
+
+    values: torch.Tensor
+    amax: torch.Tensor
+    packed: dict[str, PackedWeight]
+    theirs: tuple[NVFP4QTensor, torch.Tensor, torch.Tensor]
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of doing one task.
+
+    Attributes:
+        amax: Whether the weight's amax is `given` or `found`; empty where that is no question.
+        seconds: Of each turn, over all weights.
+    """
+
+    task: str
+    name: str
+    amax: str
+    run: Callable[[Weight], object]
+    seconds: list[float] = field(default_factory=list)
+
+    def take_turn(self, weights: list[Weight]) -> None:
+        start = time.perf_counter()
+        kept = [self.run(weight) for weight in weights]
+        self.seconds.append(time.perf_counter() - start)
+        del kept
+
+
+def plain_nvfp4(weight: Weight) -> object:
+    """What `NVFP4.pack` does where numba is not installed."""
+    tensors = empty_tensors(NVFP4().outputs(tuple(weight.values.shape)), weight.values.device)
+    scale_2 = scale_from_amax(weight.amax, NVFP4_MAX)
+    reference.pack_nvfp4(weight.values, scale_2, tensors["weight"], tensors["weight_scale"])
+    return tensors
+
+
+def plain_fp8(weight: Weight) -> object:
+    tensors = empty_tensors(FP8().outputs(tuple(weight.values.shape)), weight.values.device)
+    reference.pack_fp8(weight.values, scale_from_amax(weight.amax, E4M3_MAX), tensors["weight"])
+    return tensors
+
+
+def plain_fp8_block(weight: Weight) -> object:
+    tensors = empty_tensors(FP8Block().outputs(tuple(weight.values.shape)), weight.values.device)
+    reference.pack_fp8_block(weight.values, tensors["weight"], tensors["weight_scale"])
+    return tensors
+
+
+def plain_unpack(weight: Weight) -> object:
+    codes, scales, scale_2 = weight.packed["nvfp4"].tensors.values()
+    values = torch.empty(weight.values.shape)
+    reference.unpack_nvfp4(codes, scales, scale_2, values)
+    return values
+
+
+def modelopt_nvfp4(weight: Weight) -> object:
+    scale_2 = scale_from_amax(weight.amax, NVFP4_MAX)
+    return NVFP4QTensor.quantize(weight.values, 16, weights_scaling_factor_2=scale_2)
+
+
+def modelopt_unpack(weight: Weight) -> object:
+    codes, scales, scale_2 = weight.theirs
+    return codes.dequantize(dtype=torch.float32, scale=scales, double_scale=scale_2, block_sizes={-1: 16})
+
+
+def compressed_tensors_nvfp4(weight: Weight) -> object:
+    """Its block scales of a given global scale, then its compressor."""
+    arguments = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    blocks, global_scale = weight.values.unflatten(-1, (-1, 16)), (NVFP4_MAX / weight.amax).reshape(1)
+    scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), arguments.weights, global_scale)
+    state = {"weight": weight.values, "weight_scale": scale, "weight_global_scale": global_scale}
+    return NVFP4PackedCompressor.compress(state, arguments)
+
+
+def contestants() -> list[Contestant]:
+    """All of them; the first is what the others are compared with."""
+    nvfp4, fp8, fp8_block = FORMATS
+    e4m3, per_block = E4M3_MAX, PerBlock((128, 128))
+    return [
+        Contestant("copy", CLONE, "", lambda w: w.values.clone()),
+        Contestant("copy", "`Tensor.copy_`, into memory used before", "", lambda w: w.target.copy_(w.values)),
+        Contestant("amax", "**quantplug**", "found", lambda w: kernels_for(w.values).amax(w.values)),
+        Contestant("NVFP4", QUANTPLUG, "given", lambda w: nvfp4.pack(w.values, w.amax)),
+        Contestant("NVFP4", QUANTPLUG, "found", lambda w: nvfp4.pack(w.values)),
+        Contestant("NVFP4", PLAIN, "given", plain_nvfp4),
+        Contestant("NVFP4", MODELOPT, "given", modelopt_nvfp4),
+        Contestant(
+            "NVFP4", "torchao", "given", lambda w: nvfp4_quantize(w.values, 16, scale_from_amax(w.amax, NVFP4_MAX))
+        ),
+        Contestant("NVFP4", "compressed-tensors", "given", compressed_tensors_nvfp4),
+        Contestant("FP8", QUANTPLUG, "given", lambda w: fp8.pack(w.values, w.amax)),
+        Contestant("FP8", QUANTPLUG, "found", lambda w: fp8.pack(w.values)),
+        Contestant("FP8", PLAIN, "given", plain_fp8),
+        Contestant("FP8", MODELOPT, "given", lambda w: FP8QTensor.quantize(w.values, scale_from_amax(w.amax, e4m3))),
+        Contestant("FP8", "torchao", "found", lambda w: Float8Tensor.from_hp(w.values, granularity=PerTensor())),
+        Contestant("FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.pack(w.values)),
+        Contestant("FP8 128x128", PLAIN, "", plain_fp8_block),
+        Contestant("FP8 128x128", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES)),
+        Contestant("FP8 128x128", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=per_block)),
+        Contestant("unpack NVFP4", QUANTPLUG, "", lambda w: nvfp4.unpack(w.packed["nvfp4"])),
+        Contestant("unpack NVFP4", PLAIN, "", plain_unpack),
+        Contestant("unpack NVFP4", MODELOPT, "", modelopt_unpack),
+        Contestant("unpack FP8", QUANTPLUG, "", lambda w: fp8.unpack(w.packed["fp8"])),
+        Contestant("unpack FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.unpack(w.packed["fp8_block"])),
+    ]
+
+
+def random_weight(shape: tuple[int, ...], seed: int) -> Weight:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(0.02).bfloat16()
+    packed = {packing.name: packing.pack(values) for packing in FORMATS}
+    theirs = NVFP4QTensor.quantize(values, 16)
+    return Weight(values, values.abs().max().float(), packed, theirs, torch.zeros_like(values))
+
+
+def measure(weights: list[Weight], repeats: int) -> list[Contestant]:
+    """Each contestant's turns, all in turn; the first round, in which loops are compiled, does not count."""
+    found = contestants()
+    for _ in range(repeats + 1):
+        for contestant in found:
+            contestant.take_turn(weights)
+    for contestant in found:
+        del contestant.seconds[0]
+    return found
+
+
+def rows(measured: list[Contestant], gigabytes: float) -> Iterator[str]:
+    """The table; each ratio is one of two times of the same round."""
+    yield "| task | by | amax | GB/s of BF16 | speed, clone = 1 | speed, ModelOpt = 1 |"
+    yield "|---|---|---|---:|---:|---:|"
+    modelopt = {contestant.task: contestant for contestant in measured if contestant.name == MODELOPT}
+    for one in measured:
+        speed = gigabytes / statistics.median(one.seconds)
+        peer = ratios(modelopt[one.task], one) if one.task in modelopt else ""
+        yield f"| {one.task} | {one.name} | {one.amax} | {speed:.3g} | {ratios(measured[0], one)} | {peer} |"
+
+
+def ratios(other: Contestant, one: Contestant) -> str:
+    """How many times as fast as the other."""
+    found = [theirs / own for theirs, own in zip(other.seconds, one.seconds, strict=True)]
+    return f"{statistics.median(found):.3g} ({min(found):.3g} to {max(found):.3g})"
+
+
+def case(title: str, count: int, *shape: int, repeats: int) -> str:
+    weights = [random_weight(shape, seed) for seed in range(count)]
+    table = rows(measure(weights, repeats), sum(weight.values.nbytes for weight in weights) / 1e9)
+    return "\n".join((f"{title}:", "", *table))
+
+
+def section(tables: list[str], repeats: int) -> str:
+    peers = ", ".join(
+        f"{peer} {version(peer)}" for peer in ("nvidia-modelopt", "torchao", "compressed-tensors", "numba")
+    )
+    return f"""## Packing on a CPU
+
+`python benchmarks/packing.py --repeats {repeats}`: each contestant works on all weights and keeps what it makes for its
+turn; {repeats} rounds in which all take a turn. Medians, and least to most; each ratio is of two times of one round.
+{machine()}
+{peers}.
+
+""" + "\n\n".join(tables)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Turns of each contestant.", min=1)] = 9,
+    threads: Annotated[int | None, typer.Option(help="Of PyTorch and quantplug; PyTorch's choice by default.")] = None,
+    write: Annotated[bool, typer.Option(help="Write the section of RESULTS.md.")] = True,
+) -> None:
+    """Measures, and shows the tables."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    text = section([case(title, *sizes, repeats=repeats) for title, sizes in CASES.items()], repeats)
+    Console(soft_wrap=True, markup=False).print(text)
+    if write:
+        write_section("packing", text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,297 @@
+"""The compiled loops of the CPU kernels: flat NumPy arrays in, flat arrays filled, one thread.
+
+numba compiles a loop when it is first called, for the element type it is called with, and keeps the machine code beside
+this file or in the user's cache directory. A compiler on the user's machine is not needed. The cache notices changes to
+this file alone, so everything compiled is here.
+
+A weight arrives as the integers of its bits, and their type says which float they are: uint16 is BF16, int16 is FP16,
+uint32 is FP32 (NumPy has no BF16, numba's CPU code no FP16). The loops are written so that LLVM makes vector
+instructions of them: no branch in an inner loop, no slice, every integer of 32 bits or fewer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import config, njit, types
+from numba.extending import overload
+
+from quantplug.formats.constants import (
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_SMALLEST_SUBNORMAL,
+    F32_SMALLEST_NORMAL,
+    FP8_BLOCK,
+    NVFP4_BLOCK,
+    ZERO_AMAX_SCALE,
+)
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set: these loops are nothing without their machine code")
+
+Array = np.ndarray[Any, Any]
+
+# "numpy": a division by zero gives Inf; a check for it would be a branch. Rounding is IEEE's: fastmath is off.
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+_TILE = 2048
+"""Elements worked on at a time: a multiple of every block, and with its temporaries far within a core's L1 cache."""
+
+_SIDE = 64
+"""Of the squares in which a transposed weight is copied."""
+
+_F32_SIGN = np.uint32(0x80000000)
+_F32_EXPONENT = np.uint32(0x7F800000)
+_F32_MANTISSA_BITS = 23
+
+# Codes as (mantissa bits, FP32 bits of the smallest normal magnitude, largest magnitude).
+_E2M1_MANTISSA, _E2M1_NORMAL, _E2M1_LARGEST = 1, np.uint32(0x3F800000), np.float32(E2M1_MAX)
+_E4M3_MANTISSA, _E4M3_NORMAL, _E4M3_LARGEST = 3, np.uint32(0x3C800000), np.float32(E4M3_MAX)
+_E2M1_SIGN, _E4M3_SIGN_SHIFT, _E4M3_NAN = np.uint32(8), np.uint32(24), np.uint32(0x7F)
+
+_SMALLEST_BLOCK_SCALE = np.float32(E4M3_SMALLEST_SUBNORMAL)
+_SMALLEST_SCALE = np.float32(F32_SMALLEST_NORMAL)
+_ZERO_AMAX_SCALE = np.float32(ZERO_AMAX_SCALE)
+
+
+def _compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop that is called from outside: its machine code is kept for the next process where there is a place."""
+    try:
+        return njit(cache=True, **_OPTIONS)(loop)
+    except RuntimeError:  # Neither this directory nor the user's cache can be written.
+        return njit(**_OPTIONS)(loop)
+
+
+def _fp32(bits: Any) -> Any:
+    """FP32 value of one element's bits; numba takes the one of the overloads below that fits their type."""
+
+
+def _magnitude(bits: Any) -> Any:
+    """An element's bits without the sign: integers in the order of the magnitudes, NaN above Inf."""
+
+
+@overload(_fp32, strict=False)
+def _fp32_of_type(bits: Any) -> Callable[[Any], Any]:
+    if bits == types.uint16:
+        return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+    return _fp32_of_fp16 if bits == types.int16 else lambda bits: np.uint32(bits).view(np.float32)
+
+
+@overload(_magnitude, strict=False)
+def _magnitude_of_type(bits: Any) -> Callable[[Any], Any]:
+    if bits == types.uint16:
+        return lambda bits: np.uint16(bits & np.uint16(0x7FFF))
+    if bits == types.int16:
+        return lambda bits: np.int16(bits & np.int16(0x7FFF))
+    return lambda bits: np.uint32(bits & np.uint32(0x7FFFFFFF))
+
+
+def _fp32_of_fp16(bits: Any) -> Any:
+    """Moves exponent and mantissa into place, and the bias of the exponent from 15 to 127."""
+    half = np.uint32(np.uint16(bits))
+    shifted = np.uint32(np.uint32(half & np.uint32(0x7FFF)) << np.uint32(13))
+    exponent = np.uint32(shifted & np.uint32(0x0F800000))
+    normal = np.uint32(shifted + np.uint32(112 << 23)).view(np.float32)
+    # Of a subnormal the mantissa counts units of 2^-24: as mantissa of 2^-14 it is 2^-14 too much, exactly.
+    subnormal = np.uint32(shifted + np.uint32(113 << 23)).view(np.float32) - np.float32(2.0**-14)
+    finite = subnormal if exponent == np.uint32(0) else normal
+    special = np.uint32(shifted | _F32_EXPONENT).view(np.float32)
+    magnitude = special if exponent == np.uint32(0x0F800000) else finite
+    sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(np.float32(magnitude).view(np.uint32) | sign).view(np.float32)
+
+
+@njit(**_OPTIONS)
+def _rounded(magnitude: Any, mantissa_bits: Any, smallest_normal: Any) -> Any:
+    """Code, without sign, and value of a magnitude that is at most the format's largest: to nearest, ties to even.
+
+    Adding 2^e, with e so large that FP32 can only hold multiples of the format's step, rounds to such a multiple; the
+    low bits of the sum then count the steps. Below the smallest normal magnitude the step stays the same.
+    """
+    shift = np.uint32(_F32_MANTISSA_BITS - mantissa_bits)
+    bits = np.float32(magnitude).view(np.uint32)
+    binade = np.uint32(max(np.uint32(bits & _F32_EXPONENT), smallest_normal))
+    rounder = np.uint32(binade + np.uint32(shift << np.uint32(_F32_MANTISSA_BITS))).view(np.float32)
+    total = np.float32(np.float32(magnitude) + rounder)
+    steps = np.uint32(total.view(np.uint32) & np.uint32((4 << mantissa_bits) - 1))
+    return np.uint32(steps + np.uint32(np.uint32(binade - smallest_normal) >> shift)), np.float32(total - rounder)
+
+
+@njit(**_OPTIONS)
+def _e2m1(quotient: Any) -> Any:
+    """As `e2m1.encode`: also code 0 for -0.0 and NaN."""
+    magnitude = np.float32(abs(quotient))
+    magnitude = magnitude if magnitude < _E2M1_LARGEST else _E2M1_LARGEST
+    code, _ = _rounded(magnitude, _E2M1_MANTISSA, _E2M1_NORMAL)
+    signed = np.uint32(code | (_E2M1_SIGN if quotient < np.float32(0) else np.uint32(0)))
+    return np.uint8(signed if quotient == quotient else np.uint32(0))
+
+
+@njit(**_OPTIONS)
+def _e4m3(quotient: Any) -> Any:
+    """As `reference.saturate_to_e4m3`."""
+    bits = np.float32(quotient).view(np.uint32)
+    magnitude = np.float32(abs(quotient))
+    magnitude = magnitude if magnitude < _E4M3_LARGEST else _E4M3_LARGEST
+    code, _ = _rounded(magnitude, _E4M3_MANTISSA, _E4M3_NORMAL)
+    code = code if quotient == quotient else _E4M3_NAN
+    return np.uint8(np.uint32(code | np.uint32(np.uint32(bits & _F32_SIGN) >> _E4M3_SIGN_SHIFT)))
+
+
+@njit(**_OPTIONS)
+def _pairwise_max(values: Array, half: Array, count: int) -> None:
+    """The larger of each two neighbours."""
+    for i in range(count):
+        half[i] = max(values[2 * i], values[2 * i + 1])
+
+
+@njit(**_OPTIONS)
+def _nvfp4_block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> None:
+    """Largest magnitude of each 16 elements, as a tree: a loop over each block would not become vector instructions."""
+    for i in range(weight.size):
+        longer[i] = _magnitude(weight[i])
+    _pairwise_max(longer, shorter, weight.size // 2)
+    _pairwise_max(shorter, longer, weight.size // 4)
+    _pairwise_max(longer, shorter, weight.size // 8)
+    _pairwise_max(shorter, longer, weight.size // 16)
+    for i in range(amax.size):
+        amax[i] = _fp32(longer[i])
+
+
+@njit(**_OPTIONS)
+def _nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> None:
+    """From the amax of each block, in `scales`, to its E4M3 scale, and to what its elements are divided by."""
+    largest = np.float32(_E2M1_LARGEST * weight_scale_2)
+    for i in range(scales.size):
+        scale = np.float32(scales[i] / largest)
+        scale = _ZERO_AMAX_SCALE if scale == np.float32(0) else scale
+        scale = _SMALLEST_BLOCK_SCALE if scale < _SMALLEST_BLOCK_SCALE else scale
+        saturated = scale if scale < _E4M3_LARGEST else _E4M3_LARGEST
+        code, value = _rounded(saturated, _E4M3_MANTISSA, _E4M3_NORMAL)
+        block_scales[i] = np.uint8(code if scale == scale else _E4M3_NAN)
+        scales[i] = np.float32((value if scale == scale else scale) * weight_scale_2)
+
+
+@njit(**_OPTIONS)
+def _nvfp4_codes(blocks: Array, scales: Array, codes: Array) -> None:
+    """One code a byte of blocks [n, 16]."""
+    for block in range(scales.size):
+        scale = scales[block]
+        for i in range(NVFP4_BLOCK):
+            codes[block, i] = _e2m1(np.float32(_fp32(blocks[block, i]) / scale))
+
+
+@_compiled
+def pack_nvfp4(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
+    """Bits of n elements to n/2 bytes of codes and n/16 bytes of E4M3 scales."""
+    scale_2 = np.float32(weight_scale_2)
+    longer, shorter = np.empty(_TILE, weight.dtype), np.empty(_TILE // 2, weight.dtype)
+    scales, codes = np.empty(_TILE // NVFP4_BLOCK, np.float32), np.empty(_TILE, np.uint8)
+    pairs = codes.view(np.uint16)
+    for start in range(0, weight.size, _TILE):
+        tile = weight[start : start + _TILE]
+        blocks = tile.size // NVFP4_BLOCK
+        first = start // NVFP4_BLOCK
+        _nvfp4_block_amax(tile, longer, shorter, scales[:blocks])
+        _nvfp4_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
+        _nvfp4_codes(tile.reshape(blocks, NVFP4_BLOCK), scales, codes.reshape(-1, NVFP4_BLOCK))
+        nibbles = packed[start // 2 : start // 2 + tile.size // 2]
+        for i in range(nibbles.size):
+            # Two bytes 0H 0L, little-endian, become HL.
+            nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+
+@_compiled
+def unpack_nvfp4(
+    packed: Array, block_scales: Array, weight_scale_2: float, e2m1: Array, e4m3: Array, out: Array
+) -> None:
+    """Undoes `pack_nvfp4` in FP32; `e2m1` and `e4m3` are the values of all codes."""
+    scale_2 = np.float32(weight_scale_2)
+    pairs, values = packed.reshape(-1, NVFP4_BLOCK // 2), out.reshape(-1, NVFP4_BLOCK // 2, 2)
+    for block in range(block_scales.size):
+        scale = np.float32(e4m3[block_scales[block]] * scale_2)
+        for i in range(NVFP4_BLOCK // 2):
+            pair = pairs[block, i]
+            values[block, i, 0] = e2m1[pair & 15] * scale
+            values[block, i, 1] = e2m1[pair >> 4] * scale
+
+
+@_compiled
+def copy_transposed(source: Array, copy: Array) -> None:
+    """Copies [columns, rows] of any strides to contiguous [rows, columns], in squares.
+
+    Neighbours in a row of the copy are far apart in the source, often by a power of two that lets them displace each
+    other from the cache: so each row of a square is read at once, and the square turned in a buffer.
+    """
+    columns, rows = source.shape
+    square = np.empty((_SIDE, _SIDE), source.dtype)
+    for top in range(0, columns, _SIDE):
+        height = min(_SIDE, columns - top)
+        for left in range(0, rows, _SIDE):
+            width = min(_SIDE, rows - left)
+            for i in range(height):
+                for j in range(width):
+                    square[i, j] = source[top + i, left + j]
+            for j in range(width):
+                for i in range(height):
+                    copy[left + j, top + i] = square[i, j]
+
+
+@_compiled
+def largest_magnitude(weight: Array) -> Any:
+    """Bits of the largest magnitude; those of a NaN where there is one."""
+    largest = _magnitude(weight[0])
+    for i in range(weight.size):
+        largest = max(largest, _magnitude(weight[i]))
+    return largest
+
+
+@_compiled
+def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
+    """Bits of n elements to n E4M3 codes."""
+    scale = np.float32(weight_scale)
+    for i in range(weight.size):
+        codes[i] = _e4m3(np.float32(_fp32(weight[i]) / scale))
+
+
+@_compiled
+def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> None:
+    """Undoes `pack_fp8` in FP32."""
+    scale = np.float32(weight_scale)
+    for i in range(codes.size):
+        out[i] = e4m3[codes[i]] * scale
+
+
+@njit(**_OPTIONS)
+def _square_scale(bands: Array, band: int, block: int) -> Any:
+    """As `scale_from_amax` of one block of [bands, 128, blocks, 128]."""
+    largest = _magnitude(bands[band, 0, block, 0])
+    for row in range(FP8_BLOCK):
+        for i in range(FP8_BLOCK):
+            largest = max(largest, _magnitude(bands[band, row, block, i]))
+    amax = _fp32(largest)
+    scale = np.float32(amax / _E4M3_LARGEST)
+    scale = _SMALLEST_SCALE if scale < _SMALLEST_SCALE else scale
+    return _ZERO_AMAX_SCALE if amax == np.float32(0) else scale
+
+
+@_compiled
+def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
+    """Bits of [bands, 128, blocks, 128] elements to [bands, blocks] FP32 scales and as many E4M3 codes as elements."""
+    for band in range(block_scales.shape[0]):
+        for block in range(block_scales.shape[1]):
+            scale = _square_scale(bands, band, block)
+            block_scales[band, block] = scale
+            for row in range(FP8_BLOCK):
+                for i in range(FP8_BLOCK):
+                    codes[band, row, block, i] = _e4m3(np.float32(_fp32(bands[band, row, block, i]) / scale))
+
+
+@_compiled
+def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array) -> None:
+    """Undoes `pack_fp8_block` in FP32."""
+    for band in range(block_scales.shape[0]):
+        for row in range(FP8_BLOCK):
+            for block in range(block_scales.shape[1]):
+                for i in range(FP8_BLOCK):
+                    out[band, row, block, i] = e4m3[codes[band, row, block, i]] * block_scales[band, block]

@@ -1,0 +1,179 @@
+"""The compiled kernels give the reference's bits: of every value that a weight can hold, and of weights of every form.
+
+What the reference gives is proved against ModelOpt and torchao in tests/formats.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantplug.formats.constants import NVFP4_MAX
+from quantplug.formats.kernels import cpu, reference
+from quantplug.formats.kernels.base import Kernels
+from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values, every_block
+from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
+
+SETS: tuple[Kernels, Kernels] = (cpu, reference)
+
+
+def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
+    block_scales = torch.empty(weight.shape[0], weight.shape[1] // 16, dtype=torch.float8_e4m3fn)
+    kernels.pack_nvfp4(weight, torch.tensor(weight_scale_2), codes, block_scales)
+    return codes, block_scales
+
+
+def fp8(kernels: Kernels, weight: torch.Tensor, weight_scale: float) -> tuple[torch.Tensor]:
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    kernels.pack_fp8(weight, torch.tensor(weight_scale), codes)
+    return (codes,)
+
+
+def fp8_block(kernels: Kernels, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    block_scales = torch.empty(weight.shape[0] // 128, weight.shape[1] // 128)
+    kernels.pack_fp8_block(weight, codes, block_scales)
+    return codes, block_scales
+
+
+def assert_same_bits(made: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for one, other in zip(made, expected, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_scale_2", TENSOR_SCALES)
+def test_nvfp4_of_every_value_under_every_block_scale_that_it_can_have(
+    dtype: torch.dtype, weight_scale_2: float
+) -> None:
+    for scale in E4M3_SCALES if dtype.itemsize == 2 else E4M3_SCALES.flip(0)[::9]:
+        weight = every_block(dtype, scale, weight_scale_2)
+        codes, block_scales = nvfp4(cpu, weight, weight_scale_2)
+        assert_same_bits((codes, block_scales), nvfp4(reference, weight, weight_scale_2))
+        if dtype == torch.bfloat16 and weight[0, 0] >= torch.finfo(dtype).smallest_normal:
+            assert torch.equal(block_scales.float(), scale.expand(len(weight), 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_scale_2", TENSOR_SCALES)
+def test_nvfp4_scale_of_every_amax_that_a_block_can_have(dtype: torch.dtype, weight_scale_2: float) -> None:
+    weight = torch.zeros(all_values(dtype).numel(), 16, dtype=dtype)
+    weight[:, 5] = all_values(dtype)
+    assert_same_bits(nvfp4(cpu, weight, weight_scale_2), nvfp4(reference, weight, weight_scale_2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_scale", TENSOR_SCALES)
+def test_fp8_of_every_value(dtype: torch.dtype, weight_scale: float) -> None:
+    weight = all_values(dtype)[None]
+    (codes,) = fp8(cpu, weight, weight_scale)
+    assert_same_bits((codes,), fp8(reference, weight, weight_scale))
+    assert codes.view(torch.uint8).unique().numel() > 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amax", [1.0, 448.0, 3e-6, 2.0**-140, 65504.0, 1 / 3])
+def test_fp8_block_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> None:
+    values = all_values(dtype)
+    values = values[values.abs() <= amax]
+    weight = torch.nn.functional.pad(values, (0, -values.numel() % (128 * 256))).view(-1, 256)
+    weight[::128, ::128] = amax
+    assert_same_bits(fp8_block(cpu, weight), fp8_block(reference, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_block_scale_of_extremes_and_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    special = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), torch.finfo(dtype).max, torch.finfo(dtype).tiny]
+    weight = torch.zeros(128 * len(special), 128, dtype=dtype)
+    weight[::128, 77] = torch.tensor(special, dtype=dtype)
+    assert_same_bits(fp8_block(cpu, weight), fp8_block(reference, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_amax_of_every_value(dtype: torch.dtype) -> None:
+    for value in all_values(dtype)[:: 1 if dtype.itemsize == 2 else 7][::17]:
+        weight = torch.stack((-value, torch.zeros_like(value)))
+        torch.testing.assert_close(cpu.amax(weight), reference.amax(weight), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(deadline=None, max_examples=200)
+@given(weight=weights(in_features=(16, 48, 160)), share=st.sampled_from([2.0**-20, 0.25, 1.0, 3.0]))
+def test_any_weight_packs_alike(weight: torch.Tensor, share: float) -> None:
+    amax = cpu.amax(weight)
+    assert_same_bits((amax,), (reference.amax(weight),))
+    scale = max(amax.item() * share / NVFP4_MAX, 2.0**-126)
+    assert_same_bits(nvfp4(cpu, weight, scale), nvfp4(reference, weight, scale))
+    assert_same_bits(fp8(cpu, weight, scale), fp8(reference, weight, scale))
+
+
+def views(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One weight [384, 1408], longer than a piece, as tensors of all strides."""
+    weight = heavy_tailed((384, 1408), dtype)
+    data = bytearray(1) + bytearray(bits(weight).numpy())
+    apart = torch.empty(768, 1408, dtype=dtype)[::2].copy_(weight)
+    return {
+        "contiguous": weight,
+        "transposed": weight.t().contiguous().t(),
+        "columns": torch.cat((weight, weight), 1)[:, :1408],
+        "rows apart": apart,
+        "every second column": weight.repeat_interleave(2, 1)[:, ::2],
+        "transposed columns": torch.cat((weight, weight)).t().contiguous().t()[:384],
+        "unaligned": torch.frombuffer(data, dtype=dtype, offset=1).view(384, 1408),
+        "parameter": torch.nn.Parameter(weight),
+    }
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_and_threads_change_no_bit(dtype: torch.dtype, threads: int, with_threads: None) -> None:
+    torch.set_num_threads(threads)
+    for name, weight in views(dtype).items():
+        whole, before = weight.detach().contiguous(), bits(weight.detach()).clone()
+        assert_same_bits((cpu.amax(weight),), (reference.amax(whole),))
+        assert_same_bits(nvfp4(cpu, weight, 1e-4), nvfp4(reference, whole, 1e-4))
+        assert_same_bits(fp8(cpu, weight, 1e-3), fp8(reference, whole, 1e-3))
+        assert_same_bits(fp8_block(cpu, weight), fp8_block(reference, whole))
+        assert torch.equal(bits(weight.detach()), before), name
+
+
+@pytest.fixture
+def with_threads() -> Iterator[None]:
+    """Gives back the number of threads that a test changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 4), (1, 1)])
+def test_amax_and_fp8_have_no_blocks(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for view in (weight, weight.t() if weight.dim() == 2 else weight):
+        assert_same_bits((cpu.amax(view),), (reference.amax(view),))
+        assert_same_bits(fp8(cpu, view, 0.01), fp8(reference, view, 0.01))
+
+
+@pytest.mark.parametrize("weight_scale_2", [*TENSOR_SCALES, 3e38])
+def test_every_byte_unpacks_alike_under_every_scale(weight_scale_2: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).expand(256, 256).contiguous()
+    block_scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous()
+    made, expected = torch.empty(256, 512), torch.empty(256, 512)
+    for kernels, values in zip(SETS, (made, expected), strict=True):
+        kernels.unpack_nvfp4(codes, block_scales.view(torch.float8_e4m3fn), torch.tensor(weight_scale_2), values)
+    assert torch.equal(made.isnan(), expected.isnan())
+    assert_same_bits((made.nan_to_num(),), (expected.nan_to_num(),))
+
+
+@pytest.mark.parametrize("scale", TENSOR_SCALES)
+def test_every_fp8_code_unpacks_alike(scale: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(64 * 3, 1).view(torch.float8_e4m3fn).view(384, 128)
+    scales = torch.tensor([[scale], [scale * 3], [-scale]])
+    made, expected = torch.empty(2, 384, 128), torch.empty(2, 384, 128)
+    for kernels, values in zip(SETS, (made, expected), strict=True):
+        kernels.unpack_fp8(codes, scales[0, 0], values[0])
+        kernels.unpack_fp8_block(codes, scales, values[1])
+    assert torch.equal(made.isnan(), expected.isnan())
+    assert_same_bits((made.nan_to_num(),), (expected.nan_to_num(),))

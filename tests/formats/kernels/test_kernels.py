@@ -1,0 +1,61 @@
+"""Which kernels a weight gets, and that there is an answer on every machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantplug.formats import NVFP4
+from quantplug.formats.kernels import cpu, kernels_for, reference
+from tests.formats.weights import DTYPES, bits, heavy_tailed
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floats_on_a_cpu_get_the_compiled_kernels(dtype: torch.dtype) -> None:
+    assert kernels_for(torch.ones(2, 2, dtype=dtype)) is cpu
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2, device="meta")], ids=["float64", "no CPU"]
+)
+def test_all_else_gets_the_reference(weight: torch.Tensor) -> None:
+    assert kernels_for(weight) is reference
+
+
+def assert_same_bytes_after(before: str, tmp_path: Path) -> None:
+    """Packs a weight in a process where `before` has run first, and here."""
+    script = f"""
+import sys, torch
+{before}
+from quantplug.formats import NVFP4
+torch.save(NVFP4().pack(torch.load({str(tmp_path / "weight.pt")!r})).tensors["weight"], {str(tmp_path / "codes.pt")!r})
+"""
+    weight = heavy_tailed((96, 160), torch.bfloat16)
+    torch.save(weight, tmp_path / "weight.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert torch.equal(bits(torch.load(tmp_path / "codes.pt")), bits(NVFP4().pack(weight).tensors["weight"]))
+
+
+def test_without_numba_the_bytes_are_the_same(tmp_path: Path) -> None:
+    assert_same_bytes_after("sys.modules['numba'] = None", tmp_path)
+
+
+def test_with_numba_s_compiler_turned_off_the_bytes_are_the_same(tmp_path: Path) -> None:
+    assert_same_bytes_after("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", tmp_path)
+
+
+def test_without_a_place_for_machine_code_the_bytes_are_the_same(tmp_path: Path) -> None:
+    assert_same_bytes_after("from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []", tmp_path)
+
+
+def test_numba_is_not_imported_before_a_weight_is_packed() -> None:
+    script = "import sys, quantplug.formats; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=False, timeout=120).returncode == 0
