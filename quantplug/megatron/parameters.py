@@ -45,8 +45,9 @@ _COLUMN_PARALLEL = (
     TEColumnParallelGroupedLinear,
 )
 _ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLinear)
+_ATTENTION_CORES = (DotProductAttention, TEDotProductAttention)  # Their one weight has an entry for each head.
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
-_LEAVES = (*_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, DotProductAttention, TEDotProductAttention)
+_LEAVES = (*_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
 # Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
 _WHOLE_IN_COLUMN_PARALLEL = frozenset({"layer_norm_weight", "layer_norm_bias"})
 _WHOLE_IN_ROW_PARALLEL = frozenset({"bias"})
@@ -177,6 +178,8 @@ def _shard(module: torch.nn.Module, name: str, place: _Place, topology: Parallel
         dim = 0
     elif isinstance(module, _ROW_PARALLEL) and name not in _WHOLE_IN_ROW_PARALLEL:
         dim = 1
+    elif isinstance(module, _ATTENTION_CORES):
+        dim = 0
     else:
         return None
     axis = ShardAxis.ETP if place.experts else ShardAxis.TP

@@ -8,6 +8,9 @@ above up rows.
 ModelOpt 0.47 also takes the whole world for the data parallel group of a linear layer that tensor parallelism leaves
 whole (TELinear): its amax would be reduced over pipeline stages, which hold other layers.
 
+ModelOpt 0.47 saves the sinks of an attention (`softmax_offset`, one a head) as if every tensor parallel rank had the
+same: loaded again, all ranks get the first one's.
+
 This is the one file that names ModelOpt's private classes.
 """
 
@@ -17,12 +20,15 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
+    TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TELinear,
     TERowParallelLinear,
 )
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from modelopt.torch.quantization.nn import QuantModule
 from modelopt.torch.quantization.plugins.megatron import (
+    _QuantTEDotProductAttention,
     _QuantTELayerNormColumnParallelLinear,
     _QuantTEMCoreColumnParallelLinear,
     _QuantTEMCoreLinear,
@@ -98,6 +104,23 @@ class QuantTELinear(_QuantTEMCoreLinear):
         super()._setup()
 
 
+class QuantTEDotProductAttention(_QuantTEDotProductAttention):
+    """ModelOpt's quantized TEDotProductAttention, with its sinks sharded as Megatron shards them."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """The sinks, one a head of this rank, and the amaxes of q, k and v, which all ranks have alike."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
 DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
     TEColumnParallelLinear: ("te_mcore_ColumnParallelLinear", QuantTEColumnParallelLinear),
     TELayerNormColumnParallelLinear: (
@@ -106,4 +129,5 @@ DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
     ),
     TERowParallelLinear: ("te_mcore_RowParallelLinear", QuantTERowParallelLinear),
     TELinear: ("te_mcore_Linear", QuantTELinear),
+    TEDotProductAttention: ("TEDotProductAttention", QuantTEDotProductAttention),
 }

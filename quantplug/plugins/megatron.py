@@ -6,7 +6,8 @@ Ours, below:
     expert: `dist_checkpointing.save` refuses it, or what is loaded belongs to other experts.
 ModelOpt's, because one weight with one quantizer is sharded like any dense layer:
     TEColumnParallelLinear, TERowParallelLinear and TELayerNormColumnParallelLinear, which refuse the shards that
-    ModelOpt places wrong, and TELinear, with other process groups than ModelOpt's (`quantplug.plugins.dense`);
+    ModelOpt places wrong, TELinear, with other process groups than ModelOpt's, and TEDotProductAttention, whose sinks
+    ModelOpt does not shard (`quantplug.plugins.dense`);
     SequentialMLP (one module an expert; it refuses TP with EP).
 
 What a sharded checkpoint holds of an expert's quantizer is keyed by *global* layer and expert, as Megatron keys its
