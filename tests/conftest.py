@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.families.cases import make
+
 # Nothing is a power of two, and the vocabulary is odd.
 SIZES = {
     "vocab_size": 523,
@@ -89,6 +91,12 @@ def tiny_qwen3_tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dense Qwen3 in bf16 whose output layer is its embedding."""
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
     return _save(model, tmp_path_factory.mktemp("qwen3_tied"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt_oss_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-OSS in bf16: 3 layers, the 8 experts of each in one tensor."""
+    return make("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,9 @@ def check_divisible(
     if max(groups, topology.tp) % min(groups, topology.tp):
         reason = f"{groups} and {topology.tp} TP ranks do not divide one another"
         offenders.append(Offender("num_query_groups", reason, rank=topology.rank))
+    if sizes.get("add_bias_linear") and sizes.get("num_moe_experts") and topology.etp > 1:
+        reason = f"experts have biases, which Megatron does not shard; the ETP size is {topology.etp}"
+        offenders.append(Offender("expert_tensor_parallel_size", reason, rank=topology.rank))
     if offenders:
         raise TopologyError(
             "The model does not divide over these parallel sizes.", offenders, "Choose sizes that divide these numbers."

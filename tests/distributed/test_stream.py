@@ -78,6 +78,15 @@ def test_receivers_get_what_one_rank_exports(
             assert (layout == "2-2-2-1") == any("linear_fc2" in name for name in told["first"])
 
 
+@pytest.mark.usefixtures("single_rank")
+def test_receivers_get_whole_tensors_of_all_experts(tiny_gpt_oss_dir: Path, tmp_path: Path) -> None:
+    run_ranks(tiny_gpt_oss_dir, tmp_path, "2-2-1-1", "streams", "nvfp4")
+    expected = expected_tensors("nvfp4", tiny_gpt_oss_dir, tmp_path / "export")
+    for rank in range(RANKS):
+        assert_same_tensors(torch.load(tmp_path / f"nvfp4-{rank}.pt"), expected)
+        assert_same_tensors(torch.load(tmp_path / f"nvfp4-some-{rank}.pt"), expected if rank in RECEIVERS else {})
+
+
 def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:
     kinds = ["experts", "ranks", "argument", "receivers", "function", "nan"]
     run_ranks(tiny_qwen3_moe_dir, tmp_path, "2-2-2-1", "faults", *kinds)
