@@ -118,7 +118,7 @@ class PartOutput:
         """Bytes that are written for it of one of its tensors."""
         if self.placement is None:
             return spec.nbytes
-        if not spec.shape:  # A scale of all experts is written with the first of them.
+        if self.placement.is_shared(spec.shape):  # A scale of all experts is written with the first of them.
             return spec.nbytes if self.placement.expert == 0 else 0
         return spec.nbytes // self.placement.experts
 

@@ -78,10 +78,10 @@ def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> 
 
 def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> Iterator[Rows]:
     """One expert's whole slice; a scale of all experts comes with the first of them."""
-    if spec.shape:
+    if not placement.is_shared(spec.shape):
         yield Rows(spec.name, placement.expert, placement.turned(tensor).unsqueeze(0).contiguous())
     elif placement.expert == 0:
-        yield Rows(spec.name, 0, tensor)
+        yield Rows(spec.name, 0, tensor.reshape(spec.shape))
 
 
 def _input_scale(piece: Piece) -> Iterator[Rows]:

@@ -93,6 +93,10 @@ class Placement:
         """Shape of the tensor of all experts, from that of one expert's."""
         return (self.experts, *(reversed(shape) if self.transposed else shape))
 
+    def is_shared(self, stored: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape is one scale of all experts."""
+        return stored in ((), (1,))
+
     def stored_axis(self, axis: int, rank: int) -> int:
         """Which axis of the tensor of all experts an axis of one expert's tensor of that rank is."""
         return rank - axis if self.transposed else axis + 1
