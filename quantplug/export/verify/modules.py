@@ -11,6 +11,9 @@ from quantplug.export.verify.layouts import CODE_DTYPES, Layout, Part, UnjudgedL
 from quantplug.export.verify.scheme import Scheme
 from quantplug.mappings.base import Placement
 
+# What has the experts along its first axis, and how many axes it has.
+_RANKS_OF_ALL = {"weight": 3, "weight_packed": 3, "bias": 2}
+
 
 @dataclass(frozen=True)
 class Module:
@@ -39,8 +42,8 @@ class Module:
         """How the experts lie in the tensors of all of them; None for a module of its own."""
         if self.transposed is None:
             return None
-        held = (self.tensors.get(suffix) for suffix in ("weight", "weight_packed", "bias"))
-        experts = next((info.shape[0] for info in held if info is not None and info.shape), 0)
+        held = ((self.tensors.get(suffix), rank) for suffix, rank in _RANKS_OF_ALL.items())
+        experts = next((info.shape[0] for info, rank in held if info is not None and len(info.shape) == rank), 0)
         return Placement(0, experts, self.transposed)
 
     def stored_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:

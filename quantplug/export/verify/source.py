@@ -143,13 +143,14 @@ def _chunks(original: Original, weight: Matrix, rows: int, columns: int) -> Iter
 def _quantized(
     inventory: Inventory, original: Original, module: Module, measured: list[TensorError]
 ) -> Iterator[Finding]:
-    layout, codes, name = module.layout, module.codes, original.info.name
+    layout, codes = module.layout, module.codes
     assert layout is not None
     assert codes is not None
     rows, columns = codes.shape[0], layout.columns(codes)
     shape = module.stored_shape((rows, columns))
     if original.shape != shape:
-        yield error(Check.SOURCE_NAMES, name, f"decodes to {list(shape)}, in the source {list(original.shape)}")
+        message = f"decodes to {list(shape)}, in the source {list(original.shape)}"
+        yield error(Check.SOURCE_NAMES, original.info.name, message)
         return
     for weight in _weights(inventory, module):
         total = bounds.ErrorSum()
@@ -158,8 +159,8 @@ def _quantized(
                 _add_nvfp4(total, weight, layout, first, values)
             else:
                 _add_fp8(total, weight, layout, first, values)
-        which = "" if weight.expert is None else f"[{weight.expert}]"
-        result = _tensor_error(f"{original.info.stored}{which}", names.kind(name), layout.name, total)
+        tensor = f"{module.name}.weight" if weight.expert is None else f"{module.name}[{weight.expert}]"
+        result = _tensor_error(tensor, names.kind(module.name), layout.name, total)
         measured.append(result)
         yield from _bound_findings(result, total)
 
@@ -193,7 +194,7 @@ def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> 
     norm = math.sqrt(total.squared_norm)
     return TensorError(
         name=name,
-        kind=kind.removesuffix(".weight").removesuffix(".blocks"),
+        kind=kind,
         format=layout,
         relative_error=relative(math.sqrt(total.squared_error), norm),
         bound=relative(math.sqrt(total.squared_bound), norm),

@@ -61,7 +61,7 @@ def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[F
 def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding]:
     info = inventory.checkpoint.tensors[name]
     module, suffix = split(name)
-    is_scale = suffix in _POSITIVE
+    is_scale, fused = suffix in _POSITIVE, inventory.modules[module].transposed is not None
     bad = low = 0
     spoiled: set[int] = set()
     for first, chunk in inventory.checkpoint.chunks(name):
@@ -78,9 +78,10 @@ def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding
                 _count_subnormal(values, inventory.modules[module], codes)
         if broken.any():
             bad += int(broken.sum())
-            spoiled |= {first + row for row in range(len(broken)) if broken[row].any()} if broken.dim() else set()
+            if fused and broken.dim():
+                spoiled.update((first + broken.flatten(1).any(dim=1).nonzero().flatten()).tolist())
     if bad:
-        where = f" in experts {ranges(sorted(spoiled))}" if inventory.modules[module].transposed is not None else ""
+        where = f", in experts {ranges(sorted(spoiled))}" if spoiled else ""
         yield error(Check.FINITE, name, f"{bad} values are NaN or Inf{where}")
     if low:
         what = "below zero" if info.dtype == "F8_E4M3" else "zero or below"
