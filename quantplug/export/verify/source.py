@@ -125,11 +125,12 @@ def _decoded(inventory: Inventory, original: Original, target: TensorInfo, modul
 
 
 def _weights(inventory: Inventory, module: Module) -> Iterator[Matrix]:
-    """The weight of a module, or those of all experts in one tensor."""
+    """The weight of a module, or those of all experts in one tensor; none of sizes of zero."""
+    matrix = module.codes or module.plain_matrix
     if module.placement is None:
         yield Matrix(inventory.checkpoint, module.name)
         return
-    for expert in range(module.placement.experts):
+    for expert in range(module.placement.experts if matrix is not None and all(matrix.shape) else 0):
         yield Matrix(inventory.checkpoint, module.name, expert, module.placement.transposed)
 
 

@@ -280,3 +280,95 @@ def test_blocks_of_no_experts_are_no_mxfp4(both: Surgeries) -> None:
     source.close()
     found = told(verify_checkpoint(export.directory, source.directory))
     assert found == {("source-names", "visual.blocks"), ("source-names", "visual.scales")}
+
+
+@pytest.fixture
+def in_fp8_blocks(open_fused: Callable[[str], Any]) -> Any:
+    """DeepSeek's form of the experts, their widths cutting the last blocks; all else stays plain."""
+    export = open_fused("source")
+    for name in [name for name in export.tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts = export.tensors[name].float()
+        scales = block_amax(experts) / 448
+        codes = experts / spread(scales, experts.shape)
+        export.tensors[name] = codes.clamp(-448, 448).to(torch.float8_e4m3fn)
+        export.tensors[f"{name}_weight_scale_inv"] = scales
+    plain = [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp.router")]
+    export.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *plain],
+    }
+    return export
+
+
+def block_amax(experts: torch.Tensor) -> torch.Tensor:
+    """[E, ceil(rows / 128), ceil(columns / 128)]."""
+    rows = [part.abs().amax(dim=1) for part in experts.split(128, dim=1)]
+    return torch.stack(
+        [torch.stack([part.amax(dim=1) for part in row.split(128, dim=1)], dim=1) for row in rows], dim=1
+    )
+
+
+def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    whole = scales.repeat_interleave(128, dim=1).repeat_interleave(128, dim=2)
+    return whole[:, : shape[1], : shape[2]]
+
+
+def turn_blocks(export: Any, source: Any) -> None:
+    name = f"{DOWN}_weight_scale_inv"
+    export.tensors[name] = export.tensors[name].mT.contiguous()
+
+
+def blocks_of_one(export: Any, source: Any) -> None:
+    export.tensors[f"{DOWN}_weight_scale_inv"] = export.tensors[f"{DOWN}_weight_scale_inv"][0].contiguous()
+
+
+def double_one_block(export: Any, source: Any) -> None:
+    bytes_of(export, f"{GATE_UP}_weight_scale_inv")[2, 1, 1] *= 2
+
+
+def no_blocks(export: Any, source: Any) -> None:
+    export.drop(f"{GATE_UP}_weight_scale_inv")
+
+
+FP8_BLOCKS: dict[str, tuple[Spoil, set[tuple[str, str]]]] = {
+    "as it is": (lambda export, source: None, set()),
+    "scales turned": (turn_blocks, {("tensor-layout", f"{DOWN}_weight_scale_inv")}),
+    "scales of one expert": (blocks_of_one, {("tensor-layout", f"{DOWN}_weight_scale_inv")}),
+    "no scales": (no_blocks, {("tensor-layout", f"{GATE_UP}_weight_scale_inv")}),
+    "one block doubled": (double_one_block, errors(GATE_UP, 2)),
+    "two experts in each other's place": (swap_codes, errors(DOWN, 0, 3)),
+}
+
+
+@pytest.mark.parametrize(("spoil", "expected"), FP8_BLOCKS.values(), ids=FP8_BLOCKS)
+def test_fp8_in_blocks(
+    in_fp8_blocks: Any, fused: dict[str, Path], spoil: Spoil, expected: set[tuple[str, str]]
+) -> None:
+    spoil(in_fp8_blocks, None)
+    in_fp8_blocks.close()
+    assert told(verify_checkpoint(in_fp8_blocks.directory, fused["source"])) == expected
+
+
+def test_fp8_blocks_that_a_server_cuts(in_fp8_blocks: Any) -> None:
+    in_fp8_blocks.close()
+    report = verify_checkpoint(in_fp8_blocks.directory)
+    cut = {found.subject: found.message for found in report.findings if found.check == "serving-tp"}
+    assert cut.keys() == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert cut["mlp.experts.gate_up_proj"].startswith("out_features 192 of a rank")
+    assert cut["mlp.experts.down_proj"].startswith("in_features 96 of a rank")
+
+
+@pytest.mark.parametrize("shape", [(10**8, 0, 160), (0, 48, 160), (4, 0, 0), (4,), (), (4, 48, 160, 1), (2, 2)])
+def test_shapes_that_are_none(both: Surgeries, shape: tuple[int, ...]) -> None:
+    """However odd, it is a finding, and soon."""
+    export, source = both
+    blocks = (*shape[:1], *(shape[1] * 2 // 16, shape[2])) if len(shape) == 3 else shape
+    export.tensors[DOWN] = torch.zeros(shape, dtype=torch.uint8)
+    export.tensors[f"{DOWN}_weight_scale"] = torch.zeros(blocks).to(torch.float8_e4m3fn)
+    source.tensors[DOWN] = torch.zeros((*shape[:1], 2 * shape[1], shape[2]) if len(shape) == 3 else shape)
+    export.close()
+    source.close()
+    found = told(verify_checkpoint(export.directory, source.directory))
+    assert found & {("experts", DOWN), ("architecture", DOWN), ("tensor-layout", DOWN)}
