@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from quantplug.export.verify import (
@@ -19,6 +20,7 @@ from quantplug.export.verify import (
     source as source_rules,
 )
 from quantplug.export.verify.checkpoint import Checkpoint, open_checkpoint
+from quantplug.export.verify.fused import fused_experts, with_inner_names
 from quantplug.export.verify.modules import Inventory, take_inventory
 from quantplug.export.verify.report import Finding, KindError, Severity, Size, TensorError, VerifyReport
 from quantplug.export.verify.scheme import read_scheme
@@ -45,7 +47,7 @@ def verify_checkpoint(
 
     Args:
         directory: Holds config.json and the safetensors files.
-        source: The BF16, FP16 or FP32 checkpoint it was quantized from.
+        source: The BF16, FP16 or FP32 checkpoint it was quantized from, or GPT-OSS's own in MXFP4.
         on_progress: Called with (bytes read so far, bytes to read in all).
 
     Returns:
@@ -58,9 +60,14 @@ def verify_checkpoint(
     original, source_findings = open_checkpoint(Path(source)) if source is not None else (None, [])
     try:
         scheme, scheme_findings = read_scheme(export)
-        findings += [*source_findings, *scheme_findings]
-        inventory = take_inventory(export, scheme)
+        fused = fused_experts(export.config)
+        export, name_findings = with_inner_names(export, fused)
+        if original is not None:
+            original, _ = with_inner_names(original, fused)
+        findings += [*source_findings, *scheme_findings, *name_findings]
+        inventory = take_inventory(export, scheme, fused)
         errors = _judge(inventory, original, findings, on_progress)
+        findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
         return VerifyReport(
             directory=str(directory),
             source=None if source is None else str(source),

@@ -29,18 +29,27 @@ ITEM_BYTES = {
 PLAIN_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
+def rows_at_a_time(row_bytes: int) -> int:
+    return max(1, CHUNK_BYTES // max(1, row_bytes))
+
+
 class UnreadableTensorError(Exception):
     """The header of a tensor was read, its data cannot be."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its shard's header gives it; `dtype` is safetensors' spelling (`U8`, `F8_E4M3`, `BF16`)."""
+    """One tensor as its shard's header gives it; `dtype` is safetensors' spelling (`U8`, `F8_E4M3`, `BF16`).
+
+    Attributes:
+        stored: Its name on disk; `name` is how the rules spell it (see `fused.py`).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     shard: str
+    stored: str
 
     @property
     def nbytes(self) -> int:
@@ -65,14 +74,18 @@ class Checkpoint:
             UnreadableTensorError: The shard cannot give it.
         """
         try:
-            return self._shard(name).get_tensor(name)
+            return self._shard(name).get_tensor(self.tensors[name].stored)
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
             raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of a tensor of at least one dimension; raises as `read`."""
+        return self.part(name, (slice(first, last),))
+
+    def part(self, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
+        """What an index along the first axes of a tensor says; raises as `read`."""
         try:
-            return self._shard(name).get_slice(name)[first:last]
+            return self._shard(name).get_slice(self.tensors[name].stored)[index]
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
             raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
 
@@ -82,8 +95,7 @@ class Checkpoint:
         if not info.shape:
             yield 0, self.read(name)
             return
-        row_bytes = max(1, prod(info.shape[1:]) * ITEM_BYTES.get(info.dtype, 1))
-        step = max(1, CHUNK_BYTES // row_bytes)
+        step = rows_at_a_time(prod(info.shape[1:]) * ITEM_BYTES.get(info.dtype, 1))
         for first in range(0, info.shape[0], step):
             yield first, self.rows(name, first, min(first + step, info.shape[0]))
 
@@ -163,7 +175,9 @@ def _header(path: Path, findings: list[Finding]) -> list[TensorInfo]:
     try:
         with safe_open(path, framework="pt") as shard:
             slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 (not a dict)
-            return [TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), path.name) for name, part in slices]
+            return [
+                TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), path.name, name) for name, part in slices
+            ]
     except (SafetensorError, OSError, RuntimeError, ValueError) as problem:
         findings.append(error(Check.FILES, path.name, f"cannot be read as safetensors: {problem}"))
         return []

@@ -5,6 +5,8 @@ It shares nothing with the packers, so that an error there cannot hide here.
 E2M1 (OCP Microscaling Formats v1.0, 5.3.3): sign, two exponent bits with bias 1, one mantissa bit; no Inf, no NaN.
 E4M3 (OCP 8-bit Floating Point v1.0, table 1): sign, four exponent bits with bias 7, three mantissa bits; S.1111.111 is
 NaN, no Inf.
+MXFP4 (OCP Microscaling Formats v1.0, 5.2): two E2M1 codes a byte and one E8M0 scale, 2^(byte - 127), for 32 columns;
+0xFF is NaN.
 NVFP4: two E2M1 codes a byte, the low nibble being the even column; value = code * E4M3 block scale * FP32 tensor scale.
 """
 
@@ -13,6 +15,7 @@ import math
 import torch
 
 NVFP4_BLOCK = 16  # columns that share one block scale
+MXFP4_BLOCK = 32
 
 
 def _minifloat(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> float:
@@ -31,6 +34,7 @@ def _e4m3(code: int) -> float:
 
 E2M1_VALUES = torch.tensor([_minifloat(code, exponent_bits=2, mantissa_bits=1, bias=1) for code in range(16)])
 E4M3_VALUES = torch.tensor([_e4m3(code) for code in range(256)])
+E8M0_VALUES = torch.tensor([*(math.ldexp(1.0, code - 127) for code in range(255)), math.nan])
 _E2M1_PAIRS = torch.stack([E2M1_VALUES[torch.arange(256) & 15], E2M1_VALUES[torch.arange(256) >> 4]], dim=1)
 
 
@@ -57,6 +61,19 @@ def decode_nvfp4(packed_U8: torch.Tensor, scales_U8: torch.Tensor, tensor_scale:
     rows, columns = values.shape
     scales = decode_e4m3(scales_U8) * tensor_scale.reshape(())
     return (values.view(rows, -1, NVFP4_BLOCK) * scales.unsqueeze(-1)).view(rows, columns)
+
+
+def decode_mxfp4(blocks_U8: torch.Tensor, scales_U8: torch.Tensor) -> torch.Tensor:
+    """FP32 weight [rows, columns] of MXFP4 bytes.
+
+    Args:
+        blocks_U8: E2M1 code pairs [rows, columns / 32, 16].
+        scales_U8: E8M0 scale bytes [rows, columns / 32].
+    """
+    rows, blocks, packed = blocks_U8.shape
+    values = decode_e2m1_pairs(blocks_U8.reshape(rows * blocks, packed))
+    scales = E8M0_VALUES.index_select(0, scales_U8.flatten().int())
+    return (values * scales.unsqueeze(1)).view(rows, blocks * 2 * packed)
 
 
 def spread_blocks(

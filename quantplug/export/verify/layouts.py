@@ -5,10 +5,11 @@ Sources: ModelOpt 0.47's, llm-compressor 0.14's and DeepSeek-V3's written files;
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from quantplug.export.verify.checkpoint import PLAIN_FLOATS, TensorInfo
+from quantplug.mappings.base import Placement
 
 SCALARS = ((), (1,))
 
@@ -26,6 +27,12 @@ class Part:
         if info.shape not in self.shapes:
             return f"has shape {list(info.shape)}, expected {' or '.join(str(list(shape)) for shape in self.shapes)}"
         return None
+
+    def of_all(self, placement: Placement) -> "Part":
+        """The tensor of all experts; what has no axes is one for all of them."""
+        if self.shapes == SCALARS:
+            return self
+        return replace(self, shapes=tuple(placement.stored_shape(shape) for shape in self.shapes))
 
 
 F32 = frozenset({"F32"})

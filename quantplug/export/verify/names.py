@@ -15,7 +15,7 @@ _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2", "out_proj"})  # in_features are split over tensor-parallel ranks
-COLUMN_PARALLEL = frozenset({"q_proj", "gate_proj", "up_proj", "w1", "w3"})  # out_features are split
+COLUMN_PARALLEL = frozenset({"q_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3"})  # out_features are split
 ROUTERS = ("gate", "router", "shared_expert_gate")
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "embeddings", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}

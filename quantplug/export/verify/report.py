@@ -48,11 +48,18 @@ def note(check: Check, subject: str, message: str) -> Finding:
     return Finding(Severity.NOTE, check, subject, message)
 
 
+def ranges(ids: list[int]) -> str:
+    """Numbers of layers or experts for a message: the first of them, and how many more."""
+    shown = ", ".join(str(index) for index in ids[:8])
+    return f"{shown} and {len(ids) - 8} more" if len(ids) > 8 else shown
+
+
 @dataclass(frozen=True)
 class TensorError:
     """How far one dequantized weight is from its original.
 
     Attributes:
+        name: Of the tensor; `name[3]` for expert 3 in a tensor that holds all experts of a layer.
         relative_error: Frobenius norm of the difference over that of the original; 0 for two zero tensors.
         bound: Largest `relative_error` that round to nearest can give these very values (see `bounds.py`).
         max_error: Largest absolute difference over the largest magnitude of the original.

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from quantplug.errors import UnsupportedModelError
 from quantplug.export.verify import names
 from quantplug.export.verify.checks import Check
+from quantplug.export.verify.fused import family_of, fused_experts
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error
 from quantplug.export.verify.untrusted import Json, as_count, as_texts
 from quantplug.mappings.base import Family, Scope
-from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 
 _COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
@@ -45,6 +44,9 @@ _SHAPES: Mapping[str, Callable[[ModelDimensions], Shape]] = {
     "mlp.experts.gate_proj": lambda dims: (dims.expert_width, dims.hidden_size),
     "mlp.experts.up_proj": lambda dims: (dims.expert_width, dims.hidden_size),
     "mlp.experts.down_proj": lambda dims: (dims.hidden_size, dims.expert_width),
+    "self_attn": lambda dims: (dims.num_attention_heads,),  # of its sinks
+    "mlp.router": lambda dims: (dims.num_experts, dims.hidden_size),
+    "mlp.experts.gate_up_proj": lambda dims: (dims.expert_width and 2 * dims.expert_width, dims.hidden_size),
     "block_sparse_moe.experts.w1": lambda dims: (dims.expert_width, dims.hidden_size),
     "block_sparse_moe.experts.w3": lambda dims: (dims.expert_width, dims.hidden_size),
     "block_sparse_moe.experts.w2": lambda dims: (dims.hidden_size, dims.expert_width),
@@ -59,7 +61,7 @@ class Architecture:
     """What config.json asks for.
 
     Attributes:
-        tensors: Names of all weights and biases, before quantization.
+        tensors: Names of all weights and biases, before quantization, in a module's spelling (see `fused.py`).
     """
 
     name: str
@@ -74,25 +76,17 @@ class Architecture:
 def architecture(inventory: Inventory) -> Iterator[Finding]:
     """Exactly the weights of the architecture, in the shapes that follow from the config's sizes."""
     config = inventory.checkpoint.config
-    family = _family(config)
+    family = family_of(config)
     if family is None or not inventory.modules:
         return
     if unusable := list(_unusable(config, family)):
         yield from unusable
         return
     dims = family.dimensions(config)
-    found = Architecture(as_texts(config.get("architectures"))[0], dims, _tensors(family, dims))
+    found = Architecture(as_texts(config.get("architectures"))[0], dims, _tensors(family, dims, config))
     yield from _missing(inventory, found)
     yield from _extra(inventory, found)
     yield from _misshapen(inventory, found)
-
-
-def _family(config: Json) -> Family | None:
-    known = as_texts(config.get("architectures"))
-    try:
-        return find_family(known[0]) if known else None
-    except UnsupportedModelError:
-        return None
 
 
 def _unusable(config: Json, family: Family) -> Iterator[Finding]:
@@ -117,8 +111,9 @@ def _may_be_null(config: Json, key: str) -> bool:
     return config[key] is None and key in _OPTIONAL_COUNTS
 
 
-def _tensors(family: Family, dims: ModelDimensions) -> frozenset[str]:
-    return frozenset(name for tensors, _ in family.expected(dims) for name in tensors)
+def _tensors(family: Family, dims: ModelDimensions, config: Json) -> frozenset[str]:
+    stored = {name for tensors, _ in family.expected(dims) for name in tensors}
+    return frozenset(map(fused_experts(config).inner_name, stored))
 
 
 def _has(inventory: Inventory, tensor: str) -> bool:
@@ -191,6 +186,7 @@ def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         if shape is None or sizes is None:
             continue
         wanted = sizes(found.dims) if suffix == "weight" else sizes(found.dims)[:1]
+        wanted = inventory.modules[module].stored_shape(wanted)
         if shape != wanted:
             wrong.setdefault((names.kind(name), shape, wanted), []).append(name)
     for (_, shape, wanted), tensors in wrong.items():
@@ -203,7 +199,7 @@ def _shape(module: Module | None, suffix: str) -> Shape | None:
     if module is None:
         return None
     if suffix == "weight" and module.layout is not None and module.codes is not None:
-        return module.codes.shape[0], module.layout.columns(module.codes)
+        return module.stored_shape((module.codes.shape[0], module.layout.columns(module.codes)))
     plain = module.tensors.get(suffix)
     return plain.shape if plain is not None and not (suffix == "weight" and module.quantized) else None
 

@@ -34,7 +34,7 @@ def algo(inventory: Inventory) -> Iterator[Finding]:
         yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} is not upper-case: vLLM and SGLang do not know it")
     if name.upper() not in MODELOPT_LAYOUTS and name != "MIXED_PRECISION":
         yield error(Check.ALGO, CONFIG, f"quant_algo {name or 'missing'!r} is known to no server")
-    elif name.upper() in _SERVED_DENSE_ONLY and inventory.mixtures:
+    elif name.upper() in _SERVED_DENSE_ONLY and inventory.expert_groups:
         yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} of a mixture of experts: vLLM and SGLang cannot load it")
     elif name.upper() in _SERVED_DENSE_ONLY:
         yield warning(Check.ALGO, CONFIG, f"quant_algo {name!r} is served by vLLM alone")

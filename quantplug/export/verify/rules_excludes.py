@@ -19,7 +19,7 @@ def _listed(modules: list[str]) -> str:
 def patterns(inventory: Inventory) -> Iterator[Finding]:
     """Each pattern names something, and no more than it seems to."""
     tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
-    modules = [*inventory.modules, *(["lm_head"] if tied else [])]  # ModelOpt excludes a head that is not on disk
+    modules = [*inventory.served, *(["lm_head"] if tied else [])]  # ModelOpt excludes a head that is not on disk
     known, listed = with_parents(modules), inventory.scheme.excludes
     for pattern in listed.patterns:
         if pattern.startswith("re:") and inventory.scheme.method != "compressed-tensors":
@@ -35,14 +35,14 @@ def patterns(inventory: Inventory) -> Iterator[Finding]:
 
 def _wildcard(inventory: Inventory, pattern: str) -> Iterator[Finding]:
     merged = [group.fused for group in inventory.fused_groups]
-    hit = inventory.scheme.excludes.hits(pattern, [*inventory.modules, *merged])
+    hit = inventory.scheme.excludes.hits(pattern, [*inventory.served, *merged])
     if reason := excludes.overreach(pattern, hit):
         message = f"{reason}; it hits {_listed(hit)}: write exact names or prefix.*"
         yield error(Check.EXCLUDE_PATTERN, pattern, message)
 
 
 def _plain_name(inventory: Inventory, pattern: str) -> Iterator[Finding]:
-    if pattern not in inventory.modules and pattern != "lm_head":
+    if pattern not in inventory.served and pattern != "lm_head":
         message = f"names a parent: TensorRT-LLM and SGLang want the whole name, write {pattern}.*"
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
     merged = (group.fused for group in inventory.fused_groups)

@@ -1,12 +1,12 @@
 """Rules on the model as a whole: every layer and expert is there, merged modules agree, serving shards align."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from quantplug.export.verify import names
 from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import Fp8Layout
 from quantplug.export.verify.modules import Inventory, Module
-from quantplug.export.verify.report import Finding, error, warning
+from quantplug.export.verify.report import Finding, error, ranges, warning
 from quantplug.export.verify.untrusted import as_count, as_object
 
 _SERVING_TP = (2, 4, 8)
@@ -31,10 +31,11 @@ def experts(inventory: Inventory) -> Iterator[Finding]:
             yield warning(Check.EXPERTS, prefix, "config.json has no number of experts to hold this against")
         wanted = set(range(count)) if count is not None else set(members)
         if missing := sorted(wanted - members.keys()):
-            yield error(Check.EXPERTS, prefix, f"experts missing: {_ranges(missing)} of {len(wanted)}")
+            yield error(Check.EXPERTS, prefix, f"experts missing: {ranges(missing)} of {len(wanted)}")
         if extra := sorted(members.keys() - wanted):
-            yield error(Check.EXPERTS, prefix, f"experts beyond the {count} of config.json: {_ranges(extra)}")
+            yield error(Check.EXPERTS, prefix, f"experts beyond the {count} of config.json: {ranges(extra)}")
         yield from _incomplete(prefix, members)
+    yield from _in_one_tensor(inventory, count)
     yield from _lost_mixtures(inventory, count)
 
 
@@ -43,6 +44,17 @@ def _incomplete(prefix: str, members: Mapping[int, Mapping[str, str]]) -> Iterat
     for index, projections in sorted(members.items()):
         if absent := sorted(everything - projections.keys()):
             yield error(Check.EXPERTS, f"{prefix}.{index}", f"lacks {', '.join(absent)}, which other experts have")
+
+
+def _in_one_tensor(inventory: Inventory, count: int | None) -> Iterator[Finding]:
+    for module in inventory.modules.values():
+        if module.placement is None:
+            continue
+        if count is None:
+            yield warning(Check.EXPERTS, module.name, "config.json has no number of experts to hold this against")
+        elif module.placement.experts != count:
+            message = f"holds {module.placement.experts} experts, config.json counts {count}"
+            yield error(Check.EXPERTS, module.name, message)
 
 
 def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]:
@@ -54,11 +66,6 @@ def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]
         fused = any(other.startswith(f"{parent}.experts") for other in inventory.modules)
         if is_router and not fused:
             yield error(Check.EXPERTS, parent, f"has a router for {count} experts, and no expert")
-
-
-def _ranges(ids: list[int]) -> str:
-    shown = ", ".join(str(index) for index in ids[:8])
-    return f"{shown} and {len(ids) - 8} more" if len(ids) > 8 else shown
 
 
 def layers(inventory: Inventory) -> Iterator[Finding]:
@@ -80,9 +87,9 @@ def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> 
     for stack, ids in stacks.items():
         absent = [index for index in range(min(count, 100_000)) if index not in ids]
         if absent:
-            yield error(Check.LAYERS, stack, f"layers missing: {_ranges(absent)} of {count}")
+            yield error(Check.LAYERS, stack, f"layers missing: {ranges(absent)} of {count}")
         if extra := sorted(index for index in ids if index >= count + drafts):
-            yield error(Check.LAYERS, stack, f"layers beyond the {count} of config.json: {_ranges(extra)}")
+            yield error(Check.LAYERS, stack, f"layers beyond the {count} of config.json: {ranges(extra)}")
 
 
 def _head(inventory: Inventory) -> Iterator[Finding]:
@@ -105,15 +112,14 @@ def _state(module: Module) -> str:
 
 def one_algo(inventory: Inventory) -> Iterator[Finding]:
     """Row 9: experts of a layer, and projections that servers merge, are quantized alike."""
-    for prefix, members in inventory.mixtures.items():
-        modules = [module for projections in members.values() for module in projections.values()]
+    for prefix, modules in inventory.expert_groups.items():
         yield from _alike(inventory, prefix, modules, "experts of one layer")
     for group in inventory.fused_groups:
         if not group.in_expert:
-            yield from _alike(inventory, group.fused, list(group.members), "parts that servers merge")
+            yield from _alike(inventory, group.fused, group.members, "parts that servers merge")
 
 
-def _alike(inventory: Inventory, subject: str, modules: list[str], what: str) -> Iterator[Finding]:
+def _alike(inventory: Inventory, subject: str, modules: Sequence[str], what: str) -> Iterator[Finding]:
     states: dict[str, list[str]] = {}
     for name in modules:
         states.setdefault(_state(inventory.modules[name]), []).append(name)

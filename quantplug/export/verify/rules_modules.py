@@ -59,7 +59,7 @@ def layout(inventory: Inventory) -> Iterator[Finding]:
 def _parts(module: Module) -> Iterator[Finding]:
     assert module.layout is not None
     assert module.codes is not None
-    for suffix, part in module.layout.parts(module.codes).items():
+    for suffix, part in module.parts.items():
         name, info = f"{module.name}.{suffix}", module.tensors.get(suffix)
         if info is None and suffix == module.layout.input_scale:
             message = f"missing: {module.layout.name} quantizes activations, vLLM would use uninitialised memory"
@@ -73,7 +73,7 @@ def _parts(module: Module) -> Iterator[Finding]:
 def _strangers(module: Module) -> Iterator[Finding]:
     assert module.layout is not None
     assert module.codes is not None
-    wanted = module.layout.parts(module.codes).keys()
+    wanted = module.parts.keys()
     for suffix in sorted(set(scale_names(module.tensors)) - wanted):
         name = f"{module.name}.{suffix}"
         if suffix in ("input_scale", "input_global_scale") and module.layout.input_scale is None:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from quantplug.export.verify import bounds, decode, names
+from quantplug.export.verify import bounds, decode, names, originals
 from quantplug.export.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
+from quantplug.export.verify.matrices import Matrix
 from quantplug.export.verify.modules import Inventory, Module
+from quantplug.export.verify.originals import Original
 from quantplug.export.verify.report import Finding, Size, TensorError, error, warning
 
 OnBytes = Callable[[int], None]
@@ -34,39 +36,47 @@ def compare(inventory: Inventory, source: Checkpoint, on_bytes: OnBytes) -> tupl
 
 
 def _source_findings(source: Checkpoint) -> Iterator[Finding]:
-    if source.config.get("quantization_config"):
+    if source.config.get("quantization_config") and not originals.claims_mxfp4(source.config):
         yield error(Check.SOURCE, "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
 
 
-def _target(inventory: Inventory, name: str) -> str:
+def _target(inventory: Inventory, info: TensorInfo) -> str:
     """Where the export keeps the values of a source tensor."""
-    module, suffix = names.split(name)
+    module, suffix = names.split(info.name)
+    if suffix != "weight" and not originals.is_mxfp4(info):
+        return info.name
     packed = f"{module}.weight_packed"
-    return packed if suffix == "weight" and packed in inventory.checkpoint.tensors else name
+    return packed if packed in inventory.checkpoint.tensors else f"{module}.weight"
 
 
 def _extra(inventory: Inventory, source: Checkpoint) -> Iterator[Finding]:
-    known = {_target(inventory, name) for name in source.tensors}
+    known = {_target(inventory, info) for info in source.tensors.values()}
     for name in inventory.checkpoint.tensors:
         module, suffix = names.split(name)
-        belongs = f"{module}.weight" in source.tensors or suffix in KV_SUFFIXES
+        belongs = not known.isdisjoint((f"{module}.weight", f"{module}.weight_packed")) or suffix in KV_SUFFIXES
         if name not in known and not (belongs and suffix in SCALE_SUFFIXES | KV_SUFFIXES):
             yield error(Check.SOURCE_NAMES, name, "not in the source")
 
 
 def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: list[TensorError]) -> Iterator[Finding]:
-    target = inventory.checkpoint.tensors.get(_target(inventory, info.name))
+    if _is_read_with_blocks(source, info):
+        return
+    target = inventory.checkpoint.tensors.get(_target(inventory, info))
     if target is None:
         tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
         if not (tied and names.is_head(names.split(info.name)[0])):
             yield error(Check.SOURCE_NAMES, info.name, "in the source, but not in the export")
         return
     module = inventory.modules[names.split(target.name)[0]]
-    if module.quantized and target.name.endswith((".weight", ".weight_packed")):
-        if not is_plain(info):
+    is_weight = target.name.endswith((".weight", ".weight_packed"))
+    if is_weight and (module.quantized or originals.is_mxfp4(info)):
+        original = originals.original_of(source, info, module.transposed)
+        if original is None:
             yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
+        elif not module.quantized:
+            yield from _decoded(inventory, original, target, module)
         elif module.sound:
-            yield from _quantized(inventory, source, info, module, measured)
+            yield from _quantized(inventory, original, module, measured)
     elif info.dtype != target.dtype and not (is_plain(info) and is_plain(target)):
         yield error(Check.SOURCE_VALUES, info.name, f"is {target.dtype}, in the source {info.dtype}")
     elif info.dtype not in ITEM_BYTES:
@@ -78,54 +88,97 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
         yield error(Check.SOURCE_VALUES, info.name, message)
 
 
+def _is_read_with_blocks(source: Checkpoint, info: TensorInfo) -> bool:
+    module, suffix = names.split(info.name)
+    return originals.is_mxfp4(info) and suffix == "scales" and f"{module}.blocks" in source.tensors
+
+
 def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
     """Elements whose bits differ after the source is cast to the stored dtype."""
-    differing = 0
-    for first, original in source.chunks(name):
-        stored = export.rows(name, first, first + original.shape[0]) if original.dim() else export.read(name)
-        view = _INTEGER_VIEWS[stored.element_size()]
-        differing += int((original.to(stored.dtype).view(view) != stored.view(view)).sum())
-    return differing
+    chunks = source.chunks(name)
+    return sum(
+        _unequal(original, export.rows(name, first, first + original.shape[0]) if original.dim() else export.read(name))
+        for first, original in chunks
+    )
+
+
+def _unequal(original: torch.Tensor, stored: torch.Tensor) -> int:
+    view = _INTEGER_VIEWS[stored.element_size()]
+    return int((original.to(stored.dtype).view(view) != stored.view(view)).sum())
+
+
+def _decoded(inventory: Inventory, original: Original, target: TensorInfo, module: Module) -> Iterator[Finding]:
+    """An unquantized tensor whose original is packed: the same values after the cast."""
+    matrix = module.matrix(target)
+    if target.shape != original.shape or matrix is None or not is_plain(target):
+        found = f"is {target.dtype} {list(target.shape)}"
+        yield error(Check.SOURCE_NAMES, target.name, f"{found}, in the source MXFP4 of {list(original.shape)}")
+        return
+    differing = sum(
+        _unequal(rows, weight.rows(names.split(target.name)[1], first, first + rows.shape[0]))
+        for weight in _weights(inventory, module)
+        for first, rows in _chunks(original, weight, *matrix.shape)
+    )
+    if differing:
+        message = f"{differing} values are not the source's, cast from MXFP4 to {target.dtype}"
+        yield error(Check.SOURCE_VALUES, target.name, message)
+
+
+def _weights(inventory: Inventory, module: Module) -> Iterator[Matrix]:
+    """The weight of a module, or those of all experts in one tensor; none of sizes of zero."""
+    matrix = module.codes or module.plain_matrix
+    if module.placement is None:
+        yield Matrix(inventory.checkpoint, module.name)
+        return
+    for expert in range(module.placement.experts if matrix is not None and all(matrix.shape) else 0):
+        yield Matrix(inventory.checkpoint, module.name, expert, module.placement.transposed)
+
+
+def _chunks(original: Original, weight: Matrix, rows: int, columns: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, FP32 rows) of the original of a weight [rows, columns]."""
+    step = original.step(columns)
+    for first in range(0, rows, step):
+        yield first, original.rows(weight.expert, first, min(first + step, rows))
 
 
 def _quantized(
-    inventory: Inventory, source: Checkpoint, info: TensorInfo, module: Module, measured: list[TensorError]
+    inventory: Inventory, original: Original, module: Module, measured: list[TensorError]
 ) -> Iterator[Finding]:
-    assert module.layout is not None
-    assert module.codes is not None
-    shape = (module.codes.shape[0], module.layout.columns(module.codes))
-    if info.shape != shape:
-        yield error(Check.SOURCE_NAMES, info.name, f"decodes to {list(shape)}, in the source {list(info.shape)}")
+    layout, codes = module.layout, module.codes
+    assert layout is not None
+    assert codes is not None
+    rows, columns = codes.shape[0], layout.columns(codes)
+    shape = module.stored_shape((rows, columns))
+    if original.shape != shape:
+        message = f"decodes to {list(shape)}, in the source {list(original.shape)}"
+        yield error(Check.SOURCE_NAMES, original.info.name, message)
         return
-    total = bounds.ErrorSum()
-    for first, rows in source.chunks(info.name):
-        original = rows.float()
-        if isinstance(module.layout, Nvfp4Layout):
-            _add_nvfp4(total, inventory.checkpoint, module, module.layout, first, original)
-        else:
-            _add_fp8(total, inventory.checkpoint, module, module.layout, first, original)
-    result = _tensor_error(info.name, module.layout.name, total)
-    measured.append(result)
-    yield from _bound_findings(result, total)
+    for weight in _weights(inventory, module):
+        total = bounds.ErrorSum()
+        for first, values in _chunks(original, weight, rows, columns):
+            if isinstance(layout, Nvfp4Layout):
+                _add_nvfp4(total, weight, layout, first, values)
+            else:
+                _add_fp8(total, weight, layout, first, values)
+        tensor = f"{module.name}.weight" if weight.expert is None else f"{module.name}[{weight.expert}]"
+        result = _tensor_error(tensor, names.kind(module.name), layout.name, total)
+        measured.append(result)
+        yield from _bound_findings(result, total)
 
 
-def _add_nvfp4(
-    total: bounds.ErrorSum, export: Checkpoint, module: Module, layout: Nvfp4Layout, first: int, original: torch.Tensor
-) -> None:
+def _add_nvfp4(total: bounds.ErrorSum, weight: Matrix, layout: Nvfp4Layout, first: int, original: torch.Tensor) -> None:
     last = first + original.shape[0]
-    packed = export.rows(f"{module.name}.{layout.codes}", first, last)
-    scales = export.rows(f"{module.name}.weight_scale", first, last).view(torch.uint8)
-    stored = export.read(f"{module.name}.{layout.tensor_scale}")
+    packed = weight.rows(layout.codes, first, last)
+    scales = weight.rows("weight_scale", first, last).view(torch.uint8)
+    stored = weight.scales(layout.tensor_scale)
     tensor_scale = stored.reciprocal() if layout.reciprocal else stored
     bounds.add_nvfp4(total, decode.decode_nvfp4(packed, scales, tensor_scale), original, tensor_scale)
 
 
-def _add_fp8(
-    total: bounds.ErrorSum, export: Checkpoint, module: Module, layout: Fp8Layout, first: int, original: torch.Tensor
-) -> None:
+def _add_fp8(total: bounds.ErrorSum, weight: Matrix, layout: Fp8Layout, first: int, original: torch.Tensor) -> None:
     rows, columns = original.shape
-    codes = export.rows(f"{module.name}.{layout.codes}", first, first + rows).view(torch.uint8)
-    scale = export.read(f"{module.name}.{layout.scale}").float()
+    codes = weight.rows(layout.codes, first, first + rows).view(torch.uint8)
+    scale = weight.scales(layout.scale).float()
     if layout.block is None:
         scale = scale.reshape(1, 1)
     elif layout.per_row:
@@ -135,14 +188,14 @@ def _add_fp8(
     bounds.add_fp8(total, decode.decode_e4m3(codes) * scale, original, scale)
 
 
-def _tensor_error(name: str, layout: str, total: bounds.ErrorSum) -> TensorError:
+def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> TensorError:
     def relative(part: float, whole: float) -> float:
         return part / whole if whole else (math.inf if part else 0.0)
 
     norm = math.sqrt(total.squared_norm)
     return TensorError(
         name=name,
-        kind=names.kind(name).removesuffix(".weight"),
+        kind=kind,
         format=layout,
         relative_error=relative(math.sqrt(total.squared_error), norm),
         bound=relative(math.sqrt(total.squared_bound), norm),

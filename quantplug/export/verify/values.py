@@ -10,7 +10,7 @@ from quantplug.export.verify.checks import Check
 from quantplug.export.verify.layouts import Nvfp4Layout
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.names import FusedGroup, kind, last, split
-from quantplug.export.verify.report import Finding, error, note, warning
+from quantplug.export.verify.report import Finding, error, note, ranges, warning
 
 # Suffixes of floating-point scales: a multiplier or divisor that must be above zero.
 _POSITIVE = frozenset({
@@ -61,32 +61,37 @@ def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[F
 def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding]:
     info = inventory.checkpoint.tensors[name]
     module, suffix = split(name)
-    is_scale = suffix in _POSITIVE
+    is_scale, fused = suffix in _POSITIVE, inventory.modules[module].transposed is not None
     bad = low = 0
-    for _, chunk in inventory.checkpoint.chunks(name):
+    spoiled: set[int] = set()
+    for first, chunk in inventory.checkpoint.chunks(name):
         if info.dtype in PLAIN_FLOATS:
-            bad += int((~torch.isfinite(chunk)).sum())
+            broken = ~torch.isfinite(chunk)
             low += int((chunk <= 0).sum()) if is_scale else 0
             if chunk.numel() == 1:
                 values.scalars[name] = float(chunk)
         else:
             codes = chunk.view(torch.uint8)
-            bad += _non_finite_codes(codes, info.dtype)
+            broken = _non_finite_codes(codes, info.dtype)
             if info.dtype == "F8_E4M3" and is_scale:
                 low += int(((codes > 0x80) & (codes != 0xFF)).sum())
                 _count_subnormal(values, inventory.modules[module], codes)
+        if broken.any():
+            bad += int(broken.sum())
+            if fused and broken.dim():
+                spoiled.update((first + broken.flatten(1).any(dim=1).nonzero().flatten()).tolist())
     if bad:
-        yield error(Check.FINITE, name, f"{bad} values are NaN or Inf")
+        where = f", in experts {ranges(sorted(spoiled))}" if spoiled else ""
+        yield error(Check.FINITE, name, f"{bad} values are NaN or Inf{where}")
     if low:
         what = "below zero" if info.dtype == "F8_E4M3" else "zero or below"
         yield error(Check.SCALE_RANGE, name, f"{low} scales are {what}")
 
 
-def _non_finite_codes(codes: torch.Tensor, dtype: str) -> int:
+def _non_finite_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:
     if dtype == "F8_E8M0":
-        return int((codes == 0xFF).sum())
-    first = 0x7F if dtype == "F8_E4M3" else 0x7C
-    return int(((codes & 0x7F) >= first).sum())
+        return codes == 0xFF
+    return (codes & 0x7F) >= (0x7F if dtype == "F8_E4M3" else 0x7C)
 
 
 def _count_subnormal(values: Values, module: Module, codes: torch.Tensor) -> None:

@@ -91,6 +91,24 @@ def _model() -> Any:
     return Qwen3MoeForCausalLM(config).bfloat16().eval()
 
 
+def _fused_model() -> Any:
+    """Experts in one tensor; widths 160 and 96, so that no axis can be taken for another."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        hidden_size=160, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=48, num_local_experts=4, num_experts_per_tok=2, vocab_size=515, sliding_window=4,
+        tie_word_embeddings=False, architectures=["GptOssForCausalLM"],
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).bfloat16().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "sinks")):  # transformers leaves them zero
+                parameter.normal_()
+    return model
+
+
 def _export(model: Any, config: dict[str, Any], directory: Path) -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -118,6 +136,30 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in configs.items():
         _export(_model(), config, root / name)
     return {name: root / name for name in ("source", *configs)}
+
+
+@pytest.fixture(scope="session")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same of a GPT-OSS, whose experts of a layer are in one tensor."""
+    import modelopt.torch.quantization as mtq
+
+    root = tmp_path_factory.mktemp("fused")
+    _fused_model().save_pretrained(root / "source")
+    configs = {"nvfp4": mtq.NVFP4_DEFAULT_CFG, "w4a16": mtq.W4A16_NVFP4_CFG, "fp8": mtq.FP8_DEFAULT_CFG}
+    for name, config in configs.items():
+        _export(_fused_model(), config, root / name)
+    return {name: root / name for name in ("source", *configs)}
+
+
+@pytest.fixture
+def open_fused(fused: dict[str, Path], tmp_path: Path) -> Callable[[str], Surgery]:
+    """Opens a private copy of one of the checkpoints with experts in one tensor."""
+
+    def open_one(name: str) -> Surgery:
+        shutil.copytree(fused[name], tmp_path / name)
+        return Surgery(tmp_path / name)
+
+    return open_one
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The decoder against torch's own cast and torchao's, bit for bit."""
+"""The decoder against torch's own cast, torchao's and transformers', bit for bit."""
 
 import pytest
 import torch
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from quantplug.export.verify import decode
 
@@ -38,6 +39,22 @@ def test_nvfp4_equals_torchao(rows: int, columns: int, tensor_scale: float) -> N
     scale = torch.tensor(tensor_scale)
     oracle = NVFP4Tensor(packed, scales.view(torch.float8_e4m3fn), 16, torch.float32, per_tensor_scale=scale)
     assert torch.equal(bits(decode.decode_nvfp4(packed, scales, scale)), bits(oracle.dequantize(torch.float32)))
+
+
+def test_mxfp4_equals_transformers() -> None:
+    """Which writes the matrix [in, out]; every code and every scale that FP32 can hold times 6."""
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randint(0, 256, (1, 96, 5, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(0, 253, (1, 96, 5), dtype=torch.uint8, generator=generator)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].T
+    assert torch.equal(bits(decode.decode_mxfp4(blocks[0], scales[0])), bits(expected))
+
+
+def test_mxfp4_scale_of_nan() -> None:
+    blocks = torch.full((1, 2, 16), 0x22, dtype=torch.uint8)
+    decoded = decode.decode_mxfp4(blocks, torch.tensor([[127, 255]], dtype=torch.uint8))
+    assert decoded[0, :32].tolist() == [1.0] * 32
+    assert decoded[0, 32:].isnan().all()
 
 
 def test_spread_blocks_cuts_the_edge_and_starts_inside_a_block() -> None:
