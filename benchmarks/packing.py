@@ -1,11 +1,11 @@
 """Packing and unpacking of expert weights on a CPU: quantplug and its peers against a plain copy.
 
-    python benchmarks/packing.py [--repeats 9]
+    python benchmarks/packing.py [--threads 1] [--repeats 9]
 
 All work on the same BF16 tensors, in turn, in one run, and keep what they make until their turn ends, as an export
 does until it is written. The two cases differ in what a copy costs: those of experts' weights the C library puts into
-memory that this process had before, for that of one large weight the kernel maps new pages. It writes its section of
-RESULTS.md.
+memory that this process had before, for that of one large weight the kernel maps new pages. With one thread it is that
+thread's CPU time that counts, which other work on the machine does not lengthen. It writes its section of RESULTS.md.
 """
 
 import statistics
@@ -74,10 +74,10 @@ class Contestant:
     run: Callable[[Weight], object]
     seconds: list[float] = field(default_factory=list)
 
-    def take_turn(self, weights: list[Weight]) -> None:
-        start = time.perf_counter()
+    def take_turn(self, weights: list[Weight], clock: Callable[[], float]) -> None:
+        start = clock()
         kept = [self.run(weight) for weight in weights]
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(clock() - start)
         del kept
 
 
@@ -169,10 +169,10 @@ def random_weight(shape: tuple[int, ...], seed: int) -> Weight:
 
 def measure(weights: list[Weight], repeats: int) -> list[Contestant]:
     """Each contestant's turns, all in turn; the first round, in which loops are compiled, does not count."""
-    found = contestants()
+    found, clock = contestants(), time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(repeats + 1):
         for contestant in found:
-            contestant.take_turn(weights)
+            contestant.take_turn(weights, clock)
     for contestant in found:
         del contestant.seconds[0]
     return found
@@ -205,10 +205,13 @@ def section(tables: list[str], repeats: int) -> str:
     peers = ", ".join(
         f"{peer} {version(peer)}" for peer in ("nvidia-modelopt", "torchao", "compressed-tensors", "numba")
     )
-    return f"""## Packing on a CPU
+    threads = torch.get_num_threads()
+    time_is = "CPU time" if threads == 1 else "wall time"
+    return f"""## Packing on a CPU, threads: {threads}
 
-`python benchmarks/packing.py --repeats {repeats}`: each contestant works on all weights and keeps what it makes for its
-turn; {repeats} rounds in which all take a turn. Medians, and least to most; each ratio is of two times of one round.
+`python benchmarks/packing.py --threads {threads} --repeats {repeats}`: each contestant works on all weights and keeps
+what it makes for its turn; {repeats} rounds in which all take a turn. Medians of {time_is}, and least to most; each
+ratio is of two times of one round.
 {machine()}
 {peers}.
 
@@ -225,7 +228,7 @@ def main(
     text = section([case(title, *sizes, repeats=repeats) for title, sizes in CASES.items()], repeats)
     Console(soft_wrap=True, markup=False).print(text)
     if write:
-        write_section("packing", text)
+        write_section(f"packing_{torch.get_num_threads()}", text)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/packing_tools.py [--repeats 15]
 
-One thread, one BF16 weight, amax given, outputs allocated before; all give the same bytes, which is checked. "first
-call" is what a user waits for once: compiling, with no cache. torch.compile and C++ need a compiler on the user's
-machine, numba does not. It writes its section of RESULTS.md.
+One thread and its CPU time, one BF16 weight, amax given, outputs allocated before; all give the same bytes, which is
+checked. "first call" is what a user waits for once: compiling, with no cache. torch.compile and C++ need a compiler on
+the user's machine, numba does not. It writes its section of RESULTS.md.
 """
 
 import os
@@ -119,7 +119,8 @@ def main(repeats: Annotated[int, typer.Option(help="Turns of each tool.", min=1)
     text = f"""## The tool for the CPU kernels
 
 `python benchmarks/packing_tools.py --repeats {repeats}`: NVFP4 of one BF16 weight of {SHAPE[0]} x {SHAPE[1]}, amax
-given, into outputs that are there; {repeats} rounds, tools in turn; medians, least to most. The same bytes from all.
+given, into outputs that are there; {repeats} rounds, tools in turn; medians of CPU time,
+least to most. The first call is in wall time, which busy cores lengthen. The same bytes from all.
 {machine()}
 
 | tool | compiler needed | first call, s | GB/s of BF16 | speed, numba = 1 |
@@ -145,9 +146,9 @@ def measure(weight: torch.Tensor, scale_2: torch.Tensor, repeats: int) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in TOOLS}
     for _ in range(repeats):
         for name, pack in packs.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             pack(weight, scale_2, *outputs[name])
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.thread_time() - start)
     return "\n".join(row(name, first[name], seconds, weight.nbytes / 1e9) for name in TOOLS)
 
 
