@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quantplug.export.stream import export_hf_weights_quant
     from quantplug.export.unified import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
     from quantplug.export.verify import verify_checkpoint
+    from quantplug.mappings.families import register_family
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
     "import_mcore_gpt_from_hf",
+    "register_family",
     "verify_checkpoint",
 ]
 
@@ -29,6 +31,7 @@ _HOMES = {
     "export_hf_weights_quant": "quantplug.export.stream",
     "export_mcore_gpt_to_hf": "quantplug.export.unified",
     "import_mcore_gpt_from_hf": "quantplug.export.unified",
+    "register_family": "quantplug.mappings.families",
     "verify_checkpoint": "quantplug.export.verify",
 }
 

@@ -21,6 +21,7 @@ PUBLIC = {
     "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
     "import_mcore_gpt_from_hf",
+    "register_family",
     "verify_checkpoint",
 }
 

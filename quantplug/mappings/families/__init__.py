@@ -1,8 +1,8 @@
-"""The architectures that quantplug converts, one file of data each."""
+"""The architectures that quantplug converts, one file of data each, and those that a user adds."""
 
 from difflib import get_close_matches
 
-from quantplug.errors import Offender, UnsupportedModelError
+from quantplug.errors import ArgumentError, Offender, UnsupportedModelError
 from quantplug.mappings.base import Family
 from quantplug.mappings.families.gpt_oss import GPT_OSS
 from quantplug.mappings.families.llama import LLAMA
@@ -11,8 +11,37 @@ from quantplug.mappings.families.qwen2 import QWEN2
 from quantplug.mappings.families.qwen2_moe import QWEN2_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
+from quantplug.mappings.family_check import problems
 
 FAMILIES: tuple[Family, ...] = (QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, LLAMA, MIXTRAL, GPT_OSS)
+
+# What register_family was given, by architecture: a registry has to remember.
+_REGISTERED: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Lets every function of quantplug convert one more architecture, in this process; docs/families.md has an example.
+
+    Under torchrun every rank registers it. Registered again, under the same name, it takes the place of what it was.
+
+    Raises:
+        ArgumentError: Another family serves one of its architectures, or its table has names twice or patterns that
+            cannot be filled; names them all.
+    """
+    offenders = list(problems(family))
+    for name in family.architectures:
+        other = _served().get(name, family)
+        if other != family and (name not in _REGISTERED or other.name != family.name):
+            offenders.append(Offender(name, f"is served by the family {other.name} already"))
+    if offenders:
+        raise ArgumentError(
+            f"The family {family.name!r} cannot be registered.", offenders, "Mend its table; docs/families.md says how."
+        )
+    _REGISTERED.update(dict.fromkeys(family.architectures, family))
+
+
+def _served() -> dict[str, Family]:
+    return {name: family for family in FAMILIES for name in family.architectures} | _REGISTERED
 
 
 def find_family(architecture: str) -> Family:
@@ -21,7 +50,7 @@ def find_family(architecture: str) -> Family:
     Raises:
         UnsupportedModelError: No family does; the message lists those that are.
     """
-    served = {name: family for family in FAMILIES for name in family.architectures}
+    served = _served()
     if architecture in served:
         return served[architecture]
     near = get_close_matches(architecture, served, n=1)
@@ -29,5 +58,5 @@ def find_family(architecture: str) -> Family:
     raise UnsupportedModelError(
         f"The architecture {architecture!r} is not supported.",
         [Offender("architectures", f"is {architecture!r}{hint}")],
-        f"Use one of: {', '.join(sorted(served))}.",
+        f"Use one of: {', '.join(sorted(served))}. Or add it by register_family.",
     )

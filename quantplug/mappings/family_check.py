@@ -1,0 +1,38 @@
+"""What is wrong with a family's table before a model is read by it: names that clash, patterns that cannot be filled."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from quantplug.errors import Offender
+from quantplug.mappings.base import Family, Scope, WeightMapping
+from quantplug.mappings.experts import FusedExpertMapping
+
+_STARS = {Scope.MODEL: 0, Scope.LAYER: 1, Scope.DENSE_LAYER: 1, Scope.MOE_LAYER: 1, Scope.EXPERT: 2}
+
+
+def problems(family: Family) -> Iterator[Offender]:
+    """Every name of a family's table that is there twice, or has another number of `*` than its scope needs."""
+    for kind, names in (
+        ("Megatron", [name for row in family.mappings for name in row.megatron]),
+        ("Hugging Face", [name for row in family.mappings for name in (*row.hf, *row.copies)]),
+    ):
+        yield from (Offender(name, f"is {count} times a {kind} name") for name, count in _repeated(names))
+    if not family.architectures:
+        yield Offender("architectures", "names none")
+    for row in family.mappings:
+        yield from _wrong_stars(row)
+
+
+def _repeated(names: list[str]) -> list[tuple[str, int]]:
+    return [(name, count) for name, count in Counter(names).items() if count > 1]
+
+
+def _wrong_stars(row: WeightMapping) -> Iterator[Offender]:
+    needed = _STARS[row.scope]
+    in_hf = needed - 1 if isinstance(row, FusedExpertMapping) else needed
+    expected = [(name, needed) for name in row.megatron]
+    expected += [(name, in_hf) for name in row.hf]
+    expected += [(name, 1) for name in row.copies]
+    for name, stars in expected:
+        if name.count("*") != stars:
+            yield Offender(name, f"has {name.count('*')} '*', a row of scope '{row.scope.value}' needs {stars}")
