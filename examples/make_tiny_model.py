@@ -22,6 +22,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -78,6 +79,7 @@ class Architecture(StrEnum):
     QWEN2 = "qwen2"
     LLAMA = "llama"
     MIXTRAL = "mixtral"
+    GPT_OSS = "gpt-oss"
 
 
 class Dtype(StrEnum):
@@ -136,6 +138,11 @@ RECIPES = {
         MixtralConfig,
         "num_local_experts",
         {"intermediate_size": EXPERT_WIDTH, "num_experts_per_tok": EXPERTS_PER_TOKEN},
+    ),
+    Architecture.GPT_OSS: Recipe(
+        GptOssConfig,
+        "num_local_experts",
+        {"intermediate_size": EXPERT_WIDTH, "num_experts_per_tok": EXPERTS_PER_TOKEN, "sliding_window": 32},
     ),
 }
 

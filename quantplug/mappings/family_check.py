@@ -1,4 +1,4 @@
-"""What is wrong with a family's table before a model is read by it: names that clash, patterns that cannot be filled."""
+"""What is wrong with a family's table before a model is read by it: names twice, patterns that cannot be filled."""
 
 from collections import Counter
 from collections.abc import Iterator
