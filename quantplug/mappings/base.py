@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantplug.mappings.layouts import IDENTITY, Layout, ModelDimensions
+from quantplug.mappings.layouts import IDENTITY, Layout, ModelDimensions, Option
 
 
 @dataclass(frozen=True, order=True)
@@ -85,6 +85,7 @@ class WeightMapping:
             weights of one group into one linear, which has one `weight_scale_2`. None if it is alone.
         copies: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
         dtype: Type on disk where it is not that of the model's other plain tensors.
+        option: Only models with this option have the row; None for all.
     """
 
     megatron: tuple[str, ...]
@@ -96,10 +97,13 @@ class WeightMapping:
     scale_group: str | None = None
     copies: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
+    option: Option | None = None
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
         module = self.megatron[0]
+        if self.option is not None and self.option not in dims.options:
+            return iter(())
         layers: Iterable[int | None] = (None,) if self.scope is Scope.MODEL else self._layers(dims)
         experts = range(dims.num_experts) if self.scope is Scope.EXPERT else (None,)
         return (ParamKey(module, layer, expert) for layer in layers for expert in experts)

@@ -4,10 +4,13 @@ from difflib import get_close_matches
 
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.base import Family
+from quantplug.mappings.families.deepseek_v2 import DEEPSEEK_V2
+from quantplug.mappings.families.deepseek_v3 import DEEPSEEK_V3
+from quantplug.mappings.families.glm4_moe import GLM4_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE)
 
 
 def find_family(architecture: str) -> Family:
