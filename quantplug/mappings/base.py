@@ -161,6 +161,23 @@ class MegatronConfig:
 
 
 @dataclass(frozen=True)
+class SizeSetting:
+    """A whole number in config.json that a family's dimensions are read from.
+
+    Attributes:
+        names: Its spellings; the first that is set counts.
+        optional: It may be absent.
+        nullable: It may be null.
+        least: Its least value, 0 or 1.
+    """
+
+    names: tuple[str, ...]
+    optional: bool = False
+    nullable: bool = False
+    least: int = 1
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture: data only, read in both directions.
 
@@ -171,6 +188,8 @@ class Family:
         dimensions: Reads `ModelDimensions` from the config as a dict.
         megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert.
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
+        sizes: What `dimensions` reads beside the sizes of any decoder. A config of unknown origin is held against it
+            before `dimensions` sees it.
     """
 
     name: str
@@ -179,14 +198,20 @@ class Family:
     dimensions: Callable[[Mapping[str, Any]], ModelDimensions]
     megatron_config: Callable[[Mapping[str, Any]], MegatronConfig]
     tied: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[SizeSetting, ...] = ()
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""
         return ((row.hf_names(key, dims), key) for row in self.mappings for key in row.keys(dims))
 
-    def copies(self, dims: ModelDimensions) -> dict[str, str]:
-        """Names under which Hugging Face holds a tensor once more, each with the name of that tensor."""
-        return {copy: row.hf[0] for row in self.mappings for copy in row.copy_names(dims)}
+    def copies(self, dims: ModelDimensions, tied: bool = False) -> dict[str, str]:
+        """Names under which Hugging Face holds a tensor once more, each with the name of that tensor.
+
+        Args:
+            tied: Whether the output layer shares the data of the embedding, which is then the tensor of both.
+        """
+        names = {copy: row.hf[0] for row in self.mappings for copy in row.copy_names(dims)}
+        return {copy: self.tied.get(name, name) if tied else name for copy, name in names.items()}
 
     def by_megatron(self) -> dict[str, WeightMapping]:
         """Every Megatron spelling with its row."""

@@ -47,6 +47,8 @@ _COLUMN_PARALLEL = (
     TEColumnParallelGroupedLinear,
 )
 _ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLinear)
+# Layers of the decoder, and of multi-token prediction, where a decoder's layer is one module of several.
+_LAYERS = (TransformerLayer, MultiTokenPredictionLayer)
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
 _LEAVES = (*_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, DotProductAttention, TEDotProductAttention)
 # Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
@@ -166,9 +168,7 @@ def _children(module: torch.nn.Module, place: _Place) -> Iterator[tuple[torch.nn
             yield child, replace(experts.child(str(index), "*"), expert=expert)
         return
     for name, child in module.named_children():
-        if isinstance(child, MultiTokenPredictionLayer):
-            yield child, replace(place.child(name, "*"), layer=child.layer_number - 1)
-        elif isinstance(child, TransformerLayer) and not isinstance(module, MultiTokenPredictionLayer):
+        if isinstance(module, torch.nn.ModuleList) and isinstance(child, _LAYERS):
             yield child, replace(place.child(name, "*"), layer=child.layer_number - 1)
         elif isinstance(module, MoELayer) and child is module.experts:
             yield child, replace(place.child(name), experts=tuple(module.local_expert_indices))

@@ -1,5 +1,6 @@
-"""Rows and settings of DeepSeek's inventions: multi-latent attention, shared experts, a router that corrects its
-scores by a bias, layers of multi-token prediction. `*` is the layer, in expert rows the second one the expert.
+"""Rows and settings of what DeepSeek-V2 and V3 brought, and others took over. `*` is the layer, then the expert.
+
+Multi-latent attention, shared experts, a router that corrects its scores by a bias, multi-token prediction (MTP).
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantplug.mappings.base import Block, Role, Scope, WeightMapping
+from quantplug.mappings.base import Block, Role, Scope, SizeSetting, WeightMapping
 from quantplug.mappings.families import common
 from quantplug.mappings.layouts import COLUMN, GATED, ROW, LatentSizes, ModelDimensions, Option
 
@@ -158,6 +159,19 @@ def _in_mtp(row: WeightMapping) -> WeightMapping:
     return replace(
         row, megatron=tuple(f"mtp.layers.*.{layer}{name}" for layer in inner for name in names), block=Block.MTP
     )
+
+
+MOE_SIZES = (
+    SizeSetting(("n_routed_experts",)),
+    SizeSetting(("moe_intermediate_size",)),
+    SizeSetting(("n_shared_experts",)),
+    SizeSetting(("first_k_dense_replace",), optional=True, least=0),
+    SizeSetting(("num_nextn_predict_layers",), optional=True, nullable=True, least=0),
+)
+LATENT_SIZES = (
+    SizeSetting(("q_lora_rank",), optional=True, nullable=True),
+    *(SizeSetting((name,)) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+)
 
 
 def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -43,4 +43,5 @@ DEEPSEEK_V3 = Family(
     dimensions=deepseek_rows.latent_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
+    sizes=(*deepseek_rows.MOE_SIZES, *deepseek_rows.LATENT_SIZES),
 )

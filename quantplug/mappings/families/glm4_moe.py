@@ -65,4 +65,5 @@ GLM4_MOE = Family(
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
+    sizes=deepseek_rows.MOE_SIZES,
 )

@@ -7,7 +7,7 @@ to one, which is Megatron's softmax after the top k; without it, Megatron's `moe
 from collections.abc import Mapping
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig
+from quantplug.mappings.base import Family, MegatronConfig, SizeSetting
 from quantplug.mappings.families import common
 from quantplug.mappings.families.qwen3 import qwen3_attention_settings
 from quantplug.mappings.layouts import ModelDimensions
@@ -59,4 +59,9 @@ QWEN3_MOE = Family(
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
+    sizes=(
+        SizeSetting(("num_experts", "num_local_experts")),
+        SizeSetting(("moe_intermediate_size",)),
+        SizeSetting(("decoder_sparse_step",), optional=True),
+    ),
 )
