@@ -62,11 +62,11 @@ def _ask(checker: QuantizationChecker, key: ParamKey, rank: int) -> bool:
 
 
 def _check_experts(answers: dict[ParamKey, dict[int, bool]], findings: Findings) -> None:
-    layers: defaultdict[int | None, list[ParamKey]] = defaultdict(list)
+    layers: defaultdict[tuple[str, int | None], list[ParamKey]] = defaultdict(list)
     for key in answers:
         if key.expert is not None:
-            layers[key.layer].append(key)
-    for layer, keys in layers.items():
+            layers[key.stack, key.layer].append(key)
+    for (_, layer), keys in layers.items():
         refused = [key for key in keys if not all(answers[key].values())]
         for key in refused if len(refused) < len(keys) else ():
             rank = next(number for number, answer in answers[key].items() if not answer)

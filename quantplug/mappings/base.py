@@ -34,6 +34,11 @@ class ParamKey:
         """The name with global ids filled in."""
         return fill(self.module, self.layer, self.expert)
 
+    @property
+    def stack(self) -> str:
+        """What holds the layer in Megatron: `decoder` or `mtp`, each of which counts its layers from 0."""
+        return self.module.partition(".")[0]
+
 
 def fill(pattern: str, layer: int | None, expert: int | None) -> str:
     """Puts the layer into the first `*` of a pattern and the expert into the next."""

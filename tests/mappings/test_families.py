@@ -87,7 +87,7 @@ def test_settings_that_megatron_would_compute_otherwise_are_refused_all_at_once(
 
 
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones():
-    with pytest.raises(UnsupportedModelError, match="Use one of: .*Qwen3ForCausalLM, Qwen3MoeForCausalLM") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"Use one of: .*Qwen3ForCausalLM, Qwen3MoeForCausalLM") as caught:
         find_family("Qwen3MoEForCausalLM")
     assert "nearest is Qwen3MoeForCausalLM" in str(caught.value)
 

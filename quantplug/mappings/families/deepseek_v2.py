@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantplug.mappings.base import Family, MegatronConfig
-from quantplug.mappings.families import common, deepseek_rows
+from quantplug.mappings.families import common, deepseek_config, deepseek_rows
 
 
-def _router_settings(config: Mapping[str, Any]) -> deepseek_rows.Settings:
+def _router_settings(config: Mapping[str, Any]) -> deepseek_config.Settings:
     method = config.get("topk_method") or "greedy"
     known = method in ("greedy", "group_limited_greedy")
     settings = {
@@ -29,17 +29,17 @@ def _router_settings(config: Mapping[str, Any]) -> deepseek_rows.Settings:
 
 
 def _is_group_limited(config: Mapping[str, Any]) -> bool:
-    return config.get("topk_method") == "group_limited_greedy" and deepseek_rows.is_group_limited(config)
+    return config.get("topk_method") == "group_limited_greedy" and deepseek_config.is_group_limited(config)
 
 
 def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
-    settings = deepseek_rows.latent_settings(config) | deepseek_rows.moe_settings(config) | _router_settings(config)
-    deepseek_rows.refuse("DeepSeek-V2", settings)
+    settings = deepseek_config.latent_settings(config) | deepseek_config.moe_settings(config) | _router_settings(config)
+    deepseek_config.refuse("DeepSeek-V2", settings)
     transformer = {
-        **deepseek_rows.latent_transformer_config(config),
-        **deepseek_rows.moe_transformer_config(config),
+        **deepseek_config.latent_transformer_config(config),
+        **deepseek_config.moe_transformer_config(config),
         "moe_router_pre_softmax": True,
-        **(deepseek_rows.group_limits(config) if _is_group_limited(config) else {}),
+        **(deepseek_config.group_limits(config) if _is_group_limited(config) else {}),
     }
     return MegatronConfig(transformer=transformer, model=common.decoder_model_arguments(config))
 
@@ -55,8 +55,8 @@ DEEPSEEK_V2 = Family(
         *common.ROUTED_EXPERTS,
         *deepseek_rows.SHARED_EXPERTS,
     ),
-    dimensions=deepseek_rows.latent_dimensions,
+    dimensions=deepseek_config.latent_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
-    sizes=(*deepseek_rows.MOE_SIZES, *deepseek_rows.LATENT_SIZES),
+    sizes=(*deepseek_config.MOE_SIZES, *deepseek_config.LATENT_SIZES),
 )

@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantplug.mappings.base import Family, MegatronConfig
-from quantplug.mappings.families import common, deepseek_rows
+from quantplug.mappings.families import common, deepseek_config, deepseek_rows
 
 
 def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     settings = (
-        deepseek_rows.latent_settings(config)
-        | deepseek_rows.moe_settings(config)
-        | deepseek_rows.corrected_router_settings(config)
+        deepseek_config.latent_settings(config)
+        | deepseek_config.moe_settings(config)
+        | deepseek_config.corrected_router_settings(config)
     )
-    deepseek_rows.refuse("DeepSeek-V3", settings)
+    deepseek_config.refuse("DeepSeek-V3", settings)
     transformer = {
-        **deepseek_rows.latent_transformer_config(config),
-        **deepseek_rows.moe_transformer_config(config),
-        **deepseek_rows.corrected_router_config(config),
+        **deepseek_config.latent_transformer_config(config),
+        **deepseek_config.moe_transformer_config(config),
+        **deepseek_config.corrected_router_config(config),
     }
     return MegatronConfig(transformer=transformer, model=common.decoder_model_arguments(config))
 
@@ -40,8 +40,8 @@ DEEPSEEK_V3 = Family(
             *deepseek_rows.SHARED_EXPERTS,
         )
     ),
-    dimensions=deepseek_rows.latent_dimensions,
+    dimensions=deepseek_config.latent_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
-    sizes=(*deepseek_rows.MOE_SIZES, *deepseek_rows.LATENT_SIZES),
+    sizes=(*deepseek_config.MOE_SIZES, *deepseek_config.LATENT_SIZES),
 )

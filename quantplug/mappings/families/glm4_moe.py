@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantplug.mappings.base import Family, MegatronConfig, Scope, WeightMapping
-from quantplug.mappings.families import common, deepseek_rows
+from quantplug.mappings.families import common, deepseek_config, deepseek_rows
 from quantplug.mappings.layouts import QKV, ModelDimensions, Option
 
 _QK_NORM = tuple(replace(row, option=Option.QK_NORM) for row in common.QK_NORM)
@@ -27,21 +27,21 @@ _SWITCHES = {"use_qk_norm": Option.QK_NORM, "attention_bias": Option.QKV_BIAS}
 
 def _dimensions(config: Mapping[str, Any]) -> ModelDimensions:
     options = frozenset(option for name, option in _SWITCHES.items() if config.get(name))
-    return replace(deepseek_rows.dimensions(config), options=options)
+    return replace(deepseek_config.dimensions(config), options=options)
 
 
 def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
-    settings: deepseek_rows.Settings = {"rope_type": (common.rope(config)[1], "default")}
-    settings |= deepseek_rows.moe_settings(config) | deepseek_rows.corrected_router_settings(config)
-    deepseek_rows.refuse("GLM-4.5", settings)
+    settings: deepseek_config.Settings = {"rope_type": (common.rope(config)[1], "default")}
+    settings |= deepseek_config.moe_settings(config) | deepseek_config.corrected_router_settings(config)
+    deepseek_config.refuse("GLM-4.5", settings)
     transformer = {
         **common.decoder_transformer_config(config),
         "add_qkv_bias": bool(config.get("attention_bias")),
         "qk_layernorm": bool(config.get("use_qk_norm")),
-        **deepseek_rows.moe_transformer_config(config),
-        **deepseek_rows.corrected_router_config(config),
+        **deepseek_config.moe_transformer_config(config),
+        **deepseek_config.corrected_router_config(config),
     }
-    rotated = deepseek_rows.rope_scaling(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    rotated = deepseek_config.rope_scaling(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
     model = {**common.decoder_model_arguments(config), "rotary_percent": 0.5 if rotated is None else rotated}
     return MegatronConfig(transformer=transformer, model=model)
 
@@ -65,5 +65,5 @@ GLM4_MOE = Family(
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
-    sizes=deepseek_rows.MOE_SIZES,
+    sizes=deepseek_config.MOE_SIZES,
 )
