@@ -84,7 +84,8 @@ def plan_reductions(chunks: Sequence[nn.Module], expert_weights: ExpertWeights) 
     for index, chunk in enumerate(chunks):
         families = _expert_families(index, chunk)
         for name, module in chunk.named_modules():
-            if not isinstance(module, QuantModule):
+            # A dense MLP is one too, without quantizers or groups: stages of experts alone have none.
+            if not isinstance(module, QuantModule) or not _quantizers(module):
                 continue
             here = _axes(module)
             _add_groups(groups, here, name)
@@ -93,6 +94,11 @@ def plan_reductions(chunks: Sequence[nn.Module], expert_weights: ExpertWeights) 
                 if known is not amax:
                     amaxes[amax.name] = replace(known, leaves=known.leaves + amax.leaves)
     return ReductionPlan(tuple(amaxes.values()), groups)
+
+
+def _quantizers(module: QuantModule) -> dict[str, nn.Module]:
+    kinds = (TensorQuantizer, SequentialQuantizer, GroupedQuantizer)
+    return {name: child for name, child in module.named_children() if isinstance(child, kinds)}
 
 
 def _expert_families(index: int, chunk: nn.Module) -> dict[TensorQuantizer, str]:
@@ -120,9 +126,7 @@ def _amaxes_of(
     expert_weights: ExpertWeights,
 ) -> Iterator[SharedAmax]:
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-    for child_name, child in module.named_children():
-        if not isinstance(child, (TensorQuantizer, SequentialQuantizer, GroupedQuantizer)):
-            continue
+    for child_name, child in _quantizers(module).items():
         is_weight = child_name.endswith("weight_quantizer")
         for number, leaf in enumerate(leaf_quantizers(child)):
             if not needs_amax(leaf):

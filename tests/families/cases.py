@@ -173,8 +173,12 @@ CASES: dict[str, Case] = {
 
 
 def make(name: str, directory: Path) -> Path:
-    """Saves the checkpoint of a family: BF16, norm weights that are not 1, activations near 1."""
-    case = CASES[name]
+    """Saves the checkpoint of a family."""
+    return save(CASES[name], directory)
+
+
+def save(case: Case, directory: Path) -> Path:
+    """Saves a checkpoint: BF16, norm weights that are not 1, activations near 1."""
     torch.manual_seed(50)
     model = case.model(case.config)
     draw(dict(model.named_parameters()))
