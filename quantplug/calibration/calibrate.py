@@ -36,7 +36,7 @@ class CalibrationRecord:
 
     Attributes:
         tokens: Global layer to its experts' tokens over all ranks, for the layers that this rank holds; empty without
-            data.
+            data. Layers of multi-token prediction are counted on after the decoder's.
         fallback: (global layer, global expert) of every expert whose input amax is its layer's largest.
     """
 

@@ -10,13 +10,16 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.calibration.calibrate import calibrate
+from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
-from quantplug.errors import MappingError, SourceError, UnsupportedQuantizationError
+from quantplug.calibration.statistics import StatisticsRow
+from quantplug.errors import CalibrationError, MappingError, SourceError, UnsupportedQuantizationError
 from quantplug.export.verify import verify_checkpoint
 from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
@@ -201,3 +204,36 @@ def test_logits_of_the_main_model_come_first(checkpoint: Checkpoint) -> None:
     assert logits.shape == (2, 12, 640)
     expected = torch.nn.functional.cross_entropy(logits[:, :6].flatten(0, 1), tokens.flatten(), reduction="none")
     torch.testing.assert_close(loss.flatten(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_its_experts_are_counted(checkpoint: Checkpoint) -> None:
+    """Under their own layer, after the decoder's, and in the rows of the statistics that are theirs."""
+    tokens = torch.arange(48).view(2, 24) * 7 % 500
+    with one_rank():
+        model = load(checkpoint("glm4_moe"), LayerSpec.LOCAL, dtype=torch.float32)
+        rules = with_mtp_quantized(mtq.FP8_DEFAULT_CFG["quant_cfg"], *family_of(checkpoint("glm4_moe")))
+        mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        policy = CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX)
+        record = calibrate(model, lambda chunk: forward(chunk, tokens), policy)
+        rows = gather_statistics(model, record).rows
+        send_nothing_to(7, model)
+        with pytest.raises(CalibrationError, match=r"mtp\.layers\.0\.transformer_layer\.mlp\.experts \(expert 7\)"):
+            calibrate(model, lambda chunk: forward(chunk, tokens))
+    assert record.tokens.keys() == {1, 2, 3}
+    assert all(counted.routed == 48 * 2 for counted in record.tokens.values())
+    told = {row.key.expert: row.tokens for row in rows if row.key.name.endswith("linear_fc2.weight") and is_mtp(row)}
+    assert tuple(told[expert] for expert in range(8)) == record.tokens[3].by_expert
+    assert {expert for layer, expert in record.fallback if layer == 3} == {
+        expert for expert, count in told.items() if count == 0
+    }
+
+
+def is_mtp(row: StatisticsRow) -> bool:
+    return row.key.stack == "mtp" and row.key.expert is not None
+
+
+def send_nothing_to(expert: int, model: GPTModel) -> None:
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.expert_bias.zero_()
+            module.expert_bias[expert] = -9.0
