@@ -91,6 +91,7 @@ class WeightMapping:
         copies: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
         dtype: Type on disk where it is not that of the model's other plain tensors.
         option: Only models with this option have the row; None for all.
+        least_bits: Bits in which every server reads a linear that is quantized.
     """
 
     megatron: tuple[str, ...]
@@ -103,6 +104,7 @@ class WeightMapping:
     copies: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     option: Option | None = None
+    least_bits: int = 4
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""

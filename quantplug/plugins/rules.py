@@ -30,15 +30,18 @@ _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_pro
 MTP_OFF = "mtp.*"
 
 
-def rules_for_kept(family: Family, dims: ModelDimensions) -> list[dict[str, Any]]:
+def rules_for_kept(family: Family, dims: ModelDimensions, bits: int = 8) -> list[dict[str, Any]]:
     """Rules to append to a `quant_cfg` that enables every linear: off are those that servers load in high precision.
 
     Only for what a model of these sizes has: a rule that matches nothing is refused.
+
+    Args:
+        bits: Of the format. In fewer than 8, MLA's `kv_b_proj` is kept too.
     """
     return [
         {"quantizer_name": f"*{row.megatron[0].removesuffix('weight')}*_quantizer", "enable": False}
         for row in family.mappings
-        if row.role is Role.KEPT and any(True for _ in row.keys(dims))
+        if (row.role is Role.KEPT or row.least_bits > bits) and any(True for _ in row.keys(dims))
     ]
 
 

@@ -150,6 +150,16 @@ def test_its_projection_quantized_is_refused_with_the_rule_to_append(checkpoint:
         quantized(checkpoint("glm4_moe"), quant_cfg, tmp_path / "out")
 
 
+def test_kv_b_proj_is_kept_in_four_bits(checkpoint: Checkpoint) -> None:
+    """SGLang reads its weight as values, whatever the format."""
+    names = [rule["quantizer_name"] for rule in rules_for_kept(*family_of(checkpoint("deepseek_v3")), bits=4)]
+    assert names == [
+        "*decoder.layers.*.self_attention.linear_kv_up_proj.*_quantizer",
+        "*mtp.layers.*.eh_proj.*_quantizer",
+        "*mtp.layers.*.transformer_layer.self_attention.linear_kv_up_proj.*_quantizer",
+    ]
+
+
 def test_rules_are_for_what_a_model_has(checkpoint: Checkpoint) -> None:
     stock = copy.deepcopy(mtq.W4A16_NVFP4_CFG["quant_cfg"])
     assert rules_for_kept(*family_of(checkpoint("glm4_moe_air"))) == []

@@ -36,8 +36,9 @@ def test_the_same_bytes_on_two_stages_as_on_one(name: str, tmp_path: Path) -> No
     for stages in (1, 2):
         where = ("--hf-model-id", source, "--pp", stages)
         checkpoint, out = tmp_path / f"megatron-{stages}", tmp_path / f"out-{stages}"
-        quantize = ("--export-quant-cfg", "nvfp4", "--weight-only", "--megatron-save-path", checkpoint)
-        run_example("quantize", stages, *where, *quantize)
+        quantize = ("--export-quant-cfg", "nvfp4", "--weight-only", "--mtp", "quantized")
+
+        run_example("quantize", stages, *where, *quantize, "--megatron-save-path", checkpoint)
         run_example("export", stages, *where, "--megatron-load-path", checkpoint, "--export-dir", out)
     one, two = read(tmp_path / "out-1"), read(tmp_path / "out-2")
     assert one.keys() == two.keys()

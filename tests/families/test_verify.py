@@ -138,3 +138,9 @@ def test_latent_widths_that_the_tensors_do_not_have(found: Callable[..., dict[tu
 )
 def test_a_size_that_is_none(key: str, value: object, found: Callable[..., dict[tuple[Check, str], str]]) -> None:
     assert (Check.ARCHITECTURE, f"config.json {key}") in found("deepseek_v3", **{key: value})
+
+
+@pytest.mark.parametrize(("scheme", "told"), [("w4a16_nvfp4", True), ("fp8", False)])
+def test_kv_b_proj_in_fp4_is_a_warning(scheme: str, told: bool, export: Export) -> None:
+    warnings = {finding.check for finding in verify_checkpoint(export("deepseek_v3", scheme)).findings}
+    assert (Check.SERVING_KV_B in warnings) is told

@@ -24,6 +24,8 @@ _EMBEDDINGS = frozenset(
     {"embed_tokens", "embeddings", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}
 )
 _HEADS = frozenset({"lm_head", "output_layer", "score"})
+# Servers take it apart at load: vLLM unpacks any format, SGLang reads packed FP4 as if it were the values.
+TAKEN_APART = "kv_b_proj"
 # DeepSeek-V3's own block FP8 files keep these plain, beside routers and heads, without an exclude list.
 DEEPSEEK_PLAIN = frozenset({"eh_proj", "weights_proj"})
 

@@ -70,12 +70,14 @@ LATENT_ATTENTION = (
         ("model.layers.*.self_attn.kv_a_layernorm.weight",),
         Scope.LAYER,
     ),
+    # Servers cut it into two and multiply these into other weights; SGLang takes packed FP4 for its values.
     WeightMapping(
         ("decoder.layers.*.self_attention.linear_kv_up_proj.weight",),
         ("model.layers.*.self_attn.kv_b_proj.weight",),
         Scope.LAYER,
         COLUMN,
         Role.LINEAR,
+        least_bits=8,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.linear_proj.weight",),
