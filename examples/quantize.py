@@ -37,6 +37,7 @@ from quantplug.megatron.build import build_gpt_model
 from quantplug.megatron.checkpoint import save_checkpoint
 from quantplug.megatron.cpu import has_cuda
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+from quantplug.plugins.rules import rules_for_kept, with_mtp_quantized
 
 NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 
@@ -56,6 +57,19 @@ CONFIGS: dict[QuantConfigName, dict[str, Any]] = {
     QuantConfigName.FP8: mtq.FP8_DEFAULT_CFG,
     QuantConfigName.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
 }
+
+
+class MultiTokenPrediction(StrEnum):
+    """What becomes of the layers of multi-token prediction.
+
+    ModelOpt's configs keep them, and SGLang loads DeepSeek's so where the model is NVFP4.
+    """
+
+    QUANTIZED = "quantized"
+    KEPT = "kept"
+
+
+FOUR_BITS = {QuantConfigName.NVFP4, QuantConfigName.W4A16_NVFP4}
 WITHOUT_ACTIVATIONS = {QuantConfigName.W4A16_NVFP4, QuantConfigName.FP8_BLOCKWISE}
 
 
@@ -93,6 +107,10 @@ def main(
     cold_experts: Annotated[
         ColdExperts, typer.Option(help="What becomes of an expert that saw no calibration token.")
     ] = ColdExperts.ERROR,
+    mtp: Annotated[
+        MultiTokenPrediction,
+        typer.Option(help="Keep the layers of multi-token prediction in 16 bits, or quantize them as the rest."),
+    ] = MultiTokenPrediction.KEPT,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
@@ -115,6 +133,10 @@ def main(
         forward_loop = calibration_loop(source.directory, data, trust_remote_code) if with_data else None
         policy = CalibrationPolicy(expert_weights, cold_experts)
         config = quant_config(export_quant_cfg, weight_only)
+        dims = family.dimensions(source.values)
+        if mtp is MultiTokenPrediction.QUANTIZED:
+            config["quant_cfg"] = with_mtp_quantized(config["quant_cfg"], family, dims)
+        config["quant_cfg"] += rules_for_kept(family, dims, bits=4 if export_quant_cfg in FOUR_BITS else 8)
         record = quantize(model, source.directory, config, forward_loop, policy, bars)
 
         statistics = gather_statistics(model, record)

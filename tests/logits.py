@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantplug.megatron import cpu
+from quantplug.megatron.mtp import without_labels
 
 VOCABULARY = 523
 TOKENS = torch.tensor([[0, 7, 522, 31, 31, 400], [5, 4, 3, 2, 1, 0]])
@@ -22,9 +23,9 @@ def transformers_logits(directory: Path) -> torch.Tensor:
 
 
 def megatron_logits(model: GPTModel) -> torch.Tensor:
-    """The logits of every padded row of the vocabulary."""
+    """The main model's logits of every padded row of the vocabulary."""
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     length = TOKENS.shape[1]
     hidden_from_later = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
-    with torch.no_grad(), cpu.local_forward():
-        return model.eval()(TOKENS, positions, hidden_from_later)
+    with torch.no_grad(), cpu.local_forward(), without_labels([model]):
+        return model.eval()(TOKENS, positions, hidden_from_later)[:, :length]

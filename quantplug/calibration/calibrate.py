@@ -22,6 +22,7 @@ from quantplug.calibration.shared_amax import plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
 from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.mtp import without_labels
 
 Model = nn.Module | Sequence[nn.Module]
 ForwardLoop = Callable[[Any], None]
@@ -35,7 +36,7 @@ class CalibrationRecord:
 
     Attributes:
         tokens: Global layer to its experts' tokens over all ranks, for the layers that this rank holds; empty without
-            data.
+            data. Layers of multi-token prediction are counted on after the decoder's.
         fallback: (global layer, global expert) of every expert whose input amax is its layer's largest.
     """
 
@@ -56,8 +57,8 @@ def calibrate(
 
     Args:
         model: A quantized model, or the list of them that virtual pipelining makes.
-        forward_loop: Runs calibration data through the model that it is given (the list under virtual pipelining);
-            None calibrates the weights alone.
+        forward_loop: Runs calibration data through the model that it is given (the list under virtual pipelining), the
+            layers of multi-token prediction too; without labels. None calibrates the weights alone.
         policy: The choices; by default every expert has its own weight amax, and a cold expert is an error.
         progress: Called as ("Calibrating", done, total) over the weights that this rank holds, before any data.
 
@@ -121,7 +122,7 @@ def _calibrate(
     if with_data and policy.cold_experts is ColdExperts.WEIGHT_ONLY_FALLBACK:
         all_or_none(lambda: refuse_weight_only_fallback(layers))
     counter = TokenCounter(layers)
-    with counter.counting() if with_data else nullcontext():
+    with counter.counting() if with_data else nullcontext(), without_labels(chunks):
         all_or_none(lambda: collect(forward_loop))
     tokens = counter.reduced() if with_data else []
     fallback: frozenset[tuple[int, int]] = frozenset()

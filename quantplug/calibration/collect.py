@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
@@ -17,8 +18,8 @@ from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.checkpoint_layouts import FanOut
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
-_DECODER_EXPERTS = "decoder.layers.*.mlp.experts."
-"""Start of the names that a `CalibrationRecord` is about; those of multi-token prediction layers start otherwise."""
+_EXPERTS = ".mlp.experts."
+"""In the names that a `CalibrationRecord` is about."""
 
 
 def gather_statistics(
@@ -71,16 +72,24 @@ def collect_statistics(
     record = record or CalibrationRecord()
     return CalibrationTable.merged(
         CalibrationTable(
-            tuple(_with_tokens(row, record) for row in _rows(chunk, record, _fanned_out(fan_outs, number)))
+            tuple(
+                _with_tokens(row, record, chunk.config.num_layers)
+                for row in _rows(chunk, record, _fanned_out(fan_outs, number))
+            )
         )
         for number, chunk in enumerate(model_chunks(model))
     )
 
 
-def _with_tokens(row: StatisticsRow, record: CalibrationRecord) -> StatisticsRow:
-    layer, expert = row.key.layer, row.key.expert
+def _record_layer(key: ParamKey, num_layers: int) -> int | None:
+    """The layer by which a record knows it: those of multi-token prediction are counted on after the decoder's."""
+    return key.layer if key.layer is None or key.stack != "mtp" else num_layers + key.layer
+
+
+def _with_tokens(row: StatisticsRow, record: CalibrationRecord, num_layers: int) -> StatisticsRow:
+    layer, expert = _record_layer(row.key, num_layers), row.key.expert
     tokens = None if layer is None else record.tokens.get(layer)
-    if tokens is None or expert is None or not row.key.module.startswith(_DECODER_EXPERTS):
+    if tokens is None or expert is None or _EXPERTS not in row.key.module:
         return row
     is_fallback = row.source is Source.CALIBRATED and ".weight" not in row.key.module
     source = Source.FALLBACK if is_fallback and (layer, expert) in record.fallback else row.source
@@ -92,7 +101,7 @@ def _fanned_out(fan_outs: Sequence[FanOut], chunk: int) -> frozenset[str]:
     return frozenset(name for fan_out in fan_outs for number, name in fan_out.quantizers if number == chunk)
 
 
-def _rows(chunk: nn.Module, record: CalibrationRecord, fanned_out: frozenset[str]) -> Iterator[StatisticsRow]:
+def _rows(chunk: GPTModel, record: CalibrationRecord, fanned_out: frozenset[str]) -> Iterator[StatisticsRow]:
     shared = {chunk.get_submodule(name) for name in fanned_out}
     parameters = list(iter_parameters(chunk))
     by_tensor = {id(parameter.tensor): parameter for parameter in parameters}
@@ -111,7 +120,7 @@ def _rows(chunk: nn.Module, record: CalibrationRecord, fanned_out: frozenset[str
             yield _activation_row(key, module)
             if isinstance(chunk.get_submodule(name.rpartition(".")[0]), GroupedLinear):
                 for layer, expert in sorted(record.fallback):
-                    if layer == key.layer:
+                    if layer == _record_layer(key, chunk.config.num_layers):
                         yield _activation_row(replace(key, expert=expert), module)
 
 

@@ -74,7 +74,7 @@ def summary(table: CalibrationTable) -> str:
     """How many quantizers there are of each source, and how many experts saw no token."""
     counts = Counter(row.source for row in table.rows)
     parts = [f"{counts[source]} {source.value}" for source in Source if counts[source]]
-    cold = {(row.key.layer, row.key.expert) for row in table.rows if row.is_cold}
+    cold = {(row.key.stack, row.key.layer, row.key.expert) for row in table.rows if row.is_cold}
     text = f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
     return text + (f"; {len(cold)} cold experts" if cold else "")
 

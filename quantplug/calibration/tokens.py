@@ -19,12 +19,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from quantplug.calibration.quantizers import leaf_quantizers, needs_amax
 from quantplug.megatron.parallel import current_topology
+
+_BLOCKS = (TransformerBlock, MultiTokenPredictionBlock)
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,17 @@ class LayerTokens:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """A mixture-of-experts layer of the decoder that this rank holds.
+    """A mixture-of-experts layer that this rank holds.
 
     Attributes:
-        layer: Global layer.
+        layer: Global layer; layers of multi-token prediction are counted on after the decoder's.
         module: The layer itself.
+        name: Megatron's name of its experts, with the global layer.
     """
 
     layer: int
     module: MoELayer
-
-    @property
-    def name(self) -> str:
-        return f"decoder.layers.{self.layer}.mlp.experts"
+    name: str
 
     @property
     def is_grouped(self) -> bool:
@@ -87,15 +89,24 @@ class ExpertLayer:
 
 
 def expert_layers(chunks: Sequence[nn.Module]) -> list[ExpertLayer]:
-    """The mixture-of-experts layers of the decoder, of all virtual pipeline stages of this rank."""
+    """The mixture-of-experts layers of all virtual pipeline stages of this rank, those of the decoder first."""
+    blocks = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _BLOCKS)]
     return [
-        ExpertLayer(layer.layer_number - 1, layer.mlp)
-        for chunk in chunks
-        for block in chunk.modules()
-        if isinstance(block, TransformerBlock)
-        for layer in block.layers
+        ExpertLayer(layer.layer_number - 1, layer.mlp, f"{name}.mlp.experts")
+        for block in blocks
+        for name, layer in _layers(block)
         if isinstance(layer.mlp, MoELayer)
     ]
+
+
+def _layers(block: TransformerBlock | MultiTokenPredictionBlock) -> Iterator[tuple[str, TransformerLayer]]:
+    """The transformer layers of a block, with their global names."""
+    for layer in block.layers:
+        name = f"layers.{layer.layer_number - 1}"
+        if isinstance(layer, MultiTokenPredictionLayer):
+            yield f"mtp.{name}.transformer_layer", layer.transformer_layer
+        else:
+            yield f"decoder.{name}", layer
 
 
 class TokenCounter:

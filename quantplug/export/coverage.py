@@ -7,7 +7,7 @@ import torch
 from quantplug.errors import MappingError, ShapeError
 from quantplug.export.base import WholeWeight
 from quantplug.export.findings import Findings, Kind, nearest
-from quantplug.mappings.base import Family, ParamKey, Scope, WeightMapping
+from quantplug.mappings.base import Block, Family, ParamKey, Scope, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 _SAME_MODEL = (
@@ -15,6 +15,11 @@ _SAME_MODEL = (
 )
 _UNKNOWN = Kind(MappingError, "The model has parameters that the table of its architecture does not know.", _SAME_MODEL)
 _MISSING = Kind(MappingError, "Parameters that the Hugging Face config promises are not in the model.", _SAME_MODEL)
+_NO_MTP = Kind(
+    MappingError,
+    "The config promises layers of multi-token prediction, and the model has none.",
+    "Build the model with them (mtp_num_layers), or set num_nextn_predict_layers to 0 in config.json.",
+)
 _TWICE = Kind(MappingError, "Parameters stand twice in the model.", "Pass each model chunk once.")
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the Hugging Face checkpoint.", _SAME_MODEL)
 
@@ -47,14 +52,21 @@ def match_table(
     for slot, key in expected.items():
         if slot not in found:
             findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)
+    mtp = [slot for slot, key in expected.items() if table[key.module].block is Block.MTP]
+    if mtp and found.keys().isdisjoint(mtp):
+        findings.add(_NO_MTP, "num_nextn_predict_layers", f"asks for {dims.mtp_layers}")
     return [found[slot] for slot in expected if slot in found]
 
 
 def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[Slot, ParamKey]]:
-    """Every part group of a whole model: what stands outside the layers first, then layer after layer."""
+    """Every part group of a whole model: outside the layers first, then layer after layer, MTP last."""
     keys = [(names, key) for names, key in family.expected(dims) if not (tied and set(names) & set(family.tied))]
     slots = [((names, key.expert), key) for names, key in keys]
-    return sorted(slots, key=lambda item: -1 if item[1].layer is None else item[1].layer)
+    return sorted(slots, key=lambda item: _place(item[1]))
+
+
+def _place(key: ParamKey) -> tuple[str, int]:
+    return ("", -1) if key.layer is None else (key.stack, key.layer)
 
 
 def part_shapes(

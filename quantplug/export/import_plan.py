@@ -10,7 +10,7 @@ from quantplug.errors import MappingError, ShapeError, SourceError
 from quantplug.export.coverage import Slot
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
-from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
+from quantplug.mappings.base import Block, Family, ParamKey, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.megatron.parameters import MegatronParameter
 
@@ -20,6 +20,11 @@ _UNKNOWN_PARAMETER = Kind(MappingError, "The model has parameters that the sourc
 _UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
 _MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
 _UNUSED_TENSOR = Kind(MappingError, "The source has tensors that no parameter of the model stands for.", _SAME_MODEL)
+_NO_MTP = Kind(
+    MappingError,
+    "The config asks for layers of multi-token prediction, and the source has none (transformers does not save them).",
+    "Set num_nextn_predict_layers to 0 in config.json, or fetch the checkpoint that has these layers.",
+)
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the source.", _SAME_MODEL)
 _DTYPE = Kind(
     SourceError,
@@ -61,8 +66,10 @@ def plan_import(
     """
     expected = {(names, key.expert): key for names, key in family.expected(dims)}
     aliases = family.tied if tied else {}
-    _check_tensors(expected, family.copies(dims), tensors, aliases, findings)
-    table = family.by_megatron()
+    table, copies = family.by_megatron(), family.copies(dims, tied)
+    _check_tensors(expected, copies, tensors, aliases, findings)
+    _check_mtp(expected, table, tensors, findings)
+    _check_copies(copies, tensors, findings)
     tasks = []
     for parameter in parameters:
         key = parameter.key
@@ -123,6 +130,27 @@ def _check_tensors(
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
         elif name in tensors and tensors[name].dtype not in _FLOATS:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
+
+
+def _check_mtp(
+    expected: Mapping[Slot, ParamKey],
+    table: Mapping[str, WeightMapping],
+    tensors: Mapping[str, TensorHeader],
+    findings: Findings,
+) -> None:
+    """Says the way out where the config promises multi-token prediction and the source has nothing of it."""
+    mtp = [names for (names, _), key in expected.items() if table[key.module].block is Block.MTP]
+    if mtp and not any(name in tensors for names in mtp for name in names):
+        findings.add(
+            _NO_MTP, "num_nextn_predict_layers", f"asks for {sum(map(len, mtp))} tensors, none of which is there"
+        )
+
+
+def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, TensorHeader], findings: Findings) -> None:
+    for copy, original in copies.items():
+        if copy in tensors and original in tensors and tensors[copy].shape != tensors[original].shape:
+            shapes = f"has shape {list(tensors[copy].shape)}, {original} has {list(tensors[original].shape)}"
+            findings.add(_SHAPE, copy, shapes)
 
 
 def _check_shapes(

@@ -8,6 +8,7 @@ import torch
 from quantplug.errors import Offender, SourceError
 from quantplug.export import mxfp4_source
 from quantplug.export.base import Progress
+from quantplug.export.copies import check_copies
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
 from quantplug.export.import_plan import ImportTask, add_unused, part_index, plan_import
@@ -44,7 +45,8 @@ def import_mcore_gpt_from_hf(
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Raises:
-        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 is decoded).
+        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 is decoded); or tensors
+            that it holds twice, such as the embedding in a layer of multi-token prediction, differ.
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
         MappingError: Tensors or parameters are missing or unknown.
         ShapeError: Shapes do not agree, the number of experts among them.
@@ -55,15 +57,25 @@ def import_mcore_gpt_from_hf(
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
     with all_or_none(lambda: _open(config)) as source:
-        tasks = _plan(parameters, source, family, dims, bool(config.values.get("tie_word_embeddings", False)))
+        tied = bool(config.values.get("tie_word_embeddings", False))
+        tasks = _plan(parameters, source, family, dims, tied)
+        topology, copies = current_topology(), family.copies(dims, tied)
+        all_or_none(lambda: check_copies(source, copies, topology.rank, topology.world_size))
 
         def fill_all() -> None:
             for done, task in enumerate(tasks, start=1):
-                _fill(task, source, dims, (moe_router_dtype or dtype) if task.mapping.role is Role.ROUTER else dtype)
+                _fill(task, source, dims, _rounded_to(task, dtype, moe_router_dtype))
                 if progress is not None:
                     progress("import", done, len(tasks))
 
         all_or_none(fill_all)
+
+
+def _rounded_to(task: ImportTask, dtype: torch.dtype | None, router: torch.dtype | None) -> torch.dtype | None:
+    """What a parameter's values are rounded to on their way; None for that of the parameter."""
+    if task.mapping.dtype is not None:
+        return task.mapping.dtype
+    return (router or dtype) if task.mapping.role is Role.ROUTER else dtype
 
 
 def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> SourceConfig:

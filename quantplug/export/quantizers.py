@@ -15,7 +15,8 @@ _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that 
 _KEPT = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled where servers load high precision.",
-    "Append {'quantizer_name': '*output_layer*', 'enable': False} (or the router's name) to quant_cfg.",
+    "Append a rule that disables them to quant_cfg, such as {'quantizer_name': '*output_layer*', 'enable': False}, "
+    "'*router*' or '*eh_proj*'.",
 )
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
@@ -103,12 +104,12 @@ def _check_experts(mapped: Mapped, findings: Findings) -> None:
     layers: dict[tuple[str, int | None], dict[bool, list[WholeWeight]]] = {}
     for whole, mapping in mapped:
         if whole.key.expert is not None and mapping.role is Role.LINEAR:
-            place = (whole.key.stack, whole.key.layer)
-            layers.setdefault(place, {}).setdefault(whole.weight is not None, []).append(whole)
-    for (_, layer), by_state in layers.items():
+            layer = (whole.key.stack, whole.key.layer)
+            layers.setdefault(layer, {}).setdefault(whole.weight is not None, []).append(whole)
+    for (_, number), by_state in layers.items():
         if len(by_state) == 2:
             for whole in by_state[False]:
-                findings.add_weight(_PARTIAL, whole, f"unquantized, others of layer {layer} are")
+                findings.add_weight(_PARTIAL, whole, f"unquantized, others of layer {number} are")
 
 
 def _check_uniform(by_scheme: Mapping[Scheme, list[WholeWeight]], findings: Findings) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantplug.mappings.layouts import IDENTITY, Layout, ModelDimensions
+from quantplug.mappings.layouts import IDENTITY, Layout, ModelDimensions, Option
 
 
 @dataclass(frozen=True, order=True)
@@ -30,14 +30,14 @@ class ParamKey:
     expert: int | None = None
 
     @property
-    def stack(self) -> str:
-        """The stack of layers it belongs to, in which `layer` counts: `decoder` or `mtp`."""
-        return self.module.partition(".")[0]
-
-    @property
     def name(self) -> str:
         """The name with global ids filled in."""
         return fill(self.module, self.layer, self.expert)
+
+    @property
+    def stack(self) -> str:
+        """What holds the layer in Megatron: `decoder` or `mtp`, each of which counts its layers from 0."""
+        return self.module.partition(".")[0]
 
 
 def fill(pattern: str, layer: int | None, expert: int | None) -> str:
@@ -121,6 +121,8 @@ class WeightMapping:
             weights of one group into one linear, which has one `weight_scale_2`. None if it is alone.
         copies: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
         dtype: Type on disk where it is not that of the model's other plain tensors.
+        option: Only models with this option have the row; None for all.
+        least_bits: Bits in which every server reads a linear that is quantized.
     """
 
     megatron: tuple[str, ...]
@@ -132,10 +134,14 @@ class WeightMapping:
     scale_group: str | None = None
     copies: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
+    option: Option | None = None
+    least_bits: int = 4
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
         module = self.megatron[0]
+        if self.option is not None and self.option not in dims.options:
+            return iter(())
         layers: Iterable[int | None] = (None,) if self.scope is Scope.MODEL else self._layers(dims)
         experts = range(dims.num_experts) if self.scope is Scope.EXPERT else (None,)
         return (ParamKey(module, layer, expert) for layer in layers for expert in experts)
@@ -208,6 +214,23 @@ class MegatronConfig:
 
 
 @dataclass(frozen=True)
+class SizeSetting:
+    """A whole number in config.json that a family's dimensions are read from.
+
+    Attributes:
+        names: Its spellings; the first that is set counts.
+        optional: It may be absent.
+        nullable: It may be null.
+        least: Its least value, 0 or 1.
+    """
+
+    names: tuple[str, ...]
+    optional: bool = False
+    nullable: bool = False
+    least: int = 1
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture: data only, read in both directions.
 
@@ -218,7 +241,8 @@ class Family:
         dimensions: Reads `ModelDimensions` from the config as a dict.
         megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert.
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
-        counts: Settings that `dimensions` reads beyond those of every decoder, whole numbers above zero.
+        sizes: What `dimensions` reads beside the sizes of any decoder. A config of unknown origin is held against it
+            before `dimensions` sees it.
     """
 
     name: str
@@ -227,15 +251,20 @@ class Family:
     dimensions: Callable[[Mapping[str, Any]], ModelDimensions]
     megatron_config: Callable[[Mapping[str, Any]], MegatronConfig]
     tied: Mapping[str, str] = field(default_factory=dict)
-    counts: tuple[str, ...] = ()
+    sizes: tuple[SizeSetting, ...] = ()
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""
         return ((row.hf_names(key, dims), key) for row in self.mappings for key in row.keys(dims))
 
-    def copies(self, dims: ModelDimensions) -> dict[str, str]:
-        """Names under which Hugging Face holds a tensor once more, each with the name of that tensor."""
-        return {copy: row.hf[0] for row in self.mappings for copy in row.copy_names(dims)}
+    def copies(self, dims: ModelDimensions, tied: bool = False) -> dict[str, str]:
+        """Names under which Hugging Face holds a tensor once more, each with the name of that tensor.
+
+        Args:
+            tied: Whether the output layer shares the data of the embedding, which is then the tensor of both.
+        """
+        names = {copy: row.hf[0] for row in self.mappings for copy in row.copy_names(dims)}
+        return {copy: self.tied.get(name, name) if tied else name for copy, name in names.items()}
 
     def by_megatron(self) -> dict[str, WeightMapping]:
         """Every Megatron spelling with its row."""

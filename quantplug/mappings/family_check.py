@@ -12,19 +12,18 @@ _STARS = {Scope.MODEL: 0, Scope.LAYER: 1, Scope.DENSE_LAYER: 1, Scope.MOE_LAYER:
 
 def problems(family: Family) -> Iterator[Offender]:
     """Every name of a family's table that is there twice, or has another number of `*` than its scope needs."""
-    for kind, names in (
-        ("Megatron", [name for row in family.mappings for name in row.megatron]),
-        ("Hugging Face", [name for row in family.mappings for name in (*row.hf, *row.copies)]),
-    ):
-        yield from (Offender(name, f"is {count} times a {kind} name") for name, count in _repeated(names))
+    # Layers of multi-token prediction have the decoder's names on disk, and other numbers.
+    by_kind = {
+        "Megatron": [(None, name) for row in family.mappings for name in row.megatron],
+        "Hugging Face": [(row.block, name) for row in family.mappings for name in (*row.hf, *row.copies)],
+    }
+    for kind, names in by_kind.items():
+        counts = Counter(names).items()
+        yield from (Offender(name, f"is {count} times a {kind} name") for (_, name), count in counts if count > 1)
     if not family.architectures:
         yield Offender("architectures", "names none")
     for row in family.mappings:
         yield from _wrong_stars(row)
-
-
-def _repeated(names: list[str]) -> list[tuple[str, int]]:
-    return [(name, count) for name, count in Counter(names).items() if count > 1]
 
 
 def _wrong_stars(row: WeightMapping) -> Iterator[Offender]:

@@ -7,9 +7,36 @@ Shape legend: H hidden, D head_dim, A attention heads, G query groups (KV heads)
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
+
+
+class Option(Enum):
+    """What a config may switch on, and with it rows of its family's table."""
+
+    QUERY_LATENT = "queries of multi-latent attention by way of a latent"
+    QUERY_DIRECT = "queries of multi-latent attention without one"
+    QK_NORM = "norms on queries and keys"
+    QKV_BIAS = "biases of queries, keys and values"
+
+
+@dataclass(frozen=True)
+class LatentSizes:
+    """The sizes of multi-latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1).
+
+    Attributes:
+        query_rank: Width of the latent of queries; None where they have none.
+        key_value_rank: Width of the latent of keys and values.
+        rotary_dim: Entries of a head of queries and keys that carry the position.
+        value_dim: Entries of a head of values.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    rotary_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -24,6 +51,8 @@ class ModelDimensions:
         expert_width: Feed-forward width F of an expert; None where it is not known.
         shared_width: Feed-forward width F of all shared experts together; None where there are none.
         mtp_layers: Layers of multi-token prediction.
+        latent: Sizes of multi-latent attention, `head_dim` then being that of queries and keys; None without it.
+        options: What the config switches on.
     """
 
     num_layers: int
@@ -38,6 +67,8 @@ class ModelDimensions:
     expert_width: int | None = None
     shared_width: int | None = None
     mtp_layers: int = 0
+    latent: LatentSizes | None = None
+    options: frozenset[Option] = frozenset()
 
 
 class Layout(Protocol):

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch.nn import functional
 
 from quantplug.errors import Offender, TopologyError
 from quantplug.mappings.base import Activation, MegatronConfig
 from quantplug.megatron import cpu
+from quantplug.megatron.latent_attention import use_local_core
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology
 
@@ -53,7 +54,7 @@ def build_gpt_model(
         TopologyError: The groups are not initialized, or a size of the model does not divide over them.
     """
     topology = current_topology()
-    check_divisible(family_config, topology, virtual_stages)
+    check_divisible(family_config, topology, virtual_stages, layer_spec)
     transformer = {
         **family_config.transformer,
         **_parallel_settings(topology, virtual_stages),
@@ -74,17 +75,21 @@ def build_gpt_model(
         "pre_process": topology.pp_rank == 0 and not virtual_stage,
         "post_process": topology.pp_rank == topology.pp - 1 and virtual_stage in (None, (virtual_stages or 1) - 1),
     }
+    with_te = layer_spec is LayerSpec.TRANSFORMER_ENGINE
+    is_latent = transformer.get("multi_latent_attention", False)
+    kind = MLATransformerConfig if is_latent else TransformerConfig
     with cpu.construction():
-        config = TransformerConfig(**transformer)
+        config = kind(**transformer)
         for name, value in family_config.yarn.items():  # No fields of it, but GPTModel reads them there.
             setattr(config, name, value)
         block = get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=layer_spec is LayerSpec.TRANSFORMER_ENGINE,
-            normalization=config.normalization,
-            vp_stage=virtual_stage,
+            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
         )
-        built = GPTModel(config, block, vp_stage=virtual_stage, **model)
+        if is_latent and not with_te:
+            use_local_core(block)
+        # On the last stage alone, and made like its last layer; None elsewhere.
+        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
+        built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **model)
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
         parameter.data = parameter.data.to(dtype).zero_()
     return built
@@ -100,7 +105,10 @@ def padded_vocab_size(vocab_size: int, tp: int, multiple: int = VOCABULARY_MULTI
 
 
 def check_divisible(
-    family_config: MegatronConfig, topology: ParallelTopology, virtual_stages: int | None = None
+    family_config: MegatronConfig,
+    topology: ParallelTopology,
+    virtual_stages: int | None = None,
+    layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
 ) -> None:
     """Refuses a model whose sizes do not divide over the ranks.
 
@@ -119,6 +127,9 @@ def check_divisible(
         ("moe_ffn_hidden_size", topology.etp, "ETP ranks"),
         ("moe_shared_expert_intermediate_size", topology.tp, "TP ranks"),
     ]
+    if layer_spec is LayerSpec.LOCAL:  # With Transformer Engine every rank has the down projections whole.
+        divisions += [("q_lora_rank", topology.tp, "TP ranks"), ("kv_lora_rank", topology.tp, "TP ranks")]
+        divisions += [("qk_pos_emb_head_dim", topology.tp, "TP ranks")]
     offenders = [
         Offender(name, f"{sizes[name]} does not divide over {count} {ranks}", rank=topology.rank)
         for name, count, ranks in divisions

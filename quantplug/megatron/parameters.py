@@ -1,7 +1,8 @@
 """A live Megatron model as a stream of identified parameters.
 
 Layer and expert ids are read from the modules (`TransformerLayer.layer_number`, `MoELayer.local_expert_indices`), so
-they are global under pipeline, virtual pipeline and expert parallelism, and nothing is parsed out of a name.
+they are global under pipeline, virtual pipeline and expert parallelism, and nothing is parsed out of a name. The layers
+of multi-token prediction are counted from 0 (`MultiTokenPredictionLayer.layer_number`), whatever the decoder has.
 
 Whether and where tensor parallelism cuts a parameter is read from the *type* of its layer, not from the
 `tensor_model_parallel` / `partition_dim` attributes of the tensor: Megatron sets those only when it initializes
@@ -28,6 +29,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
@@ -46,6 +48,8 @@ _COLUMN_PARALLEL = (
 )
 _ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLinear)
 _ATTENTION_CORES = (DotProductAttention, TEDotProductAttention)  # Their one weight has an entry for each head.
+# Layers of the decoder, and of multi-token prediction, where a decoder's layer is one module of several.
+_LAYERS = (TransformerLayer, MultiTokenPredictionLayer)
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
 _LEAVES = (*_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
 # Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
@@ -165,7 +169,7 @@ def _children(module: torch.nn.Module, place: _Place) -> Iterator[tuple[torch.nn
             yield child, replace(experts.child(str(index), "*"), expert=expert)
         return
     for name, child in module.named_children():
-        if isinstance(child, TransformerLayer):
+        if isinstance(module, torch.nn.ModuleList) and isinstance(child, _LAYERS):
             yield child, replace(place.child(name, "*"), layer=child.layer_number - 1)
         elif isinstance(module, MoELayer) and child is module.experts:
             yield child, replace(place.child(name), experts=tuple(module.local_expert_indices))

@@ -6,11 +6,18 @@ Awkward on purpose: hidden 160, head size 48, expert width 96, an odd vocabulary
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -50,12 +57,67 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+MIXTURE: Mapping[str, Any] = {
+    **DECODER,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
+LATENT: Mapping[str, Any] = {
+    **{name: value for name, value in MIXTURE.items() if name != "head_dim"},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}
+YARN: Mapping[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+GLM: Mapping[str, Any] = {**MIXTURE, "num_experts_per_tok": 2}
 
 Tensors = dict[str, torch.Tensor]
+F32 = ".e_score_correction_bias"
 
 
-def no_tensors(config: PreTrainedConfig) -> Tensors:
+def no_tensors(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
     return {}
+
+
+def no_copies(config: PreTrainedConfig) -> Mapping[str, str]:
+    return {}
+
+
+def correction_biases(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
+    """transformers' own are 0, and not F32 once the model is rounded."""
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return {f"model.layers.{layer}.mlp.gate{F32}": torch.empty(config.n_routed_experts) for layer in layers}
+
+
+def mtp_layer(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
+    """What transformers does not save: the layer of multi-token prediction. And correction biases that are not 0.
+
+    Its decoder layer is the last one of a model that is one layer deeper.
+    """
+    last, hidden = config.num_hidden_layers, config.hidden_size
+    deeper = type(config)(**{**config.to_dict(), "num_hidden_layers": last + 1})
+    with TemporaryDirectory() as directory:
+        model(deeper).save_pretrained(directory)
+        saved = load_file(Path(directory) / "model.safetensors")
+    layer = {name: tensor for name, tensor in saved.items() if name.startswith(f"model.layers.{last}.")}
+    norms = {
+        f"model.layers.{last}.{norm}.weight": torch.empty(hidden) for norm in ("enorm", "hnorm", "shared_head.norm")
+    }
+    biases = correction_biases(model, config)
+    return {**layer, **norms, **biases, f"model.layers.{last}.eh_proj.weight": torch.empty(hidden, 2 * hidden)}
+
+
+def mtp_copies(config: PreTrainedConfig) -> dict[str, str]:
+    """The embedding and the head, which checkpoints hold once more in the MTP layer."""
+    layer = f"model.layers.{config.num_hidden_layers}"
+    return {
+        f"{layer}.embed_tokens.weight": "model.embed_tokens.weight",
+        f"{layer}.shared_head.head.weight": "lm_head.weight",
+    }
 
 
 @dataclass(frozen=True)
@@ -66,11 +128,13 @@ class Case:
         model: transformers' class.
         config: Its config.
         beside: Tensors that checkpoints of the family hold and transformers' class does not, such as MTP layers.
+        copies: Names of further tensors that hold the same as others, and the names of those.
     """
 
     model: type[PreTrainedModel]
     config: PreTrainedConfig
-    beside: Callable[[PreTrainedConfig], Tensors] = no_tensors
+    beside: Callable[[type[PreTrainedModel], PreTrainedConfig], Tensors] = no_tensors
+    copies: Callable[[PreTrainedConfig], Mapping[str, str]] = no_copies
 
 
 CASES: dict[str, Case] = {
@@ -123,22 +187,64 @@ CASES: dict[str, Case] = {
             sliding_window=None,
         ),
     ),
+    "deepseek_v2": Case(
+        DeepseekV2ForCausalLM, DeepseekV2Config(**LATENT, q_lora_rank=96, n_shared_experts=2, num_experts_per_tok=3)
+    ),
+    "deepseek_v2_lite": Case(
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config(
+            **LATENT,
+            q_lora_rank=None,
+            n_shared_experts=2,
+            num_experts_per_tok=2,
+            routed_scaling_factor=16.0,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            rope_parameters={**YARN, "rope_theta": 1e4},
+        ),
+    ),
+    "deepseek_v3": Case(
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **LATENT,
+            q_lora_rank=96,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            rope_parameters={**YARN, "rope_theta": 1e4, "mscale": 0.9, "mscale_all_dim": 0.7},
+        ),
+        mtp_layer,
+        mtp_copies,
+    ),
+    "glm4_moe": Case(
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig(**GLM, attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
+        mtp_layer,
+        mtp_copies,
+    ),
+    "glm4_moe_air": Case(Glm4MoeForCausalLM, Glm4MoeConfig(**GLM, num_nextn_predict_layers=0), correction_biases),
 }
 
 
 def make(name: str, directory: Path) -> Path:
-    """Saves the checkpoint of a family: BF16, norm weights that are not 1, activations near 1."""
-    case = CASES[name]
+    """Saves the checkpoint of a family."""
+    return save(CASES[name], directory)
+
+
+def save(case: Case, directory: Path) -> Path:
+    """Saves a checkpoint: BF16, norm weights that are not 1, activations near 1."""
     torch.manual_seed(50)
     model = case.model(case.config)
     draw(dict(model.named_parameters()))
     model.to(torch.bfloat16).save_pretrained(directory)
-    beside = case.beside(case.config)
+    beside = case.beside(case.model, case.config)
     if beside:
         draw(beside)
-        saved = load_file(directory / "model.safetensors")
-        added = {key: tensor if tensor.dtype == torch.float32 else tensor.bfloat16() for key, tensor in beside.items()}
-        save_file(saved | added, directory / "model.safetensors", metadata={"format": "pt"})
+        added = {name: tensor if name.endswith(F32) else tensor.bfloat16() for name, tensor in beside.items()}
+        tensors = load_file(directory / "model.safetensors") | added
+        tensors |= {name: tensors[original].clone() for name, original in case.copies(case.config).items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

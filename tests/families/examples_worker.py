@@ -22,7 +22,13 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
         source, out = work / family / "hf", work / family / f"{tp}-{ep}"
         checkpoint = out.with_name(f"{out.name}-megatron")
         quantize.main(
-            str(source), checkpoint, quantize.QuantConfigName.NVFP4, weight_only=True, tp=tp, ep=has_experts(source, ep)
+            str(source),
+            checkpoint,
+            quantize.QuantConfigName.NVFP4,
+            weight_only=True,
+            tp=tp,
+            ep=has_experts(source, ep),
+            mtp=quantize.MultiTokenPrediction.QUANTIZED,
         )
         export.main(str(source), checkpoint, out, tp=tp, ep=has_experts(source, ep))
 

@@ -212,7 +212,7 @@ def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones():
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_no_name_stands_for_two_rows(family):
     spellings = [name for row in family.mappings for name in row.megatron]
-    tensors = [name for row in family.mappings for name in row.hf]
+    tensors = [(row.block, name) for row in family.mappings for name in row.hf]
     assert len(spellings) == len(set(spellings))
     assert len(tensors) == len(set(tensors))
 

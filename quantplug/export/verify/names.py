@@ -13,14 +13,19 @@ _LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
 _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project|connector")
 
 QKV = ("q_proj", "k_proj", "v_proj")
+LATENT_DOWN = ("q_a_proj", "kv_a_proj_with_mqa")  # of multi-latent attention
 GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
 ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2", "out_proj"})  # in_features are split over tensor-parallel ranks
-COLUMN_PARALLEL = frozenset({"q_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3"})  # out_features are split
+COLUMN_PARALLEL = frozenset(
+    {"q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3"}
+)  # out_features are split
 ROUTERS = ("gate", "router", "shared_expert_gate")
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "embeddings", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}
 )
 _HEADS = frozenset({"lm_head", "output_layer", "score"})
+# Servers take it apart at load: vLLM unpacks any format, SGLang reads packed FP4 as if it were the values.
+TAKEN_APART = "kv_b_proj"
 # DeepSeek-V3's own block FP8 files keep these plain, beside routers and heads, without an exclude list.
 DEEPSEEK_PLAIN = frozenset({"eh_proj", "weights_proj"})
 
@@ -85,13 +90,14 @@ class FusedGroup:
 
 
 def fused_groups(modules: Iterable[str]) -> Iterator[FusedGroup]:
-    """All groups of q/k/v and of gate/up among the modules, in the order of their names."""
+    """All groups of q/k/v, of gate/up and of MLA's down projections among the modules, in the order of their names."""
+    groups = ((QKV, "qkv_proj"), (LATENT_DOWN, "fused_qkv_a_proj"), *((pair, "gate_up_proj") for pair in GATE_UP))
     children: dict[str, set[str]] = {}
     for module in modules:
         parent, _, name = module.rpartition(".")
         children.setdefault(parent, set()).add(name)
     for parent in sorted(children):
-        for members, fused in ((QKV, "qkv_proj"), *((pair, "gate_up_proj") for pair in GATE_UP)):
+        for members, fused in groups:
             present = tuple(f"{parent}.{member}" for member in members if member in children[parent])
             if len(present) > 1:
                 yield FusedGroup(parent, present, f"{parent}.{fused}", expert(present[0]) is not None)

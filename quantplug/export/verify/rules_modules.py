@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from quantplug.export.verify import names
 from quantplug.export.verify.checkpoint import ITEM_BYTES
 from quantplug.export.verify.checks import Check
-from quantplug.export.verify.layouts import KV_SUFFIXES, Fp8Layout, UnjudgedLayout, is_plain, scale_names
+from quantplug.export.verify.layouts import KV_SUFFIXES, Fp8Layout, Nvfp4Layout, UnjudgedLayout, is_plain, scale_names
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error, note, warning
 
@@ -155,4 +155,13 @@ def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
         )
 
 
-RULES = (coverage, layout, alignment, kv_cache, unjudged, transformers_reader)
+def taken_apart(inventory: Inventory) -> Iterator[Finding]:
+    """MLA's `kv_b_proj` in FP4, said once."""
+    for module in inventory.quantized:
+        if names.last(module.name) == names.TAKEN_APART and isinstance(module.layout, Nvfp4Layout):
+            message = "in FP4: vLLM unpacks it, SGLang would read the packed bytes as weights; keep it or use FP8"
+            yield warning(Check.SERVING_KV_B, names.kind(module.name), message)
+            return
+
+
+RULES = (coverage, layout, alignment, kv_cache, unjudged, transformers_reader, taken_apart)

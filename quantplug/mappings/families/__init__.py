@@ -4,6 +4,9 @@ from difflib import get_close_matches
 
 from quantplug.errors import ArgumentError, Offender, UnsupportedModelError
 from quantplug.mappings.base import Family
+from quantplug.mappings.families.deepseek_v2 import DEEPSEEK_V2
+from quantplug.mappings.families.deepseek_v3 import DEEPSEEK_V3
+from quantplug.mappings.families.glm4_moe import GLM4_MOE
 from quantplug.mappings.families.gpt_oss import GPT_OSS
 from quantplug.mappings.families.llama import LLAMA
 from quantplug.mappings.families.mixtral import MIXTRAL
@@ -13,7 +16,18 @@ from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.family_check import problems
 
-FAMILIES: tuple[Family, ...] = (QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, LLAMA, MIXTRAL, GPT_OSS)
+FAMILIES: tuple[Family, ...] = (
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    LLAMA,
+    MIXTRAL,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GPT_OSS,
+)
 
 # What register_family was given, by architecture: a registry has to remember.
 _REGISTERED: dict[str, Family] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantplug.mappings.base import Activation, Family, MegatronConfig, Role, Scope, WeightMapping
 from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
-from quantplug.mappings.families import common
+from quantplug.mappings.families import common, routed
 from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, IDENTITY, ROW, ModelDimensions
 
 CLAMP = 7.0
@@ -58,8 +58,7 @@ FUSED_EXPERTS = (
 def _dimensions(config: Mapping[str, Any]) -> ModelDimensions:
     # Every layer has experts, and intermediate_size is their width.
     widths = {**config, "moe_intermediate_size": config["intermediate_size"], "intermediate_size": None}
-    experts = common.setting(config, "num_local_experts", "num_experts")
-    return common.decoder_dimensions(widths, experts, tuple(range(config["num_hidden_layers"])))
+    return common.decoder_dimensions(widths, routed.num_experts(config), tuple(range(config["num_hidden_layers"])))
 
 
 def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
@@ -82,7 +81,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         # transformers counts the query's own position in the window, Megatron those before it.
         "window_size": (config["sliding_window"] - 1, 0) if any(in_window) else None,
         "window_attn_skip_freq": [int(windowed) for windowed in in_window],
-        "num_moe_experts": common.setting(config, "num_local_experts", "num_experts"),
+        "num_moe_experts": routed.num_experts(config),
         "moe_ffn_hidden_size": config["intermediate_size"],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_router_load_balancing_type": "none",
@@ -99,4 +98,5 @@ GPT_OSS = Family(
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
+    sizes=(routed.EXPERTS,),
 )

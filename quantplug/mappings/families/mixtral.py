@@ -51,4 +51,5 @@ MIXTRAL = Family(
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
+    sizes=(routed.EXPERTS,),
 )

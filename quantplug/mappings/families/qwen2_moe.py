@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig
+from quantplug.mappings.base import Family, MegatronConfig, SizeSetting
 from quantplug.mappings.families import common, routed
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -44,5 +44,5 @@ QWEN2_MOE = Family(
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
-    counts=("moe_intermediate_size", "shared_expert_intermediate_size"),
+    sizes=(*routed.SIZES, SizeSetting(("shared_expert_intermediate_size",))),
 )

@@ -32,5 +32,5 @@ QWEN3_MOE = Family(
     dimensions=routed.sparse_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
-    counts=("moe_intermediate_size",),
+    sizes=routed.SIZES,
 )

@@ -3,8 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from quantplug.mappings.base import SizeSetting
 from quantplug.mappings.families.common import decoder_dimensions, setting
 from quantplug.mappings.layouts import ModelDimensions
+
+# transformers 5 saves Qwen's num_experts but keeps num_local_experts in memory; Mixtral's is num_local_experts.
+EXPERTS = SizeSetting(("num_experts", "num_local_experts"))
+SIZES = (EXPERTS, SizeSetting(("moe_intermediate_size",)), SizeSetting(("decoder_sparse_step",), optional=True))
 
 
 def sparse_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -15,8 +20,7 @@ def sparse_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def num_experts(config: Mapping[str, Any]) -> int:
-    # transformers 5 saves Qwen's num_experts but keeps num_local_experts in memory; Mixtral's is num_local_experts.
-    return int(setting(config, "num_experts", "num_local_experts"))
+    return int(setting(config, *EXPERTS.names))
 
 
 def sparse_dimensions(config: Mapping[str, Any]) -> ModelDimensions:

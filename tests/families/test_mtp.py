@@ -1,0 +1,249 @@
+"""Layers of multi-token prediction: never dropped, quantized or left as they are by choice."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.calibration.calibrate import calibrate
+from quantplug.calibration.collect import gather_statistics
+from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
+from quantplug.calibration.statistics import StatisticsRow
+from quantplug.errors import CalibrationError, MappingError, SourceError, UnsupportedQuantizationError
+from quantplug.export.verify import verify_checkpoint
+from quantplug.mappings.base import Family
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.megatron import cpu
+from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.mtp import without_labels
+from quantplug.plugins.rules import MTP_OFF, rules_for_kept, with_mtp_quantized
+from tests.export.checkpoints import build, load, one_rank, read, same_bytes
+
+WITH_MTP = ["deepseek_v3", "glm4_moe"]
+EXPERT = "model.layers.3.mlp.experts.5.down_proj.weight"
+
+Checkpoint = Callable[[str], Path]
+
+
+def changed(
+    source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object], **settings: object
+) -> Path:
+    """A copy of a checkpoint with other tensors, and with other settings in its config."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **settings}))
+    return target
+
+
+def without_layer(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+        del tensors[name]
+
+
+def family_of(source: Path) -> tuple[Family, ModelDimensions]:
+    config = AutoConfig.from_pretrained(source).to_dict()
+    family = find_family(config["architectures"][0])
+    return family, family.dimensions(config)
+
+
+def refused(error: type[Exception], source: Path) -> str:
+    """The message of an import that must leave the model as it was."""
+    with one_rank():
+        model = build(source)
+        with pytest.raises(error) as caught:
+            import_mcore_gpt_from_hf(model, source)
+        assert all(parameter.isnan().all() for parameter in model.parameters())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("copied", ["model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"])
+def test_a_copy_that_is_not_its_original_is_refused(copied: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[copied][522, 7] += 1
+
+    message = refused(SourceError, changed(checkpoint("deepseek_v3"), tmp_path / "source", spoil))
+    assert f"{copied} on rank 0: row 522 is not that of" in message
+
+
+def test_a_source_without_copies_is_exported_without_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.3.embed_tokens.weight"]
+
+    source = changed(checkpoint("glm4_moe"), tmp_path / "source", drop)
+    with one_rank():
+        export_mcore_gpt_to_hf(load(source), source, tmp_path / "out")
+    assert read(tmp_path / "out").keys() == read(source).keys()
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_a_config_that_promises_what_the_source_lacks(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As transformers saves these models."""
+    message = refused(MappingError, changed(checkpoint(name), tmp_path / "source", without_layer))
+    assert EXPERT in message
+    assert "Set num_nextn_predict_layers to 0 in config.json" in message
+
+
+def test_a_model_without_mtp_is_exported_once_the_config_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = changed(checkpoint("glm4_moe"), tmp_path / "source", without_layer, num_nextn_predict_layers=0)
+    with one_rank():
+        export_mcore_gpt_to_hf(load(source), source, tmp_path / "out")
+    assert read(tmp_path / "out").keys() == read(source).keys()
+
+
+def test_a_layer_that_the_config_does_not_know_is_not_dropped(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = changed(checkpoint("glm4_moe"), tmp_path / "source", lambda _: None, num_nextn_predict_layers=0)
+    assert EXPERT in refused(MappingError, source)
+
+
+def test_a_model_without_the_promised_layer_is_not_exported(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with one_rank():
+        model = build(checkpoint("glm4_moe"), num_nextn_predict_layers=0)
+        with pytest.raises(MappingError, match=r"(?s)mtp\.layers\.0\.eh_proj\.weight.*set num_next"):
+            export_mcore_gpt_to_hf(model, checkpoint("glm4_moe"), tmp_path / "out")
+
+
+def quantized(source: Path, quant_cfg: list[dict[str, object]], out: Path) -> None:
+    with one_rank():
+        model = mtq.quantize(load(source), {"quant_cfg": quant_cfg, "algorithm": "max"})
+        export_mcore_gpt_to_hf(model, source, out)
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_stock_configs_leave_it_in_high_precision(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized(checkpoint(name), mtq.W4A16_NVFP4_CFG["quant_cfg"], tmp_path / "out")
+    original, exported = read(checkpoint(name)), read(tmp_path / "out")
+    layer = [tensor for tensor in original if tensor.startswith("model.layers.3.")]
+    assert all(same_bytes(exported[tensor], original[tensor]) for tensor in layer)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {EXPERT.removesuffix(".weight"), "model.layers.3.eh_proj", "model.layers.3.shared_head.head"} <= {*ignored}
+    assert verify_checkpoint(tmp_path / "out", checkpoint(name)).ok
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_it_is_quantized_by_choice_but_for_its_projection(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quant_cfg = with_mtp_quantized(mtq.W4A16_NVFP4_CFG["quant_cfg"], *family_of(checkpoint(name)))
+    quantized(checkpoint(name), quant_cfg, tmp_path / "out")
+    exported = read(tmp_path / "out")
+    linears = [f"{module}.weight" for module in ("model.layers.3.self_attn.o_proj", EXPERT.removesuffix(".weight"))]
+    assert all(exported[linear].dtype == torch.uint8 for linear in linears)
+    assert exported["model.layers.3.eh_proj.weight"].dtype == torch.bfloat16
+    assert verify_checkpoint(tmp_path / "out", checkpoint(name)).ok
+
+
+def test_its_projection_quantized_is_refused_with_the_rule_to_append(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quant_cfg = [rule for rule in mtq.W4A16_NVFP4_CFG["quant_cfg"] if rule["quantizer_name"] != MTP_OFF]
+    with pytest.raises(UnsupportedQuantizationError, match=r"(?s)mtp\.layers\.0\.eh_proj\.weight.*'\*eh_proj\*'"):
+        quantized(checkpoint("glm4_moe"), quant_cfg, tmp_path / "out")
+
+
+def test_kv_b_proj_is_kept_in_four_bits(checkpoint: Checkpoint) -> None:
+    """SGLang reads its weight as values, whatever the format."""
+    names = [rule["quantizer_name"] for rule in rules_for_kept(*family_of(checkpoint("deepseek_v3")), bits=4)]
+    assert names == [
+        "*decoder.layers.*.self_attention.linear_kv_up_proj.*_quantizer",
+        "*mtp.layers.*.eh_proj.*_quantizer",
+        "*mtp.layers.*.transformer_layer.self_attention.linear_kv_up_proj.*_quantizer",
+    ]
+
+
+def test_rules_are_for_what_a_model_has(checkpoint: Checkpoint) -> None:
+    stock = copy.deepcopy(mtq.W4A16_NVFP4_CFG["quant_cfg"])
+    assert rules_for_kept(*family_of(checkpoint("glm4_moe_air"))) == []
+    assert with_mtp_quantized(stock, *family_of(checkpoint("glm4_moe_air"))) == stock
+    assert rules_for_kept(*family_of(checkpoint("glm4_moe"))) == [
+        {"quantizer_name": "*mtp.layers.*.eh_proj.*_quantizer", "enable": False}
+    ]
+
+
+def test_correction_biases_are_never_rounded(checkpoint: Checkpoint) -> None:
+    with one_rank():
+        model = build(checkpoint("deepseek_v3"))
+        import_mcore_gpt_from_hf(model, checkpoint("deepseek_v3"), dtype=torch.float16, moe_router_dtype=torch.float16)
+    bias = read(checkpoint("deepseek_v3"))["model.layers.3.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32
+    assert torch.equal(model.mtp.layers[0].transformer_layer.mlp.router.expert_bias, bias)
+
+
+def forward(model: GPTModel, tokens: torch.Tensor, **labels: torch.Tensor) -> torch.Tensor:
+    length = tokens.shape[1]
+    hidden_from_later = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
+    with torch.no_grad(), cpu.local_forward():
+        return model.eval()(tokens, torch.arange(length).expand_as(tokens), hidden_from_later, **labels)
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_calibration_reaches_it_without_labels(name: str, checkpoint: Checkpoint) -> None:
+    """Megatron-Core's own forward of a model with MTP fails where there are no labels."""
+    tokens = torch.arange(48).view(2, 24) * 7 % 500
+    with one_rank():
+        model = load(checkpoint(name), LayerSpec.LOCAL, dtype=torch.float32)
+        rules = with_mtp_quantized(mtq.FP8_DEFAULT_CFG["quant_cfg"], *family_of(checkpoint(name)))
+        mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        calibrate(model, lambda chunk: forward(chunk, tokens), CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
+        inputs = {
+            name: module.amax
+            for name, module in model.named_modules()
+            if name.startswith("mtp.") and name.endswith("input_quantizer") and module.is_enabled
+        }
+        assert model.config.mtp_num_layers == 1
+    assert any(".experts." in name for name in inputs)
+    assert all(amax > 0 for amax in inputs.values())
+
+
+def test_logits_of_the_main_model_come_first(checkpoint: Checkpoint) -> None:
+    tokens = torch.arange(12).view(2, 6)
+    with one_rank():
+        model = load(checkpoint("glm4_moe"), LayerSpec.LOCAL, dtype=torch.float32)
+        with without_labels([model]):
+            logits = forward(model, tokens)
+        loss = forward(model, tokens, labels=tokens)
+    assert logits.shape == (2, 12, 640)
+    expected = torch.nn.functional.cross_entropy(logits[:, :6].flatten(0, 1), tokens.flatten(), reduction="none")
+    torch.testing.assert_close(loss.flatten(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_its_experts_are_counted(checkpoint: Checkpoint) -> None:
+    """Under their own layer, after the decoder's, and in the rows of the statistics that are theirs."""
+    tokens = torch.arange(48).view(2, 24) * 7 % 500
+    with one_rank():
+        model = load(checkpoint("glm4_moe"), LayerSpec.LOCAL, dtype=torch.float32)
+        rules = with_mtp_quantized(mtq.FP8_DEFAULT_CFG["quant_cfg"], *family_of(checkpoint("glm4_moe")))
+        mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        policy = CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX)
+        record = calibrate(model, lambda chunk: forward(chunk, tokens), policy)
+        rows = gather_statistics(model, record).rows
+        send_nothing_to(7, model)
+        with pytest.raises(CalibrationError, match=r"mtp\.layers\.0\.transformer_layer\.mlp\.experts \(expert 7\)"):
+            calibrate(model, lambda chunk: forward(chunk, tokens))
+    assert record.tokens.keys() == {1, 2, 3}
+    assert all(counted.routed == 48 * 2 for counted in record.tokens.values())
+    told = {row.key.expert: row.tokens for row in rows if row.key.name.endswith("linear_fc2.weight") and is_mtp(row)}
+    assert tuple(told[expert] for expert in range(8)) == record.tokens[3].by_expert
+    assert {expert for layer, expert in record.fallback if layer == 3} == {
+        expert for expert, count in told.items() if count == 0
+    }
+
+
+def is_mtp(row: StatisticsRow) -> bool:
+    return row.key.stack == "mtp" and row.key.expert is not None
+
+
+def send_nothing_to(expert: int, model: GPTModel) -> None:
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.expert_bias.zero_()
+            module.expert_bias[expert] = -9.0

@@ -1,0 +1,46 @@
+"""The last pipeline stage holds the MTP layers, and with them a second copy of the embedding."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quantplug.export.verify import verify_checkpoint
+from tests.export.checkpoints import read, same_bytes
+from tests.families.cases import CASES, save
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def run_example(name: str, stages: int, *arguments: object) -> None:
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*launcher, "--nproc_per_node", str(stages), str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3"])
+def test_the_same_bytes_on_two_stages_as_on_one(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    config = type(case.config)(**{**case.config.to_dict(), "num_hidden_layers": 2})
+    source = save(replace(case, config=config), tmp_path / "hf")
+    for stages in (1, 2):
+        where = ("--hf-model-id", source, "--pp", stages)
+        checkpoint, out = tmp_path / f"megatron-{stages}", tmp_path / f"out-{stages}"
+        quantize = ("--export-quant-cfg", "nvfp4", "--weight-only", "--mtp", "quantized")
+
+        run_example("quantize", stages, *where, *quantize, "--megatron-save-path", checkpoint)
+        run_example("export", stages, *where, "--megatron-load-path", checkpoint, "--export-dir", out)
+    one, two = read(tmp_path / "out-1"), read(tmp_path / "out-2")
+    assert one.keys() == two.keys()
+    assert [tensor for tensor in one if not same_bytes(one[tensor], two[tensor])] == []
+    assert verify_checkpoint(tmp_path / "out-2", source).ok
