@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from quantplug.errors import Offender
-from quantplug.mappings.base import Family, Scope, WeightMapping
+from quantplug.mappings.base import Block, Family, Scope, WeightMapping
 from quantplug.mappings.experts import FusedExpertMapping
 
 _STARS = {Scope.MODEL: 0, Scope.LAYER: 1, Scope.DENSE_LAYER: 1, Scope.MOE_LAYER: 1, Scope.EXPERT: 2}
@@ -13,7 +13,7 @@ _STARS = {Scope.MODEL: 0, Scope.LAYER: 1, Scope.DENSE_LAYER: 1, Scope.MOE_LAYER:
 def problems(family: Family) -> Iterator[Offender]:
     """Every name of a family's table that is there twice, or has another number of `*` than its scope needs."""
     # Layers of multi-token prediction have the decoder's names on disk, and other numbers.
-    by_kind = {
+    by_kind: dict[str, list[tuple[Block | None, str]]] = {
         "Megatron": [(None, name) for row in family.mappings for name in row.megatron],
         "Hugging Face": [(row.block, name) for row in family.mappings for name in (*row.hf, *row.copies)],
     }

@@ -79,11 +79,9 @@ def with_inner_names(checkpoint: Checkpoint, fused: FusedExperts) -> tuple[Check
     tensors: dict[str, TensorInfo] = {}
     findings: list[Finding] = []
     for info in checkpoint.tensors.values():
-        inner = fused.inner_name(info.name)
         if fused.stored_name(info.name) != info.name:
             message = f"is stored as {info.name}: readers look for a parameter of the experts, not for a module"
             findings.append(error(Check.NAMES, info.name, message))
-        if inner in checkpoint.tensors:
-            inner = info.name
+        inner = fused.inner_name(info.name)
         tensors[inner] = replace(info, name=inner, stored=info.name)
     return replace(checkpoint, tensors=tensors), findings

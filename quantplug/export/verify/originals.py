@@ -46,21 +46,16 @@ class Mxfp4Original:
 
     `blocks` U8 [experts, out, in / 32, 16] and E8M0 `scales` U8 [experts, out, in / 32]: not transposed, though the
     tensor in floating point is (transformers 5.23, `integrations/mxfp4.py`, `convert_moe_packed_tensors`).
-
-    Attributes:
-        transposed: Whether the tensor in floating point is [experts, in, out].
     """
 
     source: Checkpoint
     info: TensorInfo
-    transposed: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor in floating point."""
         experts, rows, blocks, _ = self.info.shape
-        columns = blocks * decode.MXFP4_BLOCK
-        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
+        return experts, blocks * decode.MXFP4_BLOCK, rows
 
     def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
         """FP32 rows [first, last) of one expert's weight."""
@@ -96,4 +91,4 @@ def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -
     shapes_fit = len(info.shape) == 4 and info.shape[-1] == _MXFP4_BYTES
     if scales is None or not shapes_fit or scales.shape != info.shape[:-1] or {info.dtype, scales.dtype} != {"U8"}:
         return None
-    return Mxfp4Original(source, info, bool(transposed))
+    return Mxfp4Original(source, info)

@@ -239,7 +239,18 @@ def test_an_activation_scale_in_a_weight_only_format(open_fused: Callable[[str],
     assert told(verify_checkpoint(surgery.directory)) == {("weight-only", f"{DOWN}_input_scale")}
 
 
-def test_experts_with_values_that_are_not_finite_are_named(open_fused: Callable[[str], Any]) -> None:
+def test_channel_scales_are_served_for_no_experts(open_fused: Callable[[str], Any]) -> None:
+    surgery = open_fused("fp8")
+    surgery.quantization_config["quant_algo"] = surgery.quantization["quant_algo"] = "FP8_PER_CHANNEL_PER_TOKEN"
+    surgery.close()
+    assert ("algo", "config.json") in told(verify_checkpoint(surgery.directory))
+
+
+@pytest.mark.parametrize("chunk", [700, 1 << 20])
+def test_experts_with_values_that_are_not_finite_are_named(
+    open_fused: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("quantplug.export.verify.checkpoint.CHUNK_BYTES", chunk)
     surgery = open_fused("nvfp4")
     for expert in (0, 2):
         put(f"{DOWN}_weight_scale", expert, 0x7F)(surgery)

@@ -219,6 +219,10 @@ def blocks_of_other_shape(export: Any, source: Any) -> None:
     source.tensors[f"{DOWN}_blocks"] = source.tensors[f"{DOWN}_blocks"].flatten(2)
 
 
+def blocks_of_signed_bytes(export: Any, source: Any) -> None:
+    source.tensors[f"{DOWN}_blocks"] = source.tensors[f"{DOWN}_blocks"].view(torch.int8)
+
+
 def turned_blocks(export: Any, source: Any) -> None:
     for part in ("blocks", "scales"):
         name = f"{DOWN}_{part}"
@@ -244,6 +248,7 @@ MXFP4: dict[str, tuple[Spoil, set[tuple[str, str]]]] = {
     "no blocks": (without_blocks, {("source", f"{DOWN}_scales")}),
     "scales of another shape": (scales_of_other_shape, {("source", f"{DOWN}_blocks")}),
     "blocks of another shape": (blocks_of_other_shape, {("source", f"{DOWN}_blocks")}),
+    "blocks of signed bytes": (blocks_of_signed_bytes, {("source", f"{DOWN}_blocks")}),
     "blocks turned": (turned_blocks, {("source-names", f"{DOWN}_blocks")}),
     "another exponent": (other_exponent, errors(DOWN, 1)),
     "a config of another method": (quantized_otherwise, {("source", "config.json")}),
