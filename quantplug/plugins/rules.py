@@ -33,7 +33,7 @@ MTP_OFF = "mtp.*"
 def rules_for_kept(family: Family, dims: ModelDimensions, bits: int = 8) -> list[dict[str, Any]]:
     """Rules to append to a `quant_cfg` that enables every linear: off are those that servers load in high precision.
 
-    Only for what a model of these sizes has: a rule that matches nothing is refused.
+    Only for what a model of these sizes has, and for weights of modules: a rule that matches nothing is refused.
 
     Args:
         bits: Of the format. In fewer than 8, MLA's `kv_b_proj` is kept too.
@@ -41,7 +41,8 @@ def rules_for_kept(family: Family, dims: ModelDimensions, bits: int = 8) -> list
     return [
         {"quantizer_name": f"*{row.megatron[0].removesuffix('weight')}*_quantizer", "enable": False}
         for row in family.mappings
-        if (row.role is Role.KEPT or row.least_bits > bits) and any(True for _ in row.keys(dims))
+        if (row.role is Role.KEPT or row.least_bits > bits) and row.megatron[0].endswith(".weight")
+        if any(True for _ in row.keys(dims))
     ]
 
 
