@@ -82,7 +82,7 @@ def build_plan(
     assigned = assign([weight for weight, _ in mapped])
     packing = _Packing(dims, request, scheme, dialect, groups)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
-    excluded = _excluded_modules(tasks, family) if dialect else ()
+    excluded = _excluded_modules(tasks, family, dims) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
     files = _cut_into_files(in_order(tasks), request.max_shard_size)
     return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
@@ -172,21 +172,17 @@ class _Packing:
         return replace(tensor, shape=placement.stored_shape(tensor.shape))
 
 
-def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str, ...]:
+def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDimensions) -> tuple[str, ...]:
     """Exact names of the modules with a matrix product that stay unquantized.
 
-    A tied lm_head has no tensor of its own, but servers build the module and look it up.
+    A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
+    all of a layer or in none, they build one module and look up its name.
     """
-    parts = [
-        part
-        for task in tasks
-        if task.format is None and task.mapping.role is not Role.OTHER
-        for part in task.all_outputs
-    ]
-    # Experts in one tensor are parameters of their module: `mlp.experts.gate_up_proj` of `mlp.experts`.
-    fused = {part.name.rpartition(".")[0] for part in parts if part.placement is not None}
-    names = [*(part.name for part in parts if part.placement is None), *family.tied]
-    return tuple(sorted(fused | {name.removesuffix(".weight") for name in names}))
+    plain = [task for task in tasks if task.format is None and task.mapping.role is not Role.OTHER]
+    parts = [part for task in plain for part in task.all_outputs if part.placement is None]
+    names = {name.removesuffix(".weight") for name in (*(part.name for part in parts), *family.tied)}
+    experts = {task.mapping.experts_module(task.source.key, dims) for task in plain}
+    return tuple(sorted(names | {name for name in experts if name is not None}))
 
 
 def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:

@@ -173,6 +173,12 @@ class WeightMapping:
         """Name of its scale group; None if it is alone."""
         return None if self.scale_group is None else fill(self.scale_group, self._hf_layer(key, dims), key.expert)
 
+    def experts_module(self, key: ParamKey, dims: ModelDimensions) -> str | None:
+        """Hugging Face's module of all experts of the layer; None for what belongs to no expert."""
+        if key.expert is None:
+            return None
+        return fill(self.hf[0].rpartition(".*")[0], self._hf_layer(key, dims), None)
+
     def copy_names(self, dims: ModelDimensions) -> tuple[str, ...]:
         """Names under which Hugging Face holds the same tensor once more."""
         return tuple(fill(name, dims.num_layers + mtp, None) for mtp in range(dims.mtp_layers) for name in self.copies)

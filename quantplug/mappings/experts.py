@@ -72,6 +72,9 @@ class FusedExpertMapping(WeightMapping):
         assert key.expert is not None
         return Placement(key.expert, dims.num_experts, self.transposed)
 
+    def experts_module(self, key: ParamKey, dims: ModelDimensions) -> str:
+        return self.hf_names(key, dims)[0].rpartition(".")[0]
+
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
         return self.hf_names(key, dims)[0] if self.role is Role.LINEAR else None
 

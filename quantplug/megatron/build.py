@@ -87,8 +87,11 @@ def build_gpt_model(
         )
         if is_latent and not with_te:
             use_local_core(block)
-        # On the last stage alone, and made like its last layer; None elsewhere.
-        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
+        # Made like the last layer, and beside it. Megatron itself would put it on every virtual stage of the last rank
+        # unless its parallel state is told of virtual stages.
+        mtp = None
+        if model["post_process"]:
+            mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
         built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **model)
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
         parameter.data = parameter.data.to(dtype).zero_()

@@ -74,3 +74,12 @@ def test_down_projections_divide_only_where_they_are_cut() -> None:
     assert divided(LayerSpec.TRANSFORMER_ENGINE, 4, **sizes) == set()
     assert divided(LayerSpec.LOCAL, 4, **sizes) == set(sizes)
     assert divided(LayerSpec.LOCAL, 4) == set()
+
+
+def test_mtp_is_on_the_last_virtual_stage_alone() -> None:
+    """Megatron, which is not told of virtual stages here, takes every one of the last rank for the last."""
+    family, _ = family_and_config("deepseek_v3")
+    config = type(CASES["deepseek_v3"].config)(**{**CASES["deepseek_v3"].config.to_dict(), "num_hidden_layers": 4})
+    settings = family.megatron_config(config.to_dict())
+    stages = [build_gpt_model(settings, virtual_stages=2, virtual_stage=stage) for stage in range(2)]
+    assert [any(name.startswith("mtp.") for name, _ in stage.named_parameters()) for stage in stages] == [False, True]
