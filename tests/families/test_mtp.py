@@ -129,7 +129,8 @@ def test_stock_configs_leave_it_in_high_precision(name: str, checkpoint: Checkpo
     layer = [tensor for tensor in original if tensor.startswith("model.layers.3.")]
     assert all(same_bytes(exported[tensor], original[tensor]) for tensor in layer)
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
-    assert {EXPERT.removesuffix(".weight"), "model.layers.3.eh_proj", "model.layers.3.shared_head.head"} <= {*ignored}
+    kept = {EXPERT.removesuffix(".weight"), "model.layers.3.mlp.experts", "model.layers.3.eh_proj"}
+    assert {*kept, "model.layers.3.shared_head.head"} <= {*ignored}
     assert verify_checkpoint(tmp_path / "out", checkpoint(name)).ok
 
 
