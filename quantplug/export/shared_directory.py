@@ -4,8 +4,11 @@ A disk of one node, or a relative path from another working directory, would oth
 does not find the files that the others have filled.
 """
 
+import fcntl
+import os
 import platform
-from contextlib import nullcontext
+import re
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO
@@ -13,6 +16,7 @@ from typing import IO
 import torch.distributed as dist
 
 from quantplug.errors import DestinationError, Offender
+from quantplug.export.export_lock import take_lock
 from quantplug.export.work import disk_errors
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
@@ -52,7 +56,24 @@ def _leave_mark(destination: Path) -> IO[bytes]:
     """
     nearest = next(parent for parent in destination.parents if parent.is_dir())
     with disk_errors(nearest):
-        return NamedTemporaryFile(dir=nearest, prefix=f".{destination.name}.", suffix=".mark")
+        _remove_left_marks(nearest, destination.name)
+        return _held(NamedTemporaryFile(dir=nearest, prefix=f".{destination.name}.", suffix=".mark"))
+
+
+def _held(mark: IO[bytes]) -> IO[bytes]:
+    """The mark, locked as long as it is open."""
+    with suppress(OSError):  # Where there are no locks, the export itself says so, and where.
+        fcntl.flock(mark.fileno(), fcntl.LOCK_EX)
+    return mark
+
+
+def _remove_left_marks(directory: Path, name: str) -> None:
+    """Removes marks of exports to this name that were killed as they looked: nobody holds a lock on them."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.\w{{8}}\.mark")  # Of eight letters, as tempfile draws them.
+    for path in [path for path in directory.iterdir() if pattern.fullmatch(path.name)]:
+        with suppress(OSError):  # Another export still looks, or it is another user's.
+            os.close(take_lock(path, rank=0))
+            path.unlink()
 
 
 def _sees(destination: Path, mark: Path, target: Path, rank: int) -> bool:

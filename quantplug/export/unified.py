@@ -178,7 +178,7 @@ def export_mcore_gpt_to_hf(
     plan, rank = planned.plan, topology.rank
     marks = all_or_none(lambda: scan_weights(plan.tasks, planned.held, rank, progress))
     refuse_diverged(gather_objects(marks))
-    staging = Staging(destination, plan.digest, digest_of(marks), rank)
+    staging = Staging(destination, plan.digest, digest_of(marks), rank, topology.world_size)
     try:
         write_tensors(plan, planned.held, staging, rank, progress)
         all_or_none(lambda: _finish(planned, staging, dtype) if rank == 0 else None)

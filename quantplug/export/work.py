@@ -43,11 +43,12 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     was received and working copies of a piece.
 
     Raises:
-        DestinationError: Another export left its unfinished files in the way.
+        DestinationError: Another export left its unfinished files in the way, or still runs.
         WriteError: The disk refused a file on some rank.
         RankLostError: A rank ended.
     """
-    all_or_none(disk_errors(staging.directory, rank)(staging.open))
+    for step in (staging.make, staging.lock, staging.open):
+        all_or_none(disk_errors(staging.directory, rank)(step))
     finished = _finished_everywhere(plan, staging, rank)
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
     todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]

@@ -48,6 +48,8 @@ def check_destination(export_dir: Path, rank: int = 0) -> None:
 def _obstacle(export_dir: Path) -> str | None:
     if not export_dir.is_dir():
         return "exists and is not a directory" if export_dir.exists() or export_dir.is_symlink() else None
+    if (export_dir / INDEX_NAME).exists():
+        return "is not empty: it holds a checkpoint, and one that an export wrote is complete"
     if any(export_dir.iterdir()):
         return "is not empty"
     if export_dir.resolve().is_mount():
@@ -60,32 +62,55 @@ def _obstacle(export_dir: Path) -> str | None:
 class Staging:
     """The hidden directory beside the destination in which an export grows.
 
+    All ranks make, lock and open it, each step together: a directory that a rank of another export may still write to
+    is found before any rank claims it.
+
     Args:
         digest: Of the plan, which knows names, shapes, scales and files.
         fingerprint: Of the weights that this rank holds.
+        world_size: Number of ranks of this export.
     """
 
-    def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int) -> None:
+    def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int, world_size: int) -> None:
         self.destination = destination.resolve()  # A rename would replace a link, not what it points to.
         self._root = self.destination.with_name(f".{self.destination.name}.partial")
         # What becomes the checkpoint holds nothing else; what tells exports apart lies beside it.
         self.directory = self._root / "checkpoint"
         self._identity = {"digest": digest, "fingerprint": fingerprint}
         self._rank = rank
-        self._lock: int | None = None
+        self._world_size = world_size
+        self._locks: list[int] = []
         self._made: list[Path] = []
         self._is_ours = False
 
-    def open(self) -> None:
-        """Makes the directory, or takes up one that the same export left.
+    def make(self) -> None:
+        """Makes the directory, by rank 0, which then knows what to remove if the export fails."""
+        if self._rank == 0:
+            self._made = [parent for parent in self.directory.parents if not parent.exists()]
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def lock(self) -> None:
+        """Keeps every other export out, until this rank closes it or ends.
 
         Raises:
-            DestinationError: It belongs to another export, or one that is still running; or its file system has no
-                locks.
+            DestinationError: Ranks of another export still run; or the file system has no locks.
         """
-        self._made = [parent for parent in self.directory.parents if not parent.exists()]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self._is_ours = not any(self._root.glob("rank-*.json"))  # No export ever got further than its locks.
+        try:
+            # Every rank has a lock of its own: a rank may outlive the one that started with it.
+            self._locks.append(take_lock(self._lock_file(self._rank), self._rank))
+            for path in self._locks_of_others() if self._rank == 0 else ():
+                self._locks.append(take_lock(path, self._rank))
+        except BlockingIOError as error:
+            self._is_ours = False
+            raise self._refusal("is being written by an export that still runs") from error
+
+    def open(self) -> None:
+        """Claims the directory, or takes up what the same export left in it.
+
+        Raises:
+            DestinationError: It belongs to another export.
+        """
         manifest = self._root / f"rank-{self._rank:05d}.json"
         identity = json.dumps(self._identity)
         left_by = manifest.read_text(encoding="utf-8") if manifest.exists() else None
@@ -121,20 +146,17 @@ class Staging:
         shutil.rmtree(self._root, ignore_errors=True)
 
     def close(self) -> None:
-        """Lets go of the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Lets go of the locks."""
+        while self._locks:
+            os.close(self._locks.pop())
 
-    def _take_lock(self) -> None:
-        # Every rank has one of its own: a rank may outlive the one that started with it.
-        try:
-            self._lock = take_lock(self._root / f"rank-{self._rank:05d}.lock", self._rank)
-        except BlockingIOError as error:
-            raise self._refusal("is being written by an export that still runs") from error
-        except (DestinationError, OSError):
-            self._is_ours = not any(self._root.glob("rank-*.json"))  # No export ever got further than its lock.
-            raise
+    def _lock_file(self, rank: int) -> Path:
+        return self._root / f"rank-{rank:05d}.lock"
+
+    def _locks_of_others(self) -> list[Path]:
+        """Those of ranks that this export has not: one that was killed may have had more, and some may still write."""
+        own = {self._lock_file(rank) for rank in range(self._world_size)}
+        return sorted(set(self._root.glob("rank-*.lock")) - own)
 
     def _refusal(self, reason: str) -> DestinationError:
         return DestinationError(
@@ -202,7 +224,12 @@ def _bytes_written(plan: ExportPlan, tensors: Container[str], rank: int) -> dict
 
 
 def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
-    """Writes the index of what is in the files, by their own headers, which must be what was planned."""
+    """Writes the index of what is in the files, by their own headers, which must be what was planned.
+
+    Raises:
+        DestinationError: There are other files, which readers of a whole directory would take for a part of it.
+    """
+    _refuse_strays(directory, files)
     weight_map: dict[str, str] = {}
     for file in files:
         with safe_open(directory / file.name, framework="pt") as opened:
@@ -213,6 +240,16 @@ def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[s
     write_json(
         directory / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )
+
+
+def _refuse_strays(directory: Path, files: Sequence[ShardFile]) -> None:
+    strays = {path.name for path in directory.glob("*.safetensors")} - {file.name for file in files}
+    if strays:
+        raise DestinationError(
+            "Files that this export has not written are among its own.",
+            [Offender(str(directory / name), "is not in the plan") for name in sorted(strays)],
+            "Remove them once nothing writes there any more; the same export run again goes on from what is finished.",
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -91,7 +91,8 @@ class Placement:
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor of all experts, from that of one expert's."""
-        return (self.experts, *(reversed(shape) if self.transposed else shape))
+        turned = (shape[1], shape[0], *shape[2:]) if self.transposed and len(shape) > 1 else shape
+        return (self.experts, *turned)
 
     def is_shared(self, stored: tuple[int, ...]) -> bool:
         """Whether a tensor of that shape is one scale of all experts."""
@@ -102,8 +103,11 @@ class Placement:
         return rank - axis if self.transposed else axis + 1
 
     def turned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """One expert's tensor as it is stored; and as it is stored, back. A view."""
-        return tensor.mT if self.transposed and tensor.ndim > 1 else tensor
+        """One expert's tensor as it is stored; and as it is stored, back. A view.
+
+        Tables of scales are turned as the matrix is: [out, in, ...] to [in, out, ...].
+        """
+        return tensor.transpose(0, 1) if self.transposed and tensor.ndim > 1 else tensor
 
 
 @dataclass(frozen=True)

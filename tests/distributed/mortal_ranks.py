@@ -4,16 +4,19 @@ They are forked from a process that has imported everything and used nothing: gl
 """
 
 import itertools
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -111,6 +114,32 @@ class Ranks:
         for process in processes:
             process.join()
         return [_outcome(process.exitcode, note) for process, note in zip(processes, notes, strict=True)]
+
+
+def start_ranks(source: Path, notes: Path) -> Ranks:
+    """What exports of a source are run with."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.mortal_ranks"])
+    with pytest.MonkeyPatch.context() as patch:  # For the server, which Python 3.11 starts without our sys.path.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        forkserver.ensure_running()
+    return Ranks(source, notes, store, context, itertools.count())
+
+
+def finished(out: Path) -> dict[str, tuple[int, int]]:
+    """Of every finished file of an export that was killed what changes if it is written again: inode and time."""
+    return identities(out.with_name(f".{out.name}.partial").glob("checkpoint/*.safetensors"))
+
+
+def identities(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def assert_same_files(directory: Path, expected: Path) -> None:
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in expected.iterdir())
+    for path in expected.iterdir():
+        assert (directory / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def _outcome(status: int | None, note: Path) -> str:

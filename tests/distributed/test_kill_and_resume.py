@@ -1,18 +1,25 @@
 """kill -9 of one or both of two ranks at any moment, and the same export again: the same bytes, nothing done twice."""
 
-import itertools
-import multiprocessing
 import random
 import shutil
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from tests.distributed.mortal_ranks import EXPORTED, KILLED, Moment, Ranks, after, before
+from tests.distributed.mortal_ranks import (
+    EXPORTED,
+    KILLED,
+    Moment,
+    Ranks,
+    after,
+    assert_same_files,
+    before,
+    finished,
+    identities,
+    start_ranks,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -31,13 +38,7 @@ DISK = (WRITE, "os.fsync", "os.replace", "pathlib.Path.replace")
 
 @pytest.fixture(scope="module")
 def ranks(tiny_qwen3_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.mortal_ranks"])
-    with pytest.MonkeyPatch.context() as patch:  # For the server, which Python 3.11 starts without our sys.path.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        forkserver.ensure_running()
-    return Ranks(tiny_qwen3_moe_dir, tmp_path_factory.mktemp("notes"), store, context, itertools.count())
+    return start_ranks(tiny_qwen3_moe_dir, tmp_path_factory.mktemp("notes"))
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +49,9 @@ def smooth(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def finished(out: Path) -> dict[str, tuple[int, int]]:
-    """Of every finished file of an export that was killed what changes if it is written again: inode and time."""
-    files = out.with_name(f".{out.name}.partial").glob("checkpoint/*.safetensors")
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
-
-
 def everything(directory: Path) -> dict[str, tuple[int, int]]:
     found = directory.rglob("*")
     return {str(path.relative_to(directory)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
-
-
-def assert_same_files(directory: Path, expected: Path) -> None:
-    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in expected.iterdir())
-    for path in expected.iterdir():
-        assert (directory / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def assert_resumes(ranks: Ranks, out: Path, smooth: Path) -> None:
@@ -70,8 +59,7 @@ def assert_resumes(ranks: Ranks, out: Path, smooth: Path) -> None:
     kept = finished(out)
     assert ranks.export(out) == [EXPORTED] * 2
     assert_same_files(out, smooth)
-    there = {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in kept for path in [out / name]}
-    assert there == kept
+    assert identities(out / name for name in kept) == kept
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
