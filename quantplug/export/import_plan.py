@@ -1,32 +1,22 @@
 """The plan of an import: pure, from names, shapes and dtypes alone. What can be wrong is found before data moves."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from quantplug.errors import MappingError, ShapeError, SourceError
-from quantplug.export.coverage import Slot
+from quantplug.errors import MappingError, ShapeError
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
-from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
+from quantplug.export.source_tensors import check_tensors
+from quantplug.mappings.base import Family, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.megatron.parameters import MegatronParameter
 
 _SAME_MODEL = "Build the model from the config.json of this checkpoint, and pass every model chunk."
-_WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
 _UNKNOWN_PARAMETER = Kind(MappingError, "The model has parameters that the source's architecture has not.", _SAME_MODEL)
-_UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
-_MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
 _UNUSED_TENSOR = Kind(MappingError, "The source has tensors that no parameter of the model stands for.", _SAME_MODEL)
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the source.", _SAME_MODEL)
-_DTYPE = Kind(
-    SourceError,
-    "The source has weights that are not plain floating-point numbers.",
-    "Import the checkpoint that it was quantized from.",
-)
-_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ def plan_import(
     """
     expected = {(names, key.expert): key for names, key in family.expected(dims)}
     aliases = family.tied if tied else {}
-    _check_tensors(expected, family.copies(dims), tensors, aliases, findings)
+    check_tensors(expected, family.copies(dims), tensors, aliases, findings)
     table = family.by_megatron()
     tasks = []
     for parameter in parameters:
@@ -107,24 +97,6 @@ def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_tensors(
-    expected: Mapping[Slot, ParamKey],
-    copies: Mapping[str, str],
-    tensors: Mapping[str, TensorHeader],
-    aliases: Mapping[str, str],
-    findings: Findings,
-) -> None:
-    known = {name: key for (names, _), key in expected.items() for name in names}
-    patterns = {_pattern(name) for name in known}
-    for name in sorted(tensors.keys() - known.keys() - copies.keys()):
-        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
-    for name, key in known.items():
-        if name not in tensors and name not in aliases:
-            findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
-        elif name in tensors and tensors[name].dtype not in _FLOATS:
-            findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
-
-
 def _check_shapes(
     task: ImportTask, tensors: Mapping[str, TensorHeader], dims: ModelDimensions, findings: Findings
 ) -> None:
@@ -168,7 +140,3 @@ def _bounds(task: ImportTask, size: int) -> tuple[int, int]:
     else:
         rows = size // shard.count
     return min(shard.index * rows, size), min((shard.index + 1) * rows, size)
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -13,7 +13,7 @@ from typing import IO
 import torch.distributed as dist
 
 from quantplug.errors import DestinationError, Offender
-from quantplug.export.work import disk_errors
+from quantplug.export.disk_errors import disk_errors
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
 

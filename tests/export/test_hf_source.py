@@ -9,7 +9,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from quantplug.errors import SourceError
-from quantplug.export import hf_source
+from quantplug.export import hub
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
 
 
@@ -101,7 +101,7 @@ def test_directory_is_taken_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/directory", "./no-such", "~/no-such", "a/b/c"])
 def test_paths_are_not_looked_up_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(hf_source, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     with pytest.raises(SourceError, match="does not exist"):
         resolve_source(name)
 
@@ -116,7 +116,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
     def unreachable(*args, **kwargs):
         raise LocalEntryNotFoundError("no network\nand more")
 
-    monkeypatch.setattr(hf_source, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(SourceError, match=r"owner/name.*no network"):
         resolve_source("owner/name")
 
@@ -134,7 +134,7 @@ def test_weights_are_fetched_only_where_asked_for(monkeypatch, tmp_path):
         asked.append((name, cache_dir, "*.safetensors" in allow_patterns, "*.json" in allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(hf_source, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert resolve_source("owner/name", tmp_path) == tmp_path
     assert resolve_source("owner/name", weights=False) == tmp_path
     assert asked == [("owner/name", tmp_path, True, True), ("owner/name", None, False, True)]
