@@ -1,8 +1,8 @@
 """The compiled loops of the CPU kernels: flat NumPy arrays in, flat arrays filled, one thread.
 
-numba compiles a loop when it is first called, for the element type it is called with, and keeps the machine code beside
-this file or in the user's cache directory. A compiler on the user's machine is not needed. The cache notices changes to
-this file alone, so everything compiled is here.
+numba compiles a loop when a process first calls it, for the element type it is called with: a second or two. A compiler
+on the user's machine is not needed. numba's cache on disk is not used: processes that fill it at once, as ranks do, can
+leave the machine code of one element type under the name of another.
 
 A weight arrives as the integers of its bits, and their type says which float they are: uint16 is BF16, int16 is FP16,
 uint32 is FP32 (NumPy has no BF16, numba's CPU code no FP16). The loops are written so that LLVM makes vector
@@ -52,14 +52,6 @@ _E2M1_SIGN, _E4M3_SIGN_SHIFT, _E4M3_NAN = np.uint32(8), np.uint32(24), np.uint32
 _SMALLEST_BLOCK_SCALE = np.float32(E4M3_SMALLEST_SUBNORMAL)
 _SMALLEST_SCALE = np.float32(F32_SMALLEST_NORMAL)
 _ZERO_AMAX_SCALE = np.float32(ZERO_AMAX_SCALE)
-
-
-def _compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """A loop that is called from outside: its machine code is kept for the next process where there is a place."""
-    try:
-        return njit(cache=True, **_OPTIONS)(loop)
-    except RuntimeError:  # Neither this directory nor the user's cache can be written.
-        return njit(**_OPTIONS)(loop)
 
 
 def _fp32(bits: Any) -> Any:
@@ -179,7 +171,7 @@ def _nvfp4_codes(blocks: Array, scales: Array, codes: Array) -> None:
             codes[block, i] = _e2m1(np.float32(_fp32(blocks[block, i]) / scale))
 
 
-@_compiled
+@njit(**_OPTIONS)
 def pack_nvfp4(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
     """Bits of n elements to n/2 bytes of codes and n/16 bytes of E4M3 scales."""
     scale_2 = np.float32(weight_scale_2)
@@ -192,14 +184,14 @@ def pack_nvfp4(weight: Array, weight_scale_2: float, packed: Array, block_scales
         first = start // NVFP4_BLOCK
         _nvfp4_block_amax(tile, longer, shorter, scales[:blocks])
         _nvfp4_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
-        _nvfp4_codes(tile.reshape(blocks, NVFP4_BLOCK), scales, codes.reshape(-1, NVFP4_BLOCK))
+        _nvfp4_codes(tile.reshape(blocks, NVFP4_BLOCK), scales[:blocks], codes.reshape(-1, NVFP4_BLOCK))
         nibbles = packed[start // 2 : start // 2 + tile.size // 2]
         for i in range(nibbles.size):
             # Two bytes 0H 0L, little-endian, become HL.
             nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
-@_compiled
+@njit(**_OPTIONS)
 def unpack_nvfp4(
     packed: Array, block_scales: Array, weight_scale_2: float, e2m1: Array, e4m3: Array, out: Array
 ) -> None:
@@ -214,7 +206,7 @@ def unpack_nvfp4(
             values[block, i, 1] = e2m1[pair >> 4] * scale
 
 
-@_compiled
+@njit(**_OPTIONS)
 def copy_transposed(source: Array, copy: Array) -> None:
     """Copies [columns, rows] of any strides to contiguous [rows, columns], in squares.
 
@@ -235,7 +227,7 @@ def copy_transposed(source: Array, copy: Array) -> None:
                     copy[left + j, top + i] = square[i, j]
 
 
-@_compiled
+@njit(**_OPTIONS)
 def largest_magnitude(weight: Array) -> Any:
     """Bits of the largest magnitude; those of a NaN where there is one."""
     largest = _magnitude(weight[0])
@@ -244,7 +236,7 @@ def largest_magnitude(weight: Array) -> Any:
     return largest
 
 
-@_compiled
+@njit(**_OPTIONS)
 def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
     """Bits of n elements to n E4M3 codes."""
     scale = np.float32(weight_scale)
@@ -252,7 +244,7 @@ def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
         codes[i] = _e4m3(np.float32(_fp32(weight[i]) / scale))
 
 
-@_compiled
+@njit(**_OPTIONS)
 def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8` in FP32."""
     scale = np.float32(weight_scale)
@@ -273,7 +265,7 @@ def _square_scale(bands: Array, band: int, block: int) -> Any:
     return _ZERO_AMAX_SCALE if amax == np.float32(0) else scale
 
 
-@_compiled
+@njit(**_OPTIONS)
 def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
     """Bits of [bands, 128, blocks, 128] elements to [bands, blocks] FP32 scales and as many E4M3 codes as elements."""
     for band in range(block_scales.shape[0]):
@@ -285,7 +277,7 @@ def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
                     codes[band, row, block, i] = _e4m3(np.float32(_fp32(bands[band, row, block, i]) / scale))
 
 
-@_compiled
+@njit(**_OPTIONS)
 def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8_block` in FP32."""
     for band in range(block_scales.shape[0]):

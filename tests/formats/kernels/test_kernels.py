@@ -1,5 +1,6 @@
 """Which kernels a weight gets, and that there is an answer on every machine."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,31 @@ def test_with_numba_s_compiler_turned_off_the_bytes_are_the_same(tmp_path: Path)
     assert_same_bytes_after("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", tmp_path)
 
 
-def test_without_a_place_for_machine_code_the_bytes_are_the_same(tmp_path: Path) -> None:
-    assert_same_bytes_after("from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []", tmp_path)
+OF_ALL_ENDS = """
+import torch
+from quantplug.formats import FP8, NVFP4, FP8Block
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    # Neither a whole number of tiles nor of pieces.
+    small, large = torch.randn(3, 48).to(dtype), torch.randn(130, 2064).to(dtype)
+    for weight in (small, large, torch.randn(2064, 144).to(dtype).t()):
+        for packing in (NVFP4(), FP8()):
+            packing.unpack(packing.pack(weight))
+    FP8Block().unpack(FP8Block().pack(torch.randn(384, 256).to(dtype)))
+"""
+
+
+def test_no_loop_reads_or_writes_beyond_its_arrays() -> None:
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", OF_ALL_ENDS],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_numba_is_not_imported_before_a_weight_is_packed() -> None:
