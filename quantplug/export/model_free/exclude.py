@@ -34,7 +34,7 @@ def chosen_weights(
 
     Raises:
         MappingError: A pattern matches no module with a matrix product.
-        UnsupportedQuantizationError: A pattern parts q, k and v, gate and up, or experts of a layer; or nothing is left.
+        UnsupportedQuantizationError: A pattern parts q, k and v, gate and up or experts of a layer; or nothing is left.
     """
     table, findings = family.by_megatron(), Findings()
     seen: set[str] = {name.removesuffix(".weight") for name in family.tied}
