@@ -20,6 +20,7 @@ class ExportResult:
         tensors: Number of tensors on disk.
         nbytes: Their size.
         shards: Number of safetensors files.
+        weight_bytes: Size of all weights before they were packed.
     """
 
     directory: Path
@@ -27,6 +28,7 @@ class ExportResult:
     tensors: int
     nbytes: int
     shards: int
+    weight_bytes: int
 
 
 def finish(plan: ExportPlan, source: Path, staging: Staging, dtype: torch.dtype | None) -> None:
@@ -47,4 +49,6 @@ def result_of(plan: ExportPlan, directory: Path) -> ExportResult:
     """What a plan says has been written."""
     expected = plan.expected().values()
     algorithm = plan.quant_config.algorithm if plan.quant_config else None
-    return ExportResult(directory, algorithm, len(expected), sum(spec.nbytes for spec in expected), len(plan.files))
+    nbytes = sum(spec.nbytes for spec in expected)
+    weight_bytes = sum(task.source.nbytes for task in plan.tasks)
+    return ExportResult(directory, algorithm, len(expected), nbytes, len(plan.files), weight_bytes)

@@ -1,7 +1,7 @@
 """From a Hugging Face checkpoint straight to a quantized one, for formats that quantize weights alone.
 
-Weights need no data to be calibrated, so no model is built: needs torch and safetensors alone. Names, layouts, plan,
-packing and files are those of an export from Megatron-Core, and so are the bytes.
+Weights need no data to be calibrated, so no model is built: needs torch, safetensors and NumPy alone. Names, layouts,
+plan, packing and files are those of an export from Megatron-Core, and so are the bytes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """The weights of a checkpoint as an export knows them: by the table of the architecture, from headers alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from quantplug.export.hf_source import TensorHeader
 from quantplug.export.plan import PLAIN_DTYPES
 from quantplug.export.source_tensors import check_tensors
 from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.layouts import Layout, ModelDimensions
 
 _SHAPE = Kind(
     ShapeError,
@@ -69,15 +69,26 @@ def _weight(
             findings.add(_DTYPES, name, f"is {header.dtype}", key.expert)
         elif header.dtype != dtype:
             findings.add(_DTYPES, name, f"is {header.dtype}, {names[0]} is {dtype}", key.expert)
-    parts = tuple(torch.empty(_part_shape(header.shape, placement), dtype=dtype, device="meta") for header in headers)
-    try:
-        shape = tuple(mapping.layout.merge(parts, dims).shape)
-    except (RuntimeError, IndexError):  # What torch raises of sizes that do not go together.
-        shape = ()
-    if not shape:
+    shape = _merged_shape([_part_shape(header.shape, placement) for header in headers], mapping.layout, dims)
+    if shape is None:
         said = ", ".join(f"{name} {list(header.shape)}" for name, header in zip(names, headers, strict=True))
         findings.add(_SHAPE, names[0], f"the config asks for other shapes than {said}", key.expert)
-    return WholeWeight(key, shape, dtype)
+    return WholeWeight(key, shape or (), dtype)
+
+
+def _merged_shape(parts: Sequence[tuple[int, ...]], layout: Layout, dims: ModelDimensions) -> tuple[int, ...] | None:
+    """Shape of the Megatron tensor that parts make; None if they do not go together.
+
+    Layouts rearrange rows alone: this one is run on their numbers.
+    """
+    tails = {part[1:] for part in parts}
+    if not all(parts) or len(tails) > 1:
+        return None
+    try:
+        rows = layout.merge(tuple(torch.arange(part[0]) for part in parts), dims)
+    except RuntimeError:  # What torch raises of sizes that do not go together.
+        return None
+    return (len(rows), *tails.pop())
 
 
 def _part_shape(stored: tuple[int, ...], placement: Placement | None) -> tuple[int, ...]:
