@@ -1,17 +1,28 @@
 """The command line of quantplug."""
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from quantplug.calibration.render import print_statistics
 from quantplug.calibration.statistics import CalibrationTable
-from quantplug.cli_tables import print_report
+from quantplug.cli_tables import print_report, print_result
 from quantplug.errors import QuantplugError
+from quantplug.export.model_free import WeightOnlyFormat, quantize_checkpoint
 from quantplug.export.verify import VerifyReport, verify_checkpoint
 
 USAGE_ERROR = 2
@@ -49,6 +60,42 @@ def verify(
 
 
 @app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id of a BF16, FP16 or FP32 model.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is new or empty.")],
+    format: Annotated[WeightOnlyFormat, typer.Option(help="Formats that quantize weights alone.")],  # noqa: A002
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
+    ] = None,
+    quantize_mtp: Annotated[
+        bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
+    ] = False,
+) -> None:
+    """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
+
+    Killed, it goes on where it was when the same command is run again. Exit status: 0, or 2 when it cannot be done.
+    """
+    start = time.perf_counter()
+    try:
+        with _byte_progress() as progress:
+            task = progress.add_task("reading", total=None)
+
+            def show(stage: str, done: int, total: int) -> None:
+                if progress.tasks[task].description != stage:
+                    progress.reset(task, description=stage, total=total)
+                progress.update(task, completed=done)
+
+            result = quantize_checkpoint(
+                source, destination, format, exclude=exclude or (), quantize_mtp=quantize_mtp, progress=show
+            )
+    except (QuantplugError, OSError) as problem:
+        Console(stderr=True).print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(USAGE_ERROR) from problem
+    print_result(result, time.perf_counter() - start, Console())
+
+
+@app.command()
 def stats(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What examples/quantize.py wrote to --stats-json.")],
     plot: Annotated[
@@ -81,11 +128,23 @@ def _save_plot(table: CalibrationTable, path: Path) -> None:
 
 
 def _with_progress(directory: Path, source: Path | None) -> VerifyReport:
-    """Runs the checker, with a bar on stderr when that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with _byte_progress() as progress:
         task = progress.add_task("reading", total=None)
         return verify_checkpoint(
             directory, source, lambda done, total: progress.update(task, completed=done, total=total)
         )
+
+
+@contextmanager
+def _byte_progress() -> Iterator[Progress]:
+    """A bar of bytes, with speed and time left, on stderr when that is a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        yield progress

@@ -1,4 +1,4 @@
-"""The checker's report as text: tables that survive a narrow terminal, a pipe, and names that somebody else chose."""
+"""Reports and results as text: tables that survive a narrow terminal, a pipe, and names that somebody else chose."""
 
 from itertools import groupby
 
@@ -6,8 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantplug.export.finish import ExportResult
 from quantplug.export.verify import Finding, Severity, VerifyReport
 
+_GIGABYTE = 10**9
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
@@ -20,6 +22,17 @@ def print_report(report: VerifyReport, console: Console, limit: int) -> None:
     if report.source is not None:
         console.print(_sizes(report))
     console.print(_verdict(report), soft_wrap=True)
+
+
+def print_result(result: ExportResult, seconds: float, console: Console) -> None:
+    """Prints in a line what was written, and how fast."""
+    files = "1 file" if result.shards == 1 else f"{result.shards} files"
+    read = result.weight_bytes / _GIGABYTE
+    said = (
+        f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / _GIGABYTE:.3f} GB in {files}, to "
+        f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
+    )
+    console.print(_plain(said), soft_wrap=True)
 
 
 def _plain(text: str) -> Text:

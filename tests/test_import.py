@@ -44,6 +44,7 @@ LIGHT_MODULES = [
     *sorted(set(modules_below("formats")) - COMPILED),
     *sorted(modules_below("mappings")),
     "quantplug.calibration.statistics",
+    *sorted(modules_below("export/model_free")),
     "quantplug.export.plan",
     "quantplug.export.writer",
     "quantplug.export.verify",
@@ -82,10 +83,9 @@ def distribution_closure(*names: str) -> set[str]:
     return found
 
 
-def run_with_only_torch_and_safetensors(code: str) -> subprocess.CompletedProcess[str]:
-    allowed = {"quantplug", "torch", "safetensors", "functorch", "torchgen"} | distribution_closure(
-        "torch", "safetensors"
-    )
+def run_with_only_torch_and_safetensors(code: str, *more: str) -> subprocess.CompletedProcess[str]:
+    allowed = {"quantplug", "torch", "safetensors", "functorch", "torchgen", *more}
+    allowed |= distribution_closure("torch", "safetensors")
     script = BLOCKER.format(allowed=sorted(allowed), code=code)
     return subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
@@ -122,6 +122,15 @@ def test_verify_runs_with_torch_and_safetensors_alone(tiny_qwen3_dir: Path) -> N
     result = run_with_only_torch_and_safetensors(code)
 
     assert result.stdout.strip() == "VerifyReport", result.stderr
+
+
+def test_a_checkpoint_is_quantized_with_numpy_beside_them(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    arguments = f"{str(tiny_qwen3_dir)!r}, {str(tmp_path / 'out')!r}, 'w4a16_nvfp4'"
+    code = f"from quantplug.export.model_free import quantize_checkpoint as q; print(q({arguments}).algorithm)"
+
+    result = run_with_only_torch_and_safetensors(code, "numpy")
+
+    assert result.stdout.strip() == "W4A16_NVFP4", result.stderr
 
 
 def test_packing_runs_with_torch_and_safetensors_alone() -> None:

@@ -23,15 +23,17 @@ _TEMPLATES = "additional_chat_templates"
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
-def write_configs(source: Path, destination: Path, dtype: torch.dtype, quant_config: QuantConfig | None) -> None:
+def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, quant_config: QuantConfig | None) -> None:
     """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization.
 
-    What the source says of an earlier quantization is left out: it does not hold for what is written.
+    Without a `dtype` the config keeps its own. What the source says of an earlier quantization is left out: it does not
+    hold for what is written.
     """
     config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-    # transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree.
-    spelled = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}
-    config |= dict.fromkeys(spelled, str(dtype).removeprefix("torch."))
+    if dtype is not None:
+        # transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree.
+        spelled = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}
+        config |= dict.fromkeys(spelled, str(dtype).removeprefix("torch."))
     for key in _QUANTIZATION_KEYS:
         config.pop(key, None)
     if quant_config is not None:

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as a lazy source: names, shapes and dtypes first, slices of data when asked for."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,6 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from quantplug.errors import Offender, SourceError
@@ -34,9 +32,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-# What is fetched of a hub model: configuration, tokenizer, modelling code for trust_remote_code, and the weights.
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
-_WEIGHT_FILES = ("*.safetensors",)
+_MOST_MAPPED = 128 * 2**20
 
 
 def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None, *, weights: bool = True) -> Path:
@@ -60,15 +56,9 @@ def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None
             [Offender(name, "is a file" if path.exists() else "does not exist")],
             "Pass the directory that save_pretrained wrote, or the id of a hub model.",
         )
-    files = [*_SIDE_FILES, *(_WEIGHT_FILES if weights else ())]
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise SourceError(
-            "The source checkpoint is neither a local directory nor a hub model that can be fetched.",
-            [Offender(name, str(error).strip().splitlines()[0])],
-            "Check the name, the network and your access, or download it and pass the directory.",
-        ) from error
+    from quantplug.export.hub import fetch  # A local checkpoint is read without huggingface_hub.
+
+    return fetch(name, cache_dir, weights)
 
 
 @dataclass(frozen=True)
@@ -99,6 +89,7 @@ class HFCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, safe_open] = self._open_files()
+        self._mapped: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
 
     def __enter__(self) -> Self:
@@ -115,7 +106,14 @@ class HFCheckpoint:
 
     def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
         view = self._files[file].get_slice(name)
-        return view[index] if index else view[...]
+        tensor = view[index] if index else view[...]
+        self._mapped[file] += tensor.nbytes
+        if self._mapped[file] > _MOST_MAPPED:
+            # Pages once read count as this process's memory as long as they are mapped. What tensors in use lie in is
+            # theirs until they go.
+            self._files[file] = safe_open(self.directory / file, framework="pt")
+            self._mapped[file] = 0
+        return tensor
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name to file, as the index says it; None for a single file."""

@@ -1,37 +1,22 @@
 """The plan of an import: pure, from names, shapes and dtypes alone. What can be wrong is found before data moves."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from quantplug.errors import MappingError, ShapeError, SourceError
-from quantplug.export.coverage import Slot
+from quantplug.errors import MappingError, ShapeError
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
-from quantplug.mappings.base import Block, Family, ParamKey, Placement, WeightMapping
+from quantplug.export.source_tensors import check_tensors
+from quantplug.mappings.base import Family, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.megatron.parameters import MegatronParameter
 
 _SAME_MODEL = "Build the model from the config.json of this checkpoint, and pass every model chunk."
-_WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
 _UNKNOWN_PARAMETER = Kind(MappingError, "The model has parameters that the source's architecture has not.", _SAME_MODEL)
-_UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
-_MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
 _UNUSED_TENSOR = Kind(MappingError, "The source has tensors that no parameter of the model stands for.", _SAME_MODEL)
-_NO_MTP = Kind(
-    MappingError,
-    "The config asks for layers of multi-token prediction, and the source has none (transformers does not save them).",
-    "Set num_nextn_predict_layers to 0 in config.json, or fetch the checkpoint that has these layers.",
-)
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the source.", _SAME_MODEL)
-_DTYPE = Kind(
-    SourceError,
-    "The source has weights that are not plain floating-point numbers.",
-    "Import the checkpoint that it was quantized from.",
-)
-_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -66,10 +51,8 @@ def plan_import(
     """
     expected = {(names, key.expert): key for names, key in family.expected(dims)}
     aliases = family.tied if tied else {}
-    table, copies = family.by_megatron(), family.copies(dims, tied)
-    _check_tensors(expected, copies, tensors, aliases, findings)
-    _check_mtp(expected, table, tensors, findings)
-    _check_copies(copies, tensors, findings)
+    table = family.by_megatron()
+    check_tensors(family, dims, tied, tensors, findings)
     tasks = []
     for parameter in parameters:
         key = parameter.key
@@ -112,45 +95,6 @@ def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
     if parameter.shard is not None:
         shape[parameter.shard.dim] *= parameter.shard.count
     return tuple(shape)
-
-
-def _check_tensors(
-    expected: Mapping[Slot, ParamKey],
-    copies: Mapping[str, str],
-    tensors: Mapping[str, TensorHeader],
-    aliases: Mapping[str, str],
-    findings: Findings,
-) -> None:
-    known = {name: key for (names, _), key in expected.items() for name in names}
-    patterns = {_pattern(name) for name in known}
-    for name in sorted(tensors.keys() - known.keys() - copies.keys()):
-        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
-    for name, key in known.items():
-        if name not in tensors and name not in aliases:
-            findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
-        elif name in tensors and tensors[name].dtype not in _FLOATS:
-            findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
-
-
-def _check_mtp(
-    expected: Mapping[Slot, ParamKey],
-    table: Mapping[str, WeightMapping],
-    tensors: Mapping[str, TensorHeader],
-    findings: Findings,
-) -> None:
-    """Says the way out where the config promises multi-token prediction and the source has nothing of it."""
-    mtp = [names for (names, _), key in expected.items() if table[key.module].block is Block.MTP]
-    if mtp and not any(name in tensors for names in mtp for name in names):
-        findings.add(
-            _NO_MTP, "num_nextn_predict_layers", f"asks for {sum(map(len, mtp))} tensors, none of which is there"
-        )
-
-
-def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, TensorHeader], findings: Findings) -> None:
-    for copy, original in copies.items():
-        if copy in tensors and original in tensors and tensors[copy].shape != tensors[original].shape:
-            shapes = f"has shape {list(tensors[copy].shape)}, {original} has {list(tensors[original].shape)}"
-            findings.add(_SHAPE, copy, shapes)
 
 
 def _check_shapes(
@@ -196,7 +140,3 @@ def _bounds(task: ImportTask, size: int) -> tuple[int, int]:
     else:
         rows = size // shard.count
     return min(shard.index * rows, size), min((shard.index + 1) * rows, size)
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 
-from quantplug.errors import Offender, SourceError
-from quantplug.export import mxfp4_source
 from quantplug.export.base import Progress
 from quantplug.export.copies import check_copies
 from quantplug.export.findings import Findings
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
 from quantplug.export.import_plan import ImportTask, add_unused, part_index, plan_import
-from quantplug.export.source_config import CONFIG_FILE, SourceConfig, read_source_config
+from quantplug.export.plain_source import open_plain, refuse_quantized
+from quantplug.export.source_config import SourceConfig, read_source_config
 from quantplug.mappings.base import Family, Role
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
@@ -56,7 +55,7 @@ def import_mcore_gpt_from_hf(
     family = find_family(config.architecture)
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
-    with all_or_none(lambda: _open(config)) as source:
+    with all_or_none(lambda: open_plain(config.directory, config.quantization)) as source:
         tied = bool(config.values.get("tie_word_embeddings", False))
         tasks = _plan(parameters, source, family, dims, tied)
         topology, copies = current_topology(), family.copies(dims, tied)
@@ -82,24 +81,8 @@ def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_r
     config = read_source_config(resolve_source(name_or_path, cache_dir), trust_remote_code)
     # Refuses settings that a Megatron model cannot have been built with.
     find_family(config.architecture).megatron_config(config.values)
-    method = _quantization_method(config)
-    if method not in (None, mxfp4_source.METHOD):
-        raise SourceError(
-            "The source checkpoint is quantized already.",
-            [Offender(str(config.directory / CONFIG_FILE), f"has a quantization_config ({method})")],
-            "Import the checkpoint that it was quantized from.",
-        )
+    refuse_quantized(config.directory, config.quantization)
     return config
-
-
-def _quantization_method(config: SourceConfig) -> str | None:
-    said = config.quantization
-    return None if said is None else str(said.get("quant_method") or said.get("quant_algo"))
-
-
-def _open(config: SourceConfig) -> HFCheckpoint:
-    is_mxfp4 = _quantization_method(config) == mxfp4_source.METHOD
-    return mxfp4_source.MXFP4Checkpoint(config.directory) if is_mxfp4 else HFCheckpoint(config.directory)
 
 
 def _plan(

@@ -37,7 +37,7 @@ class ExportRequest:
 
     Attributes:
         tied_embeddings: Whether the config ties lm_head to the embeddings.
-        dtype: Type of unquantized tensors on disk.
+        dtype: Type of unquantized tensors on disk; None where each keeps its own.
         router_dtype: Type of the routers on disk; None for `dtype`.
         max_shard_size: Largest size of one file in bytes; a larger weight gets a file of its own.
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
@@ -46,7 +46,7 @@ class ExportRequest:
     """
 
     tied_embeddings: bool = False
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = torch.bfloat16
     router_dtype: torch.dtype | None = None
     max_shard_size: int = MAX_SHARD_SIZE
     reference: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -90,7 +90,8 @@ def build_plan(
 
 def _check_request(request: ExportRequest) -> None:
     types = {"dtype": request.dtype, "moe_router_dtype": request.router_dtype or request.dtype}
-    offenders = [Offender(name, f"is {dtype}") for name, dtype in types.items() if dtype not in PLAIN_DTYPES]
+    wrong = {name: dtype for name, dtype in types.items() if dtype is not None and dtype not in PLAIN_DTYPES}
+    offenders = [Offender(name, f"is {dtype}") for name, dtype in wrong.items()]
     if request.max_shard_size < 1:
         offenders.append(Offender("max_shard_size", f"is {request.max_shard_size}"))
     if offenders:
@@ -118,8 +119,9 @@ class _Packing:
         quantized = weight.weight is not None and self.scheme is not None
         packing = self.scheme.weight if self.scheme and quantized else None
         placement = mapping.placement(weight.key, self.dims)
+        plain = self._plain_dtype(weight, mapping)
         outputs = tuple(
-            PartOutput(name, shape, self._tensors(name, shape, mapping, quantized, placement), placement)
+            PartOutput(name, shape, self._tensors(name, shape, plain, quantized, placement), placement)
             for name, shape in zip(mapping.hf_names(weight.key, self.dims), shapes, strict=True)
         )
         return ExportTask(
@@ -131,19 +133,21 @@ class _Packing:
             format=packing,
             amax=weight.weight.amax if weight.weight and quantized else None,
             input_amax=weight.activation.amax if weight.activation and quantized else None,
-            dtype=self._plain_dtype(mapping),
+            dtype=plain,
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
             row_step=None if placement else row_step(packing, shapes[0]),
             outputs=outputs,
             copies=tuple(
-                PartOutput(name, shapes[0], self._tensors(name, shapes[0], mapping, quantized, None))
+                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, quantized, None))
                 for name in mapping.copy_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
             scale_group=self.groups.get(weight.key) if quantized else None,
         )
 
-    def _plain_dtype(self, mapping: WeightMapping) -> torch.dtype:
+    def _plain_dtype(self, weight: WholeWeight, mapping: WeightMapping) -> torch.dtype:
+        if self.request.dtype is None:
+            return weight.dtype
         if mapping.dtype is not None:
             return mapping.dtype
         is_router = mapping.role is Role.ROUTER
@@ -153,12 +157,12 @@ class _Packing:
         self,
         name: str,
         shape: tuple[int, ...],
-        mapping: WeightMapping,
+        plain: torch.dtype,
         quantized: bool,
         placement: Placement | None,
     ) -> tuple[TensorSpec, ...]:
         if not quantized or self.scheme is None or self.dialect is None:
-            return (self._stored(TensorSpec(name, shape, self._plain_dtype(mapping)), placement),)
+            return (self._stored(TensorSpec(name, shape, plain), placement),)
         tensors = self.scheme.weight.outputs(shape)
         if self.scheme.activations:
             tensors = (*tensors, INPUT_SCALE)

@@ -16,8 +16,8 @@ from typing import IO
 import torch.distributed as dist
 
 from quantplug.errors import DestinationError, Offender
+from quantplug.export.disk_errors import disk_errors
 from quantplug.export.export_lock import take_lock
-from quantplug.export.work import disk_errors
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
 

@@ -1,6 +1,5 @@
 """The config.json of a Hugging Face checkpoint: all that an export reads of its source."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from quantplug.errors import Offender, SourceError
+from quantplug.export.config_file import CONFIG_FILE, architecture_of, config_error, read_config_file
 from quantplug.mappings.families import find_family
-
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -45,42 +43,20 @@ def read_source_config(directory: Path, trust_remote_code: bool = False) -> Sour
         SourceError: There is none, or it is damaged, names no architecture, or transformers cannot read it.
         UnsupportedModelError: Its architecture is not one we convert.
     """
-    raw = _read_json(directory)
-    architectures = raw.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise config_error(directory, "names no architecture")
+    raw = read_config_file(directory)
+    architecture = architecture_of(raw, directory)
     if raw.get("auto_map") and not trust_remote_code:
         raise SourceError(
             "The source checkpoint brings its own code.",
             [Offender(str(directory / CONFIG_FILE), f"auto_map names {', '.join(map(str, raw['auto_map']))}")],
             "Read that code, then allow it: trust_remote_code=True, or --trust-remote-code.",
         )
-    find_family(str(architectures[0]))  # Before transformers, whose error would not list what we support.
+    find_family(architecture)  # Before transformers, whose error would not list what we support.
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise config_error(directory, str(error).strip().splitlines()[0]) from error
-    return SourceConfig(directory, str(architectures[0]), raw.get("quantization_config"), dict(config.to_dict()))
-
-
-def _read_json(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise config_error(directory, "does not exist") from error
-    except ValueError as error:
-        raise config_error(directory, f"is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise config_error(directory, "is not a JSON object")
-    return config
-
-
-def config_error(directory: Path, reason: str) -> SourceError:
-    return SourceError(
-        "The config of the source checkpoint cannot be used.",
-        [Offender(str(directory / CONFIG_FILE), reason)],
-        "Pass a directory that save_pretrained wrote.",
-    )
+    return SourceConfig(directory, architecture, raw.get("quantization_config"), dict(config.to_dict()))
 
 
 def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

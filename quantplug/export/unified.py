@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from quantplug.errors import RankLostError
-from quantplug.export.base import ExportPlan, Held, Progress, WholeWeight
+from quantplug.export.base import ExportPlan, Held, Progress, WholeWeight, silent
+from quantplug.export.disk_errors import disk_errors
 from quantplug.export.findings import Findings
-from quantplug.export.hf_config import copy_side_files, write_configs
+from quantplug.export.finish import ExportResult, finish, result_of
 from quantplug.export.hf_source import resolve_source
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
@@ -18,8 +19,8 @@ from quantplug.export.shared_directory import require_shared
 from quantplug.export.source import Model, live_weights
 from quantplug.export.source_config import SourceConfig, read_source_config, reference_shapes
 from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
-from quantplug.export.work import disk_errors, write_tensors
-from quantplug.export.writer import Staging, check_destination, write_index
+from quantplug.export.work import write_tensors
+from quantplug.export.writer import Staging, check_destination
 from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
 from quantplug.megatron.agreement import all_or_none, gather_objects, require_same
@@ -27,28 +28,6 @@ from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
 
 __all__ = ["ExportResult", "export_mcore_gpt_to_hf", "import_mcore_gpt_from_hf", "plan_export"]
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export wrote.
-
-    Attributes:
-        algorithm: Short name of the quantization, None for an export without one.
-        tensors: Number of tensors on disk.
-        nbytes: Their size.
-        shards: Number of safetensors files.
-    """
-
-    directory: Path
-    algorithm: str | None
-    tensors: int
-    nbytes: int
-    shards: int
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The progress callback of a caller who wants none."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +160,7 @@ def export_mcore_gpt_to_hf(
     staging = Staging(destination, plan.digest, digest_of(marks), rank, topology.world_size)
     try:
         write_tensors(plan, planned.held, staging, rank, progress)
-        all_or_none(lambda: _finish(planned, staging, dtype) if rank == 0 else None)
+        all_or_none(lambda: finish(plan, planned.source, staging, dtype) if rank == 0 else None)
     except RankLostError:
         raise  # Others may still write.
     except BaseException:
@@ -189,7 +168,7 @@ def export_mcore_gpt_to_hf(
         raise
     finally:
         staging.close()
-    return _result(destination, plan)
+    return result_of(plan, destination)
 
 
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
@@ -199,19 +178,3 @@ def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceCon
 def _check_destination(destination: Path, rank: int) -> None:
     with disk_errors(destination, rank):
         check_destination(destination, rank)
-
-
-def _finish(planned: PlannedExport, staging: Staging, dtype: torch.dtype) -> None:
-    """What is written once, last: the index of what is there, configs, tokenizer; then all of it becomes visible."""
-    plan = planned.plan
-    with disk_errors(staging.directory):
-        write_index(staging.directory, plan.files, plan.expected())
-        copy_side_files(planned.source, staging.directory)
-        write_configs(planned.source, staging.directory, dtype, plan.quant_config)
-        staging.publish()
-
-
-def _result(directory: Path, plan: ExportPlan) -> ExportResult:
-    expected = plan.expected().values()
-    algorithm = plan.quant_config.algorithm if plan.quant_config else None
-    return ExportResult(directory, algorithm, len(expected), sum(spec.nbytes for spec in expected), len(plan.files))

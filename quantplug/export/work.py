@@ -1,16 +1,15 @@
 """Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together."""
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from quantplug.errors import Offender, WriteError
 from quantplug.export.base import ExportPlan, Held, Progress, ShardFile
+from quantplug.export.disk_errors import disk_errors
 from quantplug.export.gather import Delivered, PackedBucket, Slices
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import Piece
@@ -19,20 +18,6 @@ from quantplug.export.writer import FileSink, Staging
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named, union
 from quantplug.megatron.parallel import process_groups
-
-
-@contextmanager
-def disk_errors(path: Path, rank: int = 0) -> Iterator[None]:
-    """Turns what the operating system says of a file into a WriteError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(
-            "The checkpoint could not be written.",
-            [Offender(str(error.filename or path), reason, rank=rank)],
-            "Make room, or mend the permissions; the same export run again goes on from what is finished.",
-        ) from error
 
 
 def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, progress: Progress) -> None:

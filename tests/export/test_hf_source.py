@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from quantplug.errors import SourceError
-from quantplug.export import hf_source
+from quantplug.export import hf_source, hub
 from quantplug.export.hf_source import HFCheckpoint, resolve_source
 
 
@@ -101,7 +102,7 @@ def test_directory_is_taken_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/directory", "./no-such", "~/no-such", "a/b/c"])
 def test_paths_are_not_looked_up_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(hf_source, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     with pytest.raises(SourceError, match="does not exist"):
         resolve_source(name)
 
@@ -116,7 +117,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
     def unreachable(*args, **kwargs):
         raise LocalEntryNotFoundError("no network\nand more")
 
-    monkeypatch.setattr(hf_source, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(SourceError, match=r"owner/name.*no network"):
         resolve_source("owner/name")
 
@@ -134,7 +135,34 @@ def test_weights_are_fetched_only_where_asked_for(monkeypatch, tmp_path):
         asked.append((name, cache_dir, "*.safetensors" in allow_patterns, "*.json" in allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(hf_source, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert resolve_source("owner/name", tmp_path) == tmp_path
     assert resolve_source("owner/name", weights=False) == tmp_path
     assert asked == [("owner/name", tmp_path, True, True), ("owner/name", None, False, True)]
+
+
+def test_tensors_outlive_the_map_they_were_read_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(hf_source, "_MOST_MAPPED", 1)
+    tensors = {f"t{index}": torch.randn(5, 7) for index in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with HFCheckpoint(tmp_path) as source:
+        read = {name: source.read(name, (slice(1, 4),)) for name in tensors}
+    assert all(torch.equal(read[name], tensor[1:4]) for name, tensor in tensors.items())
+
+
+def test_what_was_read_does_not_stay_in_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(hf_source, "_MOST_MAPPED", 2**20)
+    save_file(
+        {f"t{index}": torch.ones(2**20, dtype=torch.uint8) for index in range(64)}, tmp_path / "model.safetensors"
+    )
+    with HFCheckpoint(tmp_path) as source:
+        before = mapped_bytes()
+        for name in source.tensors:
+            source.read(name).sum()
+        assert mapped_bytes() - before < 16 * 2**20
+
+
+def mapped_bytes():
+    """Pages of files that count as this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))

@@ -1,0 +1,76 @@
+"""The first look at the source: the amax of every weight, and NaN and Inf while nothing has been written."""
+
+import hashlib
+import math
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from quantplug.errors import WeightError
+from quantplug.export.base import ExportPlan, PartOutput, Progress
+from quantplug.export.findings import Findings, Kind
+from quantplug.export.hf_source import HFCheckpoint
+from quantplug.export.model_free.parts import pieces_of, read_piece, read_rows
+from quantplug.formats import first_nonfinite
+from quantplug.formats.scales import weight_amax
+from quantplug.mappings.base import ParamKey
+
+_NONFINITE = Kind(
+    WeightError,
+    "Weights hold NaN or Inf.",
+    "Fetch or save the checkpoint again: one such value would spoil its whole tensor when served.",
+)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a look at all of a checkpoint's data found.
+
+    Attributes:
+        amaxes: max|weight| of every weight, over all of its parts.
+        fingerprint: Of the data, so that a run that goes on from another's files notices that the source has changed.
+    """
+
+    amaxes: Mapping[ParamKey, float]
+    fingerprint: str
+
+
+def scan(plan: ExportPlan, source: HFCheckpoint, progress: Progress) -> Scan:
+    """Reads every weight of a plan once.
+
+    Raises:
+        WeightError: NaN or Inf; names every tensor.
+    """
+    amaxes: defaultdict[ParamKey, float] = defaultdict(float)
+    marks: Counter[tuple[str, int | None]] = Counter()
+    spoiled: dict[tuple[str, int | None], PartOutput] = {}
+    done, total = 0, sum(task.source.nbytes for task in plan.tasks)
+    for task in plan.tasks:
+        key = task.source.key
+        for piece in pieces_of(task, plan.dims):
+            rows, place = read_piece(source, piece), (piece.output.name, key.expert)
+            amax = weight_amax(rows).item() if rows.numel() else 0.0
+            amaxes[key] = max(amaxes[key], amax)
+            if not math.isfinite(amax):
+                spoiled[place] = piece.output
+            marks[place] = _mark(rows, marks[place])
+            done += rows.nbytes
+            progress("Checking weights", done, total)
+    _refuse(spoiled, source)
+    return Scan(dict(amaxes), hashlib.sha256(repr(sorted(marks.items(), key=repr)).encode()).hexdigest())
+
+
+def _mark(rows: torch.Tensor, mark: int) -> int:
+    """CRC-32 of a tensor's bytes, going on from those before it."""
+    return zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data, mark)
+
+
+def _refuse(spoiled: Mapping[tuple[str, int | None], PartOutput], source: HFCheckpoint) -> None:
+    findings = Findings()
+    for (name, expert), part in spoiled.items():
+        reason = first_nonfinite(read_rows(source, part, 0, part.shape[0]))
+        findings.add(_NONFINITE, name, reason or "no longer: the source changes while it is read", expert)
+    findings.raise_if_any()

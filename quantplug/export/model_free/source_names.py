@@ -1,0 +1,26 @@
+"""Errors of the plan, which names weights as Megatron does, in the names of a checkpoint that never was there."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from quantplug.errors import QuantplugError
+from quantplug.export.base import WholeWeight
+from quantplug.mappings.base import Family
+from quantplug.mappings.layouts import ModelDimensions
+
+_WAY_OUT = "Without a model: choose another format, or exclude these modules."
+
+
+@contextmanager
+def errors_in_source_names(weights: Sequence[WholeWeight], family: Family, dims: ModelDimensions) -> Iterator[None]:
+    """Around work on weights that names them as Megatron does: what it raises names their tensors."""
+    try:
+        yield
+    except QuantplugError as error:
+        table = family.by_megatron()
+        names = {
+            weight.key.name: " and ".join(table[weight.key.module].hf_names(weight.key, dims)) for weight in weights
+        }
+        offenders = [replace(found, parameter=names.get(found.parameter, found.parameter)) for found in error.offenders]
+        raise type(error)(error.problem, offenders, f"{error.remedy} {_WAY_OUT}") from error

@@ -1,0 +1,232 @@
+"""A checkpoint to a quantized one without a model: what comes out, what is refused, and how it goes on after a failure.
+
+Every family is held to the bytes of the way through Megatron-Core in tests/families/test_model_free.py.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantplug.errors import (
+    ArgumentError,
+    DestinationError,
+    MappingError,
+    QuantplugError,
+    ShapeError,
+    SourceError,
+    UnsupportedModelError,
+    WeightError,
+)
+from quantplug.export.model_free import quantize_checkpoint
+from quantplug.export.verify import verify_checkpoint
+from tests.export.checkpoints import files_of, read, same_bytes
+from tests.export.refusals import offenders, refused
+
+Sources = Callable[[str], Path]
+UP = "model.layers.1.mlp.experts.2.up_proj.weight"
+GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
+
+
+def edited(source: Path, target: Path, tensors: dict[str, torch.Tensor | None], **config: object) -> Path:
+    """A copy of a checkpoint with other tensors (None: without it) and settings (None: unset)."""
+    target.mkdir()
+    settings = {**json.loads((source / "config.json").read_text()), **config}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(settings))
+    changed = {**load_file(source / "model.safetensors"), **tensors}
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name", ["moe_blocks", "dense_blocks"])
+def test_blocks_are_those_of_the_way_through_megatron(
+    name: str, sources: Sources, exports: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = quantize_checkpoint(sources(name), tmp_path / "out", "fp8_blockwise")
+    expected = read(exports(name, "fp8_blockwise"))
+    found = read(result.directory)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_tensors_keep_their_own_type(dtype: torch.dtype, sources: Sources, tmp_path: Path) -> None:
+    tensors = load_file(sources("moe") / "model.safetensors")
+    norm = next(name for name in tensors if name.endswith("norm.weight"))
+    changed = {name: tensor.to(dtype) for name, tensor in tensors.items() if name != norm}
+    said = str(dtype).removeprefix("torch.")
+    source = edited(sources("moe"), tmp_path / "in", changed, dtype=said)
+    quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    original, quantized = read(source), read(tmp_path / "out")
+    plain = [name for name in quantized if name in original and quantized[name].dtype != torch.uint8]
+    assert norm in plain
+    assert all(same_bytes(quantized[name], original[name]) for name in plain)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == said
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_many_files_hold_the_same_tensors(sources: Sources, tmp_path: Path) -> None:
+    one = quantize_checkpoint(sources("moe"), tmp_path / "one", "w4a16_nvfp4")
+    many = quantize_checkpoint(sources("moe"), tmp_path / "many", "w4a16_nvfp4", max_shard_size=100_000)
+    assert one.shards == 1 < many.shards
+    expected, found = read(one.directory), read(many.directory)
+    assert found.keys() == expected.keys()
+    assert all(same_bytes(found[name], expected[name]) for name in expected)
+
+
+def test_an_lm_head_beside_tied_embeddings_is_left_out(sources: Sources, tmp_path: Path) -> None:
+    embedding = load_file(sources("tied") / "model.safetensors")["model.embed_tokens.weight"]
+    source = edited(sources("tied"), tmp_path / "in", {"lm_head.weight": embedding.clone()})
+    quantize_checkpoint(source, tmp_path / "out", "fp8")
+    assert "lm_head.weight" not in read(tmp_path / "out")
+
+
+def test_the_source_is_not_changed(sources: Sources, tmp_path: Path) -> None:
+    before = files_of(sources("moe"))
+    quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4")
+    assert files_of(sources("moe")) == before
+
+
+def test_excluded_modules_stay_and_are_announced(sources: Sources, tmp_path: Path) -> None:
+    quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", exclude=["model.layers.0.*", "lm_head"])
+    original, quantized = read(sources("moe")), read(tmp_path / "out")
+    assert all(same_bytes(quantized[name], original[name]) for name in original if ".layers.0." in name)
+    assert quantized["model.layers.1.self_attn.q_proj.weight"].dtype == torch.uint8
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.self_attn.q_proj" in ignored
+    assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
+
+
+def test_progress_counts_the_bytes_of_all_weights(sources: Sources, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = quantize_checkpoint(
+        sources("moe"), tmp_path / "out", "w4a16_nvfp4", progress=lambda *said: seen.append(said)
+    )
+    size = sum(tensor.nbytes for tensor in read(sources("moe")).values())
+    assert result.weight_bytes == size
+    for stage in ("Checking weights", "Packing and writing"):
+        counts = [(done, total) for name, done, total in seen if name == stage]
+        assert counts == sorted(counts)
+        assert counts[-1] == (size, size)
+
+
+def test_a_killed_run_goes_on_and_another_is_refused(sources: Sources, tmp_path: Path) -> None:
+    settings = {"format": "w4a16_nvfp4", "max_shard_size": 100_000}
+    out = tmp_path / "out"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("Packing") and done > total // 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        quantize_checkpoint(sources("moe"), out, **settings, progress=stop)
+    assert not out.exists()
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert left
+
+    other = edited(
+        sources("moe"), tmp_path / "in", {GATE: load_file(sources("moe") / "model.safetensors")[GATE].flip(0)}
+    )
+    with pytest.raises(DestinationError, match="unfinished export"):
+        quantize_checkpoint(other, out, **settings)
+    with pytest.raises(DestinationError, match="unfinished export"):
+        quantize_checkpoint(sources("moe"), out, **{**settings, "format": "fp8"})
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+
+    packed: list[int] = []
+    result = quantize_checkpoint(
+        sources("moe"), out, **settings, progress=lambda stage, done, total: packed.append(total)
+    )
+    assert packed[-1] < result.weight_bytes
+    assert all((out / path.name).stat().st_mtime_ns == changed for path, changed in left.items())
+    assert sorted(tmp_path.iterdir()) == sorted([out, other])
+    expected = quantize_checkpoint(sources("moe"), tmp_path / "again", **settings)
+    assert files_of(out) == files_of(expected.directory)
+
+
+def test_a_run_that_fails_before_its_first_file_leaves_nothing(sources: Sources, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("Packing"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        quantize_checkpoint(sources("moe"), tmp_path / "parent" / "out", "w4a16_nvfp4", progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_name_every_tensor(value: float, sources: Sources, tmp_path: Path) -> None:
+    tensors = load_file(sources("moe") / "model.safetensors")
+    for name in (UP, "model.norm.weight"):
+        tensors[name].view(-1)[3] = value
+    source = edited(sources("moe"), tmp_path / "in", tensors)
+    with refused(WeightError, tmp_path) as caught:
+        quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert offenders(caught) == {(UP, 2), ("model.norm.weight", None)}
+    assert "[0, 3]" in str(caught.value)
+
+
+REFUSALS: list[tuple[dict[str, torch.Tensor | None], dict[str, object], type[QuantplugError], str]] = [
+    ({UP: None}, {}, MappingError, UP),
+    ({"model.layers.0.stray.weight": torch.zeros(2)}, {}, MappingError, "model.layers.0.stray.weight"),
+    ({UP: torch.zeros(2, 2, dtype=torch.int8)}, {}, SourceError, UP),
+    ({UP: torch.zeros(96, 160, dtype=torch.float64)}, {}, SourceError, UP),
+    ({UP: torch.zeros(96, 160, dtype=torch.float32)}, {}, SourceError, UP),
+    ({UP: torch.zeros(94, 160, dtype=torch.bfloat16)}, {}, ShapeError, UP),
+    ({UP: torch.zeros(96, 158, dtype=torch.bfloat16)}, {}, ShapeError, GATE),
+    ({"model.norm.weight": torch.zeros((), dtype=torch.bfloat16)}, {}, ShapeError, "model.norm.weight"),
+    ({}, {"num_attention_heads": 3}, ShapeError, "model.layers.0.self_attn.q_proj.weight"),
+    ({}, {"moe_intermediate_size": 48}, ShapeError, GATE),
+    ({}, {"num_experts": 3}, MappingError, "model.layers.0.mlp.experts.3.gate_proj.weight"),
+    ({}, {"hidden_size": None}, SourceError, "hidden_size"),
+    ({}, {"num_hidden_layers": "two"}, SourceError, "sizes"),
+    ({}, {"architectures": None}, SourceError, "names no architecture"),
+    ({}, {"architectures": ["BertModel"]}, UnsupportedModelError, "BertModel"),
+    ({}, {"quantization_config": {"quant_method": "fp8"}}, SourceError, "quantized already"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "config", "kind", "named"), REFUSALS)
+def test_a_source_that_is_not_what_it_says_is_refused(
+    tensors: dict[str, torch.Tensor | None],
+    config: dict[str, object],
+    kind: type[QuantplugError],
+    named: str,
+    sources: Sources,
+    tmp_path: Path,
+) -> None:
+    source = edited(sources("moe"), tmp_path / "in", tensors, **config)
+    with refused(kind, tmp_path) as caught:
+        quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert named in str(caught.value)
+
+
+def test_sizes_that_do_not_divide_are_named_as_in_the_checkpoint(sources: Sources, tmp_path: Path) -> None:
+    with refused(ShapeError, tmp_path) as caught:
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "fp8_blockwise")
+    assert (f"{GATE} and {UP}", 2) in offenders(caught)
+    assert "decoder." not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "w8a8", ""])
+def test_a_format_that_is_not_known_is_refused(name: str, sources: Sources, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path) as caught:
+        quantize_checkpoint(sources("moe"), tmp_path / "out", name)
+    assert "w4a16_nvfp4, fp8, fp8_blockwise" in str(caught.value)
+
+
+def test_a_destination_that_holds_files_is_refused(sources: Sources, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with refused(DestinationError, tmp_path):
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "fp8")
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with refused(SourceError, tmp_path):
+        quantize_checkpoint(tmp_path / "absent", tmp_path / "out", "fp8")
