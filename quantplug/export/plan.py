@@ -24,7 +24,7 @@ from quantplug.export.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
 from quantplug.formats import TensorSpec
-from quantplug.mappings.base import Family, ParamKey, Placement, Role, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -146,8 +146,7 @@ class _Packing:
     def _plain_dtype(self, mapping: WeightMapping) -> torch.dtype:
         if mapping.dtype is not None:
             return mapping.dtype
-        is_router = mapping.role is Role.ROUTER
-        return (self.request.router_dtype if is_router else None) or self.request.dtype
+        return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype
 
     def _tensors(
         self,
@@ -178,10 +177,7 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family) -> tuple[str,
     A tied lm_head has no tensor of its own, but servers build the module and look it up.
     """
     parts = [
-        part
-        for task in tasks
-        if task.format is None and task.mapping.role is not Role.OTHER
-        for part in task.all_outputs
+        part for task in tasks if task.format is None and task.mapping.role.multiplies for part in task.all_outputs
     ]
     # Experts in one tensor are parameters of their module: `mlp.experts.gate_up_proj` of `mlp.experts`.
     fused = {part.name.rpartition(".")[0] for part in parts if part.placement is not None}
