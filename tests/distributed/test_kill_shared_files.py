@@ -93,7 +93,8 @@ def test_after_each_kill_the_export_goes_on(who: str, ranks: Ranks, smooth: Path
         outcomes = ranks.export(out, killed=killed, change=_small_buckets)
         # Of two ranks the later one may notice the death of the other before it comes to its own.
         dead = {rank for rank, outcome in enumerate(outcomes) if outcome == KILLED}
-        assert dead and dead <= set(killed), (number, outcomes)
+        assert dead, (number, outcomes)
+        assert dead <= set(killed), (number, outcomes)
         assert all(outcome == KILLED or outcome.startswith("RankLostError") for outcome in outcomes), (number, outcomes)
         assert not out.exists()
         # What has its final name is complete, whoever was killed, and is not written again.
