@@ -12,7 +12,7 @@ from quantplug.export.hf_source import HFCheckpoint, resolve_source
 from quantplug.export.import_plan import ImportTask, add_unused, part_index, plan_import
 from quantplug.export.plain_source import open_plain, refuse_quantized
 from quantplug.export.source_config import SourceConfig, read_source_config
-from quantplug.mappings.base import Family, Role
+from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, union
@@ -40,7 +40,7 @@ def import_mcore_gpt_from_hf(
         workspace_dir: Where a hub model is kept; None for Hugging Face's own cache.
         dtype: Type the weights are rounded to on their way into the parameters; None for that of each parameter.
         trust_remote_code: Whether transformers may run the checkpoint's code to read its config.
-        moe_router_dtype: The same for the router's weights; None for `dtype`.
+        moe_router_dtype: The same for the router's weight and bias; None for `dtype`.
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Raises:
@@ -74,7 +74,7 @@ def _rounded_to(task: ImportTask, dtype: torch.dtype | None, router: torch.dtype
     """What a parameter's values are rounded to on their way; None for that of the parameter."""
     if task.mapping.dtype is not None:
         return task.mapping.dtype
-    return (router or dtype) if task.mapping.role is Role.ROUTER else dtype
+    return (router or dtype) if task.mapping.role.is_of_router else dtype
 
 
 def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> SourceConfig:

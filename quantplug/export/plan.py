@@ -24,7 +24,7 @@ from quantplug.export.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
 from quantplug.formats import TensorSpec
-from quantplug.mappings.base import Family, ParamKey, Placement, Role, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -150,8 +150,7 @@ class _Packing:
             return weight.dtype
         if mapping.dtype is not None:
             return mapping.dtype
-        is_router = mapping.role is Role.ROUTER
-        return (self.request.router_dtype if is_router else None) or self.request.dtype
+        return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype
 
     def _tensors(
         self,
@@ -182,7 +181,7 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDi
     A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
     all of a layer or in none, they build one module and look up its name.
     """
-    plain = [task for task in tasks if task.format is None and task.mapping.role is not Role.OTHER]
+    plain = [task for task in tasks if task.format is None and task.mapping.role.multiplies]
     parts = [part for task in plain for part in task.all_outputs if part.placement is None]
     names = {name.removesuffix(".weight") for name in (*(part.name for part in parts), *family.tied)}
     experts = {task.mapping.experts_module(task.source.key, dims) for task in plain}

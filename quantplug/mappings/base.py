@@ -70,9 +70,20 @@ class Role(Enum):
 
     LINEAR = "linear weight, which a format may pack"
     ROUTER = "router, kept in high precision: servers load it so"
+    ROUTER_BIAS = "bias of the router, in the type of the router"
     VOCABULARY = "embedding or output layer, kept in high precision: servers load it so"
     KEPT = "linear weight kept in high precision: servers load it so"
     OTHER = "no matrix product"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the tensor is the weight of a matrix product."""
+        return self not in (Role.ROUTER_BIAS, Role.OTHER)
+
+    @property
+    def is_of_router(self) -> bool:
+        """Whether it has the type of the router."""
+        return self in (Role.ROUTER, Role.ROUTER_BIAS)
 
 
 @dataclass(frozen=True)

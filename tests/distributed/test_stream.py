@@ -13,6 +13,7 @@ from quantplug import export_mcore_gpt_to_hf
 from tests.distributed.stream_worker import BLOCK, RECEIVERS
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
+from tests.export.test_stream_fused import expected as of_each_expert
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("stream_worker.py")
@@ -79,12 +80,23 @@ def test_receivers_get_what_one_rank_exports(
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_receivers_get_whole_tensors_of_all_experts(tiny_gpt_oss_dir: Path, tmp_path: Path) -> None:
-    run_ranks(tiny_gpt_oss_dir, tmp_path, "2-2-1-1", "streams", "nvfp4")
-    expected = expected_tensors("nvfp4", tiny_gpt_oss_dir, tmp_path / "export")
-    for rank in range(RANKS):
-        assert_same_tensors(torch.load(tmp_path / f"nvfp4-{rank}.pt"), expected)
-        assert_same_tensors(torch.load(tmp_path / f"nvfp4-some-{rank}.pt"), expected if rank in RECEIVERS else {})
+@pytest.mark.parametrize(("layout", "ways"), [("2-2-1-1", ["nvfp4"]), ("1-2-1-1", ["fp8", "function"])])
+def test_receivers_get_whole_tensors_of_all_experts(
+    layout: str, ways: list[str], tiny_gpt_oss_dir: Path, tmp_path: Path
+) -> None:
+    run_ranks(tiny_gpt_oss_dir, tmp_path, layout, "streams", *ways)
+    for way in ways:
+        if way == "function":
+            expected = of_each_expert(blockwise_fp8, read(tiny_gpt_oss_dir), BLOCK)
+        else:
+            expected = expected_tensors(way, tiny_gpt_oss_dir, tmp_path / way)
+        for rank in range(RANKS):
+            assert_same_tensors(torch.load(tmp_path / f"{way}-{rank}.pt"), expected)
+            assert_same_tensors(torch.load(tmp_path / f"{way}-some-{rank}.pt"), expected if rank in RECEIVERS else {})
+        # A broadcast an owner for each tensor of all experts, for what lies between those of two layers, and the ends.
+        calls = json.loads((tmp_path / f"{way}-0.json").read_text())["calls"]
+        fused = [name for name in expected if ".experts." in name]
+        assert calls["broadcast"] <= RANKS * (len([name for name in fused if expected[name].ndim > 1]) + 4) + len(fused)
 
 
 def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:

@@ -56,12 +56,14 @@ def stored(per_expert: list[torch.Tensor]) -> torch.Tensor:
     )
 
 
-def expected(quant_fn: Callable[..., Codes], source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def expected(
+    quant_fn: Callable[..., Codes], source: dict[str, torch.Tensor], block: tuple[int, int]
+) -> dict[str, torch.Tensor]:
     found = dict(source)
     for name, weight in linear_weights(source).items():
-        found[name], found[f"{name}_scale_inv"] = quant_fn(weight, BLOCK)
+        found[name], found[f"{name}_scale_inv"] = quant_fn(weight, block)
     for name in [name for name in source if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        codes, scales = zip(*(quant_fn(matrix.mT.contiguous(), BLOCK) for matrix in source[name]), strict=True)
+        codes, scales = zip(*(quant_fn(matrix.mT.contiguous(), block) for matrix in source[name]), strict=True)
         found[name] = stored(list(codes)).view(codes[0].dtype)
         found[f"{name}_scale_inv"] = stored(list(scales))
     return found
@@ -72,7 +74,7 @@ def test_each_expert_is_quantized_alone_and_stored_with_the_others(
     quant_fn: Callable[..., Codes], tiny_gpt_oss_dir: Path
 ) -> None:
     source = read(tiny_gpt_oss_dir)
-    wanted = expected(quant_fn, source)
+    wanted = expected(quant_fn, source, BLOCK)
     got = dict(export_hf_weights_quant(load(tiny_gpt_oss_dir), tiny_gpt_oss_dir, None, quant_fn, BLOCK))
     assert got.keys() == wanted.keys()
     assert [name for name in wanted if not same_bytes(got[name], wanted[name])] == []

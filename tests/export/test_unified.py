@@ -67,6 +67,21 @@ def test_the_router_may_have_a_dtype_of_its_own(sources: Sources, tmp_path: Path
     assert_same_tensors(read(tmp_path / "out"), expected)
 
 
+def test_the_bias_of_a_router_has_its_dtype(tiny_gpt_oss_dir: Path, tmp_path: Path) -> None:
+    model = quantize(load(tiny_gpt_oss_dir), "w4a16_nvfp4")
+    export_mcore_gpt_to_hf(model, tiny_gpt_oss_dir, export_dir=tmp_path / "out", moe_router_dtype=torch.float32)
+    source, out = read(tiny_gpt_oss_dir), read(tmp_path / "out")
+    routers = [name for name in source if ".router." in name]
+    assert {name.rpartition(".")[2] for name in routers} == {"weight", "bias"}
+    assert all(same_bytes(out[name], source[name].float()) for name in routers)
+    assert [name for name, tensor in out.items() if tensor.is_floating_point() and tensor.dtype == torch.float32] == [
+        name for name in out if name in routers or name.endswith("_scale_2")
+    ]
+    # A module is named once, by its weight.
+    excluded = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {name for name in excluded if "router" in name} == {f"model.layers.{layer}.mlp.router" for layer in range(3)}
+
+
 def test_signed_zeros_subnormals_and_extremes_come_back(sources: Sources, tmp_path: Path) -> None:
     source = tmp_path / "hf"
     source.mkdir()

@@ -49,7 +49,7 @@ def chosen_weights(
     chosen: dict[ParamKey, bool] = {}
     for weight in weights:
         mapping = table[weight.key.module]
-        if mapping.role is Role.OTHER:
+        if not mapping.role.multiplies:
             continue
         parts = list(_spellings(mapping, weight.key, dims))
         matches = [any(_matches(pattern, names) for pattern in exclude) for names in parts]

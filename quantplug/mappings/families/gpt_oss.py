@@ -36,7 +36,12 @@ FUSED_EXPERTS = (
         Scope.MOE_LAYER,
         role=Role.ROUTER,
     ),
-    WeightMapping(("decoder.layers.*.mlp.router.bias",), ("model.layers.*.mlp.router.bias",), Scope.MOE_LAYER),
+    WeightMapping(
+        ("decoder.layers.*.mlp.router.bias",),
+        ("model.layers.*.mlp.router.bias",),
+        Scope.MOE_LAYER,
+        role=Role.ROUTER_BIAS,
+    ),
     FusedGatedExpertMapping(
         spellings("linear_fc1", "weight"),
         (f"{_EXPERTS}.gate_up_proj",),
