@@ -89,7 +89,7 @@ class HFCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, safe_open] = self._open_files()
-        self._mapped: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
+        self._touched: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
 
     def __enter__(self) -> Self:
@@ -107,13 +107,19 @@ class HFCheckpoint:
     def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
         view = self._files[file].get_slice(name)
         tensor = view[index] if index else view[...]
-        self._mapped[file] += tensor.nbytes
-        if self._mapped[file] > _MOST_MAPPED:
-            # Pages once read count as this process's memory as long as they are mapped. What tensors in use lie in is
-            # theirs until they go.
-            self._files[file] = safe_open(self.directory / file, framework="pt")
-            self._mapped[file] = 0
+        self._touched[file] += tensor.nbytes
+        if self._touched.total() > _MOST_MAPPED:
+            self._map_again()
         return tensor
+
+    def _map_again(self) -> None:
+        """Lets go of pages that were read: as long as they are mapped they count as this process's memory.
+
+        What tensors in use lie in is theirs until they go.
+        """
+        for file in self._touched:
+            self._files[file] = safe_open(self.directory / file, framework="pt")
+        self._touched.clear()
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name to file, as the index says it; None for a single file."""
