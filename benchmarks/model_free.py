@@ -84,7 +84,7 @@ def main(
         with tempfile.TemporaryDirectory(dir=scratch) as directory:
             source = random_checkpoint(Path(directory) / "source", count)
             for name in format or list(WeightOnlyFormat):
-                runs = [on_its_own(source, Path(directory) / f"out-{run}", name) for run in range(repeats)]
+                runs = [on_its_own(source, name) for _ in range(repeats)]
                 table.append(row(count, name, runs))
     text = "\n".join(table)
     typer.echo(text)
@@ -142,10 +142,11 @@ def drawn() -> torch.Tensor:
     return torch.empty(2 * LONGEST, dtype=torch.bfloat16).normal_(0.0, 0.02)
 
 
-def on_its_own(source: Path, out: Path, name: str) -> dict[str, float]:
+def on_its_own(source: Path, name: str) -> dict[str, float]:
     """What a process of its own measures."""
-    arguments = [sys.executable, __file__, "measure", str(source), str(out), name]
-    found = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory(dir=source.parent) as directory:
+        arguments = [sys.executable, __file__, "measure", str(source), f"{directory}/out", name]
+        found = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout)
 
 

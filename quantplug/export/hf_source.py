@@ -56,8 +56,14 @@ def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None
             [Offender(name, "is a file" if path.exists() else "does not exist")],
             "Pass the directory that save_pretrained wrote, or the id of a hub model.",
         )
-    from quantplug.export.hub import fetch  # A local checkpoint is read without huggingface_hub.
-
+    try:
+        from quantplug.export.hub import fetch  # A local checkpoint is read without huggingface_hub.
+    except ModuleNotFoundError as missing:
+        raise SourceError(
+            "The source checkpoint is not a local directory.",
+            [Offender(name, f"cannot be looked up on the hub: {missing}")],
+            "Pass a directory, or install huggingface_hub.",
+        ) from missing
     return fetch(name, cache_dir, weights)
 
 
