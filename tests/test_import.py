@@ -133,6 +133,15 @@ def test_a_checkpoint_is_quantized_with_numpy_beside_them(tiny_qwen3_dir: Path, 
     assert result.stdout.strip() == "W4A16_NVFP4", result.stderr
 
 
+def test_a_hub_model_without_huggingface_hub_is_our_error() -> None:
+    result = run_with_only_torch_and_safetensors(
+        "from quantplug.export.hf_source import resolve_source; resolve_source('owner/name')"
+    )
+
+    assert "SourceError" in result.stderr
+    assert "install huggingface_hub" in result.stderr
+
+
 def test_packing_runs_with_torch_and_safetensors_alone() -> None:
     pack = "NVFP4().pack(torch.full((1, 16), -6.0)).tensors['weight']"
 

@@ -56,8 +56,14 @@ def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None
             [Offender(name, "is a file" if path.exists() else "does not exist")],
             "Pass the directory that save_pretrained wrote, or the id of a hub model.",
         )
-    from quantplug.export.hub import fetch  # A local checkpoint is read without huggingface_hub.
-
+    try:
+        from quantplug.export.hub import fetch  # A local checkpoint is read without huggingface_hub.
+    except ModuleNotFoundError as missing:
+        raise SourceError(
+            "The source checkpoint is not a local directory.",
+            [Offender(name, f"cannot be looked up on the hub: {missing}")],
+            "Pass a directory, or install huggingface_hub.",
+        ) from missing
     return fetch(name, cache_dir, weights)
 
 
@@ -89,7 +95,7 @@ class HFCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, safe_open] = self._open_files()
-        self._mapped: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
+        self._touched: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
 
     def __enter__(self) -> Self:
@@ -107,13 +113,19 @@ class HFCheckpoint:
     def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
         view = self._files[file].get_slice(name)
         tensor = view[index] if index else view[...]
-        self._mapped[file] += tensor.nbytes
-        if self._mapped[file] > _MOST_MAPPED:
-            # Pages once read count as this process's memory as long as they are mapped. What tensors in use lie in is
-            # theirs until they go.
-            self._files[file] = safe_open(self.directory / file, framework="pt")
-            self._mapped[file] = 0
+        self._touched[file] += tensor.nbytes
+        if self._touched.total() > _MOST_MAPPED:
+            self._map_again()
         return tensor
+
+    def _map_again(self) -> None:
+        """Lets go of pages that were read: as long as they are mapped they count as this process's memory.
+
+        What tensors in use lie in is theirs until they go.
+        """
+        for file in self._touched:
+            self._files[file] = safe_open(self.directory / file, framework="pt")
+        self._touched.clear()
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name to file, as the index says it; None for a single file."""

@@ -12,8 +12,9 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.errors import SourceError
+from quantplug.export.model_free import quantize_checkpoint
 from quantplug.export.mxfp4_source import MXFP4Checkpoint
-from tests.export.checkpoints import build, one_rank, read, same_bytes
+from tests.export.checkpoints import build, one_rank, quantize, read, same_bytes
 from tests.families.cases import Tensors, make
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -97,3 +98,14 @@ def test_blocks_without_matching_scales_are_all_named(packed: Path, tmp_path: Pa
         MXFP4Checkpoint(directory)
     assert len(caught.value.offenders) == 6
     assert all(reason in offender.reason for offender in caught.value.offenders)
+
+
+def test_nvfp4_without_a_model_is_that_of_the_way_through_megatron(packed: Path, tmp_path: Path) -> None:
+    with one_rank():
+        model = build(packed)
+        import_mcore_gpt_from_hf(model, packed)
+        export_mcore_gpt_to_hf(quantize(model, "w4a16_nvfp4"), packed, tmp_path / "by-megatron")
+    quantize_checkpoint(packed, tmp_path / "out", "w4a16_nvfp4")
+    expected, found = read(tmp_path / "by-megatron"), read(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(found[name], expected[name])] == []

@@ -10,7 +10,7 @@ from quantplug.export.pieces import Piece, cut
 from quantplug.mappings.layouts import ModelDimensions
 
 BUCKET_BYTES = 128 * 2**20
-"""Eight pieces: one is read and one written while another is packed."""
+"""A piece has an eighth of it: 16 MiB are enough that starting a piece costs nothing beside the work on it."""
 
 
 def pieces_of(task: ExportTask, dims: ModelDimensions) -> Iterator[Piece]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from quantplug.errors import QuantplugError
+from quantplug.errors import QuantplugError, ShapeError
 from quantplug.export.base import WholeWeight
 from quantplug.mappings.base import Family
 from quantplug.mappings.layouts import ModelDimensions
@@ -23,4 +23,5 @@ def errors_in_source_names(weights: Sequence[WholeWeight], family: Family, dims:
             weight.key.name: " and ".join(table[weight.key.module].hf_names(weight.key, dims)) for weight in weights
         }
         offenders = [replace(found, parameter=names.get(found.parameter, found.parameter)) for found in error.offenders]
-        raise type(error)(error.problem, offenders, f"{error.remedy} {_WAY_OUT}") from error
+        remedy = f"{error.remedy} {_WAY_OUT}" if isinstance(error, ShapeError) else error.remedy
+        raise type(error)(error.problem, offenders, remedy) from error

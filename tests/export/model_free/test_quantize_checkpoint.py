@@ -220,6 +220,12 @@ def test_a_format_that_is_not_known_is_refused(name: str, sources: Sources, tmp_
     assert "w4a16_nvfp4, fp8, fp8_blockwise" in str(caught.value)
 
 
+def test_a_shard_size_that_cannot_be_is_refused(sources: Sources, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path) as caught:
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "fp8", max_shard_size=0)
+    assert offenders(caught) == {("max_shard_size", None)}
+
+
 def test_a_destination_that_holds_files_is_refused(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
