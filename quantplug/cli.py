@@ -39,7 +39,8 @@ def main() -> None:
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to judge, of whichever tool.")],
     source: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The BF16, FP16 or FP32 checkpoint it was quantized from.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The checkpoint it was quantized from: plain, FP8 in blocks, or MXFP4."),
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the full report here.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
@@ -61,7 +62,7 @@ def verify(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id of a BF16, FP16 or FP32 model.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id: plain, FP8 in blocks, or MXFP4.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is new or empty.")],
     format: Annotated[WeightOnlyFormat, typer.Option(help="Formats that quantize weights alone.")],  # noqa: A002
     exclude: Annotated[

@@ -44,8 +44,8 @@ def import_mcore_gpt_from_hf(
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Raises:
-        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 is decoded); or tensors
-            that it holds twice, such as the embedding in a layer of multi-token prediction, differ.
+        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 and FP8 in blocks are
+            decoded); or tensors that it holds twice, such as the embedding in a layer of multi-token prediction, differ.
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
         MappingError: Tensors or parameters are missing or unknown.
         ShapeError: Shapes do not agree, the number of experts among them.

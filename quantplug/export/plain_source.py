@@ -1,13 +1,19 @@
-"""A checkpoint of plain weights: one that is quantized already is refused, but MXFP4, which is read as if it were."""
+"""A checkpoint of plain weights, or of one of the encodings that are read as if they were.
+
+MXFP4 experts (GPT-OSS) and FP8 in blocks (DeepSeek-V3, Qwen3) are decoded; any other quantization is refused.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantplug.errors import Offender, SourceError
-from quantplug.export import mxfp4_source
 from quantplug.export.config_file import CONFIG_FILE
+from quantplug.export.fp8_source import METHOD as FP8
+from quantplug.export.fp8_source import BlockSize, FP8Checkpoint
 from quantplug.export.hf_source import HFCheckpoint
+from quantplug.export.mxfp4_source import METHOD as MXFP4
+from quantplug.export.mxfp4_source import MXFP4Checkpoint
 
 Quantization = Mapping[str, Any] | None
 """`quantization_config` of config.json."""
@@ -20,12 +26,13 @@ def refuse_quantized(directory: Path, quantization: Quantization) -> None:
         SourceError: Its config speaks of a quantization that is not decoded.
     """
     method = _method(quantization)
-    if method not in (None, mxfp4_source.METHOD):
-        raise SourceError(
-            "The source checkpoint is quantized already.",
-            [Offender(str(directory / CONFIG_FILE), f"has a quantization_config ({method})")],
-            "Pass the checkpoint that it was quantized from.",
-        )
+    if method in (None, MXFP4) or (method == FP8 and _block_size(quantization) is not None):
+        return
+    raise SourceError(
+        "The source checkpoint is quantized already.",
+        [Offender(str(directory / CONFIG_FILE), f"has a quantization_config ({method})")],
+        "Pass the checkpoint that it was quantized from.",
+    )
 
 
 def open_plain(directory: Path, quantization: Quantization) -> HFCheckpoint:
@@ -34,11 +41,22 @@ def open_plain(directory: Path, quantization: Quantization) -> HFCheckpoint:
     Raises:
         SourceError: Its safetensors are missing, incomplete or damaged.
     """
-    is_mxfp4 = _method(quantization) == mxfp4_source.METHOD
-    return mxfp4_source.MXFP4Checkpoint(directory) if is_mxfp4 else HFCheckpoint(directory)
+    method, block_size = _method(quantization), _block_size(quantization)
+    if method == MXFP4:
+        return MXFP4Checkpoint(directory)
+    return HFCheckpoint(directory) if block_size is None else FP8Checkpoint(directory, block_size)
 
 
 def _method(quantization: Quantization) -> str | None:
     if quantization is None:
         return None
     return str(quantization.get("quant_method") or quantization.get("quant_algo"))
+
+
+def _block_size(quantization: Quantization) -> BlockSize | None:
+    """Of FP8 in blocks; None for anything else."""
+    said = (quantization or {}).get("weight_block_size")
+    if _method(quantization) != FP8 or not isinstance(said, list) or len(said) != 2:
+        return None
+    rows, columns = said
+    return (rows, columns) if all(isinstance(size, int) and size > 0 for size in said) else None

@@ -72,7 +72,7 @@ def quantize_checkpoint(
     `destination` does not exist.
 
     Args:
-        source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, or of one with experts in MXFP4.
+        source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
         destination: A directory that is new or empty.
         format: One of `WeightOnlyFormat`: `w4a16_nvfp4`, `fp8` (one scale a tensor) or `fp8_blockwise` (128x128).
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns

@@ -1,4 +1,7 @@
-"""The weights of a source in FP32, a few rows [out, in] at a time: floating-point tensors, and GPT-OSS's own MXFP4."""
+"""The weights of a source in FP32, a few rows [out, in] at a time.
+
+Floating-point tensors, GPT-OSS's own MXFP4, and FP8 in blocks as DeepSeek-V3 is published.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +11,7 @@ from quantplug.export.verify import decode, names
 from quantplug.export.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, rows_at_a_time
 from quantplug.export.verify.layouts import is_plain
 from quantplug.export.verify.matrices import Matrix
-from quantplug.export.verify.untrusted import Json, as_object
+from quantplug.export.verify.untrusted import Json, as_count, as_object
 
 _MXFP4_BYTES = decode.MXFP4_BLOCK // 2
 
@@ -67,11 +70,70 @@ class Mxfp4Original:
         return rows_at_a_time(columns * ITEM_BYTES["BF16"])
 
 
-Original = PlainOriginal | Mxfp4Original
+@dataclass(frozen=True)
+class Fp8Original:
+    """FP8 in blocks: `weight` F8_E4M3 [out, in] times `weight_scale_inv` of its block, rounded to BF16.
+
+    Attributes:
+        scales: One a block.
+        block: Rows and columns of a block.
+    """
+
+    source: Checkpoint
+    info: TensorInfo
+    scales: TensorInfo
+    block: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in floating point."""
+        return self.info.shape
+
+    def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
+        """FP32 rows [first, last)."""
+        codes = self.source.rows(self.info.name, first, last).view(torch.uint8)
+        scales = self.source.read(self.scales.name).float()
+        spread = decode.spread_blocks(scales, first, codes.shape[0], codes.shape[1], self.block)
+        return (decode.decode_e4m3(codes) * spread).bfloat16().float()
+
+    def step(self, columns: int) -> int:
+        """How many rows of so many columns are read at a time: as of BF16."""
+        return rows_at_a_time(columns * ITEM_BYTES["BF16"])
 
 
-def claims_mxfp4(config: Json) -> bool:
-    return as_object(config.get("quantization_config")).get("quant_method") == "mxfp4"
+Original = PlainOriginal | Mxfp4Original | Fp8Original
+
+
+def is_decoded(config: Json) -> bool:
+    """Whether a source of this config is quantized in a way that is read here."""
+    return as_object(config.get("quantization_config")).get("quant_method") == "mxfp4" or _fp8_block(config) is not None
+
+
+def _fp8_block(config: Json) -> tuple[int, int] | None:
+    said = as_object(config.get("quantization_config"))
+    sizes = said.get("weight_block_size")
+    if said.get("quant_method") != "fp8" or not isinstance(sizes, list) or len(sizes) != 2:
+        return None
+    rows, columns = map(as_count, sizes)
+    return (rows, columns) if rows and columns else None
+
+
+def is_packed(source: Checkpoint, info: TensorInfo) -> bool:
+    """A tensor of the source that no reader multiplies as it is."""
+    return is_mxfp4(info) or (_fp8_block(source.config) is not None and _is_fp8(source, info))
+
+
+def is_read_with_another(source: Checkpoint, info: TensorInfo) -> bool:
+    """Scales of a packed tensor, which are read with it."""
+    module, suffix = names.split(info.name)
+    if suffix == "weight_scale_inv":
+        weight = source.tensors.get(f"{module}.weight")
+        return weight is not None and is_packed(source, weight)
+    return is_mxfp4(info) and suffix == "scales" and f"{module}.blocks" in source.tensors
+
+
+def _is_fp8(source: Checkpoint, info: TensorInfo) -> bool:
+    return info.dtype == "F8_E4M3" and f"{names.split(info.name)[0]}.weight_scale_inv" in source.tensors
 
 
 def is_mxfp4(info: TensorInfo) -> bool:
@@ -85,6 +147,9 @@ def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -
     Args:
         transposed: Whether the tensor is [experts, in, out] in floating point; None where it does not hold all experts.
     """
+    block = _fp8_block(source.config)
+    if block is not None and _is_fp8(source, info):
+        return _fp8_original(source, info, block)
     if not is_mxfp4(info):
         return PlainOriginal(source, info, bool(transposed)) if is_plain(info) else None
     scales = source.tensors.get(f"{names.split(info.name)[0]}.scales")
@@ -92,3 +157,11 @@ def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -
     if scales is None or not shapes_fit or scales.shape != info.shape[:-1] or {info.dtype, scales.dtype} != {"U8"}:
         return None
     return Mxfp4Original(source, info)
+
+
+def _fp8_original(source: Checkpoint, info: TensorInfo, block: tuple[int, int]) -> Fp8Original | None:
+    scales = source.tensors[f"{names.split(info.name)[0]}.weight_scale_inv"]
+    blocks = tuple(-(-size // side) for size, side in zip(info.shape, block, strict=False))
+    if len(info.shape) != 2 or scales.shape != blocks or not is_plain(scales):
+        return None
+    return Fp8Original(source, info, scales, block)

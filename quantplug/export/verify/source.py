@@ -36,7 +36,7 @@ def compare(inventory: Inventory, source: Checkpoint, on_bytes: OnBytes) -> tupl
 
 
 def _source_findings(source: Checkpoint) -> Iterator[Finding]:
-    if source.config.get("quantization_config") and not originals.claims_mxfp4(source.config):
+    if source.config.get("quantization_config") and not originals.is_decoded(source.config):
         yield error(Check.SOURCE, "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
 
 
@@ -50,7 +50,11 @@ def _target(inventory: Inventory, info: TensorInfo) -> str:
 
 
 def _extra(inventory: Inventory, source: Checkpoint) -> Iterator[Finding]:
-    known = {_target(inventory, info) for info in source.tensors.values()}
+    known = {
+        _target(inventory, info)
+        for info in source.tensors.values()
+        if not originals.is_read_with_another(source, info) or originals.is_mxfp4(info)
+    }
     for name in inventory.checkpoint.tensors:
         module, suffix = names.split(name)
         belongs = not known.isdisjoint((f"{module}.weight", f"{module}.weight_packed")) or suffix in KV_SUFFIXES
@@ -59,7 +63,7 @@ def _extra(inventory: Inventory, source: Checkpoint) -> Iterator[Finding]:
 
 
 def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: list[TensorError]) -> Iterator[Finding]:
-    if _is_read_with_blocks(source, info):
+    if originals.is_read_with_another(source, info):
         return
     target = inventory.checkpoint.tensors.get(_target(inventory, info))
     if target is None:
@@ -69,7 +73,7 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
         return
     module = inventory.modules[names.split(target.name)[0]]
     is_weight = target.name.endswith((".weight", ".weight_packed"))
-    if is_weight and (module.quantized or originals.is_mxfp4(info)):
+    if is_weight and (module.quantized or originals.is_packed(source, info)):
         original = originals.original_of(source, info, module.transposed)
         if original is None:
             yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
@@ -86,11 +90,6 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
     elif differing := _differing(inventory.checkpoint, source, info.name):
         message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
         yield error(Check.SOURCE_VALUES, info.name, message)
-
-
-def _is_read_with_blocks(source: Checkpoint, info: TensorInfo) -> bool:
-    module, suffix = names.split(info.name)
-    return originals.is_mxfp4(info) and suffix == "scales" and f"{module}.blocks" in source.tensors
 
 
 def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
@@ -112,7 +111,7 @@ def _decoded(inventory: Inventory, original: Original, target: TensorInfo, modul
     matrix = module.matrix(target)
     if target.shape != original.shape or matrix is None or not is_plain(target):
         found = f"is {target.dtype} {list(target.shape)}"
-        yield error(Check.SOURCE_NAMES, target.name, f"{found}, in the source MXFP4 of {list(original.shape)}")
+        yield error(Check.SOURCE_NAMES, target.name, f"{found}, in the source packed, of {list(original.shape)}")
         return
     differing = sum(
         _unequal(rows, weight.rows(names.split(target.name)[1], first, first + rows.shape[0]))
@@ -120,7 +119,7 @@ def _decoded(inventory: Inventory, original: Original, target: TensorInfo, modul
         for first, rows in _chunks(original, weight, *matrix.shape)
     )
     if differing:
-        message = f"{differing} values are not the source's, cast from MXFP4 to {target.dtype}"
+        message = f"{differing} values are not the source's, decoded and cast to {target.dtype}"
         yield error(Check.SOURCE_VALUES, target.name, message)
 
 
