@@ -30,6 +30,7 @@ from quantplug.export.model_free import WeightOnlyFormat, quantize_checkpoint
 from quantplug.mappings.families import find_family
 
 GB, MIB = 10**9, 2**20
+MEASURE = "measure"
 TENSORS_PER_FILE = 100
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -66,10 +67,7 @@ SIZES = {
 
 LONGEST = max(math.prod(shape) for shape in SIZES.values())
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def main(
     layers: Annotated[list[int] | None, typer.Option(help="Numbers of layers.")] = None,
     format: Annotated[list[WeightOnlyFormat] | None, typer.Option(help="Formats.")] = None,  # noqa: A002
@@ -145,12 +143,11 @@ def drawn() -> torch.Tensor:
 def on_its_own(source: Path, name: str) -> dict[str, float]:
     """What a process of its own measures."""
     with tempfile.TemporaryDirectory(dir=source.parent) as directory:
-        arguments = [sys.executable, __file__, "measure", str(source), f"{directory}/out", name]
+        arguments = [sys.executable, __file__, MEASURE, str(source), f"{directory}/out", name]
         found = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout)
 
 
-@app.command()
 def measure(source: Path, out: Path, name: str) -> None:
     """One run; prints what it measured."""
     with tempfile.TemporaryDirectory() as directory:  # The loops are compiled, or read from numba's cache.
@@ -188,4 +185,7 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    app()
+    if sys.argv[1:2] == [MEASURE]:
+        measure(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    else:
+        typer.run(main)
