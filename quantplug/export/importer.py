@@ -45,7 +45,7 @@ def import_mcore_gpt_from_hf(
 
     Raises:
         SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 and FP8 in blocks are
-            decoded); or tensors that it holds twice, such as the embedding in a layer of multi-token prediction, differ.
+            decoded); or tensors that it holds twice, such as the embedding in an MTP layer, differ.
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
         MappingError: Tensors or parameters are missing or unknown.
         ShapeError: Shapes do not agree, the number of experts among them.
