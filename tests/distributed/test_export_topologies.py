@@ -93,7 +93,7 @@ def test_every_topology_writes_the_same_tensors(name, source, layouts, tmp_path,
         config = (tmp_path / layout / "config.json").read_bytes()
         assert config == (tmp_path / "one" / "config.json").read_bytes()
     # Every rank writes a part: nobody carries it all.
-    assert len(list((tmp_path / layouts[-1]).glob("*.safetensors"))) == RANKS
+    assert len(list((tmp_path / layouts[-1]).glob("*.safetensors"))) >= RANKS
 
 
 FAULTS = {

@@ -17,22 +17,15 @@ from quantplug.export.gather import pack_piece
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import cut
 from quantplug.export.plan import ExportRequest, build_plan
-from quantplug.formats import FP8, NVFP4, FP8Block
 from quantplug.mappings.base import Family, MegatronConfig, ParamKey, Role, Scope
 from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
 from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, GATED_JOINED, ROW, ModelDimensions
 from quantplug.topology import ShardAxis
 from tests.export.checkpoints import same_bytes
+from tests.export.test_slices import FORMATS, STATES
 
 EXPERTS = 3
 DIMS = ModelDimensions(1, 256, 4, 2, 48, 523, num_experts=EXPERTS, moe_layers=(0,))
-STATES = {
-    "nvfp4": QuantizerState("q", (2, 1), ((-1, 16),), (4, 3), dynamic_blocks=True),
-    "fp8": QuantizerState("q", (4, 3)),
-    "fp8_block": QuantizerState("q", (4, 3), ((-2, 128), (-1, 128)), axis=(0, 2)),
-    "plain": None,
-}
-FORMATS = {"nvfp4": NVFP4(), "fp8": FP8(), "fp8_block": FP8Block()}
 LAYOUTS = {"column": COLUMN, "row": ROW, "joined": GATED_JOINED, "interleaved": GATED_INTERLEAVED}
 NAME = "model.layers.0.mlp.experts.fused"
 

@@ -17,6 +17,14 @@ EMBEDDINGS = (
     WeightMapping(("decoder.final_layernorm.weight",), ("model.norm.weight",), Scope.MODEL),
 )
 
+OUTPUT_PROJECTION = WeightMapping(
+    ("decoder.layers.*.self_attention.linear_proj.weight",),
+    ("model.layers.*.self_attn.o_proj.weight",),
+    Scope.LAYER,
+    ROW,
+    Role.LINEAR,
+)
+
 # With Transformer Engine the norm before a linear is part of that linear; the local spec keeps it apart.
 ATTENTION = (
     WeightMapping(
@@ -38,13 +46,7 @@ ATTENTION = (
         QKV,
         Role.LINEAR,
     ),
-    WeightMapping(
-        ("decoder.layers.*.self_attention.linear_proj.weight",),
-        ("model.layers.*.self_attn.o_proj.weight",),
-        Scope.LAYER,
-        ROW,
-        Role.LINEAR,
-    ),
+    OUTPUT_PROJECTION,
 )
 
 QKV_BIAS = (

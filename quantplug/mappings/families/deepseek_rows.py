@@ -79,13 +79,7 @@ LATENT_ATTENTION = (
         Role.LINEAR,
         least_bits=8,
     ),
-    WeightMapping(
-        ("decoder.layers.*.self_attention.linear_proj.weight",),
-        ("model.layers.*.self_attn.o_proj.weight",),
-        Scope.LAYER,
-        ROW,
-        Role.LINEAR,
-    ),
+    common.OUTPUT_PROJECTION,
 )
 
 SHARED_EXPERTS = (

@@ -4,24 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig, Scope, WeightMapping
+from quantplug.mappings.base import Family, MegatronConfig
 from quantplug.mappings.families import common, deepseek_config, deepseek_rows
-from quantplug.mappings.layouts import QKV, ModelDimensions, Option
+from quantplug.mappings.layouts import ModelDimensions, Option
 
 _QK_NORM = tuple(replace(row, option=Option.QK_NORM) for row in common.QK_NORM)
-_QKV_BIAS = (
-    WeightMapping(
-        ("decoder.layers.*.self_attention.linear_qkv.bias",),
-        (
-            "model.layers.*.self_attn.q_proj.bias",
-            "model.layers.*.self_attn.k_proj.bias",
-            "model.layers.*.self_attn.v_proj.bias",
-        ),
-        Scope.LAYER,
-        QKV,
-        option=Option.QKV_BIAS,
-    ),
-)
+_QKV_BIAS = tuple(replace(row, option=Option.QKV_BIAS) for row in common.QKV_BIAS)
 _SWITCHES = {"use_qk_norm": Option.QK_NORM, "attention_bias": Option.QKV_BIAS}
 
 
