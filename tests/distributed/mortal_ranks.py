@@ -123,6 +123,7 @@ def start_ranks(source: Path, notes: Path) -> Ranks:
     context.set_forkserver_preload(["tests.distributed.mortal_ranks"])
     with pytest.MonkeyPatch.context() as patch:  # For the server, which Python 3.11 starts without our sys.path.
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        patch.setenv("NUMBA_DISABLE_JIT", "1")  # The same bytes, without compiling loops for a few small weights.
         forkserver.ensure_running()
     return Ranks(source, notes, store, context, itertools.count())
 

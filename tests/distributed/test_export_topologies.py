@@ -25,6 +25,9 @@ LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-
 ONE_TENSOR = ["1-2-1-1", "2-2-1-1", "4-4-1-1"]
 PIPELINES = ["1-1-1-2", "1-1-1-2-2", "2-2-1-2-2"]
 
+# The same bytes, without compiling loops for a few small weights in every process.
+SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -33,7 +36,13 @@ def run_ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        **SMALL_WEIGHTS,
+        "PYTHONWARNINGS": "ignore",
+    }
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     processes = [
         subprocess.Popen(

@@ -14,6 +14,9 @@ from tests.families.cases import CASES, save
 
 ROOT = Path(__file__).parents[2]
 
+# The same bytes, without compiling loops for a few small weights in every process.
+SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -23,7 +26,7 @@ def run_example(name: str, stages: int, *arguments: object) -> None:
         [*launcher, "--nproc_per_node", str(stages), str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **SMALL_WEIGHTS},
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
 

@@ -15,6 +15,9 @@ from tests.families.cases import CASES
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("examples_worker.py")
 
+# The same bytes, without compiling loops for a few small weights in every process.
+SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -31,7 +34,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
             [*launcher, "--nproc_per_node", str(size), str(WORKER), str(work), str(size), str(size), *CASES],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **SMALL_WEIGHTS},
         )
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
     return work
