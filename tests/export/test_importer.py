@@ -191,7 +191,7 @@ def test_weights_that_are_no_floats(tiny_qwen3_dir, tmp_path):
 
 
 def test_quantized_source_is_refused(tiny_qwen3_dir, tmp_path):
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
     directory = copy_with(tiny_qwen3_dir, tmp_path / "model", quantization_config=quantization)
     model = build(tiny_qwen3_dir)
     with pytest.raises(SourceError, match="quantized already"):
