@@ -72,6 +72,9 @@ def quantize(
     quantize_mtp: Annotated[
         bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
+    ] = False,
 ) -> None:
     """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
 
@@ -88,7 +91,13 @@ def quantize(
                 progress.update(task, completed=done)
 
             result = quantize_checkpoint(
-                source, destination, format, exclude=exclude or (), quantize_mtp=quantize_mtp, progress=show
+                source,
+                destination,
+                format,
+                exclude=exclude or (),
+                quantize_mtp=quantize_mtp,
+                trust_remote_code=trust_remote_code,
+                progress=show,
             )
     except (QuantplugError, OSError) as problem:
         Console(stderr=True).print(str(problem), markup=False, highlight=False, soft_wrap=True)

@@ -10,21 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.families.cases import make
+from tests.families.cases import DECODER, make
 
-# Nothing is a power of two, and the vocabulary is odd.
-SIZES = {
-    "vocab_size": 523,
-    "hidden_size": 160,
-    "intermediate_size": 224,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 48,
-    "max_position_embeddings": 128,
-}
 MOE_SIZES = {
-    **SIZES,
+    **DECODER,
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 96,
@@ -82,14 +71,14 @@ def divisible_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dense Qwen3 in bf16 with an output layer of its own."""
-    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False))
+    model = Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=False))
     return _save(model, tmp_path_factory.mktemp("qwen3"))
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen3_tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dense Qwen3 in bf16 whose output layer is its embedding."""
-    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
+    model = Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=True))
     return _save(model, tmp_path_factory.mktemp("qwen3_tied"))
 
 

@@ -106,12 +106,14 @@ class PartOutput:
         name: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
         shape: Its shape before packing; of one expert's slice where the tensors hold all experts of a layer.
         tensors: What is written for it, in this order.
+        format: How it is packed; None for a plain tensor.
         placement: Where the slice lies in those tensors; None if they are all its own.
     """
 
     name: str
     shape: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
+    format: WeightFormat | None = None
     placement: Placement | None = None
 
     def nbytes(self, spec: TensorSpec) -> int:
@@ -128,14 +130,17 @@ class ExportTask:
     """One weight's way from Megatron to Hugging Face.
 
     Attributes:
+        mapping: The row that says what is written.
+        stored: The row that says how a plain checkpoint holds it; another one only where a quantized one holds it
+            otherwise.
         ranks: The ranks that deliver it, in slice order.
         owner: The one of them that writes it.
         gather_first: Whether its slices are put together before they are packed, because a block or a head straddles
             them; otherwise every rank packs its own slice and only packed bytes travel.
-        format: How its parts are packed; None for a plain tensor in `dtype`.
+        format: How its parts are packed, but for those that stay plain; None if all do.
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
         input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
-        dtype: Type of a plain tensor on disk.
+        dtype: Type of plain parts on disk.
         row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
             give the part's bytes.
         outputs: The parts, in the order of the layout.
@@ -145,6 +150,7 @@ class ExportTask:
 
     source: WholeWeight
     mapping: WeightMapping
+    stored: WeightMapping
     ranks: tuple[int, ...]
     owner: int
     gather_first: bool

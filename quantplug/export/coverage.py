@@ -85,8 +85,7 @@ def part_shapes(
     if problem is not None:
         findings.add_weight(_SHAPE, weight, problem)
         return ()
-    parts = mapping.layout.split(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), dims)
-    shapes = tuple(tuple(part.shape) for part in parts)
+    shapes = layout_shapes(weight.shape, mapping, dims)
     placement = mapping.placement(weight.key, dims)
     for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
         expected = _with_mlp_width(shape, mapping, dims)
@@ -98,6 +97,12 @@ def part_shapes(
             reason = f"gives {name} of shape {list(stored)}, the checkpoint has {list(reference[name])}"
             findings.add_weight(_SHAPE, weight, reason)
     return shapes
+
+
+def layout_shapes(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the parts that a layout makes of a Megatron tensor of a shape that it has no problem with."""
+    parts = mapping.layout.split(torch.empty(shape, device="meta"), dims)
+    return tuple(tuple(part.shape) for part in parts)
 
 
 def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[int, ...]:

@@ -6,15 +6,17 @@ import torch
 
 from quantplug.formats.chunks import CHUNK_ELEMENTS
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """A mark of the bits of a float tensor that has elements and at least one dimension, computed where it lives.
+    """A mark of the bits of a tensor of at least one dimension, computed where it lives.
 
     Sums of the rows and of the columns, each weighted by its place, modulo 2^64: any one changed element changes it,
     and so do exchanged rows or columns. It is no cryptographic hash.
     """
+    if weight.numel() == 0:
+        return hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode()).hexdigest()[:16]
     bits = weight.detach().view(_BITS[weight.dtype.itemsize])
     rows = bits.reshape(bits.shape[0], -1)
     by_row, by_column = (rows.new_zeros(size, dtype=torch.int64) for size in rows.shape)

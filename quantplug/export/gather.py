@@ -24,8 +24,8 @@ Delivered = list[tuple[Piece, Slices]]
 
 def pack_piece(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> Sequence[torch.Tensor]:
     """What a rank sends of a piece, of which it holds slice number `place`; on the weight's device."""
-    rows = _taken(weight, rows_of(piece, place, dims))
-    return (rows,) if piece.task.gather_first else pack_rows(piece.task, rows)
+    rows = piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, place, dims)))
+    return (rows,) if piece.task.gather_first else pack_rows(piece.task, piece.output, rows)
 
 
 class PackedBucket:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -157,9 +157,8 @@ class HFCheckpoint:
         headers: dict[str, TensorHeader] = {}
         found_in: defaultdict[str, list[str]] = defaultdict(list)
         for file, opened in self._files.items():
-            for name in opened.keys():  # noqa: SIM118  # a safe_open is no mapping
-                view = opened.get_slice(name)
-                headers[name] = TensorHeader(tuple(view.get_shape()), _dtype(name, view.get_dtype()), file)
+            for name, header in read_headers(opened, file):
+                headers[name] = header
                 found_in[name].append(file)
         offenders = [
             Offender(name, f"is in more than one file: {', '.join(files)}")
@@ -179,6 +178,17 @@ class HFCheckpoint:
             offenders,
             f"Fetch or save it again, as {SINGLE_FILE} or as shards with {INDEX_FILE}.",
         )
+
+
+def read_headers(opened: safe_open, file: str) -> Iterator[tuple[str, TensorHeader]]:
+    """What the header of a safetensors file of that name says of each tensor.
+
+    Raises:
+        SourceError: A tensor is of a type that is not read.
+    """
+    for name in opened.keys():  # noqa: SIM118  # a safe_open is no mapping
+        view = opened.get_slice(name)
+        yield name, TensorHeader(tuple(view.get_shape()), _dtype(name, view.get_dtype()), file)
 
 
 def _dtype(name: str, spelled: str) -> torch.dtype:

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from quantplug.errors import MappingError, ShapeError
+from quantplug.export.coverage import layout_shapes
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
 from quantplug.export.source_tensors import check_tensors
@@ -106,9 +105,8 @@ def _check_shapes(
     if problem is not None:
         findings.add(_SHAPE, key.name, problem, key.expert)
         return
-    parts = layout.split(torch.empty(shape, device="meta"), dims)
-    for name, part in zip(task.sources, parts, strict=True):
-        stored = task.placement.stored_shape(tuple(part.shape)) if task.placement else tuple(part.shape)
+    for name, part in zip(task.sources, layout_shapes(shape, task.mapping, dims), strict=True):
+        stored = task.placement.stored_shape(part) if task.placement else part
         if name in tensors and tensors[name].shape != stored:
             reason = f"needs {name} of shape {list(stored)}, the source has {list(tensors[name].shape)}"
             findings.add(_SHAPE, key.name, reason, key.expert)

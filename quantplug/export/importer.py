@@ -15,6 +15,7 @@ from quantplug.export.source_config import SourceConfig, read_source_config
 from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import fitted
 from quantplug.megatron.agreement import all_or_none, union
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters
@@ -56,6 +57,7 @@ def import_mcore_gpt_from_hf(
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
     with all_or_none(lambda: open_plain(config.directory, config.quantization)) as source:
+        family = fitted(family, source.tensors, dims)
         tied = bool(config.values.get("tie_word_embeddings", False))
         tasks = _plan(parameters, source, family, dims, tied)
         topology, copies = current_topology(), family.copies(dims, tied)
@@ -91,7 +93,8 @@ def _plan(
     findings = Findings(rank=current_topology().rank)
     tasks = plan_import(parameters, source.tensors, family, dims, tied, findings)
     used = _used_anywhere(tasks, sorted(source.tensors))
-    add_unused([*used, *(family.tied if tied else ())], source.tensors, family, dims, findings)
+    carried = [name for row in family.mappings if row.role.is_carried for name in row.hf]
+    add_unused([*used, *carried, *(family.tied if tied else ())], source.tensors, family, dims, findings)
     all_or_none(findings.raise_if_any)
     return tasks
 
@@ -108,10 +111,10 @@ def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: 
     parts = [source.read(name, part_index(task, source.tensors[name].shape)) for name in task.sources]
     if task.placement is not None:
         parts = [task.placement.turned(part) for part in parts]
-    merged = task.mapping.layout.merge(tuple(parts), dims)
+    merged = task.mapping.from_hf_values(task.mapping.layout.merge(tuple(parts), dims))
     shard = task.parameter.shard
     if shard is not None and not task.cuts_cleanly:
-        merged = task.mapping.layout.cut(merged, shard.index, shard.count)
+        merged = task.mapping.layout.cut(merged, shard.index, shard.count, dims)
     target = task.parameter.tensor
     target[: merged.shape[0]].copy_(merged if dtype is None else merged.to(dtype))
     target[merged.shape[0] :].zero_()  # Megatron's padding of the vocabulary; empty for everything else.

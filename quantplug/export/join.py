@@ -32,7 +32,7 @@ def join_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDi
     if piece.task.gather_first:
         whole = joined(piece, [rows for (rows,) in slices], dims)
         slices.clear()  # Before the rows are packed, so that what was received need not outlive them.
-        yield from _placed(piece, pack_rows(piece.task, whole), piece.start)
+        yield from _placed(piece, pack_rows(piece.task, piece.output, whole), piece.start)
     elif piece.task.mapping.layout.shard_axis == 1 or piece.output.placement is not None:
         axis = piece.task.mapping.layout.shard_axis or 0
         tensors = (_end_to_end(pieces, axis) for pieces in zip(*slices, strict=True))
@@ -62,7 +62,7 @@ def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[
         for spec in specs:
             if piece.output.placement is not None:
                 yield from _of_expert(piece.output.placement, spec, tensor)
-            elif tensor.ndim > 0:
+            elif tensor.ndim > 0 and spec.shape:
                 yield from _of_part(piece, spec, tensor, row)
             elif row == 0:
                 yield Rows(spec.name, 0, tensor.reshape(spec.shape))
@@ -85,9 +85,9 @@ def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> 
 
 
 def _input_scale(piece: Piece) -> Iterator[Rows]:
-    task, placement = piece.task, piece.output.placement
-    if task.format is None or task.input_amax is None or (placement is not None and placement.expert > 0):
+    task, packing, placement = piece.task, piece.output.format, piece.output.placement
+    if packing is None or task.input_amax is None or (placement is not None and placement.expert > 0):
         return
-    scale = task.format.input_scale(torch.tensor(task.input_amax, dtype=torch.float32))
+    scale = packing.input_scale(torch.tensor(task.input_amax, dtype=torch.float32))
     for output in (piece.output, *task.copies):
         yield Rows(output.tensors[-1].name, 0, scale)

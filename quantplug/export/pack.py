@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from quantplug.export.base import ExportTask
+from quantplug.export.base import ExportTask, PartOutput
+from quantplug.export.coverage import layout_shapes
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.mappings.base import WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
@@ -31,13 +32,18 @@ def divided(shape: tuple[int, ...], axis: int, slices: int) -> tuple[int, ...]:
 def must_gather_first(
     shape: tuple[int, ...], slices: int, mapping: WeightMapping, packing: WeightFormat | None, dims: ModelDimensions
 ) -> bool:
-    """Whether a head or a block straddles the slices, so that they cannot be packed one by one."""
+    """Whether a head or a block straddles the slices, so that they cannot be packed one by one.
+
+    Args:
+        packing: Of the parts that are packed; None if none is.
+    """
     if slices == 1:
         return False
     if not mapping.layout.cuts_cleanly(slices, dims):
         return True
-    parts = _part_shapes(slice_shape(shape, slices, mapping), mapping, dims)
-    return packing is not None and any(packing.problem(part) is not None for part in parts)
+    parts = layout_shapes(slice_shape(shape, slices, mapping), mapping, dims)
+    packed = (part for name, part in zip(mapping.hf, parts, strict=True) if name not in mapping.kept)
+    return packing is not None and any(packing.problem(part) is not None for part in packed)
 
 
 def row_step(packing: WeightFormat | None, shape: tuple[int, ...]) -> int:
@@ -48,19 +54,14 @@ def row_step(packing: WeightFormat | None, shape: tuple[int, ...]) -> int:
     return step
 
 
-def packed_specs(task: ExportTask, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-    """What `pack_rows` gives for rows of this shape."""
-    return (TensorSpec("weight", shape, task.dtype),) if task.format is None else task.format.outputs(shape)
+def packed_specs(task: ExportTask, part: PartOutput, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+    """What `pack_rows` gives for rows of this shape of a part."""
+    return (TensorSpec("weight", shape, task.dtype),) if part.format is None else part.format.outputs(shape)
 
 
-def pack_rows(task: ExportTask, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+def pack_rows(task: ExportTask, part: PartOutput, rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Rows of a part as they are written: packed, or in the type of plain tensors; on their device."""
-    if task.format is None:
+    if part.format is None:
         return (rows.to(task.dtype),)
     amax = torch.tensor(task.amax, dtype=torch.float32, device=rows.device)
-    return tuple(task.format.pack(rows, amax).tensors.values())
-
-
-def _part_shapes(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:
-    parts = mapping.layout.split(torch.empty(shape, device="meta"), dims)
-    return tuple(tuple(part.shape) for part in parts)
+    return tuple(part.format.pack(rows, amax).tensors.values())

@@ -53,7 +53,7 @@ def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             ends_task = part == len(task.outputs) - 1 and stop == rows
-            yield Piece(task, part, start, stop, _in_flight(task, stop - start), ends_task)
+            yield Piece(task, part, start, stop, _in_flight(task, part, stop - start), ends_task)
 
 
 def rows_of(piece: Piece, place: int, dims: ModelDimensions) -> torch.Tensor:
@@ -86,28 +86,35 @@ def joined(piece: Piece, slices: list[torch.Tensor], dims: ModelDimensions) -> t
 def travel_specs(piece: Piece, place: int, dims: ModelDimensions) -> tuple[TensorSpec, ...]:
     """What slice number `place` sends of a piece."""
     rows = len(rows_of(piece, place, dims)) if _straddles_rows(piece.task) else piece.stop - piece.start
-    return _specs(piece.task, rows)
+    return _specs(piece.task, piece.part, rows)
 
 
-def _specs(task: ExportTask, rows: int) -> tuple[TensorSpec, ...]:
+def _specs(task: ExportTask, part: int, rows: int) -> tuple[TensorSpec, ...]:
     shape = (rows, *slice_shape(task.source.shape, len(task.ranks), task.mapping)[1:])
-    return (TensorSpec("rows", shape, task.source.dtype),) if task.gather_first else packed_specs(task, shape)
+    if task.gather_first:
+        return (TensorSpec("rows", shape, task.source.dtype),)
+    return packed_specs(task, task.outputs[part], shape)
 
 
 def _rows_of_a_piece(task: ExportTask, part: int, rows: int, limit: int) -> int:
     if task.row_step is None:
         return rows
-    output = sum(spec.nbytes for spec in task.outputs[part].tensors) // task.outputs[part].shape[0]
-    source = task.source.nbytes // task.source.shape[0]
+    output = sum(spec.nbytes for spec in task.outputs[part].tensors) // rows_in(task.outputs[part].shape)
+    source = task.source.nbytes // rows_in(task.source.shape)
     # Where slices are packed apart and lie below one another, a row of the piece is a row of each.
     count = len(task.ranks) if task.mapping.layout.shard_axis == 0 and not task.gather_first else 1
     return max(limit // (max(output, source) * count) // task.row_step, 1) * task.row_step
 
 
-def _in_flight(task: ExportTask, rows: int) -> int:
+def _in_flight(task: ExportTask, part: int, rows: int) -> int:
     """What the owner receives; twice that where one rank may have to send all of it too."""
     times = 2 if _straddles_rows(task) else len(task.ranks)
-    return sum(spec.nbytes for spec in _specs(task, rows)) * times
+    return sum(spec.nbytes for spec in _specs(task, part, rows)) * times
+
+
+def rows_in(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor of this shape; a scalar is one."""
+    return shape[0] if shape else 1
 
 
 def _straddles_rows(task: ExportTask) -> bool:
@@ -121,7 +128,7 @@ def _slice_rows(task: ExportTask) -> int:
 
 def _places(task: ExportTask, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
     """For every part the numbers of its rows in a slice; in all slices, one behind the other, if it straddles them."""
-    rows = slice_shape(task.source.shape, len(task.ranks), task.mapping)[0]
+    rows = rows_in(slice_shape(task.source.shape, len(task.ranks), task.mapping))
     return _numbers(task.mapping, rows, len(task.ranks) if _straddles_rows(task) else 1, dims)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.base import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
-from quantplug.export.coverage import match_table, part_shapes
+from quantplug.export.coverage import layout_shapes, match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.findings import Findings
 from quantplug.export.ownership import Assignment, assign
@@ -23,7 +23,7 @@ from quantplug.export.quantizers import check_calibrated, check_quantizers
 from quantplug.export.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.schedule import in_order
 from quantplug.export.scheme import Scheme
-from quantplug.formats import TensorSpec
+from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.mappings.base import Family, ParamKey, Placement, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -79,8 +79,9 @@ def build_plan(
     findings.raise_if_any()
 
     dialect = dialect_for(scheme) if scheme else None
+    unfused = any(weight.weight is not None and row.when_packed is not row for weight, row in mapped)
     assigned = assign([weight for weight, _ in mapped])
-    packing = _Packing(dims, request, scheme, dialect, groups)
+    packing = _Packing(dims, request, scheme, dialect, groups, unfused)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = _excluded_modules(tasks, family, dims) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
@@ -105,28 +106,40 @@ def _check_request(request: ExportRequest) -> None:
 
 @dataclass(frozen=True)
 class _Packing:
-    """What is the same for all tasks of a plan."""
+    """What is the same for all tasks of a plan.
+
+    Attributes:
+        unfused: Whether experts that a plain checkpoint holds in one tensor are written one by one: as soon as one of
+            them is quantized, as readers take all of a model's in one of the two ways.
+    """
 
     dims: ModelDimensions
     request: ExportRequest
     scheme: Scheme | None
     dialect: Dialect | None
     groups: Mapping[ParamKey, str]
+    unfused: bool
 
     def task(
         self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
     ) -> ExportTask:
         quantized = weight.weight is not None and self.scheme is not None
         packing = self.scheme.weight if self.scheme and quantized else None
+        stored = mapping
+        if self.unfused and mapping.when_packed is not mapping:
+            mapping = mapping.when_packed
+            shapes = layout_shapes(weight.shape, mapping, self.dims)
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtype(weight, mapping)
+        formats = [None if pattern in mapping.kept else packing for pattern in mapping.hf]
         outputs = tuple(
-            PartOutput(name, shape, self._tensors(name, shape, plain, quantized, placement), placement)
-            for name, shape in zip(mapping.hf_names(weight.key, self.dims), shapes, strict=True)
+            PartOutput(name, shape, self._tensors(name, shape, plain, of_part, placement), of_part, placement)
+            for name, shape, of_part in zip(mapping.hf_names(weight.key, self.dims), shapes, formats, strict=True)
         )
         return ExportTask(
             source=weight,
             mapping=mapping,
+            stored=stored,
             ranks=assigned.ranks,
             owner=assigned.owner,
             gather_first=must_gather_first(weight.shape, len(assigned.ranks), mapping, packing, self.dims),
@@ -138,7 +151,7 @@ class _Packing:
             row_step=None if placement else row_step(packing, shapes[0]),
             outputs=outputs,
             copies=tuple(
-                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, quantized, None))
+                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, packing, None), packing)
                 for name in mapping.copy_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
@@ -157,12 +170,12 @@ class _Packing:
         name: str,
         shape: tuple[int, ...],
         plain: torch.dtype,
-        quantized: bool,
+        packing: WeightFormat | None,
         placement: Placement | None,
     ) -> tuple[TensorSpec, ...]:
-        if not quantized or self.scheme is None or self.dialect is None:
+        if packing is None or self.scheme is None or self.dialect is None:
             return (self._stored(TensorSpec(name, shape, plain), placement),)
-        tensors = self.scheme.weight.outputs(shape)
+        tensors = packing.outputs(shape)
         if self.scheme.activations:
             tensors = (*tensors, INPUT_SCALE)
         stored = (self._stored(tensor, placement) for tensor in tensors)
@@ -181,10 +194,11 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDi
     A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
     all of a layer or in none, they build one module and look up its name.
     """
-    plain = [task for task in tasks if task.format is None and task.mapping.role.multiplies]
-    parts = [part for task in plain for part in task.all_outputs if part.placement is None]
-    names = {name.removesuffix(".weight") for name in (*(part.name for part in parts), *family.tied)}
-    experts = {task.mapping.experts_module(task.source.key, dims) for task in plain}
+    multiplying = [task for task in tasks if task.mapping.role.multiplies]
+    parts = [part for task in multiplying for part in task.all_outputs]
+    plain = [part.name for part in parts if part.format is None and part.placement is None]
+    names = {name.removesuffix(".weight") for name in (*plain, *family.tied)}
+    experts = {task.mapping.experts_module(task.source.key, dims) for task in multiplying if task.format is None}
     return tuple(sorted(names | {name for name in experts if name is not None}))
 
 

@@ -63,7 +63,10 @@ def check_quantizers(
         scheme = _scheme(whole, whole.weight, findings)
         if scheme is not None:
             by_scheme.setdefault(scheme, []).append(whole)
-            _check_shapes(whole, scheme, shapes[whole.key], findings)
+            packed = [
+                shape for name, shape in zip(mapping.hf, shapes[whole.key], strict=True) if name not in mapping.kept
+            ]
+            _check_shapes(whole, scheme, packed, findings)
     _check_experts(mapped, findings)
     _check_uniform(by_scheme, findings)
     return next(iter(by_scheme), None)
@@ -93,7 +96,7 @@ def _scheme(whole: WholeWeight, weight: QuantizerState, findings: Findings) -> S
     return Scheme(packing, activations=whole.activation is not None)
 
 
-def _check_shapes(whole: WholeWeight, scheme: Scheme, shapes: tuple[tuple[int, ...], ...], findings: Findings) -> None:
+def _check_shapes(whole: WholeWeight, scheme: Scheme, shapes: Sequence[tuple[int, ...]], findings: Findings) -> None:
     for shape in shapes:
         problem = scheme.weight.problem(shape)
         if problem is not None:

@@ -88,12 +88,12 @@ def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
 
 def _look(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:
     key = task.source.key
-    if weight.numel() == 0:
+    if weight.numel() == 0 or task.mapping.role.is_carried:
         return
     reason = first_nonfinite(weight)
     if reason is not None:
         findings.add(NONFINITE, key.name, reason, key.expert)
-    elif task.format is None and first_nonfinite(weight.to(task.dtype)) is not None:
+    elif any(part.format is None for part in task.outputs) and first_nonfinite(weight.to(task.dtype)) is not None:
         findings.add(OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
     elif task.amax == 0 and bool(weight.any()):
         findings.add(ZERO_AMAX, key.name, "amax is 0", key.expert)

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from quantplug.errors import Offender, SourceError
-from quantplug.export.config_file import CONFIG_FILE, architecture_of, config_error, read_config_file
+from quantplug.export.config_file import architecture_of, config_error, read_config_file, refuse_own_code
 from quantplug.mappings.families import find_family
 
 
@@ -40,36 +38,16 @@ def read_source_config(directory: Path, trust_remote_code: bool = False) -> Sour
     """Reads config.json.
 
     Raises:
-        SourceError: There is none, or it is damaged, names no architecture, or transformers cannot read it.
+        SourceError: There is none, or it is damaged, names no architecture, or transformers cannot read it; or the
+            checkpoint brings its own code, and it is not trusted.
         UnsupportedModelError: Its architecture is not one we convert.
     """
     raw = read_config_file(directory)
     architecture = architecture_of(raw, directory)
-    if raw.get("auto_map") and not trust_remote_code:
-        raise SourceError(
-            "The source checkpoint brings its own code.",
-            [Offender(str(directory / CONFIG_FILE), f"auto_map names {', '.join(map(str, raw['auto_map']))}")],
-            "Read that code, then allow it: trust_remote_code=True, or --trust-remote-code.",
-        )
+    refuse_own_code(directory, trusted=trust_remote_code)
     find_family(architecture)  # Before transformers, whose error would not list what we support.
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise config_error(directory, str(error).strip().splitlines()[0]) from error
     return SourceConfig(directory, architecture, raw.get("quantization_config"), dict(config.to_dict()))
-
-
-def reference_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that lie beside the config, by name; empty where no weights do."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise SourceError(
-                "A file of the source checkpoint is damaged.",
-                [Offender(str(path), str(error))],
-                "Fetch or save it again; an export needs only the config and the tokenizer, so it may also be removed.",
-            ) from error
-    return shapes

@@ -8,7 +8,7 @@ import torch
 from quantplug.errors import MappingError, ShapeError, SourceError
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
-from quantplug.mappings.base import Block, Family, ParamKey
+from quantplug.mappings.base import Block, Family, ParamKey, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 _WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
@@ -36,7 +36,7 @@ def check_tensors(
     Args:
         tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
     """
-    copies = family.copies(dims, tied)
+    copies, table = family.copies(dims, tied), family.by_megatron()
     known = {name: key for names, key in family.expected(dims) for name in names}
     patterns = {_pattern(name) for name in known}
     for name in sorted(tensors.keys() - known.keys() - copies.keys()):
@@ -44,17 +44,19 @@ def check_tensors(
     for name, key in known.items():
         if name not in tensors and not (tied and name in family.tied):
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
-        elif name in tensors and tensors[name].dtype not in _FLOATS:
+        elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_carried:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
-    _check_mtp(family, known, tensors, findings)
+    _check_mtp(table, known, tensors, findings)
     _check_copies(copies, tensors, findings)
 
 
 def _check_mtp(
-    family: Family, known: Mapping[str, ParamKey], tensors: Mapping[str, TensorHeader], findings: Findings
+    table: Mapping[str, WeightMapping],
+    known: Mapping[str, ParamKey],
+    tensors: Mapping[str, TensorHeader],
+    findings: Findings,
 ) -> None:
     """Says the way out where the config promises multi-token prediction and the source has nothing of it."""
-    table = family.by_megatron()
     mtp = [name for name, key in known.items() if table[key.module].block is Block.MTP]
     if mtp and tensors.keys().isdisjoint(mtp):
         findings.add(_NO_MTP, "num_nextn_predict_layers", f"asks for {len(mtp)} tensors, none of which is there")

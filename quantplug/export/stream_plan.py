@@ -144,14 +144,18 @@ def _with_quant_fn(
 
 
 def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: ModelDimensions) -> ExportTask:
-    outputs = tuple(_part_with(part, function, suffix) for part in task.outputs)
+    outputs = tuple(
+        part if pattern in task.mapping.kept else _part_with(part, function, suffix)
+        for pattern, part in zip(task.mapping.hf, task.outputs, strict=True)
+    )
     gather_first = len(task.ranks) > 1 and not _packs_apart(task, function, dims)
     return replace(task, format=function, gather_first=gather_first, row_step=None, outputs=outputs)
 
 
 def _part_with(part: PartOutput, function: QuantFunction, suffix: str) -> PartOutput:
     codes, scale = (_stored(part, tensor) for tensor in function.outputs(part.shape))
-    return replace(part, tensors=(replace(codes, name=part.name), replace(scale, name=f"{part.name}{suffix}")))
+    tensors = (replace(codes, name=part.name), replace(scale, name=f"{part.name}{suffix}"))
+    return replace(part, tensors=tensors, format=function)
 
 
 def _stored(part: PartOutput, tensor: TensorSpec) -> TensorSpec:

@@ -1,13 +1,14 @@
 """From a live Megatron-Core model to a Hugging Face checkpoint, quantized or not: one call a stage."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from quantplug.errors import RankLostError
-from quantplug.export.base import ExportPlan, Held, Progress, WholeWeight, silent
+from quantplug.export.base import ExportPlan, Held, Progress, WeightRef, WholeWeight, silent
+from quantplug.export.carried import carried_refs, open_for_carrying
 from quantplug.export.disk_errors import disk_errors
 from quantplug.export.findings import Findings
 from quantplug.export.finish import ExportResult, finish, result_of
@@ -17,15 +18,19 @@ from quantplug.export.plan import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.scan import digest_of, refuse_diverged, scan_weights
 from quantplug.export.shared_directory import require_shared
 from quantplug.export.source import Model, live_weights
-from quantplug.export.source_config import SourceConfig, read_source_config, reference_shapes
+from quantplug.export.source_config import SourceConfig, read_source_config
+from quantplug.export.stored_tensors import stored_tensors
 from quantplug.export.survey import RankSurvey, gather_surveys, whole_weights
 from quantplug.export.work import write_tensors
 from quantplug.export.writer import Staging, check_destination
 from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import fitted
 from quantplug.megatron.agreement import all_or_none, gather_objects, require_same
 from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
+from quantplug.topology import ParallelTopology
 
 __all__ = ["ExportResult", "export_mcore_gpt_to_hf", "import_mcore_gpt_from_hf", "plan_export"]
 
@@ -59,6 +64,7 @@ def plan_export(
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     calibrated: bool = True,
+    carry: bool = True,
     requantize: Requantize | None = None,
 ) -> PlannedExport:
     """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
@@ -68,13 +74,15 @@ def plan_export(
     Args:
         calibrated: Whether calibration is over. False plans a model whose quantizers are placed but hold no amax yet:
             what cannot be exported is refused before calibration is paid for.
+        carry: Whether tensors of the source that Megatron's model does not hold are planned too.
         requantize: Quantizers to plan with in place of the model's own, which are not looked at then.
     """
-    rank = current_topology().rank
+    topology = current_topology()
     source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
-    family = all_or_none(lambda: find_family(source.architecture))
+    family, dims, carried = all_or_none(lambda: _fit(source, topology, carry=carry))
     weights = all_or_none(lambda: live_weights(model))
-    surveys = gather_surveys(RankSurvey(rank, group_ranks(), weights.refs, weights.unclaimed, judge_rules(model)))
+    refs = (*weights.refs, *carried)
+    surveys = gather_surveys(RankSurvey(topology.rank, group_ranks(), refs, weights.unclaimed, judge_rules(model)))
 
     # From here on every rank works on the same data, and so comes to the same plan or the same error.
     if requantize is None:
@@ -90,13 +98,13 @@ def plan_export(
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
-        reference=all_or_none(lambda: reference_shapes(source.directory)),
+        reference=all_or_none(lambda: {name: it.shape for name, it in stored_tensors(source.directory).items()}),
         unclaimed=unclaimed,
         calibrated=calibrated,
     )
-    plan = all_or_none(lambda: build_plan(wholes, family, family.dimensions(source.values), request))
+    plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
-    return PlannedExport(plan, source.directory, family, {ref.key: ref for ref in weights.refs})
+    return PlannedExport(plan, source.directory, family, {ref.key: ref for ref in refs})
 
 
 @torch.no_grad()
@@ -172,7 +180,24 @@ def export_mcore_gpt_to_hf(
 
 
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
-    return read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
+    config = read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
+    if not find_family(config.architecture).carried:
+        return config
+    return replace(config, directory=resolve_source(name_or_path))
+
+
+def _fit(
+    source: SourceConfig, topology: ParallelTopology, *, carry: bool
+) -> tuple[Family, ModelDimensions, tuple[WeightRef, ...]]:
+    """The table for this source, and what this rank brings of it to the export."""
+    family = find_family(source.architecture)
+    dims = family.dimensions(source.values)
+    if carry and family.carried:
+        checkpoint = open_for_carrying(source.directory, family)
+        family = fitted(family, checkpoint.tensors, dims)
+        return family, dims, tuple(carried_refs(checkpoint, family, topology.rank, topology.world_size))
+    headers = stored_tensors(source.directory)
+    return fitted(replace(family, carried=()), headers, dims), dims, ()
 
 
 def _check_destination(destination: Path, rank: int) -> None:

@@ -4,7 +4,7 @@ A family's table is read in both directions. Patterns carry `*` for the layer an
 expert; both are always *global* ids. Layers of multi-token prediction are counted from 0, as Megatron names them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -53,6 +53,9 @@ class Scope(Enum):
 
     MODEL = "model"
     LAYER = "layer"
+    ATTENTION_LAYER = "layer with attention"
+    DELTA_LAYER = "layer with a gated delta net"
+    MAMBA_LAYER = "layer with a Mamba mixer"
     DENSE_LAYER = "dense layer"
     MOE_LAYER = "MoE layer"
     EXPERT = "expert"
@@ -73,17 +76,24 @@ class Role(Enum):
     ROUTER_BIAS = "bias of the router, in the type of the router"
     VOCABULARY = "embedding or output layer, kept in high precision: servers load it so"
     KEPT = "linear weight kept in high precision: servers load it so"
+    CARRIED_WEIGHT = "weight of what Megatron does not hold, carried over from the source as it is"
+    CARRIED = "other tensor of what Megatron does not hold, carried over from the source as it is"
     OTHER = "no matrix product"
 
     @property
     def multiplies(self) -> bool:
         """Whether the tensor is the weight of a matrix product."""
-        return self not in (Role.ROUTER_BIAS, Role.OTHER)
+        return self not in (Role.ROUTER_BIAS, Role.OTHER, Role.CARRIED)
 
     @property
     def is_of_router(self) -> bool:
         """Whether it has the type of the router."""
         return self in (Role.ROUTER, Role.ROUTER_BIAS)
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether it belongs to no parameter of Megatron's."""
+        return self in (Role.CARRIED_WEIGHT, Role.CARRIED)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,9 @@ class WeightMapping:
         dtype: Type on disk where it is not that of the model's other plain tensors.
         option: Only models with this option have the row; None for all.
         least_bits: Bits in which every server reads a linear that is quantized.
+        kept: Those of `hf` that stay in high precision also where the weight is quantized: servers load them so.
+        offset: What Hugging Face's values are more than Megatron's: 1 where Megatron's norm is zero-centred, and
+            multiplies with 1 + weight, and Hugging Face's is not.
     """
 
     megatron: tuple[str, ...]
@@ -151,6 +164,8 @@ class WeightMapping:
     dtype: torch.dtype | None = None
     option: Option | None = None
     least_bits: int = 4
+    kept: tuple[str, ...] = ()
+    offset: float = 0.0
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
@@ -161,24 +176,36 @@ class WeightMapping:
         experts = range(dims.num_experts) if self.scope is Scope.EXPERT else (None,)
         return (ParamKey(module, layer, expert) for layer in layers for expert in experts)
 
-    def _layers(self, dims: ModelDimensions) -> list[int]:
+    def _layers(self, dims: ModelDimensions) -> Sequence[int]:
         """The layers of its block that have it, counted from 0 in the block."""
-        if self.block is Block.MTP:
-            # Megatron makes MTP layers like the last one of the decoder (get_gpt_mtp_block_spec).
-            layers, moe = range(dims.mtp_layers), {dims.num_layers - 1} <= set(dims.moe_layers)
-            moe_layers = set(layers) if moe else set()
-        else:
-            layers, moe_layers = range(dims.num_layers), set(dims.moe_layers)
+        in_decoder = self._decoder_layers(dims)
+        if self.block is Block.DECODER:
+            return in_decoder
+        # Megatron makes MTP layers like the last one of the decoder (get_gpt_mtp_block_spec).
+        return range(dims.mtp_layers if dims.num_layers - 1 in in_decoder else 0)
+
+    def _decoder_layers(self, dims: ModelDimensions) -> Sequence[int]:
         match self.scope:
             case Scope.DENSE_LAYER:
-                return [layer for layer in layers if layer not in moe_layers]
+                return dims.dense_layers
             case Scope.MOE_LAYER | Scope.EXPERT:
-                return [layer for layer in layers if layer in moe_layers]
-        return list(layers)
+                return dims.moe_layers
+            case Scope.ATTENTION_LAYER:
+                return dims.attention_layers
+            case Scope.DELTA_LAYER:
+                return dims.hybrid.delta if dims.hybrid else ()
+            case Scope.MAMBA_LAYER:
+                return dims.hybrid.mamba if dims.hybrid else ()
+        return range(dims.num_layers)
 
     def hf_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
         """Names of the parts."""
         return tuple(fill(pattern, self._hf_layer(key, dims), key.expert) for pattern in self.hf)
+
+    @property
+    def when_packed(self) -> "WeightMapping":
+        """The row that says how the same weight is written where experts are quantized: mostly this one."""
+        return self
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement | None:
         """Where the parts lie in tensors that hold all experts of a layer; None where they are tensors themselves."""
@@ -201,13 +228,23 @@ class WeightMapping:
     def _hf_layer(self, key: ParamKey, dims: ModelDimensions) -> int | None:
         return dims.num_layers + key.layer if self.block is Block.MTP and key.layer is not None else key.layer
 
+    def to_hf_values(self, values: torch.Tensor) -> torch.Tensor:
+        """Hugging Face's values of some of Megatron's: the same, or in FP32 where they differ."""
+        return values.float() + self.offset if self.offset else values
+
+    def from_hf_values(self, values: torch.Tensor) -> torch.Tensor:
+        """`to_hf_values` backwards."""
+        return values.float() - self.offset if self.offset else values
+
     def to_hf(self, key: ParamKey, weight: torch.Tensor, dims: ModelDimensions) -> dict[str, torch.Tensor]:
         """Cuts a whole Megatron tensor into its named Hugging Face tensors (views where the layout allows)."""
-        return dict(zip(self.hf_names(key, dims), self.layout.split(weight, dims), strict=True))
+        parts = self.layout.split(self.to_hf_values(weight), dims)
+        return dict(zip(self.hf_names(key, dims), parts, strict=True))
 
     def to_megatron(self, key: ParamKey, tensors: Mapping[str, torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
         """Merges named Hugging Face tensors into the whole Megatron tensor."""
-        return self.layout.merge(tuple(tensors[name] for name in self.hf_names(key, dims)), dims)
+        parts = tuple(tensors[name] for name in self.hf_names(key, dims))
+        return self.from_hf_values(self.layout.merge(parts, dims))
 
 
 class Activation(Enum):
@@ -264,6 +301,10 @@ class Family:
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
         sizes: What `dimensions` reads beside the sizes of any decoder. A config of unknown origin is held against it
             before `dimensions` sees it.
+        nested: Key of config.json under which those sizes are; None where they are at the top.
+        carried: Beginnings of names of tensors that are no part of Megatron's model, such as those of a vision model:
+            they go from the source into what is written as they are.
+        forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
     """
 
     name: str
@@ -273,6 +314,9 @@ class Family:
     megatron_config: Callable[[Mapping[str, Any]], MegatronConfig]
     tied: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[SizeSetting, ...] = ()
+    nested: str | None = None
+    carried: tuple[str, ...] = ()
+    forms: tuple[tuple[WeightMapping, ...], ...] = ()
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""

@@ -64,9 +64,15 @@ class FusedExpertMapping(WeightMapping):
 
     Attributes:
         transposed: Whether a matrix is stored as [experts, in, out]. Declared, never guessed from shapes.
+        packed: How the same weight is written where experts are quantized, if servers then load them one by one.
     """
 
     transposed: bool = False
+    packed: GroupedMLPSlicing | None = None
+
+    @property
+    def when_packed(self) -> WeightMapping:
+        return self if self.packed is None else self.packed
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement:
         assert key.expert is not None
@@ -76,7 +82,8 @@ class FusedExpertMapping(WeightMapping):
         return self.hf_names(key, dims)[0].rpartition(".")[0]
 
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
-        return self.hf_names(key, dims)[0] if self.role is Role.LINEAR else None
+        is_shared = self.role is Role.LINEAR and self.packed is None
+        return self.hf_names(key, dims)[0] if is_shared else None
 
 
 @dataclass(frozen=True)

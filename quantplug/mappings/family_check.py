@@ -7,7 +7,7 @@ from quantplug.errors import Offender
 from quantplug.mappings.base import Block, Family, Scope, WeightMapping
 from quantplug.mappings.experts import FusedExpertMapping
 
-_STARS = {Scope.MODEL: 0, Scope.LAYER: 1, Scope.DENSE_LAYER: 1, Scope.MOE_LAYER: 1, Scope.EXPERT: 2}
+_STARS = {**dict.fromkeys(Scope, 1), Scope.MODEL: 0, Scope.EXPERT: 2}
 
 
 def problems(family: Family) -> Iterator[Offender]:

@@ -40,6 +40,23 @@ class LatentSizes:
 
 
 @dataclass(frozen=True)
+class HybridLayers:
+    """Which layers of a decoder have what, where not all of them have attention and a feed-forward network.
+
+    Attributes:
+        attention: Global ids of the layers with attention.
+        delta: Of those with a gated delta net (https://arxiv.org/abs/2412.06464).
+        mamba: Of those with a Mamba-2 mixer (https://arxiv.org/abs/2405.21060).
+        dense: Of those with a feed-forward network without experts.
+    """
+
+    attention: tuple[int, ...]
+    dense: tuple[int, ...]
+    delta: tuple[int, ...] = ()
+    mamba: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelDimensions:
     """The sizes that names and layouts need.
 
@@ -52,6 +69,7 @@ class ModelDimensions:
         shared_width: Feed-forward width F of all shared experts together; None where there are none.
         mtp_layers: Layers of multi-token prediction.
         latent: Sizes of multi-latent attention, `head_dim` then being that of queries and keys; None without it.
+        hybrid: Which layers have what; None where all have attention and a feed-forward network.
         options: What the config switches on.
     """
 
@@ -68,7 +86,21 @@ class ModelDimensions:
     shared_width: int | None = None
     mtp_layers: int = 0
     latent: LatentSizes | None = None
+    hybrid: HybridLayers | None = None
     options: frozenset[Option] = frozenset()
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Global ids of the layers with attention."""
+        return tuple(range(self.num_layers)) if self.hybrid is None else self.hybrid.attention
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Global ids of the layers with a feed-forward network without experts."""
+        if self.hybrid is not None:
+            return self.hybrid.dense
+        with_experts = frozenset(self.moe_layers)
+        return tuple(layer for layer in range(self.num_layers) if layer not in with_experts)
 
 
 class Layout(Protocol):
@@ -90,7 +122,7 @@ class Layout(Protocol):
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         """The whole Megatron tensor from its tensor parallel slices, in order."""
 
-    def cut(self, weight: torch.Tensor, index: int, slices: int) -> torch.Tensor:
+    def cut(self, weight: torch.Tensor, index: int, slices: int, dims: ModelDimensions) -> torch.Tensor:
         """One of that many slices of a whole Megatron tensor: the inverse of `join`."""
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
@@ -114,18 +146,12 @@ class _Concatenated:
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         return slices[0] if self.shard_axis is None else torch.cat(slices, dim=self.shard_axis)
 
-    def cut(self, weight: torch.Tensor, index: int, slices: int) -> torch.Tensor:
+    def cut(self, weight: torch.Tensor, index: int, slices: int, dims: ModelDimensions) -> torch.Tensor:
         return weight if self.shard_axis is None else weight.chunk(slices, dim=self.shard_axis)[index]
 
 
-@dataclass(frozen=True)
-class Identity(_Concatenated):
-    """The same tensor under another name."""
-
-    shard_axis: int | None = None
-
-    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
-        return None
+class _OnePart:
+    """The Megatron tensor as it is, for the one Hugging Face part."""
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         return (weight,)
@@ -136,7 +162,17 @@ class Identity(_Concatenated):
 
 
 @dataclass(frozen=True)
-class VocabularyRows(_Concatenated):
+class Identity(_OnePart, _Concatenated):
+    """The same tensor under another name."""
+
+    shard_axis: int | None = None
+
+    def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class VocabularyRows(_OnePart, _Concatenated):
     """[V_padded, H] in Megatron, [V, H] in Hugging Face: padding rows exist only in Megatron."""
 
     shard_axis: int | None = 0
@@ -149,13 +185,9 @@ class VocabularyRows(_Concatenated):
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         return (weight[: dims.vocab_size],)
 
-    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
-        (weight,) = parts
-        return weight
-
 
 @dataclass(frozen=True)
-class GatedConcat:
+class GatedConcat(_Concatenated):
     """[2F, H] in Megatron: all rows of gate_proj [F, H], then all rows of up_proj [F, H]."""
 
     shard_axis: int | None = 0
@@ -163,18 +195,12 @@ class GatedConcat:
     def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
         return None if shape[0] % 2 == 0 else f"has {shape[0]} rows, which do not halve into gate_proj and up_proj"
 
-    def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
-        return True
-
-    def widths(self) -> int:
-        return 1
-
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         # Every slice holds its rows of gate_proj, then its rows of up_proj.
         gates, ups = zip(*(part.chunk(2, dim=0) for part in slices), strict=True)
         return torch.cat((*gates, *ups), dim=0)
 
-    def cut(self, weight: torch.Tensor, index: int, slices: int) -> torch.Tensor:
+    def cut(self, weight: torch.Tensor, index: int, slices: int, dims: ModelDimensions) -> torch.Tensor:
         return torch.cat([half.chunk(slices, dim=0)[index] for half in weight.chunk(2, dim=0)], dim=0)
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
@@ -186,7 +212,7 @@ class GatedConcat:
 
 
 @dataclass(frozen=True)
-class GatedJoined(GatedConcat):
+class GatedJoined(_OnePart, GatedConcat):
     """The same Megatron tensor as one Hugging Face part [2F, ...]: all rows of gate_proj, then all rows of up_proj."""
 
     def widths(self) -> int:
@@ -194,13 +220,6 @@ class GatedJoined(GatedConcat):
 
     def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
         return slices == 1  # A slice holds rows of both halves, which lie apart in the part.
-
-    def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
-        return (weight,)
-
-    def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
-        (weight,) = parts
-        return weight
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Real ranks: the same tensors at any topology, and one error on all ranks wherever it began."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.export.verify import verify_checkpoint
 from tests.distributed.export_worker import quantized_model
+from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("export_worker.py")
@@ -25,9 +25,6 @@ LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-
 ONE_TENSOR = ["1-2-1-1", "2-2-1-1", "4-4-1-1"]
 PIPELINES = ["1-1-1-2", "1-1-1-2-2", "2-2-1-2-2"]
 
-# The same bytes, without compiling loops for a few small weights in every process.
-SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
-
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -36,13 +33,7 @@ def run_ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **SMALL_WEIGHTS,
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = rank_environment()
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     processes = [
         subprocess.Popen(

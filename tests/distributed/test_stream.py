@@ -1,7 +1,6 @@
 """The stream on four real ranks: the tensors of one rank's export, on every receiver, or one error on all ranks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +13,12 @@ from tests.distributed.stream_worker import BLOCK, RECEIVERS
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
 from tests.export.test_stream_fused import expected as of_each_expert
+from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("stream_worker.py")
 RANKS = 4
 SCHEMES = {"nvfp4": "w4a16_nvfp4", "fp8": "fp8_weight_only", "fp8_blockwise": "fp8_blockwise"}
-
-# The same bytes, without compiling loops for a few small weights in every process.
-SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
 
 pytestmark = pytest.mark.distributed
 
@@ -30,13 +27,7 @@ def run_ranks(*arguments: object) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
     subprocess.run(
         [*torchrun, str(WORKER), *map(str, arguments)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            **SMALL_WEIGHTS,
-            "PYTHONWARNINGS": "ignore",
-        },
+        env=rank_environment(),
         check=True,
         timeout=300,
     )

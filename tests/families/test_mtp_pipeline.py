@@ -1,6 +1,5 @@
 """The last pipeline stage holds the MTP layers, and with them a second copy of the embedding."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +10,9 @@ import pytest
 from quantplug.export.verify import verify_checkpoint
 from tests.export.checkpoints import read, same_bytes
 from tests.families.cases import CASES, save
+from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parents[2]
-
-# The same bytes, without compiling loops for a few small weights in every process.
-SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -26,7 +23,7 @@ def run_example(name: str, stages: int, *arguments: object) -> None:
         [*launcher, "--nproc_per_node", str(stages), str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **SMALL_WEIGHTS},
+        env=rank_environment(),
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
 

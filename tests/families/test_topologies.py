@@ -1,6 +1,5 @@
 """Every family through the two example scripts, on one rank and on two: the same bytes, and verify finds no fault."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +10,10 @@ import pytest
 from quantplug.export.verify import verify_checkpoint
 from tests.export.checkpoints import read, same_bytes
 from tests.families.cases import CASES
+from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("examples_worker.py")
-
-# The same bytes, without compiling loops for a few small weights in every process.
-SMALL_WEIGHTS = {"NUMBA_DISABLE_JIT": "1"}
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -34,7 +31,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
             [*launcher, "--nproc_per_node", str(size), str(WORKER), str(work), str(size), str(size), *CASES],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **SMALL_WEIGHTS},
+            env=rank_environment(),
         )
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
     return work

@@ -14,7 +14,7 @@ import torch
 
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.base import ExportPlan, Progress, WholeWeight, silent
-from quantplug.export.config_file import architecture_of, config_error, read_config_file
+from quantplug.export.config_file import architecture_of, config_error, read_config_file, refuse_own_code
 from quantplug.export.copies import check_copies
 from quantplug.export.disk_errors import disk_errors
 from quantplug.export.finish import ExportResult, finish, result_of
@@ -32,6 +32,7 @@ from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
 from quantplug.mappings.base import Family, ParamKey
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import fitted
 
 __all__ = ["WeightOnlyFormat", "quantize_checkpoint"]
 
@@ -60,6 +61,7 @@ def quantize_checkpoint(
     *,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = silent,
 ) -> ExportResult:
@@ -78,6 +80,7 @@ def quantize_checkpoint(
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
+        trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
         max_shard_size: Largest size of one safetensors file in bytes.
         progress: Called as (stage, done, total), in bytes of the source.
 
@@ -85,7 +88,7 @@ def quantize_checkpoint(
         ArgumentError: A format that is not known, or a `max_shard_size` that cannot be served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The source is missing, incomplete, damaged or already quantized; or tensors that it
-            holds twice differ.
+            holds twice differ; or it brings its own code, and that is not trusted.
         UnsupportedModelError: Its architecture is not supported.
         MappingError: Tensors are missing or unknown, or a pattern of `exclude` matches nothing.
         ShapeError: A shape disagrees with the config, or does not divide as the format needs.
@@ -97,8 +100,9 @@ def quantize_checkpoint(
     target = Path(destination)
     with disk_errors(target):
         check_destination(target)
-    model = _read_model(resolve_source(source))
+    model = _read_model(resolve_source(source), trust_remote_code)
     with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
+        model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
         weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
         check_copies(checkpoint, model.family.copies(model.dims, model.tied), rank=0, ranks=1)
         chosen = chosen_weights(weights, model.family, model.dims, exclude, bits=bits, quantize_mtp=quantize_mtp)
@@ -147,8 +151,9 @@ class _Model:
         return bool(self.config.get("tie_word_embeddings", False))
 
 
-def _read_model(directory: Path) -> _Model:
+def _read_model(directory: Path, trust_remote_code: bool) -> _Model:
     config = read_config_file(directory)
+    refuse_own_code(directory, trusted=trust_remote_code)
     family = find_family(architecture_of(config, directory))
     refuse_quantized(directory, config.get("quantization_config"))
     try:

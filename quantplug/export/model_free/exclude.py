@@ -56,8 +56,9 @@ def chosen_weights(
         seen.update(*parts)
         is_kept = mapping.least_bits > bits or (mapping.block is Block.MTP and not quantize_mtp)
         if mapping.role is Role.LINEAR and not is_kept:
-            chosen[weight.key] = not all(matches)
-            _check_parts(parts, matches, weight.key, findings)
+            packed = [part for part, name in enumerate(mapping.hf) if name not in mapping.kept]
+            chosen[weight.key] = not all(matches[part] for part in packed)
+            _check_parts([parts[part] for part in packed], [matches[part] for part in packed], weight.key, findings)
     for pattern in dict.fromkeys(exclude):
         if not _matches(pattern, seen):
             findings.add(_UNMATCHED, pattern, f"matches nothing{nearest(pattern, seen)}")

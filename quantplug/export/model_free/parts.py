@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from quantplug.export.base import ExportTask, PartOutput
+from quantplug.export.base import ExportTask
 from quantplug.export.hf_source import HFCheckpoint
 from quantplug.export.pieces import Piece, cut
 from quantplug.mappings.layouts import ModelDimensions
@@ -18,13 +18,27 @@ def pieces_of(task: ExportTask, dims: ModelDimensions) -> Iterator[Piece]:
     return cut(task, dims, BUCKET_BYTES)
 
 
-def read_piece(source: HFCheckpoint, piece: Piece) -> torch.Tensor:
+def read_piece(source: HFCheckpoint, piece: Piece, dims: ModelDimensions) -> torch.Tensor:
     """The rows of a piece, in the type of the source."""
-    return read_rows(source, piece.output, piece.start, piece.stop)
+    return read_part(source, piece.task, piece.part, dims, slice(piece.start, piece.stop))
 
 
-def read_rows(source: HFCheckpoint, part: PartOutput, start: int, stop: int) -> torch.Tensor:
+def read_part(
+    source: HFCheckpoint, task: ExportTask, part: int, dims: ModelDimensions, rows: slice = slice(None)
+) -> torch.Tensor:
     """Rows of a part; what Megatron's layout interleaves lies in parts as they are."""
-    if part.placement is None:
-        return source.read(part.name, (slice(start, stop),))
-    return part.placement.turned(source.read(part.name, (part.placement.expert,)))[start:stop]
+    if task.stored is not task.mapping:
+        return _read_unfused(source, task, part, dims)[rows]
+    output = task.outputs[part]
+    if output.placement is not None:
+        return output.placement.turned(source.read(output.name, (output.placement.expert,)))[rows]
+    return source.read(output.name, (rows,)) if output.shape else source.read(output.name).reshape(1)
+
+
+def _read_unfused(source: HFCheckpoint, task: ExportTask, part: int, dims: ModelDimensions) -> torch.Tensor:
+    """A part of one expert, which the source holds in a tensor of all experts."""
+    key = task.source.key
+    placement = task.stored.placement(key, dims)
+    assert placement is not None
+    slices = [placement.turned(source.read(name, (placement.expert,))) for name in task.stored.hf_names(key, dims)]
+    return task.mapping.layout.split(task.stored.layout.merge(tuple(slices), dims), dims)[part]

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from quantplug.errors import WeightError
-from quantplug.export.base import ExportPlan, PartOutput, Progress
+from quantplug.export.base import ExportPlan, ExportTask, Progress
 from quantplug.export.findings import Findings, Kind
 from quantplug.export.hf_source import HFCheckpoint
-from quantplug.export.model_free.parts import pieces_of, read_piece, read_rows
+from quantplug.export.model_free.parts import pieces_of, read_part, read_piece
 from quantplug.formats import first_nonfinite
 from quantplug.formats.scales import weight_amax
 from quantplug.mappings.base import ParamKey
+from quantplug.mappings.layouts import ModelDimensions
 
 _NONFINITE = Kind(
     WeightError,
@@ -46,20 +47,21 @@ def scan(plan: ExportPlan, source: HFCheckpoint, progress: Progress) -> Scan:
     """
     amaxes: defaultdict[ParamKey, float] = defaultdict(float)
     marks: Counter[tuple[str, int | None]] = Counter()
-    spoiled: dict[tuple[str, int | None], PartOutput] = {}
+    spoiled: dict[tuple[str, int | None], tuple[ExportTask, int]] = {}
     done, total = 0, sum(task.source.nbytes for task in plan.tasks)
     for task in plan.tasks:
         key = task.source.key
         for piece in pieces_of(task, plan.dims):
-            rows, place = read_piece(source, piece), (piece.output.name, key.expert)
-            amax = weight_amax(rows).item() if rows.numel() else 0.0
-            amaxes[key] = max(amaxes[key], amax)
-            if not math.isfinite(amax):
-                spoiled[place] = piece.output
+            rows, place = read_piece(source, piece, plan.dims), (piece.output.name, key.expert)
+            if rows.numel() and not task.mapping.role.is_carried:
+                amax = weight_amax(rows).item()
+                amaxes[key] = max(amaxes[key], amax)
+                if not math.isfinite(amax):
+                    spoiled[place] = task, piece.part
             marks[place] = _mark(rows, marks[place])
             done += rows.nbytes
             progress("Checking weights", done, total)
-    _refuse(spoiled, source)
+    _refuse(spoiled, source, plan.dims)
     return Scan(dict(amaxes), hashlib.sha256(repr(sorted(marks.items(), key=repr)).encode()).hexdigest())
 
 
@@ -68,9 +70,11 @@ def _mark(rows: torch.Tensor, mark: int) -> int:
     return zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data, mark)
 
 
-def _refuse(spoiled: Mapping[tuple[str, int | None], PartOutput], source: HFCheckpoint) -> None:
+def _refuse(
+    spoiled: Mapping[tuple[str, int | None], tuple[ExportTask, int]], source: HFCheckpoint, dims: ModelDimensions
+) -> None:
     findings = Findings()
-    for (name, expert), part in spoiled.items():
-        reason = first_nonfinite(read_rows(source, part, 0, part.shape[0]))
+    for (name, expert), (task, part) in spoiled.items():
+        reason = first_nonfinite(read_part(source, task, part, dims))
         findings.add(_NONFINITE, name, reason or "no longer: the source changes while it is read", expert)
     findings.raise_if_any()

@@ -62,6 +62,8 @@ def _weight(
     findings: Findings,
 ) -> WholeWeight:
     headers = [tensors[name] for name in names]
+    if mapping.role.is_carried:
+        return WholeWeight(key, headers[0].shape, headers[0].dtype)
     placement = mapping.placement(key, dims)
     dtype = headers[0].dtype
     for name, header in zip(names, headers, strict=True):

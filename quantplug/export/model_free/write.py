@@ -28,8 +28,8 @@ def write_tensors(plan: ExportPlan, source: HFCheckpoint, staging: Staging, prog
     done, total = 0, sum(task.source.nbytes for task in todo)
     try:
         for piece in (piece for task in todo for piece in pieces_of(task, plan.dims)):
-            rows = read_piece(source, piece)
-            packed = pack_rows(piece.task, rows)
+            rows = read_piece(source, piece, plan.dims)
+            packed = pack_rows(piece.task, piece.output, rows)
             with disk_errors(staging.directory):
                 for placed in join_piece(piece, [packed], plan.dims):
                     sink.write(placed)

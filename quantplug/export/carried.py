@@ -1,0 +1,52 @@
+"""Tensors of the source that Megatron's model does not hold: they go into an export as they are.
+
+Each is held by one rank, in turn, which reads it from the source when it is written.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from quantplug.errors import Offender, SourceError
+from quantplug.export.base import WeightRef
+from quantplug.export.hf_source import INDEX_FILE, SINGLE_FILE, HFCheckpoint
+from quantplug.mappings.base import Family, ParamKey
+
+
+def open_for_carrying(directory: Path, family: Family) -> HFCheckpoint:
+    """Opens the source of an architecture that has such tensors.
+
+    Raises:
+        SourceError: There are no weights beside the config, or they are incomplete or damaged.
+    """
+    if not any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise SourceError(
+            f"A checkpoint of {family.name} has tensors that Megatron's model does not hold, and the source that they "
+            "come from has no weights.",
+            [Offender(f"{beginning}*", f"is not in {directory}") for beginning in family.carried],
+            "Pass the whole checkpoint that the model was made from.",
+        )
+    return HFCheckpoint(directory)
+
+
+def carried_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int) -> Iterator[WeightRef]:
+    """Those that this rank brings.
+
+    Args:
+        family: Fitted to the source.
+    """
+    rows = [row for row in family.mappings if row.role.is_carried]
+    for row in rows[rank::ranks]:
+        (name,) = row.megatron
+        header = source.tensors[name]
+        yield WeightRef(ParamKey(name), header.shape, header.dtype, shard=None, load=_reader(source, name))
+
+
+def _reader(source: HFCheckpoint, name: str) -> Callable[[], torch.Tensor]:
+    """Reads a tensor; a scalar as one row."""
+
+    def read() -> torch.Tensor:
+        return torch.atleast_1d(source.read(name))
+
+    return read

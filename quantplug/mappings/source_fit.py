@@ -1,0 +1,73 @@
+"""A family's table fitted to one checkpoint: the form in which it holds its experts, and what it has beside the model.
+
+Vision-language checkpoints hold experts one by one, or all of a layer in one tensor, transposed or not, by who wrote
+them; and tensors of the vision model, of which Megatron's language model has none.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Protocol
+
+import torch
+
+from quantplug.mappings.base import Family, Role, Scope, WeightMapping
+from quantplug.mappings.layouts import ModelDimensions
+
+
+class Stored(Protocol):
+    """What the header of a checkpoint says of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def fitted(family: Family, stored: Mapping[str, Stored], dims: ModelDimensions) -> Family:
+    """The family with the rows of the first of its forms that a checkpoint has, and a row for each tensor it carries.
+
+    Without the tensors of any form it keeps its own, so that what is missing is named by them.
+    """
+    forms = ((), *family.forms)
+    form = next((form for form in forms if _is_here(_with_form(family.mappings, form), stored, dims)), ())
+    chosen = replace(family, mappings=_with_form(family.mappings, form))
+    known = set(chain.from_iterable(names for names, _ in chosen.expected(dims)))
+    beside = [name for name in sorted(stored) if name.startswith(family.carried) and name not in known]
+    return replace(chosen, mappings=(*chosen.mappings, *(_carried(name, stored[name]) for name in beside)))
+
+
+def _with_form(rows: tuple[WeightMapping, ...], form: tuple[WeightMapping, ...]) -> tuple[WeightMapping, ...]:
+    """The rows, those of the same Megatron parameters as in the form replaced."""
+    others = {row.megatron: row for row in form}
+    return tuple(others.get(row.megatron, row) for row in rows)
+
+
+def _is_here(rows: tuple[WeightMapping, ...], stored: Mapping[str, Stored], dims: ModelDimensions) -> bool:
+    """Whether the checkpoint holds every expert's weight as these rows say, in shapes that may be theirs."""
+    return all(
+        name in stored and shape in (None, stored[name].shape)
+        for row in rows
+        if row.scope is Scope.EXPERT
+        for name, shape in _expert_shapes(row, dims)
+    )
+
+
+def _expert_shapes(row: WeightMapping, dims: ModelDimensions) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Every tensor of a row with the shape that it must have; None where the sizes do not say."""
+    axis, width = row.layout.shard_axis, dims.expert_width
+    for key in row.keys(dims):
+        placement = row.placement(key, dims)
+        shape = None
+        if placement is not None and axis is not None and width is not None and row.role is Role.LINEAR:
+            matrix = [dims.hidden_size, dims.hidden_size]
+            matrix[axis] = width * row.layout.widths()
+            shape = placement.stored_shape(tuple(matrix))
+        yield from ((name, shape) for name in row.hf_names(key, dims))
+
+
+def _carried(name: str, stored: Stored) -> WeightMapping:
+    is_weight = name.endswith(".weight") and len(stored.shape) > 1
+    role = Role.CARRIED_WEIGHT if is_weight else Role.CARRIED
+    return WeightMapping((name,), (name,), Scope.MODEL, role=role, dtype=stored.dtype)
