@@ -132,7 +132,7 @@ class Layout(Protocol):
         """Hugging Face to Megatron: the inverse of `split`, up to Megatron's padding rows."""
 
 
-class _Concatenated:
+class Concatenated:
     """Slices that are put together end to end, as Megatron's own tensor parallelism cuts most tensors."""
 
     shard_axis: int | None
@@ -150,7 +150,7 @@ class _Concatenated:
         return weight if self.shard_axis is None else weight.chunk(slices, dim=self.shard_axis)[index]
 
 
-class _OnePart:
+class OnePart:
     """The Megatron tensor as it is, for the one Hugging Face part."""
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
@@ -162,7 +162,7 @@ class _OnePart:
 
 
 @dataclass(frozen=True)
-class Identity(_OnePart, _Concatenated):
+class Identity(OnePart, Concatenated):
     """The same tensor under another name."""
 
     shard_axis: int | None = None
@@ -172,7 +172,7 @@ class Identity(_OnePart, _Concatenated):
 
 
 @dataclass(frozen=True)
-class VocabularyRows(_OnePart, _Concatenated):
+class VocabularyRows(OnePart, Concatenated):
     """[V_padded, H] in Megatron, [V, H] in Hugging Face: padding rows exist only in Megatron."""
 
     shard_axis: int | None = 0
@@ -187,7 +187,7 @@ class VocabularyRows(_OnePart, _Concatenated):
 
 
 @dataclass(frozen=True)
-class GatedConcat(_Concatenated):
+class GatedConcat(Concatenated):
     """[2F, H] in Megatron: all rows of gate_proj [F, H], then all rows of up_proj [F, H]."""
 
     shard_axis: int | None = 0
@@ -212,7 +212,7 @@ class GatedConcat(_Concatenated):
 
 
 @dataclass(frozen=True)
-class GatedJoined(_OnePart, GatedConcat):
+class GatedJoined(OnePart, GatedConcat):
     """The same Megatron tensor as one Hugging Face part [2F, ...]: all rows of gate_proj, then all rows of up_proj."""
 
     def widths(self) -> int:
@@ -238,7 +238,7 @@ class GatedInterleave(GatedConcat):
 
 
 @dataclass(frozen=True)
-class QKVInterleave(_Concatenated):
+class QKVInterleave(Concatenated):
     """[(A + 2G) * D, ...] in Megatron, one query group after another: its A/G query heads, its key, its value.
 
     Works for the weight [.., H] and the bias [..]. Only the ratio A/G is used, so a shard that holds a part of the
