@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+import transformers
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from quantplug.megatron import cpu
 from quantplug.megatron.mtp import without_labels
@@ -14,7 +15,9 @@ TOKENS = torch.tensor([[0, 7, 522, 31, 31, 400], [5, 4, 3, 2, 1, 0]])
 
 
 def transformers_model(directory: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    (name,) = AutoConfig.from_pretrained(directory).architectures
+    model = getattr(transformers, name)
+    return model.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def transformers_logits(directory: Path) -> torch.Tensor:

@@ -7,7 +7,7 @@ schema cannot say: its `FP8` always means quantized activations.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,6 +37,7 @@ PRODUCER = {"name": "modelopt", "version": f"quantplug-{__version__}"}
 class ModelOptDialect:
     """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
 
+    fused_is_read: ClassVar[bool] = True
     algorithm: str
     weights: Mapping[str, Any]
     activations: Mapping[str, Any] | None
@@ -67,6 +68,7 @@ class ModelOptDialect:
 class DeepSeekDialect:
     """DeepSeek-V3's FP8 in 128x128 blocks: `weight_scale_inv`, which despite its name multiplies."""
 
+    fused_is_read: ClassVar[bool] = False
     algorithm: str = "FP8 128x128"
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
@@ -88,6 +90,7 @@ class DeepSeekDialect:
 class CompressedTensorsDialect:
     """compressed-tensors' FP8 weights without quantized activations: scales of shape [1]."""
 
+    fused_is_read: ClassVar[bool] = True
     algorithm: str = "W8A16 FP8"
     weights: Mapping[str, Any] = field(
         default_factory=lambda: {

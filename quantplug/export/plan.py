@@ -14,7 +14,7 @@ import torch
 
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.base import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
-from quantplug.export.coverage import layout_shapes, match_table, part_shapes
+from quantplug.export.coverage import Mapped, layout_shapes, match_table, part_shapes
 from quantplug.export.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.findings import Findings
 from quantplug.export.ownership import Assignment, assign
@@ -71,17 +71,17 @@ def build_plan(
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
-    groups = group_names(mapped, dims)
-    mapped = with_shared_amaxes(mapped, groups, findings)
     scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
+    dialect = dialect_for(scheme) if scheme else None
+    written = _rows_written(mapped, dialect)
+    groups = group_names(mapped, written, dims)
+    mapped = with_shared_amaxes(mapped, groups, findings)
     if request.calibrated:
         check_calibrated(mapped, findings)
     findings.raise_if_any()
 
-    dialect = dialect_for(scheme) if scheme else None
-    unfused = any(weight.weight is not None and row.when_packed is not row for weight, row in mapped)
     assigned = assign([weight for weight, _ in mapped])
-    packing = _Packing(dims, request, scheme, dialect, groups, unfused)
+    packing = _Packing(dims, request, scheme, dialect, groups, written)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = _excluded_modules(tasks, family, dims) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
@@ -104,13 +104,26 @@ def _check_request(request: ExportRequest) -> None:
         )
 
 
+def _rows_written(mapped: Mapped, dialect: Dialect | None) -> dict[ParamKey, WeightMapping]:
+    """The row by which each weight is written.
+
+    Experts that a plain checkpoint holds in one tensor may have to be written one by one: then all of the model are, as
+    soon as one is quantized, as readers take all of them in one of the two ways.
+    """
+    rows = {weight.key: row for weight, row in mapped}
+    if dialect is None:
+        return rows
+    packed = {key: row.when_packed(fused_is_read=dialect.fused_is_read) for key, row in rows.items()}
+    apart = any(weight.weight is not None and packed[weight.key] is not row for weight, row in mapped)
+    return packed if apart else rows
+
+
 @dataclass(frozen=True)
 class _Packing:
     """What is the same for all tasks of a plan.
 
     Attributes:
-        unfused: Whether experts that a plain checkpoint holds in one tensor are written one by one: as soon as one of
-            them is quantized, as readers take all of a model's in one of the two ways.
+        written: The row by which each weight is written.
     """
 
     dims: ModelDimensions
@@ -118,16 +131,15 @@ class _Packing:
     scheme: Scheme | None
     dialect: Dialect | None
     groups: Mapping[ParamKey, str]
-    unfused: bool
+    written: Mapping[ParamKey, WeightMapping]
 
     def task(
         self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
     ) -> ExportTask:
         quantized = weight.weight is not None and self.scheme is not None
         packing = self.scheme.weight if self.scheme and quantized else None
-        stored = mapping
-        if self.unfused and mapping.when_packed is not mapping:
-            mapping = mapping.when_packed
+        stored, mapping = mapping, self.written[weight.key]
+        if mapping is not stored:
             shapes = layout_shapes(weight.shape, mapping, self.dims)
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtype(weight, mapping)

@@ -13,7 +13,7 @@ from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.base import QuantizerState, WholeWeight
 from quantplug.export.coverage import Mapped
 from quantplug.export.findings import Findings, Kind
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.base import ParamKey, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 _PARTIAL = Kind(
@@ -23,9 +23,11 @@ _PARTIAL = Kind(
 )
 
 
-def group_names(mapped: Mapped, dims: ModelDimensions) -> dict[ParamKey, str]:
-    """The scale group of every weight that has one."""
-    named = ((whole.key, mapping.group(whole.key, dims)) for whole, mapping in mapped)
+def group_names(
+    mapped: Mapped, written: Mapping[ParamKey, WeightMapping], dims: ModelDimensions
+) -> dict[ParamKey, str]:
+    """The scale group of every weight that has one, by the row that it is written by."""
+    named = ((whole.key, written[whole.key].group(whole.key, dims)) for whole, _ in mapped)
     return {key: group for key, group in named if group is not None}
 
 

@@ -5,9 +5,9 @@ expert; both are always *global* ids. Layers of multi-token prediction are count
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -202,10 +202,23 @@ class WeightMapping:
         """Names of the parts."""
         return tuple(fill(pattern, self._hf_layer(key, dims), key.expert) for pattern in self.hf)
 
-    @property
-    def when_packed(self) -> "WeightMapping":
-        """The row that says how the same weight is written where experts are quantized: mostly this one."""
+    def when_packed(self, *, fused_is_read: bool) -> "WeightMapping":
+        """The row that says how the same weight is written where experts are quantized: mostly this one.
+
+        Args:
+            fused_is_read: Whether servers read all experts in one tensor, of any architecture, in the format.
+        """
         return self
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same row with other names in Hugging Face."""
+        return replace(
+            self,
+            hf=tuple(map(rename, self.hf)),
+            scale_group=None if self.scale_group is None else rename(self.scale_group),
+            copies=tuple(map(rename, self.copies)),
+            kept=tuple(map(rename, self.kept)),
+        )
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement | None:
         """Where the parts lie in tensors that hold all experts of a layer; None where they are tensors themselves."""
@@ -263,12 +276,17 @@ class MegatronConfig:
         model: Keyword arguments of `GPTModel`, `vocab_size` being the unpadded number of rows.
         activation: Function of the feed-forward networks.
         yarn: Attributes that `GPTModel` reads from the config for position embeddings of type yarn.
+        rope_scaling: Arguments of Llama 3's scaling of rotary frequencies, where they are not those that Megatron has
+            fixed: `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
+        unit_norm_layers: Global ids of the layers that bring queries and keys to unit RMS, without weights.
     """
 
     transformer: Mapping[str, Any]
     model: Mapping[str, Any]
     activation: Activation = Activation.SILU
     yarn: Mapping[str, Any] = field(default_factory=dict)
+    rope_scaling: Mapping[str, float] = field(default_factory=dict)
+    unit_norm_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ Hugging Face); `GroupedMLPMerging` is the same row read backwards. Where Hugging
 in one tensor, the rows are `FusedExpertMapping` and `FusedGatedExpertMapping`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -65,14 +66,20 @@ class FusedExpertMapping(WeightMapping):
     Attributes:
         transposed: Whether a matrix is stored as [experts, in, out]. Declared, never guessed from shapes.
         packed: How the same weight is written where experts are quantized, if servers then load them one by one.
+        fused_where_read: Whether they do so only in formats of which they read no such tensor.
     """
 
     transposed: bool = False
     packed: GroupedMLPSlicing | None = None
+    fused_where_read: bool = False
 
-    @property
-    def when_packed(self) -> WeightMapping:
-        return self if self.packed is None else self.packed
+    def when_packed(self, *, fused_is_read: bool) -> WeightMapping:
+        stays = self.packed is None or (self.fused_where_read and fused_is_read)
+        return self if stays or self.packed is None else self.packed
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        packed = None if self.packed is None else self.packed.renamed(rename)
+        return replace(super().renamed(rename), packed=packed)
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement:
         assert key.expert is not None
@@ -82,8 +89,7 @@ class FusedExpertMapping(WeightMapping):
         return self.hf_names(key, dims)[0].rpartition(".")[0]
 
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
-        is_shared = self.role is Role.LINEAR and self.packed is None
-        return self.hf_names(key, dims)[0] if is_shared else None
+        return self.hf_names(key, dims)[0] if self.role is Role.LINEAR else None
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,26 @@ class Stored(Protocol):
 
 
 def fitted(family: Family, stored: Mapping[str, Stored], dims: ModelDimensions) -> Family:
-    """The family with the rows of the first of its forms that a checkpoint has, and a row for each tensor it carries.
-
-    Without the tensors of any form it keeps its own, so that what is missing is named by them.
-    """
-    forms = ((), *family.forms)
-    form = next((form for form in forms if _is_here(_with_form(family.mappings, form), stored, dims)), ())
-    chosen = replace(family, mappings=_with_form(family.mappings, form))
+    """The family in the form that a checkpoint has, with a row for each tensor that it carries."""
+    chosen = in_form(family, {name: tensor.shape for name, tensor in stored.items()}, dims)
     known = set(chain.from_iterable(names for names, _ in chosen.expected(dims)))
     beside = [name for name in sorted(stored) if name.startswith(family.carried) and name not in known]
     return replace(chosen, mappings=(*chosen.mappings, *(_carried(name, stored[name]) for name in beside)))
+
+
+def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDimensions) -> Family:
+    """The family with the rows of the first of its forms that a checkpoint has.
+
+    Without the tensors of any form it keeps its own, so that what is missing is named by them.
+
+    Args:
+        shapes: Of the checkpoint's tensors, by name.
+    """
+    for form in ((), *family.forms):
+        rows = _with_form(family.mappings, form)
+        if _is_here(rows, shapes, dims):
+            return replace(family, mappings=rows)
+    return family
 
 
 def _with_form(rows: tuple[WeightMapping, ...], form: tuple[WeightMapping, ...]) -> tuple[WeightMapping, ...]:
@@ -44,10 +54,10 @@ def _with_form(rows: tuple[WeightMapping, ...], form: tuple[WeightMapping, ...])
     return tuple(others.get(row.megatron, row) for row in rows)
 
 
-def _is_here(rows: tuple[WeightMapping, ...], stored: Mapping[str, Stored], dims: ModelDimensions) -> bool:
+def _is_here(rows: tuple[WeightMapping, ...], shapes: Mapping[str, tuple[int, ...]], dims: ModelDimensions) -> bool:
     """Whether the checkpoint holds every expert's weight as these rows say, in shapes that may be theirs."""
     return all(
-        name in stored and shape in (None, stored[name].shape)
+        name in shapes and shape in (None, shapes[name])
         for row in rows
         if row.scope is Scope.EXPERT
         for name, shape in _expert_shapes(row, dims)

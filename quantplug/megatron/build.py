@@ -9,6 +9,7 @@ from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
 from quantplug.errors import Offender, TopologyError
@@ -16,6 +17,7 @@ from quantplug.mappings.base import Activation, MegatronConfig
 from quantplug.megatron import cpu
 from quantplug.megatron.latent_attention import use_local_core
 from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.unit_norm import add_unit_norms
 from quantplug.topology import ParallelTopology
 
 
@@ -87,12 +89,18 @@ def build_gpt_model(
         )
         if is_latent and not with_te:
             use_local_core(block)
+        if family_config.unit_norm_layers:
+            first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+            add_unit_norms(block, family_config.unit_norm_layers, first)
         # Made like the last layer, and beside it. Megatron itself would put it on every virtual stage of the last rank
         # unless its parallel state is told of virtual stages.
         mtp = None
         if model["post_process"]:
             mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
         built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **model)
+    if family_config.rope_scaling:
+        rotary = built.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **family_config.rope_scaling)
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
         parameter.data = parameter.data.to(dtype).zero_()
     return built

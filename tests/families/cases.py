@@ -18,8 +18,14 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -34,6 +40,10 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from tests.logits import VOCABULARY
@@ -75,6 +85,16 @@ LATENT: Mapping[str, Any] = {
 YARN: Mapping[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 GLM: Mapping[str, Any] = {**MIXTURE, "num_experts_per_tok": 2}
 
+# Rotary embeddings of three axes, whose sections are half of what a head turns.
+SECTIONS: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 8, 8]}
+VISION: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 40,
+    "num_heads": 4,
+    "intermediate_size": 72,
+    "out_hidden_size": DECODER["hidden_size"],
+}
+
 Tensors = dict[str, torch.Tensor]
 F32 = ".e_score_correction_bias"
 
@@ -91,6 +111,25 @@ def correction_biases(model: type[PreTrainedModel], config: PreTrainedConfig) ->
     """transformers' own are 0, and not F32 once the model is rounded."""
     layers = range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers)
     return {f"model.layers.{layer}.mlp.gate{F32}": torch.empty(config.n_routed_experts) for layer in layers}
+
+
+def correction_biases_beside_vision(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
+    text = config.text_config
+    layers = range(text.first_k_dense_replace, text.num_hidden_layers)
+    name = "model.language_model.layers.{}.mlp.gate" + F32
+    return {name.format(layer): torch.empty(text.n_routed_experts) for layer in layers}
+
+
+def as_saved(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def experts_transposed(tensors: Tensors) -> Tensors:
+    """All experts of a layer in one tensor [experts, in, out], as Qwen publishes them."""
+    return {
+        name: tensor.mT.contiguous() if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def mtp_layer(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
@@ -129,13 +168,28 @@ class Case:
         config: Its config.
         beside: Tensors that checkpoints of the family hold and transformers' class does not, such as MTP layers.
         copies: Names of further tensors that hold the same as others, and the names of those.
+        published: How its publisher holds the tensors that transformers saves.
     """
 
     model: type[PreTrainedModel]
     config: PreTrainedConfig
     beside: Callable[[type[PreTrainedModel], PreTrainedConfig], Tensors] = no_tensors
     copies: Callable[[PreTrainedConfig], Mapping[str, str]] = no_copies
+    published: Callable[[Tensors], Tensors] = as_saved
 
+
+QWEN3_VL_MOE = Qwen3VLMoeConfig(
+    text_config={
+        **DECODER,
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 96,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "rope_parameters": dict(SECTIONS),
+    },
+    vision_config={**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+)
 
 CASES: dict[str, Case] = {
     "qwen2": Case(Qwen2ForCausalLM, Qwen2Config(**DECODER)),
@@ -224,6 +278,66 @@ CASES: dict[str, Case] = {
         mtp_copies,
     ),
     "glm4_moe_air": Case(Glm4MoeForCausalLM, Glm4MoeConfig(**GLM, num_nextn_predict_layers=0), correction_biases),
+    "qwen3_vl_tied": Case(
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig(
+            text_config={**DECODER, "rope_parameters": dict(SECTIONS)},
+            vision_config={**VISION, "deepstack_visual_indexes": [1], "num_position_embeddings": 16},
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen3_vl_moe": Case(Qwen3VLMoeForConditionalGeneration, QWEN3_VL_MOE, published=experts_transposed),
+    "qwen3_vl_moe_resaved": Case(Qwen3VLMoeForConditionalGeneration, QWEN3_VL_MOE),
+    "glm4v_moe": Case(
+        Glm4vMoeForConditionalGeneration,
+        Glm4vMoeConfig(
+            text_config={
+                **GLM,
+                "routed_scaling_factor": 2.5,
+                "rope_parameters": {**SECTIONS, "mrope_section": [4, 4, 4], "partial_rotary_factor": 0.5},
+            },
+            vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        ),
+        correction_biases_beside_vision,
+    ),
+}
+
+
+LLAMA4: Mapping[str, Any] = {
+    **DECODER,
+    "intermediate_size": 96,
+    "intermediate_size_mlp": 224,
+    "num_hidden_layers": 4,
+    "num_local_experts": 6,
+}
+
+CASES |= {
+    "llama4": Case(
+        Llama4ForConditionalGeneration,
+        Llama4Config(
+            text_config={
+                **LLAMA4,
+                "interleave_moe_layer_step": 2,
+                "use_qk_norm": True,
+                "rope_parameters": {**LLAMA3_ROPE, "factor": 16.0, "high_freq_factor": 1.0},
+            },
+            vision_config={
+                "hidden_size": 40,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 160,
+                "vision_output_dim": 40,
+                "projector_input_dim": 40,
+                "projector_output_dim": 40,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        ),
+    ),
+    "llama4_text": Case(
+        Llama4ForCausalLM,
+        Llama4TextConfig(**LLAMA4, interleave_moe_layer_step=1, no_rope_layers=[1, 0, 1, 1], use_qk_norm=False),
+    ),
 }
 
 
@@ -239,12 +353,11 @@ def save(case: Case, directory: Path) -> Path:
     draw(dict(model.named_parameters()))
     model.to(torch.bfloat16).save_pretrained(directory)
     beside = case.beside(case.model, case.config)
-    if beside:
-        draw(beside)
-        added = {name: tensor if name.endswith(F32) else tensor.bfloat16() for name, tensor in beside.items()}
-        tensors = load_file(directory / "model.safetensors") | added
-        tensors |= {name: tensors[original].clone() for name, original in case.copies(case.config).items()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    draw(beside)
+    added = {name: tensor if name.endswith(F32) else tensor.bfloat16() for name, tensor in beside.items()}
+    tensors = case.published(load_file(directory / "model.safetensors")) | added
+    tensors |= {name: tensors[original].clone() for name, original in case.copies(case.config).items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

@@ -20,7 +20,8 @@ from quantplug.export.verify import (
     source as source_rules,
 )
 from quantplug.export.verify.checkpoint import Checkpoint, open_checkpoint
-from quantplug.export.verify.fused import fused_experts, with_inner_names
+from quantplug.export.verify.fused import FusedExperts, fused_experts, with_inner_names
+from quantplug.export.verify.known import known_architecture, table_of
 from quantplug.export.verify.modules import Inventory, take_inventory
 from quantplug.export.verify.report import Finding, KindError, Severity, Size, TensorError, VerifyReport
 from quantplug.export.verify.scheme import read_scheme
@@ -60,13 +61,17 @@ def verify_checkpoint(
     original, source_findings = open_checkpoint(Path(source)) if source is not None else (None, [])
     try:
         scheme, scheme_findings = read_scheme(export)
-        fused = fused_experts(export.config)
+        known, size_findings = known_architecture(export)
+        fused = fused_experts(known.family if known else table_of(export.config))
         export, name_findings = with_inner_names(export, fused)
+        findings += [*source_findings, *scheme_findings, *size_findings, *name_findings]
+        inventory = take_inventory(export, scheme, fused, known)
+        source_experts = fused
         if original is not None:
-            original, _ = with_inner_names(original, fused)
-        findings += [*source_findings, *scheme_findings, *name_findings]
-        inventory = take_inventory(export, scheme, fused)
-        errors = _judge(inventory, original, findings, on_progress)
+            known_source, _ = known_architecture(original)
+            source_experts = fused_experts(known_source.family) if known_source else fused
+            original, _ = with_inner_names(original, source_experts)
+        errors = _judge(inventory, original, source_experts, findings, on_progress)
         findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
         return VerifyReport(
             directory=str(directory),
@@ -84,7 +89,11 @@ def verify_checkpoint(
 
 
 def _judge(
-    inventory: Inventory, original: Checkpoint | None, findings: list[Finding], on_progress: OnProgress | None
+    inventory: Inventory,
+    original: Checkpoint | None,
+    source_experts: FusedExperts,
+    findings: list[Finding],
+    on_progress: OnProgress | None,
 ) -> list[TensorError]:
     """Appends the findings of all rules and gives the measured errors."""
     for rule in _RULES:
@@ -102,7 +111,7 @@ def _judge(
     findings += [*value_findings, *values.shared_scales(inventory, read)]
     if original is None:
         return []
-    errors, compare_findings = source_rules.compare(inventory, original, on_bytes)
+    errors, compare_findings = source_rules.compare(inventory, original, source_experts, on_bytes)
     findings.extend(compare_findings)
     return errors
 

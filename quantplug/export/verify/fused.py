@@ -11,23 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from quantplug.errors import UnsupportedModelError
 from quantplug.export.verify.checkpoint import Checkpoint, TensorInfo
 from quantplug.export.verify.checks import Check
 from quantplug.export.verify.report import Finding, error
-from quantplug.export.verify.untrusted import Json, as_texts
-from quantplug.mappings.base import Family, Role
+from quantplug.mappings.base import Family, Role, fill
 from quantplug.mappings.experts import FusedExpertMapping
-from quantplug.mappings.families import find_family
-
-
-def family_of(config: Json) -> Family | None:
-    """The table of the architecture that config.json names; None where we have none."""
-    known = as_texts(config.get("architectures"))
-    try:
-        return find_family(known[0]) if known else None
-    except UnsupportedModelError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -36,13 +24,24 @@ class FusedExperts:
 
     Attributes:
         transposed: Pattern of a weight's name (`*` is the layer) to whether its matrices are stored as [in, out].
+        one_by_one: The same pattern to the patterns of the tensors that stand for it where each expert has its own
+            (`*` is the layer, then the expert), one below another in the one tensor.
     """
 
     transposed: Mapping[str, bool]
+    one_by_one: Mapping[str, tuple[str, ...]]
 
     def is_transposed(self, module: str) -> bool | None:
         """Whether the matrices of this module are stored as [in, out]; None where it does not hold all experts."""
         return next((turned for pattern, turned in self._patterns if pattern.fullmatch(module)), None)
+
+    def apart(self, module: str, expert: int) -> tuple[str, ...]:
+        """Names of one expert's tensors where a checkpoint has them for each expert, for a module of all experts."""
+        for name, patterns in self.one_by_one.items():
+            layer = _pattern(name).fullmatch(module)
+            if layer is not None:
+                return tuple(fill(pattern, int(layer[1]), expert) for pattern in patterns)
+        return ()
 
     def inner_name(self, stored: str) -> str:
         """A module's spelling of a tensor's name on disk."""
@@ -62,16 +61,21 @@ class FusedExperts:
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], bool], ...]:
-        return tuple(
-            (re.compile(re.escape(name).replace(r"\*", r"\d{1,9}")), turned) for name, turned in self.transposed.items()
-        )
+        return tuple((_pattern(name), turned) for name, turned in self.transposed.items())
 
 
-def fused_experts(config: Json) -> FusedExperts:
-    family = family_of(config)
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\*", r"(\d{1,9})"))
+
+
+def fused_experts(family: Family | None) -> FusedExperts:
+    """Those of an architecture's table; none where we have no table."""
     rows = family.mappings if family is not None else ()
     fused = [row for row in rows if isinstance(row, FusedExpertMapping) and row.role is Role.LINEAR]
-    return FusedExperts({name: row.transposed for row in fused for name in row.hf})
+    return FusedExperts(
+        transposed={name: row.transposed for row in fused for name in row.hf},
+        one_by_one={name: row.packed.hf for row in fused for name in row.hf if row.packed is not None},
+    )
 
 
 def with_inner_names(checkpoint: Checkpoint, fused: FusedExperts) -> tuple[Checkpoint, list[Finding]]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from quantplug.export.verify import names
 from quantplug.export.verify.checkpoint import Checkpoint, TensorInfo
 from quantplug.export.verify.fused import FusedExperts
+from quantplug.export.verify.known import KnownArchitecture
 from quantplug.export.verify.layouts import CODE_DTYPES, Layout, Part, UnjudgedLayout, scale_names
 from quantplug.export.verify.scheme import Scheme
 from quantplug.mappings.base import Placement
@@ -102,11 +103,18 @@ class Module:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A checkpoint as the rules see it."""
+    """A checkpoint as the rules see it.
+
+    Attributes:
+        fused: Its tensors that hold all experts of a layer.
+        known: Its architecture, where we have the table.
+    """
 
     checkpoint: Checkpoint
     scheme: Scheme
     modules: Mapping[str, Module]
+    fused: FusedExperts
+    known: KnownArchitecture | None
 
     @cached_property
     def quantized(self) -> tuple[Module, ...]:
@@ -150,7 +158,9 @@ def _served(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def take_inventory(checkpoint: Checkpoint, scheme: Scheme, fused: FusedExperts) -> Inventory:
+def take_inventory(
+    checkpoint: Checkpoint, scheme: Scheme, fused: FusedExperts, known: KnownArchitecture | None
+) -> Inventory:
     """The modules of a checkpoint whose names are those that `with_inner_names` gives."""
     grouped: dict[str, dict[str, TensorInfo]] = {}
     for info in checkpoint.tensors.values():
@@ -162,4 +172,4 @@ def take_inventory(checkpoint: Checkpoint, scheme: Scheme, fused: FusedExperts) 
         served = name if transposed is None else _served(name)
         excluded, promised = scheme.excludes.excludes(served), scheme.layout_of(served)
         modules[name] = Module(name, tensors, excluded, promised, transposed)
-    return Inventory(checkpoint, scheme, modules)
+    return Inventory(checkpoint, scheme, modules, fused, known)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d{1,9})\.(?P<projection>[^.]+)$")
 _LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
+# Of a language model, by itself or inside a vision-language model.
+_STACK = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(?:layers\.)?")
 _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project|connector")
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -38,7 +40,7 @@ def split(tensor: str) -> tuple[str, str]:
 
 def kind(tensor: str) -> str:
     """The name without layer and expert numbers and without the leading stack: `mlp.experts.gate_proj.weight`."""
-    return _NUMBER.sub("", tensor).removeprefix("model.layers.").removeprefix("model.")
+    return _STACK.sub("", _NUMBER.sub("", tensor))
 
 
 def last(module: str) -> str:

@@ -101,7 +101,62 @@ class Fp8Original:
         return rows_at_a_time(columns * ITEM_BYTES["BF16"])
 
 
-Original = PlainOriginal | Mxfp4Original | Fp8Original
+@dataclass(frozen=True)
+class ExpertPart:
+    """What one expert's tensor is in a source that holds all experts of a layer in one.
+
+    Attributes:
+        name: Of the expert's own tensor.
+        info: The source's tensor [experts, ., .].
+        expert: Its place in that tensor.
+        transposed: Whether the matrices in it are [in, out].
+        place: Which of the equal parts of the expert's rows it has, such as those of gate_proj before those of up_proj.
+        parts: How many these are.
+    """
+
+    name: str
+    info: TensorInfo
+    expert: int
+    transposed: bool
+    place: int
+    parts: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in] of the part."""
+        _, first, second = self.info.shape
+        rows, columns = (second, first) if self.transposed else (first, second)
+        return rows // self.parts, columns
+
+
+@dataclass(frozen=True)
+class PartOriginal:
+    """A floating-point tensor of one expert, out of one of all experts."""
+
+    source: Checkpoint
+    part: ExpertPart
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.part.info
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape
+
+    def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
+        """FP32 rows [first, last) of the part."""
+        module, suffix = names.split(self.info.name)
+        above = self.part.place * self.shape[0]
+        matrix = Matrix(self.source, module, self.part.expert, self.part.transposed)
+        return matrix.rows(suffix, above + first, above + last).float()
+
+    def step(self, columns: int) -> int:
+        """How many rows of so many columns are read at a time."""
+        return rows_at_a_time(columns * ITEM_BYTES[self.info.dtype])
+
+
+Original = PlainOriginal | Mxfp4Original | Fp8Original | PartOriginal
 
 
 def is_decoded(config: Json) -> bool:

@@ -8,23 +8,13 @@ from dataclasses import dataclass
 
 from quantplug.export.verify import names
 from quantplug.export.verify.checks import Check
-from quantplug.export.verify.fused import family_of, fused_experts
+from quantplug.export.verify.known import KnownArchitecture
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error
 from quantplug.export.verify.shapes import Shape, expected_shape, fits
-from quantplug.export.verify.untrusted import Json, as_count, as_texts
-from quantplug.mappings.base import Family, Scope, SizeSetting
 from quantplug.mappings.layouts import ModelDimensions
 
-_DECODER_SIZES = (
-    *(
-        SizeSetting((name,))
-        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
-    ),
-    *(SizeSetting((name,), optional=True, nullable=True) for name in ("num_key_value_heads", "head_dim")),
-)
-_MOST_UNITS = 1_000_000  # layers times experts; more is no model, and would take for ever to list
 _WEIGHTS = ("weight", "weight_packed")
 
 
@@ -36,54 +26,39 @@ class Architecture:
         modules: All modules that have a weight, each with the suffixes of its tensors, such as `weight` and `bias`, in
             a module's spelling (see `fused.py`).
         copies: Further modules that may be there, and hold the same as others.
+        carried: Beginnings of the names of tensors beside, of which we have no table.
     """
 
     name: str
     dims: ModelDimensions
     modules: Mapping[str, frozenset[str]]
     copies: Mapping[str, frozenset[str]]
+    carried: tuple[str, ...]
 
 
 def architecture(inventory: Inventory) -> Iterator[Finding]:
     """Exactly the weights of the architecture, in the shapes that follow from the config's sizes."""
-    config = inventory.checkpoint.config
-    family = family_of(config)
-    if family is None or not inventory.modules:
+    known = inventory.known
+    if known is None or not inventory.modules:
         return
-    if unusable := list(_unusable(config, family)):
-        yield from unusable
-        return
-    dims = family.dimensions(config)
-    if (dims.num_layers + dims.mtp_layers) * max(1, dims.num_experts) > _MOST_UNITS:
-        yield error(Check.ARCHITECTURE, "config.json num_hidden_layers", f"more than {_MOST_UNITS} layers or experts")
-        return
-    stored = {name for names_of_row, _ in family.expected(dims) for name in names_of_row}
-    required = map(fused_experts(config).inner_name, stored)
-    name = as_texts(config.get("architectures"))[0]
-    found = Architecture(name, dims, _by_module(required), _by_module(family.copies(dims)))
+    copies = known.family.copies(known.dims)
+    found = Architecture(
+        known.name, known.dims, _by_module(_required(inventory, known)), _by_module(copies), known.family.carried
+    )
     yield from _missing(inventory, found)
     yield from _extra(inventory, found)
     yield from _misshapen(inventory, found)
 
 
-def _unusable(config: Json, family: Family) -> Iterator[Finding]:
-    """Settings that no sizes can be read from."""
-    for size in (*_DECODER_SIZES, *family.sizes):
-        key = next((name for name in size.names if config.get(name) is not None), size.names[0])
-        count = as_count(config.get(key))
-        may_be_none = size.nullable if key in config else size.optional
-        if (config.get(key) is None and may_be_none) or (count is not None and count >= size.least):
-            continue
-        said = f"is {config[key]!r}" if key in config else "is not set"
-        least = "above zero" if size.least else "of at least zero"
-        yield error(Check.ARCHITECTURE, f"config.json {key}", f"{said[:80]}, not a whole number {least}")
-    mixture = any(row.scope is Scope.EXPERT for row in family.mappings)
-    dense = config.get("mlp_only_layers")
-    if mixture and dense is not None and not (isinstance(dense, list) and all(as_count(i) is not None for i in dense)):
-        yield error(Check.ARCHITECTURE, "config.json mlp_only_layers", "is not a list of layer numbers")
-    for key in ("num_hidden_layers", "num_nextn_predict_layers"):
-        if (as_count(config.get(key)) or 0) > _MOST_UNITS:
-            yield error(Check.ARCHITECTURE, f"config.json {key}", f"more than {_MOST_UNITS} layers or experts")
+def _required(inventory: Inventory, known: KnownArchitecture) -> Iterator[str]:
+    """Every tensor that has to be there; experts of a layer in one tensor, or else one by one where they may be."""
+    table, tensors = known.family.by_megatron(), inventory.checkpoint.tensors
+    for stored, key in known.family.expected(known.dims):
+        row = table[key.module]
+        names = [inventory.fused.inner_name(name) for name in stored]
+        one_by_one = row.when_packed(fused_is_read=False)
+        apart = one_by_one is not row and tensors.keys().isdisjoint(names)
+        yield from one_by_one.hf_names(key, known.dims) if apart else names
 
 
 def _by_module(tensors: Iterable[str]) -> Mapping[str, frozenset[str]]:
@@ -117,7 +92,7 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         message = f"missing: {found.name} has it{_others(absent_alike)}"
         yield error(Check.ARCHITECTURE, absent_alike[0], message)
     for layer_id in range(found.dims.num_layers, found.dims.num_layers + found.dims.mtp_layers):
-        if ("model.layers", layer_id) not in layers:
+        if layer_id not in {number for _, number in filter(None, layers)}:
             message = f"missing: num_nextn_predict_layers is {found.dims.mtp_layers} in config.json"
             yield error(Check.ARCHITECTURE, f"model.layers.{layer_id}", message)
 
@@ -144,6 +119,8 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         known.add("bias")
     extra: dict[str, list[str]] = {}
     for module in inventory.modules.values():
+        if f"{module.name}.".startswith(found.carried):
+            continue
         own = found.modules.get(module.name) or found.copies.get(module.name)
         strange = module.tensors.keys() - known - own if own is not None else module.tensors.keys()
         if strange and not _beyond(module.name, found.dims) and not module.name.endswith(".experts"):
@@ -156,7 +133,7 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
 def _beyond(name: str, dims: ModelDimensions) -> bool:
     """In a layer, or of an expert, past the config's number, which the rules on layers and experts tell."""
     layer, expert = names.layer(name), names.expert(name)
-    past_layers = layer is not None and layer[0] == "model.layers" and layer[1] >= dims.num_layers + dims.mtp_layers
+    past_layers = layer is not None and layer[1] >= dims.num_layers + dims.mtp_layers
     return past_layers or (expert is not None and expert.id >= dims.num_experts)
 
 

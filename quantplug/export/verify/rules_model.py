@@ -95,7 +95,8 @@ def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> 
 def _head(inventory: Inventory) -> Iterator[Finding]:
     tied = inventory.checkpoint.config.get("tie_word_embeddings")
     heads = [name for name in inventory.modules if names.last(name) == "lm_head"]
-    causal = "ForCausalLM" in str(inventory.checkpoint.config.get("architectures"))
+    named = str(inventory.checkpoint.config.get("architectures"))
+    causal = "ForCausalLM" in named or "ForConditionalGeneration" in named
     if tied is True and heads:
         yield warning(
             Check.LAYERS, heads[0], "present although config.json ties it to the embeddings: most readers drop it"

@@ -1,17 +1,18 @@
 """Holds a quantized checkpoint against the one it was made from: all tensors there, all values in bounds."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
 from quantplug.export.verify import bounds, decode, names, originals
 from quantplug.export.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.export.verify.checks import Check
+from quantplug.export.verify.fused import FusedExperts
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
 from quantplug.export.verify.matrices import Matrix
 from quantplug.export.verify.modules import Inventory, Module
-from quantplug.export.verify.originals import Original
+from quantplug.export.verify.originals import ExpertPart, Original, PartOriginal
 from quantplug.export.verify.report import Finding, Size, TensorError, error, warning
 
 OnBytes = Callable[[int], None]
@@ -22,13 +23,26 @@ def bytes_to_read(source: Checkpoint) -> int:
     return sum(info.nbytes for info in source.tensors.values())
 
 
-def compare(inventory: Inventory, source: Checkpoint, on_bytes: OnBytes) -> tuple[list[TensorError], list[Finding]]:
-    """The error of every quantized weight, and all findings on names, shapes and values."""
-    findings = [*_source_findings(source), *_extra(inventory, source)]
+def compare(
+    inventory: Inventory, source: Checkpoint, experts: FusedExperts, on_bytes: OnBytes
+) -> tuple[list[TensorError], list[Finding]]:
+    """The error of every quantized weight, and all findings on names, shapes and values.
+
+    Args:
+        experts: The source's tensors that hold all experts of a layer; the export may have these one by one.
+    """
+    apart = {name: _apart(inventory, experts, info) for name, info in source.tensors.items()}
+    findings = [
+        *_source_findings(source),
+        *_extra(inventory, source, {part.name for p in apart.values() for part in p}),
+    ]
     measured: list[TensorError] = []
     for info in source.tensors.values():
         try:
-            findings.extend(_one(inventory, source, info, measured))
+            for part in apart[info.name]:
+                findings.extend(_part(inventory, part, source, measured))
+            if not apart[info.name]:
+                findings.extend(_one(inventory, source, info, measured))
         except UnreadableTensorError as problem:
             findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
         on_bytes(info.nbytes)
@@ -49,12 +63,42 @@ def _target(inventory: Inventory, info: TensorInfo) -> str:
     return packed if packed in inventory.checkpoint.tensors else f"{module}.weight"
 
 
-def _extra(inventory: Inventory, source: Checkpoint) -> Iterator[Finding]:
+def _apart(inventory: Inventory, experts: FusedExperts, info: TensorInfo) -> tuple[ExpertPart, ...]:
+    """The tensors of single experts that the export has in place of one of the source; none where it has that too."""
+    module, suffix = names.split(info.name)
+    transposed = experts.is_transposed(module)
+    if transposed is None or suffix != "weight" or len(info.shape) != 3 or module in inventory.modules:
+        return ()
+    return tuple(
+        ExpertPart(name, info, expert, transposed, place, len(expert_names))
+        for expert in range(info.shape[0])
+        for expert_names in (experts.apart(module, expert),)
+        for place, name in enumerate(expert_names)
+    )
+
+
+def _part(inventory: Inventory, part: ExpertPart, source: Checkpoint, measured: list[TensorError]) -> Iterator[Finding]:
+    """A tensor of one expert, against its share of the source's tensor of all."""
+    module = inventory.modules.get(names.split(part.name)[0])
+    target = inventory.checkpoint.tensors.get(part.name)
+    if module is None or target is None:
+        yield error(
+            Check.SOURCE_NAMES, part.name, f"its values are in the source's {part.info.stored}, not in the export"
+        )
+    elif not is_plain(part.info):
+        yield error(Check.SOURCE, part.info.name, f"is {part.info.dtype} in the source, no floating-point original")
+    elif not module.quantized:
+        yield from _decoded(inventory, PartOriginal(source, part), target, module)
+    elif module.sound:
+        yield from _quantized(inventory, PartOriginal(source, part), module, measured)
+
+
+def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> Iterator[Finding]:
     known = {
         _target(inventory, info)
         for info in source.tensors.values()
         if not originals.is_read_with_another(source, info) or originals.is_mxfp4(info)
-    }
+    } | set(apart)
     for name in inventory.checkpoint.tensors:
         module, suffix = names.split(name)
         belongs = not known.isdisjoint((f"{module}.weight", f"{module}.weight_packed")) or suffix in KV_SUFFIXES

@@ -7,13 +7,16 @@ from quantplug.mappings.base import Family
 from quantplug.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from quantplug.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from quantplug.mappings.families.glm4_moe import GLM4_MOE
+from quantplug.mappings.families.glm4v_moe import GLM4V_MOE
 from quantplug.mappings.families.gpt_oss import GPT_OSS
 from quantplug.mappings.families.llama import LLAMA
+from quantplug.mappings.families.llama4 import LLAMA4, LLAMA4_TEXT
 from quantplug.mappings.families.mixtral import MIXTRAL
 from quantplug.mappings.families.qwen2 import QWEN2
 from quantplug.mappings.families.qwen2_moe import QWEN2_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
+from quantplug.mappings.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from quantplug.mappings.family_check import problems
 
 FAMILIES: tuple[Family, ...] = (
@@ -27,6 +30,11 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     GLM4_MOE,
     GPT_OSS,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    GLM4V_MOE,
+    LLAMA4_TEXT,
+    LLAMA4,
 )
 
 # What register_family was given, by architecture: a registry has to remember.

@@ -253,6 +253,12 @@ def refuse_decoder_settings(
     refuse_settings(architecture, found, expected)
 
 
+def llama3_scaling(rotary: Mapping[str, Any]) -> dict[str, float]:
+    """What scales the frequencies of Llama 3's rotary embeddings, and of those that took it over with other numbers."""
+    names = ("factor", *_LLAMA3_ROPE)
+    return {name: setting(rotary, name) for name in names}
+
+
 def _llama3_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_scaling": True, "rope_scaling_factor": setting(rope_settings(config), "factor")}
 

@@ -9,6 +9,8 @@ import torch
 
 from quantplug.export.verify import Severity, verify_checkpoint
 from quantplug.export.verify.fused import fused_experts
+from quantplug.export.verify.known import table_of
+from quantplug.mappings.families.gpt_oss import GPT_OSS
 
 EXPERTS = "model.layers.1.mlp.experts"
 GATE_UP, DOWN = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
@@ -308,7 +310,7 @@ def test_experts_in_one_tensor_of_an_architecture_that_we_do_not_know(open_fused
     ],
 )
 def test_names(stored: str, inner: str) -> None:
-    names = fused_experts({"architectures": ["GptOssForCausalLM"]})
+    names = fused_experts(GPT_OSS)
     assert names.inner_name(stored) == inner
     assert names.stored_name(inner) == stored
 
@@ -317,4 +319,4 @@ def test_names(stored: str, inner: str) -> None:
     "config", [{}, {"architectures": "GptOssForCausalLM"}, {"architectures": ["Qwen3MoeForCausalLM"]}]
 )
 def test_other_architectures_have_no_such_names(config: dict[str, Any]) -> None:
-    assert fused_experts(config).inner_name(GATE_UP) == GATE_UP
+    assert fused_experts(table_of(config)).inner_name(GATE_UP) == GATE_UP

@@ -1,0 +1,94 @@
+"""The architecture that config.json names, where we have its table: sizes, and rows in the form that the files have."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantplug.errors import UnsupportedModelError
+from quantplug.export.verify.checkpoint import Checkpoint
+from quantplug.export.verify.checks import Check
+from quantplug.export.verify.report import Finding, error
+from quantplug.export.verify.untrusted import Json, as_count, as_object, as_texts
+from quantplug.mappings.base import Family, Scope, SizeSetting
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import in_form
+
+_DECODER_SIZES = (
+    *(
+        SizeSetting((name,))
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
+    ),
+    *(SizeSetting((name,), optional=True, nullable=True) for name in ("num_key_value_heads", "head_dim")),
+)
+_MOST_UNITS = 1_000_000  # layers times experts; more is no model, and would take for ever to list
+
+
+@dataclass(frozen=True)
+class KnownArchitecture:
+    """The table of an architecture, and the sizes that a config gives it.
+
+    Attributes:
+        name: As config.json names it.
+        family: Its rows in the form that the checkpoint has.
+    """
+
+    name: str
+    family: Family
+    dims: ModelDimensions
+
+
+def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None, list[Finding]]:
+    """What a checkpoint's config asks for; None where we have no table, or it gives no sizes, which is then found."""
+    config = checkpoint.config
+    family = table_of(config)
+    if family is None:
+        return None, []
+    if unusable := list(_unusable(config, family)):
+        return None, unusable
+    dims = family.dimensions(config)
+    if (dims.num_layers + dims.mtp_layers) * max(1, dims.num_experts) > _MOST_UNITS:
+        message = f"more than {_MOST_UNITS} layers or experts"
+        return None, [error(Check.ARCHITECTURE, "config.json num_hidden_layers", message)]
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    (name, *_) = as_texts(config.get("architectures"))
+    return KnownArchitecture(name, in_form(family, shapes, dims), dims), []
+
+
+def table_of(config: Json) -> Family | None:
+    """The table of the architecture that config.json names; None where we have none."""
+    names = as_texts(config.get("architectures"))
+    try:
+        return find_family(names[0]) if names else None
+    except UnsupportedModelError:
+        return None
+
+
+def _unusable(config: Json, family: Family) -> Iterator[Finding]:
+    """Settings that no sizes can be read from."""
+    settings = config if family.nested is None else as_object(config.get(family.nested))
+    place = "config.json" if family.nested is None else f"config.json {family.nested}"
+    for size in (*_DECODER_SIZES, *family.sizes):
+        key = next((name for name in size.names if settings.get(name) is not None), size.names[0])
+        count = as_count(settings.get(key))
+        may_be_none = size.nullable if key in settings else size.optional
+        if (settings.get(key) is None and may_be_none) or (count is not None and count >= size.least):
+            continue
+        said = f"is {settings[key]!r}" if key in settings else "is not set"
+        least = "above zero" if size.least else "of at least zero"
+        yield error(Check.ARCHITECTURE, f"{place} {key}", f"{said[:80]}, not a whole number {least}")
+    mixture = any(row.scope is Scope.EXPERT for row in family.mappings)
+    for key in _LAYER_LISTS if mixture else ():
+        if not _is_list_of_layers(settings, key):
+            yield error(Check.ARCHITECTURE, f"{place} {key}", "is not a list of layer numbers")
+    for key in ("num_hidden_layers", "num_nextn_predict_layers"):
+        if (as_count(settings.get(key)) or 0) > _MOST_UNITS:
+            yield error(Check.ARCHITECTURE, f"{place} {key}", f"more than {_MOST_UNITS} layers or experts")
+
+
+_LAYER_LISTS = ("mlp_only_layers", "moe_layers")
+
+
+def _is_list_of_layers(settings: Mapping[str, Any], key: str) -> bool:
+    layers = settings.get(key)
+    return layers is None or (isinstance(layers, list) and all(as_count(layer) is not None for layer in layers))

@@ -1,0 +1,165 @@
+"""Llama 4: layers with experts among dense ones, some without rotary embeddings, one shared expert, a sigmoid router.
+
+On disk `feed_forward.experts.gate_up_proj` is [experts, hidden, 2 * width], columns of gate before those of up, and
+`down_proj` [experts, width, hidden], as transformers' Llama4TextExperts multiplies them. In ModelOpt's formats servers
+read all experts in one tensor, in FP8 blocks one by one. Rotary embeddings turn neighbouring entries of a head.
+
+Megatron-Core knows neither attention in chunks nor the temperature of layers without rotary embeddings: it computes the
+same for sequences that are shorter than both, which have at least `LEAST_LENGTH` tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from quantplug.mappings.base import Family, MegatronConfig, Role, Scope, SizeSetting, WeightMapping
+from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, grouped_mlp, spellings
+from quantplug.mappings.families import common
+from quantplug.mappings.families.vision_language import vision_language
+from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW, ModelDimensions
+
+LEAST_LENGTH = 8192
+
+_NETWORK = "model.layers.*.feed_forward"
+_EXPERTS = f"{_NETWORK}.experts"
+
+
+def _network(megatron: str, hf: str, scope: Scope) -> tuple[WeightMapping, ...]:
+    """The two linears of a feed-forward network."""
+    return (
+        WeightMapping(
+            (f"decoder.layers.*.{megatron}.linear_fc1.weight",),
+            (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            scope,
+            GATED,
+            Role.LINEAR,
+        ),
+        WeightMapping(
+            (f"decoder.layers.*.{megatron}.linear_fc2.weight",), (f"{hf}.down_proj.weight",), scope, ROW, Role.LINEAR
+        ),
+    )
+
+
+ROUTED_EXPERTS = (
+    WeightMapping(
+        ("decoder.layers.*.mlp.router.weight",), (f"{_NETWORK}.router.weight",), Scope.MOE_LAYER, role=Role.ROUTER
+    ),
+    FusedGatedExpertMapping(
+        spellings("linear_fc1", "weight"),
+        (f"{_EXPERTS}.gate_up_proj",),
+        Scope.EXPERT,
+        GATED_JOINED,
+        Role.LINEAR,
+        transposed=True,
+        packed=grouped_mlp("linear_fc1", (f"{_EXPERTS}.*.gate_proj.weight", f"{_EXPERTS}.*.up_proj.weight"), GATED),
+        fused_where_read=True,
+    ),
+    FusedExpertMapping(
+        spellings("linear_fc2", "weight"),
+        (f"{_EXPERTS}.down_proj",),
+        Scope.EXPERT,
+        ROW,
+        Role.LINEAR,
+        transposed=True,
+        packed=grouped_mlp("linear_fc2", (f"{_EXPERTS}.*.down_proj.weight",), ROW),
+        fused_where_read=True,
+    ),
+)
+
+# Servers reorder the rows of q and k for their kernels; SGLang takes packed FP4 for the values.
+_ATTENTION = tuple(replace(row, least_bits=8) if len(row.hf) == 3 else row for row in common.ATTENTION)
+
+
+def _widths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the widths under the names that other decoders have for them."""
+    width = common.setting(config, "intermediate_size")
+    dense = common.setting(config, "intermediate_size_mlp")
+    return {**config, "moe_intermediate_size": width, "intermediate_size": dense}
+
+
+def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every `interleave_moe_layer_step`-th layer, where the config does not list them."""
+    if config.get("moe_layers") is not None:
+        return tuple(config["moe_layers"])
+    step = config.get("interleave_moe_layer_step") or 1
+    return tuple(range(step - 1, config["num_hidden_layers"], step))
+
+
+def _dimensions(config: Mapping[str, Any]) -> ModelDimensions:
+    decoder = common.decoder_dimensions(
+        _widths(config), common.setting(config, "num_local_experts"), moe_layers(config)
+    )
+    return replace(decoder, shared_width=decoder.expert_width)
+
+
+def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
+    rotary, (_, kind) = common.rope_settings(config), common.rope(config)
+    chunk, floor = config.get("attention_chunk_size"), config.get("floor_scale") or LEAST_LENGTH
+    found = {
+        "rope_type": kind,
+        "attention_bias": bool(config.get("attention_bias", False)),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "num_experts_per_tok": config.get("num_experts_per_tok", 1),
+        f"attention_chunk_size < {LEAST_LENGTH}": chunk is not None and chunk < LEAST_LENGTH,
+        f"floor_scale < {LEAST_LENGTH}": bool(config.get("attn_temperature_tuning")) and floor < LEAST_LENGTH,
+    }
+    expected = dict.fromkeys(found, False) | {
+        "rope_type": ("default", "llama3"),
+        "hidden_act": "silu",
+        "num_experts_per_tok": 1,
+    }
+    common.refuse_settings("Llama 4", found, expected)
+    dims, widths = _dimensions(config), _widths(config)
+    rotated = [bool(turns) for turns in common.setting(config, "no_rope_layers")]
+    transformer = {
+        **common.decoder_transformer_config(widths),
+        "rotary_interleaved": True,
+        "apply_rope_fusion": False,
+        "no_rope_freq": [int(not turns) for turns in rotated],
+        "num_moe_experts": dims.num_experts,
+        "moe_ffn_hidden_size": dims.expert_width,
+        "moe_shared_expert_intermediate_size": dims.shared_width,
+        "moe_layer_freq": [int(layer in dims.moe_layers) for layer in range(dims.num_layers)],
+        "moe_router_topk": 1,
+        "moe_router_score_function": "sigmoid",
+        "moe_apply_probs_on_input": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+    }
+    return MegatronConfig(
+        transformer=transformer,
+        model={**common.decoder_model_arguments(config), "rope_scaling": False},
+        rope_scaling=common.llama3_scaling(rotary) if kind == "llama3" else {},
+        unit_norm_layers=tuple(
+            layer for layer, turns in enumerate(rotated) if turns and config.get("use_qk_norm", True)
+        ),
+    )
+
+
+LLAMA4_TEXT = Family(
+    name="llama4_text",
+    architectures=("Llama4ForCausalLM",),
+    mappings=(
+        *common.EMBEDDINGS,
+        *_ATTENTION,
+        *common.MLP_NORM,
+        *_network("mlp", _NETWORK, Scope.DENSE_LAYER),
+        *ROUTED_EXPERTS,
+        *_network("mlp.shared_experts", f"{_NETWORK}.shared_expert", Scope.MOE_LAYER),
+    ),
+    dimensions=_dimensions,
+    megatron_config=_megatron_config,
+    tied=common.TIED_LM_HEAD,
+    sizes=(
+        SizeSetting(("num_local_experts",)),
+        SizeSetting(("intermediate_size_mlp",)),
+        SizeSetting(("interleave_moe_layer_step",), optional=True, nullable=True),
+    ),
+)
+LLAMA4 = vision_language(
+    LLAMA4_TEXT,
+    "language_model.{}".format,
+    name="llama4",
+    architectures=("Llama4ForConditionalGeneration",),
+    carried=("vision_model.", "multi_modal_projector."),
+)

@@ -1,0 +1,59 @@
+"""Vision-language models: a language model's table under other names, beside tensors that are carried as they are.
+
+What Megatron holds is the language model alone. Its settings lie in `text_config`, but for `tie_word_embeddings`, which
+transformers and servers read at the top of config.json.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from quantplug.mappings.base import Family, WeightMapping
+
+TEXT_CONFIG = "text_config"
+
+Rename = Callable[[str], str]
+"""From a tensor's or module's name in the language model alone to that in the whole."""
+
+
+def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's settings of a vision-language model's config."""
+    return {**config[TEXT_CONFIG], "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+
+
+def vision_language(
+    text: Family, rename: Rename, *, name: str, architectures: tuple[str, ...], carried: tuple[str, ...]
+) -> Family:
+    """The family of a vision-language model.
+
+    Args:
+        text: The family of its language model.
+        rename: What its tensors are called.
+        carried: Beginnings of the names of all other tensors.
+    """
+    return replace(
+        text,
+        name=name,
+        architectures=architectures,
+        mappings=_renamed(text.mappings, rename),
+        dimensions=lambda config: text.dimensions(language_settings(config)),
+        megatron_config=lambda config: text.megatron_config(language_settings(config)),
+        tied={rename(name): rename(source) for name, source in text.tied.items()},
+        nested=TEXT_CONFIG,
+        carried=(*map(rename, text.carried), *carried),
+        forms=tuple(_renamed(form, rename) for form in text.forms),
+    )
+
+
+def below_model(prefix: str) -> Rename:
+    """Puts the prefix behind `model.`, where a name begins so; `lm_head` and others keep theirs."""
+
+    def rename(name: str) -> str:
+        inner = name.removeprefix("model.")
+        return name if inner == name else f"model.{prefix}.{inner}"
+
+    return rename
+
+
+def _renamed(rows: tuple[WeightMapping, ...], rename: Rename) -> tuple[WeightMapping, ...]:
+    return tuple(row.renamed(rename) for row in rows)

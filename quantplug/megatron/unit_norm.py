@@ -1,0 +1,28 @@
+"""Norms without weights on queries and keys in some layers: Megatron-Core's specs have them in all layers or none."""
+
+import copy
+from collections.abc import Container
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+
+def add_unit_norms(block: TransformerBlockSubmodules, layers: Container[int], first: int) -> None:
+    """Gives these layers of a block `L2Norm`, in place.
+
+    Args:
+        layers: Global ids.
+        first: Global id of the block's first layer.
+    """
+    block.layer_specs = [
+        _with_unit_norm(spec) if layer in layers else spec for layer, spec in enumerate(block.layer_specs, start=first)
+    ]
+
+
+def _with_unit_norm(spec: ModuleSpec) -> ModuleSpec:
+    """Layers of one kind share a spec."""
+    layer = copy.deepcopy(spec)
+    attention: ModuleSpec = layer.submodules.self_attention
+    attention.submodules.q_layernorm = attention.submodules.k_layernorm = L2Norm
+    return layer
