@@ -66,14 +66,17 @@ class ModelOptDialect:
 
 @dataclass(frozen=True)
 class DeepSeekDialect:
-    """DeepSeek-V3's FP8 in 128x128 blocks: `weight_scale_inv`, which despite its name multiplies."""
+    """DeepSeek-V3's FP8 in 128x128 blocks: `weight_scale_inv`, which despite its name multiplies.
+
+    Experts in one tensor have `gate_up_proj_scale_inv`, as transformers and servers read it.
+    """
 
     fused_is_read: ClassVar[bool] = False
     algorithm: str = "FP8 128x128"
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
-        suffix = {"weight_scale": "weight_scale_inv"}.get(tensor.name, tensor.name)
-        return replace(tensor, name=stored_name(weight, suffix))
+        name = weight if tensor.name == "weight" else f"{weight}_scale_inv"
+        return replace(tensor, name=name)
 
     def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
         config_json = {

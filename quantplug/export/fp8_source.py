@@ -1,7 +1,9 @@
 """A checkpoint whose linears are FP8 in blocks, as DeepSeek-V3 and Qwen3 FP8 are published, read as plain BF16.
 
 `X.weight` F8_E4M3 [out, in] and `X.weight_scale_inv` [ceil(out / rows), ceil(in / columns)], which despite its name
-multiplies (config.json of deepseek-ai/DeepSeek-V3, `weight_block_size`). Only what is asked for is read and decoded.
+multiplies (config.json of deepseek-ai/DeepSeek-V3, `weight_block_size`). Experts in one tensor, `X` [experts, ., .],
+have `X_scale_inv`, a table of blocks for each (as vLLM, SGLang and transformers read Qwen3-VL-MoE FP8). Only what is
+asked for is read and decoded.
 """
 
 from pathlib import Path
@@ -13,8 +15,7 @@ from quantplug.export.hf_source import HFCheckpoint, TensorHeader
 
 METHOD = "fp8"
 
-_WEIGHT = ".weight"
-_SCALES = ".weight_scale_inv"
+_SCALES = "_scale_inv"
 _SCALE_TYPES = (torch.float32, torch.bfloat16)
 
 BlockSize = tuple[int, int]
@@ -34,7 +35,7 @@ class FP8Checkpoint(HFCheckpoint):
         super().__init__(directory)
         stored, self._block_size = self.tensors, block_size
         packed = [name for name, header in stored.items() if header.dtype is torch.float8_e4m3fn]
-        scales = {name: name.removesuffix(_WEIGHT) + _SCALES for name in packed}
+        scales = {name: name + _SCALES for name in packed}
         offenders = [
             Offender(name, problem)
             for name in sorted(packed)
@@ -51,14 +52,15 @@ class FP8Checkpoint(HFCheckpoint):
         codes = super().read(name, index)
         if name not in self._scales:
             return codes
-        sizes = self.tensors[name].shape
-        bounds = [_bounds(part, size) for part, size in zip((*index, slice(None), slice(None)), sizes, strict=False)]
+        shape = self.tensors[name].shape
+        parts = (*index, *(slice(None) for _ in shape))[: len(shape)]
+        experts, bounds = parts[:-2], [_bounds(*part) for part in zip(parts[-2:], shape[-2:], strict=True)]
         covering = tuple(
             slice(start // block, -(-stop // block))
             for (start, stop), block in zip(bounds, self._block_size, strict=True)
         )
-        scales = self._read(*self._scales[name], covering).float()
-        for axis, ((start, stop), block) in enumerate(zip(bounds, self._block_size, strict=True)):
+        scales = self._read(*self._scales[name], (*experts, *covering)).float()
+        for axis, ((start, stop), block) in enumerate(zip(bounds, self._block_size, strict=True), start=-2):
             of_entry = torch.arange(start, stop) // block - start // block
             scales = scales.index_select(axis, of_entry)
         return (codes.float() * scales).bfloat16()
@@ -72,10 +74,11 @@ def _bounds(part: int | slice, size: int) -> tuple[int, int]:
 
 def _problem(weight: TensorHeader, scales: TensorHeader | None, block_size: BlockSize) -> str | None:
     if scales is None:
-        return f"is FP8 without its {_SCALES}"
-    blocks = tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=False))
-    if len(weight.shape) != 2 or scales.shape != blocks:
-        return f"has shape {list(weight.shape)}, its {_SCALES} {list(scales.shape)} for blocks of {list(block_size)}"
+        return f"is FP8 without its *{_SCALES}"
+    experts, matrix = weight.shape[:-2], weight.shape[-2:]
+    blocks = tuple(-(-size // block) for size, block in zip(matrix, block_size, strict=False))
+    if len(weight.shape) not in (2, 3) or scales.shape != (*experts, *blocks):
+        return f"has shape {list(weight.shape)}, its *{_SCALES} {list(scales.shape)} for blocks of {list(block_size)}"
     if scales.dtype not in _SCALE_TYPES:
-        return f"has {_SCALES} in {scales.dtype}, not {' or '.join(map(str, _SCALE_TYPES))}"
+        return f"has *{_SCALES} in {scales.dtype}, not {' or '.join(map(str, _SCALE_TYPES))}"
     return None

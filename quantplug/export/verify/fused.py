@@ -17,6 +17,10 @@ from quantplug.export.verify.report import Finding, error
 from quantplug.mappings.base import Family, Role, fill
 from quantplug.mappings.experts import FusedExpertMapping
 
+# FP8 in blocks has `gate_up_proj_scale_inv`, without the `weight` of a module's `weight_scale_inv`.
+_INNER = {"": "weight", "_scale_inv": "weight_scale_inv"}
+_STORED = {inner: stored for stored, inner in _INNER.items()}
+
 
 @dataclass(frozen=True)
 class FusedExperts:
@@ -49,7 +53,7 @@ class FusedExperts:
             if (match := pattern.match(stored)) is not None:
                 rest = stored[match.end() :]
                 if rest == "" or (rest.startswith("_") and "." not in rest):
-                    return f"{match[0]}.{rest[1:] or 'weight'}"
+                    return f"{match[0]}.{_INNER.get(rest, rest[1:])}"
         return stored
 
     def stored_name(self, inner: str) -> str:
@@ -57,7 +61,7 @@ class FusedExperts:
         module, _, suffix = inner.rpartition(".")
         if self.is_transposed(module) is None:
             return inner
-        return module if suffix == "weight" else f"{module}_{suffix}"
+        return f"{module}{_STORED.get(suffix, f'_{suffix}')}"
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], bool], ...]:

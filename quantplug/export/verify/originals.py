@@ -14,6 +14,7 @@ from quantplug.export.verify.matrices import Matrix
 from quantplug.export.verify.untrusted import Json, as_count, as_object
 
 _MXFP4_BYTES = decode.MXFP4_BLOCK // 2
+_FP8_SCALES = "weight_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,38 @@ class Fp8Original:
 
 
 @dataclass(frozen=True)
+class Fp8ExpertsOriginal:
+    """All experts of a layer in one FP8 tensor [experts, ., .], each with a table of blocks in `weight_scale_inv`.
+
+    Attributes:
+        block: Rows and columns of a block, as the matrices are stored.
+        transposed: Whether they are stored as [in, out].
+    """
+
+    source: Checkpoint
+    info: TensorInfo
+    block: tuple[int, int]
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
+        """FP32 rows [first, last) of one expert's weight."""
+        matrix = Matrix(self.source, names.split(self.info.name)[0], expert, self.transposed)
+        codes = matrix.rows("weight", first, last).view(torch.uint8)
+        block = (self.block[1], self.block[0]) if self.transposed else self.block
+        rows, columns = codes.shape
+        spread = decode.spread_blocks(matrix.scales(_FP8_SCALES).float(), first, rows, columns, block)
+        return (decode.decode_e4m3(codes) * spread).bfloat16().float()
+
+    def step(self, columns: int) -> int:
+        """How many rows of so many columns are read at a time: as of BF16."""
+        return rows_at_a_time(columns * ITEM_BYTES["BF16"])
+
+
+@dataclass(frozen=True)
 class ExpertPart:
     """What one expert's tensor is in a source that holds all experts of a layer in one.
 
@@ -131,9 +164,9 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class PartOriginal:
-    """A floating-point tensor of one expert, out of one of all experts."""
+    """What one expert's tensor is in a source that holds all experts of a layer in one."""
 
-    source: Checkpoint
+    all_experts: PlainOriginal | Fp8ExpertsOriginal
     part: ExpertPart
 
     @property
@@ -146,17 +179,15 @@ class PartOriginal:
 
     def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
         """FP32 rows [first, last) of the part."""
-        module, suffix = names.split(self.info.name)
         above = self.part.place * self.shape[0]
-        matrix = Matrix(self.source, module, self.part.expert, self.part.transposed)
-        return matrix.rows(suffix, above + first, above + last).float()
+        return self.all_experts.rows(self.part.expert, above + first, above + last)
 
     def step(self, columns: int) -> int:
         """How many rows of so many columns are read at a time."""
-        return rows_at_a_time(columns * ITEM_BYTES[self.info.dtype])
+        return self.all_experts.step(columns)
 
 
-Original = PlainOriginal | Mxfp4Original | Fp8Original | PartOriginal
+Original = PlainOriginal | Mxfp4Original | Fp8Original | Fp8ExpertsOriginal | PartOriginal
 
 
 def is_decoded(config: Json) -> bool:
@@ -181,14 +212,14 @@ def is_packed(source: Checkpoint, info: TensorInfo) -> bool:
 def is_read_with_another(source: Checkpoint, info: TensorInfo) -> bool:
     """Scales of a packed tensor, which are read with it."""
     module, suffix = names.split(info.name)
-    if suffix == "weight_scale_inv":
+    if suffix == _FP8_SCALES:
         weight = source.tensors.get(f"{module}.weight")
         return weight is not None and is_packed(source, weight)
     return is_mxfp4(info) and suffix == "scales" and f"{module}.blocks" in source.tensors
 
 
 def _is_fp8(source: Checkpoint, info: TensorInfo) -> bool:
-    return info.dtype == "F8_E4M3" and f"{names.split(info.name)[0]}.weight_scale_inv" in source.tensors
+    return info.dtype == "F8_E4M3" and f"{names.split(info.name)[0]}.{_FP8_SCALES}" in source.tensors
 
 
 def is_mxfp4(info: TensorInfo) -> bool:
@@ -204,7 +235,7 @@ def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -
     """
     block = _fp8_block(source.config)
     if block is not None and _is_fp8(source, info):
-        return _fp8_original(source, info, block)
+        return _fp8_original(source, info, block, transposed)
     if not is_mxfp4(info):
         return PlainOriginal(source, info, bool(transposed)) if is_plain(info) else None
     scales = source.tensors.get(f"{names.split(info.name)[0]}.scales")
@@ -214,9 +245,23 @@ def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -
     return Mxfp4Original(source, info)
 
 
-def _fp8_original(source: Checkpoint, info: TensorInfo, block: tuple[int, int]) -> Fp8Original | None:
-    scales = source.tensors[f"{names.split(info.name)[0]}.weight_scale_inv"]
-    blocks = tuple(-(-size // side) for size, side in zip(info.shape, block, strict=False))
-    if len(info.shape) != 2 or scales.shape != blocks or not is_plain(scales):
+def _fp8_original(
+    source: Checkpoint, info: TensorInfo, block: tuple[int, int], transposed: bool | None
+) -> Fp8Original | Fp8ExpertsOriginal | None:
+    scales = source.tensors[f"{names.split(info.name)[0]}.{_FP8_SCALES}"]
+    experts, matrix = info.shape[:-2], info.shape[-2:]
+    blocks = tuple(-(-size // side) for size, side in zip(matrix, block, strict=False))
+    rank = 2 if transposed is None else 3
+    if len(info.shape) != rank or scales.shape != (*experts, *blocks) or not is_plain(scales):
         return None
-    return Fp8Original(source, info, scales, block)
+    if transposed is None:
+        return Fp8Original(source, info, scales, block)
+    return Fp8ExpertsOriginal(source, info, block, transposed)
+
+
+def part_original(source: Checkpoint, part: ExpertPart) -> PartOriginal | None:
+    """How to read one expert's tensor out of the source's tensor of all; None for one that cannot be read."""
+    match original_of(source, part.info, part.transposed):
+        case PlainOriginal() | Fp8ExpertsOriginal() as whole:
+            return PartOriginal(whole, part)
+    return None

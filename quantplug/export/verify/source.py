@@ -12,7 +12,7 @@ from quantplug.export.verify.fused import FusedExperts
 from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
 from quantplug.export.verify.matrices import Matrix
 from quantplug.export.verify.modules import Inventory, Module
-from quantplug.export.verify.originals import ExpertPart, Original, PartOriginal
+from quantplug.export.verify.originals import ExpertPart, Original
 from quantplug.export.verify.report import Finding, Size, TensorError, error, warning
 
 OnBytes = Callable[[int], None]
@@ -85,12 +85,12 @@ def _part(inventory: Inventory, part: ExpertPart, source: Checkpoint, measured: 
         yield error(
             Check.SOURCE_NAMES, part.name, f"its values are in the source's {part.info.stored}, not in the export"
         )
-    elif not is_plain(part.info):
+    elif (original := originals.part_original(source, part)) is None:
         yield error(Check.SOURCE, part.info.name, f"is {part.info.dtype} in the source, no floating-point original")
     elif not module.quantized:
-        yield from _decoded(inventory, PartOriginal(source, part), target, module)
+        yield from _decoded(inventory, original, target, module)
     elif module.sound:
-        yield from _quantized(inventory, PartOriginal(source, part), module, measured)
+        yield from _quantized(inventory, original, module, measured)
 
 
 def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> Iterator[Finding]:

@@ -177,7 +177,7 @@ SPOILED: dict[str, tuple[Spoil, set[tuple[str, str]]]] = {
     ),
     "a stranger": (add(f"{DOWN}_foo", torch.ones(3)), {("architecture", f"{DOWN}_foo")}),
     "a scale of another format": (
-        add(f"{DOWN}_weight_scale_inv", torch.ones(4, 1, 2)), {("tensor-layout", f"{DOWN}_weight_scale_inv")}
+        add(f"{DOWN}_scale_inv", torch.ones(4, 1, 2)), {("tensor-layout", f"{DOWN}_scale_inv")}
     ),
     "a scale named as a module's": (
         move(f"{DOWN}_weight_scale", f"{DOWN}.weight_scale"), {("names", f"{DOWN}_weight_scale")}

@@ -296,7 +296,7 @@ def in_fp8_blocks(open_fused: Callable[[str], Any]) -> Any:
         scales = block_amax(experts) / 448
         codes = experts / spread(scales, experts.shape)
         export.tensors[name] = codes.clamp(-448, 448).to(torch.float8_e4m3fn)
-        export.tensors[f"{name}_weight_scale_inv"] = scales
+        export.tensors[f"{name}_scale_inv"] = scales
     plain = [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp.router")]
     export.config["quantization_config"] = {
         "quant_method": "fp8",
@@ -321,27 +321,27 @@ def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def turn_blocks(export: Any, source: Any) -> None:
-    name = f"{DOWN}_weight_scale_inv"
+    name = f"{DOWN}_scale_inv"
     export.tensors[name] = export.tensors[name].mT.contiguous()
 
 
 def blocks_of_one(export: Any, source: Any) -> None:
-    export.tensors[f"{DOWN}_weight_scale_inv"] = export.tensors[f"{DOWN}_weight_scale_inv"][0].contiguous()
+    export.tensors[f"{DOWN}_scale_inv"] = export.tensors[f"{DOWN}_scale_inv"][0].contiguous()
 
 
 def double_one_block(export: Any, source: Any) -> None:
-    bytes_of(export, f"{GATE_UP}_weight_scale_inv")[2, 1, 1] *= 2
+    bytes_of(export, f"{GATE_UP}_scale_inv")[2, 1, 1] *= 2
 
 
 def no_blocks(export: Any, source: Any) -> None:
-    export.drop(f"{GATE_UP}_weight_scale_inv")
+    export.drop(f"{GATE_UP}_scale_inv")
 
 
 FP8_BLOCKS: dict[str, tuple[Spoil, set[tuple[str, str]]]] = {
     "as it is": (lambda export, source: None, set()),
-    "scales turned": (turn_blocks, {("tensor-layout", f"{DOWN}_weight_scale_inv")}),
-    "scales of one expert": (blocks_of_one, {("tensor-layout", f"{DOWN}_weight_scale_inv")}),
-    "no scales": (no_blocks, {("tensor-layout", f"{GATE_UP}_weight_scale_inv")}),
+    "scales turned": (turn_blocks, {("tensor-layout", f"{DOWN}_scale_inv")}),
+    "scales of one expert": (blocks_of_one, {("tensor-layout", f"{DOWN}_scale_inv")}),
+    "no scales": (no_blocks, {("tensor-layout", f"{GATE_UP}_scale_inv")}),
     "one block doubled": (double_one_block, errors(GATE_UP, 2)),
     "two experts in each other's place": (swap_codes, errors(DOWN, 0, 3)),
 }
