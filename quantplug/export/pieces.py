@@ -97,8 +97,8 @@ def _specs(task: ExportTask, part: int, rows: int) -> tuple[TensorSpec, ...]:
 
 
 def _rows_of_a_piece(task: ExportTask, part: int, rows: int, limit: int) -> int:
-    if task.row_step is None:
-        return rows
+    if task.row_step is None or rows == 0:
+        return max(rows, 1)
     output = sum(spec.nbytes for spec in task.outputs[part].tensors) // rows_in(task.outputs[part].shape)
     source = task.source.nbytes // rows_in(task.source.shape)
     # Where slices are packed apart and lie below one another, a row of the piece is a row of each.

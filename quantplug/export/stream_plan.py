@@ -77,6 +77,7 @@ def make_stream_plan(
         moe_router_dtype=request.moe_router_dtype,
         trust_remote_code=request.trust_remote_code,
         calibrated=request.quant_format is StreamFormat.AS_QUANTIZED,
+        carry=False,  # A receiver has what never changes.
         requantize=None
         if request.quant_format is StreamFormat.AS_QUANTIZED
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
