@@ -12,26 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantplug.errors import Offender, SourceError
+from quantplug.export.safetensors_types import DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# The dtype names of the safetensors header (safetensors/src/tensor.rs, `Dtype`).
-_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 _MOST_MAPPED = 128 * 2**20
 
 
@@ -192,6 +177,6 @@ def read_headers(opened: safe_open, file: str) -> Iterator[tuple[str, TensorHead
 
 
 def _dtype(name: str, spelled: str) -> torch.dtype:
-    if spelled not in _DTYPES:
+    if spelled not in DTYPES:
         raise SourceError("A tensor of the source has a dtype that is not read.", [Offender(name, f"is {spelled}")])
-    return _DTYPES[spelled]
+    return DTYPES[spelled]

@@ -13,16 +13,10 @@ from pathlib import Path
 import torch
 
 from quantplug.atomic import finish_file, sync_directory
+from quantplug.export.safetensors_types import NAMES
 from quantplug.formats import TensorSpec
 
 _HEADER_ALIGNMENT = 8
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-}
 
 
 class SafetensorsFile:
@@ -40,20 +34,22 @@ class SafetensorsFile:
         self._partial = _partial(path)
         self._specs = {spec.name: spec for spec in specs}
         self._is_shared = shares is not None
-        if shares is None:
-            self._missing = {spec.name: spec.nbytes for spec in specs}
-        else:
-            self._missing = {name: nbytes for name, nbytes in shares.items() if nbytes}
+        awaited = {spec.name: spec.nbytes for spec in specs} if shares is None else shares
+        self._missing = {name: nbytes for name, nbytes in awaited.items() if nbytes}
         _, self._offsets, _ = _plan(specs)
         if not self._is_shared:
             make_file(path, specs)
         self._file = os.open(self._partial, os.O_WRONLY)
+        if not self._missing:
+            self._finish()
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
         """Puts a tensor, or rows of it from number `row` on, in their place; the last ones finish the file."""
         spec = self._specs[name]
         assert tensor.dtype == spec.dtype, f"{name} is not as planned"
         assert _is_part_of(tensor.shape, row, spec.shape), f"{name} is not as planned"
+        if not tensor.nbytes:
+            return  # Nothing that a file would wait for.
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         _write_all(self._file, data.data, self._offsets[name] + start)
@@ -121,7 +117,7 @@ def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
         starts[spec.name], end = end, end + spec.nbytes
         entries[spec.name] = {
-            "dtype": _DTYPES[spec.dtype],
+            "dtype": NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [starts[spec.name], end],
         }
