@@ -62,7 +62,7 @@ def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[
         for spec in specs:
             if piece.output.placement is not None:
                 yield from _of_expert(piece.output.placement, spec, tensor)
-            elif tensor.ndim > 0 and spec.shape:
+            elif tensor.numel() and tensor.ndim > 0 and spec.shape:
                 yield from _of_part(piece, spec, tensor, row)
             elif row == 0:
                 yield Rows(spec.name, 0, tensor.reshape(spec.shape))

@@ -50,7 +50,7 @@ def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[
     for part, places in enumerate(_places(task, dims)):
         rows = len(places)
         step = _rows_of_a_piece(task, part, rows, bucket_bytes // PIECES_IN_A_BUCKET)
-        for start in range(0, rows, step):
+        for start in range(0, max(rows, 1), step):  # A tensor without rows is one piece, so that it is written.
             stop = min(start + step, rows)
             ends_task = part == len(task.outputs) - 1 and stop == rows
             yield Piece(task, part, start, stop, _in_flight(task, part, stop - start), ends_task)

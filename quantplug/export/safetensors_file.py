@@ -34,22 +34,20 @@ class SafetensorsFile:
         self._partial = _partial(path)
         self._specs = {spec.name: spec for spec in specs}
         self._is_shared = shares is not None
-        awaited = {spec.name: spec.nbytes for spec in specs} if shares is None else shares
-        self._missing = {name: nbytes for name, nbytes in awaited.items() if nbytes}
+        if shares is None:
+            self._missing = {spec.name: spec.nbytes for spec in specs}
+        else:
+            self._missing = {name: nbytes for name, nbytes in shares.items() if nbytes}
         _, self._offsets, _ = _plan(specs)
         if not self._is_shared:
             make_file(path, specs)
         self._file = os.open(self._partial, os.O_WRONLY)
-        if not self._missing:
-            self._finish()
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
         """Puts a tensor, or rows of it from number `row` on, in their place; the last ones finish the file."""
         spec = self._specs[name]
         assert tensor.dtype == spec.dtype, f"{name} is not as planned"
         assert _is_part_of(tensor.shape, row, spec.shape), f"{name} is not as planned"
-        if not tensor.nbytes:
-            return  # Nothing that a file would wait for.
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         _write_all(self._file, data.data, self._offsets[name] + start)
