@@ -217,15 +217,29 @@ def test_verify_accounts_for_every_tensor_of_the_source(
     export: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    clean, tensors = export("qwen3_vl_moe", "w4a16_nvfp4"), read(export("qwen3_vl_moe", "w4a16_nvfp4"))
+    assert told(spoilt(export("qwen3_vl_moe", "w4a16_nvfp4"), spoil, tmp_path), checkpoint("qwen3_vl_moe")) == expected
+
+
+def spoilt(clean: Path, spoil: Callable[[Tensors], object], directory: Path) -> Path:
+    tensors = read(clean)
     spoil(tensors)
     for path in clean.glob("*config.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    report = verify_checkpoint(tmp_path, checkpoint("qwen3_vl_moe"))
-    assert {
-        (str(found.check), found.subject) for found in report.findings if found.severity is Severity.ERROR
-    } == expected
+        (directory / path.name).write_text(path.read_text())
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def told(directory: Path, source: Path | None = None) -> set[tuple[str, str]]:
+    """Check and subject of every error."""
+    findings = verify_checkpoint(directory, source).findings
+    return {(str(found.check), found.subject) for found in findings if found.severity is Severity.ERROR}
+
+
+def test_experts_in_both_ways_are_found(export: Callable[..., Path], tmp_path: Path) -> None:
+    name = f"{LAYER}.mlp.experts.down_proj"
+    together = {name: torch.ones(6, 96, 160, dtype=torch.bfloat16)}
+    directory = spoilt(export("qwen3_vl_moe", "w4a16_nvfp4"), lambda tensors: tensors.update(together), tmp_path)
+    assert ("experts", name) in told(directory)
 
 
 @pytest.mark.parametrize(
@@ -246,5 +260,4 @@ def test_sizes_that_cannot_be_read_are_found(
     given = {**config["text_config"], **text_config} if isinstance(text_config, dict) else text_config
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": given}))
-    report = verify_checkpoint(tmp_path)
-    assert ("architecture", subject) in {(str(found.check), found.subject) for found in report.findings}
+    assert ("architecture", subject) in told(tmp_path)

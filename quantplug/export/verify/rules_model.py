@@ -36,6 +36,7 @@ def experts(inventory: Inventory) -> Iterator[Finding]:
             yield error(Check.EXPERTS, prefix, f"experts beyond the {count} of config.json: {ranges(extra)}")
         yield from _incomplete(prefix, members)
     yield from _in_one_tensor(inventory, count)
+    yield from _in_two_ways(inventory)
     yield from _lost_mixtures(inventory, count)
 
 
@@ -55,6 +56,14 @@ def _in_one_tensor(inventory: Inventory, count: int | None) -> Iterator[Finding]
         elif module.placement.experts != count:
             message = f"holds {module.placement.experts} experts, config.json counts {count}"
             yield error(Check.EXPERTS, module.name, message)
+
+
+def _in_two_ways(inventory: Inventory) -> Iterator[Finding]:
+    """Experts one by one in some layers, in one tensor in others."""
+    together = sorted(module.name for module in inventory.modules.values() if module.placement is not None)
+    if together and inventory.mixtures:
+        message = f"holds all experts, and {next(iter(inventory.mixtures))} each by itself: readers take all in one way"
+        yield error(Check.EXPERTS, together[0], message)
 
 
 def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]:
