@@ -242,6 +242,7 @@ class WeightMapping:
             scale_group=None if self.scale_group is None else rename(self.scale_group),
             copies=tuple(map(rename, self.copies)),
             kept=tuple(map(rename, self.kept)),
+            merged=tuple(Merged(rename(it.name), tuple(map(rename, it.parts))) for it in self.merged),
         )
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement | None:

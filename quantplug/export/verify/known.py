@@ -46,7 +46,11 @@ def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None
         return None, []
     if unusable := list(_unusable(config, family)):
         return None, unusable
-    dims = family.dimensions(config)
+    try:
+        dims = family.dimensions(config)
+    except UnsupportedModelError as problem:
+        place = _place(family)
+        return None, [error(Check.ARCHITECTURE, f"{place} {it.parameter}", it.reason) for it in problem.offenders]
     if (dims.num_layers + dims.mtp_layers) * max(1, dims.num_experts) > _MOST_UNITS:
         message = f"more than {_MOST_UNITS} layers or experts"
         return None, [error(Check.ARCHITECTURE, "config.json num_hidden_layers", message)]
@@ -64,11 +68,17 @@ def table_of(config: Json) -> Family | None:
         return None
 
 
+def _place(family: Family) -> str:
+    """Where the settings of its sizes are."""
+    return "config.json" if family.nested is None else f"config.json {family.nested}"
+
+
 def _unusable(config: Json, family: Family) -> Iterator[Finding]:
     """Settings that no sizes can be read from."""
     settings = config if family.nested is None else as_object(config.get(family.nested))
-    place = "config.json" if family.nested is None else f"config.json {family.nested}"
-    for size in (*_DECODER_SIZES, *family.sizes):
+    place = _place(family)
+    # What the family says of one of the decoder's sizes goes before.
+    for size in {size.names: size for size in (*_DECODER_SIZES, *family.sizes)}.values():
         key = next((name for name in size.names if settings.get(name) is not None), size.names[0])
         count = as_count(settings.get(key))
         may_be_none = size.nullable if key in settings else size.optional
@@ -81,7 +91,7 @@ def _unusable(config: Json, family: Family) -> Iterator[Finding]:
     for key in _LAYER_LISTS if mixture else ():
         if not _is_list_of_layers(settings, key):
             yield error(Check.ARCHITECTURE, f"{place} {key}", "is not a list of layer numbers")
-    for key in ("num_hidden_layers", "num_nextn_predict_layers"):
+    for key in ("num_hidden_layers", family.mtp_setting):
         if (as_count(settings.get(key)) or 0) > _MOST_UNITS:
             yield error(Check.ARCHITECTURE, f"{place} {key}", f"more than {_MOST_UNITS} layers or experts")
 
