@@ -30,6 +30,5 @@ def megatron_logits(model: GPTModel) -> torch.Tensor:
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     length = TOKENS.shape[1]
     hidden_from_later = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
-    eager = torch.compiler.set_stance("force_eager")  # Compiling takes half a minute, and what is compiled runs once.
-    with torch.no_grad(), eager, cpu.local_forward(), without_labels([model]):
+    with torch.no_grad(), cpu.local_forward(), without_labels([model]):
         return model.eval()(TOKENS, positions, hidden_from_later)[:, :length]

@@ -45,8 +45,20 @@ def checkpointing() -> AbstractContextManager[None]:
     )
 
 
-def local_forward() -> AbstractContextManager[None]:
-    """On while a model of the local layer spec runs on CPU (with `moe_token_dispatcher_type="allgather"`)."""
+@contextmanager
+def local_forward() -> Iterator[None]:
+    """On while a model of the local layer spec runs on CPU (with `moe_token_dispatcher_type="allgather"`).
+
+    What Megatron has torch compile runs as it is written: compiling it takes half a minute, and a compiler.
+    """
+    with ExitStack() as stack:
+        if not has_cuda():
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_answers_in_a_forward())
+        yield
+
+
+def _answers_in_a_forward() -> AbstractContextManager[None]:
     return _answers(
         (torch.cuda, "current_device", _cpu_device),
         # Dropout in tensor-parallel regions forks the CUDA generator; a CPU forward has none to fork.
