@@ -259,6 +259,17 @@ def test_layers_that_the_config_does_not_count_are_carried(name: str, checkpoint
     assert same(tmp_path / "free", tmp_path / "out")
 
 
+def test_layers_that_the_config_counts_are_cast_as_the_rest(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def widen(tensors: Tensors) -> None:
+        tensors["mtp.norm.weight"] = tensors["mtp.norm.weight"].float()
+
+    source = changed(checkpoint("qwen3_5_mtp"), tmp_path / "source", widen)
+    with one_rank():
+        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "out")
+    assert read(tmp_path / "out")["mtp.norm.weight"].dtype == torch.bfloat16
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
 def without_mtp(tensors: Tensors) -> None:
     for name in [name for name in tensors if name.startswith("mtp.")]:
         del tensors[name]

@@ -35,7 +35,8 @@ def held_by_megatron(directory: Path) -> Tensors:
     found, dims = family_of(directory)
     left_out = found.copies(dims)
     tensors = read(directory)
-    return {name: it for name, it in tensors.items() if name not in left_out and not name.startswith(found.carried)}
+    beside = tuple(beginning for beginning in found.carried if not (dims.mtp_layers and beginning == "mtp."))
+    return {name: it for name, it in tensors.items() if name not in left_out and not name.startswith(beside)}
 
 
 def one_by_one(tensors: Tensors, directory: Path) -> Tensors:

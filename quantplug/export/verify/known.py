@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quantplug.errors import UnsupportedModelError
@@ -36,6 +37,14 @@ class KnownArchitecture:
     name: str
     family: Family
     dims: ModelDimensions
+
+    def carries(self, tensor: str) -> bool:
+        """Whether a tensor is none of the table's, and goes into an export as it is."""
+        return tensor.startswith(self.family.carried) and tensor not in self._rows
+
+    @cached_property
+    def _rows(self) -> frozenset[str]:
+        return frozenset(name for names, _ in self.family.expected(self.dims) for name in names)
 
 
 def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None, list[Finding]]:
