@@ -10,8 +10,10 @@ from transformers import PreTrainedConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConf
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
 
-from quantplug.errors import UnsupportedModelError
+from quantplug.errors import UnsupportedModelError, UnsupportedQuantizationError
+from quantplug.mappings.amax import convert_to_amax_map
 from quantplug.mappings.base import Block, Family
+from quantplug.mappings.delta_layouts import DELTA_PARTS
 from quantplug.mappings.families import find_family
 from tests.families.cases import DELTA, GATED_EXPERTS
 
@@ -150,3 +152,19 @@ def test_layers_of_multi_token_prediction_have_numbers_and_names_of_their_own(na
     assert not any("linear_attn" in name for name in names)
     without = found.dimensions(filled_in(name, **{found.mtp_setting: 0}))
     assert not any(True for row in rows for _ in row.keys(without))
+
+
+def test_parts_that_are_kept_have_no_amax() -> None:
+    """Their weight has one quantizer in Megatron, and they have none on disk."""
+    found = family("Qwen3_5ForCausalLM")
+    dims = found.dimensions(filled_in("Qwen3_5ForCausalLM"))
+    (row,) = (row for row in convert_to_amax_map(found.mappings).mappings if ".in_proj." in row.megatron[0])
+    key, amax = next(row.keys(dims)), torch.tensor(3.0)
+    names = [f"model.layers.0.linear_attn.in_proj_{part}.weight_quantizer._amax" for part in ("qkv", "z")]
+    assert row.to_hf(key, amax, dims) == dict.fromkeys(names, amax)
+    assert list(row.members([key], dims)) == names
+    assert row.to_megatron(key, dict(zip(names, (amax, torch.tensor(5.0)), strict=True)), dims) == 5
+    by_row = torch.arange(sum(DELTA_PARTS.sizes(dims)))[:, None].float()
+    assert list(row.to_hf(key, by_row, dims)) == names
+    with pytest.raises(UnsupportedQuantizationError, match="parts of its weight that are not quantized"):
+        row.to_megatron(key, row.to_hf(key, by_row, dims), dims)
