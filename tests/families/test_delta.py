@@ -351,6 +351,16 @@ def test_one_thing_spoiled_is_found(
     assert found in errors(changed(export("qwen3_5_mtp", "w4a16_nvfp4"), tmp_path / "spoiled", spoil))
 
 
+def test_a_layer_behind_the_decoder_is_none_of_multi_token_prediction(export: Export, tmp_path: Path) -> None:
+    """Which has numbers of its own here, so that what the config counts of it lets no other layer pass."""
+
+    def add(tensors: Tensors) -> None:
+        tensors["model.layers.4.input_layernorm.weight"] = torch.ones(160, dtype=torch.bfloat16)
+
+    copy = changed(export("qwen3_next_mtp", "w4a16_nvfp4"), tmp_path / "copy", add)
+    assert errors(copy) == {("layers", "model.layers")}
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

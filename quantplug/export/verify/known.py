@@ -10,7 +10,7 @@ from quantplug.export.verify.checkpoint import Checkpoint
 from quantplug.export.verify.checks import Check
 from quantplug.export.verify.report import Finding, error
 from quantplug.export.verify.untrusted import Json, as_count, as_object, as_texts
-from quantplug.mappings.base import Family, Scope, SizeSetting
+from quantplug.mappings.base import Block, Family, Scope, SizeSetting
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import in_form
@@ -37,6 +37,13 @@ class KnownArchitecture:
     name: str
     family: Family
     dims: ModelDimensions
+
+    @property
+    def numbered_mtp(self) -> range:
+        """Numbers of the layers of multi-token prediction, where they are counted on after the decoder's."""
+        counted_on = any(row.block is Block.MTP for row in self.family.mappings)
+        first = self.dims.num_layers
+        return range(first, first + (self.dims.mtp_layers if counted_on else 0))
 
     def carries(self, tensor: str) -> bool:
         """Whether a tensor is none of the table's, and goes into an export as it is."""

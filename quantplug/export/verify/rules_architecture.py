@@ -13,8 +13,7 @@ from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error
 from quantplug.export.verify.shapes import Shape, expected_shape, fits
-from quantplug.mappings.base import Block, Family
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.base import Block
 
 _WEIGHTS = ("weight", "weight_packed")
 
@@ -24,17 +23,15 @@ class Architecture:
     """What config.json asks for.
 
     Attributes:
+        known: The architecture. Names with one of its `carried` beginnings may be there beside.
         modules: All modules that have a weight, each with the suffixes of its tensors, such as `weight` and `bias`, in
             a module's spelling (see `fused.py`).
         copies: Further modules that may be there, and hold the same as others.
-        family: Its table. Names with one of its `carried` beginnings may be there beside.
     """
 
-    name: str
-    dims: ModelDimensions
+    known: KnownArchitecture
     modules: Mapping[str, frozenset[str]]
     copies: Mapping[str, frozenset[str]]
-    family: Family
 
 
 def architecture(inventory: Inventory) -> Iterator[Finding]:
@@ -44,7 +41,7 @@ def architecture(inventory: Inventory) -> Iterator[Finding]:
         return
     copies = known.family.copies(known.dims)
     modules = _by_module(_required(inventory, known))
-    found = Architecture(known.name, known.dims, modules, _by_module(copies), known.family)
+    found = Architecture(known, modules, _by_module(copies))
     yield from _missing(inventory, found)
     yield from _extra(inventory, found)
     yield from _misshapen(inventory, found)
@@ -90,27 +87,22 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         for suffix in sorted(absent):
             missing.setdefault(f"{names.kind(name)}.{suffix}", []).append(f"{name}.{suffix}")
     for absent_alike in missing.values():
-        message = f"missing: {found.name} has it{_others(absent_alike)}"
+        message = f"missing: {found.known.name} has it{_others(absent_alike)}"
         yield error(Check.ARCHITECTURE, absent_alike[0], message)
-    message = f"missing: {found.family.mtp_setting} is {found.dims.mtp_layers} in config.json"
+    message = f"missing: {found.known.family.mtp_setting} is {found.known.dims.mtp_layers} in config.json"
     if lost:
         yield error(Check.ARCHITECTURE, min(lost), f"{message}{_others(sorted(lost))}")
-    for layer_id in _mtp_layers(found):
+    for layer_id in found.known.numbered_mtp:
         if layer_id not in {number for _, number in filter(None, layers)}:
             yield error(Check.ARCHITECTURE, f"model.layers.{layer_id}", message)
 
 
-def _mtp_layers(found: Architecture) -> range:
-    """Numbers of the layers of multi-token prediction, where they are counted on after the decoder's."""
-    counted_on = any(row.block is Block.MTP for row in found.family.mappings)
-    first = found.dims.num_layers
-    return range(first, first + (found.dims.mtp_layers if counted_on else 0))
-
-
 def _lost_mtp(inventory: Inventory, found: Architecture) -> frozenset[str]:
     """The modules of multi-token prediction with names of their own, where none of them is there."""
-    rows = (row for row in found.family.mappings if row.block is Block.MTP_APART)
-    tensors = (name for row in rows for key in row.keys(found.dims) for name in row.hf_names(key, found.dims))
+    rows = (row for row in found.known.family.mappings if row.block is Block.MTP_APART)
+    tensors = (
+        name for row in rows for key in row.keys(found.known.dims) for name in row.hf_names(key, found.known.dims)
+    )
     modules = frozenset(names.split(tensor)[0] for tensor in tensors)
     return modules if modules.isdisjoint(inventory.modules) else frozenset()
 
@@ -128,7 +120,7 @@ def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> boo
     router = inventory.modules.get(f"{expert.experts.removesuffix('.experts')}.gate")
     fused = any(module.startswith(expert.experts) for module in inventory.modules)
     matrix = router.plain_matrix if router is not None else None
-    return fused or (matrix is not None and matrix.shape[0] == found.dims.num_experts)
+    return fused or (matrix is not None and matrix.shape[0] == found.known.dims.num_experts)
 
 
 def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
@@ -138,21 +130,21 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
     extra: dict[str, list[str]] = {}
     for module in inventory.modules.values():
         own = found.modules.get(module.name) or found.copies.get(module.name)
-        if own is None and f"{module.name}.".startswith(found.family.carried):
+        if own is None and f"{module.name}.".startswith(found.known.family.carried):
             continue
         strange = module.tensors.keys() - known - own if own is not None else module.tensors.keys()
         if strange and not _beyond(module.name, found) and not module.name.endswith(".experts"):
             extra.setdefault(names.kind(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
     for strangers in extra.values():
-        message = f"no weight of {found.name}: readers drop it, or stop{_others(strangers)}"
+        message = f"no weight of {found.known.name}: readers drop it, or stop{_others(strangers)}"
         yield error(Check.ARCHITECTURE, strangers[0].removeprefix("."), message)
 
 
 def _beyond(name: str, found: Architecture) -> bool:
     """In a layer, or of an expert, past the config's number, which the rules on layers and experts tell."""
     layer, expert = names.layer(name), names.expert(name)
-    past_layers = layer is not None and layer[1] >= _mtp_layers(found).stop
-    return past_layers or (expert is not None and expert.id >= found.dims.num_experts)
+    past_layers = layer is not None and layer[1] >= found.known.numbered_mtp.stop
+    return past_layers or (expert is not None and expert.id >= found.known.dims.num_experts)
 
 
 def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
@@ -163,7 +155,7 @@ def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
             continue
         for suffix in sorted(suffixes):
             kind, shape = names.kind(f"{name}.{suffix}"), _shape(module, suffix)
-            wanted = expected_shape(kind, found.dims)
+            wanted = expected_shape(kind, found.known.dims)
             if shape is None or wanted is None:
                 continue
             wanted = module.stored_shape(wanted)
