@@ -7,7 +7,7 @@ import torch
 from quantplug.errors import MappingError, ShapeError
 from quantplug.export.base import WholeWeight
 from quantplug.export.findings import Findings, Kind, nearest
-from quantplug.mappings.base import Block, Family, ParamKey, Scope, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Scope, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 _SAME_MODEL = (
@@ -15,11 +15,6 @@ _SAME_MODEL = (
 )
 _UNKNOWN = Kind(MappingError, "The model has parameters that the table of its architecture does not know.", _SAME_MODEL)
 _MISSING = Kind(MappingError, "Parameters that the Hugging Face config promises are not in the model.", _SAME_MODEL)
-_NO_MTP = Kind(
-    MappingError,
-    "The config promises layers of multi-token prediction, and the model has none.",
-    "Build the model with them (mtp_num_layers), or set num_nextn_predict_layers to 0 in config.json.",
-)
 _TWICE = Kind(MappingError, "Parameters stand twice in the model.", "Pass each model chunk once.")
 _SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the Hugging Face checkpoint.", _SAME_MODEL)
 
@@ -52,10 +47,18 @@ def match_table(
     for slot, key in expected.items():
         if slot not in found:
             findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)
-    mtp = [slot for slot, key in expected.items() if table[key.module].block is Block.MTP]
+    mtp = [slot for slot, key in expected.items() if table[key.module].block.is_mtp]
     if mtp and found.keys().isdisjoint(mtp):
-        findings.add(_NO_MTP, "num_nextn_predict_layers", f"asks for {dims.mtp_layers}")
+        findings.add(_no_mtp(family.mtp_setting), family.mtp_setting, f"asks for {dims.mtp_layers}")
     return [found[slot] for slot in expected if slot in found]
+
+
+def _no_mtp(setting: str) -> Kind:
+    return Kind(
+        MappingError,
+        "The config promises layers of multi-token prediction, and the model has none.",
+        f"Build the model with them (mtp_num_layers), or set {setting} to 0 in config.json.",
+    )
 
 
 def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[Slot, ParamKey]]:

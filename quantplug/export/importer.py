@@ -111,10 +111,11 @@ def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: 
     parts = [source.read(name, part_index(task, source.tensors[name].shape)) for name in task.sources]
     if task.placement is not None:
         parts = [task.placement.turned(part) for part in parts]
-    merged = task.mapping.from_hf_values(task.mapping.layout.merge(tuple(parts), dims))
+    merged = task.mapping.layout.merge(tuple(parts), dims)
+    merged = task.mapping.from_hf_values(merged if dtype is None else merged.to(dtype))
     shard = task.parameter.shard
     if shard is not None and not task.cuts_cleanly:
         merged = task.mapping.layout.cut(merged, shard.index, shard.count, dims)
     target = task.parameter.tensor
-    target[: merged.shape[0]].copy_(merged if dtype is None else merged.to(dtype))
+    target[: merged.shape[0]].copy_(merged)
     target[merged.shape[0] :].zero_()  # Megatron's padding of the vocabulary; empty for everything else.

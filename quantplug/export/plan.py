@@ -204,12 +204,14 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDi
     """Exact names of the modules with a matrix product that stay unquantized.
 
     A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
-    all of a layer or in none, they build one module and look up its name.
+    all of a layer or in none, they build one module and look up its name; as of some linears, which they merge.
     """
     multiplying = [task for task in tasks if task.mapping.role.multiplies]
     parts = [part for task in multiplying for part in task.all_outputs]
-    plain = [part.name for part in parts if part.format is None and part.placement is None]
+    plain = {part.name for part in parts if part.format is None and part.placement is None}
     names = {name.removesuffix(".weight") for name in (*plain, *family.tied)}
+    merged = (found for task in multiplying for found in task.mapping.merged_names(task.source.key, dims))
+    names |= {name for name, merged_parts in merged if plain.issuperset(merged_parts)}
     experts = {task.mapping.experts_module(task.source.key, dims) for task in multiplying if task.format is None}
     return tuple(sorted(names | {name for name in experts if name is not None}))
 

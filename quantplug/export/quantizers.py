@@ -16,7 +16,7 @@ _KEPT = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled where servers load high precision.",
     "Append a rule that disables them to quant_cfg, such as {'quantizer_name': '*output_layer*', 'enable': False}, "
-    "'*router*' or '*eh_proj*'.",
+    "'*router*', '*conv1d*' or '*eh_proj*'.",
 )
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,

@@ -8,17 +8,12 @@ import torch
 from quantplug.errors import MappingError, ShapeError, SourceError
 from quantplug.export.findings import Findings, Kind, nearest
 from quantplug.export.hf_source import TensorHeader
-from quantplug.mappings.base import Block, Family, ParamKey, WeightMapping
+from quantplug.mappings.base import Family, ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 
 _WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
 _UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
 _MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
-_NO_MTP = Kind(
-    MappingError,
-    "The config asks for layers of multi-token prediction, and the source has none (transformers does not save them).",
-    "Set num_nextn_predict_layers to 0 in config.json, or fetch the checkpoint that has these layers.",
-)
 _COPY_SHAPE = Kind(ShapeError, "Tensors that the source holds twice have two shapes.", _WHOLE_SOURCE)
 _DTYPE = Kind(
     SourceError,
@@ -46,20 +41,31 @@ def check_tensors(
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
         elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_carried:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
-    _check_mtp(table, known, tensors, findings)
+    _check_mtp(family, known, tensors, findings)
     _check_copies(copies, tensors, findings)
 
 
 def _check_mtp(
-    table: Mapping[str, WeightMapping],
+    family: Family,
     known: Mapping[str, ParamKey],
     tensors: Mapping[str, TensorHeader],
     findings: Findings,
 ) -> None:
     """Says the way out where the config promises multi-token prediction and the source has nothing of it."""
-    mtp = [name for name, key in known.items() if table[key.module].block is Block.MTP]
+    table = family.by_megatron()
+    mtp = [name for name, key in known.items() if table[key.module].block.is_mtp]
     if mtp and tensors.keys().isdisjoint(mtp):
-        findings.add(_NO_MTP, "num_nextn_predict_layers", f"asks for {len(mtp)} tensors, none of which is there")
+        kind = _no_mtp(family.mtp_setting)
+        findings.add(kind, family.mtp_setting, f"asks for {len(mtp)} tensors, none of which is there")
+
+
+def _no_mtp(setting: str) -> Kind:
+    return Kind(
+        MappingError,
+        "The config asks for layers of multi-token prediction, and the source has none (transformers does not save "
+        "them).",
+        f"Set {setting} to 0 in config.json, or fetch the checkpoint that has these layers.",
+    )
 
 
 def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, TensorHeader], findings: Findings) -> None:

@@ -19,7 +19,7 @@ from quantplug.mappings.amax_rows import (
     Operand,
     merge_amaxes,
 )
-from quantplug.mappings.base import Block, Role, Scope
+from quantplug.mappings.base import Block, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import Layout
 
 __all__ = [
@@ -180,6 +180,7 @@ class _Target:
         if mapping.scope is Scope.EXPERT:
             return self._experts(mapping)
         kind = AmaxMapping if len(mapping.hf) == 1 else AmaxFanoutMapping
+        kept = mapping.kept if isinstance(mapping, WeightMapping) else ()
         return kind(
             megatron=tuple(map(self._of_module, mapping.megatron)),
             hf=tuple(map(self._of_module, mapping.hf)),
@@ -187,6 +188,7 @@ class _Target:
             layout=mapping.layout,
             block=mapping.block,
             operand=self.operand,
+            kept=tuple(map(self._of_module, kept)),
         )
 
     def _experts(self, mapping: WeightRow) -> MoeAmaxFanoutMapping:

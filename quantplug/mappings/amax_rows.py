@@ -57,13 +57,18 @@ class AmaxMapping(WeightMapping):
         """Every Megatron name that this row reads and writes."""
         return self.megatron
 
+    def quantized_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
+        """The Hugging Face names of those parts that are not kept in high precision."""
+        names = zip(self.hf, self.hf_names(key, dims), strict=True)
+        return tuple(name for pattern, name in names if pattern not in self.kept)
+
     def spread(self, key: ParamKey, experts: Iterable[int]) -> tuple[ParamKey, ...]:
         """The quantizers that one name of this row stands for: one, but where experts share it."""
         return (key,)
 
     def members(self, keys: Iterable[ParamKey], dims: ModelDimensions) -> dict[str, int | None]:
         """The Hugging Face names that these quantizers stand for, each with the expert it is of."""
-        return {name: key.expert for key in keys for name in self.hf_names(key, dims)}
+        return {name: key.expert for key in keys for name in self.quantized_names(key, dims)}
 
     def to_hf(self, key: ParamKey, amax: torch.Tensor, dims: ModelDimensions) -> dict[str, torch.Tensor]:
         """The amax of every Hugging Face quantizer that one Megatron quantizer stands for, each a tensor of its own.
@@ -71,10 +76,11 @@ class AmaxMapping(WeightMapping):
         Raises:
             UnsupportedQuantizationError: The amax has many values, and they cannot be told apart by part.
         """
-        names = self.hf_names(key, dims)
+        names = self.quantized_names(key, dims)
         if is_per_tensor(amax) or self.operand is Operand.ACTIVATION:
             return {name: amax.clone() for name in names}
-        return {name: part.clone() for name, part in zip(names, self._split(key.name, amax, dims), strict=True)}
+        parts = dict(zip(self.hf_names(key, dims), self._split(key.name, amax, dims), strict=True))
+        return {name: parts[name].clone() for name in names}
 
     def to_megatron(self, key: ParamKey, amaxes: Mapping[str, torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
         """The amax of the Megatron quantizer: the largest of those it stands for.
@@ -83,7 +89,7 @@ class AmaxMapping(WeightMapping):
             MappingError: Some of them are missing.
             UnsupportedQuantizationError: They have many values, and these cannot be put together.
         """
-        names = self.hf_names(key, dims)
+        names = self.quantized_names(key, dims)
         raise_missing([Offender(name, "is missing", key.expert) for name in names if name not in amaxes])
         parts = tuple(amaxes[name] for name in names)
         if all(map(is_per_tensor, parts)):
@@ -92,6 +98,8 @@ class AmaxMapping(WeightMapping):
             if len({part.shape for part in parts}) > 1:
                 raise _inseparable(key.name, parts[0], "others have another")
             return largest(parts)
+        if self.kept:
+            raise _inseparable(key.name, parts[0], "parts of its weight that are not quantized have none")
         return self._merge(key.name, parts, dims)
 
     def layer_to_hf(self, amaxes: Mapping[ParamKey, torch.Tensor], dims: ModelDimensions) -> dict[str, torch.Tensor]:

@@ -59,6 +59,7 @@ class Scope(Enum):
     DENSE_LAYER = "dense layer"
     MOE_LAYER = "MoE layer"
     EXPERT = "expert"
+    MTP = "all layers of multi-token prediction together"
 
 
 class Block(Enum):
@@ -66,6 +67,12 @@ class Block(Enum):
 
     DECODER = "decoder"
     MTP = "multi-token prediction, whose layers Hugging Face counts on after the decoder's"
+    MTP_APART = "multi-token prediction, whose layers Hugging Face counts from 0"
+
+    @property
+    def is_mtp(self) -> bool:
+        """Whether its layers are of multi-token prediction."""
+        return self is not Block.DECODER
 
 
 class Role(Enum):
@@ -132,6 +139,19 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """A module that servers make of several linears on disk, and look up in exclude lists by its own name.
+
+    Attributes:
+        name: Pattern of its name.
+        parts: Patterns of the tensors that it is made of.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class WeightMapping:
     """One row of a family's table.
 
@@ -149,6 +169,7 @@ class WeightMapping:
         option: Only models with this option have the row; None for all.
         least_bits: Bits in which every server reads a linear that is quantized.
         kept: Those of `hf` that stay in high precision also where the weight is quantized: servers load them so.
+        merged: What servers make of several of `hf`, where an exclude list must name it beside these.
         offset: What Hugging Face's values are more than Megatron's: 1 where Megatron's norm is zero-centred, and
             multiplies with 1 + weight, and Hugging Face's is not.
     """
@@ -165,6 +186,7 @@ class WeightMapping:
     option: Option | None = None
     least_bits: int = 4
     kept: tuple[str, ...] = ()
+    merged: tuple[Merged, ...] = ()
     offset: float = 0.0
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
@@ -178,6 +200,8 @@ class WeightMapping:
 
     def _layers(self, dims: ModelDimensions) -> Sequence[int]:
         """The layers of its block that have it, counted from 0 in the block."""
+        if self.scope is Scope.MTP:
+            return range(min(dims.mtp_layers, 1))
         in_decoder = self._decoder_layers(dims)
         if self.block is Block.DECODER:
             return in_decoder
@@ -218,11 +242,18 @@ class WeightMapping:
             scale_group=None if self.scale_group is None else rename(self.scale_group),
             copies=tuple(map(rename, self.copies)),
             kept=tuple(map(rename, self.kept)),
+            merged=tuple(Merged(rename(it.name), tuple(map(rename, it.parts))) for it in self.merged),
         )
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement | None:
         """Where the parts lie in tensors that hold all experts of a layer; None where they are tensors themselves."""
         return None
+
+    def merged_names(self, key: ParamKey, dims: ModelDimensions) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Every module that servers make of several parts, with the names of these."""
+        layer = self._hf_layer(key, dims)
+        for module in self.merged:
+            yield fill(module.name, layer, key.expert), tuple(fill(part, layer, key.expert) for part in module.parts)
 
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
         """Name of its scale group; None if it is alone."""
@@ -314,12 +345,14 @@ class Family:
         name: Short name for tables and messages.
         architectures: Values of `architectures` in config.json that it serves.
         mappings: The table.
-        dimensions: Reads `ModelDimensions` from the config as a dict.
+        dimensions: Reads `ModelDimensions` from the config as a dict; raises UnsupportedModelError naming settings that
+            no sizes can be read from.
         megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert.
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
         sizes: What `dimensions` reads beside the sizes of any decoder. A config of unknown origin is held against it
             before `dimensions` sees it.
         nested: Key of config.json under which those sizes are; None where they are at the top.
+        mtp_setting: The setting of config.json that says how many layers of multi-token prediction there are.
         carried: Beginnings of names of tensors that are no part of Megatron's model, such as those of a vision model:
             they go from the source into what is written as they are.
         forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
@@ -333,6 +366,7 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[SizeSetting, ...] = ()
     nested: str | None = None
+    mtp_setting: str = "num_nextn_predict_layers"
     carried: tuple[str, ...] = ()
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
 

@@ -28,9 +28,10 @@ def problems(family: Family) -> Iterator[Offender]:
 
 def _wrong_stars(row: WeightMapping) -> Iterator[Offender]:
     needed = _STARS[row.scope]
-    in_hf = needed - 1 if isinstance(row, FusedExpertMapping) else needed
+    # One tensor holds all experts of a layer, or is the same for all layers of multi-token prediction.
+    in_hf = needed - 1 if isinstance(row, FusedExpertMapping) or row.scope is Scope.MTP else needed
     expected = [(name, needed) for name in row.megatron]
-    expected += [(name, in_hf) for name in row.hf]
+    expected += [(name, in_hf) for name in (*row.hf, *(module.name for module in row.merged))]
     expected += [(name, 1) for name in row.copies]
     for name, stars in expected:
         if name.count("*") != stars:

@@ -20,6 +20,7 @@ class Option(Enum):
     QUERY_DIRECT = "queries of multi-latent attention without one"
     QK_NORM = "norms on queries and keys"
     QKV_BIAS = "biases of queries, keys and values"
+    QUERY_GATE = "gates of what attention gives, in the projection of the queries"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,35 @@ class LatentSizes:
     key_value_rank: int
     rotary_dim: int
     value_dim: int
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """The sizes of gated delta nets (https://arxiv.org/abs/2412.06464).
+
+    Attributes:
+        key_heads: Heads of queries, and of keys.
+        value_heads: Heads of values, a multiple of `key_heads`.
+        key_dim: Entries of a head of queries and keys.
+        value_dim: Entries of a head of values.
+        kernel: Taps of the convolution.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def key_rows(self) -> int:
+        """Rows of all queries, and of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_rows(self) -> int:
+        """Rows of all values."""
+        return self.value_heads * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -70,6 +100,7 @@ class ModelDimensions:
         mtp_layers: Layers of multi-token prediction.
         latent: Sizes of multi-latent attention, `head_dim` then being that of queries and keys; None without it.
         hybrid: Which layers have what; None where all have attention and a feed-forward network.
+        delta: Sizes of gated delta nets; None without them.
         options: What the config switches on.
     """
 
@@ -87,6 +118,7 @@ class ModelDimensions:
     mtp_layers: int = 0
     latent: LatentSizes | None = None
     hybrid: HybridLayers | None = None
+    delta: DeltaSizes | None = None
     options: frozenset[Option] = frozenset()
 
     @property

@@ -15,6 +15,12 @@ from torch.nn import functional
 from quantplug.errors import Offender, TopologyError
 from quantplug.mappings.base import Activation, MegatronConfig
 from quantplug.megatron import cpu
+from quantplug.megatron.delta_net import (
+    block_with_delta_nets,
+    has_delta_nets,
+    weights_in_fp32,
+    with_zero_centred_norms,
+)
 from quantplug.megatron.latent_attention import use_local_core
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.unit_norm import add_unit_norms
@@ -84,9 +90,13 @@ def build_gpt_model(
         config = kind(**transformer)
         for name, value in family_config.yarn.items():  # No fields of it, but GPTModel reads them there.
             setattr(config, name, value)
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
-        )
+        with_delta_nets = has_delta_nets(config)
+        if with_delta_nets:
+            block = block_with_delta_nets(config, use_transformer_engine=with_te, vp_stage=virtual_stage)
+        else:
+            block = get_gpt_decoder_block_spec(
+                config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
+            )
         if is_latent and not with_te:
             use_local_core(block)
         if family_config.unit_norm_layers:
@@ -97,12 +107,15 @@ def build_gpt_model(
         mtp = None
         if model["post_process"]:
             mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
+        if mtp is not None and with_delta_nets and not with_te:
+            mtp = with_zero_centred_norms(mtp)
         built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **model)
     if family_config.rope_scaling:
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **family_config.rope_scaling)
+    wide = set(weights_in_fp32(built))
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
-        parameter.data = parameter.data.to(dtype).zero_()
+        parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype).zero_()
     return built
 
 
@@ -137,6 +150,8 @@ def check_divisible(
         ("num_moe_experts", topology.ep, "EP ranks"),
         ("moe_ffn_hidden_size", topology.etp, "ETP ranks"),
         ("moe_shared_expert_intermediate_size", topology.tp, "TP ranks"),
+        ("linear_num_key_heads", topology.tp, "TP ranks"),
+        ("linear_num_value_heads", topology.tp, "TP ranks"),
     ]
     if layer_spec is LayerSpec.LOCAL:  # With Transformer Engine every rank has the down projections whole.
         divisions += [("q_lora_rank", topology.tp, "TP ranks"), ("kv_lora_rank", topology.tp, "TP ranks")]

@@ -9,9 +9,11 @@ The answers are process-wide while they are on: enter them from one thread at a 
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core.ssm import gated_delta_net
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 
@@ -30,6 +32,8 @@ def construction() -> AbstractContextManager[None]:
         (torch.Tensor, "cuda", _stay),
         # TE's attention makes its sinks (softmax_offset) on "cuda" by name.
         (torch, "zeros", _on_cpu(torch.zeros)),
+        # Gated delta nets refuse to be built without FLA, whose kernels only a forward needs.
+        (gated_delta_net, "HAVE_FLA", True),
     )
 
 
@@ -41,8 +45,20 @@ def checkpointing() -> AbstractContextManager[None]:
     )
 
 
-def local_forward() -> AbstractContextManager[None]:
-    """On while a model of the local layer spec runs on CPU (with `moe_token_dispatcher_type="allgather"`)."""
+@contextmanager
+def local_forward() -> Iterator[None]:
+    """On while a model of the local layer spec runs on CPU (with `moe_token_dispatcher_type="allgather"`).
+
+    What Megatron has torch compile runs as it is written: compiling it takes half a minute, and a compiler.
+    """
+    with ExitStack() as stack:
+        if not has_cuda():
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_answers_in_a_forward())
+        yield
+
+
+def _answers_in_a_forward() -> AbstractContextManager[None]:
     return _answers(
         (torch.cuda, "current_device", _cpu_device),
         # Dropout in tensor-parallel regions forks the CUDA generator; a CPU forward has none to fork.
@@ -51,6 +67,8 @@ def local_forward() -> AbstractContextManager[None]:
         (moe_utils, "te_general_gemm", None),
         # The mask of a sliding window is made on "cuda" by name.
         (torch, "ones", _on_cpu(torch.ones)),
+        # FLA's, which a gated delta net calls in deterministic mode too.
+        (gated_delta_net, "l2norm", _unit_length),
     )
 
 
@@ -80,11 +98,19 @@ def _no_fork(tracker: CudaRNGStatesTracker, name: str = "") -> AbstractContextMa
     return nullcontext()
 
 
+def _unit_length(x: torch.Tensor) -> torch.Tensor:
+    """Stands for FLA's `l2norm` over the last axis, whose default of eps is 1e-6."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
 @contextmanager
-def _answers(*replacements: tuple[object, str, Callable[..., Any] | None]) -> Iterator[None]:
+def _answers(*replacements: tuple[ModuleType | type, str, object]) -> Iterator[None]:
     with ExitStack() as stack:
         if not has_cuda():
             for owner, name, answer in replacements:
-                stack.callback(setattr, owner, name, getattr(owner, name))
+                if name in vars(owner):
+                    stack.callback(setattr, owner, name, getattr(owner, name))
+                else:  # What an import that failed would have brought.
+                    stack.callback(delattr, owner, name)
                 setattr(owner, name, answer)
         yield

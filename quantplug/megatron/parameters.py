@@ -24,6 +24,7 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -47,11 +48,13 @@ _COLUMN_PARALLEL = (
     TEColumnParallelGroupedLinear,
 )
 _ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLinear)
+# A gated delta net's convolution has a kernel for each channel, and the net itself two values for each head.
+_CUT_BY_CHANNEL = (torch.nn.Conv1d, GatedDeltaNet)
 _ATTENTION_CORES = (DotProductAttention, TEDotProductAttention)  # Their one weight has an entry for each head.
 # Layers of the decoder, and of multi-token prediction, where a decoder's layer is one module of several.
 _LAYERS = (TransformerLayer, MultiTokenPredictionLayer)
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
-_LEAVES = (*_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
+_LEAVES = (torch.nn.Conv1d, *_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
 # Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
 _WHOLE_IN_COLUMN_PARALLEL = frozenset({"layer_norm_weight", "layer_norm_bias"})
 _WHOLE_IN_ROW_PARALLEL = frozenset({"bias"})
@@ -182,7 +185,7 @@ def _shard(module: torch.nn.Module, name: str, place: _Place, topology: Parallel
         dim = 0
     elif isinstance(module, _ROW_PARALLEL) and name not in _WHOLE_IN_ROW_PARALLEL:
         dim = 1
-    elif isinstance(module, _ATTENTION_CORES):
+    elif isinstance(module, (*_ATTENTION_CORES, *_CUT_BY_CHANNEL)):
         dim = 0
     else:
         return None

@@ -2,8 +2,8 @@
 
 ModelOpt 0.47 takes any amax that a tensor parallel rank has as a shard of the whole weight's, in rank order. That is so
 for a per-tensor amax (it is reduced over the ranks), and for one of blocks or channels where every shard holds whole
-blocks. It is not where a block straddles two shards, nor in a gated MLP's first layer: there each rank has gate rows
-above up rows.
+blocks. It is not where a block straddles two shards, nor in a gated MLP's first layer and the projection of a gated
+delta net: there each rank has rows of every part, one above the other.
 
 ModelOpt 0.47 also takes the whole world for the data parallel group of a linear layer that tensor parallelism leaves
 whole (TELinear): its amax would be reduced over pipeline stages, which hold other layers.
@@ -55,7 +55,8 @@ class RefusesWrongShards(QuantModule):
 
         Raises:
             ShapeError: Scale blocks straddle tensor parallel shards.
-            UnsupportedQuantizationError: The amax is of gate and up rows, or of a shape whose shards we cannot place.
+            UnsupportedQuantizationError: The amax is of rows of several parts, or of a shape whose shards we cannot
+                place.
         """
         size = self.parallel_state.tensor_parallel_group.world_size()
         if size > 1:
@@ -63,14 +64,17 @@ class RefusesWrongShards(QuantModule):
                 if leaf.is_enabled and leaf.amax is not None:
                     name = f"{prefix}weight_quantizer._amax"
                     axis = shard_axis(name, leaf, leaf.amax, self.weight, self.shard_dim, size)
-                    self._refuse_gate_and_up(name, axis)
+                    self._refuse_parts(name, axis)
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
-    def _refuse_gate_and_up(self, name: str, axis: int | None) -> None:
-        if axis == 0 and self.config.gated_linear_unit and ".linear_fc1." in f".{name}":
+    def _refuse_parts(self, name: str, axis: int | None) -> None:
+        parts = {".linear_fc1.": "gate rows above its up rows"} if self.config.gated_linear_unit else {}
+        parts[".in_proj."] = "rows of queries, keys, values and gates, one part above the other"
+        found = [rows for linear, rows in parts.items() if linear in f".{name}"]
+        if axis == 0 and found:
             raise UnsupportedQuantizationError(
-                "The scales of a gated MLP's first layer have no place in a checkpoint of any tensor parallel size.",
-                [Offender(name, "has this rank's gate rows above its up rows")],
+                "The scales of a linear of several parts have no place in a checkpoint of any tensor parallel size.",
+                [Offender(name, f"has this rank's {found[0]}")],
                 "Use a per-tensor format, or no tensor parallelism.",
             )
 

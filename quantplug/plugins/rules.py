@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuanti
 from torch import nn
 
 from quantplug.errors import MappingError, Offender
-from quantplug.mappings.base import Block, Family, Role
+from quantplug.mappings.base import Family, Role
 from quantplug.mappings.layouts import ModelDimensions
 
 # What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
@@ -51,7 +51,7 @@ def with_mtp_quantized(quant_cfg: Sequence[Mapping[str, Any]], family: Family, d
 
     As it is where the model has none. Else without ModelOpt's rule that leaves them out, and with `rules_for_kept`.
     """
-    if not any(row.block is Block.MTP and any(True for _ in row.keys(dims)) for row in family.mappings):
+    if not any(row.block.is_mtp and any(True for _ in row.keys(dims)) for row in family.mappings):
         return list(quant_cfg)
     return [*(rule for rule in quant_cfg if rule["quantizer_name"] != MTP_OFF), *rules_for_kept(family, dims)]
 

@@ -36,10 +36,16 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -93,6 +99,22 @@ VISION: Mapping[str, Any] = {
     "num_heads": 4,
     "intermediate_size": 72,
     "out_hidden_size": DECODER["hidden_size"],
+}
+# Heads of values twice those of keys, and of another size; the third layer of four has attention, and the last.
+DELTA: Mapping[str, Any] = {
+    **{name: value for name, value in DECODER.items() if name != "num_hidden_layers"},
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+GATED_EXPERTS: Mapping[str, Any] = {
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 288,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -159,6 +181,27 @@ def mtp_copies(config: PreTrainedConfig) -> dict[str, str]:
     }
 
 
+def own_mtp_layer(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
+    """The same of families whose layer of multi-token prediction has a name of its own."""
+    hidden = config.hidden_size
+    deeper = type(config)(
+        **{
+            **config.to_dict(),
+            "num_hidden_layers": config.num_hidden_layers + 1,
+            "layer_types": [*config.layer_types, "full_attention"],
+        }
+    )
+    with TemporaryDirectory() as directory:
+        model(deeper).save_pretrained(directory)
+        saved = load_file(Path(directory) / "model.safetensors")
+    last = f"model.layers.{config.num_hidden_layers}."
+    layer = {f"mtp.layers.0.{name.removeprefix(last)}": saved[name] for name in saved if name.startswith(last)}
+    norms = {
+        f"mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
+    return {**layer, **norms, "mtp.fc.weight": torch.empty(hidden, 2 * hidden)}
+
+
 @dataclass(frozen=True)
 class Case:
     """How the tiny checkpoint of a family is made.
@@ -217,6 +260,23 @@ CASES: dict[str, Case] = {
             norm_topk_prob=True,
             mlp_only_layers=[1],
         ),
+    ),
+    "qwen3_next": Case(Qwen3NextForCausalLM, Qwen3NextConfig(**DELTA, **GATED_EXPERTS, mlp_only_layers=[1])),
+    "qwen3_next_mtp": Case(
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig(**DELTA, **GATED_EXPERTS, norm_topk_prob=False, num_nextn_predict_layers=1),
+        own_mtp_layer,
+    ),
+    "qwen3_5": Case(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True)),
+    "qwen3_5_mtp": Case(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**DELTA, mtp_num_hidden_layers=1), own_mtp_layer),
+    "qwen3_5_moe": Case(
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig(
+            **{name: value for name, value in DELTA.items() if name != "intermediate_size"},
+            **GATED_EXPERTS,
+            mtp_num_hidden_layers=1,
+        ),
+        own_mtp_layer,
     ),
     # The first and third layer see 3 tokens, fewer than the tests' sequences have.
     "gpt_oss": Case(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.ssm import gated_delta_net
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from transformer_engine.pytorch import Linear
@@ -19,6 +20,8 @@ def answered_for() -> tuple[object, ...]:
         torch.cuda.synchronize,
         CudaRNGStatesTracker.fork,
         moe_utils.te_general_gemm,
+        gated_delta_net.HAVE_FLA,
+        vars(gated_delta_net).get("l2norm"),
     )
 
 
@@ -79,3 +82,13 @@ def test_checkpointing_answers_synchronize():
 def test_local_forward_forks_no_generator():
     with cpu.local_forward(), CudaRNGStatesTracker().fork("unknown state"):
         assert moe_utils.te_general_gemm is None
+
+
+@without_gpu
+def test_local_forward_has_flas_norm_and_compiles_nothing():
+    rows = torch.randn(5, 16, dtype=torch.float64)
+    with cpu.local_forward():
+        unit = gated_delta_net.l2norm(rows)
+        unchanged = torch.compile(lambda x: torch.compiler.is_compiling())(rows)
+    torch.testing.assert_close(unit, rows / (rows.norm(dim=-1, keepdim=True).square() + 1e-6).sqrt())
+    assert unchanged is False

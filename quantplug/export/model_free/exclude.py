@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.export.base import WholeWeight
 from quantplug.export.findings import Findings, Kind, nearest
-from quantplug.mappings.base import Block, Family, ParamKey, Role, WeightMapping
+from quantplug.mappings.base import Family, ParamKey, Role, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
 
 _UNMATCHED = Kind(
@@ -54,7 +54,7 @@ def chosen_weights(
         parts = list(_spellings(mapping, weight.key, dims))
         matches = [any(_matches(pattern, names) for pattern in exclude) for names in parts]
         seen.update(*parts)
-        is_kept = mapping.least_bits > bits or (mapping.block is Block.MTP and not quantize_mtp)
+        is_kept = mapping.least_bits > bits or (mapping.block.is_mtp and not quantize_mtp)
         if mapping.role is Role.LINEAR and not is_kept:
             packed = [part for part, name in enumerate(mapping.hf) if name not in mapping.kept]
             chosen[weight.key] = not all(matches[part] for part in packed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quantplug.errors import UnsupportedModelError
@@ -9,7 +10,7 @@ from quantplug.export.verify.checkpoint import Checkpoint
 from quantplug.export.verify.checks import Check
 from quantplug.export.verify.report import Finding, error
 from quantplug.export.verify.untrusted import Json, as_count, as_object, as_texts
-from quantplug.mappings.base import Family, Scope, SizeSetting
+from quantplug.mappings.base import Block, Family, Scope, SizeSetting
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import in_form
@@ -37,6 +38,21 @@ class KnownArchitecture:
     family: Family
     dims: ModelDimensions
 
+    @property
+    def numbered_mtp(self) -> range:
+        """Numbers of the layers of multi-token prediction, where they are counted on after the decoder's."""
+        counted_on = any(row.block is Block.MTP for row in self.family.mappings)
+        first = self.dims.num_layers
+        return range(first, first + (self.dims.mtp_layers if counted_on else 0))
+
+    def carries(self, tensor: str) -> bool:
+        """Whether a tensor is none of the table's, and goes into an export as it is."""
+        return tensor.startswith(self.family.carried) and tensor not in self._rows
+
+    @cached_property
+    def _rows(self) -> frozenset[str]:
+        return frozenset(name for names, _ in self.family.expected(self.dims) for name in names)
+
 
 def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None, list[Finding]]:
     """What a checkpoint's config asks for; None where we have no table, or it gives no sizes, which is then found."""
@@ -46,7 +62,11 @@ def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None
         return None, []
     if unusable := list(_unusable(config, family)):
         return None, unusable
-    dims = family.dimensions(config)
+    try:
+        dims = family.dimensions(config)
+    except UnsupportedModelError as problem:
+        place = _place(family)
+        return None, [error(Check.ARCHITECTURE, f"{place} {it.parameter}", it.reason) for it in problem.offenders]
     if (dims.num_layers + dims.mtp_layers) * max(1, dims.num_experts) > _MOST_UNITS:
         message = f"more than {_MOST_UNITS} layers or experts"
         return None, [error(Check.ARCHITECTURE, "config.json num_hidden_layers", message)]
@@ -64,11 +84,17 @@ def table_of(config: Json) -> Family | None:
         return None
 
 
+def _place(family: Family) -> str:
+    """Where the settings of its sizes are."""
+    return "config.json" if family.nested is None else f"config.json {family.nested}"
+
+
 def _unusable(config: Json, family: Family) -> Iterator[Finding]:
     """Settings that no sizes can be read from."""
     settings = config if family.nested is None else as_object(config.get(family.nested))
-    place = "config.json" if family.nested is None else f"config.json {family.nested}"
-    for size in (*_DECODER_SIZES, *family.sizes):
+    place = _place(family)
+    # What the family says of one of the decoder's sizes goes before.
+    for size in {size.names: size for size in (*_DECODER_SIZES, *family.sizes)}.values():
         key = next((name for name in size.names if settings.get(name) is not None), size.names[0])
         count = as_count(settings.get(key))
         may_be_none = size.nullable if key in settings else size.optional
@@ -81,7 +107,7 @@ def _unusable(config: Json, family: Family) -> Iterator[Finding]:
     for key in _LAYER_LISTS if mixture else ():
         if not _is_list_of_layers(settings, key):
             yield error(Check.ARCHITECTURE, f"{place} {key}", "is not a list of layer numbers")
-    for key in ("num_hidden_layers", "num_nextn_predict_layers"):
+    for key in ("num_hidden_layers", family.mtp_setting):
         if (as_count(settings.get(key)) or 0) > _MOST_UNITS:
             yield error(Check.ARCHITECTURE, f"{place} {key}", f"more than {_MOST_UNITS} layers or experts")
 

@@ -145,6 +145,13 @@ class Inventory:
     def fused_groups(self) -> tuple[names.FusedGroup, ...]:
         return tuple(names.fused_groups(self.modules))
 
+    @cached_property
+    def merged_plain(self) -> frozenset[str]:
+        """What servers make of modules that are all excluded; they may look it up by its own name."""
+        return frozenset(
+            group.fused for group in self.fused_groups if all(self.modules[member].excluded for member in group.members)
+        )
+
     def routers(self) -> Iterator[Module]:
         """Gates that stand beside experts."""
         for experts in self.expert_groups:

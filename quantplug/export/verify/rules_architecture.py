@@ -13,7 +13,7 @@ from quantplug.export.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES
 from quantplug.export.verify.modules import Inventory, Module
 from quantplug.export.verify.report import Finding, error
 from quantplug.export.verify.shapes import Shape, expected_shape, fits
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.base import Block
 
 _WEIGHTS = ("weight", "weight_packed")
 
@@ -23,17 +23,15 @@ class Architecture:
     """What config.json asks for.
 
     Attributes:
+        known: The architecture. Names with one of its `carried` beginnings may be there beside.
         modules: All modules that have a weight, each with the suffixes of its tensors, such as `weight` and `bias`, in
             a module's spelling (see `fused.py`).
         copies: Further modules that may be there, and hold the same as others.
-        carried: Beginnings of the names of tensors beside, of which we have no table.
     """
 
-    name: str
-    dims: ModelDimensions
+    known: KnownArchitecture
     modules: Mapping[str, frozenset[str]]
     copies: Mapping[str, frozenset[str]]
-    carried: tuple[str, ...]
 
 
 def architecture(inventory: Inventory) -> Iterator[Finding]:
@@ -42,9 +40,8 @@ def architecture(inventory: Inventory) -> Iterator[Finding]:
     if known is None or not inventory.modules:
         return
     copies = known.family.copies(known.dims)
-    found = Architecture(
-        known.name, known.dims, _by_module(_required(inventory, known)), _by_module(copies), known.family.carried
-    )
+    modules = _by_module(_required(inventory, known))
+    found = Architecture(known, modules, _by_module(copies))
     yield from _missing(inventory, found)
     yield from _extra(inventory, found)
     yield from _misshapen(inventory, found)
@@ -77,10 +74,11 @@ def _has_weight(module: Module | None) -> bool:
 
 def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
     layers = {names.layer(module) for module in inventory.modules}
+    lost = _lost_mtp(inventory, found)
     missing: dict[str, list[str]] = {}
     for name, suffixes in sorted(found.modules.items()):
         layer = names.layer(name)
-        if layer is not None and layer not in layers:
+        if name in lost or (layer is not None and layer not in layers):
             continue
         module = inventory.modules.get(name)
         absent = {suffix for suffix in suffixes - {"weight"} if module is None or suffix not in module.tensors}
@@ -89,12 +87,24 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         for suffix in sorted(absent):
             missing.setdefault(f"{names.kind(name)}.{suffix}", []).append(f"{name}.{suffix}")
     for absent_alike in missing.values():
-        message = f"missing: {found.name} has it{_others(absent_alike)}"
+        message = f"missing: {found.known.name} has it{_others(absent_alike)}"
         yield error(Check.ARCHITECTURE, absent_alike[0], message)
-    for layer_id in range(found.dims.num_layers, found.dims.num_layers + found.dims.mtp_layers):
+    message = f"missing: {found.known.family.mtp_setting} is {found.known.dims.mtp_layers} in config.json"
+    if lost:
+        yield error(Check.ARCHITECTURE, min(lost), f"{message}{_others(sorted(lost))}")
+    for layer_id in found.known.numbered_mtp:
         if layer_id not in {number for _, number in filter(None, layers)}:
-            message = f"missing: num_nextn_predict_layers is {found.dims.mtp_layers} in config.json"
             yield error(Check.ARCHITECTURE, f"model.layers.{layer_id}", message)
+
+
+def _lost_mtp(inventory: Inventory, found: Architecture) -> frozenset[str]:
+    """The modules of multi-token prediction with names of their own, where none of them is there."""
+    rows = (row for row in found.known.family.mappings if row.block is Block.MTP_APART)
+    tensors = (
+        name for row in rows for key in row.keys(found.known.dims) for name in row.hf_names(key, found.known.dims)
+    )
+    modules = frozenset(names.split(tensor)[0] for tensor in tensors)
+    return modules if modules.isdisjoint(inventory.modules) else frozenset()
 
 
 def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> bool:
@@ -110,7 +120,7 @@ def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> boo
     router = inventory.modules.get(f"{expert.experts.removesuffix('.experts')}.gate")
     fused = any(module.startswith(expert.experts) for module in inventory.modules)
     matrix = router.plain_matrix if router is not None else None
-    return fused or (matrix is not None and matrix.shape[0] == found.dims.num_experts)
+    return fused or (matrix is not None and matrix.shape[0] == found.known.dims.num_experts)
 
 
 def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
@@ -119,22 +129,22 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         known.add("bias")
     extra: dict[str, list[str]] = {}
     for module in inventory.modules.values():
-        if f"{module.name}.".startswith(found.carried):
-            continue
         own = found.modules.get(module.name) or found.copies.get(module.name)
+        if own is None and f"{module.name}.".startswith(found.known.family.carried):
+            continue
         strange = module.tensors.keys() - known - own if own is not None else module.tensors.keys()
-        if strange and not _beyond(module.name, found.dims) and not module.name.endswith(".experts"):
+        if strange and not _beyond(module.name, found) and not module.name.endswith(".experts"):
             extra.setdefault(names.kind(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
     for strangers in extra.values():
-        message = f"no weight of {found.name}: readers drop it, or stop{_others(strangers)}"
+        message = f"no weight of {found.known.name}: readers drop it, or stop{_others(strangers)}"
         yield error(Check.ARCHITECTURE, strangers[0].removeprefix("."), message)
 
 
-def _beyond(name: str, dims: ModelDimensions) -> bool:
+def _beyond(name: str, found: Architecture) -> bool:
     """In a layer, or of an expert, past the config's number, which the rules on layers and experts tell."""
     layer, expert = names.layer(name), names.expert(name)
-    past_layers = layer is not None and layer[1] >= dims.num_layers + dims.mtp_layers
-    return past_layers or (expert is not None and expert.id >= dims.num_experts)
+    past_layers = layer is not None and layer[1] >= found.known.numbered_mtp.stop
+    return past_layers or (expert is not None and expert.id >= found.known.dims.num_experts)
 
 
 def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
@@ -145,7 +155,7 @@ def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
             continue
         for suffix in sorted(suffixes):
             kind, shape = names.kind(f"{name}.{suffix}"), _shape(module, suffix)
-            wanted = expected_shape(kind, found.dims)
+            wanted = expected_shape(kind, found.known.dims)
             if shape is None or wanted is None:
                 continue
             wanted = module.stored_shape(wanted)

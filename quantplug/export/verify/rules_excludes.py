@@ -20,7 +20,7 @@ def patterns(inventory: Inventory) -> Iterator[Finding]:
     """Each pattern names something, and no more than it seems to."""
     tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
     modules = [*inventory.served, *(["lm_head"] if tied else [])]  # ModelOpt excludes a head that is not on disk
-    known, listed = with_parents(modules), inventory.scheme.excludes
+    known, listed = with_parents(modules) | inventory.merged_plain, inventory.scheme.excludes
     for pattern in listed.patterns:
         if pattern.startswith("re:") and inventory.scheme.method != "compressed-tensors":
             yield error(Check.EXCLUDE_PATTERN, pattern, "vLLM and SGLang ignore re: patterns; write the names")
@@ -42,10 +42,10 @@ def _wildcard(inventory: Inventory, pattern: str) -> Iterator[Finding]:
 
 
 def _plain_name(inventory: Inventory, pattern: str) -> Iterator[Finding]:
-    if pattern not in inventory.served and pattern != "lm_head":
+    if pattern not in inventory.served and pattern not in inventory.merged_plain and pattern != "lm_head":
         message = f"names a parent: TensorRT-LLM and SGLang want the whole name, write {pattern}.*"
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
-    merged = (group.fused for group in inventory.fused_groups)
+    merged = (group.fused for group in inventory.fused_groups if group.fused not in inventory.merged_plain)
     swallowed = [name for name in merged if pattern in name and not name.startswith(f"{pattern}.")]
     if swallowed:
         message = f"is part of the name {_listed(swallowed)}, which vLLM then leaves unquantized too"

@@ -87,7 +87,8 @@ def layers(inventory: Inventory) -> Iterator[Finding]:
     if count is None and stacks:
         yield warning(Check.LAYERS, "config.json", "has no num_hidden_layers to hold the layers against")
     if count is not None and inventory.modules:
-        drafts = _configured(inventory, "num_nextn_predict_layers") or 0
+        known = inventory.known
+        drafts = len(known.numbered_mtp) if known else _configured(inventory, "num_nextn_predict_layers") or 0
         yield from _missing_layers(stacks or {"model.layers": set()}, count, drafts)
     yield from _head(inventory)
 

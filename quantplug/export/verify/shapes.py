@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Mapping
 
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.export.verify.delta_shapes import DELTA_SHAPES
+from quantplug.mappings.layouts import ModelDimensions, Option
 
 Shape = tuple[int | None, ...]  # None: not said by the config
 
 
 def expected_shape(kind: str, dims: ModelDimensions) -> Shape | None:
     """The shape of a tensor of this kind, such as `self_attn.q_proj.weight`; None where the config does not say."""
-    wanted = _SHAPES.get(kind.removesuffix(".weight").removesuffix(".bias"))
+    name = kind.removesuffix(".weight").removesuffix(".bias")
+    if dims.delta is not None and name in DELTA_SHAPES:
+        return DELTA_SHAPES[name](dims.delta, dims.hidden_size)
+    wanted = _SHAPES.get(name)
     if wanted is None:
         return None
     return wanted(dims)[:1] if kind.endswith(".bias") else wanted(dims)
@@ -34,6 +38,10 @@ def _router(dims: ModelDimensions) -> Shape:
 
 def _query_rows(dims: ModelDimensions) -> int:
     return dims.num_attention_heads * dims.head_dim
+
+
+def _queries(dims: ModelDimensions) -> Shape:
+    return _query_rows(dims) * (2 if Option.QUERY_GATE in dims.options else 1), dims.hidden_size
 
 
 def _key_rows(dims: ModelDimensions) -> int:
@@ -73,10 +81,12 @@ _SHAPES: Mapping[str, Callable[[ModelDimensions], Shape]] = {
     "shared_head.head": _vocabulary,
     **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), _hidden),
     **dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), _hidden),
+    **dict.fromkeys(("pre_fc_norm_embedding", "pre_fc_norm_hidden"), _hidden),
+    "fc": lambda dims: (dims.hidden_size, 2 * dims.hidden_size),
     "eh_proj": lambda dims: (dims.hidden_size, 2 * dims.hidden_size),
     "self_attn.q_norm": lambda dims: (dims.head_dim,),
     "self_attn.k_norm": lambda dims: (dims.head_dim,),
-    "self_attn.q_proj": lambda dims: (_query_rows(dims), dims.hidden_size),
+    "self_attn.q_proj": _queries,
     "self_attn.k_proj": lambda dims: (_key_rows(dims), dims.hidden_size),
     "self_attn.v_proj": lambda dims: (_key_rows(dims), dims.hidden_size),
     "self_attn.o_proj": lambda dims: (dims.hidden_size, _output_columns(dims)),

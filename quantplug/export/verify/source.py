@@ -138,7 +138,7 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
 
 def _is_carried(inventory: Inventory, info: TensorInfo) -> bool:
     """Whether an export gives it as it is, its type included."""
-    return inventory.known is not None and info.name.startswith(inventory.known.family.carried)
+    return inventory.known is not None and inventory.known.carries(info.stored)
 
 
 def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:

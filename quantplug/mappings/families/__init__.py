@@ -15,7 +15,9 @@ from quantplug.mappings.families.mixtral import MIXTRAL
 from quantplug.mappings.families.qwen2 import QWEN2
 from quantplug.mappings.families.qwen2_moe import QWEN2_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
+from quantplug.mappings.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
+from quantplug.mappings.families.qwen3_next import QWEN3_NEXT
 from quantplug.mappings.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from quantplug.mappings.family_check import problems
 
@@ -24,6 +26,9 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
     LLAMA,
     MIXTRAL,
     DEEPSEEK_V2,

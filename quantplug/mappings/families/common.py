@@ -100,16 +100,21 @@ DENSE_MLP = (
     ),
 )
 
-ROUTED_EXPERTS = (
-    WeightMapping(
-        ("decoder.layers.*.mlp.router.weight",), ("model.layers.*.mlp.gate.weight",), Scope.MOE_LAYER, role=Role.ROUTER
-    ),
+EXPERTS = (
     grouped_mlp(
         "linear_fc1",
         ("model.layers.*.mlp.experts.*.gate_proj.weight", "model.layers.*.mlp.experts.*.up_proj.weight"),
         GATED,
     ),
     grouped_mlp("linear_fc2", ("model.layers.*.mlp.experts.*.down_proj.weight",), ROW),
+)
+"""Their two linears, gate_proj and up_proj being one in Megatron."""
+
+ROUTED_EXPERTS = (
+    WeightMapping(
+        ("decoder.layers.*.mlp.router.weight",), ("model.layers.*.mlp.gate.weight",), Scope.MOE_LAYER, role=Role.ROUTER
+    ),
+    *EXPERTS,
 )
 
 # The gate of Qwen's shared expert is one row [1, H], whole on every tensor parallel rank.

@@ -5,12 +5,15 @@ Multi-latent attention, shared experts, a router that corrects its scores by a b
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from quantplug.mappings.base import Block, Role, Scope, WeightMapping
 from quantplug.mappings.families import common
 from quantplug.mappings.layouts import COLUMN, GATED, ROW, Option
+
+Row = TypeVar("Row", bound=WeightMapping)
 
 # vLLM and SGLang load the two down projections of a layer into one linear (`fused_qkv_a_proj`): one scale for both.
 _DOWN_PROJECTIONS = "model.layers.*.self_attn.fused_qkv_a_proj"
@@ -145,10 +148,11 @@ def with_mtp(rows: Iterable[WeightMapping]) -> tuple[WeightMapping, ...]:
     Megatron-Core names the decoder layer inside one of them `transformer_layer`, later versions `mtp_model_layer`.
     """
     rows = tuple(rows)
-    return (*rows, *_MTP_ONLY, *(_in_mtp(row) for row in rows if row.scope is not Scope.MODEL))
+    return (*rows, *_MTP_ONLY, *(in_mtp(row) for row in rows if row.scope is not Scope.MODEL))
 
 
-def _in_mtp(row: WeightMapping) -> WeightMapping:
+def in_mtp(row: Row) -> Row:
+    """A row of the decoder's layers for those of multi-token prediction."""
     inner = ("transformer_layer", "mtp_model_layer")
     names = tuple(name.removeprefix("decoder.layers.*") for name in row.megatron)
     return replace(

@@ -1,0 +1,53 @@
+"""One of two ranks that quantize a model with gated delta nets at TP2 EP2, and export it from other layouts.
+
+Arguments: `HF OUT`. The guard at the end is needed: Megatron's writer starts a process that imports this module again.
+"""
+
+import sys
+from pathlib import Path
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.errors import UnsupportedQuantizationError
+from quantplug.export.source_config import read_source_config
+from quantplug.mappings.families import find_family
+from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+from quantplug.megatron.parallel import initialize_parallel
+from tests.export.checkpoints import load
+
+
+def relayout(**sizes: int) -> None:
+    parallel_state.destroy_model_parallel()
+    initialize_parallel(**sizes)
+
+
+def main(source: Path, out: Path) -> None:
+    initialize_parallel(tp=2, ep=2)
+    save_checkpoint(mtq.quantize(load(source), mtq.W4A16_NVFP4_CFG), out / "checkpoint", extra={})
+    refuse_scales_of_parts(source, out / "blocks")
+    for name, sizes in (("tp1", {}), ("pp2", {"pp": 2})):
+        relayout(**sizes)
+        config = read_source_config(source)
+        model = build_gpt_model(find_family(config.architecture).megatron_config(config.values))
+        load_checkpoint(model, out / "checkpoint")
+        export_mcore_gpt_to_hf(model, source, out / name)
+    dist.destroy_process_group()
+
+
+def refuse_scales_of_parts(source: Path, directory: Path) -> None:
+    """One amax a row: the rows of a rank's slice are of several parts."""
+    rules = [{"quantizer_name": "*", "enable": False}]
+    per_row = {"num_bits": (4, 3), "axis": 0}
+    rules.append({"quantizer_name": "*in_proj.weight_quantizer", "cfg": per_row, "enable": True})
+    model = mtq.quantize(load(source), {"quant_cfg": rules, "algorithm": "max"})
+    with pytest.raises(UnsupportedQuantizationError, match="of several parts"):
+        save_checkpoint(model, directory, extra={})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
