@@ -36,8 +36,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3_5Config,
     Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -140,6 +144,26 @@ def correction_biases_beside_vision(model: type[PreTrainedModel], config: PreTra
     layers = range(text.first_k_dense_replace, text.num_hidden_layers)
     name = "model.language_model.layers.{}.mlp.gate" + F32
     return {name.format(layer): torch.empty(text.n_routed_experts) for layer in layers}
+
+
+def mtp_beside(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors:
+    """Some tensors of multi-token prediction that the config does not count: they are carried."""
+    hidden = config.text_config.hidden_size
+    return {"mtp.fc.weight": torch.empty(hidden, 2 * hidden), "mtp.norm.weight": torch.empty(hidden)}
+
+
+def experts_together(tensors: Tensors) -> Tensors:
+    """All experts of a layer in one tensor [experts, out, in], as Qwen3.5 is published; transformers saves each."""
+    together = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for prefix in sorted({name.partition(".experts.")[0] for name in tensors if ".experts." in name}):
+        count = len([name for name in tensors if name.startswith(f"{prefix}.experts.") and ".up_proj." in name])
+
+        def stacked(linear: str, prefix: str = prefix, count: int = count) -> torch.Tensor:
+            return torch.stack([tensors[f"{prefix}.experts.{expert}.{linear}.weight"] for expert in range(count)])
+
+        together[f"{prefix}.experts.gate_up_proj"] = torch.cat((stacked("gate_proj"), stacked("up_proj")), dim=1)
+        together[f"{prefix}.experts.down_proj"] = stacked("down_proj")
+    return together
 
 
 def as_saved(tensors: Tensors) -> Tensors:
@@ -397,6 +421,33 @@ CASES |= {
     "llama4_text": Case(
         Llama4ForCausalLM,
         Llama4TextConfig(**LLAMA4, interleave_moe_layer_step=1, no_rope_layers=[1, 0, 1, 1], use_qk_norm=False),
+    ),
+}
+
+
+DELTA_ROPE: Mapping[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [2, 2, 2],
+}
+CASES |= {
+    "qwen3_5_vl": Case(
+        Qwen3_5ForConditionalGeneration,
+        Qwen3_5Config(
+            text_config={**DELTA, "rope_parameters": dict(DELTA_ROPE)},
+            vision_config={**VISION, "num_position_embeddings": 16},
+            tie_word_embeddings=True,
+        ),
+        mtp_beside,
+    ),
+    "qwen3_5_vl_moe": Case(
+        Qwen3_5MoeForConditionalGeneration,
+        Qwen3_5MoeConfig(
+            text_config={**DELTA, **GATED_EXPERTS, "rope_parameters": dict(DELTA_ROPE)},
+            vision_config={**VISION, "num_position_embeddings": 16},
+        ),
+        published=experts_together,
     ),
 }
 

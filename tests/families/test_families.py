@@ -160,11 +160,16 @@ def matrix(stored: torch.Tensor, index: int | None) -> torch.Tensor:
 
 
 def check_scales(original: Tensors, exported: Tensors, quantized: list[str], suffix: str, largest: float) -> None:
-    """A scale of one tensor is the amax, over the tensors beside it that share it, by the format's largest value."""
+    """A scale of one tensor is the amax, over the tensors beside it that share it, by the format's largest value.
+
+    Megatron has all projections into a gated delta net in one weight, those that are kept too.
+    """
     amaxes: dict[tuple[str, float], float] = {}
     for name in quantized:
         parent, scale = name.removesuffix(".weight").rpartition(".")[0], exported[beside(name, suffix)].item()
-        amaxes[parent, scale] = max(amaxes.get((parent, scale), 0.0), original[name].abs().max().item())
+        projections = [other for other in original if other.startswith(f"{parent}.in_proj_") and ".in_proj_" in name]
+        amax = max(original[other].abs().max().item() for other in (name, *projections))
+        amaxes[parent, scale] = max(amaxes.get((parent, scale), 0.0), amax)
     for (parent, scale), amax in amaxes.items():
         assert torch.tensor(scale) == torch.tensor(amax) / torch.tensor(largest), parent
 

@@ -16,6 +16,7 @@ from quantplug.mappings.families.qwen2 import QWEN2
 from quantplug.mappings.families.qwen2_moe import QWEN2_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
+from quantplug.mappings.families.qwen3_5_vl import QWEN3_5_VL, QWEN3_5_VL_MOE
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.families.qwen3_next import QWEN3_NEXT
 from quantplug.mappings.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
@@ -38,6 +39,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_VL,
     QWEN3_VL_MOE,
     GLM4V_MOE,
+    QWEN3_5_VL,
+    QWEN3_5_VL_MOE,
     LLAMA4_TEXT,
     LLAMA4,
 )
