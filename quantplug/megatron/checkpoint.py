@@ -137,7 +137,22 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
 
 
 def _sharded_state(chunks: Sequence[GPTModel]) -> ShardedStateDict:
-    """Chunk number to its sharded state; what lands on disk is keyed by the entries' own, global keys."""
+    """Chunk number to its sharded state; what lands on disk is keyed by the entries' own, global keys.
+
+    Raises:
+        CheckpointError: Megatron-Core 0.16 has no place for two copies of the embedding on one stage.
+    """
+    twice = [
+        Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer", rank=dist.get_rank())
+        for chunk in chunks
+        if chunk.share_embeddings_and_output_weights and chunk.mtp_process and not chunk.pre_process
+    ]
+    if twice:
+        raise CheckpointError(
+            "The last pipeline stage of a model with tied embeddings and multi-token prediction has no checkpoint.",
+            twice,
+            "Use one pipeline stage; or build the model without multi-token prediction.",
+        )
     return {
         str(number): chunk.sharded_state_dict(metadata={"singleton_local_shards": True})
         for number, chunk in enumerate(chunks)

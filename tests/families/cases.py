@@ -285,14 +285,16 @@ CASES: dict[str, Case] = {
             mlp_only_layers=[1],
         ),
     ),
-    "qwen3_next": Case(Qwen3NextForCausalLM, Qwen3NextConfig(**DELTA, **GATED_EXPERTS, mlp_only_layers=[1])),
-    "qwen3_next_mtp": Case(
+    "qwen3_next": Case(
         Qwen3NextForCausalLM,
-        Qwen3NextConfig(**DELTA, **GATED_EXPERTS, norm_topk_prob=False, num_nextn_predict_layers=1),
+        Qwen3NextConfig(**DELTA, **GATED_EXPERTS, mlp_only_layers=[1], num_nextn_predict_layers=1),
         own_mtp_layer,
     ),
-    "qwen3_5": Case(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True)),
-    "qwen3_5_mtp": Case(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**DELTA, mtp_num_hidden_layers=1), own_mtp_layer),
+    "qwen3_5": Case(
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True, mtp_num_hidden_layers=1),
+        own_mtp_layer,
+    ),
     "qwen3_5_moe": Case(
         Qwen3_5MoeForCausalLM,
         Qwen3_5MoeTextConfig(

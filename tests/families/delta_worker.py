@@ -1,6 +1,7 @@
-"""One of two ranks that quantize a model with gated delta nets at TP2 EP2, and export it from other layouts.
+"""One of two ranks that quantize a model with gated delta nets at TP2, and export it from other layouts.
 
-Arguments: `HF OUT`. The guard at the end is needed: Megatron's writer starts a process that imports this module again.
+Arguments: `HF TIED OUT`; TIED is a model with tied embeddings. The guard at the end is needed: Megatron's writer
+starts a process that imports this module again.
 """
 
 import sys
@@ -10,9 +11,10 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.errors import UnsupportedQuantizationError
+from quantplug.errors import CheckpointError, UnsupportedQuantizationError
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_gpt_model
@@ -26,17 +28,23 @@ def relayout(**sizes: int) -> None:
     initialize_parallel(**sizes)
 
 
-def main(source: Path, out: Path) -> None:
-    initialize_parallel(tp=2, ep=2)
+def main(source: Path, tied: Path, out: Path) -> None:
+    initialize_parallel(tp=2)
     save_checkpoint(mtq.quantize(load(source), mtq.W4A16_NVFP4_CFG), out / "checkpoint", extra={})
     refuse_scales_of_parts(source, out / "blocks")
     for name, sizes in (("tp1", {}), ("pp2", {"pp": 2})):
         relayout(**sizes)
-        config = read_source_config(source)
-        model = build_gpt_model(find_family(config.architecture).megatron_config(config.values))
+        model = zeros(source)
         load_checkpoint(model, out / "checkpoint")
         export_mcore_gpt_to_hf(model, source, out / name)
+    with pytest.raises(CheckpointError, match="tied embeddings and multi-token prediction"):
+        save_checkpoint(zeros(tied), out / "tied", extra={})
     dist.destroy_process_group()
+
+
+def zeros(source: Path) -> GPTModel:
+    config = read_source_config(source)
+    return build_gpt_model(find_family(config.architecture).megatron_config(config.values))
 
 
 def refuse_scales_of_parts(source: Path, directory: Path) -> None:
@@ -50,4 +58,4 @@ def refuse_scales_of_parts(source: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

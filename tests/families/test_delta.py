@@ -145,7 +145,7 @@ def test_a_norm_that_was_trained_in_bf16_is_exported_rounded(checkpoint: Checkpo
 @pytest.mark.parametrize("layer_spec", LayerSpec)
 def test_all_other_weights_are_of_the_models_type(layer_spec: LayerSpec, checkpoint: Checkpoint) -> None:
     with one_rank():
-        parameters = list(iter_parameters(build(checkpoint("qwen3_next_mtp"), layer_spec)))
+        parameters = list(iter_parameters(build(checkpoint("qwen3_next"), layer_spec)))
     wide = {parameter.key.name for parameter in parameters if parameter.tensor.dtype != torch.bfloat16}
     assert wide == {f"decoder.layers.{layer}.self_attention.out_norm.weight" for layer in range(2)}
 
@@ -239,9 +239,9 @@ def test_experts_that_stay_as_they_are_stay_in_one_tensor(fused: Callable[[bool]
 # Multi-token prediction.
 
 
-@pytest.mark.parametrize("name", ["qwen3_next_mtp", "qwen3_5_mtp"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
 def test_layers_that_the_config_does_not_count_are_carried(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    setting = "num_nextn_predict_layers" if name == "qwen3_next_mtp" else "mtp_num_hidden_layers"
+    setting = "num_nextn_predict_layers" if name == "qwen3_next" else "mtp_num_hidden_layers"
     source = changed(checkpoint(name), tmp_path / "source", lambda _: None, **{setting: None})
     original = read(source)
     carried = [tensor for tensor in original if tensor.startswith("mtp.")]
@@ -263,7 +263,7 @@ def test_layers_that_the_config_counts_are_cast_as_the_rest(checkpoint: Checkpoi
     def widen(tensors: Tensors) -> None:
         tensors["mtp.norm.weight"] = tensors["mtp.norm.weight"].float()
 
-    source = changed(checkpoint("qwen3_5_mtp"), tmp_path / "source", widen)
+    source = changed(checkpoint("qwen3_5"), tmp_path / "source", widen)
     with one_rank():
         export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "out")
     assert read(tmp_path / "out")["mtp.norm.weight"].dtype == torch.bfloat16
@@ -276,7 +276,7 @@ def without_mtp(tensors: Tensors) -> None:
 
 
 def test_a_config_that_promises_what_the_source_lacks(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = changed(checkpoint("qwen3_5_mtp"), tmp_path / "source", without_mtp)
+    source = changed(checkpoint("qwen3_5"), tmp_path / "source", without_mtp)
     with one_rank(), pytest.raises(MappingError, match=r"Set mtp_num_hidden_layers to 0 in config\.json") as caught:
         import_mcore_gpt_from_hf(build(source), source)
     assert "mtp.fc.weight" in {offender.parameter for offender in caught.value.offenders}
@@ -314,13 +314,13 @@ def test_calibration_with_data_reaches_every_linear(checkpoint: Checkpoint, tmp_
 def test_a_checkpoint_of_two_ranks_loads_at_other_layouts(
     checkpoint: Checkpoint, export: Export, tmp_path: Path
 ) -> None:
-    """Every slice of a delta net has rows of all its parts. Saved at TP2 EP2, loaded at TP1, and on two stages."""
+    """Every slice of a delta net has rows of all its parts. Saved at TP2, loaded at TP1, and on two stages."""
     worker = Path(__file__).with_name("delta_worker.py")
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(worker), str(checkpoint("qwen3_next_mtp")), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=rank_environment())
+    command = [*launcher, worker, checkpoint("qwen3_5_moe"), checkpoint("qwen3_5"), tmp_path]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=rank_environment())
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
-    assert same(tmp_path / "tp1", export("qwen3_next_mtp", "w4a16_nvfp4"))
+    assert same(tmp_path / "tp1", export("qwen3_5_moe", "w4a16_nvfp4"))
     assert same(tmp_path / "pp2", tmp_path / "tp1")
 
 
@@ -348,7 +348,7 @@ def scaled(name: str) -> Callable[[Tensors], None]:
 def test_one_thing_spoiled_is_found(
     spoil: Callable[[Tensors], object], found: tuple[str, str], export: Export, tmp_path: Path
 ) -> None:
-    assert found in errors(changed(export("qwen3_5_mtp", "w4a16_nvfp4"), tmp_path / "spoiled", spoil))
+    assert found in errors(changed(export("qwen3_5", "w4a16_nvfp4"), tmp_path / "spoiled", spoil))
 
 
 def test_a_layer_behind_the_decoder_is_none_of_multi_token_prediction(export: Export, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_layer_behind_the_decoder_is_none_of_multi_token_prediction(export: Ex
     def add(tensors: Tensors) -> None:
         tensors["model.layers.4.input_layernorm.weight"] = torch.ones(160, dtype=torch.bfloat16)
 
-    copy = changed(export("qwen3_next_mtp", "w4a16_nvfp4"), tmp_path / "copy", add)
+    copy = changed(export("qwen3_next", "w4a16_nvfp4"), tmp_path / "copy", add)
     assert errors(copy) == {("layers", "model.layers")}
 
 
@@ -376,7 +376,7 @@ def test_a_layer_behind_the_decoder_is_none_of_multi_token_prediction(export: Ex
 )
 def test_a_setting_that_no_sizes_can_be_read_from(setting: str, value: object, export: Export, tmp_path: Path) -> None:
     named = "linear_num_value_heads" if value == 3 else setting
-    copy = changed(export("qwen3_5_mtp", "w4a16_nvfp4"), tmp_path / "copy", lambda _: None, **{setting: value})
+    copy = changed(export("qwen3_5", "w4a16_nvfp4"), tmp_path / "copy", lambda _: None, **{setting: value})
     assert ("architecture", f"config.json {named}") in errors(copy)
 
 
