@@ -38,7 +38,7 @@ _ACTIVATIONS = {Activation.SILU: functional.silu, Activation.QUICK_GELU: quick_g
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by.
 
 
-def build_gpt_model(
+def build_model(
     family_config: MegatronConfig,
     *,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,

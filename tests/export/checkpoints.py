@@ -18,7 +18,7 @@ from transformers import AutoConfig
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
@@ -59,7 +59,7 @@ def build(
     """An empty model of a checkpoint's config, all NaN: what the import does not write must show."""
     config = {**AutoConfig.from_pretrained(source).to_dict(), **changes}
     family = find_family(config["architectures"][0])
-    model = build_gpt_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
+    model = build_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
