@@ -15,7 +15,7 @@ from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
 from quantplug.megatron.parallel import initialize_parallel
 from tests.export.checkpoints import load
@@ -33,7 +33,7 @@ def main(source: Path, out: Path) -> None:
     for name, sizes in (("tp1", {}), ("pp2", {"pp": 2})):
         relayout(**sizes)
         config = read_source_config(source)
-        model = build_gpt_model(find_family(config.architecture).megatron_config(config.values))
+        model = build_model(find_family(config.architecture).megatron_config(config.values))
         load_checkpoint(model, out / "checkpoint")
         export_mcore_gpt_to_hf(model, source, out / name)
     dist.destroy_process_group()
