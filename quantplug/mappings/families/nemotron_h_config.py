@@ -62,8 +62,8 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
     """What is wrong with the list of layers, and with sizes that are needed for what it lists."""
     listed, pattern = config.get(_LIST), config.get(_PATTERN)
     said = {
-        name: _read(value, known)
-        for name, value, known in ((_LIST, listed, _WORDS), (_PATTERN, pattern, _SYMBOLS))
+        name: _read(value, kind, known)
+        for name, value, kind, known in ((_LIST, listed, list, _WORDS), (_PATTERN, pattern, str, _SYMBOLS))
         if value is not None
     }
     if not said:
@@ -84,9 +84,8 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
             yield from (Offender(size, f"is not above zero, and {name} has layers with experts") for size in missing)
 
 
-def _read(value: object, known: Mapping[str, LayerKind]) -> tuple[LayerKind, ...] | None:
-    """The layers by a list or a text; None where it is neither, or says what is not known."""
-    kind = str if known is _SYMBOLS else list
+def _read(value: Any, kind: type, known: Mapping[str, LayerKind]) -> tuple[LayerKind, ...] | None:
+    """The layers that a list or a text says; None where it is neither, or says what is not known."""
     if not isinstance(value, kind) or not value or not all(isinstance(word, str) and word in known for word in value):
         return None
     return tuple(known[word] for word in value)
