@@ -26,7 +26,7 @@ from results import LOAD, write_section
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug.calibration.calibrate import max_calibrate
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 REPEATS = 15
@@ -91,7 +91,7 @@ def counting() -> Iterator[Counter[str]]:
 
 
 def quantized(layer_spec: LayerSpec) -> GPTModel:
-    model = build_gpt_model(find_family(SIZES["architectures"][0]).megatron_config(SIZES), layer_spec=layer_spec)
+    model = build_model(find_family(SIZES["architectures"][0]).megatron_config(SIZES), layer_spec=layer_spec)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)

@@ -32,7 +32,7 @@ from quantplug import export_mcore_gpt_to_hf
 from quantplug.export.schedule import BUCKET_BYTES
 from quantplug.export.stream import plan_stream
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 MIB = 2**20
@@ -126,7 +126,7 @@ def random_model(layers: int, source: Path) -> torch.nn.Module:
         architectures=["Qwen3MoeForCausalLM"],
     )
     config.save_pretrained(source)
-    model = build_gpt_model(find_family("Qwen3MoeForCausalLM").megatron_config(config.to_dict()))
+    model = build_model(find_family("Qwen3MoeForCausalLM").megatron_config(config.to_dict()))
     with torch.no_grad():
         for parameter in model.parameters():
             # The same on every rank: copies of a weight must agree.

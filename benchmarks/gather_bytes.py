@@ -29,7 +29,7 @@ from transformers import Qwen3MoeConfig
 from quantplug.export.stream import StreamPlan, plan_stream
 from quantplug.formats import FP8, NVFP4, WeightFormat
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 FORMATS: dict[str, WeightFormat] = {"fp8": FP8(), "nvfp4": NVFP4()}
@@ -158,7 +158,7 @@ def config(layers: int) -> Qwen3MoeConfig:
 
 def random_model(source: Path) -> torch.nn.Module:
     family = find_family("Qwen3MoeForCausalLM")
-    model = build_gpt_model(family.megatron_config(json.loads((source / "config.json").read_text())))
+    model = build_model(family.megatron_config(json.loads((source / "config.json").read_text())))
     with torch.no_grad():
         for parameter in model.parameters():
             # The same on every rank: copies of a weight must agree.

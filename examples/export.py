@@ -21,7 +21,7 @@ from quantplug.export.hf_source import resolve_source
 from quantplug.export.source_config import read_source_config
 from quantplug.export.writer import check_destination
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import load_checkpoint
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
@@ -60,7 +60,7 @@ def main(
         source = read_source_config(resolve_source(hf_model_id, weights=False), trust_remote_code)
         family = find_family(source.architecture)
         topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        model = build_gpt_model(family.megatron_config(source.values), dtype=source.dtype)
+        model = build_model(family.megatron_config(source.values), dtype=source.dtype)
         report = load_checkpoint(model, megatron_load_path)
         if report.fan_outs:
             out.print("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")

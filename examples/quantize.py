@@ -33,7 +33,7 @@ from quantplug.export.source_config import read_source_config
 from quantplug.export.unified import plan_export
 from quantplug.export.writer import check_destination
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import save_checkpoint
 from quantplug.megatron.cpu import has_cuda
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
@@ -125,7 +125,7 @@ def main(
         out.print(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}", highlight=False)
 
         bars = StageBars()
-        model = build_gpt_model(family.megatron_config(source.values), dtype=source.dtype)
+        model = build_model(family.megatron_config(source.values), dtype=source.dtype)
         import_mcore_gpt_from_hf(model, source.directory, trust_remote_code=trust_remote_code, progress=bars)
 
         out.print(f"Quantizing with {export_quant_cfg.value}{' weight-only' if weight_only else ''} ...")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from megatron.core.models.gpt import GPTModel
 from transformers import AutoConfig, PreTrainedModel
 
 from quantplug.megatron import cpu
 from quantplug.megatron.mtp import without_labels
+from quantplug.megatron.parameters import LanguageModel
 
 VOCABULARY = 523
 TOKENS = torch.tensor([[0, 7, 522, 31, 31, 400], [5, 4, 3, 2, 1, 0]])
@@ -22,10 +22,10 @@ def transformers_model(directory: Path) -> PreTrainedModel:
 
 def transformers_logits(directory: Path) -> torch.Tensor:
     with torch.no_grad():
-        return transformers_model(directory)(TOKENS).logits
+        return transformers_model(directory)(TOKENS, use_cache=False).logits
 
 
-def megatron_logits(model: GPTModel) -> torch.Tensor:
+def megatron_logits(model: LanguageModel) -> torch.Tensor:
     """The main model's logits of every padded row of the vocabulary."""
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     length = TOKENS.shape[1]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
@@ -16,7 +15,7 @@ from quantplug.calibration.statistics import CalibrationTable, Source, Statistic
 from quantplug.mappings.base import ParamKey
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.checkpoint_layouts import FanOut
-from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
+from quantplug.megatron.parameters import LanguageModel, MegatronParameter, iter_parameters, model_chunks
 
 _EXPERTS = ".mlp.experts."
 """In the names that a `CalibrationRecord` is about."""
@@ -32,13 +31,13 @@ def gather_statistics(
     A collective: all ranks must call it. Rows are metadata, and travel as objects, once.
 
     Args:
-        model: A quantized `GPTModel`, wrapped or bare, or the list of them that virtual pipelining makes.
+        model: A quantized `GPTModel` or `MambaModel`, wrapped or bare, or the list of its virtual stages.
         record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
         fan_outs: What `load_checkpoint` gave to several experts, if the model was loaded.
 
     Raises:
         CalibrationError: Ranks disagree on what they hold.
-        UnsupportedModelError: There is something else than a `GPTModel` inside.
+        UnsupportedModelError: There is something else than a `GPTModel` or `MambaModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     mine = all_or_none(lambda: collect_statistics(model, record, fan_outs))
@@ -61,12 +60,12 @@ def collect_statistics(
     row of its own beside it.
 
     Args:
-        model: A quantized `GPTModel`, wrapped or bare, or the list of them that virtual pipelining makes.
+        model: A quantized `GPTModel` or `MambaModel`, wrapped or bare, or the list of its virtual stages.
         record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
         fan_outs: What `load_checkpoint` gave to several experts, if the model was loaded.
 
     Raises:
-        UnsupportedModelError: There is something else than a `GPTModel` inside.
+        UnsupportedModelError: There is something else than a `GPTModel` or `MambaModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     record = record or CalibrationRecord()
@@ -101,7 +100,7 @@ def _fanned_out(fan_outs: Sequence[FanOut], chunk: int) -> frozenset[str]:
     return frozenset(name for fan_out in fan_outs for number, name in fan_out.quantizers if number == chunk)
 
 
-def _rows(chunk: GPTModel, record: CalibrationRecord, fanned_out: frozenset[str]) -> Iterator[StatisticsRow]:
+def _rows(chunk: LanguageModel, record: CalibrationRecord, fanned_out: frozenset[str]) -> Iterator[StatisticsRow]:
     shared = {chunk.get_submodule(name) for name in fanned_out}
     parameters = list(iter_parameters(chunk))
     by_tensor = {id(parameter.tensor): parameter for parameter in parameters}

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from quantplug.calibration.quantizers import weights_to_calibrate
 from quantplug.errors import Offender, WeightError
 from quantplug.formats import first_nonfinite
 from quantplug.mappings.base import ParamKey
-from quantplug.megatron.parameters import iter_parameters
+from quantplug.megatron.parameters import LanguageModel, iter_parameters
 
 
 def require_finite_weights(chunks: Sequence[nn.Module]) -> None:
@@ -42,5 +41,5 @@ def _reason(weight: torch.Tensor) -> str | None:
 
 def _global_keys(chunks: Sequence[nn.Module]) -> dict[int, ParamKey]:
     """Identity across ranks by the `id` of the tensor; empty where no chunk holds a Megatron model."""
-    models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, GPTModel)]
+    models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModel)]
     return {id(parameter.tensor): parameter.key for parameter in iter_parameters(models)} if models else {}

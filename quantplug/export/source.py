@@ -42,7 +42,7 @@ def live_weights(model: Model) -> LiveWeights:
     Nothing is copied: `WeightRef.load` gives the live tensor.
 
     Raises:
-        UnsupportedModelError: The model holds something else than a GPTModel.
+        UnsupportedModelError: The model holds something else than a GPTModel or MambaModel.
         UnsupportedQuantizationError: Weights that `mtq.compress` has packed.
         TopologyError: Megatron's parallel groups are not initialized.
     """

@@ -119,13 +119,13 @@ def export_mcore_gpt_to_hf(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = silent,
 ) -> ExportResult:
-    """Writes a Megatron-Core GPTModel as a Hugging Face checkpoint, quantized as its quantizers say.
+    """Writes a Megatron-Core model as a Hugging Face checkpoint, quantized as its quantizers say.
 
     The whole export is planned, then packed one weight at a time into a hidden directory beside `export_dir`, which one
     rename makes visible: after an error `export_dir` does not exist. The model itself is not changed.
 
     Args:
-        model: A `GPTModel`, one wrapped in Float16Module or DDP, or the list of its virtual pipeline stages.
+        model: A `GPTModel` or `MambaModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model it was built from. Its config says
             names and sizes; its tokenizer and generation files are copied.
         export_dir: A directory that is new or empty.
@@ -181,7 +181,8 @@ def export_mcore_gpt_to_hf(
 
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
     config = read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
-    if not find_family(config.architecture).carried:
+    family = find_family(config.architecture)
+    if not (family.carried and family.needs_source(config.values)):
         return config
     return replace(config, directory=resolve_source(name_or_path))
 
@@ -192,11 +193,12 @@ def _fit(
     """The table for this source, and what this rank brings of it to the export."""
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
-    if carry and family.carried:
+    headers = stored_tensors(source.directory)
+    has_some = family.needs_source(source.values) or any(name.startswith(family.carried) for name in headers)
+    if carry and family.carried and has_some:
         checkpoint = open_for_carrying(source.directory, family)
         family = fitted(family, checkpoint.tensors, dims)
         return family, dims, tuple(carried_refs(checkpoint, family, topology.rank, topology.world_size))
-    headers = stored_tensors(source.directory)
     return fitted(replace(family, carried=()), headers, dims), dims, ()
 
 

@@ -296,6 +296,14 @@ class Activation(Enum):
 
     SILU = "silu"
     QUICK_GELU = "x * sigmoid(1.702 * x)"
+    SQUARED_RELU = "relu(x) ** 2"
+
+
+class ModelKind(Enum):
+    """Megatron's classes of language models."""
+
+    GPT = "GPTModel"
+    MAMBA = "MambaModel, each of whose layers is one mixer, attention or feed-forward network"
 
 
 @dataclass(frozen=True)
@@ -304,12 +312,13 @@ class MegatronConfig:
 
     Attributes:
         transformer: Keyword arguments of `TransformerConfig`.
-        model: Keyword arguments of `GPTModel`, `vocab_size` being the unpadded number of rows.
+        model: Keyword arguments of the model, `vocab_size` being the unpadded number of rows.
         activation: Function of the feed-forward networks.
         yarn: Attributes that `GPTModel` reads from the config for position embeddings of type yarn.
         rope_scaling: Arguments of Llama 3's scaling of rotary frequencies, where they are not those that Megatron has
             fixed: `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
         unit_norm_layers: Global ids of the layers that bring queries and keys to unit RMS, without weights.
+        kind: Class of the model.
     """
 
     transformer: Mapping[str, Any]
@@ -318,6 +327,7 @@ class MegatronConfig:
     yarn: Mapping[str, Any] = field(default_factory=dict)
     rope_scaling: Mapping[str, float] = field(default_factory=dict)
     unit_norm_layers: tuple[int, ...] = ()
+    kind: ModelKind = ModelKind.GPT
 
 
 @dataclass(frozen=True)
@@ -337,6 +347,10 @@ class SizeSetting:
     least: int = 1
 
 
+def _always(config: Mapping[str, Any]) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture: data only, read in both directions.
@@ -349,12 +363,13 @@ class Family:
             no sizes can be read from.
         megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert.
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
-        sizes: What `dimensions` reads beside the sizes of any decoder. A config of unknown origin is held against it
-            before `dimensions` sees it.
+        sizes: What `dimensions` reads beside the sizes of any decoder, or in place of one of the same name. A config
+            of unknown origin is held against it before `dimensions` sees it.
         nested: Key of config.json under which those sizes are; None where they are at the top.
         mtp_setting: The setting of config.json that says how many layers of multi-token prediction there are.
         carried: Beginnings of names of tensors that are no part of Megatron's model, such as those of a vision model:
             they go from the source into what is written as they are.
+        needs_source: Whether a model of this config has such tensors, so that an export takes the whole source.
         forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
     """
 
@@ -368,6 +383,7 @@ class Family:
     nested: str | None = None
     mtp_setting: str = "num_nextn_predict_layers"
     carried: tuple[str, ...] = ()
+    needs_source: Callable[[Mapping[str, Any]], bool] = _always
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:

@@ -21,6 +21,7 @@ class Option(Enum):
     QK_NORM = "norms on queries and keys"
     QKV_BIAS = "biases of queries, keys and values"
     QUERY_GATE = "gates of what attention gives, in the projection of the queries"
+    EXPERT_LATENT = "projections into a latent before the routed experts, and out of it behind them"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,35 @@ class HybridLayers:
 
 
 @dataclass(frozen=True)
+class MambaSizes:
+    """The sizes of a Mamba-2 mixer (https://arxiv.org/abs/2405.21060, section 7).
+
+    Attributes:
+        num_heads: Heads of the mixer.
+        head_dim: Entries of a head.
+        num_groups: Groups of heads, which share their input and output matrices B and C.
+        state_dim: Entries of a head's state for each of its entries: rows of a group in B and in C.
+        kernel: Tokens that the convolution sees.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_dim: int
+    kernel: int
+
+    @property
+    def inner(self) -> int:
+        """Entries of all heads: rows of z and of x."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def states(self) -> int:
+        """Rows of B, and of C."""
+        return self.num_groups * self.state_dim
+
+
+@dataclass(frozen=True)
 class ModelDimensions:
     """The sizes that names and layouts need.
 
@@ -97,10 +127,12 @@ class ModelDimensions:
         mlp_width: Feed-forward width F of a dense layer; None where it is not known.
         expert_width: Feed-forward width F of an expert; None where it is not known.
         shared_width: Feed-forward width F of all shared experts together; None where there are none.
+        expert_latent: Width of the latent that routed experts read and write; None where that is the hidden size.
         mtp_layers: Layers of multi-token prediction.
         latent: Sizes of multi-latent attention, `head_dim` then being that of queries and keys; None without it.
         hybrid: Which layers have what; None where all have attention and a feed-forward network.
         delta: Sizes of gated delta nets; None without them.
+        mamba: Sizes of the Mamba mixers; None where no layer has one.
         options: What the config switches on.
     """
 
@@ -115,10 +147,12 @@ class ModelDimensions:
     mlp_width: int | None = None
     expert_width: int | None = None
     shared_width: int | None = None
+    expert_latent: int | None = None
     mtp_layers: int = 0
     latent: LatentSizes | None = None
     hybrid: HybridLayers | None = None
     delta: DeltaSizes | None = None
+    mamba: MambaSizes | None = None
     options: frozenset[Option] = frozenset()
 
     @property

@@ -1,7 +1,8 @@
-"""A family's table fitted to one checkpoint: the form in which it holds its experts, and what it has beside the model.
+"""A family's table fitted to one checkpoint: the form in which it holds some weights, and what it has beside the model.
 
 Vision-language checkpoints hold experts one by one, or all of a layer in one tensor, transposed or not, by who wrote
-them; and tensors of the vision model, of which Megatron's language model has none.
+them; others have an embedding under one of two names. And some have tensors of what Megatron's model has not: a vision
+model, layers of multi-token prediction.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,10 +42,11 @@ def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDi
     Args:
         shapes: Of the checkpoint's tensors, by name.
     """
+    varying = {row.megatron for form in family.forms for row in form}
+    own = tuple(row for row in family.mappings if row.megatron in varying)
     for form in ((), *family.forms):
-        rows = _with_form(family.mappings, form)
-        if _is_here(rows, shapes, dims):
-            return replace(family, mappings=rows)
+        if _is_here(_with_form(own, form), shapes, dims):
+            return replace(family, mappings=_with_form(family.mappings, form))
     return family
 
 
@@ -55,16 +57,11 @@ def _with_form(rows: tuple[WeightMapping, ...], form: tuple[WeightMapping, ...])
 
 
 def _is_here(rows: tuple[WeightMapping, ...], shapes: Mapping[str, tuple[int, ...]], dims: ModelDimensions) -> bool:
-    """Whether the checkpoint holds every expert's weight as these rows say, in shapes that may be theirs."""
-    return all(
-        name in shapes and shape in (None, shapes[name])
-        for row in rows
-        if row.scope is Scope.EXPERT
-        for name, shape in _expert_shapes(row, dims)
-    )
+    """Whether the checkpoint holds every weight of these rows as they say, in shapes that may be theirs."""
+    return all(name in shapes and shape in (None, shapes[name]) for row in rows for name, shape in _shapes(row, dims))
 
 
-def _expert_shapes(row: WeightMapping, dims: ModelDimensions) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+def _shapes(row: WeightMapping, dims: ModelDimensions) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     """Every tensor of a row with the shape that it must have; None where the sizes do not say."""
     axis, width = row.layout.shard_axis, dims.expert_width
     for key in row.keys(dims):

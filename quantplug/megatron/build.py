@@ -1,11 +1,12 @@
-"""From a family's Megatron settings to an empty `GPTModel` of this rank, its weights all zero."""
+"""From a family's Megatron settings to an empty model of this rank, its weights all zero."""
 
+from collections.abc import Mapping
 from enum import Enum
 from math import ceil
 from typing import Any
 
 import torch
-from megatron.core.activations import quick_gelu
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -13,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import functional
 
 from quantplug.errors import Offender, TopologyError
-from quantplug.mappings.base import Activation, MegatronConfig
+from quantplug.mappings.base import Activation, MegatronConfig, ModelKind
 from quantplug.megatron import cpu
 from quantplug.megatron.delta_net import (
     block_with_delta_nets,
@@ -21,8 +22,10 @@ from quantplug.megatron.delta_net import (
     weights_in_fp32,
     with_zero_centred_norms,
 )
+from quantplug.megatron.hybrid_model import hybrid_model, single_precision
 from quantplug.megatron.latent_attention import use_local_core
 from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parameters import LanguageModel
 from quantplug.megatron.unit_norm import add_unit_norms
 from quantplug.topology import ParallelTopology
 
@@ -34,18 +37,22 @@ class LayerSpec(Enum):
     LOCAL = "Megatron-Core's own modules, the experts one after another; runs without a GPU too"
 
 
-_ACTIVATIONS = {Activation.SILU: functional.silu, Activation.QUICK_GELU: quick_gelu}
+_ACTIVATIONS = {
+    Activation.SILU: functional.silu,
+    Activation.QUICK_GELU: quick_gelu,
+    Activation.SQUARED_RELU: squared_relu,
+}
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by.
 
 
-def build_gpt_model(
+def build_model(
     family_config: MegatronConfig,
     *,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
     dtype: torch.dtype = torch.bfloat16,
     virtual_stages: int | None = None,
     virtual_stage: int | None = None,
-) -> GPTModel:
+) -> LanguageModel:
     """Builds what this rank holds of a model, on its GPU, or on CPU where there is none.
 
     The weights are zero: import them next, or load a checkpoint. ModelOpt's restore calibrates on them to size the
@@ -60,6 +67,7 @@ def build_gpt_model(
 
     Raises:
         TopologyError: The groups are not initialized, or a size of the model does not divide over them.
+        UnsupportedModelError: The model has Mamba mixers, and a GPU has not the package of their kernels.
     """
     topology = current_topology()
     check_divisible(family_config, topology, virtual_stages, layer_spec)
@@ -84,38 +92,56 @@ def build_gpt_model(
         "post_process": topology.pp_rank == topology.pp - 1 and virtual_stage in (None, (virtual_stages or 1) - 1),
     }
     with_te = layer_spec is LayerSpec.TRANSFORMER_ENGINE
-    is_latent = transformer.get("multi_latent_attention", False)
-    kind = MLATransformerConfig if is_latent else TransformerConfig
+    kind = MLATransformerConfig if transformer.get("multi_latent_attention", False) else TransformerConfig
     with cpu.construction():
         config = kind(**transformer)
         for name, value in family_config.yarn.items():  # No fields of it, but GPTModel reads them there.
             setattr(config, name, value)
-        with_delta_nets = has_delta_nets(config)
-        if with_delta_nets:
-            block = block_with_delta_nets(config, use_transformer_engine=with_te, vp_stage=virtual_stage)
-        else:
-            block = get_gpt_decoder_block_spec(
-                config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
-            )
-        if is_latent and not with_te:
-            use_local_core(block)
-        if family_config.unit_norm_layers:
-            first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
-            add_unit_norms(block, family_config.unit_norm_layers, first)
-        # Made like the last layer, and beside it. Megatron itself would put it on every virtual stage of the last rank
-        # unless its parallel state is told of virtual stages.
-        mtp = None
-        if model["post_process"]:
-            mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
-        if mtp is not None and with_delta_nets and not with_te:
-            mtp = with_zero_centred_norms(mtp)
-        built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **model)
+        match family_config.kind:
+            case ModelKind.GPT:
+                built: LanguageModel = _gpt_model(
+                    family_config, config, model, with_te=with_te, virtual_stage=virtual_stage
+                )
+            case ModelKind.MAMBA:
+                config.use_mamba_mem_eff_path = with_te  # Fused with the convolution, that path has no other way.
+                built = hybrid_model(config, model, with_te=with_te)
+    wide = {*weights_in_fp32(built), *single_precision(built)}
+    for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
+        parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype).zero_()
+    return built
+
+
+def _gpt_model(
+    family_config: MegatronConfig,
+    config: TransformerConfig,
+    arguments: Mapping[str, Any],
+    *,
+    with_te: bool,
+    virtual_stage: int | None,
+) -> GPTModel:
+    with_delta_nets = has_delta_nets(config)
+    if with_delta_nets:
+        block = block_with_delta_nets(config, use_transformer_engine=with_te, vp_stage=virtual_stage)
+    else:
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
+        )
+    if config.multi_latent_attention and not with_te:
+        use_local_core(block)
+    if family_config.unit_norm_layers:
+        first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+        add_unit_norms(block, family_config.unit_norm_layers, first)
+    # Made like the last layer, and beside it. Megatron itself would put it on every virtual stage of the last rank
+    # unless its parallel state is told of virtual stages.
+    mtp = None
+    if arguments["post_process"]:
+        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
+    if mtp is not None and with_delta_nets and not with_te:
+        mtp = with_zero_centred_norms(mtp)
+    built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **arguments)
     if family_config.rope_scaling:
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **family_config.rope_scaling)
-    wide = set(weights_in_fp32(built))
-    for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
-        parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype).zero_()
     return built
 
 
@@ -152,6 +178,8 @@ def check_divisible(
         ("moe_shared_expert_intermediate_size", topology.tp, "TP ranks"),
         ("linear_num_key_heads", topology.tp, "TP ranks"),
         ("linear_num_value_heads", topology.tp, "TP ranks"),
+        ("mamba_num_heads", topology.tp, "TP ranks"),
+        ("mamba_num_groups", topology.tp, "TP ranks"),
     ]
     if layer_spec is LayerSpec.LOCAL:  # With Transformer Engine every rank has the down projections whole.
         divisions += [("q_lora_rank", topology.tp, "TP ranks"), ("kv_lora_rank", topology.tp, "TP ranks")]
@@ -168,6 +196,9 @@ def check_divisible(
     if sizes.get("add_bias_linear") and sizes.get("num_moe_experts") and topology.etp > 1:
         reason = f"experts have biases, which Megatron does not shard; the ETP size is {topology.etp}"
         offenders.append(Offender("expert_tensor_parallel_size", reason, rank=topology.rank))
+    if family_config.kind is ModelKind.MAMBA and virtual_stages is not None:
+        reason = f"is {virtual_stages}, and Megatron's MambaModel has no virtual stages"
+        offenders.append(Offender("virtual_pipeline_model_parallel_size", reason, rank=topology.rank))
     if offenders:
         raise TopologyError(
             "The model does not divide over these parallel sizes.", offenders, "Choose sizes that divide these numbers."

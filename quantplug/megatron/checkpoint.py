@@ -49,7 +49,7 @@ from quantplug.megatron.checkpoint_layouts import (
     redirected,
     require_own_amax,
 )
-from quantplug.megatron.parameters import model_chunks
+from quantplug.megatron.parameters import LanguageModel, model_chunks
 
 _WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
 
@@ -74,7 +74,7 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
     It is written beside `directory`, synced to disk, and renamed once: a killed run leaves nothing by that name.
 
     Args:
-        model: A `GPTModel`, or the list of them that virtual pipelining makes.
+        model: A `GPTModel` or `MambaModel`, or the list of them that virtual pipelining makes.
         directory: Must not exist, or be empty. One file system for all ranks.
         extra: What to keep beside the tensors, as JSON: the model's id, the name of the quantization config.
 
@@ -95,8 +95,8 @@ def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
     """Loads a checkpoint into a model of the same configuration, at any parallel layout. A collective.
 
     Args:
-        model: A fresh `GPTModel`, or the list of them that virtual pipelining makes. If the checkpoint is of a
-            quantized model, the quantizers are inserted first, then get their settings and amaxes, bit for bit.
+        model: A fresh `GPTModel` or `MambaModel`, or the list of them that virtual pipelining makes. If the checkpoint
+            is of a quantized model, the quantizers are inserted first, then get their settings and amaxes, bit for bit.
         directory: What `save_checkpoint` wrote; or what plain ModelOpt and Megatron-Core did, see the table above.
 
     Raises:
@@ -136,7 +136,7 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
     return extra
 
 
-def _sharded_state(chunks: Sequence[GPTModel]) -> ShardedStateDict:
+def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
     """Chunk number to its sharded state; what lands on disk is keyed by the entries' own, global keys.
 
     Raises:
@@ -145,7 +145,8 @@ def _sharded_state(chunks: Sequence[GPTModel]) -> ShardedStateDict:
     twice = [
         Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer", rank=dist.get_rank())
         for chunk in chunks
-        if chunk.share_embeddings_and_output_weights and chunk.mtp_process and not chunk.pre_process
+        if isinstance(chunk, GPTModel) and chunk.mtp_process
+        if chunk.share_embeddings_and_output_weights and not chunk.pre_process
     ]
     if twice:
         raise CheckpointError(
@@ -167,7 +168,7 @@ def _settings(state: ShardedStateDict) -> ShardedStateDict:
     }
 
 
-def _insert_quantizers(chunks: Sequence[GPTModel], directory: Path) -> None:
+def _insert_quantizers(chunks: Sequence[LanguageModel], directory: Path) -> None:
     """Gives every chunk that has none its quantizers, by the config that the checkpoint was made with."""
     common = dist_checkpointing.load_common_state_dict(str(directory / MODELOPT_STATE))
     for chunk in chunks:
@@ -175,7 +176,7 @@ def _insert_quantizers(chunks: Sequence[GPTModel], directory: Path) -> None:
             mto.restore_from_modelopt_state(chunk, copy.deepcopy(common))
 
 
-def _load_settings(chunks: Sequence[GPTModel], settings: ShardedStateDict, directory: Path) -> None:
+def _load_settings(chunks: Sequence[LanguageModel], settings: ShardedStateDict, directory: Path) -> None:
     """Gives the quantizers their settings, and placeholders of the right shapes for their amaxes."""
     loaded = dist_checkpointing.load(settings, str(directory))
     all_or_none(lambda: _require_settings(chunks, loaded))
@@ -183,7 +184,7 @@ def _load_settings(chunks: Sequence[GPTModel], settings: ShardedStateDict, direc
         chunk.load_state_dict(loaded[str(number)], strict=False)
 
 
-def _require_settings(chunks: Sequence[GPTModel], loaded: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def _require_settings(chunks: Sequence[LanguageModel], loaded: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     missing = [
         Offender(name, "has quantizers, and the checkpoint has no settings for them")
         for number, chunk in enumerate(chunks)
@@ -198,7 +199,7 @@ def _require_settings(chunks: Sequence[GPTModel], loaded: Mapping[str, Mapping[s
         )
 
 
-def _quantized_linears(chunk: GPTModel) -> Iterator[str]:
+def _quantized_linears(chunk: LanguageModel) -> Iterator[str]:
     """Names of the modules with an enabled weight quantizer; ModelOpt keeps no settings of an output layer without."""
     for name, module in chunk.named_modules():
         if isinstance(module, QuantModule):
@@ -207,7 +208,7 @@ def _quantized_linears(chunk: GPTModel) -> Iterator[str]:
                 yield name
 
 
-def _load_tensors(chunks: Sequence[GPTModel], on_disk: Keys, directory: Path) -> tuple[FanOut, ...]:
+def _load_tensors(chunks: Sequence[LanguageModel], on_disk: Keys, directory: Path) -> tuple[FanOut, ...]:
     state = all_or_none(lambda: _sharded_state(chunks))
     displaced = find_displaced(state, on_disk, directory)
     state = redirected(state, displaced, on_disk)

@@ -12,6 +12,7 @@ row parallel ones too, as cut along dimension 0 (megatron.core.extensions.transf
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from megatron.core.extensions.transformer_engine import (
@@ -24,7 +25,10 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mamba import MambaModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -39,6 +43,9 @@ from quantplug.mappings.base import ParamKey
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 
+LanguageModel: TypeAlias = GPTModel | MambaModel
+"""What a model is, or each of its virtual pipeline stages."""
+
 _GROUPED = (TEColumnParallelGroupedLinear, TERowParallelGroupedLinear)
 _COLUMN_PARALLEL = (
     ColumnParallelLinear,
@@ -48,11 +55,11 @@ _COLUMN_PARALLEL = (
     TEColumnParallelGroupedLinear,
 )
 _ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLinear)
-# A gated delta net's convolution has a kernel for each channel, and the net itself two values for each head.
-_CUT_BY_CHANNEL = (torch.nn.Conv1d, GatedDeltaNet)
+# A recurrent mixer's convolution has a kernel for each channel, and the mixer itself some values for each head.
+_CUT_BY_CHANNEL = (torch.nn.Conv1d, GatedDeltaNet, MambaMixer)
 _ATTENTION_CORES = (DotProductAttention, TEDotProductAttention)  # Their one weight has an entry for each head.
 # Layers of the decoder, and of multi-token prediction, where a decoder's layer is one module of several.
-_LAYERS = (TransformerLayer, MultiTokenPredictionLayer)
+_LAYERS = (TransformerLayer, MambaLayer, MultiTokenPredictionLayer)
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
 _LEAVES = (torch.nn.Conv1d, *_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
 # Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
@@ -87,6 +94,8 @@ class _Place:
     expert: int | None = None
     # Global ids of the experts this rank holds, in order; empty outside the routed experts.
     experts: tuple[int, ...] = ()
+    # Whether this module has a parameter that is cut along dimension 0, though its type does not say so.
+    is_cut: bool = False
 
     def child(self, local_name: str, pattern: str | None = None) -> "_Place":
         return replace(
@@ -96,26 +105,28 @@ class _Place:
         )
 
 
-def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[GPTModel]:
-    """The bare `GPTModel`s of a model: one, or one for each virtual pipeline stage.
+def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[LanguageModel]:
+    """The bare `GPTModel`s or `MambaModel`s of a model: one, or one for each virtual pipeline stage.
 
     Args:
-        model: A `GPTModel`, one wrapped in Float16Module or DDP, or the list of them that virtual pipelining makes.
+        model: One of them, one wrapped in Float16Module or DDP, or the list of them that virtual pipelining makes.
 
     Raises:
-        UnsupportedModelError: There is something else than a `GPTModel` inside.
+        UnsupportedModelError: There is something else inside.
     """
     chunks = unwrap_model([model] if isinstance(model, torch.nn.Module) else list(model))
     offenders = [
-        Offender(f"model[{index}]", f"is a {type(chunk).__name__}, not a GPTModel")
+        Offender(f"model[{index}]", f"is a {type(chunk).__name__}, neither a GPTModel nor a MambaModel")
         for index, chunk in enumerate(chunks)
-        if not isinstance(chunk, GPTModel)
+        if not isinstance(chunk, LanguageModel)
     ]
     if offenders or not chunks:
         raise UnsupportedModelError(
-            "The model holds no GPTModel." if not chunks else "Not every part of the model is a GPTModel.",
+            "The model holds no GPTModel."
+            if not chunks
+            else "Not every part of the model is a GPTModel or MambaModel.",
             offenders,
-            "Pass Megatron-Core's GPTModel, one wrapped in Float16Module or DDP, or the list of virtual stages.",
+            "Pass Megatron-Core's GPTModel or MambaModel, bare or wrapped (Float16Module, DDP), or its virtual stages.",
         )
     return chunks
 
@@ -127,7 +138,7 @@ def iter_parameters(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Itera
     `_extra_state` are left out. A quantized model gives the same stream as the model it was made from.
 
     Raises:
-        UnsupportedModelError: There is something else than a `GPTModel` inside.
+        UnsupportedModelError: There is something else than a `GPTModel` or `MambaModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     topology = current_topology()
@@ -176,6 +187,8 @@ def _children(module: torch.nn.Module, place: _Place) -> Iterator[tuple[torch.nn
             yield child, replace(place.child(name, "*"), layer=child.layer_number - 1)
         elif isinstance(module, MoELayer) and child is module.experts:
             yield child, replace(place.child(name), experts=tuple(module.local_expert_indices))
+        elif isinstance(module, MambaMixer) and child is module.norm:
+            yield child, replace(place.child(name), is_cut=True)
         else:
             yield child, place.child(name)
 
@@ -185,7 +198,7 @@ def _shard(module: torch.nn.Module, name: str, place: _Place, topology: Parallel
         dim = 0
     elif isinstance(module, _ROW_PARALLEL) and name not in _WHOLE_IN_ROW_PARALLEL:
         dim = 1
-    elif isinstance(module, (*_ATTENTION_CORES, *_CUT_BY_CHANNEL)):
+    elif isinstance(module, (*_ATTENTION_CORES, *_CUT_BY_CHANNEL)) or place.is_cut:
         dim = 0
     else:
         return None

@@ -69,7 +69,7 @@ class RefusesWrongShards(QuantModule):
 
     def _refuse_parts(self, name: str, axis: int | None) -> None:
         parts = {".linear_fc1.": "gate rows above its up rows"} if self.config.gated_linear_unit else {}
-        parts[".in_proj."] = "rows of queries, keys, values and gates, one part above the other"
+        parts[".in_proj."] = "rows of all that a recurrent mixer projects to, one part above the other"
         found = [rows for linear, rows in parts.items() if linear in f".{name}"]
         if axis == 0 and found:
             raise UnsupportedQuantizationError(

@@ -10,14 +10,14 @@ from torch import nn
 from quantplug.calibration.tokens import expert_layers
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 
 
 def build(checkpoint: Path, layer_spec: LayerSpec = LayerSpec.LOCAL) -> GPTModel:
     """Weights that are the same in every run on one rank."""
     config = json.loads((checkpoint / "config.json").read_text())
     family = find_family(config["architectures"][0])
-    model = build_gpt_model(family.megatron_config(config), layer_spec=layer_spec, dtype=torch.float32)
+    model = build_model(family.megatron_config(config), layer_spec=layer_spec, dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2, generator=generator)

@@ -10,7 +10,7 @@ import quantplug.plugins  # noqa: F401  # registers our wrappers with ModelOpt
 from quantplug.calibration.collect import collect_statistics
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 def build(checkpoint: Path, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE) -> GPTModel:
     config = json.loads((checkpoint / "config.json").read_text())
     family = find_family(config["architectures"][0])
-    model = build_gpt_model(family.megatron_config(config), layer_spec=layer_spec)
+    model = build_model(family.megatron_config(config), layer_spec=layer_spec)
     generator = torch.Generator().manual_seed(3)
     for index, parameter in enumerate(model.parameters()):
         parameter.data.uniform_(-1, 1, generator=generator).mul_(0.01 * (index + 1))

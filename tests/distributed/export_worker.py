@@ -25,7 +25,7 @@ from quantplug.export.schedule import make_rounds
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.base import MegatronConfig
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import initialize_parallel
 
 SMALL_BUCKET_BYTES = 100_000  # So that even this model's weights are cut into pieces, and make many rounds.
@@ -51,7 +51,7 @@ def megatron_config(source: Path) -> MegatronConfig:
 
 
 def quantized_model(source: Path, name: str) -> nn.Module:
-    model = build_gpt_model(megatron_config(source))
+    model = build_model(megatron_config(source))
     import_mcore_gpt_from_hf(model, source)
     return mtq.quantize(model, config(name))
 
@@ -59,7 +59,7 @@ def quantized_model(source: Path, name: str) -> nn.Module:
 def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
     """The chunks of this rank under virtual pipeline parallelism."""
     settings = megatron_config(source)
-    chunks = [build_gpt_model(settings, virtual_stages=stages, virtual_stage=stage) for stage in range(stages)]
+    chunks = [build_model(settings, virtual_stages=stages, virtual_stage=stage) for stage in range(stages)]
     import_mcore_gpt_from_hf(chunks, source)
     return [mtq.quantize(chunk, config(name)) for chunk in chunks]
 

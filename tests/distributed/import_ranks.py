@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from quantplug.megatron.parameters import iter_parameters
 
@@ -22,9 +22,9 @@ def build(source: Path, virtual_stages: int | None) -> list[torch.nn.Module]:
     config = AutoConfig.from_pretrained(source).to_dict()
     settings = find_family(config["architectures"][0]).megatron_config(config)
     if virtual_stages is None:
-        return [build_gpt_model(settings)]
+        return [build_model(settings)]
     return [
-        build_gpt_model(settings, virtual_stages=virtual_stages, virtual_stage=stage) for stage in range(virtual_stages)
+        build_model(settings, virtual_stages=virtual_stages, virtual_stage=stage) for stage in range(virtual_stages)
     ]
 
 

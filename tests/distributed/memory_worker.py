@@ -16,7 +16,7 @@ from quantplug.export.schedule import make_rounds
 from quantplug.export.source_config import read_source_config
 from quantplug.export.stream import plan_stream
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from tests.export.live_bytes import LiveBytes
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     tp, ep, etp, pp = map(int, layout.split("-"))
     topology = initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
     settings = read_source_config(source)
-    model = build_gpt_model(find_family(settings.architecture).megatron_config(settings.values))
+    model = build_model(find_family(settings.architecture).megatron_config(settings.values))
     import_mcore_gpt_from_hf(model, source)
     sums: dict[str, int] = {}
     peaks = {"stream": peak_of(partial(drain, model, source, sums), model)}

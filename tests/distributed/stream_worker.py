@@ -18,7 +18,7 @@ from quantplug import QuantplugError, export_hf_weights_quant, import_mcore_gpt_
 from quantplug.export.source_config import read_source_config
 from quantplug.export.stream import StreamPlan, plan_stream
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from tests.export.blockwise import blockwise_fp8
 
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     tp, ep, etp, pp = map(int, layout.split("-"))
     topology = initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
     settings = read_source_config(Path(source))
-    built = build_gpt_model(find_family(settings.architecture).megatron_config(settings.values))
+    built = build_model(find_family(settings.architecture).megatron_config(settings.values))
     import_mcore_gpt_from_hf(built, Path(source))
     {"streams": streams, "faults": faults}[mode](built, Path(source), Path(output), topology.rank, rest)
     destroy_parallel()

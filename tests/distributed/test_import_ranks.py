@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.topology import Shard, ShardAxis
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def saved(tiny_qwen3_mixed_dir, tmp_path_factory) -> Path:
 
 def build(directory: Path):
     config = AutoConfig.from_pretrained(directory).to_dict()
-    return build_gpt_model(find_family(config["architectures"][0]).megatron_config(config))
+    return build_model(find_family(config["architectures"][0]).megatron_config(config))
 
 
 @pytest.mark.usefixtures("single_rank")

@@ -11,15 +11,15 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+from quantplug.megatron.parameters import LanguageModel
 
 INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
 
@@ -55,24 +55,24 @@ def build(
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
     dtype: torch.dtype = torch.bfloat16,
     **changes: Any,
-) -> GPTModel:
+) -> LanguageModel:
     """An empty model of a checkpoint's config, all NaN: what the import does not write must show."""
     config = {**AutoConfig.from_pretrained(source).to_dict(), **changes}
     family = find_family(config["architectures"][0])
-    model = build_gpt_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
+    model = build_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     return model
 
 
-def load(source: Path, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE, **settings: Any) -> GPTModel:
+def load(source: Path, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE, **settings: Any) -> LanguageModel:
     model = build(source, layer_spec, **settings)
     import_mcore_gpt_from_hf(model, source)
     return model
 
 
-def quantize(model: GPTModel, scheme: str) -> GPTModel:
+def quantize(model: LanguageModel, scheme: str) -> LanguageModel:
     """Quantizes with calibrated weights, and input amaxes set by hand: a forward of TE's modules needs a GPU."""
     mtq.quantize(model, SCHEMES[scheme])
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from quantplug.errors import MappingError, ShapeError, SourceError, UnsupportedModelError
 from quantplug.export.importer import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parameters import iter_parameters
 from tests.logits import megatron_logits, transformers_logits
 
@@ -24,7 +24,7 @@ MODELS = ["tiny_qwen3_moe_dir", "tiny_qwen3_mixed_dir", "tiny_qwen3_dir", "tiny_
 def build(directory: Path, layer_spec: LayerSpec = LayerSpec.LOCAL, dtype: torch.dtype = torch.float32, **changes):
     config = {**AutoConfig.from_pretrained(directory).to_dict(), **changes}
     family = find_family(config["architectures"][0])
-    model = build_gpt_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
+    model = build_model(family.megatron_config(config), layer_spec=layer_spec, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))  # What the import does not write must show.

@@ -30,6 +30,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -56,6 +57,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from tests.families import hybrid_cases as hybrid
 from tests.logits import VOCABULARY
 
 DECODER: Mapping[str, Any] = {
@@ -423,6 +425,30 @@ CASES |= {
     "llama4_text": Case(
         Llama4ForCausalLM,
         Llama4TextConfig(**LLAMA4, interleave_moe_layer_step=1, no_rope_layers=[1, 0, 1, 1], use_qk_norm=False),
+    ),
+}
+
+CASES |= {
+    "nemotron_h": Case(
+        NemotronHForCausalLM, hybrid.nemotron_h(["linear_attention", "mlp", "full_attention", "linear_attention"])
+    ),
+    "nemotron_h_moe": Case(
+        NemotronHForCausalLM,
+        hybrid.nemotron_h(
+            ["linear_attention", "moe", "full_attention", "moe"],
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=1,
+        ),
+        hybrid.with_mtp,
+        published=hybrid.as_published,
+    ),
+    "nemotron_h_latent": Case(
+        NemotronHForCausalLM,
+        hybrid.nemotron_h(["moe", "linear_attention"], moe_latent_size=64),
+        hybrid.correction_biases,
+        published=hybrid.as_published,
     ),
 }
 

@@ -17,7 +17,7 @@ from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import CheckpointError, UnsupportedQuantizationError
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_gpt_model
+from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
 from quantplug.megatron.parallel import initialize_parallel
 from tests.export.checkpoints import load
@@ -44,7 +44,7 @@ def main(source: Path, tied: Path, out: Path) -> None:
 
 def zeros(source: Path) -> GPTModel:
     config = read_source_config(source)
-    return build_gpt_model(find_family(config.architecture).megatron_config(config.values))
+    return build_model(find_family(config.architecture).megatron_config(config.values))
 
 
 def refuse_scales_of_parts(source: Path, directory: Path) -> None:

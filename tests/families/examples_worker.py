@@ -1,6 +1,7 @@
 """One rank that runs the two example scripts for several families in turn.
 
-Arguments: `WORK TP EP FAMILY ...`; reads WORK/FAMILY/hf, writes WORK/FAMILY/TP-EP.
+Arguments: `WORK TP EP FAMILY ...`; reads WORK/FAMILY/hf, writes WORK/FAMILY/TP-EP. Of decoders with Mamba
+mixers also WORK/FAMILY/1-1-at-TP-EP: the checkpoint that one rank has saved, as these ranks load and export it.
 """
 
 import sys
@@ -31,6 +32,16 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
             mtp=quantize.MultiTokenPrediction.QUANTIZED,
         )
         export.main(str(source), checkpoint, out, tp=tp, ep=has_experts(source, ep))
+        saved_by_one = out.with_name("1-1-megatron")
+        if tp > 1 and saved_by_one.exists() and has_mamba(source):
+            loaded = out.with_name(f"1-1-at-{out.name}")
+            export.main(str(source), saved_by_one, loaded, tp=tp, ep=has_experts(source, ep))
+
+
+def has_mamba(source: Path) -> bool:
+    """Whether it has mixers; tests/distributed and test_delta.py load checkpoints of other decoders at other sizes."""
+    config = quantize.read_source_config(source)
+    return quantize.find_family(config.architecture).dimensions(config.values).mamba is not None
 
 
 def has_experts(source: Path, ep: int) -> int:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, Qwen2MoeConfig
 
 from quantplug.errors import TopologyError
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model, check_divisible
+from quantplug.megatron.build import LayerSpec, build_model, check_divisible
 from quantplug.topology import ParallelTopology
 
 
@@ -29,7 +29,7 @@ def test_weights_are_zero_until_they_are_loaded(layer_spec: LayerSpec, tiny_qwen
     """ModelOpt's restore of a dense linear calibrates on its weights, to size the amax that is loaded afterwards."""
     config = AutoConfig.from_pretrained(tiny_qwen3_mixed_dir)
     family = find_family(config.architectures[0])
-    model = build_gpt_model(family.megatron_config(config.to_dict()), layer_spec=layer_spec)
+    model = build_model(family.megatron_config(config.to_dict()), layer_spec=layer_spec)
     assert [name for name, parameter in model.named_parameters() if parameter.any()] == []
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 

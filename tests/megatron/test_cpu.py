@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from megatron.core.ssm import gated_delta_net
+from megatron.core.ssm import gated_delta_net, mamba_mixer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from transformer_engine.pytorch import Linear
@@ -22,6 +22,9 @@ def answered_for() -> tuple[object, ...]:
         moe_utils.te_general_gemm,
         gated_delta_net.HAVE_FLA,
         vars(gated_delta_net).get("l2norm"),
+        mamba_mixer.HAVE_MAMBA_SSM,
+        mamba_mixer.ExtendedRMSNorm,
+        vars(mamba_mixer).get("mamba_chunk_scan_combined"),
     )
 
 

@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from quantplug.errors import TopologyError
 from quantplug.mappings.base import Family, MegatronConfig
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_gpt_model, check_divisible
+from quantplug.megatron.build import LayerSpec, build_model, check_divisible
 from quantplug.megatron.parameters import iter_parameters
 from quantplug.topology import ParallelTopology
 from tests.families.cases import CASES
@@ -22,7 +22,7 @@ def family_and_config(name: str) -> tuple[Family, dict[str, Any]]:
 
 def build(name: str, layer_spec: LayerSpec) -> GPTModel:
     family, config = family_and_config(name)
-    return build_gpt_model(family.megatron_config(config), layer_spec=layer_spec)
+    return build_model(family.megatron_config(config), layer_spec=layer_spec)
 
 
 @pytest.mark.parametrize("layer_spec", LayerSpec)
@@ -81,5 +81,5 @@ def test_mtp_is_on_the_last_virtual_stage_alone() -> None:
     family, _ = family_and_config("deepseek_v3")
     config = type(CASES["deepseek_v3"].config)(**{**CASES["deepseek_v3"].config.to_dict(), "num_hidden_layers": 4})
     settings = family.megatron_config(config.to_dict())
-    stages = [build_gpt_model(settings, virtual_stages=2, virtual_stage=stage) for stage in range(2)]
+    stages = [build_model(settings, virtual_stages=2, virtual_stage=stage) for stage in range(2)]
     assert [any(name.startswith("mtp.") for name, _ in stage.named_parameters()) for stage in stages] == [False, True]

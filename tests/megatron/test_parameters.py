@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from quantplug.errors import UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parameters import iter_parameters, model_chunks
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 
 def build(directory, layer_spec=LayerSpec.TRANSFORMER_ENGINE):
     config = AutoConfig.from_pretrained(directory).to_dict()
-    model = build_gpt_model(find_family(config["architectures"][0]).megatron_config(config), layer_spec=layer_spec)
+    model = build_model(find_family(config["architectures"][0]).megatron_config(config), layer_spec=layer_spec)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -77,7 +77,7 @@ def test_expert_bias_of_the_router_is_a_weight(tiny_qwen3_mixed_dir):
     config = AutoConfig.from_pretrained(tiny_qwen3_mixed_dir).to_dict()
     settings = find_family("Qwen3MoeForCausalLM").megatron_config(config)
     biased = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
-    model = build_gpt_model(type(settings)({**settings.transformer, **biased}, settings.model))
+    model = build_model(type(settings)({**settings.transformer, **biased}, settings.model))
     found = {p.key.name: p for p in iter_parameters(model) if "expert_bias" in p.local_name}
     assert found.keys() == {f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (0, 2, 3)}
     assert all(p.tensor is dict(model.named_buffers())[p.local_name] for p in found.values())

@@ -19,7 +19,7 @@ from quantplug import import_mcore_gpt_from_hf
 from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec, build_gpt_model
+from quantplug.megatron.build import LayerSpec, build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -38,7 +38,7 @@ CONFIGS = {
 def model_of(directory: Path) -> nn.Module:
     source = read_source_config(directory)
     config = find_family(source.architecture).megatron_config(source.values)
-    model = build_gpt_model(config, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
+    model = build_model(config, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
     import_mcore_gpt_from_hf(model, directory)
     return model
 

@@ -11,7 +11,8 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d{1,9})\.(?P<projection>[^.]+)$")
 _LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
 # Of a language model, by itself or inside a vision-language model, or of its layers of multi-token prediction.
-_STACK = re.compile(r"^(?:mtp\.|(?:model\.)?(?:language_model\.)?(?:model\.)?)(?:layers\.)?")
+# Nemotron-H has `backbone` for `model`.
+_STACK = re.compile(r"^(?:mtp\.|(?:(?:model|backbone)\.)?(?:language_model\.)?(?:model\.)?)(?:layers\.)?")
 _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project|connector")
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -25,7 +26,7 @@ COLUMN_PARALLEL = frozenset(
 )  # out_features are split
 ROUTERS = ("gate", "router", "shared_expert_gate")
 _EMBEDDINGS = frozenset(
-    {"embed_tokens", "embeddings", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}
+    {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}
 )
 _HEADS = frozenset({"lm_head", "output_layer", "score"})
 # Servers take it apart at load: vLLM unpacks any format, SGLang reads packed FP4 as if it were the values.

@@ -84,6 +84,8 @@ def layers(inventory: Inventory) -> Iterator[Finding]:
         if (found := names.layer(module)) is not None:
             stacks.setdefault(found[0], set()).add(found[1])
     count = _configured(inventory, "num_hidden_layers")
+    if count is None and inventory.known is not None:
+        count = inventory.known.dims.num_layers
     if count is None and stacks:
         yield warning(Check.LAYERS, "config.json", "has no num_hidden_layers to hold the layers against")
     if count is not None and inventory.modules:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from quantplug.export.verify.delta_shapes import DELTA_SHAPES
+from quantplug.export.verify.hybrid_shapes import HYBRID_SHAPES
 from quantplug.mappings.layouts import ModelDimensions, Option
 
 Shape = tuple[int | None, ...]  # None: not said by the config
@@ -113,4 +114,5 @@ _SHAPES: Mapping[str, Callable[[ModelDimensions], Shape]] = {
     "block_sparse_moe.experts.w1": lambda dims: (dims.expert_width, dims.hidden_size),
     "block_sparse_moe.experts.w3": lambda dims: (dims.expert_width, dims.hidden_size),
     "block_sparse_moe.experts.w2": lambda dims: (dims.hidden_size, dims.expert_width),
+    **HYBRID_SHAPES,
 }

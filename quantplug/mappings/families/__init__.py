@@ -12,6 +12,7 @@ from quantplug.mappings.families.gpt_oss import GPT_OSS
 from quantplug.mappings.families.llama import LLAMA
 from quantplug.mappings.families.llama4 import LLAMA4, LLAMA4_TEXT
 from quantplug.mappings.families.mixtral import MIXTRAL
+from quantplug.mappings.families.nemotron_h import NEMOTRON_H
 from quantplug.mappings.families.qwen2 import QWEN2
 from quantplug.mappings.families.qwen2_moe import QWEN2_MOE
 from quantplug.mappings.families.qwen3 import QWEN3
@@ -43,6 +44,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_5_VL_MOE,
     LLAMA4_TEXT,
     LLAMA4,
+    NEMOTRON_H,
 )
 
 # What register_family was given, by architecture: a registry has to remember.

@@ -13,7 +13,7 @@ from quantplug.export.verify import names
         ("language_model.model.layers.1.self_attn.q_proj", "self_attn.q_proj"),
         ("language_model.lm_head.weight", "lm_head.weight"),
         ("model.visual.blocks.1.attn.qkv.weight", "visual.blocks.attn.qkv.weight"),
-        ("backbone.layers.0.mixer.experts.12.up_proj.weight", "backbone.layers.mixer.experts.up_proj.weight"),
+        ("backbone.layers.0.mixer.experts.12.up_proj.weight", "mixer.experts.up_proj.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("model.layers.5.block2.conv1d.weight", "block2.conv1d.weight"),
     ],
