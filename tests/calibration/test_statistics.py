@@ -41,7 +41,7 @@ rows = st.builds(StatisticsRow, keys, shapes, amaxes, st.sampled_from(sorted(HAS
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(rows, max_size=8).map(lambda found: CalibrationTable(tuple(found))))
 def test_json_gives_back_the_same_table(original: CalibrationTable) -> None:
     assert CalibrationTable.from_json(original.to_json()) == original

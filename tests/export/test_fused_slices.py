@@ -87,7 +87,7 @@ def exported(plan: ExportPlan, slices: Sequence[Sequence[torch.Tensor]]) -> dict
     return tensors
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(LAYOUTS)),
     st.sampled_from(sorted(STATES)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +29,6 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-@settings(deadline=None)  # It syncs files.
 @given(tensor_specs, st.randoms(use_true_random=False))
 def test_the_library_reads_what_was_written_in_any_order(tmp_path_factory, specs, dice):
     """Whole tensors, or rows of them, a few at a time."""

@@ -119,7 +119,7 @@ def cases(draw):
     return layout, scheme, ranks, rows, columns, dims, bucket_bytes, draw(st.integers(0, 2**16))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases())
 def test_slices_packed_apart_are_the_whole_packed_at_once(case):
     layout, scheme, ranks, rows, columns, dims, bucket_bytes, seed = case

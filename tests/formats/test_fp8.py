@@ -28,7 +28,7 @@ def assert_same(packed: PackedWeight, expected: dict[str, torch.Tensor]) -> None
         assert torch.equal(bits(tensor), bits(expected[suffix])), suffix
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weight=weights(in_features=(1, 7, 48)), share=st.sampled_from([None, 0.25, 1.0, 3.0, 2.0**40]))
 def test_bytes_equal_the_fp32_formula(weight: torch.Tensor, share: float | None) -> None:
     own = weight.float().abs().max()
@@ -37,7 +37,7 @@ def test_bytes_equal_the_fp32_formula(weight: torch.Tensor, share: float | None)
     assert_same(FORMAT.pack(weight, amax), formula(weight, amax))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weight=weights(in_features=(1, 7, 48)))
 def test_bytes_of_fp32_weights_equal_modelopt(weight: torch.Tensor) -> None:
     weight = weight.float()
@@ -46,7 +46,7 @@ def test_bytes_of_fp32_weights_equal_modelopt(weight: torch.Tensor) -> None:
     assert_same(FORMAT.pack(weight), {"weight": quantized._quantized_data, "weight_scale": scale.reshape(())})
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(weight=weights(in_features=(1, 7, 48)))
 def test_unpack_equals_modelopt_in_every_bit(weight: torch.Tensor) -> None:
     packed = FORMAT.pack(weight)
@@ -55,7 +55,7 @@ def test_unpack_equals_modelopt_in_every_bit(weight: torch.Tensor) -> None:
     assert torch.equal(bits(FORMAT.unpack(packed)), bits(expected))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(weight=weights(in_features=(1, 7, 48)))
 def test_scale_is_positive_and_nothing_is_nan(weight: torch.Tensor) -> None:
     packed = FORMAT.pack(weight)

@@ -34,7 +34,7 @@ def assert_same(packed: PackedWeight, expected: dict[str, torch.Tensor]) -> None
         assert torch.equal(bits(tensor), bits(expected[suffix])), suffix
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(weight=weights(), share=st.sampled_from([None, 1.0, 1.5, 3.0, 2.0**15, 2.0**40]))
 def test_bytes_equal_modelopt(weight: torch.Tensor, share: float | None) -> None:
     own = weight.float().abs().max()
@@ -50,14 +50,14 @@ def test_bytes_equal_modelopt_on_heavy_tails(shape: tuple[int, int], dtype: torc
     assert_same(FORMAT.pack(weight), modelopt(weight))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weight=weights())
 def test_unpack_equals_torchao_in_every_bit(weight: torch.Tensor) -> None:
     packed = FORMAT.pack(weight)
     assert torch.equal(bits(FORMAT.unpack(packed)), bits(torchao(packed)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weight=weights())
 def test_scales_are_positive_and_nothing_is_nan(weight: torch.Tensor) -> None:
     packed = FORMAT.pack(weight)

@@ -42,7 +42,7 @@ def key_of(row: AmaxMapping, expert: int | None = None) -> ParamKey:
 
 
 @given(value=VALUES, dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), ndim=st.integers(0, 1))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_value_goes_out_and_comes_back_as_it_is(value: float, dtype: torch.dtype, ndim: int) -> None:
     amax = torch.tensor(value).to(dtype).reshape((1,) * ndim)
     for row, expert in ((QKV_ROW, None), (PROJ_ROW, None), (FC1_ROW, None), (EXPERT_FC1, 3), (EXPERT_FC2, 0)):
@@ -63,7 +63,7 @@ def test_no_two_names_share_memory_and_none_with_the_quantizer() -> None:
 
 
 @given(values=st.tuples(VALUES, VALUES, VALUES))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_largest_member_comes_back_and_nan_wins(values: tuple[float, float, float]) -> None:
     key = key_of(QKV_ROW)
     named = dict(zip(QKV_ROW.hf_names(key, DIMS), map(torch.tensor, values), strict=True))
@@ -138,7 +138,7 @@ def test_a_quantizer_without_a_number_stands_for_every_expert(row: AmaxMapping) 
 
 
 @given(values=st.lists(VALUES, min_size=4, max_size=4), fused=st.sampled_from(FusedAmax))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_experts_in_one_tensor(values: list[float], fused: FusedAmax) -> None:
     row = fused_row(fused)
     amaxes = {key_of(row, expert): torch.tensor(value) for expert, value in enumerate(values)}
@@ -197,7 +197,7 @@ def test_a_row_of_weights_is_not_needed() -> None:
 
 
 @given(ranks=st.lists(st.dictionaries(st.sampled_from("abcd"), VALUES), max_size=5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_ranks_are_merged_by_the_largest_and_nothing_is_added(ranks: list[dict[str, float]]) -> None:
     merged = merge_amaxes({name: torch.tensor(value) for name, value in rank.items()} for rank in ranks)
     assert merged.keys() == {name for rank in ranks for name in rank}

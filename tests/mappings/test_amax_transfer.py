@@ -101,7 +101,7 @@ def ranks_of(dims: ModelDimensions, ep: int, pp: int) -> list[Placement]:
     seed=st.integers(0, 2**16),
     fused=st.sampled_from([None, FusedAmax.PER_EXPERT, FusedAmax.STACKED]),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_ranks_to_hugging_face_and_back_at_any_layout(
     local: int, ep: int, pp: int, sequential: bool, seed: int, fused: FusedAmax | None
 ) -> None:
@@ -206,7 +206,7 @@ def test_what_a_rank_needs_and_nobody_has_is_named() -> None:
 
 
 @given(missing=st.sets(st.integers(0, 7), min_size=1, max_size=7))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_missing_experts_are_named_in_both_directions(missing: set[int]) -> None:
     dims = replace(DIMS, num_experts=8)
     row = next(row for row in rows_of() if row.scope is Scope.EXPERT)

@@ -6,7 +6,7 @@ full_attention). The symbols are Megatron's own (megatron/core/ssm/mamba_hybrid_
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -84,13 +84,12 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
             yield from (Offender(size, f"is not above zero, and {name} has layers with experts") for size in missing)
 
 
-def _read(
-    value: Any, kind: type[list[str]] | type[str], known: Mapping[str, LayerKind]
-) -> tuple[LayerKind, ...] | None:
+def _read(value: Any, kind: type[Any], known: Mapping[str, LayerKind]) -> tuple[LayerKind, ...] | None:
     """The layers that a list or a text says; None where it is neither, or says what is not known."""
-    if not isinstance(value, kind) or not value or not all(isinstance(word, str) and word in known for word in value):
+    words: Sequence[Any] = value if isinstance(value, kind) else ()
+    if not words or not all(isinstance(word, str) and word in known for word in words):
         return None
-    return tuple(known[word] for word in value)
+    return tuple(known[word] for word in words)
 
 
 def _short(value: object) -> str:

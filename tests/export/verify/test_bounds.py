@@ -32,7 +32,7 @@ def weights(draw: DrawFn) -> torch.Tensor:
     return weight.view(rows, blocks * 16)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights())
 def test_round_to_nearest_stays_within_the_nvfp4_bound(weight: torch.Tensor) -> None:
     total = nvfp4_error(weight)
@@ -40,7 +40,7 @@ def test_round_to_nearest_stays_within_the_nvfp4_bound(weight: torch.Tensor) -> 
     assert (total.beyond, total.lost, total.broken_rows) == (0, 0, 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights(), st.floats(1e-4, 1e2))
 def test_rounding_stays_within_the_fp8_bound(weight: torch.Tensor, scale: float) -> None:
     factor = torch.tensor(scale)

@@ -197,7 +197,7 @@ def playground(pristine: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return directory
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     config=st.fixed_dictionaries(
         {"quantization_config": QUANTIZATION | JUNK},
@@ -211,7 +211,7 @@ def test_no_config_makes_it_stumble(playground: Path, config: object, file: obje
     json.loads(verify_checkpoint(playground).to_json())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6), in_header=st.booleans())
 def test_no_flipped_byte_makes_it_stumble(
     pristine: dict[str, Path], playground: Path, flips: list[tuple[float, int]], in_header: bool

@@ -100,7 +100,7 @@ def test_amax_of_every_value(dtype: torch.dtype) -> None:
         torch.testing.assert_close(cpu.amax(weight), reference.amax(weight), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weight=weights(in_features=(16, 48, 160)), share=st.sampled_from([2.0**-20, 0.25, 1.0, 3.0]))
 def test_any_weight_packs_alike(weight: torch.Tensor, share: float) -> None:
     amax = cpu.amax(weight)
