@@ -3,7 +3,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: help setup demo test bench lint types format clean
+.PHONY: help setup demo test bench benchlong lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,6 +21,11 @@ bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each wri
 	$(bin)/python benchmarks/packing.py
 	$(bin)/python benchmarks/packing_tools.py
 	OMP_NUM_THREADS=1 $(bin)/torchrun --standalone --nproc_per_node 2 benchmarks/calibration_sync.py
+
+benchlong: setup  ## Whole exports, on CPUs, against ModelOpt's own and against their parts: about 20 minutes, and 10 GB of disk.
+	OMP_NUM_THREADS=2 $(bin)/python benchmarks/model_free.py --layers 1 --layers 4 --record
+	OMP_NUM_THREADS=2 $(bin)/python benchmarks/overlap.py --record
+	$(bin)/python benchmarks/end_to_end.py --record
 
 lint: setup  ## ruff, as a linter and as a format check.
 	$(bin)/ruff check .

@@ -51,6 +51,7 @@ class SafetensorsFile:
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         _write_all(self._file, data.data, self._offsets[name] + start)
+        _begin_sync(self._file, self._offsets[name] + start, data.nbytes)
         self._missing[name] -= tensor.nbytes
         assert self._missing[name] >= 0, f"{name} was written twice"
         if not self._missing[name]:
@@ -123,6 +124,15 @@ def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+
+
+def _begin_sync(file: int, offset: int, nbytes: int) -> None:
+    """Lets the disk begin with what has just been written, so that the fsync at the end has little left to wait for.
+
+    By its name it would drop pages. But Linux drops none that is not on disk yet: it begins to write them, and goes on
+    (mm/fadvise.c, `generic_fadvise`). Where that is otherwise, advice changes no data.
+    """
+    os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

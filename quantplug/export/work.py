@@ -1,4 +1,8 @@
-"""Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together."""
+"""Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together.
+
+What one rank holds whole, as experts are under expert parallelism, is exchanged with nobody: it is written piece by
+piece while the next piece is packed.
+"""
 
 from collections import defaultdict
 from collections.abc import Container, Sequence
@@ -9,8 +13,9 @@ from pathlib import Path
 import torch
 
 from quantplug.export.base import ExportPlan, Held, Progress, ShardFile
+from quantplug.export.behind import Behind
 from quantplug.export.disk_errors import disk_errors
-from quantplug.export.gather import Delivered, PackedBucket, Slices
+from quantplug.export.gather import Delivered, PackedBucket, Slices, pack_piece
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import Piece
 from quantplug.export.schedule import Bucket, Round, make_rounds
@@ -25,7 +30,7 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
 
     Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
     collective for one that has failed. Memory holds at most a bucket that is sent and one that is received, or one that
-    was received and working copies of a piece.
+    was received and working copies of a piece; of what is not exchanged, a few pieces.
 
     Raises:
         DestinationError: Another export left its unfinished files in the way, or still runs.
@@ -91,7 +96,7 @@ class _Steps:
     done: int = 0
 
     def write_and_pack(self, delivered: Delivered, bucket: Bucket | None, full: Container[str]) -> PackedBucket | None:
-        """Writes what the last round delivered, then packs what the next one sends.
+        """Writes what the last round delivered, then packs what the next one sends, or writes it if that is to nobody.
 
         Args:
             full: Files of several ranks that have become full.
@@ -99,15 +104,32 @@ class _Steps:
         with disk_errors(self.directory, self.rank):
             self.sink.name_shared(full)
         while delivered:
-            self._write(*delivered.pop(0))
+            self._write_delivered(*delivered.pop(0))
         if bucket is None:
             return None
-        return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
+        if len(bucket.ranks) > 1:
+            return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
+        self._pack_and_write(bucket)
+        return None
+
+    def _pack_and_write(self, bucket: Bucket) -> None:
+        with Behind() as writing:
+            for piece in bucket.pieces:
+                packed = pack_piece(piece, self.held[piece.task.source.key].load(), 0, self.dims)
+                # From the device here: another thread would not wait for the stream that has packed it.
+                writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
+                self._count(piece)
+
+    def _write_delivered(self, piece: Piece, slices: Slices) -> None:
+        self._write(piece, slices)
+        self._count(piece)
 
     def _write(self, piece: Piece, slices: Slices) -> None:
         with disk_errors(self.directory, self.rank):
             for rows in join_piece(piece, slices, self.dims):
                 self.sink.write(rows)
+
+    def _count(self, piece: Piece) -> None:
         if piece.ends_task:
             self.done += 1
             self.progress("Packing and writing", self.done, self.total)

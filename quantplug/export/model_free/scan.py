@@ -2,16 +2,14 @@
 
 import hashlib
 import math
-import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
 
 from quantplug.errors import WeightError
 from quantplug.export.base import ExportPlan, ExportTask, Progress
 from quantplug.export.findings import Findings, Kind
+from quantplug.export.fingerprint import fingerprint
 from quantplug.export.hf_source import HFCheckpoint
 from quantplug.export.model_free.parts import pieces_of, read_part, read_piece
 from quantplug.formats import first_nonfinite
@@ -46,7 +44,7 @@ def scan(plan: ExportPlan, source: HFCheckpoint, progress: Progress) -> Scan:
         WeightError: NaN or Inf; names every tensor.
     """
     amaxes: defaultdict[ParamKey, float] = defaultdict(float)
-    marks: Counter[tuple[str, int | None]] = Counter()
+    marks = hashlib.sha256()
     spoiled: dict[tuple[str, int | None], tuple[ExportTask, int]] = {}
     done, total = 0, sum(task.source.nbytes for task in plan.tasks)
     for task in plan.tasks:
@@ -58,16 +56,11 @@ def scan(plan: ExportPlan, source: HFCheckpoint, progress: Progress) -> Scan:
                 amaxes[key] = max(amaxes[key], amax)
                 if not math.isfinite(amax):
                     spoiled[place] = task, piece.part
-            marks[place] = _mark(rows, marks[place])
+            marks.update(f"{place} {piece.start} {fingerprint(rows)}\n".encode())
             done += rows.nbytes
             progress("Checking weights", done, total)
     _refuse(spoiled, source, plan.dims)
-    return Scan(dict(amaxes), hashlib.sha256(repr(sorted(marks.items(), key=repr)).encode()).hexdigest())
-
-
-def _mark(rows: torch.Tensor, mark: int) -> int:
-    """CRC-32 of a tensor's bytes, going on from those before it."""
-    return zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data, mark)
+    return Scan(dict(amaxes), marks.hexdigest())
 
 
 def _refuse(

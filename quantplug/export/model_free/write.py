@@ -1,11 +1,18 @@
-"""The second look at the source: every piece is read, packed and put in its place, one after the other."""
+"""The second look at the source: pieces are read and packed one after another, and written meanwhile."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
 
 from quantplug.export.base import ExportPlan, Progress
+from quantplug.export.behind import Behind
 from quantplug.export.disk_errors import disk_errors
 from quantplug.export.hf_source import HFCheckpoint
 from quantplug.export.join import join_piece
 from quantplug.export.model_free.parts import pieces_of, read_piece
 from quantplug.export.pack import pack_rows
+from quantplug.export.pieces import Piece
 from quantplug.export.schedule import in_order
 from quantplug.export.writer import FileSink, Staging
 
@@ -26,15 +33,19 @@ def write_tensors(plan: ExportPlan, source: HFCheckpoint, staging: Staging, prog
     todo = [task for task in in_order(plan.tasks) if task.outputs[0].tensors[0].name not in kept]
     sink = FileSink(staging.directory, [file for file in plan.files if file.name not in finished], plan, rank=0)
     done, total = 0, sum(task.source.nbytes for task in todo)
+
+    def write(piece: Piece, packed: Sequence[torch.Tensor]) -> None:
+        with disk_errors(staging.directory):
+            for placed in join_piece(piece, [packed], plan.dims):
+                sink.write(placed)
+
     try:
-        for piece in (piece for task in todo for piece in pieces_of(task, plan.dims)):
-            rows = read_piece(source, piece, plan.dims)
-            packed = pack_rows(piece.task, piece.output, rows)
-            with disk_errors(staging.directory):
-                for placed in join_piece(piece, [packed], plan.dims):
-                    sink.write(placed)
-            done += rows.nbytes
-            progress("Packing and writing", done, total)
+        with Behind() as writing:
+            for piece in (piece for task in todo for piece in pieces_of(task, plan.dims)):
+                rows = read_piece(source, piece, plan.dims)
+                writing.do(partial(write, piece, pack_rows(piece.task, piece.output, rows)))
+                done += rows.nbytes
+                progress("Packing and writing", done, total)
     finally:
         sink.close()
     sink.check_complete()

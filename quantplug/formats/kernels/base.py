@@ -16,6 +16,13 @@ class Kernels(Protocol):
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
         """max|weight| of a non-empty tensor of any shape, an FP32 scalar on its device; NaN where it holds a NaN."""
 
+    def bit_sums(self, weight: torch.Tensor) -> tuple[int, int]:
+        """Of the bits of a non-empty tensor of at least one dimension: two numbers that see any one of them change.
+
+        As signed integers, those of row i are taken 2i + 1 times in the first sum and those of column j 2j + 1 times in
+        the second, modulo 2^64; a row is all that has one index in the first dimension.
+        """
+
     def pack_nvfp4(
         self, weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
     ) -> None:

@@ -23,11 +23,21 @@ _PIECES_PER_THREAD = 4
 
 # The integer type tells the loops which float its bits are.
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def amax(weight: torch.Tensor) -> torch.Tensor:
     largest = max(run(lambda piece: int(loops.largest_magnitude(_flat(piece))), _pieces(_bits(weight))))
     return torch.tensor([largest], dtype=_BITS[weight.dtype]).view(weight.dtype)[0].float()
+
+
+def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
+    rows = weight.detach().view(_INTEGERS[weight.dtype.itemsize]).reshape(weight.shape[0], -1).numpy()
+    step = max(_piece_elements(rows) // rows.shape[1], 1)
+    starts = range(0, len(rows), step)
+    of_pieces = run(lambda start: loops.bit_sums(_contiguous(rows[start : start + step]), start), starts)
+    by_row, by_column = (sum(sums) % 2**64 for sums in zip(*of_pieces, strict=True))
+    return by_row, by_column
 
 
 def pack_nvfp4(

@@ -237,6 +237,23 @@ def largest_magnitude(weight: Array) -> Any:
 
 
 @njit(**_OPTIONS)
+def bit_sums(rows: Array, first: int) -> Any:
+    """The sums of `Kernels.bit_sums` of rows [n, columns] of signed integers, the first of which has number `first`."""
+    by_row, of_columns = np.int64(0), np.zeros(rows.shape[1], np.int64)
+    for i in range(rows.shape[0]):
+        of_row = np.int64(0)
+        for j in range(rows.shape[1]):
+            bits = np.int64(rows[i, j])
+            of_row += bits
+            of_columns[j] += bits
+        by_row += of_row * np.int64(2 * (first + i) + 1)
+    by_column = np.int64(0)
+    for j in range(rows.shape[1]):
+        by_column += of_columns[j] * np.int64(2 * j + 1)
+    return by_row, by_column
+
+
+@njit(**_OPTIONS)
 def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
     """Bits of n elements to n E4M3 codes."""
     scale = np.float32(weight_scale)

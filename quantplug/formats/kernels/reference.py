@@ -19,6 +19,8 @@ from quantplug.formats.constants import (
 )
 from quantplug.formats.scale_from_amax import scale_from_amax
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def amax(weight: torch.Tensor) -> torch.Tensor:
     largest = torch.zeros((), device=weight.device)
@@ -26,6 +28,18 @@ def amax(weight: torch.Tensor) -> torch.Tensor:
         # In place: a list of small results would settle between the chunks, and the heap grow to an FP32 copy.
         torch.maximum(largest, chunk.abs().amax(), out=largest)
     return largest
+
+
+def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
+    rows = weight.detach().view(_INTEGERS[weight.dtype.itemsize]).reshape(weight.shape[0], -1)
+    by_row, by_column = (rows.new_zeros(size, dtype=torch.int64) for size in rows.shape)
+    # A few rows at a time: a sum of 16-bit integers makes a 64-bit copy of all of them.
+    step = max(1, CHUNK_ELEMENTS // rows.shape[1])
+    for chunk, of_rows in zip(rows.split(step), by_row.split(step), strict=True):
+        wide = chunk.long()
+        of_rows.copy_(wide.sum(dim=1))
+        by_column += wide.sum(dim=0)
+    return _weighted(by_row), _weighted(by_column)
 
 
 def pack_nvfp4(
@@ -75,6 +89,11 @@ def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: to
 def saturate_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """Rounds FP32 to E4M3, ties to even; magnitudes above 448 become 448 where a plain cast makes NaN of them."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _weighted(sums: torch.Tensor) -> int:
+    places = torch.arange(1, sums.numel() + 1, device=sums.device) * 2 - 1
+    return int((sums * places).sum()) % 2**64
 
 
 def _nvfp4_block_scales(blocks: torch.Tensor, weight_scale_2: torch.Tensor) -> torch.Tensor:

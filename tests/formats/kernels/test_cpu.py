@@ -94,6 +94,13 @@ def test_fp8_block_scale_of_extremes_and_of_what_is_not_finite(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_every_value(dtype: torch.dtype) -> None:
+    values = all_values(dtype)
+    for weight in (values, values.view(16, -1), values.view(-1, 16).t()):
+        assert cpu.bit_sums(weight) == reference.bit_sums(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_amax_of_every_value(dtype: torch.dtype) -> None:
     for value in all_values(dtype)[:: 1 if dtype.itemsize == 2 else 7][::17]:
         weight = torch.stack((-value, torch.zeros_like(value)))
@@ -134,6 +141,7 @@ def test_strides_and_threads_change_no_bit(dtype: torch.dtype, threads: int, wit
     for name, weight in views(dtype).items():
         whole, before = weight.detach().contiguous(), bits(weight.detach()).clone()
         assert_same_bits((cpu.amax(weight),), (reference.amax(whole),))
+        assert cpu.bit_sums(weight) == reference.bit_sums(whole)
         assert_same_bits(nvfp4(cpu, weight, 1e-4), nvfp4(reference, whole, 1e-4))
         assert_same_bits(fp8(cpu, weight, 1e-3), fp8(reference, whole, 1e-3))
         assert_same_bits(fp8_block(cpu, weight), fp8_block(reference, whole))
@@ -149,10 +157,11 @@ def with_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 4), (1, 1)])
-def test_amax_and_fp8_have_no_blocks(shape: tuple[int, ...]) -> None:
+def test_amax_sums_and_fp8_have_no_blocks(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     for view in (weight, weight.t() if weight.dim() == 2 else weight):
         assert_same_bits((cpu.amax(view),), (reference.amax(view),))
+        assert cpu.bit_sums(view) == reference.bit_sums(view)
         assert_same_bits(fp8(cpu, view, 0.01), fp8(reference, view, 0.01))
 
 

@@ -58,3 +58,13 @@ def test_amax_is_exact_and_shows_nan(dtype: torch.dtype) -> None:
     assert reference.amax(weight).item() == torch.finfo(dtype).max
     weight[0, 3] = float("nan")
     assert reference.amax(weight).isnan()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.float64])
+def test_bit_sums_are_what_they_say(dtype: torch.dtype) -> None:
+    weight = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    rows = weight.view(integers).reshape(3, 10).tolist()
+    by_row = sum((2 * i + 1) * bits for i, row in enumerate(rows) for bits in row)
+    by_column = sum((2 * j + 1) * bits for row in rows for j, bits in enumerate(row))
+    assert reference.bit_sums(weight) == (by_row % 2**64, by_column % 2**64)

@@ -1,0 +1,193 @@
+"""What it brings to write while the next weights are packed: packing alone, writing alone, and both.
+
+    OMP_NUM_THREADS=2 python benchmarks/overlap.py [--layers 4] [--format w4a16_nvfp4] [--repeats 7]
+
+A checkpoint of layers of Qwen3-30B-A3B's shapes (`model_free.py`), 1.25 GB each, is quantized without a model. In every
+round all of these take a turn, in one process:
+
+    pack      every piece is read and packed, and dropped
+    write     what was packed before and lies in memory is written, fsync included
+    in turn   every piece is read, packed and written before the next one; the disk begins with the fsync at the end
+    export    what the package does: a thread writes pieces while the next are packed; the disk begins at once
+    call      all of `quantize_checkpoint`: the look at all weights, the export, index and configs
+
+Wall time, and CPU time of all threads: where cores are taken, by these or by other processes, doing things at the same
+time saves nothing but waiting. The ratio is to the slower of packing and writing in the same round.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Self
+from unittest import mock
+
+import torch
+import typer
+from model_free import GB, random_checkpoint
+from results import machine, write_section
+
+from quantplug.export import model_free
+from quantplug.export.base import ExportPlan, silent
+from quantplug.export.hf_source import HFCheckpoint
+from quantplug.export.join import join_piece
+from quantplug.export.model_free import WeightOnlyFormat, quantize_checkpoint, write
+from quantplug.export.model_free.parts import pieces_of, read_piece
+from quantplug.export.pack import pack_rows
+from quantplug.export.pieces import Piece
+from quantplug.export.schedule import in_order
+from quantplug.export.writer import FileSink, Staging
+
+ALONE = ("pack", "write")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one turn."""
+
+    wall: float
+    cpu: float
+
+
+Round = dict[str, Times]
+"""By the name of the turn."""
+
+
+class InTurn:
+    """Stands for `Behind`: does a step before the caller goes on."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def do(self, step: Callable[[], None]) -> None:
+        step()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an export is about to write, as `write_tensors` is called with it."""
+
+    plan: ExportPlan
+    source: HFCheckpoint
+    directory: Path
+
+    def pieces(self) -> Iterator[Piece]:
+        return (piece for task in in_order(self.plan.tasks) for piece in pieces_of(task, self.plan.dims))
+
+    def packed(self) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
+        for piece in self.pieces():
+            yield piece, pack_rows(piece.task, piece.output, read_piece(self.source, piece, self.plan.dims))
+
+    def pack(self) -> None:
+        for _ in self.packed():
+            pass
+
+    def write(self, packed: Sequence[tuple[Piece, Sequence[torch.Tensor]]]) -> None:
+        self.directory.mkdir()
+        sink = FileSink(self.directory, self.plan.files, self.plan, rank=0)
+        for piece, tensors in packed:
+            for rows in join_piece(piece, [tensors], self.plan.dims):
+                sink.write(rows)
+        sink.close()
+        sink.check_complete()
+
+    def export(self) -> None:
+        staging = Staging(self.directory, self.plan.digest, "", rank=0, world_size=1)
+        write.write_tensors(self.plan, self.source, staging, silent)
+        staging.close()
+
+    def in_turn(self) -> None:
+        with mock.patch.object(write, "Behind", InTurn), mock.patch.object(os, "posix_fadvise"):
+            self.export()
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    format: Annotated[WeightOnlyFormat, typer.Option(help="Format.")] = WeightOnlyFormat.W4A16_NVFP4,  # noqa: A002
+    repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 7,
+    record: Annotated[bool, typer.Option(help="Write the section of RESULTS.md.")] = False,
+    scratch: Annotated[Path | None, typer.Option(help="Where the checkpoints are made.")] = None,
+) -> None:
+    """Measures packing and writing alone and together."""
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        source = random_checkpoint(Path(directory) / "source", layers)
+        plan = plan_of(source, Path(directory) / "out", format)
+        rounds = list(measured(plan, source, Path(directory) / "out", format, repeats))
+    read = sum(task.source.nbytes for task in plan.tasks)
+    written = sum(spec.nbytes for spec in plan.expected().values())
+    text = f"{heading(layers, format, repeats, read, written)}\n\n{table(rounds)}"
+    typer.echo(text)
+    if record:
+        write_section("overlap", text)
+
+
+def plan_of(source: Path, out: Path, name: str) -> ExportPlan:
+    """The plan of an export that is stopped before it writes."""
+    stopped = mock.patch.object(model_free, "write_tensors", side_effect=InterruptedError)
+    with stopped as write_tensors, suppress(InterruptedError):
+        quantize_checkpoint(source, out, name)
+    plan = write_tensors.call_args.args[0]
+    assert isinstance(plan, ExportPlan)
+    return plan
+
+
+def measured(plan: ExportPlan, source: Path, out: Path, name: str, repeats: int) -> Iterator[Round]:
+    with HFCheckpoint(source) as checkpoint:
+        work = Work(plan, checkpoint, out)
+        packed = list(work.packed())  # Compiles the loops too.
+        turns: dict[str, Callable[[], object]] = {
+            "pack": work.pack,
+            "write": partial(work.write, packed),
+            "in turn": work.in_turn,
+            "export": work.export,
+            "call": partial(quantize_checkpoint, source, out, name),
+        }
+        for _ in range(repeats):
+            yield {turn: timed(run, out) for turn, run in turns.items()}
+
+
+def timed(run: Callable[[], object], out: Path) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    times = Times(time.perf_counter() - wall, time.process_time() - cpu)
+    for left in (out, out.with_name(f".{out.name}.partial")):
+        shutil.rmtree(left, ignore_errors=True)
+    return times
+
+
+def table(rounds: list[Round]) -> str:
+    rows = ["| turn | wall s | min to max | CPU s | of the slower of pack and write |", "|---|---:|---:|---:|---:|"]
+    for name in rounds[0]:
+        wall = [each[name].wall for each in rounds]
+        cells = [name, f"{statistics.median(wall):.2f}", f"{min(wall):.2f} to {max(wall):.2f}"]
+        cells.append(f"{statistics.median(each[name].cpu for each in rounds):.2f}")
+        ratios = [each[name].wall / max(each[alone].wall for alone in ALONE) for each in rounds]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def heading(layers: int, name: str, repeats: int, read: int, written: int) -> str:
+    return (
+        "## Packing and writing at the same time (`overlap.py`)\n\n"
+        f"`python benchmarks/overlap.py --layers {layers} --format {name} --repeats {repeats}`: "
+        f"{read / GB:.2f} GB of BF16 in the page cache\nbecome {written / GB:.2f} GB on disk. "
+        "All take a turn in each round; medians. CPU is of all threads. What each turn is, the script says.\n"
+        f"{machine()}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

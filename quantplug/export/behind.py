@@ -1,0 +1,42 @@
+"""Work behind the caller's back: steps are done one after another on a thread, while the caller makes the next."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+AHEAD = 2
+"""So many steps wait or are under way: with the one that is being made, memory holds what three of them need."""
+
+THREAD_NAME = "quantplug-behind"
+
+
+class Behind:
+    """A thread that does steps in the order they come; leaving the context waits for it.
+
+    The error of a step is the caller's, at the next call or on leaving. Steps that still wait then are dropped, and so
+    they are when the caller leaves with an error of its own.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
+        self._steps: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def do(self, step: Callable[[], None]) -> None:
+        """Hands over a step; waits while too many are not done."""
+        self._steps.append(self._thread.submit(step))
+        while len(self._steps) > AHEAD:
+            self._steps.popleft().result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            while self._steps and kind is None:
+                self._steps.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
