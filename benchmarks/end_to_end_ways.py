@@ -91,13 +91,13 @@ def quantized_model(source: Path, layer_spec: StrEnum) -> torch.nn.Module:
 
     from quantplug.export.importer import import_mcore_gpt_from_hf
     from quantplug.mappings.families import find_family
-    from quantplug.megatron.build import build_gpt_model
+    from quantplug.megatron.build import build_model
     from quantplug.megatron.parallel import initialize_parallel
 
     initialize_parallel()
     config = AutoConfig.from_pretrained(source)
     family = find_family(config.architectures[0])
-    model = build_gpt_model(family.megatron_config(config.to_dict()), layer_spec=layer_spec)
+    model = build_model(family.megatron_config(config.to_dict()), layer_spec=layer_spec)
     import_mcore_gpt_from_hf(model, source)
     return mtq.quantize(model, mtq.W4A16_NVFP4_CFG)
 

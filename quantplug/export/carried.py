@@ -4,14 +4,32 @@ Each is held by one rank, in turn, which reads it from the source when it is wri
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from quantplug.errors import Offender, SourceError
 from quantplug.export.base import WeightRef
-from quantplug.export.hf_source import INDEX_FILE, SINGLE_FILE, HFCheckpoint
+from quantplug.export.hf_source import INDEX_FILE, SINGLE_FILE, HFCheckpoint, weight_map
+from quantplug.export.source_config import SourceConfig
+from quantplug.export.stored_tensors import stored_tensors
 from quantplug.mappings.base import Family, ParamKey
+from quantplug.mappings.layouts import ModelDimensions
+
+
+def has_beside(source: SourceConfig, family: Family, dims: ModelDimensions) -> bool:
+    """Whether a source has such tensors: by its config, or else by what lies there, or what the index says.
+
+    Raises:
+        SourceError: A file is damaged.
+    """
+    if family.needs_source(source.values):
+        return True
+    directory = source.directory
+    table = set(chain.from_iterable(names for names, _ in family.expected(dims)))
+    found = {*stored_tensors(directory), *(weight_map(directory) or ())}
+    return any(name.startswith(family.carried) for name in found - table)
 
 
 def open_for_carrying(directory: Path, family: Family) -> HFCheckpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from quantplug.errors import Offender
-from quantplug.export.hf_source import HFCheckpoint, TensorHeader
+from quantplug.export.hf_source import HFCheckpoint, TensorHeader, damaged
 
 METHOD = "fp8"
 
@@ -42,7 +42,7 @@ class FP8Checkpoint(HFCheckpoint):
             if (problem := _problem(stored[name], stored.get(scales[name]), block_size))
         ]
         if offenders:
-            raise self._damaged(offenders)
+            raise damaged(offenders)
         self._scales = {name: (scale, stored[scale].file) for name, scale in scales.items()}
         plain = {name: header for name, header in stored.items() if name not in scales.values()}
         decoded = {name: TensorHeader(stored[name].shape, torch.bfloat16, stored[name].file) for name in packed}

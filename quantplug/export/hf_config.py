@@ -19,6 +19,9 @@ _NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", "
 _NOT_COPIED_NAMES = {CONFIG_NAME, QUANT_CONFIG_NAME}
 # The one directory that belongs to a tokenizer (transformers.utils.CHAT_TEMPLATE_DIR).
 _TEMPLATES = "additional_chat_templates"
+# Where a vision-language model has the settings of its language model.
+_TEXT_CONFIG = "text_config"
+_TIED = "tie_word_embeddings"
 # What transformers and compressed-tensors read a quantization from.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -27,13 +30,14 @@ def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, qu
     """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization.
 
     Without a `dtype` the config keeps its own. What the source says of an earlier quantization is left out: it does not
-    hold for what is written.
+    hold for what is written. What it says of a language model alone agrees with what it says of the whole.
     """
     config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    text = config.get(_TEXT_CONFIG)
+    if isinstance(text, dict):
+        config[_TEXT_CONFIG] = _agreeing(text, config, dtype)
     if dtype is not None:
-        # transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree.
-        spelled = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}
-        config |= dict.fromkeys(spelled, str(dtype).removeprefix("torch."))
+        config |= dict.fromkeys(_spellings(config) or {"dtype"}, _spelled(dtype))
     for key in _QUANTIZATION_KEYS:
         config.pop(key, None)
     if quant_config is not None:
@@ -41,6 +45,28 @@ def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, qu
         if quant_config.hf_quant_config is not None:
             write_json(destination / QUANT_CONFIG_NAME, quant_config.hf_quant_config)
     write_json(destination / CONFIG_NAME, config)
+
+
+def _agreeing(text: dict[str, Any], config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The settings of a language model inside another, as the whole has them: servers read either.
+
+    transformers 5 reads whether embeddings are tied at the top, and saves its default for the language model.
+    """
+    agreeing = {name: value for name, value in text.items() if name not in _QUANTIZATION_KEYS}
+    if _TIED in text and _TIED in config:
+        agreeing[_TIED] = config[_TIED]
+    if dtype is not None:
+        agreeing |= dict.fromkeys(_spellings(text), _spelled(dtype))
+    return agreeing
+
+
+def _spellings(config: dict[str, Any]) -> set[str]:
+    """Transformers 5 writes `dtype`, earlier ones `torch_dtype`; servers read either, so both must agree."""
+    return {name for name in ("dtype", "torch_dtype") if name in config}
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def copy_side_files(source: Path, destination: Path) -> None:

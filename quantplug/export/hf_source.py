@@ -112,19 +112,9 @@ class HFCheckpoint:
             self._files[file] = safe_open(self.directory / file, framework="pt")
         self._touched.clear()
 
-    def _weight_map(self) -> dict[str, str] | None:
-        """Tensor name to file, as the index says it; None for a single file."""
-        index = self.directory / INDEX_FILE
-        if not index.exists():
-            return None
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged([Offender(str(index), f"is not an index of safetensors: {error!r}")]) from error
-
     def _open_files(self) -> dict[str, safe_open]:
-        weight_map = self._weight_map()
-        names = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
+        listed = weight_map(self.directory)
+        names = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
         files, offenders = {}, []
         for name in names:
             try:
@@ -134,11 +124,11 @@ class HFCheckpoint:
             except (SafetensorError, OSError) as error:
                 offenders.append(Offender(str(self.directory / name), f"is not a complete safetensors file: {error}"))
         if offenders:
-            raise self._damaged(offenders)
+            raise damaged(offenders)
         return files
 
     def _read_headers(self) -> dict[str, TensorHeader]:
-        weight_map = self._weight_map()
+        listed = weight_map(self.directory)
         headers: dict[str, TensorHeader] = {}
         found_in: defaultdict[str, list[str]] = defaultdict(list)
         for file, opened in self._files.items():
@@ -150,19 +140,35 @@ class HFCheckpoint:
             for name, files in found_in.items()
             if len(files) > 1
         ]
-        for name, file in (weight_map or {}).items():
+        for name, file in (listed or {}).items():
             if file not in found_in[name]:
                 offenders.append(Offender(name, f"is not in {file}, where the index says it is"))
         if offenders:
-            raise self._damaged(offenders)
+            raise damaged(offenders)
         return headers
 
-    def _damaged(self, offenders: list[Offender]) -> SourceError:
-        return SourceError(
-            "The weights of the source checkpoint are missing, incomplete or damaged.",
-            offenders,
-            f"Fetch or save it again, as {SINGLE_FILE} or as shards with {INDEX_FILE}.",
-        )
+
+def weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor name to file, as the index of a checkpoint says it; None where there is no index.
+
+    Raises:
+        SourceError: The index cannot be read.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return None
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged([Offender(str(index), f"is not an index of safetensors: {error!r}")]) from error
+
+
+def damaged(offenders: list[Offender]) -> SourceError:
+    return SourceError(
+        "The weights of the source checkpoint are missing, incomplete or damaged.",
+        offenders,
+        f"Fetch or save it again, as {SINGLE_FILE} or as shards with {INDEX_FILE}.",
+    )
 
 
 def read_headers(opened: safe_open, file: str) -> Iterator[tuple[str, TensorHeader]]:

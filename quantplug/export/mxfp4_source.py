@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quantplug.errors import Offender
-from quantplug.export.hf_source import HFCheckpoint, TensorHeader
+from quantplug.export.hf_source import HFCheckpoint, TensorHeader, damaged
 from quantplug.formats.constants import MX_BLOCK
 from quantplug.formats.mx import unpack_mxfp4
 
@@ -36,7 +36,7 @@ class MXFP4Checkpoint(HFCheckpoint):
             if (problem := _problem(stored[base + _BLOCKS], stored.get(base + _SCALES)))
         ]
         if offenders:
-            raise self._damaged(offenders)
+            raise damaged(offenders)
         self._packed = {base: (stored[base + _BLOCKS], stored[base + _SCALES]) for base in bases}
         packed_names = {base + suffix for base in bases for suffix in (_BLOCKS, _SCALES)}
         plain = {name: header for name, header in stored.items() if name not in packed_names}

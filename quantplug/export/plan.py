@@ -41,6 +41,7 @@ class ExportRequest:
         router_dtype: Type of the routers on disk; None for `dtype`.
         max_shard_size: Largest size of one file in bytes; a larger weight gets a file of its own.
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
+        source_types: Their types.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
         calibrated: Whether calibration is over; before it, no amax is asked for.
     """
@@ -50,6 +51,7 @@ class ExportRequest:
     router_dtype: torch.dtype | None = None
     max_shard_size: int = MAX_SHARD_SIZE
     reference: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    source_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     unclaimed: Sequence[str] = ()
     calibrated: bool = True
 
@@ -175,6 +177,9 @@ class _Packing:
             return weight.dtype
         if mapping.dtype is not None:
             return mapping.dtype
+        if mapping.keeps_type:
+            (name,) = mapping.hf_names(weight.key, self.dims)
+            return torch.promote_types(self.request.source_types.get(name, self.request.dtype), self.request.dtype)
         return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype
 
     def _tensors(

@@ -8,7 +8,7 @@ import torch
 
 from quantplug.errors import RankLostError
 from quantplug.export.base import ExportPlan, Held, Progress, WeightRef, WholeWeight, silent
-from quantplug.export.carried import carried_refs, open_for_carrying
+from quantplug.export.carried import carried_refs, has_beside, open_for_carrying
 from quantplug.export.disk_errors import disk_errors
 from quantplug.export.findings import Findings
 from quantplug.export.finish import ExportResult, finish, result_of
@@ -93,12 +93,14 @@ def plan_export(
     unclaimed = tuple(dict.fromkeys(name for survey in surveys for name in survey.unclaimed))
     if requantize is not None:
         wholes, unclaimed = requantize(wholes, family), ()
+    stored = all_or_none(lambda: stored_tensors(source.directory))
     request = ExportRequest(
         tied_embeddings=bool(source.values.get("tie_word_embeddings", False)),
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
-        reference=all_or_none(lambda: {name: it.shape for name, it in stored_tensors(source.directory).items()}),
+        reference={name: tensor.shape for name, tensor in stored.items()},
+        source_types={name: tensor.dtype for name, tensor in stored.items()},
         unclaimed=unclaimed,
         calibrated=calibrated,
     )
@@ -182,7 +184,7 @@ def export_mcore_gpt_to_hf(
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
     config = read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
     family = find_family(config.architecture)
-    if not (family.carried and family.needs_source(config.values)):
+    if not has_beside(config, family, family.dimensions(config.values)):
         return config
     return replace(config, directory=resolve_source(name_or_path))
 
@@ -193,13 +195,11 @@ def _fit(
     """The table for this source, and what this rank brings of it to the export."""
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
-    headers = stored_tensors(source.directory)
-    has_some = family.needs_source(source.values) or any(name.startswith(family.carried) for name in headers)
-    if carry and family.carried and has_some:
+    if carry and has_beside(source, family, dims):
         checkpoint = open_for_carrying(source.directory, family)
         family = fitted(family, checkpoint.tensors, dims)
         return family, dims, tuple(carried_refs(checkpoint, family, topology.rank, topology.world_size))
-    return fitted(replace(family, carried=()), headers, dims), dims, ()
+    return fitted(replace(family, carried=()), stored_tensors(source.directory), dims), dims, ()
 
 
 def _check_destination(destination: Path, rank: int) -> None:

@@ -166,6 +166,8 @@ class WeightMapping:
             weights of one group into one linear, which has one `weight_scale_2`. None if it is alone.
         copies: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
         dtype: Type on disk where it is not that of the model's other plain tensors.
+        keeps_type: Whether it is written in the source's type, as far as that is known, where that holds more than the
+            type of others: models compute with it in FP32, and not all sources hold it so.
         option: Only models with this option have the row; None for all.
         least_bits: Bits in which every server reads a linear that is quantized.
         kept: Those of `hf` that stay in high precision also where the weight is quantized: servers load them so.
@@ -183,6 +185,7 @@ class WeightMapping:
     scale_group: str | None = None
     copies: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
+    keeps_type: bool = False
     option: Option | None = None
     least_bits: int = 4
     kept: tuple[str, ...] = ()
@@ -347,8 +350,8 @@ class SizeSetting:
     least: int = 1
 
 
-def _always(config: Mapping[str, Any]) -> bool:
-    return True
+def _never(config: Mapping[str, Any]) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -369,7 +372,8 @@ class Family:
         mtp_setting: The setting of config.json that says how many layers of multi-token prediction there are.
         carried: Beginnings of names of tensors that are no part of Megatron's model, such as those of a vision model:
             they go from the source into what is written as they are.
-        needs_source: Whether a model of this config has such tensors, so that an export takes the whole source.
+        needs_source: Whether a model of this config must have such tensors, so that an export takes the whole source;
+            where it only may, they are taken if the source has some.
         forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
     """
 
@@ -383,7 +387,7 @@ class Family:
     nested: str | None = None
     mtp_setting: str = "num_nextn_predict_layers"
     carried: tuple[str, ...] = ()
-    needs_source: Callable[[Mapping[str, Any]], bool] = _always
+    needs_source: Callable[[Mapping[str, Any]], bool] = _never
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:

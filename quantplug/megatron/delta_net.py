@@ -74,10 +74,14 @@ def with_zero_centred_norms(mtp: MultiTokenPredictionBlockSubmodules) -> MultiTo
 
 
 def weights_in_fp32(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights whose values on disk are theirs + 1: a difference that 16 bits do not hold below one half."""
+    """Weights that hold in FP32 what 16 bits do not.
+
+    The norm's values on disk are these + 1, a difference that 16 bits do not hold below one half; the decay's are FP32
+    in some sources, and the net computes with them so.
+    """
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
-            yield module.out_norm.weight
+            yield from (module.out_norm.weight, module.A_log, module.dt_bias)
 
 
 def _local_layer(spec: ModuleSpec, is_delta: bool) -> ModuleSpec:

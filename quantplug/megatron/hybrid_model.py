@@ -53,10 +53,10 @@ def hybrid_model(config: TransformerConfig, arguments: Mapping[str, Any], *, wit
 
 
 def single_precision(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that Megatron keeps in FP32, whatever the type of the others."""
+    """The parameters that Megatron keeps in FP32, whatever the type of the others, and the one that it adds in FP32."""
     for module in model.modules():
         if isinstance(module, MambaMixer):
-            yield from (module.A_log, module.D)
+            yield from (module.A_log, module.D, module.dt_bias)
 
 
 class WholeLinear(nn.Module):

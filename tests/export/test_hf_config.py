@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from quantplug import export_mcore_gpt_to_hf
+from quantplug.export.hf_config import write_configs
 from tests.export.checkpoints import linear_weights, load, quantize, read
 
 Sources = Callable[[str], Path]
@@ -210,3 +211,23 @@ def test_files_have_the_modes_of_ordinary_files(umask: int, sources: Sources, tm
     export_mcore_gpt_to_hf(quantize(load(sources("moe")), "nvfp4"), sources("moe"), export_dir=out)
     assert out.stat().st_mode & 0o777 == 0o777 & ~umask
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": True, "dtype": "float32"}, {"tie_word_embeddings": False, "dtype": "float16"}),
+        ({"torch_dtype": "float32", "quantization_config": {}}, {"torch_dtype": "float16"}),
+    ],
+)
+def test_settings_of_a_language_model_agree_with_the_whole(
+    text: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """Older servers read those of the language model, and transformers saves its defaults there."""
+    source = {"dtype": "float32", "tie_word_embeddings": False, "text_config": {"hidden_size": 8, **text}}
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(source))
+    write_configs(tmp_path / "source", tmp_path, torch.float16, None)
+    config = config_of(tmp_path)
+    assert config == {"dtype": "float16", "tie_word_embeddings": False, "text_config": {"hidden_size": 8, **expected}}

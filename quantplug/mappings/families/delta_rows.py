@@ -54,10 +54,18 @@ DELTA_NET = (
         Role.KEPT,
     ),
     WeightMapping(
-        ("decoder.layers.*.self_attention.A_log",), ("model.layers.*.linear_attn.A_log",), Scope.DELTA_LAYER, COLUMN
+        ("decoder.layers.*.self_attention.A_log",),
+        ("model.layers.*.linear_attn.A_log",),
+        Scope.DELTA_LAYER,
+        COLUMN,
+        keeps_type=True,
     ),
     WeightMapping(
-        ("decoder.layers.*.self_attention.dt_bias",), ("model.layers.*.linear_attn.dt_bias",), Scope.DELTA_LAYER, COLUMN
+        ("decoder.layers.*.self_attention.dt_bias",),
+        ("model.layers.*.linear_attn.dt_bias",),
+        Scope.DELTA_LAYER,
+        COLUMN,
+        keeps_type=True,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.out_norm.weight",),

@@ -8,6 +8,8 @@ Layers of multi-token prediction (`mtp.*`) are carried from the source as they a
 MambaModel.
 """
 
+from dataclasses import replace
+
 import torch
 
 from quantplug.mappings.base import Family, Role, Scope, WeightMapping
@@ -89,7 +91,8 @@ MAMBA = (
         Role.KEPT,
     ),
     WeightMapping(("decoder.layers.*.mixer.conv1d.bias",), (f"{_MIXER}.conv1d.bias",), Scope.MAMBA_LAYER, CONVOLVED),
-    *map(_of_mamba, ("A_log", "D", "dt_bias", "norm.weight")),
+    *(replace(_of_mamba(name), keeps_type=True) for name in ("A_log", "D", "dt_bias")),
+    _of_mamba("norm.weight"),
     WeightMapping(
         ("decoder.layers.*.mixer.out_proj.weight",), (f"{_MIXER}.out_proj.weight",), Scope.MAMBA_LAYER, ROW, Role.LINEAR
     ),

@@ -41,6 +41,7 @@ def vision_language(
         tied={rename(name): rename(source) for name, source in text.tied.items()},
         nested=TEXT_CONFIG,
         carried=(*map(rename, text.carried), *carried),
+        needs_source=lambda config: True,  # There is no such model without vision.
         forms=tuple(_renamed(form, rename) for form in text.forms),
     )
 

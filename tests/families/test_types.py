@@ -1,0 +1,54 @@
+"""Tensors that models compute with in FP32: their type on disk is the source's, and no bit of them is lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantplug import export_mcore_gpt_to_hf
+from quantplug.export.model_free import quantize_checkpoint
+from quantplug.export.verify import verify_checkpoint
+from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
+
+WIDE = (".A_log", ".D", ".dt_bias")
+
+
+@pytest.fixture(params=["qwen3_next", "qwen3_5", "nemotron_h"])
+def source(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint that holds these in FP32, of values that BF16 does not have."""
+    directory = tmp_path / "source"
+    directory.mkdir()
+    plain = checkpoint(request.param)
+    (directory / "config.json").write_text((plain / "config.json").read_text())
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(WIDE)]:
+        tensors[name] = torch.rand(tensors[name].shape) + 0.1
+        assert not torch.equal(tensors[name], tensors[name].bfloat16().float())
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_no_bit_of_them_is_lost(source: Path, tmp_path: Path) -> None:
+    with one_rank():
+        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "out")
+    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4")
+    stored, exported, free = read(source), read(tmp_path / "out"), read(tmp_path / "free")
+    wide = [name for name in stored if name.endswith(WIDE)]
+    assert wide
+    assert [name for name in wide if not same_bytes(exported[name], stored[name])] == []
+    assert exported.keys() == free.keys()
+    assert [name for name in exported if not same_bytes(exported[name], free[name])] == []
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_without_the_source_s_weights_they_are_written_as_all_others(source: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "config"
+    alone.mkdir()
+    (alone / "config.json").write_text((source / "config.json").read_text())
+    with one_rank():
+        export_mcore_gpt_to_hf(load(source), alone, tmp_path / "out")
+    stored, exported = read(source), read(tmp_path / "out")
+    for name in [name for name in stored if name.endswith(WIDE)]:
+        assert same_bytes(exported[name], stored[name].bfloat16())
