@@ -106,9 +106,8 @@ def plain_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def single_rank() -> Iterator[None]:
-    """Megatron's parallel state of one rank; a test must not leave one behind for the next."""
-    from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+    """Megatron's parallel state of one rank."""
+    from tests.export.checkpoints import one_rank
 
-    initialize_parallel()
-    yield
-    destroy_parallel()
+    with one_rank():
+        yield

@@ -18,7 +18,7 @@ import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import LayerSpec, build_model
-from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+from quantplug.megatron.parallel import initialize_parallel
 from quantplug.megatron.parameters import LanguageModel
 
 INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
@@ -39,15 +39,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron's parallel state of one rank, taken down again by whoever set it up."""
-    if parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    initialize_parallel()
-    try:
-        yield
-    finally:
-        destroy_parallel()
+    """Megatron's parallel state of one rank, which stays for the tests that follow.
+
+    Models keep the groups that they were made with, and every group has threads that wake up now and then: hundreds of
+    groups, one set for each test, slow all tests down.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_parallel()
+    yield
 
 
 def build(

@@ -9,6 +9,13 @@ from quantplug.megatron.parallel import check_sizes, current_topology, destroy_p
 from quantplug.topology import ParallelTopology, ShardAxis
 
 
+@pytest.fixture
+def no_ranks() -> None:
+    """As a process begins: other tests leave their groups behind."""
+    destroy_parallel()
+
+
+@pytest.mark.usefixtures("no_ranks")
 def test_one_rank_without_torchrun():
     assert initialize_parallel() == ParallelTopology()
     assert current_topology() == ParallelTopology()
@@ -17,11 +24,13 @@ def test_one_rank_without_torchrun():
     assert not dist.is_initialized()
 
 
+@pytest.mark.usefixtures("no_ranks")
 def test_topology_without_groups_is_an_error():
     with pytest.raises(TopologyError, match="not initialized"):
         current_topology()
 
 
+@pytest.mark.usefixtures("no_ranks")
 def test_process_group_is_left_alone_when_sizes_do_not_fit():
     with pytest.raises(TopologyError, match=r"tp \* pp"):
         initialize_parallel(tp=2)
