@@ -52,10 +52,15 @@ def mapped(*weights: tuple[str, int, QuantizerState | None, QuantizerState | Non
     ]
 
 
+def groups(weights: Mapped) -> dict[ParamKey, str]:
+    """Of weights that are written by their own rows."""
+    return group_names(weights, {weight.key: row for weight, row in weights}, DIMS)
+
+
 def shared(weights: Mapped) -> list[tuple[float | None, float | None]]:
     """(weight amax, input amax) of each weight once groups share theirs; raises what is found."""
     findings = Findings()
-    result = with_shared_amaxes(weights, group_names(weights, DIMS), findings)
+    result = with_shared_amaxes(weights, groups(weights), findings)
     findings.raise_if_any()
     return [
         (whole.weight.amax if whole.weight else None, whole.activation.amax if whole.activation else None)
@@ -68,7 +73,7 @@ def test_a_group_is_that_of_one_layer_counted_as_hugging_face_does():
         *((module, 0, None, None) for module in (QUERY, KEY_VALUE, OUTPUT, MTP_QUERY, MTP_KEY_VALUE)),
         (QUERY, 2, None, None),
     )
-    assert group_names(weights, DIMS) == {
+    assert groups(weights) == {
         ParamKey(QUERY, 0): "model.layers.0.self_attn.fused_qkv_a_proj",
         ParamKey(KEY_VALUE, 0): "model.layers.0.self_attn.fused_qkv_a_proj",
         ParamKey(MTP_QUERY, 0): "model.layers.3.self_attn.fused_qkv_a_proj",
@@ -118,5 +123,5 @@ def test_a_group_quantized_in_part_is_refused_by_name():
 
 def test_other_settings_of_a_quantizer_are_its_own():
     weights = mapped((QUERY, 0, replace(fp8(0.5), name="q"), None), (KEY_VALUE, 0, replace(fp8(2.0), name="kv"), None))
-    result = with_shared_amaxes(weights, group_names(weights, DIMS), Findings())
+    result = with_shared_amaxes(weights, groups(weights), Findings())
     assert [whole.weight.name for whole, _ in result] == ["q", "kv"]
