@@ -14,7 +14,7 @@ from typing import Self
 import torch
 
 from quantplug.mappings.base import ParamKey, Placement, Role, Scope, WeightMapping
-from quantplug.mappings.layouts import GATED_JOINED, Layout, ModelDimensions
+from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW, Layout, ModelDimensions
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,43 @@ def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> GroupedMLPS
         scope=Scope.EXPERT,
         layout=layout,
         role=Role.LINEAR,
+    )
+
+
+def joined_experts(
+    experts: str, *, transposed: bool, fused_where_read: bool = False
+) -> tuple[FusedExpertMapping, FusedExpertMapping]:
+    """The rows of gated experts that a plain checkpoint holds in one tensor for each linear of a layer.
+
+    Rows of gate_proj lie before those of up_proj. Where experts are quantized they are written one by one.
+
+    Args:
+        experts: Pattern of the Hugging Face module of all experts.
+        transposed: Whether matrices are stored as [experts, in, out].
+        fused_where_read: Whether they are written one by one only in formats of which servers read no such tensor.
+    """
+    gate_and_up = (f"{experts}.*.gate_proj.weight", f"{experts}.*.up_proj.weight")
+    return (
+        FusedGatedExpertMapping(
+            spellings("linear_fc1", "weight"),
+            (f"{experts}.gate_up_proj",),
+            Scope.EXPERT,
+            GATED_JOINED,
+            Role.LINEAR,
+            transposed=transposed,
+            packed=grouped_mlp("linear_fc1", gate_and_up, GATED),
+            fused_where_read=fused_where_read,
+        ),
+        FusedExpertMapping(
+            spellings("linear_fc2", "weight"),
+            (f"{experts}.down_proj",),
+            Scope.EXPERT,
+            ROW,
+            Role.LINEAR,
+            transposed=transposed,
+            packed=grouped_mlp("linear_fc2", (f"{experts}.*.down_proj.weight",), ROW),
+            fused_where_read=fused_where_read,
+        ),
     )
 
 

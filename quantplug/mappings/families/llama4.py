@@ -13,15 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 from quantplug.mappings.base import Family, MegatronConfig, Role, Scope, SizeSetting, WeightMapping
-from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, grouped_mlp, spellings
+from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families import common
 from quantplug.mappings.families.vision_language import vision_language
-from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW, ModelDimensions
+from quantplug.mappings.layouts import GATED, ROW, ModelDimensions
 
 LEAST_LENGTH = 8192
 
 _NETWORK = "model.layers.*.feed_forward"
-_EXPERTS = f"{_NETWORK}.experts"
 
 
 def _network(megatron: str, hf: str, scope: Scope) -> tuple[WeightMapping, ...]:
@@ -44,26 +43,7 @@ ROUTED_EXPERTS = (
     WeightMapping(
         ("decoder.layers.*.mlp.router.weight",), (f"{_NETWORK}.router.weight",), Scope.MOE_LAYER, role=Role.ROUTER
     ),
-    FusedGatedExpertMapping(
-        spellings("linear_fc1", "weight"),
-        (f"{_EXPERTS}.gate_up_proj",),
-        Scope.EXPERT,
-        GATED_JOINED,
-        Role.LINEAR,
-        transposed=True,
-        packed=grouped_mlp("linear_fc1", (f"{_EXPERTS}.*.gate_proj.weight", f"{_EXPERTS}.*.up_proj.weight"), GATED),
-        fused_where_read=True,
-    ),
-    FusedExpertMapping(
-        spellings("linear_fc2", "weight"),
-        (f"{_EXPERTS}.down_proj",),
-        Scope.EXPERT,
-        ROW,
-        Role.LINEAR,
-        transposed=True,
-        packed=grouped_mlp("linear_fc2", (f"{_EXPERTS}.*.down_proj.weight",), ROW),
-        fused_where_read=True,
-    ),
+    *joined_experts(f"{_NETWORK}.experts", transposed=True, fused_where_read=True),
 )
 
 # Servers reorder the rows of q and k for their kernels; SGLang takes packed FP4 for the values.

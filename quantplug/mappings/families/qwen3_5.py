@@ -6,9 +6,9 @@ from typing import Any
 
 from quantplug.mappings.base import Family, MegatronConfig, Merged, Role, Scope, SizeSetting, WeightMapping
 from quantplug.mappings.delta_layouts import DELTA_PARTS
-from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping
+from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families import common, delta_config, delta_rows, routed
-from quantplug.mappings.layouts import ROW, ModelDimensions
+from quantplug.mappings.layouts import ModelDimensions
 
 MTP_SETTING = "mtp_num_hidden_layers"
 
@@ -28,15 +28,7 @@ IN_PROJECTION = WeightMapping(
 
 
 # The experts of a layer in one tensor, as published: not transposed, and one by one where experts are quantized.
-_FC1, _FC2 = common.EXPERTS
-_IN_ONE_TENSOR = (
-    FusedGatedExpertMapping(
-        _FC1.megatron, ("model.layers.*.mlp.experts.gate_up_proj",), Scope.EXPERT, role=Role.LINEAR, packed=_FC1
-    ),
-    FusedExpertMapping(
-        _FC2.megatron, ("model.layers.*.mlp.experts.down_proj",), Scope.EXPERT, ROW, Role.LINEAR, packed=_FC2
-    ),
-)
+_IN_ONE_TENSOR = joined_experts("model.layers.*.mlp.experts", transposed=False)
 
 
 _MTP_IN_ONE_TENSOR = tuple(

@@ -9,39 +9,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import MegatronConfig, Role, Scope
-from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, grouped_mlp, spellings
+from quantplug.mappings.base import MegatronConfig
+from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.families.vision_language import below_model, vision_language
-from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW
 
 _EXPERTS = "model.layers.*.mlp.experts"
 _PLACE = below_model("language_model")
-
-
-def joined_experts(*, transposed: bool) -> tuple[FusedExpertMapping, ...]:
-    """Rows of experts that a plain checkpoint holds in one tensor for each linear of a layer."""
-    return (
-        FusedGatedExpertMapping(
-            spellings("linear_fc1", "weight"),
-            (f"{_EXPERTS}.gate_up_proj",),
-            Scope.EXPERT,
-            GATED_JOINED,
-            Role.LINEAR,
-            transposed=transposed,
-            packed=grouped_mlp("linear_fc1", (f"{_EXPERTS}.*.gate_proj.weight", f"{_EXPERTS}.*.up_proj.weight"), GATED),
-        ),
-        FusedExpertMapping(
-            spellings("linear_fc2", "weight"),
-            (f"{_EXPERTS}.down_proj",),
-            Scope.EXPERT,
-            ROW,
-            Role.LINEAR,
-            transposed=transposed,
-            packed=grouped_mlp("linear_fc2", (f"{_EXPERTS}.*.down_proj.weight",), ROW),
-        ),
-    )
 
 
 def _moe_megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
@@ -49,12 +24,12 @@ def _moe_megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     return QWEN3_MOE.megatron_config({**config, "norm_topk_prob": True})
 
 
-_PUBLISHED = {row.megatron: row for row in joined_experts(transposed=True)}
+_PUBLISHED = {row.megatron: row for row in joined_experts(_EXPERTS, transposed=True)}
 _LANGUAGE_MOE = replace(
     QWEN3_MOE,
     mappings=tuple(_PUBLISHED.get(row.megatron, row) for row in QWEN3_MOE.mappings),
     megatron_config=_moe_megatron_config,
-    forms=(joined_experts(transposed=False),),
+    forms=(joined_experts(_EXPERTS, transposed=False),),
 )
 
 QWEN3_VL = vision_language(
