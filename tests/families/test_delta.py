@@ -147,7 +147,8 @@ def test_all_other_weights_are_of_the_models_type(layer_spec: LayerSpec, checkpo
     with one_rank():
         parameters = list(iter_parameters(build(checkpoint("qwen3_next"), layer_spec)))
     wide = {parameter.key.name for parameter in parameters if parameter.tensor.dtype != torch.bfloat16}
-    assert wide == {f"decoder.layers.{layer}.self_attention.out_norm.weight" for layer in range(2)}
+    in_fp32 = ("out_norm.weight", "A_log", "dt_bias")
+    assert wide == {f"decoder.layers.{layer}.self_attention.{name}" for layer in range(2) for name in in_fp32}
 
 
 # Experts in one tensor, as Qwen3.5 is published.
