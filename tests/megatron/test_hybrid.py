@@ -30,7 +30,8 @@ def build_one(config: NemotronHConfig, layer_spec: LayerSpec = LayerSpec.TRANSFO
 def test_every_parameter_is_zero_of_its_type_and_in_the_table(layer_spec: LayerSpec) -> None:
     found = list(iter_parameters(build_one(CONFIG, layer_spec)))
     exact = {parameter.key.name for parameter in found if parameter.tensor.dtype is torch.float32}
-    assert exact == {f"{MIXER}.A_log", f"{MIXER}.D", "decoder.layers.3.mlp.router.expert_bias"}
+    exact_in_mixer = {f"{MIXER}.{name}" for name in ("A_log", "D", "dt_bias")}
+    assert exact == {*exact_in_mixer, "decoder.layers.3.mlp.router.expert_bias"}
     assert {parameter.tensor.dtype for parameter in found} == {torch.float32, torch.bfloat16}
     assert not any(parameter.tensor.any() for parameter in found)
     table, dims = FAMILY.by_megatron(), FAMILY.dimensions(CONFIG.to_dict())
