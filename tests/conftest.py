@@ -111,3 +111,11 @@ def single_rank() -> Iterator[None]:
 
     with one_rank():
         yield
+
+
+@pytest.fixture
+def no_ranks() -> None:
+    """No process group, as a process begins: other tests leave theirs behind."""
+    from quantplug.megatron.parallel import destroy_parallel
+
+    destroy_parallel()

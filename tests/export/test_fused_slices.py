@@ -109,7 +109,8 @@ def test_every_experts_matrix_lies_where_it_belongs(layout, scheme, transposed, 
         matrix = stored_rows(layout, weight)
         packed = {"weight": matrix} if state is None else FORMATS[scheme].pack(matrix, amax).tensors
         for suffix, expected in packed.items():
-            spelled = f"_{suffix}{'_inv' if scheme == 'fp8_block' else ''}" if suffix != "weight" else ""
+            suffixes = {"weight": "", **({"weight_scale": "_scale_inv"} if scheme == "fp8_block" else {})}
+            spelled = suffixes.get(suffix, f"_{suffix}")
             stored = tensors[NAME + spelled]
             got = stored[expert] if expected.ndim else stored.reshape(())
             turned = expected.mT if transposed and expected.ndim else expected

@@ -47,6 +47,7 @@ def test_agreement_keeps_to_gloo_and_data_to_nccl(backend, agreement, data, monk
     assert collective_device() == torch.device(data)
 
 
+@pytest.mark.usefixtures("no_ranks")
 def test_what_torch_makes_of_gloo():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert dist.get_backend_config() == "cpu:gloo,cuda:gloo"

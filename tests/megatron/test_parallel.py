@@ -9,12 +9,6 @@ from quantplug.megatron.parallel import check_sizes, current_topology, destroy_p
 from quantplug.topology import ParallelTopology, ShardAxis
 
 
-@pytest.fixture
-def no_ranks() -> None:
-    """As a process begins: other tests leave their groups behind."""
-    destroy_parallel()
-
-
 @pytest.mark.usefixtures("no_ranks")
 def test_one_rank_without_torchrun():
     assert initialize_parallel() == ParallelTopology()
