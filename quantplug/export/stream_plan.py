@@ -55,7 +55,12 @@ class PlannedStream:
 
     def digest(self) -> str:
         """Of all that ranks must agree on before one sends a byte."""
-        sent = [(task.owner, task.ranks, task.gather_first, task.outputs) for task in self.tasks]
+        # Formats by name: a function of the caller's is another object on each rank.
+        sent = [
+            (task.owner, task.ranks, task.gather_first, part.shape, part.tensors, part.placement, _name(part.format))
+            for task in self.tasks
+            for part in task.outputs
+        ]
         return hashlib.sha256(repr((sent, sorted(self.aliases.items()))).encode()).hexdigest()
 
 
@@ -93,6 +98,10 @@ def make_stream_plan(
         "Call with the same arguments on all ranks, and with a quant_fn that depends on its arguments alone.",
     )
     return stream
+
+
+def _name(packing: WeightFormat | None) -> str | None:
+    return None if packing is None else packing.name
 
 
 def _requantized(
