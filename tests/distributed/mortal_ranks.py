@@ -1,22 +1,16 @@
-"""Ranks of an export, of which some are killed at a chosen moment.
-
-They are forked from a process that has imported everything and used nothing: gloo's threads do not survive a fork.
-"""
+"""Ranks of an export, of which some are killed at a chosen moment."""
 
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,6 +20,7 @@ from quantplug import QuantplugError, export_mcore_gpt_to_hf
 from quantplug.megatron import agreement
 from quantplug.megatron.parallel import initialize_parallel
 from tests.distributed.export_worker import quantized_model
+from tests.ranks import rank_context
 
 MAX_SHARD_SIZE = 60_000  # About ten files for each of two ranks.
 KILLED = "killed"
@@ -119,13 +114,7 @@ class Ranks:
 def start_ranks(source: Path, notes: Path) -> Ranks:
     """What exports of a source are run with."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.mortal_ranks"])
-    with pytest.MonkeyPatch.context() as patch:  # For the server, which Python 3.11 starts without our sys.path.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        patch.setenv("NUMBA_DISABLE_JIT", "1")  # The same bytes, without compiling loops for a few small weights.
-        forkserver.ensure_running()
-    return Ranks(source, notes, store, context, itertools.count())
+    return Ranks(source, notes, store, rank_context(), itertools.count())
 
 
 def finished(out: Path) -> dict[str, tuple[int, int]]:

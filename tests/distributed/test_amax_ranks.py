@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_checkpoint_topologies import torchrun
+from tests.ranks import run_ranks
+
+HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.slow
 def test_amaxes_of_every_layout_go_to_hugging_face_and_come_back_bit_for_bit(tiny_qwen3_moe_dir: Path) -> None:
-    run = torchrun(2, "amax_worker.py", tiny_qwen3_moe_dir)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count(" ok\n") == 3 + 1
+    run = run_ranks(2, HERE / "amax_worker.py", tiny_qwen3_moe_dir)
+    assert run.ok, run.output[-9000:]
+    assert run.output.count(" ok\n") == 3 + 1

@@ -8,44 +8,37 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.failing_save_worker import FAULTS
+from tests.ranks import run_ranks
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.distributed
 
 
-def torchrun(ranks: int, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(HERE.parents[1])}
-    return subprocess.run(
-        [*command, str(HERE / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
 def test_every_amax_is_equal_at_every_layout(tmp_path: Path) -> None:
-    run = torchrun(4, "checkpoint_worker.py", tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count(" ok\n") == 15
+    run = run_ranks(4, HERE / "checkpoint_worker.py", tmp_path)
+    assert run.ok, run.output[-9000:]
+    assert run.output.count(" ok\n") == 15
 
 
 def test_megatrons_own_save_refuses_plain_modelopts_state_and_takes_ours(tmp_path: Path) -> None:
-    plain = torchrun(2, "plain_modelopt_worker.py", "modelopt", tmp_path / "modelopt")
+    # Processes of their own: those that ranks are forked from know our wrappers.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(HERE / "plain_modelopt_worker.py"), "modelopt", str(tmp_path / "modelopt")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(HERE.parents[1])}
+    plain = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert plain.returncode != 0
     assert "Invalid access pattern" in plain.stderr
     assert "weight_quantizer._amax" in plain.stderr
-    ours = torchrun(2, "plain_modelopt_worker.py", "ours", tmp_path / "ours")
-    assert ours.returncode == 0, ours.stderr
+    ours = run_ranks(2, HERE / "plain_modelopt_worker.py", "ours", tmp_path / "ours")
+    assert ours.ok, ours.output[-9000:]
 
 
 @pytest.fixture(scope="module")
 def failed_saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("failed")
-    run = torchrun(2, "failing_save_worker.py", directory)
-    assert run.returncode == 0, run.stderr
+    run = run_ranks(2, HERE / "failing_save_worker.py", directory)
+    assert run.ok, run.output[-9000:]
     return directory
 
 
@@ -64,6 +57,6 @@ def test_a_rank_that_fails_to_save_ends_all_with_one_error(
 
 @pytest.mark.slow
 def test_checkpoints_of_plain_modelopt_load_at_other_layouts(plain_checkpoints: Path) -> None:
-    run = torchrun(4, "plain_layouts_worker.py", plain_checkpoints)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count(" ok\n") == 12
+    run = run_ranks(4, HERE / "plain_layouts_worker.py", plain_checkpoints)
+    assert run.ok, run.output[-9000:]
+    assert run.output.count(" ok\n") == 12

@@ -1,8 +1,5 @@
 """Real ranks: the same tensors at any topology, and one error on all ranks wherever it began."""
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,8 @@ from safetensors.torch import load_file
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.export.verify import verify_checkpoint
 from tests.distributed.export_worker import quantized_model
-from tests.ranks import rank_environment
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("export_worker.py")
 RANKS = 4
 # tp-ep-etp-pp on four ranks; what the sizes leave over is data parallel. TP 4 is more ranks than there are query
@@ -26,34 +22,6 @@ ONE_TENSOR = ["1-2-1-1", "2-2-1-1", "4-4-1-1"]
 PIPELINES = ["1-1-1-2", "1-1-1-2-2", "2-2-1-2-2"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-
-def run_ranks(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """Starts the ranks without a launcher, so that nothing but the ranks themselves ends them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = rank_environment()
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), *map(str, arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        outputs = [process.communicate(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(processes, outputs, strict=True)
-    ]
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -85,8 +53,8 @@ def assert_same_tensors(directory: Path, expected: Path) -> None:
 def test_every_topology_writes_the_same_tensors(name, source, layouts, tmp_path, request):
     source = request.getfixturevalue(source)
     export_mcore_gpt_to_hf(quantized_model(source, name), source, export_dir=tmp_path / "one")
-    ranks = run_ranks("layouts", source, tmp_path, name, *layouts)
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, ranks[0].stderr[-2000:]
+    ranks = run_ranks(RANKS, WORKER, "layouts", source, tmp_path, name, *layouts)
+    assert ranks.ok, ranks.output[-9000:]
     for layout in layouts:
         assert_same_tensors(tmp_path / layout, tmp_path / "one")
         assert verify_checkpoint(tmp_path / layout, source).ok
@@ -113,7 +81,9 @@ FAULTS = {
 def messages(tiny_qwen3_moe_dir, tmp_path_factory) -> Path:
     """What every rank noted of each fault, and what the exports left."""
     output = tmp_path_factory.mktemp("faults")
-    run_ranks("faults", tiny_qwen3_moe_dir, output, *(f"{kind}:{rank}" for kind, (rank, _) in FAULTS.items()))
+    faults = [f"{kind}:{rank}" for kind, (rank, _) in FAULTS.items()]
+    # Nothing but the ranks themselves ends them.
+    run_ranks(RANKS, WORKER, "faults", tiny_qwen3_moe_dir, output, *faults, alone=True)
     return output
 
 

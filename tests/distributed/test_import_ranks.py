@@ -1,8 +1,5 @@
 """Each rank imports its own slices; Megatron's own resharding then gives the single-rank model back."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,8 @@ from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
 from quantplug.megatron.build import build_model
 from quantplug.topology import Shard, ShardAxis
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("import_ranks.py")
 LAYOUTS = ["2-1-2-1", "2-2-2-1-2", "2-1-2-2"]  # tp-pp-ep-etp, and virtual stages
 
@@ -27,13 +24,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def saved(tiny_qwen3_mixed_dir, tmp_path_factory) -> Path:
     """A directory for each layout, made by four ranks."""
     output = tmp_path_factory.mktemp("layouts")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    subprocess.run(
-        [*torchrun, str(SCRIPT), str(tiny_qwen3_mixed_dir), str(output), *LAYOUTS],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
+    ended = run_ranks(4, SCRIPT, tiny_qwen3_mixed_dir, output, *LAYOUTS)
+    assert ended.ok, ended.output[-9000:]
     return output
 
 

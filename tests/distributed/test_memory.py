@@ -1,9 +1,6 @@
 """Bounded memory on real ranks: two buckets and the largest tensor, also where weights are larger than both buckets."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from quantplug import export_mcore_gpt_to_hf
 from tests.distributed.memory_worker import BUCKET_BYTES
 from tests.export.checkpoints import load, quantize, read, same_bytes
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("memory_worker.py")
 RANKS = 2
 
@@ -49,13 +46,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks of tensor parallelism wrote an export, and what they noted of it and of a stream."""
     output = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    subprocess.run(
-        [*torchrun, str(WORKER), str(source), str(output), "2-1-1-1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        check=True,
-        timeout=300,
-    )
+    ended = run_ranks(RANKS, WORKER, source, output, "2-1-1-1")
+    assert ended.ok, ended.output[-9000:]
     return output
 
 

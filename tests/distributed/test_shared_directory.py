@@ -1,14 +1,12 @@
 """Ranks that would export into different directories are found before any work, and all of them are named."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
+
 SCRIPT = Path(__file__).with_name("shared_directory_ranks.py")
 
 pytestmark = pytest.mark.distributed
@@ -49,15 +47,8 @@ def told(disks: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     cases = SHARED | {name: paths for name, (paths, _) in APART.items()}
     absolute = {name: [str(disks / path) for path in paths] for name, paths in cases.items()}
     (output / "cases.json").write_text(json.dumps(absolute))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"),
-            *(SCRIPT, output / "cases.json", output),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=120,
-    )
+    ended = run_ranks(3, SCRIPT, output / "cases.json", output)
+    assert ended.ok, ended.output[-9000:]
     assert sorted(disks.rglob("*")) == before
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(3)]
 

@@ -1,8 +1,6 @@
 """The stream on four real ranks: the tensors of one rank's export, on every receiver, or one error on all ranks."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,8 @@ from tests.distributed.stream_worker import BLOCK, RECEIVERS
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
 from tests.export.test_stream_fused import expected as of_each_expert
-from tests.ranks import rank_environment
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("stream_worker.py")
 RANKS = 4
 SCHEMES = {"nvfp4": "w4a16_nvfp4", "fp8": "fp8_weight_only", "fp8_blockwise": "fp8_blockwise"}
@@ -23,14 +20,9 @@ SCHEMES = {"nvfp4": "w4a16_nvfp4", "fp8": "fp8_weight_only", "fp8_blockwise": "f
 pytestmark = pytest.mark.distributed
 
 
-def run_ranks(*arguments: object) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    subprocess.run(
-        [*torchrun, str(WORKER), *map(str, arguments)],
-        env=rank_environment(),
-        check=True,
-        timeout=300,
-    )
+def run_worker(*arguments: object) -> None:
+    ended = run_ranks(RANKS, WORKER, *arguments)
+    assert ended.ok, ended.output[-9000:]
 
 
 def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -62,7 +54,7 @@ def test_receivers_get_what_one_rank_exports(
     layout: str, source: str, ways: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(source)
-    run_ranks(directory, tmp_path, layout, "streams", *ways)
+    run_worker(directory, tmp_path, layout, "streams", *ways)
     for way in ways:
         expected = expected_tensors(way, directory, tmp_path / way)
         for rank in range(RANKS):
@@ -84,7 +76,7 @@ def test_receivers_get_what_one_rank_exports(
 def test_receivers_get_whole_tensors_of_all_experts(
     layout: str, ways: list[str], tiny_gpt_oss_dir: Path, tmp_path: Path
 ) -> None:
-    run_ranks(tiny_gpt_oss_dir, tmp_path, layout, "streams", *ways)
+    run_worker(tiny_gpt_oss_dir, tmp_path, layout, "streams", *ways)
     for way in ways:
         if way == "function":
             expected = of_each_expert(blockwise_fp8, read(tiny_gpt_oss_dir), BLOCK)
@@ -101,7 +93,7 @@ def test_receivers_get_whole_tensors_of_all_experts(
 
 def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:
     kinds = ["experts", "ranks", "argument", "receivers", "function", "nan"]
-    run_ranks(tiny_qwen3_moe_dir, tmp_path, "2-2-2-1", "faults", *kinds)
+    run_worker(tiny_qwen3_moe_dir, tmp_path, "2-2-2-1", "faults", *kinds)
     ends = [json.loads((tmp_path / f"faults-{rank}.json").read_text()) for rank in range(RANKS)]
     assert all(end == ends[0] for end in ends)
     expected = {

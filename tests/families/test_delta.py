@@ -6,8 +6,6 @@ multi-token prediction that a config does not count.
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +30,7 @@ from quantplug.plugins.rules import with_mtp_quantized
 from tests.export.checkpoints import build, load, one_rank, quantize, read, same_bytes
 from tests.families.cases import CASES, DELTA, Tensors, save
 from tests.families.test_families import family_of
-from tests.ranks import rank_environment
+from tests.ranks import run_ranks
 
 Checkpoint = Callable[[str], Path]
 Export = Callable[..., Path]
@@ -317,10 +315,8 @@ def test_a_checkpoint_of_two_ranks_loads_at_other_layouts(
 ) -> None:
     """Every slice of a delta net has rows of all its parts. Saved at TP2, loaded at TP1, and on two stages."""
     worker = Path(__file__).with_name("delta_worker.py")
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, worker, checkpoint("qwen3_5_moe"), checkpoint("qwen3_5"), tmp_path]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=rank_environment())
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
+    run = run_ranks(2, worker, checkpoint("qwen3_5_moe"), checkpoint("qwen3_5"), tmp_path)
+    assert run.ok, run.output[-9000:]
     assert same(tmp_path / "tp1", export("qwen3_5_moe", "w4a16_nvfp4"))
     assert same(tmp_path / "pp2", tmp_path / "tp1")
 

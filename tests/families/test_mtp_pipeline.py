@@ -1,7 +1,5 @@
 """The last pipeline stage holds the MTP layers, and with them a second copy of the embedding."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 from quantplug.export.verify import verify_checkpoint
 from tests.export.checkpoints import read, same_bytes
 from tests.families.cases import CASES, save
-from tests.ranks import rank_environment
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,14 +16,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def run_example(name: str, stages: int, *arguments: object) -> None:
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*launcher, "--nproc_per_node", str(stages), str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=rank_environment(),
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
+    run = run_ranks(stages, ROOT / "examples" / f"{name}.py", *arguments)
+    assert run.ok, run.output[-9000:]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3"])

@@ -1,7 +1,5 @@
 """Every family through the two example scripts, on one rank and on two: the same bytes, and verify finds no fault."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +8,8 @@ import pytest
 from quantplug.export.verify import verify_checkpoint
 from tests.export.checkpoints import read, same_bytes
 from tests.families.cases import CASES
-from tests.ranks import rank_environment
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("examples_worker.py")
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -26,14 +23,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
         (work / name).mkdir()
         (work / name / "hf").symlink_to(checkpoint(name))
     for size in (1, 2):
-        launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        run = subprocess.run(
-            [*launcher, "--nproc_per_node", str(size), str(WORKER), str(work), str(size), str(size), *CASES],
-            capture_output=True,
-            text=True,
-            env=rank_environment(),
-        )
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-9000:]
+        run = run_ranks(size, WORKER, work, size, size, *CASES, timeout=900)
+        assert run.ok, run.output[-9000:]
     return work
 
 

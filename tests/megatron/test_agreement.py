@@ -1,9 +1,6 @@
 """A rank that fails ends all ranks with one error."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch.distributed as dist
 
 from quantplug.errors import SourceError
 from quantplug.megatron.agreement import agreement_device, all_or_none, collective_device, union
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,12 +55,8 @@ def test_what_torch_makes_of_gloo():
 @pytest.mark.distributed
 def test_two_ranks_agree(tmp_path):
     script = ROOT / "tests" / "distributed" / "agreement_ranks.py"
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=120,
-    )
+    ended = run_ranks(2, script, tmp_path)
+    assert ended.ok, ended.output[-9000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.pop("none") == "no error: 0"
     assert second.pop("none") == "no error: 1"
