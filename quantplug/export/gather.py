@@ -1,17 +1,20 @@
 """Moving packed slices to the ranks that write them: flat byte buckets, one typed collective each, no objects."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from quantplug.export.base import Held
-from quantplug.export.pack import pack_rows
-from quantplug.export.pieces import Piece, rows_of, travel_specs
-from quantplug.export.schedule import Bucket
+from quantplug.export.pack import pack_alike, pack_rows
+from quantplug.export.pieces import PIECES_IN_A_BUCKET, Piece, rows_of, travel_specs
+from quantplug.export.schedule import BUCKET_BYTES, Bucket
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import ShardAxis
+
+GROUP_BYTES = BUCKET_BYTES // PIECES_IN_A_BUCKET
+"""Of rows that are packed at once."""
 
 _ALIGNMENT = 16  # Of each tensor in a bucket, so that its bytes can be viewed as any type.
 
@@ -24,8 +27,51 @@ Delivered = list[tuple[Piece, Slices]]
 
 def pack_piece(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> Sequence[torch.Tensor]:
     """What a rank sends of a piece, of which it holds slice number `place`; on the weight's device."""
-    rows = piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, place, dims)))
+    rows = _rows(piece, weight, place, dims)
     return (rows,) if piece.task.gather_first else pack_rows(piece.task, piece.output, rows)
+
+
+def pack_pieces(
+    pieces: Iterable[Piece], held: Held, place: int, dims: ModelDimensions
+) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
+    """As `pack_piece` of each in turn, those of small weights that are alike, as experts are, in groups.
+
+    A group is as large as one large piece at most, and so are what it is packed to and copies that it needs.
+    """
+    group: list[tuple[Piece, torch.Tensor]] = []
+    for piece in pieces:
+        weight = held[piece.task.source.key].load()
+        if piece.output.format is None or piece.task.gather_first:
+            yield from _packed_group(group)
+            yield piece, pack_piece(piece, weight, place, dims)
+            continue
+        rows = _rows(piece, weight, place, dims)
+        if group and not _are_alike(group[-1], (piece, rows)):
+            yield from _packed_group(group)
+        group.append((piece, rows))
+        if (len(group) + 1) * rows.nbytes > GROUP_BYTES:
+            del weight, rows  # Or they would be there while the next piece is loaded.
+            yield from _packed_group(group)
+    yield from _packed_group(group)
+
+
+def _packed_group(group: list[tuple[Piece, torch.Tensor]]) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
+    """Empties the group."""
+    pieces = [piece for piece, _ in group]
+    parts = [(piece.task, piece.output, rows) for piece, rows in group]
+    packed = pack_alike(parts) if len(parts) > 1 else [pack_rows(*part) for part in parts]
+    group.clear()
+    parts.clear()
+    yield from zip(pieces, packed, strict=True)
+
+
+def _are_alike(one: tuple[Piece, torch.Tensor], other: tuple[Piece, torch.Tensor]) -> bool:
+    kinds = [(piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride()) for piece, rows in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def _rows(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> torch.Tensor:
+    return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, place, dims)))
 
 
 class PackedBucket:
@@ -67,9 +113,9 @@ class PackedBucket:
     def _pack(self, held: Held) -> None:
         """Fills what is sent, owner by owner. A flat buffer, as thousands of small tensors would fragment the heap."""
         offset = 0
-        for piece in (piece for rank in self._bucket.ranks for piece in self._owned_by(rank)):
-            weight = held[piece.task.source.key].load()
-            for tensor in pack_piece(piece, weight, self._place, self._dims):
+        pieces = (piece for rank in self._bucket.ranks for piece in self._owned_by(rank))
+        for _, packed in pack_pieces(pieces, held, self._place, self._dims):
+            for tensor in packed:
                 data = tensor.contiguous().reshape(-1).view(torch.uint8)
                 self._send[offset : offset + data.numel()].copy_(data)
                 offset += aligned(data.numel())

@@ -65,3 +65,17 @@ def pack_rows(task: ExportTask, part: PartOutput, rows: torch.Tensor) -> Sequenc
         return (rows.to(task.dtype),)
     amax = torch.tensor(task.amax, dtype=torch.float32, device=rows.device)
     return tuple(part.format.pack(rows, amax).tensors.values())
+
+
+def pack_alike(
+    parts: Sequence[tuple[ExportTask, PartOutput, torch.Tensor]],
+) -> Sequence[Sequence[torch.Tensor]]:
+    """As `pack_rows` of each, which all are packed, have one format, and rows of one shape, dtype, device and strides.
+
+    They are packed at once, to views of the same memory.
+    """
+    (_, first, rows), *_ = parts
+    assert first.format is not None
+    amaxes = torch.tensor([task.amax for task, _, _ in parts], dtype=torch.float32, device=rows.device)
+    group = first.format.pack_group([rows for _, _, rows in parts], amaxes)
+    return [tuple(packed.tensors.values()) for packed in group]

@@ -6,7 +6,7 @@ that it will meet, and, where slices could be quantized apart, on a whole and on
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -73,6 +73,9 @@ class QuantFunction:
         if given != expected:
             raise _refusal(f"gives {_described(given)} for {list(weight.shape)} where it gave {_described(expected)}")
         return PackedWeight({"weight": codes, "scale": scale})
+
+    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+        return [self.pack(weight) for weight in weights]
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         raise NotImplementedError("only the caller knows the way back")

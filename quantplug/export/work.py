@@ -15,7 +15,7 @@ import torch
 from quantplug.export.base import ExportPlan, Held, Progress, ShardFile
 from quantplug.export.behind import Behind
 from quantplug.export.disk_errors import disk_errors
-from quantplug.export.gather import Delivered, PackedBucket, Slices, pack_piece
+from quantplug.export.gather import Delivered, PackedBucket, Slices, pack_pieces
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import Piece
 from quantplug.export.schedule import Bucket, Round, make_rounds
@@ -114,8 +114,7 @@ class _Steps:
 
     def _pack_and_write(self, bucket: Bucket) -> None:
         with Behind() as writing:
-            for piece in bucket.pieces:
-                packed = pack_piece(piece, self.held[piece.task.source.key].load(), 0, self.dims)
+            for piece, packed in pack_pieces(bucket.pieces, self.held, 0, self.dims):
                 # From the device here: another thread would not wait for the stream that has packed it.
                 writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
                 self._count(piece)

@@ -4,8 +4,8 @@ A format knows numerics only. It never sees a parameter's name, a model or a ran
 and the caller that knows the name raises them.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,6 +39,11 @@ def empty_tensors(specs: Iterable[TensorSpec], device: torch.device) -> dict[str
     return {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
 
 
+def empty_groups(specs: Iterable[TensorSpec], count: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """As `empty_tensors` of so many weights, those of one name in one tensor [count, ...]."""
+    return empty_tensors((replace(spec, shape=(count, *spec.shape)) for spec in specs), device)
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """One packed weight.
@@ -48,6 +53,11 @@ class PackedWeight:
     """
 
     tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of_group(cls, tensors: Mapping[str, torch.Tensor]) -> "list[PackedWeight]":
+        """Each of several from tensors [count, ...], of which they are views."""
+        return [cls(dict(zip(tensors, of_one, strict=True))) for of_one in zip(*tensors.values(), strict=True)]
 
 
 class WeightFormat(Protocol):
@@ -80,6 +90,14 @@ class WeightFormat(Protocol):
 
         Returns:
             Tensors on the weight's device.
+        """
+
+    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+        """As `pack` of each: at once on a GPU, which one small weight does not fill.
+
+        Args:
+            weights: Of one shape, dtype, device and set of strides.
+            amaxes: One float for each, [len(weights)].
         """
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:

@@ -6,11 +6,12 @@
 The weight is divided in FP32 whatever its dtype: dividing in BF16 rounds twice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec, empty_tensors
+from quantplug.formats.base import PackedWeight, TensorSpec, empty_groups, empty_tensors
 from quantplug.formats.constants import E4M3_MAX
 from quantplug.formats.kernels import kernels_for
 from quantplug.formats.scale_from_amax import scale_from_amax
@@ -44,6 +45,13 @@ class FP8:
         tensors["weight_scale"] = tensor_scale(weight, amax, E4M3_MAX)
         kernels_for(weight).pack_fp8(weight, tensors["weight_scale"], tensors["weight"])
         return PackedWeight(tensors)
+
+    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+        first = weights[0]
+        tensors = empty_groups(self.outputs(tuple(first.shape)), len(weights), first.device)
+        tensors["weight_scale"] = scale_from_amax(amaxes.to(first.device), E4M3_MAX)
+        kernels_for(first).pack_fp8_group(weights, tensors["weight_scale"], tensors["weight"])
+        return PackedWeight.of_group(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         values = torch.empty_like(packed.tensors["weight"], dtype=torch.float32)

@@ -9,11 +9,12 @@ Both features must be multiples of 128: servers cut merged and sharded weights a
 quantized at run time, so there is no `input_scale`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec, empty_tensors
+from quantplug.formats.base import PackedWeight, TensorSpec, empty_groups, empty_tensors
 from quantplug.formats.constants import FP8_BLOCK
 from quantplug.formats.kernels import kernels_for
 from quantplug.formats.shapes import shape_problem
@@ -45,6 +46,12 @@ class FP8Block:
         tensors = empty_tensors(self.outputs(tuple(weight.shape)), weight.device)
         kernels_for(weight).pack_fp8_block(weight, tensors["weight"], tensors["weight_scale"])
         return PackedWeight(tensors)
+
+    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+        first = weights[0]
+        tensors = empty_groups(self.outputs(tuple(first.shape)), len(weights), first.device)
+        kernels_for(first).pack_fp8_block_group(weights, tensors["weight"], tensors["weight_scale"])
+        return PackedWeight.of_group(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         values = torch.empty_like(packed.tensors["weight"], dtype=torch.float32)

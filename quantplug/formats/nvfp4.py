@@ -12,11 +12,12 @@ The arithmetic, all in FP32 whatever the weight's dtype, is that of ModelOpt's p
 by zero or nearly so: an all-zero tensor, and one whose `weight_scale_2` would be subnormal (see `constants`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec, empty_tensors
+from quantplug.formats.base import PackedWeight, TensorSpec, empty_groups, empty_tensors
 from quantplug.formats.constants import NVFP4_BLOCK, NVFP4_MAX
 from quantplug.formats.kernels import kernels_for
 from quantplug.formats.scale_from_amax import scale_from_amax
@@ -52,6 +53,13 @@ class NVFP4:
         tensors["weight_scale_2"] = scale_2 = tensor_scale(weight, amax, NVFP4_MAX)
         kernels_for(weight).pack_nvfp4(weight, scale_2, tensors["weight"], tensors["weight_scale"])
         return PackedWeight(tensors)
+
+    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+        first = weights[0]
+        tensors = empty_groups(self.outputs(tuple(first.shape)), len(weights), first.device)
+        tensors["weight_scale_2"] = scales_2 = scale_from_amax(amaxes.to(first.device), NVFP4_MAX)
+        kernels_for(first).pack_nvfp4_group(weights, scales_2, tensors["weight"], tensors["weight_scale"])
+        return PackedWeight.of_group(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         codes, scales = packed.tensors["weight"], packed.tensors["weight_scale"]

@@ -38,8 +38,9 @@ def export(request: pytest.FixtureRequest, sources: Sources) -> Export:
 
 
 @pytest.fixture
-def packer(export: Export, request: pytest.FixtureRequest) -> ModuleType:
-    """Where the export calls `pack_rows`."""
+def packer(export: Export, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Where the export calls `pack_rows`, for one piece at a time as if all were large."""
+    monkeypatch.setattr(gather, "GROUP_BYTES", 0)
     return write if request.node.callspec.params["export"] == "from a checkpoint" else gather
 
 

@@ -2,26 +2,36 @@
 
     reference  plain PyTorch, on any device
     cpu        fused and multi-threaded, compiled on the user's machine by numba
+    cuda       fused, compiled for the user's GPU by Triton, and taken where they prove themselves (`proof`)
 
 `kernels_for` is the only place that chooses.
 """
 
+import logging
+import subprocess
 from functools import cache
 
 import torch
 
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.base import Kernels
+from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
 
 __all__ = ["Kernels", "kernels_for"]
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+_log = logging.getLogger(__name__)
+
 
 def kernels_for(weight: torch.Tensor) -> Kernels:
     """The fastest kernels for a weight of this device and dtype."""
-    if weight.device.type == "cpu" and weight.dtype in _FUSED_DTYPES:
-        return _cpu_kernels()
+    if weight.dtype in _FUSED_DTYPES:
+        match weight.device.type:
+            case "cpu":
+                return _cpu_kernels()
+            case "cuda":
+                return _cuda_kernels(weight.dtype, weight.device)
     return reference
 
 
@@ -33,3 +43,23 @@ def _cpu_kernels() -> Kernels:
     except ImportError:  # Not here, not for this version of Python or NumPy, or told not to compile.
         return reference
     return cpu
+
+
+@cache
+def _cuda_kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
+    """Those of Triton where they run and give the reference's bits, which the first weight of each kind finds out."""
+    try:
+        from triton.errors import TritonError
+
+        from quantplug.formats.kernels import cuda
+    except ImportError:  # As in builds of PyTorch for CPUs and for some GPUs.
+        return reference
+    try:
+        if gives_the_bits_of_the_reference(cuda, dtype, device):
+            return cuda
+        reason = "Triton's kernels round otherwise than they should"
+    # No C compiler, which Triton needs, or a GPU that it does not compile for.
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    _log.warning("Weights on %s are packed by plain PyTorch, to the same bytes but slower: %s", device, reason)
+    return reference

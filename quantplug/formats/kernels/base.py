@@ -1,5 +1,6 @@
 """What a set of kernels is: the loops over all elements of a weight, which every format is made of."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,9 @@ class Kernels(Protocol):
     A weight has any strides and is left as it was. All other tensors are contiguous and on the weight's device. Scales
     are finite and above 0. Every set of kernels gives the same bits, those of `reference`: FP32 arithmetic, true
     divisions, rounding to nearest and ties to even. The formats' modules say which shapes and dtypes belong together.
+
+    A group is weights of one shape, dtype, device and set of strides; what is filled then has one axis more, in front,
+    and so have scales of the whole weight.
     """
 
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
@@ -28,6 +32,15 @@ class Kernels(Protocol):
     ) -> None:
         """Fills `codes` [out, in/2] (U8) and `block_scales` [out, in/16] (F8_E4M3)."""
 
+    def pack_nvfp4_group(
+        self,
+        weights: Sequence[torch.Tensor],
+        weight_scale_2: torch.Tensor,
+        codes: torch.Tensor,
+        block_scales: torch.Tensor,
+    ) -> None:
+        """As `pack_nvfp4`, of a group."""
+
     def unpack_nvfp4(
         self, codes: torch.Tensor, block_scales: torch.Tensor, weight_scale_2: torch.Tensor, values: torch.Tensor
     ) -> None:
@@ -36,11 +49,19 @@ class Kernels(Protocol):
     def pack_fp8(self, weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
         """Fills `codes` [out, in] (F8_E4M3)."""
 
+    def pack_fp8_group(self, weights: Sequence[torch.Tensor], weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
+        """As `pack_fp8`, of a group."""
+
     def unpack_fp8(self, codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
         """Fills `values` [out, in] (F32)."""
 
     def pack_fp8_block(self, weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
         """Fills `codes` [out, in] (F8_E4M3) and `block_scales` [out/128, in/128] (F32)."""
+
+    def pack_fp8_block_group(
+        self, weights: Sequence[torch.Tensor], codes: torch.Tensor, block_scales: torch.Tensor
+    ) -> None:
+        """As `pack_fp8_block`, of a group."""
 
     def unpack_fp8_block(self, codes: torch.Tensor, block_scales: torch.Tensor, values: torch.Tensor) -> None:
         """Fills `values` [out, in] (F32)."""

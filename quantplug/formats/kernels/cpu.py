@@ -13,6 +13,7 @@ from quantplug.formats import e2m1
 from quantplug.formats.constants import FP8_BLOCK, NVFP4_BLOCK
 from quantplug.formats.kernels import loops
 from quantplug.formats.kernels.loops import Array
+from quantplug.formats.kernels.one_by_one import one_by_one
 from quantplug.formats.kernels.threads import run
 
 _PIECE = 1 << 18
@@ -88,6 +89,11 @@ def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: to
         loops.unpack_fp8_block(_in_squares(coded), scales, _e4m3_values(), _in_squares(bands))
 
     run(unpack, *_bands(values.numpy(), block_scales.numpy(), _bytes(codes)))
+
+
+pack_nvfp4_group = one_by_one(pack_nvfp4)
+pack_fp8_group = one_by_one(pack_fp8)
+pack_fp8_block_group = one_by_one(pack_fp8_block)
 
 
 def _bits(weight: torch.Tensor) -> Array:

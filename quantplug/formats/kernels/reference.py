@@ -17,6 +17,7 @@ from quantplug.formats.constants import (
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
+from quantplug.formats.kernels.one_by_one import one_by_one
 from quantplug.formats.scale_from_amax import scale_from_amax
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -84,6 +85,11 @@ def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: to
     for rows in _row_slices(values, row_multiple=FP8_BLOCK):
         scales = block_scales[rows.start // FP8_BLOCK : rows.stop // FP8_BLOCK, None, :, None]
         torch.mul(_in_squares(codes[rows].float()), scales, out=_in_squares(values[rows]))
+
+
+pack_nvfp4_group = one_by_one(pack_nvfp4)
+pack_fp8_group = one_by_one(pack_fp8)
+pack_fp8_block_group = one_by_one(pack_fp8_block)
 
 
 def saturate_to_e4m3(values: torch.Tensor) -> torch.Tensor:

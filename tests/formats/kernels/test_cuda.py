@@ -1,18 +1,21 @@
-"""The Triton kernel without a GPU: its bits in Triton's interpreter, and the instructions that it becomes."""
+"""The Triton kernels without a GPU: their bits in Triton's interpreter, and the instructions that they become."""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
-from quantplug.formats.kernels import cuda, reference
+from quantplug.formats.kernels import reference, triton_loops
 from tests.formats.kernels.values import E4M3_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
@@ -21,48 +24,97 @@ REPOSITORY = Path(__file__).parents[3]
 INTERPRETED = """
 import sys, torch
 from quantplug.formats.kernels import cuda
-cases = torch.load(sys.argv[1])
-for weight, weight_scale_2, codes, block_scales in cases:
-    cuda.pack_nvfp4(weight, weight_scale_2, codes, block_scales)
-torch.save([case[2:] for case in cases], sys.argv[1])
+calls, large = torch.load(sys.argv[1]), int(sys.argv[2])
+cuda._BLOCKS, cuda._TILE = cuda._BLOCKS * large, cuda._TILE * large
+for number, (name, arguments) in enumerate(calls):
+    returned = getattr(cuda, name)(*arguments)
+    calls[number] = [*arguments, returned]
+torch.save(calls, sys.argv[1])
 """
 
-Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""A weight, its `weight_scale_2`, and the tensors to fill."""
+Call = tuple[str, Sequence[Any]]
+"""A kernel and its arguments, of which the last ones are to be filled."""
 
 
-def case(weight: torch.Tensor, weight_scale_2: float) -> Case:
-    rows, columns = weight.shape
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    return weight, torch.tensor(weight_scale_2), codes, torch.empty(rows, columns // 16, dtype=torch.float8_e4m3fn)
+def assert_interpreted_as_the_reference(calls: Iterable[Call], tmp_path: Path, large: int = 1) -> None:
+    """In a process of its own: Triton reads the setting when a kernel is defined.
 
-
-def assert_interpreted_as_the_reference(cases: list[Case], tmp_path: Path) -> None:
-    """In a process of its own: Triton reads the setting when a kernel is defined."""
-    torch.save(cases, tmp_path / "cases.pt")
-    command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "cases.pt")]
+    Args:
+        large: Times the work of one program; the interpreter is slow with many.
+    """
+    calls = list(calls)
+    torch.save(calls, tmp_path / "calls.pt")
+    command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "calls.pt"), str(large)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    for (weight, scale_2, codes, block_scales), made in zip(cases, torch.load(tmp_path / "cases.pt"), strict=True):
-        reference.pack_nvfp4(weight, scale_2, codes, block_scales)
-        assert torch.equal(made[0], codes)
-        assert torch.equal(bits(made[1]), bits(block_scales))
+    for (name, arguments), made in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
+        returned = getattr(reference, name)(*arguments)
+        for one, other in zip(made, [*arguments, returned], strict=True):
+            for mine, expected in zip(tensors_in(one), tensors_in(other), strict=True):
+                assert mine.shape == expected.shape, name
+                assert torch.equal(comparable(mine), comparable(expected)), (name, mine.shape)
+
+
+def tensors_in(argument: Any) -> Sequence[torch.Tensor]:
+    return argument if isinstance(argument, list | tuple) else [] if argument is None else [argument]
+
+
+def comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bits, but those of NaN: which sign and payload an operation gives it, devices do not agree on."""
+    wide = tensor.float()
+    return bits(torch.where(wide.isnan(), torch.full_like(wide, float("nan")), wide))
+
+
+def nvfp4(weight: torch.Tensor, weight_scale_2: float) -> Call:
+    rows, columns = weight.shape
+    codes = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    block_scales = torch.zeros(rows, columns // 16, dtype=torch.float8_e4m3fn)
+    return "pack_nvfp4", (weight, torch.tensor(weight_scale_2), codes, block_scales)
+
+
+def fp8(weight: torch.Tensor, weight_scale: float) -> Call:
+    return "pack_fp8", (weight, torch.tensor(weight_scale), torch.zeros(weight.shape, dtype=torch.float8_e4m3fn))
+
+
+def fp8_block(weight: torch.Tensor) -> Call:
+    codes = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
+    return "pack_fp8_block", (weight, codes, torch.zeros(weight.shape[0] // 128, weight.shape[1] // 128))
 
 
 @pytest.mark.parametrize("weight_scale_2", [1.0, 1 / 3])
-def test_every_bf16_value_under_some_scales(weight_scale_2: float, tmp_path: Path) -> None:
+def test_nvfp4_of_every_bf16_value_under_some_scales(weight_scale_2: float, tmp_path: Path) -> None:
     scales = E4M3_SCALES.flip(0)[::25]
-    cases = [case(every_block(torch.bfloat16, scale, weight_scale_2), weight_scale_2) for scale in scales]
-    assert_interpreted_as_the_reference(cases, tmp_path)
+    weights = [every_block(torch.bfloat16, scale, weight_scale_2) for scale in scales]
+    assert_interpreted_as_the_reference([nvfp4(weight, weight_scale_2) for weight in weights], tmp_path, large=16)
 
 
-def test_every_amax_that_a_bf16_block_can_have(tmp_path: Path) -> None:
+def test_nvfp4_scale_of_every_amax_that_a_bf16_block_can_have(tmp_path: Path) -> None:
     weight = torch.zeros(2**16, 16, dtype=torch.bfloat16)
     weight[:, 5] = all_values(torch.bfloat16)
-    assert_interpreted_as_the_reference([case(weight, 1 / 3)], tmp_path)
+    assert_interpreted_as_the_reference([nvfp4(weight, 1 / 3)], tmp_path, large=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_of_every_value(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = all_values(dtype)
+    # With both signs and without NaN, whose code has the sign of the value, not of an operation.
+    values = values[~values.isnan()][None]
+    assert_interpreted_as_the_reference([fp8(values, scale) for scale in (1.0, 1 / 3, 2.0**-126)], tmp_path, large=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_block_of_every_value_up_to_its_amax(dtype: torch.dtype, tmp_path: Path) -> None:
+    calls = []
+    for amax in (448.0, 1 / 3, 3e-6, 2.0**-140):
+        values = all_values(dtype)
+        values = values[values.abs() <= amax]
+        weight = torch.nn.functional.pad(values, (0, -values.numel() % (128 * 256))).view(-1, 256)
+        weight[::128, ::128] = amax
+        calls.append(fp8_block(weight[: 128 * 2]))
+    assert_interpreted_as_the_reference(calls, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,21 +123,123 @@ def test_shapes_strides_and_what_is_not_finite(dtype: torch.dtype, tmp_path: Pat
     weight[3, 16:32] = 0
     weight[4, 5], weight[5, 6], weight[6, 7] = float("nan"), float("inf"), -0.0
     views = [weight, weight[:1, :16], weight.t().contiguous().t(), torch.cat((weight, weight), 1)[:, :160], weight[::2]]
-    assert_interpreted_as_the_reference([case(view, 1e-4) for view in views], tmp_path)
+    calls = [nvfp4(view, 1e-4) for view in views]
+    calls += [fp8(view.nan_to_num(0.0), 1e-3) for view in (*views, weight.view(-1), weight.view(1, 97, 160))]
+    calls += [("amax", (view,)) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)]
+    assert_interpreted_as_the_reference(calls, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    whole = heavy_tailed((3 * 128 + 1, 2 * 128), dtype)
+    groups = [
+        [whole[start : start + 128] for start in (0, 129, 257)],
+        [whole[start : start + 128].t() for start in (5, 0)],
+    ]
+    calls: list[Call] = []
+    for group in groups:
+        count, (rows, columns) = len(group), group[0].shape
+        scales, codes = torch.tensor([1e-3, 2e-3, 1 / 3])[:count], torch.zeros(count, rows, columns, dtype=torch.uint8)
+        fp8_codes = codes.view(torch.float8_e4m3fn)
+        block_scales = torch.zeros(count, rows, columns // 16, dtype=torch.float8_e4m3fn)
+        calls.append(("pack_nvfp4_group", (group, scales, codes[..., ::2].contiguous(), block_scales)))
+        calls.append(("pack_fp8_group", (group, scales, fp8_codes.clone())))
+        squares = torch.zeros(count, rows // 128, columns // 128)
+        calls.append(("pack_fp8_block_group", (group, fp8_codes.clone(), squares)))
+    assert_interpreted_as_the_reference(calls, tmp_path)
+
+
+def test_every_byte_unpacks_alike(tmp_path: Path) -> None:
+    pairs = torch.arange(256, dtype=torch.uint8).expand(256, 256).contiguous()
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous().view(torch.float8_e4m3fn)
+    codes = pairs[:128].view(torch.float8_e4m3fn)
+    calls: list[Call] = []
+    for scale in (1.0, 1 / 3, 2.0**-126, 3e38):
+        calls.append(("unpack_nvfp4", (pairs, scales, torch.tensor(scale), torch.zeros(256, 512))))
+        calls.append(("unpack_fp8", (codes, torch.tensor(scale), torch.zeros(128, 256))))
+        calls.append(("unpack_fp8_block", (codes, torch.tensor([[scale, -scale]]), torch.zeros(128, 256))))
+    assert_interpreted_as_the_reference(calls, tmp_path)
+
+
+WEIGHTS = {"*bf16": tl.bfloat16, "*fp16": tl.float16, "*fp32": tl.float32}
+TARGETS = [("*bf16", 80), *((weight, 90) for weight in WEIGHTS), ("*bf16", 100)]
+STRIDES = {"row_stride": "i32", "column_stride": "i32"}
+NVFP4 = {"weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8", "blocks_a_row": "i32", "blocks": "i32"}
+FP8 = {"columns": "i32", "elements": "i32", "weight_scale": "*fp32", "codes": "*u8"}
+FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "columns": "i32", "squares": "i32"}
+OF_A_WEIGHT: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "pack_nvfp4": (STRIDES | NVFP4, {"BLOCKS": 128}),
+    "pack_fp8": (STRIDES | FP8, {"ROWS": False, "TILE": 4096}),
+    "pack_fp8_block": (STRIDES | FP8_BLOCK, {}),
+}
+OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "unpack_nvfp4": (
+        {"codes": "*u8", "block_scales": "*u8", "weight_scale_2": "*fp32", "values": "*fp32", "blocks": "i32"},
+        {"BLOCKS": 128},
+    ),
+    "unpack_fp8": (
+        {"codes": "*u8", "weight_scale": "*fp32", "values": "*fp32", "elements": "i32"},
+        {"TILE": 4096},
+    ),
+    "unpack_fp8_block": ({"codes": "*u8", "block_scales": "*fp32", "values": "*fp32", "columns": "i32"}, {}),
+}
+
+
+def compiled(name: str, arguments: dict[str, str], constants: dict[str, Any], capability: int) -> CompiledKernel:
+    """For a GPU that need not be there; pointers and sizes are multiples of 16, as they mostly are."""
+    kernel = getattr(triton_loops, name)
+    constants = {"column_stride": 1} | constants
+    signature = {
+        parameter: "constexpr" if parameter in constants else arguments[parameter] for parameter in kernel.arg_names
+    }
+    used = {(kernel.arg_names.index(key),): value for key, value in constants.items() if key in signature}
+    sixteens = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind != "constexpr"
+    }
+    return triton.compile(ASTSource(kernel, signature, used, sixteens), target=GPUTarget("cuda", capability, 32))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def assert_ieee(ptx: str) -> None:
+    """Of divisions only the correctly rounded one; no fused multiply-add, no approximation, no flush of subnormals."""
+    assert set(re.findall(r"\bdiv\.\S*f32", ptx)) <= {"div.rn.f32"}
+    assert re.findall(r"\S*(?:fma|approx|ftz|rcp)\S*", ptx) == []
+
+
+@pytest.mark.parametrize(("weight", "capability"), TARGETS)
+@pytest.mark.parametrize("name", OF_A_WEIGHT)
+@pytest.mark.parametrize("is_group", [False, True], ids=["one", "group"])
+def test_packing_on_a_gpu_rounds_as_ieee_says_and_reads_16_bytes_at_once(
+    name: str, weight: str, is_group: bool, capability: int, own_cache: None
+) -> None:
+    arguments, constants = OF_A_WEIGHT[name]
+    source = {"ELEMENT": WEIGHTS[weight], "ALIGNED": True} if is_group else {"ELEMENT": None, "ALIGNED": False}
+    arguments = {"weights": "*i64" if is_group else weight, **arguments}
+
+    ptx = compiled(name, arguments, constants | source, capability).asm["ptx"]
+
+    assert_ieee(ptx)
+    assert "div.rn.f32" in ptx
+    loads = re.findall(r"ld\.global\S*\.v4\.b32", ptx)
+    assert loads, sorted(set(re.findall(r"ld\.global\S*", ptx)))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("weight", ["*bf16", "*fp16", "*fp32"])
-def test_no_instruction_of_the_gpu_rounds_otherwise(
-    weight: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tensors = {"weight": weight, "weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8"}
-    integers = dict.fromkeys(("row_stride", "column_stride", "blocks_a_row", "blocks"), "i32")
-    source = ASTSource(cuda._pack_nvfp4, {**tensors, **integers, "BLOCKS": "constexpr"}, {"BLOCKS": 128})
+@pytest.mark.parametrize("name", OF_CODES)
+def test_unpacking_on_a_gpu_rounds_as_ieee_says(name: str, capability: int, own_cache: None) -> None:
+    arguments, constants = OF_CODES[name]
+    ptx = compiled(name, arguments, constants, capability).asm["ptx"]
+    assert_ieee(ptx)
+    assert "div" not in ptx.replace("div.s", "").replace("div.u", "")
 
-    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
-    # Of divisions only the correctly rounded one; no fused multiply-add, no approximation, no flush of subnormals.
-    assert set(re.findall(r"\bdiv\.\S*f32", ptx)) == {"div.rn.f32"}
-    assert re.findall(r"\S*(?:fma|approx|ftz|rcp)\S*", ptx) == []
+@pytest.mark.parametrize(("weight", "capability"), TARGETS)
+def test_the_amax_on_a_gpu_is_one_atomic_maximum_a_program(weight: str, capability: int, own_cache: None) -> None:
+    arguments = {"weight": weight, "columns": "i32", "elements": "i32", "largest": "*i32", **STRIDES}
+    ptx = compiled("amax", arguments, {"ROWS": False, "TILE": 4096}, capability).asm["ptx"]
+    assert_ieee(ptx)
+    assert len(re.findall(r"atom\.\S*max\.s32", ptx)) == 1
