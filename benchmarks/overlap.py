@@ -41,8 +41,6 @@ from quantplug.export.base import ExportPlan, silent
 from quantplug.export.hf_source import HFCheckpoint
 from quantplug.export.join import join_piece
 from quantplug.export.model_free import WeightOnlyFormat, quantize_checkpoint, write
-from quantplug.export.model_free.parts import pieces_of, read_piece
-from quantplug.export.pack import pack_rows
 from quantplug.export.pieces import Piece
 from quantplug.export.schedule import in_order
 from quantplug.export.writer import FileSink, Staging
@@ -86,12 +84,8 @@ class Work:
     source: HFCheckpoint
     directory: Path
 
-    def pieces(self) -> Iterator[Piece]:
-        return (piece for task in in_order(self.plan.tasks) for piece in pieces_of(task, self.plan.dims))
-
     def packed(self) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-        for piece in self.pieces():
-            yield piece, pack_rows(piece.task, piece.output, read_piece(self.source, piece, self.plan.dims))
+        return write.packed_pieces(in_order(self.plan.tasks), self.source, self.plan.dims)
 
     def pack(self) -> None:
         for _ in self.packed():

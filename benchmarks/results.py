@@ -14,10 +14,10 @@ LOAD, _, _ = os.getloadavg()
 """Load average of the last minute when the benchmark began: what else used the cores."""
 
 
-def machine() -> str:
+def machine(gpu: str = "no GPU used") -> str:
     """What it ran on, without names."""
     return (
-        f"Machine: {os.cpu_count()} CPU cores ({processor()}), no GPU used; Python {platform.python_version()}, "
+        f"Machine: {os.cpu_count()} CPU cores ({processor()}), {gpu}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads.\nLoad average before the run: {LOAD:.1f}."
     )
 

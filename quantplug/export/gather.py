@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from quantplug.export.base import Held
-from quantplug.export.pack import pack_alike, pack_rows
+from quantplug.export.groups import pack_in_groups
+from quantplug.export.pack import pack_rows
 from quantplug.export.pieces import PIECES_IN_A_BUCKET, Piece, rows_of, travel_specs
 from quantplug.export.schedule import BUCKET_BYTES, Bucket
 from quantplug.formats import TensorSpec
@@ -34,40 +35,9 @@ def pack_piece(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimens
 def pack_pieces(
     pieces: Iterable[Piece], held: Held, place: int, dims: ModelDimensions
 ) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-    """As `pack_piece` of each in turn, those of small weights that are alike, as experts are, in groups.
-
-    A group is as large as one large piece at most, and so are what it is packed to and copies that it needs.
-    """
-    group: list[tuple[Piece, torch.Tensor]] = []
-    for piece in pieces:
-        weight = held[piece.task.source.key].load()
-        if piece.output.format is None or piece.task.gather_first:
-            yield from _packed_group(group)
-            yield piece, pack_piece(piece, weight, place, dims)
-            continue
-        rows = _rows(piece, weight, place, dims)
-        if group and not _are_alike(group[-1], (piece, rows)):
-            yield from _packed_group(group)
-        group.append((piece, rows))
-        if (len(group) + 1) * rows.nbytes > GROUP_BYTES:
-            del weight, rows  # Or they would be there while the next piece is loaded.
-            yield from _packed_group(group)
-    yield from _packed_group(group)
-
-
-def _packed_group(group: list[tuple[Piece, torch.Tensor]]) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-    """Empties the group."""
-    pieces = [piece for piece, _ in group]
-    parts = [(piece.task, piece.output, rows) for piece, rows in group]
-    packed = pack_alike(parts) if len(parts) > 1 else [pack_rows(*part) for part in parts]
-    group.clear()
-    parts.clear()
-    yield from zip(pieces, packed, strict=True)
-
-
-def _are_alike(one: tuple[Piece, torch.Tensor], other: tuple[Piece, torch.Tensor]) -> bool:
-    kinds = [(piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride()) for piece, rows in (one, other)]
-    return kinds[0] == kinds[1]
+    """As `pack_piece` of each in turn, small ones in groups."""
+    read = ((piece, _rows(piece, held[piece.task.source.key].load(), place, dims)) for piece in pieces)
+    return pack_in_groups(read, GROUP_BYTES)
 
 
 def _rows(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> torch.Tensor:

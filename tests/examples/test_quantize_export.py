@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,29 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
 from quantplug.export.verify import verify_checkpoint
 from tests.export.checkpoints import group_amaxes, linear_weights, read, same_bytes
+from tests.ranks import Ended, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
+Run = Callable[..., Ended]
+
+
+def by_torchrun(script: str, *options: str | Path) -> Ended:
     """One rank under torchrun, on a port of its own choice."""
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    return subprocess.run(
+    run = subprocess.run(
         [*launcher, str(EXAMPLES / script), *map(str, options)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
     )
+    return Ended((run.returncode,), run.stdout)
+
+
+def forked(script: str, *options: str | Path) -> Ended:
+    return run_ranks(1, EXAMPLES / script, *options)
 
 
 def make(directory: Path, architecture: Architecture) -> Path:
@@ -33,22 +44,22 @@ def make(directory: Path, architecture: Architecture) -> Path:
     return directory
 
 
-def quantize_and_export(source: Path, work: Path, *options: str) -> Path:
+def quantize_and_export(run: Run, source: Path, work: Path, *options: str) -> Path:
     quantized = run(
         "quantize.py", "--hf-model-id", source, "--megatron-save-path", work / "Q", "--stats-json", work / "s", *options
     )
-    assert quantized.returncode == 0, quantized.stdout + quantized.stderr
-    assert "Quantization Statistics" in quantized.stdout
+    assert quantized.ok, quantized.output
+    assert "Quantization Statistics" in quantized.output
     exported = run(
         "export.py", "--hf-model-id", source, "--megatron-load-path", work / "Q", "--export-dir", work / "out"
     )
-    assert exported.returncode == 0, exported.stdout + exported.stderr
+    assert exported.ok, exported.output
     return work / "out"
 
 
 def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
-    exported = read(quantize_and_export(source, tmp_path, "--export-quant-cfg", "nvfp4", "--weight-only"))
+    exported = read(quantize_and_export(by_torchrun, source, tmp_path, "--export-quant-cfg", "nvfp4", "--weight-only"))
     original = read(source)
     amaxes = group_amaxes(original)
     for name, weight in linear_weights(original).items():
@@ -68,7 +79,7 @@ def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
 
 def test_fp8_of_a_dense_model(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
-    exported = read(quantize_and_export(source, tmp_path, "--export-quant-cfg", "fp8", "--weight-only"))
+    exported = read(quantize_and_export(forked, source, tmp_path, "--export-quant-cfg", "fp8", "--weight-only"))
     original = read(source)
     for name, amax in group_amaxes(original).items():
         scale = torch.tensor(amax) / torch.tensor(448.0)
@@ -80,30 +91,30 @@ def test_an_unsupported_architecture_is_refused_at_once(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchForCausalLM"]}))
-    result = run("quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--weight-only")
-    assert result.returncode == 1
-    assert "UnsupportedModelError" in result.stderr
-    assert "Qwen3MoeForCausalLM" in result.stderr
+    result = forked("quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--weight-only")
+    assert result.statuses == (1,)
+    assert "UnsupportedModelError" in result.output
+    assert "Qwen3MoeForCausalLM" in result.output
     assert not (tmp_path / "Q").exists()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="with a GPU it calibrates")
 def test_activations_without_a_gpu_say_the_way_out(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
-    result = run(
+    result = forked(
         "quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--export-quant-cfg", "nvfp4"
     )
-    assert result.returncode == 1
-    assert "--weight-only" in result.stderr
+    assert result.statuses == (1,)
+    assert "--weight-only" in result.output
     assert not (tmp_path / "Q").exists()
 
 
 def test_an_export_without_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
-    result = run(
+    result = forked(
         "export.py", "--hf-model-id", source, "--megatron-load-path", tmp_path / "Q", "--export-dir", tmp_path / "out"
     )
-    assert result.returncode == 1
-    assert "CheckpointError" in result.stderr
-    assert "Traceback" not in result.stderr.split("CheckpointError")[0]
+    assert result.statuses == (1,)
+    assert "CheckpointError" in result.output
+    assert "Traceback" not in result.output.split("CheckpointError")[0]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

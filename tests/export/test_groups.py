@@ -8,6 +8,7 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.export import gather
+from quantplug.export import groups as groups_module
 from tests.export.checkpoints import files_of, load, quantize
 
 pytestmark = pytest.mark.usefixtures("rank")
@@ -19,13 +20,13 @@ Sources = Callable[[str], Path]
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """What is packed at once, noted."""
     noted: list[list[torch.Tensor]] = []
-    pack_alike = gather.pack_alike
+    pack_alike = groups_module.pack_alike
 
     def note(parts):
         noted.append([rows for _, _, rows in parts])
         return pack_alike(parts)
 
-    monkeypatch.setattr(gather, "pack_alike", note)
+    monkeypatch.setattr(groups_module, "pack_alike", note)
     return noted
 
 

@@ -17,7 +17,7 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import QuantplugError, WriteError
-from quantplug.export import gather
+from quantplug.export import gather, groups
 from quantplug.export.behind import AHEAD, THREAD_NAME
 from quantplug.export.model_free import quantize_checkpoint, write
 from tests.export.checkpoints import files_of, load, quantize
@@ -38,10 +38,11 @@ def export(request: pytest.FixtureRequest, sources: Sources) -> Export:
 
 
 @pytest.fixture
-def packer(export: Export, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Where the export calls `pack_rows`, for one piece at a time as if all were large."""
-    monkeypatch.setattr(gather, "GROUP_BYTES", 0)
-    return write if request.node.callspec.params["export"] == "from a checkpoint" else gather
+def packer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Where exports call `pack_rows`, for one piece at a time as if all were large."""
+    for module in (gather, write):
+        monkeypatch.setattr(module, "GROUP_BYTES", 0)
+    return groups
 
 
 def after(calls: int, real: Callable[..., Any], error: BaseException) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Reading a few rows of a part where they lie in the checkpoint: no Megatron tensor is put together for it."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,12 @@ BUCKET_BYTES = 128 * 2**20
 def pieces_of(task: ExportTask, dims: ModelDimensions) -> Iterator[Piece]:
     """A weight's pieces in writing order."""
     return cut(task, dims, BUCKET_BYTES)
+
+
+def nbytes_of(piece: Piece) -> int:
+    """Bytes of its rows in the source."""
+    rows = (piece.stop - piece.start, *piece.output.shape[1:])
+    return math.prod(rows) * piece.task.source.dtype.itemsize
 
 
 def read_piece(source: HFCheckpoint, piece: Piece, dims: ModelDimensions) -> torch.Tensor:

@@ -1,20 +1,23 @@
 """The second look at the source: pieces are read and packed one after another, and written meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 
-from quantplug.export.base import ExportPlan, Progress
+from quantplug.export.base import ExportPlan, ExportTask, Progress
 from quantplug.export.behind import Behind
 from quantplug.export.disk_errors import disk_errors
+from quantplug.export.groups import pack_in_groups
 from quantplug.export.hf_source import HFCheckpoint
 from quantplug.export.join import join_piece
-from quantplug.export.model_free.parts import pieces_of, read_piece
-from quantplug.export.pack import pack_rows
-from quantplug.export.pieces import Piece
+from quantplug.export.model_free.parts import BUCKET_BYTES, nbytes_of, pieces_of, read_piece
+from quantplug.export.pieces import PIECES_IN_A_BUCKET, Piece
 from quantplug.export.schedule import in_order
 from quantplug.export.writer import FileSink, Staging
+from quantplug.mappings.layouts import ModelDimensions
+
+GROUP_BYTES = BUCKET_BYTES // PIECES_IN_A_BUCKET
 
 
 def write_tensors(plan: ExportPlan, source: HFCheckpoint, staging: Staging, progress: Progress) -> None:
@@ -41,11 +44,19 @@ def write_tensors(plan: ExportPlan, source: HFCheckpoint, staging: Staging, prog
 
     try:
         with Behind() as writing:
-            for piece in (piece for task in todo for piece in pieces_of(task, plan.dims)):
-                rows = read_piece(source, piece, plan.dims)
-                writing.do(partial(write, piece, pack_rows(piece.task, piece.output, rows)))
-                done += rows.nbytes
+            for piece, packed in packed_pieces(todo, source, plan.dims):
+                writing.do(partial(write, piece, packed))
+                del packed
+                done += nbytes_of(piece)
                 progress("Packing and writing", done, total)
     finally:
         sink.close()
     sink.check_complete()
+
+
+def packed_pieces(
+    tasks: Iterable[ExportTask], source: HFCheckpoint, dims: ModelDimensions
+) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
+    """Every piece of some weights, with what it is packed to."""
+    pieces = (piece for task in tasks for piece in pieces_of(task, dims))
+    return pack_in_groups(((piece, read_piece(source, piece, dims)) for piece in pieces), GROUP_BYTES)

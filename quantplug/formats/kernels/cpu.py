@@ -3,8 +3,10 @@
 A contiguous weight is read where it is. Of any other, each thread copies one piece at a time.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,7 @@ from quantplug.formats import e2m1
 from quantplug.formats.constants import FP8_BLOCK, NVFP4_BLOCK
 from quantplug.formats.kernels import loops
 from quantplug.formats.kernels.loops import Array
-from quantplug.formats.kernels.one_by_one import one_by_one
-from quantplug.formats.kernels.threads import run
+from quantplug.formats.kernels.threads import run, run_each
 
 _PIECE = 1 << 18
 """Least elements of a piece: some tens of microseconds of work, and a copy of it stays in a core's cache."""
@@ -44,12 +45,22 @@ def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
 def pack_nvfp4(
     weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
 ) -> None:
-    scale_2, pieces = float(weight_scale_2), _pieces(_bits(weight))
+    pack_nvfp4_group((weight,), weight_scale_2.reshape(1), codes.unsqueeze(0), block_scales.unsqueeze(0))
 
-    def pack(piece: Array, packed: Array, scales: Array) -> None:
+
+def pack_nvfp4_group(
+    weights: Sequence[torch.Tensor], weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
+) -> None:
+    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
+        for weight, scale_2, packed, scales in zip(weights, weight_scale_2.tolist(), codes, block_scales, strict=True):
+            pieces = _pieces(_bits(weight))
+            alongside = _alongside(pieces, packed, 2), _alongside(pieces, scales, NVFP4_BLOCK)
+            yield zip(pieces, repeat(scale_2), *alongside, strict=False)
+
+    def pack(piece: Array, scale_2: float, packed: Array, scales: Array) -> None:
         loops.pack_nvfp4(_flat(piece), scale_2, packed, scales)
 
-    run(pack, pieces, _alongside(pieces, codes, 2), _alongside(pieces, block_scales, NVFP4_BLOCK))
+    run_each(pack, chain.from_iterable(calls()))
 
 
 def unpack_nvfp4(
@@ -60,12 +71,24 @@ def unpack_nvfp4(
     def unpack(packed: Array, scales: Array, piece: Array) -> None:
         loops.unpack_nvfp4(packed, scales, scale_2, _e2m1_values(), _e4m3_values(), _flat(piece))
 
-    run(unpack, _alongside(pieces, codes, 2), _alongside(pieces, block_scales, NVFP4_BLOCK), pieces)
+    scales = _alongside(pieces, block_scales, NVFP4_BLOCK)
+    run(unpack, _alongside(pieces, codes, 2), scales, pieces)
 
 
 def pack_fp8(weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-    scale, pieces = float(weight_scale), _pieces(_bits(weight))
-    run(lambda piece, coded: loops.pack_fp8(_flat(piece), scale, coded), pieces, _alongside(pieces, codes))
+    pack_fp8_group((weight,), weight_scale.reshape(1), codes.unsqueeze(0))
+
+
+def pack_fp8_group(weights: Sequence[torch.Tensor], weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
+    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
+        for weight, scale, coded in zip(weights, weight_scale.tolist(), codes, strict=True):
+            pieces = _pieces(_bits(weight))
+            yield zip(pieces, repeat(scale), _alongside(pieces, coded), strict=False)
+
+    def pack(piece: Array, scale: float, coded: Array) -> None:
+        loops.pack_fp8(_flat(piece), scale, coded)
+
+    run_each(pack, chain.from_iterable(calls()))
 
 
 def unpack_fp8(codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
@@ -78,10 +101,18 @@ def unpack_fp8(codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Te
 
 
 def pack_fp8_block(weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
+    pack_fp8_block_group((weight,), codes.unsqueeze(0), block_scales.unsqueeze(0))
+
+
+def pack_fp8_block_group(weights: Sequence[torch.Tensor], codes: torch.Tensor, block_scales: torch.Tensor) -> None:
     def pack(bands: Array, scales: Array, coded: Array) -> None:
         loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, _in_squares(coded))
 
-    run(pack, *_bands(_bits(weight), block_scales.numpy(), _bytes(codes)))
+    bands = (
+        zip(*_bands(_bits(weight), scales.numpy(), _bytes(coded)), strict=True)
+        for weight, coded, scales in zip(weights, codes, block_scales, strict=True)
+    )
+    run_each(pack, chain.from_iterable(bands))
 
 
 def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: torch.Tensor) -> None:
@@ -89,11 +120,6 @@ def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: to
         loops.unpack_fp8_block(_in_squares(coded), scales, _e4m3_values(), _in_squares(bands))
 
     run(unpack, *_bands(values.numpy(), block_scales.numpy(), _bytes(codes)))
-
-
-pack_nvfp4_group = one_by_one(pack_nvfp4)
-pack_fp8_group = one_by_one(pack_fp8)
-pack_fp8_block_group = one_by_one(pack_fp8_block)
 
 
 def _bits(weight: torch.Tensor) -> Array:

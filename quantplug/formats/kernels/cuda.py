@@ -56,6 +56,7 @@ def pack_nvfp4_group(
             block_scales.view(torch.uint8),
             block_scales.shape[-1],
             blocks,
+            ROWS=not first.is_contiguous(),
             **_kind(weights),
             BLOCKS=_BLOCKS,
         )

@@ -17,7 +17,12 @@ Result = TypeVar("Result")
 
 def run(loop: Callable[..., Result], *pieces: Iterable[Any]) -> list[Result]:
     """Calls the loop with each piece, or each row of pieces, on `torch.get_num_threads()` threads; results in order."""
-    calls = list(zip(*pieces, strict=True))
+    return run_each(loop, zip(*pieces, strict=True))
+
+
+def run_each(loop: Callable[..., Result], rows: Iterable[tuple[Any, ...]]) -> list[Result]:
+    """As `run`, of rows of pieces."""
+    calls = list(rows)
     results: dict[int, Result] = {}
     waiting = iter(enumerate(calls))  # Each thread takes the next: the interpreter lets one at a time.
 

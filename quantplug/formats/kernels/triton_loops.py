@@ -2,6 +2,7 @@
 
 Each works on one weight, or on one of a group that `program_id(1)` tells: then `weights` holds addresses of weights of
 type ELEMENT, all of one shape and of one set of strides, and the other tensors hold those of all, one after another.
+Without ROWS the elements of a weight follow each other, and no index has to be divided.
 
 Codes and E4M3 scales are made and read with integers, as in `loops`: not every GPU converts FP8. A GPU rounds `/` of
 FP32 otherwise than IEEE, and multiplies with the reciprocal where the divisor is a constant: `div_rn` does neither.
@@ -38,6 +39,11 @@ _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS = tl.constexpr(20), tl.constexpr(0x3C8000
 _E2M1_SIGN, _E4M3_SIGN, _E4M3_NAN = tl.constexpr(0x8), tl.constexpr(0x80), tl.constexpr(0x7F)
 _E2M1_SIGN_SHIFT, _E4M3_SIGN_SHIFT = tl.constexpr(28), tl.constexpr(24)
 
+# Scales between which a quotient of 16-bit values needs no care, and nor does its sign: see `_quotient`.
+_LEAST_SCALE, _LARGEST_SCALE = tl.constexpr(2.0**-49), tl.constexpr(2.0**14)
+# So many times an E4M3 block scale, from 2^-9 to 448, is between them.
+_LEAST_SCALE_2, _LARGEST_SCALE_2 = tl.constexpr(2.0**-40), tl.constexpr(2.0**5)
+
 # What a code's bits, moved to the end of FP32's exponent, are too small by: 2^(127 - bias of the code).
 _E2M1_BIAS, _E4M3_BIAS = tl.constexpr(2.0**126), tl.constexpr(2.0**120)
 
@@ -70,6 +76,7 @@ def pack_nvfp4(
     block_scales: tl.tensor,
     blocks_a_row: tl.tensor,
     blocks: tl.tensor,
+    ROWS: tl.constexpr,
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -78,8 +85,12 @@ def pack_nvfp4(
     number = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_there = block < blocks
-    column = (block % blocks_a_row)[:, None] * _ELEMENTS + tl.arange(0, _ELEMENTS)[None, :]
-    offsets = (block // blocks_a_row)[:, None] * row_stride + column * column_stride
+    element = tl.arange(0, _ELEMENTS)[None, :]
+    if ROWS:
+        column = (block % blocks_a_row)[:, None] * _ELEMENTS + element
+        offsets = (block // blocks_a_row)[:, None] * row_stride + column * column_stride
+    else:
+        offsets = block[:, None] * _ELEMENTS + element
     weight = _weight(weights, number, ELEMENT, ALIGNED)
     values = _fp32(tl.load(weight + offsets, mask=is_there[:, None], other=0.0))
 
@@ -88,7 +99,9 @@ def pack_nvfp4(
     scale_code, scale = _block_scale(largest.to(tl.float32, bitcast=True), scale_2)
     tl.store(block_scales + number * blocks + block, scale_code.to(tl.uint8), mask=is_there)
 
-    quotient = tl.div_rn(values, (scale * scale_2)[:, None])
+    divisor = (scale * scale_2)[:, None]
+    is_ordinary = (scale_2 >= _LEAST_SCALE_2) & (scale_2 <= _LARGEST_SCALE_2)
+    quotient = _quotient(values, divisor, _E2M1_LARGEST, is_ordinary, weight.dtype.element_ty != tl.float32)
     low, high = tl.split(tl.reshape(_e2m1(quotient), (BLOCKS, _ELEMENTS // 2, 2)))
     pairs = (number * blocks + block)[:, None] * (_ELEMENTS // 2) + tl.arange(0, _ELEMENTS // 2)[None, :]
     tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
@@ -132,7 +145,7 @@ def pack_fp8(
     offsets = _offsets(index, row_stride, column_stride, columns, ROWS)
     weight = _weight(weights, number, ELEMENT, ALIGNED)
     values = _fp32(tl.load(weight + offsets, mask=index < elements, other=0.0))
-    code = _e4m3(values, tl.load(weight_scale + number))
+    code = _e4m3(values, tl.load(weight_scale + number), weight.dtype.element_ty != tl.float32)
     tl.store(codes + number * elements + index, code.to(tl.uint8), mask=index < elements)
 
 
@@ -166,7 +179,8 @@ def pack_fp8_block(
     scale = _square_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True))
     tl.store(block_scales + number * squares + square, scale)
     places = number * squares * (_SIDE * _SIDE) + row * columns + column
-    tl.store(codes + places, _e4m3(values, scale).to(tl.uint8))
+    code = _e4m3(values, scale, weight.dtype.element_ty != tl.float32)
+    tl.store(codes + places, code.to(tl.uint8))
 
 
 @triton.jit
@@ -196,7 +210,7 @@ def _weight(weights: tl.tensor, number: tl.tensor, ELEMENT: tl.constexpr, ALIGNE
 def _offsets(
     index: tl.tensor, row_stride: tl.tensor, column_stride: tl.tensor, columns: tl.tensor, ROWS: tl.constexpr
 ) -> tl.tensor:
-    """Where elements are, by their numbers in row-major order; without ROWS they follow each other."""
+    """Where elements are, by their numbers in row-major order."""
     if ROWS:
         return (index // columns) * row_stride + (index % columns) * column_stride
     else:  # noqa: RET505
@@ -242,22 +256,53 @@ def _square_scale(amax: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _quotient(
+    values: tl.tensor,
+    divisor: tl.tensor,
+    largest: tl.tensor,
+    is_ordinary: tl.tensor,
+    SHORT: tl.constexpr,
+) -> tl.tensor:
+    """`values / divisor`, rounded as IEEE says, and at most `largest`, or just beside it; NaN stays.
+
+    A GPU divides by some ten instructions and a branch. Where values have at most 11 bits, as those of SHORT types do,
+    the product with the rounded reciprocal needs a single correction by what it leaves over. That this is the rounded
+    quotient tests/formats/kernels/test_quotient.py has tried for all of them; here no step may leave FP32's range.
+    """
+    if SHORT:
+        if is_ordinary:
+            reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+            most = divisor * largest
+            clamped = tl.clamp(values, most * -1, most, propagate_nan=tl.PropagateNan.ALL)
+            product = clamped * reciprocal
+            left = tl.fma(product, divisor * -1, clamped)
+            quotient = tl.fma(left, reciprocal, product)
+        else:
+            quotient = _saturated(tl.div_rn(values, divisor), largest)
+    else:
+        quotient = _saturated(tl.div_rn(values, divisor), largest)
+    return quotient
+
+
+@triton.jit
+def _saturated(quotient: tl.tensor, largest: tl.tensor) -> tl.tensor:
+    return tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _e2m1(quotient: tl.tensor) -> tl.tensor:
-    """As `e2m1.encode`."""
-    magnitude = tl.abs(quotient)
-    magnitude = tl.where(magnitude < _E2M1_LARGEST, magnitude, _E2M1_LARGEST)
-    code, _ = _rounded(magnitude, _E2M1_SHIFT, _E2M1_NORMAL, _E2M1_STEPS)
+    """As `e2m1.encode` of what is at most 6 or just beside it."""
+    code, _ = _rounded(tl.abs(quotient), _E2M1_SHIFT, _E2M1_NORMAL, _E2M1_STEPS)
     signed = code | tl.where(quotient < 0, _E2M1_SIGN, 0)
     return tl.where(quotient == quotient, signed, 0)
 
 
 @triton.jit
-def _e4m3(values: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def _e4m3(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
     """As `reference.saturate_to_e4m3` of the quotient; the sign, of NaN too, is that of the value."""
-    quotient = tl.div_rn(values, tl.zeros_like(values) + scale)
-    magnitude = tl.abs(quotient)
-    magnitude = tl.where(magnitude < _E4M3_LARGEST, magnitude, _E4M3_LARGEST)
-    code, _ = _rounded(magnitude, _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
+    is_ordinary = (scale >= _LEAST_SCALE) & (scale <= _LARGEST_SCALE)
+    quotient = _quotient(values, scale, _E4M3_LARGEST, is_ordinary, SHORT)
+    code, _ = _rounded(tl.abs(quotient), _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
     code = tl.where(quotient == quotient, code, _E4M3_NAN)
     return code | tl.where(values.to(tl.int32, bitcast=True) < 0, _E4M3_SIGN, 0)
 

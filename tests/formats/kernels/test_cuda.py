@@ -23,6 +23,12 @@ REPOSITORY = Path(__file__).parents[3]
 
 INTERPRETED = """
 import sys, torch
+from triton.runtime import interpreter
+from tests.formats.kernels.fused import fused_multiply_add
+# The interpreter's own rounds the product too, which no GPU does.
+interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(
+    fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar
+)
 from quantplug.formats.kernels import cuda
 calls, large = torch.load(sys.argv[1]), int(sys.argv[2])
 cuda._BLOCKS, cuda._TILE = cuda._BLOCKS * large, cuda._TILE * large
@@ -168,7 +174,7 @@ NVFP4 = {"weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8", "bloc
 FP8 = {"columns": "i32", "elements": "i32", "weight_scale": "*fp32", "codes": "*u8"}
 FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "columns": "i32", "squares": "i32"}
 OF_A_WEIGHT: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "pack_nvfp4": (STRIDES | NVFP4, {"BLOCKS": 128}),
+    "pack_nvfp4": (STRIDES | NVFP4, {"ROWS": False, "BLOCKS": 128}),
     "pack_fp8": (STRIDES | FP8, {"ROWS": False, "TILE": 4096}),
     "pack_fp8_block": (STRIDES | FP8_BLOCK, {}),
 }
@@ -204,10 +210,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def assert_ieee(ptx: str) -> None:
-    """Of divisions only the correctly rounded one; no fused multiply-add, no approximation, no flush of subnormals."""
+def assert_ieee(ptx: str, fused: int = 0) -> None:
+    """No approximation, no flush of subnormals, and no multiplication and addition fused but where the loop says so."""
     assert set(re.findall(r"\bdiv\.\S*f32", ptx)) <= {"div.rn.f32"}
-    assert re.findall(r"\S*(?:fma|approx|ftz|rcp)\S*", ptx) == []
+    assert set(re.findall(r"\brcp\.\S*f32", ptx)) <= {"rcp.rn.f32"}  # 1 / x.
+    assert re.findall(r"\S*(?:approx|ftz)\S*", ptx) == []
+    pairs, all_of_them = re.findall(r"\bfma\.rn\.f32x2\b", ptx), re.findall(r"\S*fma\S*", ptx)
+    assert set(all_of_them) <= {"fma.rn.f32", "fma.rn.f32x2"}
+    assert len(all_of_them) + len(pairs) == fused
 
 
 @pytest.mark.parametrize(("weight", "capability"), TARGETS)
@@ -222,7 +232,8 @@ def test_packing_on_a_gpu_rounds_as_ieee_says_and_reads_16_bytes_at_once(
 
     ptx = compiled(name, arguments, constants | source, capability).asm["ptx"]
 
-    assert_ieee(ptx)
+    elements_of_a_thread = constants.get("TILE", constants.get("BLOCKS", 0) * 16) // 128 or 128**2 // (4 * 32)
+    assert_ieee(ptx, fused=0 if weight == "*fp32" else 2 * elements_of_a_thread)
     assert "div.rn.f32" in ptx
     loads = re.findall(r"ld\.global\S*\.v4\.b32", ptx)
     assert loads, sorted(set(re.findall(r"ld\.global\S*", ptx)))

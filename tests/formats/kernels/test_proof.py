@@ -10,6 +10,7 @@ import torch
 
 from quantplug.formats import kernels
 from quantplug.formats.kernels import cpu, cuda, reference
+from quantplug.formats.kernels.one_by_one import one_by_one
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
 from tests.formats.weights import DTYPES
 
@@ -58,9 +59,9 @@ def without_the_last(weight: torch.Tensor) -> torch.Tensor:
     ("name", "fault"),
     [
         ("pack_nvfp4", reciprocal_nvfp4),
-        ("pack_nvfp4_group", kernels.cpu.one_by_one(reciprocal_nvfp4)),
+        ("pack_nvfp4_group", one_by_one(reciprocal_nvfp4)),
         ("pack_fp8", reciprocal_fp8),
-        ("pack_fp8_group", kernels.cpu.one_by_one(reciprocal_fp8)),
+        ("pack_fp8_group", one_by_one(reciprocal_fp8)),
         ("pack_fp8_block", rounded_twice),
         ("unpack_fp8", flushed),
         ("amax", without_the_last),
