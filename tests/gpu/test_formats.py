@@ -4,13 +4,32 @@ import pytest
 import torch
 
 from quantplug.formats import FP8, NVFP4, FP8Block
-from quantplug.formats.kernels import cuda
+from quantplug.formats.kernels import cuda, kernels_for
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, every_block
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_triton_kernels_prove_themselves_here(dtype):
+    assert kernels_for(torch.ones(2, 2, dtype=dtype, device="cuda")) is cuda
+
+
+@pytest.mark.parametrize("packing", [NVFP4(), FP8(), FP8Block()], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_experts_in_one_launch_have_the_bytes_of_each_on_the_cpu(packing, dtype):
+    weights = torch.randn(7, 384, 1280, generator=torch.Generator().manual_seed(0)).to(dtype)
+    amaxes = weights.abs().amax((1, 2)).float() * torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 1e-3, 3.0])
+    on_gpu = packing.pack_group([weight.clone() for weight in weights.cuda()], amaxes.cuda())
+    for weight, amax, packed in zip(weights, amaxes, on_gpu, strict=True):
+        for suffix, tensor in packing.pack(weight, amax).tensors.items():
+            made = packed.tensors[suffix].cpu()
+            assert torch.equal(made.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), suffix
+        there = packing.unpack(packing.pack(weight.cuda(), amax.cuda())).cpu()
+        assert torch.equal(there, packing.unpack(packing.pack(weight, amax)))
 
 
 @pytest.mark.parametrize("packing", [NVFP4(), FP8(), FP8Block()], ids=lambda packing: packing.name)
