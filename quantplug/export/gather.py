@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from quantplug.export.base import Held
 from quantplug.export.groups import pack_in_groups
-from quantplug.export.pack import pack_rows
 from quantplug.export.pieces import PIECES_IN_A_BUCKET, Piece, rows_of, travel_specs
 from quantplug.export.schedule import BUCKET_BYTES, Bucket
 from quantplug.formats import TensorSpec
@@ -26,16 +25,10 @@ Delivered = list[tuple[Piece, Slices]]
 """Pieces that this rank writes."""
 
 
-def pack_piece(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> Sequence[torch.Tensor]:
-    """What a rank sends of a piece, of which it holds slice number `place`; on the weight's device."""
-    rows = _rows(piece, weight, place, dims)
-    return (rows,) if piece.task.gather_first else pack_rows(piece.task, piece.output, rows)
-
-
 def pack_pieces(
     pieces: Iterable[Piece], held: Held, place: int, dims: ModelDimensions
 ) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-    """As `pack_piece` of each in turn, small ones in groups."""
+    """What a rank sends of pieces in turn, of whose weights it holds slice number `place`; on the weights' device."""
     read = ((piece, _rows(piece, held[piece.task.source.key].load(), place, dims)) for piece in pieces)
     return pack_in_groups(read, GROUP_BYTES)
 

@@ -36,7 +36,7 @@ def _packed(group: list[tuple[Piece, torch.Tensor]]) -> Generator[Packed, None, 
     if len(parts) > 1:
         packed = pack_alike(parts)
     else:
-        packed = [(part[2],) if part[0].gather_first else pack_rows(*part) for part in parts]
+        packed = [(rows,) if task.gather_first else pack_rows(task, part, rows) for task, part, rows in parts]
     parts.clear()
     yield from zip(pieces, packed, strict=True)
 

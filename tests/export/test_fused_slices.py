@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.export.base import ExportPlan, QuantizerState, WholeWeight
-from quantplug.export.gather import pack_piece
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import cut
 from quantplug.export.plan import ExportRequest, build_plan
@@ -22,6 +21,7 @@ from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMappi
 from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, GATED_JOINED, ROW, ModelDimensions
 from quantplug.topology import ShardAxis
 from tests.export.checkpoints import same_bytes
+from tests.export.pieces import pack_piece
 from tests.export.test_slices import FORMATS, STATES
 
 EXPERTS = 3

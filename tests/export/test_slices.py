@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplug.export.base import ExportTask, QuantizerState, WholeWeight
-from quantplug.export.gather import pack_piece
 from quantplug.export.join import join_piece
 from quantplug.export.pieces import cut, travel_specs
 from quantplug.export.plan import ExportRequest, build_plan
@@ -21,6 +20,7 @@ from quantplug.mappings.base import Family, MegatronConfig, ParamKey, Role, Scop
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, VOCABULARY, ModelDimensions
 from quantplug.topology import ShardAxis
 from tests.export.live_bytes import LiveBytes
+from tests.export.pieces import pack_piece
 
 STATES = {
     "nvfp4": QuantizerState("q", (2, 1), ((-1, 16),), (4, 3), dynamic_blocks=True),

@@ -61,8 +61,7 @@ def amax(
 ) -> None:
     """Raises `largest`, FP32 bits, to those of the largest magnitude: as integers, NaN is above all numbers."""
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    offsets = _offsets(index, row_stride, column_stride, columns, ROWS)
-    values = _fp32(tl.load(weight + offsets, mask=index < elements, other=0.0))
+    values = _values(weight, index, elements, row_stride, column_stride, columns, ROWS)
     tl.atomic_max(largest, tl.max(values.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=0))
 
 
@@ -142,9 +141,8 @@ def pack_fp8(
 ) -> None:
     number = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    offsets = _offsets(index, row_stride, column_stride, columns, ROWS)
     weight = _weight(weights, number, ELEMENT, ALIGNED)
-    values = _fp32(tl.load(weight + offsets, mask=index < elements, other=0.0))
+    values = _values(weight, index, elements, row_stride, column_stride, columns, ROWS)
     code = _e4m3(values, tl.load(weight_scale + number), weight.dtype.element_ty != tl.float32)
     tl.store(codes + number * elements + index, code.to(tl.uint8), mask=index < elements)
 
@@ -207,14 +205,20 @@ def _weight(weights: tl.tensor, number: tl.tensor, ELEMENT: tl.constexpr, ALIGNE
 
 
 @triton.jit
-def _offsets(
-    index: tl.tensor, row_stride: tl.tensor, column_stride: tl.tensor, columns: tl.tensor, ROWS: tl.constexpr
+def _values(
+    weight: tl.tensor,
+    index: tl.tensor,
+    elements: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    columns: tl.tensor,
+    ROWS: tl.constexpr,
 ) -> tl.tensor:
-    """Where elements are, by their numbers in row-major order."""
+    """Elements by their numbers in row-major order, in FP32; 0 behind the last."""
+    offsets = index
     if ROWS:
-        return (index // columns) * row_stride + (index % columns) * column_stride
-    else:  # noqa: RET505
-        return index
+        offsets = (index // columns) * row_stride + (index % columns) * column_stride
+    return _fp32(tl.load(weight + offsets, mask=index < elements, other=0.0))
 
 
 @triton.jit

@@ -1,0 +1,17 @@
+"""One piece as an export packs it, without a model that holds its weight."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+
+from quantplug.export.gather import pack_pieces
+from quantplug.export.pieces import Piece
+from quantplug.mappings.layouts import ModelDimensions
+
+
+def pack_piece(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> Sequence[torch.Tensor]:
+    """What a rank sends of a piece, of which it holds `weight`, slice number `place`."""
+    held = {piece.task.source.key: SimpleNamespace(load=lambda: weight)}
+    ((_, packed),) = pack_pieces([piece], held, place, dims)
+    return packed
