@@ -80,7 +80,7 @@ def by_quantplug(source: Path, out: Path) -> Figures:
 
 
 def without_a_model(source: Path, out: Path) -> Figures:
-    from quantplug.export.model_free import quantize_checkpoint
+    from quantplug.export.quantize_checkpoint import quantize_checkpoint
 
     return measured(lambda: quantize_checkpoint(source, out, "w4a16_nvfp4"))
 
@@ -89,7 +89,7 @@ def quantized_model(source: Path, layer_spec: StrEnum) -> torch.nn.Module:
     import modelopt.torch.quantization as mtq
     from transformers import AutoConfig
 
-    from quantplug.export.importer import import_mcore_gpt_from_hf
+    from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
     from quantplug.mappings.families import find_family
     from quantplug.megatron.build import build_model
     from quantplug.megatron.parallel import initialize_parallel

@@ -29,8 +29,8 @@ from rich.table import Table
 from transformers import Qwen3MoeConfig
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export.schedule import BUCKET_BYTES
-from quantplug.export.stream import plan_stream
+from quantplug.export.pipeline.buckets import BUCKET_BYTES
+from quantplug.export.stream.api import plan_stream
 from quantplug.formats import NVFP4
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model

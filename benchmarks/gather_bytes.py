@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3MoeConfig
 
-from quantplug.export.stream import StreamPlan, plan_stream
+from quantplug.export.stream.api import StreamPlan, plan_stream
 from quantplug.formats import FP8, NVFP4, WeightFormat
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model

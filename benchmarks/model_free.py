@@ -26,7 +26,7 @@ import typer
 from results import machine, write_section
 from safetensors.torch import save_file
 
-from quantplug.export.model_free import WeightOnlyFormat, quantize_checkpoint
+from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint
 from quantplug.mappings.families import find_family
 
 GB, MIB = 10**9, 2**20

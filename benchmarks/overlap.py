@@ -36,14 +36,14 @@ import typer
 from model_free import GB, random_checkpoint
 from results import machine, write_section
 
-from quantplug.export import model_free
-from quantplug.export.base import ExportPlan, silent
-from quantplug.export.hf_source import HFCheckpoint
-from quantplug.export.join import join_piece
-from quantplug.export.model_free import WeightOnlyFormat, quantize_checkpoint, write
-from quantplug.export.pieces import Piece
-from quantplug.export.schedule import in_order
-from quantplug.export.writer import FileSink, Staging
+from quantplug.checkpoint.reader import HFCheckpoint
+from quantplug.export import quantize_checkpoint as model_free
+from quantplug.export.files.staging import FileSink, Staging
+from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.pipeline.buckets import in_order
+from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.types import ExportPlan, silent
+from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint, write
 
 ALONE = ("pack", "write")
 

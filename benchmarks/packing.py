@@ -27,10 +27,10 @@ from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 from torchao.quantization import Float8Tensor, PerBlock, PerTensor
 
 from quantplug.formats import FP8, NVFP4, FP8Block, PackedWeight, WeightFormat
-from quantplug.formats.base import empty_tensors
 from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
 from quantplug.formats.kernels import kernels_for, reference
 from quantplug.formats.scale_from_amax import scale_from_amax
+from quantplug.formats.weight_format import empty_tensors
 
 CASES = {
     "16 weights of 1536 x 2048, gate and up of experts of Qwen3-30B-A3B": (16, 1536, 2048),

@@ -17,9 +17,9 @@ from console import StageBars, out, user_errors
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.calibration.collect import gather_statistics
-from quantplug.export.hf_source import resolve_source
-from quantplug.export.source_config import read_source_config
-from quantplug.export.writer import check_destination
+from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.source_config import read_source_config
+from quantplug.export.files.staging import check_destination
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import load_checkpoint

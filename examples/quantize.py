@@ -27,11 +27,11 @@ from quantplug.calibration.calibrate import CalibrationRecord, calibrate
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
 from quantplug.calibration.render import print_statistics
+from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import CalibrationError, Offender
-from quantplug.export.hf_source import resolve_source
-from quantplug.export.source_config import read_source_config
-from quantplug.export.unified import plan_export
-from quantplug.export.writer import check_destination
+from quantplug.export.files.staging import check_destination
+from quantplug.export.to_disk import plan_export
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import save_checkpoint

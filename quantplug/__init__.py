@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from quantplug.errors import QuantplugError
 
 if TYPE_CHECKING:
-    from quantplug.export.stream import export_hf_weights_quant
-    from quantplug.export.unified import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-    from quantplug.export.verify import verify_checkpoint
+    from quantplug.export.stream.api import export_hf_weights_quant
+    from quantplug.export.to_disk import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
     from quantplug.mappings.families import register_family
+    from quantplug.verify import verify_checkpoint
 
 __version__ = "0.1.0"
 
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "export_hf_weights_quant": "quantplug.export.stream",
-    "export_mcore_gpt_to_hf": "quantplug.export.unified",
-    "import_mcore_gpt_from_hf": "quantplug.export.unified",
+    "export_hf_weights_quant": "quantplug.export.stream.api",
+    "export_mcore_gpt_to_hf": "quantplug.export.to_disk",
+    "import_mcore_gpt_from_hf": "quantplug.export.to_disk",
     "register_family": "quantplug.mappings.families",
-    "verify_checkpoint": "quantplug.export.verify",
+    "verify_checkpoint": "quantplug.verify",
 }
 
 

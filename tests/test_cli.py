@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from quantplug.cli import app
-from quantplug.cli_tables import print_report
-from quantplug.export.verify import verify_checkpoint
+from quantplug.cli.tables import print_report
+from quantplug.verify import verify_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SOURCE_LINEAR = torch.linspace(-1, 1, 32 * 32).view(32, 32)

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
 from quantplug.cli import app
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 
 
 @pytest.fixture

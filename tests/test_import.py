@@ -45,9 +45,9 @@ LIGHT_MODULES = [
     *sorted(modules_below("mappings")),
     "quantplug.calibration.statistics",
     *sorted(modules_below("export/model_free")),
-    "quantplug.export.plan",
-    "quantplug.export.writer",
-    "quantplug.export.verify",
+    "quantplug.export.plan.build",
+    "quantplug.export.files.staging",
+    "quantplug.verify",
 ]
 
 BLOCKER = """
@@ -126,7 +126,7 @@ def test_verify_runs_with_torch_and_safetensors_alone(tiny_qwen3_dir: Path) -> N
 
 def test_a_checkpoint_is_quantized_with_numpy_beside_them(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     arguments = f"{str(tiny_qwen3_dir)!r}, {str(tmp_path / 'out')!r}, 'w4a16_nvfp4'"
-    code = f"from quantplug.export.model_free import quantize_checkpoint as q; print(q({arguments}).algorithm)"
+    code = f"from quantplug.export.quantize_checkpoint import quantize_checkpoint as q; print(q({arguments}).algorithm)"
 
     result = run_with_only_torch_and_safetensors(code, "numpy")
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_is_quantized_with_numpy_beside_them(tiny_qwen3_dir: Path, 
 
 def test_a_hub_model_without_huggingface_hub_is_our_error() -> None:
     result = run_with_only_torch_and_safetensors(
-        "from quantplug.export.hf_source import resolve_source; resolve_source('owner/name')"
+        "from quantplug.checkpoint.reader import resolve_source; resolve_source('owner/name')"
     )
 
     assert "SourceError" in result.stderr

@@ -12,7 +12,7 @@ from transformer_engine.pytorch import GroupedLinear
 from quantplug.calibration.calibrate import CalibrationRecord
 from quantplug.calibration.quantizers import is_dynamic, leaf_quantizers
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.checkpoint_layouts import FanOut
 from quantplug.megatron.parameters import LanguageModel, MegatronParameter, iter_parameters, model_chunks

@@ -9,7 +9,7 @@ from torch import nn
 from quantplug.calibration.quantizers import weights_to_calibrate
 from quantplug.errors import Offender, WeightError
 from quantplug.formats import first_nonfinite
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 
 

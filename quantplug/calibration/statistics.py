@@ -13,7 +13,7 @@ from typing import Any
 
 from quantplug.atomic import write_atomically
 from quantplug.errors import CalibrationError, Offender, SourceError
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 
 SCHEMA_VERSION = 2
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec, empty_groups, empty_tensors
 from quantplug.formats.constants import FP8_BLOCK
 from quantplug.formats.kernels import kernels_for
 from quantplug.formats.shapes import shape_problem
+from quantplug.formats.weight_format import PackedWeight, TensorSpec, empty_groups, empty_tensors
 
 
 @dataclass(frozen=True)

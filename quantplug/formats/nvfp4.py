@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.base import PackedWeight, TensorSpec, empty_groups, empty_tensors
 from quantplug.formats.constants import NVFP4_BLOCK, NVFP4_MAX
 from quantplug.formats.kernels import kernels_for
 from quantplug.formats.scale_from_amax import scale_from_amax
 from quantplug.formats.scales import tensor_scale
 from quantplug.formats.shapes import shape_problem
+from quantplug.formats.weight_format import PackedWeight, TensorSpec, empty_groups, empty_tensors
 
 
 @dataclass(frozen=True)

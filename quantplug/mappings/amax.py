@@ -19,8 +19,8 @@ from quantplug.mappings.amax_rows import (
     Operand,
     merge_amaxes,
 )
-from quantplug.mappings.base import Block, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import Layout
+from quantplug.mappings.table import Block, Role, Scope, WeightMapping
 
 __all__ = [
     "AmaxFanoutMapping",
@@ -42,7 +42,7 @@ _ATTENTION_OUTPUT = ".self_attention.linear_proj.weight"
 
 
 class WeightRow(Protocol):
-    """What a weight mapping must say to have its quantizers named. `quantplug.mappings.base.WeightMapping` does."""
+    """What a weight mapping must say to have its quantizers named. `quantplug.mappings.table.WeightMapping` does."""
 
     @property
     def megatron(self) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
-from quantplug.mappings.base import ParamKey, WeightMapping
 from quantplug.mappings.layouts import Identity, ModelDimensions
+from quantplug.mappings.table import ParamKey, WeightMapping
 
 Name = TypeVar("Name", bound=Hashable)
 

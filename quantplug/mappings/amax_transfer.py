@@ -21,8 +21,8 @@ import torch
 
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
 from quantplug.mappings.amax_rows import AmaxMapping, MoeAmaxFanoutMapping, largest, raise_missing
-from quantplug.mappings.base import Block, ParamKey
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Block, ParamKey
 
 Name = TypeVar("Name")
 

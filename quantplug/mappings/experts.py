@@ -13,8 +13,8 @@ from typing import Self
 
 import torch
 
-from quantplug.mappings.base import ParamKey, Placement, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW, Layout, ModelDimensions
+from quantplug.mappings.table import ParamKey, Placement, Role, Scope, WeightMapping
 
 
 @dataclass(frozen=True)

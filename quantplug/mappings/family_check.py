@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from quantplug.errors import Offender
-from quantplug.mappings.base import Block, Family, Scope, WeightMapping
 from quantplug.mappings.experts import FusedExpertMapping
+from quantplug.mappings.table import Block, Family, Scope, WeightMapping
 
 _STARS = {**dict.fromkeys(Scope, 1), Scope.MODEL: 0, Scope.EXPERT: 2}
 

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from quantplug.mappings.base import Family, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, Role, Scope, WeightMapping
 
 
 class Stored(Protocol):

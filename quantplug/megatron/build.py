@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import functional
 
 from quantplug.errors import Offender, TopologyError
-from quantplug.mappings.base import Activation, MegatronConfig, ModelKind
+from quantplug.mappings.table import Activation, MegatronConfig, ModelKind
 from quantplug.megatron import cpu
 from quantplug.megatron.delta_net import (
     block_with_delta_nets,

@@ -39,7 +39,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
 from quantplug.errors import Offender, UnsupportedModelError
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 

@@ -19,8 +19,8 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuanti
 from torch import nn
 
 from quantplug.errors import MappingError, Offender
-from quantplug.mappings.base import Family, Role
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, Role
 
 # What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
 _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_proj\.|\.experts\.\*)\w+_quantizer")

@@ -1,6 +1,6 @@
 from quantplug.calibration.grids import expert_grids, label, layer_rows
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 
 FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
 QKV = "decoder.layers.*.self_attention.linear_qkv.weight"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from quantplug.calibration.render import print_statistics, summary
 from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
-from quantplug.mappings.base import ParamKey
+from quantplug.mappings.table import ParamKey
 
 TABLE = CalibrationTable(
     (

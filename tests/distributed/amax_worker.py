@@ -26,9 +26,9 @@ from quantplug.mappings.amax_transfer import (
     read_amaxes,
     write_amaxes,
 )
-from quantplug.mappings.base import Scope
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Scope
 from quantplug.megatron.parallel import initialize_parallel
 from quantplug.megatron.parameters import iter_parameters
 from tests.distributed.calibration_data_worker import placed, run

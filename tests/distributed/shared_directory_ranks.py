@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from quantplug.errors import QuantplugError
-from quantplug.export.shared_directory import require_shared
+from quantplug.export.files.shared_directory import require_shared
 
 
 def message_of(path: Path, rank: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.distributed.export_worker import quantized_model
 from tests.ranks import run_ranks
 

@@ -7,7 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 from transformers import AutoConfig
 
-from quantplug.export.importer import import_mcore_gpt_from_hf
+from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
 from quantplug.megatron.build import build_model

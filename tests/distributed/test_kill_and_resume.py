@@ -24,15 +24,15 @@ from tests.distributed.mortal_ranks import (
 pytestmark = pytest.mark.distributed
 
 # What an export calls at moments that matter.
-MANIFEST = "quantplug.export.writer.write_atomically"
-EXCHANGE = "quantplug.export.gather.PackedBucket.exchange"
-ON_DISK = "quantplug.export.safetensors_file.finish_file"
-FILE_DONE = "quantplug.export.safetensors_file.sync_directory"
-INDEX = "quantplug.export.finish.write_index"
-INDEX_FILE = "quantplug.export.writer.write_json"
-RENAME = "quantplug.export.writer.publish_directory"
-ALL_WRITTEN = "quantplug.export.writer.FileSink.check_complete"
-OWN = "quantplug.export.work._Steps._pack_and_write"  # What a rank holds whole.
+MANIFEST = "quantplug.export.files.staging.write_atomically"
+EXCHANGE = "quantplug.export.pipeline.gather.PackedBucket.exchange"
+ON_DISK = "quantplug.checkpoint.safetensors_writer.finish_file"
+FILE_DONE = "quantplug.checkpoint.safetensors_writer.sync_directory"
+INDEX = "quantplug.export.files.finish.write_index"
+INDEX_FILE = "quantplug.export.files.staging.write_json"
+RENAME = "quantplug.export.files.staging.publish_directory"
+ALL_WRITTEN = "quantplug.export.files.staging.FileSink.check_complete"
+OWN = "quantplug.export.pipeline.write_rounds._Steps._pack_and_write"  # What a rank holds whole.
 WRITE = "os.pwrite"  # Of a header, then of each tensor.
 DISK = (WRITE, "os.fsync", "os.replace", "pathlib.Path.replace")
 

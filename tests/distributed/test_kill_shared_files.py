@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from torch import nn
 
-from quantplug.export.safetensors_file import SafetensorsFile
+from quantplug.checkpoint.safetensors_writer import SafetensorsFile
 from tests.distributed.export_worker import SMALL_BUCKET_BYTES
 from tests.distributed.mortal_ranks import (
     EXPORTED,
@@ -28,11 +28,12 @@ from tests.distributed.test_export_topologies import assert_same_tensors
 
 pytestmark = pytest.mark.distributed
 
-MAKE = "quantplug.export.writer.make_file"
-MAKE_ALL = "quantplug.export.writer.FileSink.make_shared"
-NAME = "quantplug.export.writer.name_file"
-EXPERT = "quantplug.export.join._of_expert"  # Before one expert's rows of a tensor are written.
-PART_DONE = "quantplug.export.safetensors_file.SafetensorsFile._finish"  # What a rank writes of a file is all written.
+MAKE = "quantplug.export.files.staging.make_file"
+MAKE_ALL = "quantplug.export.files.staging.FileSink.make_shared"
+NAME = "quantplug.export.files.staging.name_file"
+EXPERT = "quantplug.export.pipeline.assemble._of_expert"  # Before one expert's rows of a tensor are written.
+# What a rank writes of a file is all written.
+PART_DONE = "quantplug.checkpoint.safetensors_writer.SafetensorsFile._finish"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def ranks(tiny_gpt_oss_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 def _small_buckets(rank: int, model: nn.Module) -> None:
     """So that files become full one after another, in many rounds."""
-    from quantplug.export import work
+    from quantplug.export.pipeline import write_rounds as work
 
     work.make_rounds = partial(work.make_rounds, bucket_bytes=SMALL_BUCKET_BYTES)
 

@@ -12,7 +12,7 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import group_amaxes, linear_weights, read, same_bytes
 from tests.ranks import Ended, run_ranks
 

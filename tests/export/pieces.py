@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from quantplug.export.gather import pack_pieces
-from quantplug.export.pieces import Piece
+from quantplug.export.pipeline.gather import pack_pieces
+from quantplug.export.plan.pieces import Piece
 from quantplug.mappings.layouts import ModelDimensions
 
 

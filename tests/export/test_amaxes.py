@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from quantplug.export.amaxes import current_amaxes
-from quantplug.export.base import WeightRef
-from quantplug.mappings.base import ParamKey
+from quantplug.export.pipeline.prescan_amaxes import current_amaxes
+from quantplug.export.plan.types import WeightRef
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parallel import process_groups
 from tests.export.test_slices import task_for
 

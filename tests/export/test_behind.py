@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from quantplug.export.behind import AHEAD, THREAD_NAME, Behind
+from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME, Behind
 
 PATIENCE = 60
 """Seconds after which a test that waits for another thread fails; none waits for long when all is well."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import SourceError
-from quantplug.export.carried import has_beside
-from quantplug.export.source_config import read_source_config
+from quantplug.export.sources.passthrough import has_beside
 from quantplug.mappings.families import find_family
 from tests.families.cases import CASES
 

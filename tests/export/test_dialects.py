@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-from quantplug.export.base import QuantConfig
-from quantplug.export.dialects import CompressedTensorsDialect
-from quantplug.export.verify import verify_checkpoint
+from quantplug.export.plan.dialects import CompressedTensorsDialect
+from quantplug.export.plan.types import QuantConfig
 from quantplug.megatron.build import LayerSpec
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import linear_weights, load, quantize, read
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits, transformers_model
 

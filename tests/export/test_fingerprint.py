@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantplug.export.fingerprint import fingerprint
+from quantplug.export.pipeline.fingerprint import fingerprint
 
 
 def resident_kib(field: str) -> int:

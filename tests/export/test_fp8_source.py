@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.checkpoint.fp8_source import FP8Checkpoint
 from quantplug.errors import SourceError
-from quantplug.export.fp8_source import FP8Checkpoint
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.verify import verify_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, linear_weights, one_rank, read, same_bytes
 from tests.families.cases import Tensors, make
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplug.errors import MappingError, UnsupportedQuantizationError
-from quantplug.export.base import ExportPlan, QuantizerState, WholeWeight
-from quantplug.export.join import join_piece
-from quantplug.export.pieces import cut
-from quantplug.export.plan import ExportRequest, build_plan
-from quantplug.mappings.base import Family, MegatronConfig, ParamKey, Role, Scope
+from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.plan.build import ExportRequest, build_plan
+from quantplug.export.plan.pieces import cut
+from quantplug.export.plan.types import ExportPlan, QuantizerState, WholeWeight
 from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
 from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, GATED_JOINED, ROW, ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope
 from quantplug.topology import ShardAxis
 from tests.export.checkpoints import same_bytes
 from tests.export.pieces import pack_piece

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export import gather
-from quantplug.export import groups as groups_module
+from quantplug.export.pipeline import gather
+from quantplug.export.pipeline import groups as groups_module
 from tests.export.checkpoints import files_of, load, quantize
 
 pytestmark = pytest.mark.usefixtures("rank")

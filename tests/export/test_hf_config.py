@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export.hf_config import write_configs
+from quantplug.export.files.config_files import write_configs
 from tests.export.checkpoints import linear_weights, load, quantize, read
 
 Sources = Callable[[str], Path]

@@ -9,9 +9,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from quantplug.checkpoint import hub
+from quantplug.checkpoint import reader as hf_source
+from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
 from quantplug.errors import SourceError
-from quantplug.export import hf_source, hub
-from quantplug.export.hf_source import HFCheckpoint, resolve_source
 
 
 @pytest.fixture

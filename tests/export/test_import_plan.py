@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from quantplug.export.findings import Findings
-from quantplug.export.hf_source import TensorHeader
-from quantplug.export.import_plan import ImportTask, part_index, plan_import, whole_shape
-from quantplug.mappings.base import ParamKey
+from quantplug.checkpoint.reader import TensorHeader
+from quantplug.findings import Findings
+from quantplug.import_hf.plan import ImportTask, part_index, plan_import, whole_shape
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parameters import MegatronParameter
 from quantplug.topology import Shard, ShardAxis
 

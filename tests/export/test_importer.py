@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from quantplug.errors import MappingError, ShapeError, SourceError, UnsupportedModelError
-from quantplug.export.importer import import_mcore_gpt_from_hf
+from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parameters import iter_parameters

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.checkpoint.mxfp4_source import MXFP4Checkpoint
 from quantplug.errors import SourceError
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.mxfp4_source import MXFP4Checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import build, one_rank, quantize, read, same_bytes
 from tests.families.cases import Tensors, make
 

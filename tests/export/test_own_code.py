@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.cli import app
 from quantplug.errors import SourceError
-from quantplug.export.model_free import quantize_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import load, one_rank
 from tests.export.refusals import refused
 

@@ -4,9 +4,9 @@ from collections import Counter
 
 import torch
 
-from quantplug.export.base import WholeWeight
-from quantplug.export.ownership import assign
-from quantplug.mappings.base import ParamKey
+from quantplug.export.plan.ownership import assign
+from quantplug.export.plan.types import WholeWeight
+from quantplug.mappings.table import ParamKey
 
 EXPERTS = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
 

@@ -8,9 +8,9 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
-from quantplug.export.base import WeightRef
-from quantplug.export.scan import scan_weights
-from quantplug.export.unified import silent
+from quantplug.export.pipeline.prescan import scan_weights
+from quantplug.export.plan.types import WeightRef
+from quantplug.export.to_disk import silent
 from quantplug.mappings.layouts import ModelDimensions
 from tests.export.checkpoints import load, quantize
 from tests.export.live_bytes import LiveBytes

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from quantplug.errors import ArgumentError, CalibrationError, MappingError, ShapeError, UnsupportedQuantizationError
-from quantplug.export.base import QuantizerState, WholeWeight
-from quantplug.export.plan import ExportRequest, build_plan
+from quantplug.export.plan.build import ExportRequest, build_plan
+from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import ShardAxis

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantplug.errors import UnsupportedQuantizationError
-from quantplug.export.quant_fn import QuantFn, QuantFunction
+from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
 from tests.export.blockwise import blockwise_fp8
 from tests.export.live_bytes import LiveBytes
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from quantplug.errors import UnsupportedQuantizationError
-from quantplug.export.base import QuantizerState, WholeWeight
-from quantplug.export.coverage import Mapped
-from quantplug.export.findings import Findings
-from quantplug.export.scale_groups import group_names, with_shared_amaxes
-from quantplug.mappings.base import ParamKey
+from quantplug.export.plan.match import Mapped
+from quantplug.export.plan.scale_groups import group_names, with_shared_amaxes
+from quantplug.export.plan.types import QuantizerState, WholeWeight
+from quantplug.findings import Findings
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import LatentSizes, ModelDimensions, Option
+from quantplug.mappings.table import ParamKey
 
 FAMILY = find_family("DeepseekV3ForCausalLM")
 DIMS = ModelDimensions(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.export.shared_directory import _leave_mark
+from quantplug.export.files.shared_directory import _leave_mark
 
 
 def names(directory: Path) -> list[str]:

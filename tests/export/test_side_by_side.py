@@ -17,9 +17,9 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import QuantplugError, WriteError
-from quantplug.export import gather, groups
-from quantplug.export.behind import AHEAD, THREAD_NAME
-from quantplug.export.model_free import quantize_checkpoint, write
+from quantplug.export.pipeline import gather, groups
+from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME
+from quantplug.export.quantize_checkpoint import quantize_checkpoint, write
 from tests.export.checkpoints import files_of, load, quantize
 
 pytestmark = pytest.mark.usefixtures("rank")

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantplug.export.base import ExportTask, QuantizerState, WholeWeight
-from quantplug.export.join import join_piece
-from quantplug.export.pieces import cut, travel_specs
-from quantplug.export.plan import ExportRequest, build_plan
+from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.plan.build import ExportRequest, build_plan
+from quantplug.export.plan.pieces import cut, travel_specs
+from quantplug.export.plan.types import ExportTask, QuantizerState, WholeWeight
 from quantplug.formats import FP8, NVFP4, FP8Block
-from quantplug.mappings.base import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, VOCABULARY, ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
 from quantplug.topology import ShardAxis
 from tests.export.live_bytes import LiveBytes
 from tests.export.pieces import pack_piece

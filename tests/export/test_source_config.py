@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import SourceError
-from quantplug.export.source_config import read_source_config
 
 
 def written(directory: Path, **changes: Any) -> Path:

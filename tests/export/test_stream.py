@@ -16,10 +16,10 @@ from quantplug.errors import (
     UnsupportedQuantizationError,
     WeightError,
 )
-from quantplug.export.base import Held
-from quantplug.export.broadcast import BroadcastBucket
-from quantplug.export.stream import StreamFormat, plan_stream
-from quantplug.export.stream_work import Delivery, Run
+from quantplug.export.plan.types import Held
+from quantplug.export.stream.api import StreamFormat, plan_stream
+from quantplug.export.stream.broadcast import BroadcastBucket
+from quantplug.export.stream.rounds import Delivery, Run
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, raw, read, same_bytes
 

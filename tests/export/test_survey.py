@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantplug.export.base import QuantizerState, WeightRef, not_here
-from quantplug.export.findings import Findings
-from quantplug.export.pieces import cut
-from quantplug.export.schedule import in_order, make_rounds
-from quantplug.export.survey import RankSurvey, whole_weights
-from quantplug.mappings.base import ParamKey
+from quantplug.export.pipeline.buckets import in_order, make_rounds
+from quantplug.export.plan.pieces import cut
+from quantplug.export.plan.types import QuantizerState, WeightRef, not_here
+from quantplug.export.sources.rank_inventory import RankSurvey, whole_weights
+from quantplug.findings import Findings
+from quantplug.mappings.table import ParamKey
 from quantplug.topology import Shard, ShardAxis
 from tests.export.test_plan import NVFP4, plan, spread, weights
 

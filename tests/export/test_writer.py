@@ -16,8 +16,9 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import DestinationError, WriteError
-from quantplug.export import hf_config, safetensors_file, writer
-from quantplug.export.writer import check_destination
+from quantplug.export.files import config_files as hf_config
+from quantplug.export.files import safetensors_file, writer
+from quantplug.export.files.staging import check_destination
 from tests.export.checkpoints import load, quantize, read
 from tests.export.refusals import refused
 

@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from quantplug import export_mcore_gpt_to_hf
+from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import CheckpointError, UnsupportedQuantizationError
-from quantplug.export.source_config import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint

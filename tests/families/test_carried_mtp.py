@@ -9,7 +9,7 @@ import pytest
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import SourceError
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
 
 Checkpoint = Callable[[str], Path]

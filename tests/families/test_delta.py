@@ -20,13 +20,13 @@ from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.errors import MappingError
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.verify import verify_checkpoint
-from quantplug.export.verify.report import Severity
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from quantplug.megatron.parameters import iter_parameters
 from quantplug.plugins.rules import with_mtp_quantized
+from quantplug.verify import verify_checkpoint
+from quantplug.verify.report import Severity
 from tests.export.checkpoints import build, load, one_rank, quantize, read, same_bytes
 from tests.families.cases import CASES, DELTA, Tensors, save
 from tests.families.test_families import family_of

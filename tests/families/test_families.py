@@ -7,12 +7,12 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from transformers import AutoConfig
 
-from quantplug.export.verify import verify_checkpoint
-from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family
 from quantplug.megatron.build import LayerSpec
 from quantplug.megatron.parameters import iter_parameters
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, load, one_rank, read, same_bytes
 from tests.families.cases import Tensors
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits

@@ -7,11 +7,11 @@ import modelopt.torch.quantization as mtq
 import pytest
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.source_config import read_source_config
-from quantplug.export.verify import verify_checkpoint
+from quantplug.checkpoint.source_config import read_source_config
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family
 from quantplug.plugins.rules import rules_for_kept
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import SCHEMES, load, one_rank, read, same_bytes
 
 # Hidden 160 and expert width 96 do not divide by 128: FP8 in blocks has a checkpoint of its own in tests/export.

@@ -20,14 +20,14 @@ from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.statistics import StatisticsRow
 from quantplug.errors import CalibrationError, MappingError, SourceError, UnsupportedQuantizationError
-from quantplug.export.verify import verify_checkpoint
-from quantplug.mappings.base import Family
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family
 from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from quantplug.megatron.mtp import without_labels
 from quantplug.plugins.rules import MTP_OFF, rules_for_kept, with_mtp_quantized
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, load, one_rank, read, same_bytes
 
 WITH_MTP = ["deepseek_v3", "glm4_moe"]

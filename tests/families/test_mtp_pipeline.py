@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import read, same_bytes
 from tests.families.cases import CASES, save
 from tests.ranks import run_ranks

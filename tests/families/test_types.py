@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.verify import verify_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
 
 WIDE = (".A_log", ".D", ".dt_bias")

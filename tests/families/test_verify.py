@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantplug.export.verify import verify_checkpoint
-from quantplug.export.verify.report import Severity
+from quantplug.verify import verify_checkpoint
+from quantplug.verify.report import Severity
 from tests.export.checkpoints import read
 from tests.families.cases import Tensors
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.export.verify import verify_checkpoint
-from quantplug.export.verify.checks import Check
-from quantplug.export.verify.report import Severity
+from quantplug.verify import verify_checkpoint
+from quantplug.verify.checks import Check
+from quantplug.verify.report import Severity
 from tests.families.cases import Tensors
 from tests.families.test_verify import Spoil, add, copy_of, cut, drop, told
 

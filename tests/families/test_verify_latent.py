@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantplug.export.verify import verify_checkpoint
-from quantplug.export.verify.checks import Check
-from quantplug.export.verify.report import Severity
+from quantplug.verify import verify_checkpoint
+from quantplug.verify.checks import Check
+from quantplug.verify.report import Severity
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Tensors], object]

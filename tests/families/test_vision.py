@@ -12,8 +12,8 @@ from transformers import Llama4Config, Qwen3VLMoeConfig
 
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.errors import MappingError, SourceError
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.verify import Severity, verify_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
 from tests.export.refusals import refused
 from tests.families.cases import CASES, LLAMA4, QWEN3_VL_MOE, Tensors, save

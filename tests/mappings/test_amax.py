@@ -16,10 +16,10 @@ from quantplug.mappings.amax import (
     convert_to_amax_map,
     convert_to_kv_amax_map,
 )
-from quantplug.mappings.base import Block, ParamKey, Role, Scope
 from quantplug.mappings.families import FAMILIES
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.layouts import GATED, IDENTITY, Layout, ModelDimensions
+from quantplug.mappings.table import Block, ParamKey, Role, Scope
 
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 1), mtp_layers=1)
 EXPERTS = "decoder.layers.*.mlp.experts"

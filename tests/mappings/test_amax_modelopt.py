@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from quantplug.mappings.amax import convert_to_amax_map, convert_to_kv_amax_map
 from quantplug.mappings.amax_transfer import amaxes_to_hf, amaxes_to_megatron
-from quantplug.mappings.base import Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import IDENTITY
+from quantplug.mappings.table import Scope, WeightMapping
 
 KV_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}, "enable": True}
 FP8_AND_KV_CACHE: dict[str, Any] = {

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from quantplug.errors import MappingError, ShapeError, UnsupportedQuantizationError
 from quantplug.mappings.amax import FusedAmax, Operand, convert_to_amax_map, merge_amaxes
 from quantplug.mappings.amax_rows import AmaxMapping
-from quantplug.mappings.base import ParamKey, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.common import ATTENTION, DENSE_MLP, ROUTED_EXPERTS
 from quantplug.mappings.layouts import GATED, IDENTITY, QKV, VOCABULARY, ModelDimensions
+from quantplug.mappings.table import ParamKey, Scope, WeightMapping
 
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 1))
 NAN = float("nan")

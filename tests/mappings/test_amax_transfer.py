@@ -26,10 +26,10 @@ from quantplug.mappings.amax_transfer import (
     read_amaxes,
     write_amaxes,
 )
-from quantplug.mappings.base import Block, ParamKey, Role, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.layouts import IDENTITY, ModelDimensions
+from quantplug.mappings.table import Block, ParamKey, Role, Scope, WeightMapping
 
 DIMS = ModelDimensions(3, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 2))
 FUSED = tuple(

@@ -12,9 +12,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEm
 
 from quantplug.errors import UnsupportedModelError, UnsupportedQuantizationError
 from quantplug.mappings.amax import convert_to_amax_map
-from quantplug.mappings.base import Block, Family
 from quantplug.mappings.delta_layouts import DELTA_PARTS
 from quantplug.mappings.families import find_family
+from quantplug.mappings.table import Block, Family
 from tests.families.cases import DELTA, GATED_EXPERTS
 
 KINDS: dict[str, type[PreTrainedConfig]] = {

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from quantplug.errors import UnsupportedModelError
-from quantplug.mappings.base import ModelKind
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import HybridLayers, MambaSizes, Option
+from quantplug.mappings.table import ModelKind
 from tests.families import hybrid_cases as hybrid
 
 FAMILY = find_family("NemotronHForCausalLM")

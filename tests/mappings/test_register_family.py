@@ -9,13 +9,13 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, register_family
 from quantplug.errors import ArgumentError, UnsupportedModelError
-from quantplug.export.verify import verify_checkpoint
 from quantplug.mappings import families
-from quantplug.mappings.base import Scope, WeightMapping
 from quantplug.mappings.families import FAMILIES, find_family
 from quantplug.mappings.families.llama import LLAMA
 from quantplug.mappings.family_check import problems
+from quantplug.mappings.table import Scope, WeightMapping
 from quantplug.megatron.build import LayerSpec
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, one_rank, quantize
 from tests.families.cases import DECODER, draw
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 
 from quantplug.formats.kernels import reference
-from quantplug.formats.kernels.base import Kernels
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
+from quantplug.formats.kernels.protocol import Kernels
 
 __all__ = ["Kernels", "kernels_for"]
 

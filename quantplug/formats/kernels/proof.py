@@ -10,7 +10,7 @@ import torch
 
 from quantplug.formats.constants import FP8_BLOCK, NVFP4_BLOCK
 from quantplug.formats.kernels import reference
-from quantplug.formats.kernels.base import Kernels
+from quantplug.formats.kernels.protocol import Kernels
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _SCALES = (1.0, 7.0, 61.0, 7.0 * 2.0**-60, 1 / 3)

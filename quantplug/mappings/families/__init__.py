@@ -3,7 +3,6 @@
 from difflib import get_close_matches
 
 from quantplug.errors import ArgumentError, Offender, UnsupportedModelError
-from quantplug.mappings.base import Family
 from quantplug.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from quantplug.mappings.families.deepseek_v3 import DEEPSEEK_V3
 from quantplug.mappings.families.glm4_moe import GLM4_MOE
@@ -22,6 +21,7 @@ from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.families.qwen3_next import QWEN3_NEXT
 from quantplug.mappings.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from quantplug.mappings.family_check import problems
+from quantplug.mappings.table import Family
 
 FAMILIES: tuple[Family, ...] = (
     QWEN2,

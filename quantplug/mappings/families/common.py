@@ -5,9 +5,9 @@ from types import MappingProxyType
 from typing import Any
 
 from quantplug.errors import Offender, UnsupportedModelError
-from quantplug.mappings.base import Role, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.layouts import GATED, QKV, ROW, VOCABULARY, ModelDimensions
+from quantplug.mappings.table import Role, Scope, WeightMapping
 
 EMBEDDINGS = (
     WeightMapping(

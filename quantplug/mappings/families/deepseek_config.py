@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import SizeSetting
 from quantplug.mappings.families import common
 from quantplug.mappings.layouts import LatentSizes, ModelDimensions, Option
+from quantplug.mappings.table import SizeSetting
 
 MOE_SIZES = (
     SizeSetting(("n_routed_experts",)),

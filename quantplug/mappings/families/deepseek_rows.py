@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import torch
 
-from quantplug.mappings.base import Block, Role, Scope, WeightMapping
 from quantplug.mappings.families import common
 from quantplug.mappings.layouts import COLUMN, GATED, ROW, Option
+from quantplug.mappings.table import Block, Role, Scope, WeightMapping
 
 Row = TypeVar("Row", bound=WeightMapping)
 

@@ -8,8 +8,8 @@ servers; transformers 5.14 leaves that out for this architecture.
 from collections.abc import Mapping
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig
 from quantplug.mappings.families import common, deepseek_config, deepseek_rows
+from quantplug.mappings.table import Family, MegatronConfig
 
 
 def _router_settings(config: Mapping[str, Any]) -> deepseek_config.Settings:

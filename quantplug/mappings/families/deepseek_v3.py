@@ -7,8 +7,8 @@ scores to one, times `routed_scaling_factor`.
 from collections.abc import Mapping
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig
 from quantplug.mappings.families import common, deepseek_config, deepseek_rows
+from quantplug.mappings.table import Family, MegatronConfig
 
 
 def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:

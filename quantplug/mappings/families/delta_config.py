@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from quantplug.errors import Offender, UnsupportedModelError
-from quantplug.mappings.base import SizeSetting
 from quantplug.mappings.families import common
 from quantplug.mappings.layouts import DeltaSizes, HybridLayers, ModelDimensions, Option
+from quantplug.mappings.table import SizeSetting
 
 _ATTENTION, _DELTA = "full_attention", "linear_attention"
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from quantplug.mappings.base import Block, Role, Scope, WeightMapping
 from quantplug.mappings.delta_layouts import DELTA_CONVOLUTION, GATED_QKV
 from quantplug.mappings.families import common
 from quantplug.mappings.families.deepseek_rows import in_mtp
 from quantplug.mappings.layouts import COLUMN, ROW
+from quantplug.mappings.table import Block, Role, Scope, WeightMapping
 
 Row = TypeVar("Row", bound=WeightMapping)
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig
 from quantplug.mappings.families import common, deepseek_config, deepseek_rows
 from quantplug.mappings.layouts import ModelDimensions, Option
+from quantplug.mappings.table import Family, MegatronConfig
 
 _QK_NORM = tuple(replace(row, option=Option.QK_NORM) for row in common.QK_NORM)
 _QKV_BIAS = tuple(replace(row, option=Option.QKV_BIAS) for row in common.QKV_BIAS)

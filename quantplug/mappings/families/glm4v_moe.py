@@ -5,9 +5,9 @@ Positions of text alone turn heads as plain rotary embeddings do.
 
 from dataclasses import replace
 
-from quantplug.mappings.base import Block
 from quantplug.mappings.families.glm4_moe import GLM4_MOE
 from quantplug.mappings.families.vision_language import below_model, vision_language
+from quantplug.mappings.table import Block
 
 _LANGUAGE = replace(
     GLM4_MOE,

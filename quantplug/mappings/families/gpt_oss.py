@@ -8,10 +8,10 @@ On disk `mlp.experts.gate_up_proj` is [experts, hidden, 2 * width], columns of g
 from collections.abc import Mapping
 from typing import Any
 
-from quantplug.mappings.base import Activation, Family, MegatronConfig, Role, Scope, WeightMapping
 from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
 from quantplug.mappings.families import common, routed
 from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, IDENTITY, ROW, ModelDimensions
+from quantplug.mappings.table import Activation, Family, MegatronConfig, Role, Scope, WeightMapping
 
 CLAMP = 7.0
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig
 from quantplug.mappings.families import common
+from quantplug.mappings.table import Family, MegatronConfig
 
 
 def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig, Role, Scope, SizeSetting, WeightMapping
 from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families import common
 from quantplug.mappings.families.vision_language import vision_language
 from quantplug.mappings.layouts import GATED, ROW, ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, Role, Scope, SizeSetting, WeightMapping
 
 LEAST_LENGTH = 8192
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig, Role, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families import common, routed
 from quantplug.mappings.layouts import GATED, ROW, ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, Role, Scope, WeightMapping
 
 _EXPERT = "model.layers.*.block_sparse_moe.experts.*"
 

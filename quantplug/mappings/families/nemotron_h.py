@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from quantplug.mappings.base import Family, Role, Scope, WeightMapping
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families import nemotron_h_config
 from quantplug.mappings.layouts import COLUMN, QKV, ROW, VOCABULARY, MambaSizes, ModelDimensions, Option
 from quantplug.mappings.segments import SegmentedAlike
+from quantplug.mappings.table import Family, Role, Scope, WeightMapping
 
 _MIXER = "backbone.layers.*.mixer"
 

@@ -11,9 +11,9 @@ from enum import Enum
 from typing import Any
 
 from quantplug.errors import Offender, UnsupportedModelError
-from quantplug.mappings.base import Activation, MegatronConfig, ModelKind, SizeSetting
 from quantplug.mappings.families import common, deepseek_config
 from quantplug.mappings.layouts import HybridLayers, MambaSizes, ModelDimensions, Option
+from quantplug.mappings.table import Activation, MegatronConfig, ModelKind, SizeSetting
 
 
 class LayerKind(Enum):

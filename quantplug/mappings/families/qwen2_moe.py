@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig, SizeSetting
 from quantplug.mappings.families import common, routed
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, SizeSetting
 
 
 def _dimensions(config: Mapping[str, Any]) -> ModelDimensions:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig, Merged, Role, Scope, SizeSetting, WeightMapping
 from quantplug.mappings.delta_layouts import DELTA_PARTS
 from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families import common, delta_config, delta_rows, routed
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, Merged, Role, Scope, SizeSetting, WeightMapping
 
 MTP_SETTING = "mtp_num_hidden_layers"
 

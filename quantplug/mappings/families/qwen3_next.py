@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, MegatronConfig, Role, Scope, SizeSetting, WeightMapping
 from quantplug.mappings.delta_layouts import DELTA_BY_KEY_HEAD
 from quantplug.mappings.families import common, delta_config, delta_rows, routed
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, MegatronConfig, Role, Scope, SizeSetting, WeightMapping
 
 MTP_SETTING = "num_nextn_predict_layers"
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import MegatronConfig
 from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families.qwen3 import QWEN3
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.families.vision_language import below_model, vision_language
+from quantplug.mappings.table import MegatronConfig
 
 _EXPERTS = "model.layers.*.mlp.experts"
 _PLACE = below_model("language_model")

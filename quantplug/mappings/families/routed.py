@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantplug.mappings.base import SizeSetting
 from quantplug.mappings.families.common import decoder_dimensions, setting
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import SizeSetting
 
 # transformers 5 saves Qwen's num_experts but keeps num_local_experts in memory; Mixtral's is num_local_experts.
 EXPERTS = SizeSetting(("num_experts", "num_local_experts"))

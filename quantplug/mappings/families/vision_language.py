@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.mappings.base import Family, WeightMapping
+from quantplug.mappings.table import Family, WeightMapping
 
 TEXT_CONFIG = "text_config"
 

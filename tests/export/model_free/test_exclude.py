@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from quantplug.errors import MappingError, QuantplugError, UnsupportedQuantizationError
-from quantplug.export.base import WholeWeight
-from quantplug.export.model_free.exclude import chosen_weights
-from quantplug.mappings.base import Family, ParamKey
+from quantplug.export.plan.exclude import chosen_weights
+from quantplug.export.plan.types import WholeWeight
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey
 from tests.export.refusals import offenders
 
 MOE = ModelDimensions(2, 160, 4, 2, 48, vocab_size=523, num_experts=3, moe_layers=(0, 1))

@@ -21,8 +21,8 @@ from quantplug.errors import (
     UnsupportedModelError,
     WeightError,
 )
-from quantplug.export.model_free import quantize_checkpoint
-from quantplug.export.verify import verify_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import files_of, read, same_bytes
 from tests.export.refusals import offenders, refused
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-from quantplug.export.verify import bounds, decode
+from quantplug.verify import bounds, decode
 
 
 def nvfp4_error(weight: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> bounds.ErrorSum:

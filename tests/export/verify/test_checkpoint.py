@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quantplug.export.verify import Severity, verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00003.safetensors"

@@ -5,7 +5,7 @@ import torch
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantplug.export.verify import decode
+from quantplug.verify import decode
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ class Blocker:
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocker())
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 sys.stdout.write(verify_checkpoint(sys.argv[1], sys.argv[2]).to_json())
 assert not BLOCKED & {name.partition(".")[0] for name in sys.modules}
 """

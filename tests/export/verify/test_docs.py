@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from quantplug.export.verify.checks import Check
+from quantplug.verify.checks import Check
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "verify.md"
 PACKAGE = Path(__file__).parents[3] / "quantplug" / "export" / "verify"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantplug.export.verify import excludes
-from quantplug.export.verify.excludes import ExcludeList, matches_compressed_tensors, matches_fp8, matches_modelopt
+from quantplug.verify import excludes
+from quantplug.verify.excludes import ExcludeList, matches_compressed_tensors, matches_fp8, matches_modelopt
 
 GATE, UP, LAYER_11 = "model.layers.1.mlp.gate", "model.layers.1.mlp.gate_up_proj", "model.layers.11.mlp.gate"
 

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 
-from quantplug.export.verify import Severity, verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 PLAIN = ("lm_head", "model.embed_tokens")

@@ -9,7 +9,7 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantplug.export.verify import Severity, verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 
 EXPERTS = "model.layers.1.mlp.experts"
 GATE_UP, DOWN = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
@@ -144,7 +144,7 @@ def test_reads_in_pieces_give_the_same_numbers(fused: dict[str, Path], monkeypat
     for name in ("nvfp4", "fp8"):
         whole = verify_checkpoint(fused[name], fused["source"])
         with monkeypatch.context() as patch:
-            patch.setattr("quantplug.export.verify.checkpoint.CHUNK_BYTES", 700)
+            patch.setattr("quantplug.verify.checkpoint.CHUNK_BYTES", 700)
             pieces = verify_checkpoint(fused[name], fused["source"])
         assert told(pieces) == set()
         for one, other in zip(whole.errors_by_tensor, pieces.errors_by_tensor, strict=True):

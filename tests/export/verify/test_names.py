@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantplug.export.verify import names
+from quantplug.verify import names
 
 
 @pytest.mark.parametrize(

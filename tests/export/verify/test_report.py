@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.export.verify import Finding, Severity, Size, TensorError, VerifyReport
-from quantplug.export.verify.checks import Check
+from quantplug.verify import Finding, Severity, Size, TensorError, VerifyReport
+from quantplug.verify.checks import Check
 
 
 def tensor_error(name: str, squared_error: float, squared_norm: float) -> TensorError:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 
 ATTENTION = "model.layers.1.self_attn"
 EXPERT = "model.layers.1.mlp.experts.2"

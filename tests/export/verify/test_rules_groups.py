@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from compressed_tensors.quantization import preset_name_to_scheme
 
-from quantplug.export.verify import verify_checkpoint
+from quantplug.verify import verify_checkpoint
 
 WEIGHTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 GOOD = {"targets": ["Linear"], "weights": WEIGHTS}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quantplug.formats.constants import NVFP4_MAX
 from quantplug.formats.kernels import cpu, reference
-from quantplug.formats.kernels.base import Kernels
+from quantplug.formats.kernels.protocol import Kernels
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 

@@ -1,0 +1,79 @@
+"""Whether a checkpoint holds the tensors of its architecture: by names and dtypes, before any data is read."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from quantplug.checkpoint.reader import TensorHeader
+from quantplug.errors import MappingError, ShapeError, SourceError
+from quantplug.findings import Findings, Kind, nearest
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey
+
+_WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
+_UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
+_MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
+_COPY_SHAPE = Kind(ShapeError, "Tensors that the source holds twice have two shapes.", _WHOLE_SOURCE)
+_DTYPE = Kind(
+    SourceError,
+    "The source has weights that are not plain floating-point numbers.",
+    "Pass the checkpoint that it was quantized from.",
+)
+_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+def check_tensors(
+    family: Family, dims: ModelDimensions, tied: bool, tensors: Mapping[str, TensorHeader], findings: Findings
+) -> None:
+    """Every tensor of a checkpoint is one of its architecture, and none is missing; what is not so is found.
+
+    Args:
+        tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
+    """
+    copies, table = family.copies(dims, tied), family.by_megatron()
+    known = {name: key for names, key in family.expected(dims) for name in names}
+    patterns = {_pattern(name) for name in known}
+    for name in sorted(tensors.keys() - known.keys() - copies.keys()):
+        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
+    for name, key in known.items():
+        if name not in tensors and not (tied and name in family.tied):
+            findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
+        elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_carried:
+            findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
+    _check_mtp(family, known, tensors, findings)
+    _check_copies(copies, tensors, findings)
+
+
+def _check_mtp(
+    family: Family,
+    known: Mapping[str, ParamKey],
+    tensors: Mapping[str, TensorHeader],
+    findings: Findings,
+) -> None:
+    """Says the way out where the config promises multi-token prediction and the source has nothing of it."""
+    table = family.by_megatron()
+    mtp = [name for name, key in known.items() if table[key.module].block.is_mtp]
+    if mtp and tensors.keys().isdisjoint(mtp):
+        kind = _no_mtp(family.mtp_setting)
+        findings.add(kind, family.mtp_setting, f"asks for {len(mtp)} tensors, none of which is there")
+
+
+def _no_mtp(setting: str) -> Kind:
+    return Kind(
+        MappingError,
+        "The config asks for layers of multi-token prediction, and the source has none (transformers does not save "
+        "them).",
+        f"Set {setting} to 0 in config.json, or fetch the checkpoint that has these layers.",
+    )
+
+
+def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, TensorHeader], findings: Findings) -> None:
+    for copy, original in copies.items():
+        if copy in tensors and original in tensors and tensors[copy].shape != tensors[original].shape:
+            shapes = f"has shape {list(tensors[copy].shape)}, {original} has {list(tensors[original].shape)}"
+            findings.add(_COPY_SHAPE, copy, shapes)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

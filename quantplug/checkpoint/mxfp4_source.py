@@ -1,0 +1,74 @@
+"""A checkpoint whose experts are in MXFP4, as GPT-OSS is published, read as if it were the plain one.
+
+`X_blocks` [experts, out, in / 32, 16] and `X_scales` [experts, out, in / 32] stand for `X`, which transformers saves as
+[experts, in, out]: the other way round. Only the blocks of what is asked for are read and decoded.
+"""
+
+from pathlib import Path
+
+import torch
+
+from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, damaged
+from quantplug.errors import Offender
+from quantplug.formats.constants import MX_BLOCK
+from quantplug.formats.mx import unpack_mxfp4
+
+METHOD = "mxfp4"
+
+_BLOCKS = "_blocks"
+_SCALES = "_scales"
+
+
+class MXFP4Checkpoint(HFCheckpoint):
+    """A directory of safetensors with MXFP4 experts, which it gives as BF16 under their plain names.
+
+    Raises:
+        SourceError: As `HFCheckpoint`; or blocks are without scales, or do not have the shapes that belong together.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        stored = self.tensors
+        bases = {name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)}
+        offenders = [
+            Offender(base + _BLOCKS, problem)
+            for base in sorted(bases)
+            if (problem := _problem(stored[base + _BLOCKS], stored.get(base + _SCALES)))
+        ]
+        if offenders:
+            raise damaged(offenders)
+        self._packed = {base: (stored[base + _BLOCKS], stored[base + _SCALES]) for base in bases}
+        packed_names = {base + suffix for base in bases for suffix in (_BLOCKS, _SCALES)}
+        plain = {name: header for name, header in stored.items() if name not in packed_names}
+        self.tensors = plain | {base: _plain_header(blocks) for base, (blocks, _) in self._packed.items()}
+
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        if name not in self._packed:
+            return super().read(name, index)
+        expert, columns, rows = (*index, slice(None), slice(None), slice(None))[:3]
+        assert isinstance(columns, slice)
+        assert isinstance(rows, slice)
+        first, last, _ = columns.indices(self.tensors[name].shape[1])
+        covering = slice(first // MX_BLOCK, -(-last // MX_BLOCK))
+        blocks, scales = self._packed[name]
+        values = unpack_mxfp4(
+            self._read(f"{name}{_BLOCKS}", blocks.file, (expert, rows, covering)),
+            self._read(f"{name}{_SCALES}", scales.file, (expert, rows, covering)),
+        )
+        start = first - covering.start * MX_BLOCK
+        return values[..., start : start + last - first].mT
+
+
+def _problem(blocks: TensorHeader, scales: TensorHeader | None) -> str | None:
+    if scales is None:
+        return f"is without its {_SCALES}"
+    if len(blocks.shape) != 4 or blocks.shape[3] * 2 != MX_BLOCK or blocks.shape[:3] != scales.shape:
+        return f"has shape {list(blocks.shape)}, its {_SCALES} {list(scales.shape)}"
+    if {blocks.dtype, scales.dtype} != {torch.uint8}:
+        return f"is {blocks.dtype}, its {_SCALES} {scales.dtype}, not both {torch.uint8}"
+    return None
+
+
+def _plain_header(blocks: TensorHeader) -> TensorHeader:
+    experts, rows, groups, _ = blocks.shape
+    return TensorHeader((experts, groups * MX_BLOCK, rows), torch.bfloat16, blocks.file)

@@ -1,0 +1,62 @@
+"""A checkpoint of plain weights, or of one of the encodings that are read as if they were.
+
+MXFP4 experts (GPT-OSS) and FP8 in blocks (DeepSeek-V3, Qwen3) are decoded; any other quantization is refused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantplug.checkpoint.config_file import CONFIG_FILE
+from quantplug.checkpoint.fp8_source import METHOD as FP8
+from quantplug.checkpoint.fp8_source import BlockSize, FP8Checkpoint
+from quantplug.checkpoint.mxfp4_source import METHOD as MXFP4
+from quantplug.checkpoint.mxfp4_source import MXFP4Checkpoint
+from quantplug.checkpoint.reader import HFCheckpoint
+from quantplug.errors import Offender, SourceError
+
+Quantization = Mapping[str, Any] | None
+"""`quantization_config` of config.json."""
+
+
+def refuse_quantized(directory: Path, quantization: Quantization) -> None:
+    """Refuses a checkpoint that no plain weights can be read from.
+
+    Raises:
+        SourceError: Its config speaks of a quantization that is not decoded.
+    """
+    method = _method(quantization)
+    if method in (None, MXFP4) or (method == FP8 and _block_size(quantization) is not None):
+        return
+    raise SourceError(
+        "The source checkpoint is quantized already.",
+        [Offender(str(directory / CONFIG_FILE), f"has a quantization_config ({method})")],
+        "Pass the checkpoint that it was quantized from.",
+    )
+
+
+def open_plain(directory: Path, quantization: Quantization) -> HFCheckpoint:
+    """Opens one that is not refused.
+
+    Raises:
+        SourceError: Its safetensors are missing, incomplete or damaged.
+    """
+    method, block_size = _method(quantization), _block_size(quantization)
+    if method == MXFP4:
+        return MXFP4Checkpoint(directory)
+    return HFCheckpoint(directory) if block_size is None else FP8Checkpoint(directory, block_size)
+
+
+def _method(quantization: Quantization) -> str | None:
+    if quantization is None:
+        return None
+    return str(quantization.get("quant_method") or quantization.get("quant_algo"))
+
+
+def _block_size(quantization: Quantization) -> BlockSize | None:
+    """Of FP8 in blocks; None for anything else."""
+    said = (quantization or {}).get("weight_block_size")
+    if _method(quantization) != FP8 or not isinstance(said, list) or len(said) != 2:
+        return None
+    rows, columns = said
+    return (rows, columns) if all(isinstance(size, int) and size > 0 for size in said) else None

@@ -1,0 +1,188 @@
+"""A Hugging Face checkpoint as a lazy source: names, shapes and dtypes first, slices of data when asked for."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quantplug.checkpoint.safetensors_dtypes import DTYPES
+from quantplug.errors import Offender, SourceError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_MOST_MAPPED = 128 * 2**20
+
+
+def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None, *, weights: bool = True) -> Path:
+    """The local directory of a checkpoint: the given one, or the snapshot of a model of the Hugging Face hub.
+
+    Args:
+        name_or_path: A directory, or the id of a hub model (`owner/name`).
+        cache_dir: Where hub models are kept; None for Hugging Face's own cache.
+        weights: Whether the weights of a hub model are fetched, or only its configuration and tokenizer.
+
+    Raises:
+        SourceError: There is no such directory, and the hub gives no such model.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SourceError(
+            "The source checkpoint is not a directory.",
+            [Offender(name, "is a file" if path.exists() else "does not exist")],
+            "Pass the directory that save_pretrained wrote, or the id of a hub model.",
+        )
+    try:
+        from quantplug.checkpoint.hub import fetch  # A local checkpoint is read without huggingface_hub.
+    except ModuleNotFoundError as missing:
+        raise SourceError(
+            "The source checkpoint is not a local directory.",
+            [Offender(name, f"cannot be looked up on the hub: {missing}")],
+            "Pass a directory, or install huggingface_hub.",
+        ) from missing
+    return fetch(name, cache_dir, weights)
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of a tensor.
+
+    Attributes:
+        file: Name of the shard that holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+
+class HFCheckpoint:
+    """A directory of safetensors, read lazily: opening reads the headers, data comes slice by slice from mapped files.
+
+    A context manager; tensors can be read until it is left.
+
+    Args:
+        directory: What `resolve_source` gave.
+
+    Raises:
+        SourceError: The safetensors are missing, incomplete or damaged; names every file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files: dict[str, safe_open] = self._open_files()
+        self._touched: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
+        self.tensors: Mapping[str, TensorHeader] = self._read_headers()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._files.clear()  # The maps go with the last reference to them.
+
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        """A tensor on CPU, whole, or only what an index along its first axes says."""
+        return self._read(name, self.tensors[name].file, index)
+
+    def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
+        view = self._files[file].get_slice(name)
+        tensor = view[index] if index else view[...]
+        self._touched[file] += tensor.nbytes
+        if self._touched.total() > _MOST_MAPPED:
+            self._map_again()
+        return tensor
+
+    def _map_again(self) -> None:
+        """Lets go of pages that were read: as long as they are mapped they count as this process's memory.
+
+        What tensors in use lie in is theirs until they go.
+        """
+        for file in self._touched:
+            self._files[file] = safe_open(self.directory / file, framework="pt")
+        self._touched.clear()
+
+    def _open_files(self) -> dict[str, safe_open]:
+        listed = weight_map(self.directory)
+        names = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
+        files, offenders = {}, []
+        for name in names:
+            try:
+                files[name] = safe_open(self.directory / name, framework="pt")
+            except FileNotFoundError:
+                offenders.append(Offender(str(self.directory / name), "does not exist"))
+            except (SafetensorError, OSError) as error:
+                offenders.append(Offender(str(self.directory / name), f"is not a complete safetensors file: {error}"))
+        if offenders:
+            raise damaged(offenders)
+        return files
+
+    def _read_headers(self) -> dict[str, TensorHeader]:
+        listed = weight_map(self.directory)
+        headers: dict[str, TensorHeader] = {}
+        found_in: defaultdict[str, list[str]] = defaultdict(list)
+        for file, opened in self._files.items():
+            for name, header in read_headers(opened, file):
+                headers[name] = header
+                found_in[name].append(file)
+        offenders = [
+            Offender(name, f"is in more than one file: {', '.join(files)}")
+            for name, files in found_in.items()
+            if len(files) > 1
+        ]
+        for name, file in (listed or {}).items():
+            if file not in found_in[name]:
+                offenders.append(Offender(name, f"is not in {file}, where the index says it is"))
+        if offenders:
+            raise damaged(offenders)
+        return headers
+
+
+def weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor name to file, as the index of a checkpoint says it; None where there is no index.
+
+    Raises:
+        SourceError: The index cannot be read.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return None
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged([Offender(str(index), f"is not an index of safetensors: {error!r}")]) from error
+
+
+def damaged(offenders: list[Offender]) -> SourceError:
+    return SourceError(
+        "The weights of the source checkpoint are missing, incomplete or damaged.",
+        offenders,
+        f"Fetch or save it again, as {SINGLE_FILE} or as shards with {INDEX_FILE}.",
+    )
+
+
+def read_headers(opened: safe_open, file: str) -> Iterator[tuple[str, TensorHeader]]:
+    """What the header of a safetensors file of that name says of each tensor.
+
+    Raises:
+        SourceError: A tensor is of a type that is not read.
+    """
+    for name in opened.keys():  # noqa: SIM118  # a safe_open is no mapping
+        view = opened.get_slice(name)
+        yield name, TensorHeader(tuple(view.get_shape()), _dtype(name, view.get_dtype()), file)
+
+
+def _dtype(name: str, spelled: str) -> torch.dtype:
+    if spelled not in DTYPES:
+        raise SourceError("A tensor of the source has a dtype that is not read.", [Offender(name, f"is {spelled}")])
+    return DTYPES[spelled]

@@ -1,0 +1,141 @@
+"""One safetensors file, written in any order, some rows at a time: its header is known before any data is.
+
+The library's own writer needs all tensors of a file in memory at once; here a file costs no memory beyond the rows at
+hand. Layout by the format's specification (safetensors README, "Format"): 8 bytes of header length, a JSON header
+padded with spaces, then the data without holes. Like the library we put wide types first, so that each is aligned.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from quantplug.atomic import finish_file, sync_directory
+from quantplug.checkpoint.safetensors_dtypes import NAMES
+from quantplug.formats import TensorSpec
+
+_HEADER_ALIGNMENT = 8
+
+
+class SafetensorsFile:
+    """A file that takes its final name once all of its tensors are in it and on disk.
+
+    Several ranks can write one file, each some of its bytes: one of them makes it and, when all have synced theirs,
+    gives it its name.
+
+    Args:
+        shares: Bytes that this rank writes of each tensor, if it is not to write them all.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], shares: Mapping[str, int] | None = None) -> None:
+        self._path = path
+        self._partial = _partial(path)
+        self._specs = {spec.name: spec for spec in specs}
+        self._is_shared = shares is not None
+        if shares is None:
+            self._missing = {spec.name: spec.nbytes for spec in specs}
+        else:
+            self._missing = {name: nbytes for name, nbytes in shares.items() if nbytes}
+        _, self._offsets, _ = _plan(specs)
+        if not self._is_shared:
+            make_file(path, specs)
+        self._file = os.open(self._partial, os.O_WRONLY)
+
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
+        """Puts a tensor, or rows of it from number `row` on, in their place; the last ones finish the file."""
+        spec = self._specs[name]
+        assert tensor.dtype == spec.dtype, f"{name} is not as planned"
+        assert _is_part_of(tensor.shape, row, spec.shape), f"{name} is not as planned"
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        start = row * (spec.nbytes // spec.shape[0]) if row else 0
+        _write_all(self._file, data.data, self._offsets[name] + start)
+        _begin_sync(self._file, self._offsets[name] + start, data.nbytes)
+        self._missing[name] -= tensor.nbytes
+        assert self._missing[name] >= 0, f"{name} was written twice"
+        if not self._missing[name]:
+            del self._missing[name]
+        if not self._missing:
+            self._finish()
+
+    def close(self) -> None:
+        """Gives up an unfinished file; without effect on a finished one."""
+        if self._missing and self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _finish(self) -> None:
+        if self._is_shared:
+            os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        if not self._is_shared:
+            name_file(self._path)
+
+
+def make_file(path: Path, specs: Sequence[TensorSpec]) -> None:
+    """Makes a file of its full size that has its header and no data yet, under a name of its own."""
+    header, _, size = _plan(specs)
+    file = os.open(_partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.ftruncate(file, size)
+        _write_all(file, memoryview(header), 0)
+    finally:
+        os.close(file)
+
+
+def name_file(path: Path) -> None:
+    """Gives a file whose data is all there its final name."""
+    finish_file(_partial(path))
+    _partial(path).replace(path)
+    sync_directory(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def _is_part_of(shape: Sequence[int], row: int, whole: Sequence[int]) -> bool:
+    """Whether a tensor of that shape fits as rows from number `row` on."""
+    if not whole or not shape:
+        return tuple(shape) == tuple(whole)
+    return tuple(shape[1:]) == tuple(whole[1:]) and row + shape[0] <= whole[0]
+
+
+def file_size(specs: Sequence[TensorSpec]) -> int:
+    """Bytes that a file of these tensors has."""
+    return _plan(specs)[2]
+
+
+def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor starts in the file, and the size of the file."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        starts[spec.name], end = end, end + spec.nbytes
+        entries[spec.name] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [starts[spec.name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+
+
+def _begin_sync(file: int, offset: int, nbytes: int) -> None:
+    """Lets the disk begin with what has just been written, so that the fsync at the end has little left to wait for.
+
+    By its name it would drop pages. But Linux drops none that is not on disk yet: it begins to write them, and goes on
+    (mm/fadvise.c, `generic_fadvise`). Where that is otherwise, advice changes no data.
+    """
+    os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written

@@ -1,0 +1,53 @@
+"""The config.json of a Hugging Face checkpoint: all that an export reads of its source."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
+from quantplug.mappings.families import find_family
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The config of a checkpoint directory.
+
+    Attributes:
+        architecture: `architectures[0]`.
+        quantization: What it says of an earlier quantization, None if nothing.
+        values: All settings, with the defaults of the architecture filled in as transformers does.
+    """
+
+    directory: Path
+    architecture: str
+    quantization: dict[str, Any] | None
+    values: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the weights were saved in, by the config; BF16 if it says none that a model can be built in."""
+        spelled = str(self.values.get("dtype")).removeprefix("torch.")
+        return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
+
+
+def read_source_config(directory: Path, trust_remote_code: bool = False) -> SourceConfig:
+    """Reads config.json.
+
+    Raises:
+        SourceError: There is none, or it is damaged, names no architecture, or transformers cannot read it; or the
+            checkpoint brings its own code, and it is not trusted.
+        UnsupportedModelError: Its architecture is not one we convert.
+    """
+    raw = read_config_file(directory)
+    architecture = architecture_of(raw, directory)
+    refuse_own_code(directory, trusted=trust_remote_code)
+    find_family(architecture)  # Before transformers, whose error would not list what we support.
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise config_error(directory, str(error).strip().splitlines()[0]) from error
+    return SourceConfig(directory, architecture, raw.get("quantization_config"), dict(config.to_dict()))

@@ -1,0 +1,98 @@
+"""Reports and results as text: tables that survive a narrow terminal, a pipe, and names that somebody else chose."""
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quantplug.export.files.finish import ExportResult
+from quantplug.verify import Finding, Severity, VerifyReport
+
+_GIGABYTE = 10**9
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+
+
+def print_report(report: VerifyReport, console: Console, limit: int) -> None:
+    """Prints all of a report; of each check at most `limit` findings (0: all)."""
+    if report.findings:
+        console.print(_findings(report, limit))
+    if report.errors_by_tensor:
+        console.print(_errors(report))
+    if report.source is not None:
+        console.print(_sizes(report))
+    console.print(_verdict(report), soft_wrap=True)
+
+
+def print_result(result: ExportResult, seconds: float, console: Console) -> None:
+    """Prints in a line what was written, and how fast."""
+    files = "1 file" if result.shards == 1 else f"{result.shards} files"
+    read = result.weight_bytes / _GIGABYTE
+    said = (
+        f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / _GIGABYTE:.3f} GB in {files}, to "
+        f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
+    )
+    console.print(_plain(said), soft_wrap=True)
+
+
+def _plain(text: str) -> Text:
+    """The text itself: no markup, control characters spelled out."""
+    return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in text), overflow="fold")
+
+
+def _findings(report: VerifyReport, limit: int) -> Table:
+    table = Table(title="Findings", title_justify="left", show_lines=False)
+    table.add_column("severity", no_wrap=True)
+    table.add_column("check", overflow="fold")
+    table.add_column("what", overflow="fold", ratio=2)
+    table.add_column("message", overflow="fold", ratio=3)
+    for (severity, check), group in groupby(report.findings, key=lambda finding: (finding.severity, finding.check)):
+        members = list(group)
+        shown = members[:limit] if limit else members
+        for finding in shown:
+            table.add_row(*_row(finding))
+        if len(members) > len(shown):
+            more = f"{len(members) - len(shown)} more; --limit 0 shows all, --json writes all"
+            table.add_row(Text(severity, style=_STYLES[severity]), check, "...", more)
+    return table
+
+
+def _row(finding: Finding) -> tuple[Text, Text, Text, Text]:
+    severity = Text(finding.severity, style=_STYLES[finding.severity])
+    return severity, _plain(finding.check), _plain(finding.subject), _plain(finding.message)
+
+
+def _errors(report: VerifyReport) -> Table:
+    table = Table(title="Relative error of dequantized weights against the source", title_justify="left")
+    table.add_column("kind", overflow="fold")
+    table.add_column("format", overflow="fold")
+    for name in ("n", "error", "worst", "max err/amax"):
+        table.add_column(name, justify="right", overflow="fold")
+    for kind in report.errors_by_kind:
+        numbers = (kind.relative_error, kind.worst_relative_error, kind.max_error)
+        table.add_row(_plain(kind.kind), kind.format, str(kind.tensors), *(f"{number:.4f}" for number in numbers))
+    return table
+
+
+def _sizes(report: VerifyReport) -> Table:
+    table = Table(title="Bytes of tensors", title_justify="left")
+    table.add_column("kind", overflow="fold")
+    for name in ("source", "export", "ratio"):
+        table.add_column(name, justify="right", overflow="fold")
+    for size in report.sizes:
+        table.add_row(_plain(size.kind), *_bytes(size.source_bytes or 0, size.export_bytes))
+    table.add_section()
+    table.add_row("all", *_bytes(report.source_bytes or 0, report.export_bytes))
+    return table
+
+
+def _bytes(source: int, export: int) -> tuple[str, str, str]:
+    return f"{source:,}", f"{export:,}", f"{source / export:.2f}" if export else "-"
+
+
+def _verdict(report: VerifyReport) -> Text:
+    errors, warnings = report.count(Severity.ERROR), report.count(Severity.WARNING)
+    text = Text("OK" if report.ok else "NOT OK", style="bold green" if report.ok else "bold red")
+    text.append(f": {errors} errors, {warnings} warnings in {report.tensors} tensors ({report.quantization}) of ")
+    text.append_text(_plain(report.directory))
+    return text

@@ -1,0 +1,54 @@
+"""The end of an export to disk: what is written once, last, and what the caller is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.export.files.config_files import copy_side_files, write_configs
+from quantplug.export.files.staging import Staging, write_index
+from quantplug.export.plan.types import ExportPlan
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        algorithm: Short name of the quantization, None for an export without one.
+        tensors: Number of tensors on disk.
+        nbytes: Their size.
+        shards: Number of safetensors files.
+        weight_bytes: Size of all weights before they were packed.
+    """
+
+    directory: Path
+    algorithm: str | None
+    tensors: int
+    nbytes: int
+    shards: int
+    weight_bytes: int
+
+
+def finish(plan: ExportPlan, source: Path, staging: Staging, dtype: torch.dtype | None) -> None:
+    """Writes the index of what is there, configs, tokenizer; then all of it becomes visible.
+
+    Args:
+        source: Directory that config and tokenizer come from.
+        dtype: Type of plain tensors; None where they keep their own, and the config what it says of it.
+    """
+    with disk_errors(staging.directory):
+        write_index(staging.directory, plan.files, plan.expected())
+        copy_side_files(source, staging.directory)
+        write_configs(source, staging.directory, dtype, plan.quant_config)
+        staging.publish()
+
+
+def result_of(plan: ExportPlan, directory: Path) -> ExportResult:
+    """What a plan says has been written."""
+    expected = plan.expected().values()
+    algorithm = plan.quant_config.algorithm if plan.quant_config else None
+    nbytes = sum(spec.nbytes for spec in expected)
+    weight_bytes = sum(task.source.nbytes for task in plan.tasks)
+    return ExportResult(directory, algorithm, len(expected), nbytes, len(plan.files), weight_bytes)

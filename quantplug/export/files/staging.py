@@ -1,0 +1,256 @@
+"""Where an export goes: checked to be free, filled file by file beside it, and made visible by one rename.
+
+An export that is killed leaves its finished files in a hidden directory beside the destination. The same export run
+again keeps them and writes only the rest; another one refuses to touch them.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from quantplug.atomic import publish_directory, write_atomically
+from quantplug.checkpoint.lock import take_lock
+from quantplug.checkpoint.safetensors_writer import SafetensorsFile, file_size, make_file, name_file
+from quantplug.errors import DestinationError, Offender
+from quantplug.export.pipeline.assemble import Rows
+from quantplug.export.plan.types import ExportPlan, ShardFile
+from quantplug.formats import TensorSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def check_destination(export_dir: Path, rank: int = 0) -> None:
+    """Refuses a directory that one rename cannot fill.
+
+    Raises:
+        DestinationError: It holds anything, is no directory or below a file, is a mount point (renaming over one fails)
+            or the current directory (renaming over it leaves the process in one that is gone).
+    """
+    path, reason = export_dir, _obstacle(export_dir)
+    for parent in export_dir.parents:
+        if parent.exists() and not parent.is_dir():
+            path, reason = parent, "exists and is not a directory"
+    if reason is not None:
+        raise DestinationError(
+            "The export directory cannot be used.",
+            [Offender(str(path), reason, rank=rank)],
+            "Choose a directory that is new or empty; nothing is overwritten.",
+        )
+
+
+def _obstacle(export_dir: Path) -> str | None:
+    if not export_dir.is_dir():
+        return "exists and is not a directory" if export_dir.exists() or export_dir.is_symlink() else None
+    if (export_dir / INDEX_NAME).exists():
+        return "is not empty: it holds a checkpoint, and one that an export wrote is complete"
+    if any(export_dir.iterdir()):
+        return "is not empty"
+    if export_dir.resolve().is_mount():
+        return "is a mount point; choose a directory in it"
+    if export_dir.samefile(Path.cwd()):
+        return "is the current directory; choose a directory in it"
+    return None
+
+
+class Staging:
+    """The hidden directory beside the destination in which an export grows.
+
+    All ranks make, lock and open it, each step together: a directory that a rank of another export may still write to
+    is found before any rank claims it.
+
+    Args:
+        digest: Of the plan, which knows names, shapes, scales and files.
+        fingerprint: Of the weights that this rank holds.
+        world_size: Number of ranks of this export.
+    """
+
+    def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int, world_size: int) -> None:
+        self.destination = destination.resolve()  # A rename would replace a link, not what it points to.
+        self._root = self.destination.with_name(f".{self.destination.name}.partial")
+        # What becomes the checkpoint holds nothing else; what tells exports apart lies beside it.
+        self.directory = self._root / "checkpoint"
+        self._identity = {"digest": digest, "fingerprint": fingerprint}
+        self._rank = rank
+        self._world_size = world_size
+        self._locks: list[int] = []
+        self._made: list[Path] = []
+        self._is_ours = False
+
+    def make(self) -> None:
+        """Makes the directory, by rank 0, which then knows what to remove if the export fails."""
+        if self._rank == 0:
+            self._made = [parent for parent in self.directory.parents if not parent.exists()]
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def lock(self) -> None:
+        """Keeps every other export out, until this rank closes it or ends.
+
+        Raises:
+            DestinationError: Ranks of another export still run; or the file system has no locks.
+        """
+        self._is_ours = not any(self._root.glob("rank-*.json"))  # No export ever got further than its locks.
+        try:
+            # Every rank has a lock of its own: a rank may outlive the one that started with it.
+            self._locks.append(take_lock(self._lock_file(self._rank), self._rank))
+            for path in self._locks_of_others() if self._rank == 0 else ():
+                self._locks.append(take_lock(path, self._rank))
+        except BlockingIOError as error:
+            self._is_ours = False
+            raise self._refusal("is being written by an export that still runs") from error
+
+    def open(self) -> None:
+        """Claims the directory, or takes up what the same export left in it.
+
+        Raises:
+            DestinationError: It belongs to another export.
+        """
+        manifest = self._root / f"rank-{self._rank:05d}.json"
+        identity = json.dumps(self._identity)
+        left_by = manifest.read_text(encoding="utf-8") if manifest.exists() else None
+        if left_by != identity and any(self.directory.glob("*.safetensors")):
+            raise self._refusal("was left by an export of another model, config or topology")
+        write_atomically(manifest, identity)
+        self._is_ours = True
+
+    def finished(self, files: Iterable[ShardFile], expected: Mapping[str, TensorSpec]) -> set[str]:
+        """Names of the files that are complete: they got their final names only once they were on disk."""
+        found = set()
+        for file in files:
+            path = self.directory / file.name
+            if path.exists() and path.stat().st_size == file_size([expected[name] for name in file.tensors]):
+                found.add(file.name)
+        return found
+
+    def discard_unless_resumable(self) -> None:
+        """After a failure: leaves no trace, unless there are finished files to go on from."""
+        if self._rank != 0 or not self._is_ours or any(self.directory.glob("*.safetensors")):
+            return
+        shutil.rmtree(self._root, ignore_errors=True)
+        for parent in self._made:
+            with suppress(OSError):  # Somebody else's by now, if it is not empty.
+                parent.rmdir()
+
+    def publish(self) -> None:
+        """Makes the finished checkpoint visible under its name."""
+        for path in (*self.directory.glob(".*.part"), *self.directory.glob("*.part")):
+            path.unlink(missing_ok=True)  # What a kill left half-written.
+        publish_directory(self.directory, self.destination)
+        # Only now: while the rename may still fail, manifests keep another model's export from taking up these files.
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def close(self) -> None:
+        """Lets go of the locks."""
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def _lock_file(self, rank: int) -> Path:
+        return self._root / f"rank-{rank:05d}.lock"
+
+    def _locks_of_others(self) -> list[Path]:
+        """Those of ranks that this export has not: one that was killed may have had more, and some may still write."""
+        own = {self._lock_file(rank) for rank in range(self._world_size)}
+        return sorted(set(self._root.glob("rank-*.lock")) - own)
+
+    def _refusal(self, reason: str) -> DestinationError:
+        return DestinationError(
+            "There is an unfinished export beside the export directory.",
+            [Offender(str(self._root), reason, rank=self._rank)],
+            "Remove that directory, or choose another export directory.",
+        )
+
+
+class FileSink:
+    """Writes what one rank writes of an export's files, rows by rows, each in their place.
+
+    Files that it writes alone get their final names when they are full. Those of several ranks are made before any of
+    them writes (`make_shared`), and get theirs when all of them have written (`name_shared`); both by their first rank.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[ShardFile], plan: ExportPlan, rank: int) -> None:
+        self._directory = directory
+        self._expected = plan.expected()
+        self._rank = rank
+        self._files = [file for file in files if rank in file.owners]
+        self._home = {name: file for file in self._files for name in file.tensors}
+        self._shares = _bytes_written(plan, self._home, rank)
+        self._open: dict[str, SafetensorsFile] = {}
+        self._missing = sum(self._shares.values())
+
+    def make_shared(self) -> None:
+        for file in self._files:
+            if len(file.owners) > 1 and file.owners[0] == self._rank:
+                make_file(self._directory / file.name, self._specs(file))
+
+    def name_shared(self, names: Container[str]) -> None:
+        for file in self._files:
+            if file.name in names and file.owners[0] == self._rank:
+                name_file(self._directory / file.name)
+
+    def write(self, rows: Rows) -> None:
+        file = self._home[rows.name]
+        if file.name not in self._open:
+            shares = {name: self._shares[name] for name in file.tensors} if len(file.owners) > 1 else None
+            self._open[file.name] = SafetensorsFile(self._directory / file.name, self._specs(file), shares)
+        self._open[file.name].write(rows.name, rows.data.cpu(), rows.first)
+        self._missing -= rows.data.nbytes
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def check_complete(self) -> None:
+        assert self._missing == 0, f"{self._missing} planned bytes were not written"
+
+    def _specs(self, file: ShardFile) -> list[TensorSpec]:
+        return [self._expected[name] for name in file.tensors]
+
+
+def _bytes_written(plan: ExportPlan, tensors: Container[str], rank: int) -> dict[str, int]:
+    """How much of each of some tensors a rank writes."""
+    nbytes: defaultdict[str, int] = defaultdict(int)
+    for task in plan.tasks:
+        for part in task.all_outputs if task.owner == rank else ():
+            for spec in part.tensors:
+                if spec.name in tensors:
+                    nbytes[spec.name] += part.nbytes(spec)
+    return nbytes
+
+
+def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
+    """Writes the index of what is in the files, by their own headers, which must be what was planned.
+
+    Raises:
+        DestinationError: There are other files, which readers of a whole directory would take for a part of it.
+    """
+    _refuse_strays(directory, files)
+    weight_map: dict[str, str] = {}
+    for file in files:
+        with safe_open(directory / file.name, framework="pt") as opened:
+            names = set(opened.keys())
+        assert names == set(file.tensors), f"{file.name} does not hold what was planned"
+        weight_map |= dict.fromkeys(names, file.name)
+    total_size = sum(expected[name].nbytes for name in weight_map)
+    write_json(
+        directory / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def _refuse_strays(directory: Path, files: Sequence[ShardFile]) -> None:
+    strays = {path.name for path in directory.glob("*.safetensors")} - {file.name for file in files}
+    if strays:
+        raise DestinationError(
+            "Files that this export has not written are among its own.",
+            [Offender(str(directory / name), "is not in the plan") for name in sorted(strays)],
+            "Remove them once nothing writes there any more; the same export run again goes on from what is finished.",
+        )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

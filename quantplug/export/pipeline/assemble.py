@@ -1,0 +1,93 @@
+"""Putting what the slices sent of a piece where it belongs in the tensors that are written."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantplug.export.pipeline.pack import pack_rows
+from quantplug.export.plan.pieces import Piece, first_row, joined
+from quantplug.formats import TensorSpec
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Placement
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an output tensor.
+
+    Attributes:
+        name: Of the tensor.
+        first: Number of the first of them; 0 for a tensor without axes.
+        data: [rows, ...], or a tensor without axes.
+    """
+
+    name: str
+    first: int
+    data: torch.Tensor
+
+
+def join_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDimensions) -> Iterator[Rows]:
+    """What is written of a piece, where its slices are, from what each of its ranks has sent; empties `slices`."""
+    if piece.task.gather_first:
+        whole = joined(piece, [rows for (rows,) in slices], dims)
+        slices.clear()  # Before the rows are packed, so that what was received need not outlive them.
+        yield from _placed(piece, pack_rows(piece.task, piece.output, whole), piece.start)
+    elif piece.task.mapping.layout.shard_axis == 1 or piece.output.placement is not None:
+        axis = piece.task.mapping.layout.shard_axis or 0
+        tensors = (_end_to_end(pieces, axis) for pieces in zip(*slices, strict=True))
+        yield from _placed(piece, tensors, piece.start)
+    else:
+        for place, packed in enumerate(slices):
+            yield from _placed(piece, packed, first_row(piece, place, dims))
+    if piece.start == 0:
+        yield from _input_scale(piece)
+
+
+def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Slices put together; what has no axes (a scale of the whole weight) is the same on every rank."""
+    first = pieces[0]
+    if len(pieces) == 1 or first.ndim == 0:
+        return first
+    # As bytes: not every device concatenates FP8.
+    if first.dtype.itemsize == 1:
+        return torch.cat([piece.view(torch.uint8) for piece in pieces], dim=axis).view(first.dtype)
+    return torch.cat(list(pieces), dim=axis)
+
+
+def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[Rows]:
+    """Packed rows, the first of which is row number `row` of the part, as rows of the tensors that they belong to."""
+    copies = [copy.tensors for copy in piece.task.copies]
+    for specs, tensor in zip(zip(piece.output.tensors, *copies, strict=True), packed, strict=False):
+        for spec in specs:
+            if piece.output.placement is not None:
+                yield from _of_expert(piece.output.placement, spec, tensor)
+            elif tensor.numel() and tensor.ndim > 0 and spec.shape:
+                yield from _of_part(piece, spec, tensor, row)
+            elif row == 0:
+                yield Rows(spec.name, 0, tensor.reshape(spec.shape))
+
+
+def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> Iterator[Rows]:
+    # A tensor of block scales has fewer rows than the part.
+    first = row * tensor.shape[0] // (piece.stop - piece.start)
+    left = spec.shape[0] - first  # Behind them there are only Megatron's padding rows of the vocabulary.
+    if left > 0:
+        yield Rows(spec.name, first, tensor[:left].contiguous())
+
+
+def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> Iterator[Rows]:
+    """One expert's whole slice; a scale of all experts comes with the first of them."""
+    if not placement.is_shared(spec.shape):
+        yield Rows(spec.name, placement.expert, placement.turned(tensor).unsqueeze(0).contiguous())
+    elif placement.expert == 0:
+        yield Rows(spec.name, 0, tensor.reshape(spec.shape))
+
+
+def _input_scale(piece: Piece) -> Iterator[Rows]:
+    task, packing, placement = piece.task, piece.output.format, piece.output.placement
+    if packing is None or task.input_amax is None or (placement is not None and placement.expert > 0):
+        return
+    scale = packing.input_scale(torch.tensor(task.input_amax, dtype=torch.float32))
+    for output in (piece.output, *task.copies):
+        yield Rows(output.tensors[-1].name, 0, scale)

@@ -1,0 +1,118 @@
+"""Moving packed slices to the ranks that write them: flat byte buckets, one typed collective each, no objects."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from quantplug.export.pipeline.buckets import BUCKET_BYTES, Bucket
+from quantplug.export.pipeline.groups import pack_in_groups
+from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece, rows_of, travel_specs
+from quantplug.export.plan.types import Held
+from quantplug.formats import TensorSpec
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.topology import ShardAxis
+
+GROUP_BYTES = BUCKET_BYTES // PIECES_IN_A_BUCKET
+"""Of rows that are packed at once."""
+
+_ALIGNMENT = 16  # Of each tensor in a bucket, so that its bytes can be viewed as any type.
+
+Groups = Mapping[ShardAxis, dist.ProcessGroup]
+Slices = list[Sequence[torch.Tensor]]
+"""What every rank that delivers a piece has sent of it, in slice order."""
+Delivered = list[tuple[Piece, Slices]]
+"""Pieces that this rank writes."""
+
+
+def pack_pieces(
+    pieces: Iterable[Piece], held: Held, place: int, dims: ModelDimensions
+) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
+    """What a rank sends of pieces in turn, of whose weights it holds slice number `place`; on the weights' device."""
+    read = ((piece, _rows(piece, held[piece.task.source.key].load(), place, dims)) for piece in pieces)
+    return pack_in_groups(read, GROUP_BYTES)
+
+
+def _rows(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> torch.Tensor:
+    return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, place, dims)))
+
+
+class PackedBucket:
+    """A bucket of which this rank has packed its slices.
+
+    Packing can fail and touches no other rank; `exchange` is the collective, and comes once all ranks have packed.
+    """
+
+    def __init__(self, bucket: Bucket, held: Held, dims: ModelDimensions, rank: int, device: torch.device) -> None:
+        self._bucket = bucket
+        self._dims = dims
+        self._place = bucket.ranks.index(rank)
+        self._mine = [piece for piece in bucket.pieces if piece.task.owner == rank]
+        self._send_sizes = [self._nbytes(self._owned_by(owner), self._place) for owner in bucket.ranks]
+        self._received_sizes = [self._nbytes(self._mine, place) for place in range(len(bucket.ranks))]
+        # Both here, not in the exchange: to run out of memory must be this rank's own failure, not a broken collective.
+        self._send = torch.empty(sum(self._send_sizes), dtype=torch.uint8, device=device)
+        self._received = self._send
+        if len(bucket.ranks) > 1:
+            self._received = torch.empty(sum(self._received_sizes), dtype=torch.uint8, device=device)
+        self._pack(held)
+
+    def exchange(self, groups: Groups) -> Delivered:
+        """Sends every slice to the rank that writes it. A collective of the bucket's ranks; can be called once."""
+        if len(self._bucket.ranks) > 1:
+            assert self._bucket.axis is not None
+            dist.all_to_all_single(
+                self._received,
+                self._send,
+                output_split_sizes=self._received_sizes,
+                input_split_sizes=self._send_sizes,
+                group=groups[self._bucket.axis],
+            )
+        del self._send
+        chunks = self._received.split(self._received_sizes)
+        of_ranks = [list(self._unpack(chunk, place)) for place, chunk in enumerate(chunks)]
+        return [(piece, list(slices)) for piece, *slices in zip(self._mine, *of_ranks, strict=True)]
+
+    def _pack(self, held: Held) -> None:
+        """Fills what is sent, owner by owner. A flat buffer, as thousands of small tensors would fragment the heap."""
+        offset = 0
+        pieces = (piece for rank in self._bucket.ranks for piece in self._owned_by(rank))
+        for _, packed in pack_pieces(pieces, held, self._place, self._dims):
+            for tensor in packed:
+                data = tensor.contiguous().reshape(-1).view(torch.uint8)
+                self._send[offset : offset + data.numel()].copy_(data)
+                offset += aligned(data.numel())
+
+    def _owned_by(self, rank: int) -> list[Piece]:
+        return [piece for piece in self._bucket.pieces if piece.task.owner == rank]
+
+    def _nbytes(self, pieces: Sequence[Piece], place: int) -> int:
+        """What slice number `place` sends of some pieces."""
+        return sum(aligned(spec.nbytes) for piece in pieces for spec in travel_specs(piece, place, self._dims))
+
+    def _unpack(self, data: torch.Tensor, place: int) -> Iterator[list[torch.Tensor]]:
+        offset = 0
+        for piece in self._mine:
+            tensors = []
+            for spec in travel_specs(piece, place, self._dims):
+                tensors.append(typed_view(data[offset : offset + spec.nbytes], spec))
+                offset += aligned(spec.nbytes)
+            yield tensors
+
+
+def typed_view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Bytes of a bucket as the tensor they are."""
+    return data.view(spec.dtype).reshape(spec.shape)
+
+
+def aligned(nbytes: int) -> int:
+    """What a tensor of that many bytes takes up in a bucket."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _taken(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a weight: the weight's own memory where they follow each other, as they mostly do."""
+    if bool((rows.diff() == 1).all()):
+        first = int(rows[0]) if len(rows) else 0
+        return weight[first : first + len(rows)]
+    return weight.index_select(0, rows.to(weight.device))

@@ -1,0 +1,146 @@
+"""Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together.
+
+What one rank holds whole, as experts are under expert parallelism, is exchanged with nobody: it is written piece by
+piece while the next piece is packed.
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.export.files.staging import FileSink, Staging
+from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.pipeline.buckets import Bucket, Round, make_rounds
+from quantplug.export.pipeline.gather import Delivered, PackedBucket, Slices, pack_pieces
+from quantplug.export.pipeline.writer_thread import Behind
+from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.types import ExportPlan, Held, Progress, ShardFile
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named, union
+from quantplug.megatron.parallel import process_groups
+
+
+def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, progress: Progress) -> None:
+    """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks.
+
+    Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
+    collective for one that has failed. Memory holds at most a bucket that is sent and one that is received, or one that
+    was received and working copies of a piece; of what is not exchanged, a few pieces.
+
+    Raises:
+        DestinationError: Another export left its unfinished files in the way, or still runs.
+        WriteError: The disk refused a file on some rank.
+        RankLostError: A rank ended.
+    """
+    for step in (staging.make, staging.lock, staging.open):
+        all_or_none(disk_errors(staging.directory, rank)(step))
+    finished = _finished_everywhere(plan, staging, rank)
+    kept = {name for file in plan.files if file.name in finished for name in file.tensors}
+    todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
+    files = [file for file in plan.files if file.name not in finished]
+    rounds = make_rounds(todo, plan.dims)
+    sink = FileSink(staging.directory, files, plan, rank)
+    full = _full_after(rounds, files)
+    steps = _Steps(
+        held, plan.dims, sink, staging.directory, rank, progress, total=sum(task.owner == rank for task in todo)
+    )
+    groups = process_groups()
+    delivered: Delivered = []
+    try:
+        if full:
+            all_or_none(disk_errors(staging.directory, rank)(sink.make_shared))
+        for number, bucket in enumerate(_mine(each, rank) for each in rounds):
+            # All ranks have agreed on having written what the round before the last one delivered.
+            packed = all_or_none(partial(steps.write_and_pack, delivered, bucket, full.get(number - 2, ())))
+            with lost_ranks_named():
+                delivered = [] if packed is None else packed.exchange(groups)
+            del packed  # Or what it received would be there while the next one is packed.
+        all_or_none(partial(steps.write_and_pack, delivered, None, full.get(len(rounds) - 2, ())))
+        if full:
+            all_or_none(partial(steps.write_and_pack, [], None, full.get(len(rounds) - 1, ())))
+    finally:
+        sink.close()
+    sink.check_complete()
+
+
+def _full_after(rounds: Sequence[Round], files: Sequence[ShardFile]) -> dict[int, list[str]]:
+    """Files that several ranks write, by the number of the last round that delivers something of them."""
+    home = {name: file.name for file in files if len(file.owners) > 1 for name in file.tensors}
+    last: dict[str, int] = {}
+    for number, buckets in enumerate(rounds):
+        for piece in (piece for bucket in buckets for piece in bucket.pieces):
+            if piece.task.unit in home:
+                last[home[piece.task.unit]] = number
+    full: defaultdict[int, list[str]] = defaultdict(list)
+    for name, number in last.items():
+        full[number].append(name)
+    return dict(full)
+
+
+@dataclass
+class _Steps:
+    """What a rank does by itself between two collectives."""
+
+    held: Held
+    dims: ModelDimensions
+    sink: FileSink
+    directory: Path
+    rank: int
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def write_and_pack(self, delivered: Delivered, bucket: Bucket | None, full: Container[str]) -> PackedBucket | None:
+        """Writes what the last round delivered, then packs what the next one sends, or writes it if that is to nobody.
+
+        Args:
+            full: Files of several ranks that have become full.
+        """
+        with disk_errors(self.directory, self.rank):
+            self.sink.name_shared(full)
+        while delivered:
+            self._write_delivered(*delivered.pop(0))
+        if bucket is None:
+            return None
+        if len(bucket.ranks) > 1:
+            return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
+        self._pack_and_write(bucket)
+        return None
+
+    def _pack_and_write(self, bucket: Bucket) -> None:
+        with Behind() as writing:
+            for piece, packed in pack_pieces(bucket.pieces, self.held, 0, self.dims):
+                # From the device here: another thread would not wait for the stream that has packed it.
+                writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
+                self._count(piece)
+
+    def _write_delivered(self, piece: Piece, slices: Slices) -> None:
+        self._write(piece, slices)
+        self._count(piece)
+
+    def _write(self, piece: Piece, slices: Slices) -> None:
+        with disk_errors(self.directory, self.rank):
+            for rows in join_piece(piece, slices, self.dims):
+                self.sink.write(rows)
+
+    def _count(self, piece: Piece) -> None:
+        if piece.ends_task:
+            self.done += 1
+            self.progress("Packing and writing", self.done, self.total)
+
+
+def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:
+    """Files that their owners find finished, known to all ranks."""
+    own = staging.finished([file for file in plan.files if file.owners[0] == rank], plan.expected())
+    flags = union(torch.tensor([file.name in own for file in plan.files], dtype=torch.uint8))
+    return {file.name for file, flag in zip(plan.files, flags.tolist(), strict=True) if flag}
+
+
+def _mine(buckets: Round, rank: int) -> Bucket | None:
+    """This rank's bucket of a round; it may have none while others still have."""
+    return next((bucket for bucket in buckets if rank in bucket.ranks), None)

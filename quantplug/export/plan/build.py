@@ -1,0 +1,264 @@
+"""The plan of an export: pure, without tensor data.
+
+Whatever can be wrong by name, shape, calibration or setting is raised here, all of it at once, before anything is
+packed or written.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from quantplug.errors import ArgumentError, Offender
+from quantplug.export.pipeline.buckets import in_order
+from quantplug.export.pipeline.pack import must_gather_first, row_step
+from quantplug.export.plan.check_quantizers import check_calibrated, check_quantizers
+from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
+from quantplug.export.plan.match import Mapped, layout_shapes, match_table, part_shapes
+from quantplug.export.plan.ownership import Assignment, assign
+from quantplug.export.plan.scale_groups import group_names, with_shared_amaxes
+from quantplug.export.plan.scheme import Scheme
+from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
+from quantplug.findings import Findings
+from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
+
+MAX_SHARD_SIZE = 5 * 10**9
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is asked of an export, apart from the weights.
+
+    Attributes:
+        tied_embeddings: Whether the config ties lm_head to the embeddings.
+        dtype: Type of unquantized tensors on disk; None where each keeps its own.
+        router_dtype: Type of the routers on disk; None for `dtype`.
+        max_shard_size: Largest size of one file in bytes; a larger weight gets a file of its own.
+        reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
+        source_types: Their types.
+        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
+        calibrated: Whether calibration is over; before it, no amax is asked for.
+    """
+
+    tied_embeddings: bool = False
+    dtype: torch.dtype | None = torch.bfloat16
+    router_dtype: torch.dtype | None = None
+    max_shard_size: int = MAX_SHARD_SIZE
+    reference: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    source_types: Mapping[str, torch.dtype] = field(default_factory=dict)
+    unclaimed: Sequence[str] = ()
+    calibrated: bool = True
+
+
+def build_plan(
+    weights: Sequence[WholeWeight], family: Family, dims: ModelDimensions, request: ExportRequest
+) -> ExportPlan:
+    """Plans an export of a model's weights, quantized or not, to Hugging Face tensors.
+
+    Raises:
+        ArgumentError: A type or size that cannot be written.
+        MappingError: Parameters unknown, missing, or there twice.
+        ShapeError: A shape disagrees with the checkpoint, or does not divide as its format needs.
+        UnsupportedQuantizationError: Quantizers that cannot be written.
+        CalibrationError: Enabled quantizers without amax.
+    """
+    _check_request(request)
+    findings = Findings()
+    mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
+    shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
+    findings.raise_if_any()
+    scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
+    dialect = dialect_for(scheme) if scheme else None
+    written = _rows_written(mapped, dialect)
+    groups = group_names(mapped, written, dims)
+    mapped = with_shared_amaxes(mapped, groups, findings)
+    if request.calibrated:
+        check_calibrated(mapped, findings)
+    findings.raise_if_any()
+
+    assigned = assign([weight for weight, _ in mapped])
+    packing = _Packing(dims, request, scheme, dialect, groups, written)
+    tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
+    excluded = _excluded_modules(tasks, family, dims) if dialect else ()
+    quant_config = dialect.config(excluded) if dialect else None
+    files = _cut_into_files(in_order(tasks), request.max_shard_size)
+    return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
+
+
+def _check_request(request: ExportRequest) -> None:
+    types = {"dtype": request.dtype, "moe_router_dtype": request.router_dtype or request.dtype}
+    wrong = {name: dtype for name, dtype in types.items() if dtype is not None and dtype not in PLAIN_DTYPES}
+    offenders = [Offender(name, f"is {dtype}") for name, dtype in wrong.items()]
+    if request.max_shard_size < 1:
+        offenders.append(Offender("max_shard_size", f"is {request.max_shard_size}"))
+    if offenders:
+        names = ", ".join(map(str, PLAIN_DTYPES))
+        raise ArgumentError(
+            "Arguments of the export cannot be served.",
+            offenders,
+            f"Plain tensors are written as {names}; a file has at least a byte.",
+        )
+
+
+def _rows_written(mapped: Mapped, dialect: Dialect | None) -> dict[ParamKey, WeightMapping]:
+    """The row by which each weight is written.
+
+    Experts that a plain checkpoint holds in one tensor may have to be written one by one: then all of the model are, as
+    soon as one is quantized, as readers take all of them in one of the two ways.
+    """
+    rows = {weight.key: row for weight, row in mapped}
+    if dialect is None:
+        return rows
+    packed = {key: row.when_packed(fused_is_read=dialect.fused_is_read) for key, row in rows.items()}
+    apart = any(weight.weight is not None and packed[weight.key] is not row for weight, row in mapped)
+    return packed if apart else rows
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """What is the same for all tasks of a plan.
+
+    Attributes:
+        written: The row by which each weight is written.
+    """
+
+    dims: ModelDimensions
+    request: ExportRequest
+    scheme: Scheme | None
+    dialect: Dialect | None
+    groups: Mapping[ParamKey, str]
+    written: Mapping[ParamKey, WeightMapping]
+
+    def task(
+        self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
+    ) -> ExportTask:
+        quantized = weight.weight is not None and self.scheme is not None
+        packing = self.scheme.weight if self.scheme and quantized else None
+        stored, mapping = mapping, self.written[weight.key]
+        if mapping is not stored:
+            shapes = layout_shapes(weight.shape, mapping, self.dims)
+        placement = mapping.placement(weight.key, self.dims)
+        plain = self._plain_dtype(weight, mapping)
+        formats = [None if pattern in mapping.kept else packing for pattern in mapping.hf]
+        outputs = tuple(
+            PartOutput(name, shape, self._tensors(name, shape, plain, of_part, placement), of_part, placement)
+            for name, shape, of_part in zip(mapping.hf_names(weight.key, self.dims), shapes, formats, strict=True)
+        )
+        return ExportTask(
+            source=weight,
+            mapping=mapping,
+            stored=stored,
+            ranks=assigned.ranks,
+            owner=assigned.owner,
+            gather_first=must_gather_first(weight.shape, len(assigned.ranks), mapping, packing, self.dims),
+            format=packing,
+            amax=weight.weight.amax if weight.weight and quantized else None,
+            input_amax=weight.activation.amax if weight.activation and quantized else None,
+            dtype=plain,
+            # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
+            row_step=None if placement else row_step(packing, shapes[0]),
+            outputs=outputs,
+            copies=tuple(
+                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, packing, None), packing)
+                for name in mapping.copy_names(self.dims)
+                if not self.request.reference or name in self.request.reference
+            ),
+            scale_group=self.groups.get(weight.key) if quantized else None,
+        )
+
+    def _plain_dtype(self, weight: WholeWeight, mapping: WeightMapping) -> torch.dtype:
+        if self.request.dtype is None:
+            return weight.dtype
+        if mapping.dtype is not None:
+            return mapping.dtype
+        if mapping.keeps_type:
+            (name,) = mapping.hf_names(weight.key, self.dims)
+            return torch.promote_types(self.request.source_types.get(name, self.request.dtype), self.request.dtype)
+        return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype
+
+    def _tensors(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        plain: torch.dtype,
+        packing: WeightFormat | None,
+        placement: Placement | None,
+    ) -> tuple[TensorSpec, ...]:
+        if packing is None or self.scheme is None or self.dialect is None:
+            return (self._stored(TensorSpec(name, shape, plain), placement),)
+        tensors = packing.outputs(shape)
+        if self.scheme.activations:
+            tensors = (*tensors, INPUT_SCALE)
+        stored = (self._stored(tensor, placement) for tensor in tensors)
+        return tuple(self.dialect.spec(name, tensor) for tensor in stored)
+
+    def _stored(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
+        """As it is stored with those of all experts; what has no axes (a scale of all experts) is stored once."""
+        if placement is None or not tensor.shape:
+            return tensor
+        return replace(tensor, shape=placement.stored_shape(tensor.shape))
+
+
+def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDimensions) -> tuple[str, ...]:
+    """Exact names of the modules with a matrix product that stay unquantized.
+
+    A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
+    all of a layer or in none, they build one module and look up its name; as of some linears, which they merge.
+    """
+    multiplying = [task for task in tasks if task.mapping.role.multiplies]
+    parts = [part for task in multiplying for part in task.all_outputs]
+    plain = {part.name for part in parts if part.format is None and part.placement is None}
+    names = {name.removesuffix(".weight") for name in (*plain, *family.tied)}
+    merged = (found for task in multiplying for found in task.mapping.merged_names(task.source.key, dims))
+    names |= {name for name, merged_parts in merged if plain.issuperset(merged_parts)}
+    experts = {task.mapping.experts_module(task.source.key, dims) for task in multiplying if task.format is None}
+    return tuple(sorted(names | {name for name in experts if name is not None}))
+
+
+def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:
+    """Fills the files of each owner, or of owners that share a tensor, in order up to `limit` bytes.
+
+    A weight's tensors stay together.
+    """
+    owners: defaultdict[str, set[int]] = defaultdict(set)
+    specs: defaultdict[str, dict[str, TensorSpec]] = defaultdict(dict)
+    for task in tasks:
+        owners[task.unit].add(task.owner)
+        specs[task.unit] |= {spec.name: spec for part in task.all_outputs for spec in part.tensors}
+    files: list[tuple[tuple[int, ...], list[str]]] = []
+    for group in sorted({tuple(sorted(of_unit)) for of_unit in owners.values()}):
+        size = limit
+        for unit, of_unit in owners.items():
+            if tuple(sorted(of_unit)) != group:
+                continue
+            nbytes = sum(spec.nbytes for spec in specs[unit].values())
+            if size + nbytes > limit:
+                files.append((group, []))
+                size = 0
+            files[-1][1].extend(specs[unit])
+            size += nbytes
+    count = len(files)
+    return tuple(
+        ShardFile(f"model-{number:05d}-of-{count:05d}.safetensors", group, tuple(names))
+        for number, (group, names) in enumerate(files, start=1)
+    )
+
+
+def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files: tuple[ShardFile, ...]) -> str:
+    content = {
+        "tensors": [
+            [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax)]
+            for task in tasks
+            for part in task.all_outputs
+            for spec in part.tensors
+        ],
+        "config": None if quant_config is None else quant_config.config_json,
+        "files": [[file.name, file.owners, file.tensors] for file in files],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

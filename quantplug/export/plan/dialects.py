@@ -1,0 +1,149 @@
+"""How each scheme is spelled on disk: tensor names, scale shapes and the config that announces them.
+
+Sources: ModelOpt's unified Hugging Face checkpoint (`hf_quant_config.json`), DeepSeek-V3's `config.json` for FP8 in
+blocks, and compressed-tensors' `QuantizationConfig` for FP8 weights with 16-bit activations, which ModelOpt's own
+schema cannot say: its `FP8` always means quantized activations.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from quantplug import __version__
+from quantplug.export.plan.scheme import Scheme
+from quantplug.export.plan.types import QuantConfig
+from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec
+
+
+def stored_name(weight: str, tensor: str) -> str:
+    """Name on disk of a tensor of a weight.
+
+    A module's `weight` has its scales beside it (`q_proj.weight_scale`). Experts in one tensor, which is a parameter by
+    another name, have it in theirs (`experts.gate_up_proj_weight_scale`), as ModelOpt writes them for GPT-OSS.
+    """
+    module, dot, last = weight.rpartition(".")
+    if last == "weight":
+        return f"{module}{dot}{tensor}"
+    return weight if tensor == "weight" else f"{weight}_{tensor}"
+
+
+# Servers look for this producer name; the version is ours.
+PRODUCER = {"name": "modelopt", "version": f"quantplug-{__version__}"}
+
+
+@dataclass(frozen=True)
+class ModelOptDialect:
+    """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
+
+    fused_is_read: ClassVar[bool] = True
+    algorithm: str
+    weights: Mapping[str, Any]
+    activations: Mapping[str, Any] | None
+    group_size: int | None = None
+
+    def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=stored_name(weight, tensor.name))
+
+    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+        group = {"weights": dict(self.weights), "targets": ["Linear"]}
+        if self.activations is not None:
+            group["input_activations"] = dict(self.activations)
+        config_json = {
+            "quant_method": "modelopt",
+            "quant_algo": self.algorithm,
+            "config_groups": {"group_0": group},
+            "ignore": list(exclude_modules),
+            "producer": PRODUCER,
+        }
+        quantization: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None}
+        if self.group_size is not None:
+            quantization["group_size"] = self.group_size
+        quantization["exclude_modules"] = list(exclude_modules)
+        return QuantConfig(self.algorithm, config_json, {"producer": PRODUCER, "quantization": quantization})
+
+
+@dataclass(frozen=True)
+class DeepSeekDialect:
+    """DeepSeek-V3's FP8 in 128x128 blocks: `weight_scale_inv`, which despite its name multiplies.
+
+    Experts in one tensor have `gate_up_proj_scale_inv`, as transformers and servers read it.
+    """
+
+    fused_is_read: ClassVar[bool] = False
+    algorithm: str = "FP8 128x128"
+
+    def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        name = weight if tensor.name == "weight" else f"{weight}_scale_inv"
+        return replace(tensor, name=name)
+
+    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+        config_json = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": list(exclude_modules),
+        }
+        return QuantConfig(self.algorithm, config_json)
+
+
+@dataclass(frozen=True)
+class CompressedTensorsDialect:
+    """compressed-tensors' FP8 weights without quantized activations: scales of shape [1]."""
+
+    fused_is_read: ClassVar[bool] = True
+    algorithm: str = "W8A16 FP8"
+    weights: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+            "group_size": None,
+        }
+    )
+
+    def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=stored_name(weight, tensor.name), shape=tensor.shape or (1,))
+
+    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+        scheme = {
+            "targets": ["Linear"],
+            "weights": dict(self.weights),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        config_json = {
+            "quant_method": "compressed-tensors",
+            "format": "naive-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": scheme},
+            "ignore": list(exclude_modules),
+            "kv_cache_scheme": None,
+        }
+        return QuantConfig(self.algorithm, config_json)
+
+
+Dialect = ModelOptDialect | DeepSeekDialect | CompressedTensorsDialect
+
+_NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+_DIALECTS: dict[Scheme, Dialect] = {
+    Scheme(NVFP4(), activations=True): ModelOptDialect("NVFP4", _NVFP4_ARGUMENTS, _NVFP4_ARGUMENTS, 16),
+    Scheme(NVFP4(), activations=False): ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),
+    Scheme(FP8(), activations=True): ModelOptDialect("FP8", _FP8_ARGUMENTS, _FP8_ARGUMENTS),
+    Scheme(FP8(), activations=False): CompressedTensorsDialect(),
+    Scheme(FP8Block(), activations=False): DeepSeekDialect(),
+}
+
+
+def dialect_for(scheme: Scheme) -> Dialect:
+    """The spelling of a scheme that vLLM, SGLang and TensorRT-LLM read."""
+    return _DIALECTS[scheme]
+
+
+INPUT_SCALE = TensorSpec("input_scale", (), torch.float32)

@@ -1,0 +1,122 @@
+"""Which row of the table each weight stands in, and which weights are unknown, missing, there twice or mis-shaped."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from quantplug.errors import MappingError, ShapeError
+from quantplug.export.plan.types import WholeWeight
+from quantplug.findings import Findings, Kind, nearest
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey, Scope, WeightMapping
+
+_SAME_MODEL = (
+    "Check that the Hugging Face config is that of this model, and that the model holds all layers and experts."
+)
+_UNKNOWN = Kind(MappingError, "The model has parameters that the table of its architecture does not know.", _SAME_MODEL)
+_MISSING = Kind(MappingError, "Parameters that the Hugging Face config promises are not in the model.", _SAME_MODEL)
+_TWICE = Kind(MappingError, "Parameters stand twice in the model.", "Pass each model chunk once.")
+_SHAPE = Kind(ShapeError, "Shapes in the model do not agree with the Hugging Face checkpoint.", _SAME_MODEL)
+
+Slot = tuple[tuple[str, ...], int | None]
+"""What one parameter stands for: its Hugging Face names, and which expert of them."""
+
+Mapped = list[tuple[WholeWeight, WeightMapping]]
+
+
+def match_table(
+    weights: Iterable[WholeWeight], family: Family, dims: ModelDimensions, tied: bool, findings: Findings
+) -> Mapped:
+    """Every weight with its row, in writing order; what does not fit goes into `findings`."""
+    table = family.by_megatron()
+    found: dict[Slot, tuple[WholeWeight, WeightMapping]] = {}
+    expected = dict(_expected(family, dims, tied))
+    for weight in weights:
+        mapping = table.get(weight.key.module)
+        if mapping is None:
+            hint = nearest(weight.key.module, table)
+            findings.add_weight(_UNKNOWN, weight, f"not in the table of {family.name}{hint}")
+            continue
+        names = mapping.hf_names(weight.key, dims)
+        slot = (names, weight.key.expert)
+        if slot in found:
+            findings.add_weight(_TWICE, weight, f"stands for {', '.join(names)} a second time")
+        elif slot not in expected:
+            findings.add_weight(_UNKNOWN, weight, f"a model of this config has no {', '.join(names)}")
+        found[slot] = (weight, mapping)
+    for slot, key in expected.items():
+        if slot not in found:
+            findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)
+    mtp = [slot for slot, key in expected.items() if table[key.module].block.is_mtp]
+    if mtp and found.keys().isdisjoint(mtp):
+        findings.add(_no_mtp(family.mtp_setting), family.mtp_setting, f"asks for {dims.mtp_layers}")
+    return [found[slot] for slot in expected if slot in found]
+
+
+def _no_mtp(setting: str) -> Kind:
+    return Kind(
+        MappingError,
+        "The config promises layers of multi-token prediction, and the model has none.",
+        f"Build the model with them (mtp_num_layers), or set {setting} to 0 in config.json.",
+    )
+
+
+def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[Slot, ParamKey]]:
+    """Every part group of a whole model: outside the layers first, then layer after layer, MTP last."""
+    keys = [(names, key) for names, key in family.expected(dims) if not (tied and set(names) & set(family.tied))]
+    slots = [((names, key.expert), key) for names, key in keys]
+    return sorted(slots, key=lambda item: _place(item[1]))
+
+
+def _place(key: ParamKey) -> tuple[str, int]:
+    return ("", -1) if key.layer is None else (key.stack, key.layer)
+
+
+def part_shapes(
+    weight: WholeWeight,
+    mapping: WeightMapping,
+    dims: ModelDimensions,
+    reference: Mapping[str, tuple[int, ...]],
+    findings: Findings,
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the Hugging Face parts of a weight, of one expert's alone: its layout run on a tensor without data.
+
+    Args:
+        reference: Shapes in the source checkpoint by name, as far as they are known.
+    """
+    problem = mapping.layout.problem(weight.shape, dims)
+    if problem is not None:
+        findings.add_weight(_SHAPE, weight, problem)
+        return ()
+    shapes = layout_shapes(weight.shape, mapping, dims)
+    placement = mapping.placement(weight.key, dims)
+    for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
+        expected = _with_mlp_width(shape, mapping, dims)
+        stored = placement.stored_shape(shape) if placement else shape
+        if shape != expected:
+            reason = f"gives {name} of shape {list(shape)}, the config says {list(expected)}"
+            findings.add_weight(_SHAPE, weight, reason)
+        elif reference.get(name, stored) != stored:
+            reason = f"gives {name} of shape {list(stored)}, the checkpoint has {list(reference[name])}"
+            findings.add_weight(_SHAPE, weight, reason)
+    return shapes
+
+
+def layout_shapes(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the parts that a layout makes of a Megatron tensor of a shape that it has no problem with."""
+    parts = mapping.layout.split(torch.empty(shape, device="meta"), dims)
+    return tuple(tuple(part.shape) for part in parts)
+
+
+def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[int, ...]:
+    """The shape of a part with the config's feed-forward width, which lies along the axis that its layout shards."""
+    widths = {
+        Scope.DENSE_LAYER: dims.mlp_width,
+        Scope.EXPERT: dims.expert_width,
+        Scope.MOE_LAYER: dims.shared_width,
+    }
+    width = widths.get(mapping.scope)
+    axis = mapping.layout.shard_axis
+    if width is None or axis is None:
+        return shape
+    return (*shape[:axis], width * mapping.layout.widths(), *shape[axis + 1 :])

@@ -1,0 +1,55 @@
+"""Which ranks deliver each weight and which one writes it, so that bytes and work balance over all ranks."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quantplug.export.plan.types import WholeWeight
+from quantplug.mappings.table import ParamKey
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who brings one weight to disk.
+
+    Attributes:
+        ranks: The ranks that deliver it, in slice order; all in one tensor parallel group.
+        owner: The one of them that writes it.
+    """
+
+    ranks: tuple[int, ...]
+    owner: int
+
+
+def assign(weights: Sequence[WholeWeight]) -> dict[ParamKey, Assignment]:
+    """Gives each weight, the largest first, to the rank that has the least to do of those that hold it.
+
+    A pure function of its input, so that all ranks come to the same result.
+    """
+    load: Counter[int] = Counter()
+    assigned = {}
+    for weight in sorted(weights, key=lambda weight: (-weight.nbytes, weight.key.name)):
+        candidates = [(load[rank], rank, ranks) for ranks in weight.replicas for rank in ranks]
+        _, owner, ranks = min(candidates)
+        assigned[weight.key] = Assignment(ranks, owner)
+        load[owner] += weight.nbytes
+        load.update(dict.fromkeys(ranks, weight.nbytes // len(ranks)))
+    return assigned | _side_by_side(weights, assigned)
+
+
+def _side_by_side(
+    weights: Sequence[WholeWeight], assigned: Mapping[ParamKey, Assignment]
+) -> dict[ParamKey, Assignment]:
+    """Experts that the same ranks hold, dealt out anew so that those of one owner follow each other.
+
+    They are alike, so that the balance stays; and where they lie in one tensor, an owner sends them in one piece.
+    """
+    alike: defaultdict[tuple[str, int | None, tuple[tuple[int, ...], ...]], list[ParamKey]] = defaultdict(list)
+    for weight in weights:
+        if weight.key.expert is not None:
+            alike[weight.key.module, weight.key.layer, weight.replicas].append(weight.key)
+    dealt: dict[ParamKey, Assignment] = {}
+    for keys in alike.values():
+        shares = sorted((assigned[key] for key in keys), key=lambda share: share.owner)
+        dealt.update(zip(sorted(keys), shares, strict=True))
+    return dealt

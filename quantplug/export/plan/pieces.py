@@ -1,0 +1,138 @@
+"""How a weight is cut into pieces of a few rows, so that memory does not grow with the largest weight of a model.
+
+A piece is rows of one part (of q_proj, say) of one weight. Where slices are packed apart, it is the same rows of every
+slice; where they are gathered first, it is rows of the whole part, which slices hold some, all or none of. Which rows
+of Megatron's tensor those are, a layout says itself: it is run on the numbers of the rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from quantplug.export.pipeline.pack import packed_specs, slice_shape
+from quantplug.export.plan.types import ExportTask, PartOutput
+from quantplug.formats import TensorSpec
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import WeightMapping
+
+PIECES_IN_A_BUCKET = 8
+"""A piece has at most this fraction of a bucket: working copies of one are small beside what is sent and received."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is packed, sent and written at once.
+
+    Attributes:
+        part: Which of the task's outputs.
+        start: First row of the piece, in every slice of the part, or in the whole part where `gather_first`.
+        stop: The row behind its last.
+        in_flight: Bytes of it that one rank may have to hold as it is exchanged.
+        ends_task: Whether it is the last of its weight.
+    """
+
+    task: ExportTask
+    part: int
+    start: int
+    stop: int
+    in_flight: int
+    ends_task: bool
+
+    @property
+    def output(self) -> PartOutput:
+        return self.task.outputs[self.part]
+
+
+def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[Piece]:
+    """The pieces of a weight, part by part, from the first row to the last."""
+    for part, places in enumerate(_places(task, dims)):
+        rows = len(places)
+        step = _rows_of_a_piece(task, part, rows, bucket_bytes // PIECES_IN_A_BUCKET)
+        for start in range(0, max(rows, 1), step):  # A tensor without rows is one piece, so that it is written.
+            stop = min(start + step, rows)
+            ends_task = part == len(task.outputs) - 1 and stop == rows
+            yield Piece(task, part, start, stop, _in_flight(task, part, stop - start), ends_task)
+
+
+def rows_of(piece: Piece, place: int, dims: ModelDimensions) -> torch.Tensor:
+    """Numbers of the rows that slice number `place` has of a piece, in the order of the piece."""
+    rows = _places(piece.task, dims)[piece.part][piece.start : piece.stop]
+    if not _straddles_rows(piece.task):
+        return rows
+    return rows[rows // _slice_rows(piece.task) == place] % _slice_rows(piece.task)
+
+
+def first_row(piece: Piece, place: int, dims: ModelDimensions) -> int:
+    """Where in the whole part the rows begin that slice number `place` packs of a piece."""
+    apart = piece.task.mapping.layout.shard_axis == 0 and not piece.task.gather_first
+    return piece.start + (place * len(_places(piece.task, dims)[piece.part]) if apart else 0)
+
+
+def joined(piece: Piece, slices: list[torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
+    """The rows of a piece from what every slice has of them."""
+    if not _straddles_rows(piece.task):
+        axis = piece.task.mapping.layout.shard_axis
+        assert axis is not None
+        return torch.cat(slices, dim=axis)
+    rows = _places(piece.task, dims)[piece.part][piece.start : piece.stop].to(slices[0].device)
+    whole = slices[0].new_empty((len(rows), *slices[0].shape[1:]))
+    for place, of_slice in enumerate(slices):
+        whole[rows // _slice_rows(piece.task) == place] = of_slice
+    return whole
+
+
+def travel_specs(piece: Piece, place: int, dims: ModelDimensions) -> tuple[TensorSpec, ...]:
+    """What slice number `place` sends of a piece."""
+    rows = len(rows_of(piece, place, dims)) if _straddles_rows(piece.task) else piece.stop - piece.start
+    return _specs(piece.task, piece.part, rows)
+
+
+def _specs(task: ExportTask, part: int, rows: int) -> tuple[TensorSpec, ...]:
+    shape = (rows, *slice_shape(task.source.shape, len(task.ranks), task.mapping)[1:])
+    if task.gather_first:
+        return (TensorSpec("rows", shape, task.source.dtype),)
+    return packed_specs(task, task.outputs[part], shape)
+
+
+def _rows_of_a_piece(task: ExportTask, part: int, rows: int, limit: int) -> int:
+    if task.row_step is None or rows == 0:
+        return max(rows, 1)
+    output = sum(spec.nbytes for spec in task.outputs[part].tensors) // rows_in(task.outputs[part].shape)
+    source = task.source.nbytes // rows_in(task.source.shape)
+    # Where slices are packed apart and lie below one another, a row of the piece is a row of each.
+    count = len(task.ranks) if task.mapping.layout.shard_axis == 0 and not task.gather_first else 1
+    return max(limit // (max(output, source) * count) // task.row_step, 1) * task.row_step
+
+
+def _in_flight(task: ExportTask, part: int, rows: int) -> int:
+    """What the owner receives; twice that where one rank may have to send all of it too."""
+    times = 2 if _straddles_rows(task) else len(task.ranks)
+    return sum(spec.nbytes for spec in _specs(task, part, rows)) * times
+
+
+def rows_in(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor of this shape; a scalar is one."""
+    return shape[0] if shape else 1
+
+
+def _straddles_rows(task: ExportTask) -> bool:
+    """Whether a piece is rows that lie in one slice or another, not in each."""
+    return task.gather_first and task.mapping.layout.shard_axis == 0
+
+
+def _slice_rows(task: ExportTask) -> int:
+    return task.source.shape[0] // len(task.ranks)
+
+
+def _places(task: ExportTask, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+    """For every part the numbers of its rows in a slice; in all slices, one behind the other, if it straddles them."""
+    rows = rows_in(slice_shape(task.source.shape, len(task.ranks), task.mapping))
+    return _numbers(task.mapping, rows, len(task.ranks) if _straddles_rows(task) else 1, dims)
+
+
+@lru_cache(maxsize=32)
+def _numbers(mapping: WeightMapping, rows: int, slices: int, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+    layout, numbers = mapping.layout, torch.arange(rows * slices)
+    return layout.split(layout.join(numbers.split(rows), dims) if slices > 1 else numbers, dims)

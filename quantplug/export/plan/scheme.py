@@ -1,0 +1,75 @@
+"""From quantizers' settings to a weight format: the one place that knows which settings mean which format."""
+
+from dataclasses import dataclass
+
+from quantplug.export.plan.types import QuantizerState
+from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
+
+WAY_OUT = (
+    "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG or "
+    "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, or disable the quantizer."
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear is quantized: the format of its weight, and whether its input is quantized too."""
+
+    weight: WeightFormat
+    activations: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.weight.name} with {'quantized' if self.activations else '16-bit'} activations"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    num_bits: int | tuple[int, int]
+    block_sizes: tuple[tuple[int, int], ...] = ()
+    scale_bits: tuple[int, int] | None = None
+    dynamic_blocks: bool = False
+
+
+_FORMATS: dict[_Settings, WeightFormat] = {
+    _Settings((2, 1), ((-1, 16),), scale_bits=(4, 3), dynamic_blocks=True): NVFP4(),
+    _Settings((4, 3)): FP8(),
+    _Settings((4, 3), ((-2, 128), (-1, 128))): FP8Block(),
+}
+
+
+def weight_format(state: QuantizerState) -> WeightFormat | None:
+    """The format that a quantizer's settings stand for; None if no format of ours does."""
+    # ModelOpt's calibration gives a block quantizer the axes of its blocks; without blocks an axis means channels.
+    if state.unsupported or (state.axis is not None and not state.block_sizes):
+        return None
+    return _FORMATS.get(_Settings(state.num_bits, state.block_sizes, state.scale_bits, state.dynamic_blocks))
+
+
+def quantizer_for(packing: WeightFormat, name: str) -> QuantizerState:
+    """An uncalibrated quantizer that stands for a format: `weight_format` backwards."""
+    settings = next(settings for settings, known in _FORMATS.items() if known == packing)
+    return QuantizerState(name, settings.num_bits, settings.block_sizes, settings.scale_bits, settings.dynamic_blocks)
+
+
+def problem(weight: QuantizerState, activation: QuantizerState | None) -> str | None:
+    """Why a linear's quantizers cannot be written; None when they can."""
+    packing = weight_format(weight)
+    if packing is None:
+        return f"no output format expresses its weight quantizer ({describe(weight)})"
+    if activation is None:
+        return None
+    if weight_format(activation) != packing or not packing.static_activations:
+        return f"its input quantizer ({describe(activation)}) does not go with its {packing.name} weight"
+    return None
+
+
+def describe(state: QuantizerState) -> str:
+    """A quantizer's settings in a few words."""
+    words = [f"num_bits={state.num_bits}"]
+    if state.block_sizes:
+        kind = "dynamic" if state.dynamic_blocks else "static"
+        words.append(f"{kind} block_sizes={dict(state.block_sizes)} with scale_bits={state.scale_bits}")
+    elif state.axis is not None:
+        words.append(f"axis={state.axis}")
+    return ", ".join([*words, *state.unsupported])

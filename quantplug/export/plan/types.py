@@ -1,0 +1,236 @@
+"""The types that flow through an export: where a weight lives, what becomes of it, and the plan that says so."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import ParamKey, Placement, WeightMapping
+from quantplug.topology import Shard, ShardAxis
+
+
+@dataclass(frozen=True)
+class QuantizerState:
+    """What one calibrated quantizer says, as plain data: the plan needs no ModelOpt to read it.
+
+    Attributes:
+        name: The quantizer's name in the model, for messages.
+        num_bits: (exponent, mantissa) of a float format, or a number of integer bits.
+        block_sizes: (axis, block size) pairs, such as ((-1, 16),); empty for one scale a tensor.
+        scale_bits: (exponent, mantissa) of the block scales; None where they stay FP32.
+        dynamic_blocks: Whether the block scales are made when a tensor is quantized, not in calibration.
+        axis: Axes with a scale of their own; None for one scale a tensor.
+        amax: Largest |value| seen in calibration, over all blocks if it has blocks; None if not calibrated.
+        unsupported: Features switched on that no output format expresses, such as `pre_quant_scale`.
+    """
+
+    name: str
+    num_bits: int | tuple[int, int]
+    block_sizes: tuple[tuple[int, int], ...] = ()
+    scale_bits: tuple[int, int] | None = None
+    dynamic_blocks: bool = False
+    axis: int | tuple[int, ...] | None = None
+    amax: float | None = None
+    unsupported: tuple[str, ...] = ()
+
+
+def not_here() -> torch.Tensor:
+    """The `load` of a weight that another rank holds."""
+    raise AssertionError("this rank does not hold the weight")
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """What one rank holds of one weight, and how to get it.
+
+    Attributes:
+        shape: Shape of this rank's tensor.
+        shard: The part of the whole parameter that this rank holds; None if it holds all of it.
+        load: Returns the tensor, on whatever device it lives; never a copy that outlives the caller's use.
+        weight: Its weight quantizer, None if it has none or a disabled one.
+        activation: The input quantizer of its linear, None if it has none or a disabled one.
+    """
+
+    key: ParamKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: Shard | None
+    load: Callable[[], torch.Tensor]
+    weight: QuantizerState | None = None
+    activation: QuantizerState | None = None
+
+
+Held = Mapping[ParamKey, WeightRef]
+"""What this rank holds."""
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """A weight of the model, and which ranks can deliver it.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        axis: The parallel dimension that cuts it into slices; None for a weight that each of its ranks holds whole.
+        replicas: Groups of ranks that each hold all of it, in slice order.
+        weight: Its weight quantizer, with the largest amax over all ranks; None if it is not quantized.
+        activation: The input quantizer of its linear, likewise.
+    """
+
+    key: ParamKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axis: ShardAxis | None = None
+    replicas: tuple[tuple[int, ...], ...] = ((0,),)
+    weight: QuantizerState | None = None
+    activation: QuantizerState | None = None
+
+    @property
+    def rank(self) -> int:
+        """A rank that holds it, for messages."""
+        return self.replicas[0][0]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PartOutput:
+    """One Hugging Face weight of a task and the tensors it becomes on disk.
+
+    Attributes:
+        name: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
+        shape: Its shape before packing; of one expert's slice where the tensors hold all experts of a layer.
+        tensors: What is written for it, in this order.
+        format: How it is packed; None for a plain tensor.
+        placement: Where the slice lies in those tensors; None if they are all its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: tuple[TensorSpec, ...]
+    format: WeightFormat | None = None
+    placement: Placement | None = None
+
+    def nbytes(self, spec: TensorSpec) -> int:
+        """Bytes that are written for it of one of its tensors."""
+        if self.placement is None:
+            return spec.nbytes
+        if self.placement.is_shared(spec.shape):  # A scale of all experts is written with the first of them.
+            return spec.nbytes if self.placement.expert == 0 else 0
+        return spec.nbytes // self.placement.experts
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """One weight's way from Megatron to Hugging Face.
+
+    Attributes:
+        mapping: The row that says what is written.
+        stored: The row that says how a plain checkpoint holds it; another one only where a quantized one holds it
+            otherwise.
+        ranks: The ranks that deliver it, in slice order.
+        owner: The one of them that writes it.
+        gather_first: Whether its slices are put together before they are packed, because a block or a head straddles
+            them; otherwise every rank packs its own slice and only packed bytes travel.
+        format: How its parts are packed, but for those that stay plain; None if all do.
+        amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
+        input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
+        dtype: Type of plain parts on disk.
+        row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
+            give the part's bytes.
+        outputs: The parts, in the order of the layout.
+        copies: Outputs that hold the same as the one part, under other names.
+        scale_group: Name of the weights that it shares its amax with; None if it is alone.
+    """
+
+    source: WholeWeight
+    mapping: WeightMapping
+    stored: WeightMapping
+    ranks: tuple[int, ...]
+    owner: int
+    gather_first: bool
+    format: WeightFormat | None
+    amax: float | None
+    input_amax: float | None
+    dtype: torch.dtype
+    row_step: int | None
+    outputs: tuple[PartOutput, ...]
+    copies: tuple[PartOutput, ...] = ()
+    scale_group: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """Name of the weight it writes to: tasks of experts in one tensor have the same."""
+        return self.outputs[0].name
+
+    @property
+    def all_outputs(self) -> tuple[PartOutput, ...]:
+        """Everything that is written for it."""
+        return (*self.outputs, *self.copies)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The two config files that tell a server how to read the checkpoint.
+
+    Attributes:
+        algorithm: Short name for tables and messages, such as `W4A16_NVFP4`.
+        config_json: `quantization_config` of config.json.
+        hf_quant_config: hf_quant_config.json, for the schemas that have it.
+    """
+
+    algorithm: str
+    config_json: Mapping[str, Any]
+    hf_quant_config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One safetensors file of the output.
+
+    Attributes:
+        owners: The ranks that write it: one, or those that own experts of tensors that hold all experts of a layer. The
+            first of them makes it and gives it its final name.
+        tensors: Names of its tensors. All tensors of a weight are in one file.
+    """
+
+    name: str
+    owners: tuple[int, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The waist of an export: everything that will be written is known here, and nothing has been yet.
+
+    Attributes:
+        dims: Sizes of the model, for the layouts.
+        exclude_modules: Hugging Face names of the linear modules that stay unquantized.
+        quant_config: None for an export without quantization.
+        files: What goes where.
+        digest: SHA-256 over names, shapes, dtypes, scales and config: two plans with one digest write the same files.
+    """
+
+    tasks: tuple[ExportTask, ...]
+    dims: ModelDimensions
+    exclude_modules: tuple[str, ...]
+    quant_config: QuantConfig | None
+    files: tuple[ShardFile, ...]
+    digest: str
+
+    def expected(self) -> dict[str, TensorSpec]:
+        """What must be on disk afterwards, by name."""
+        return {spec.name: spec for task in self.tasks for part in task.all_outputs for spec in part.tensors}
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total) while work goes on."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress callback of a caller who wants none."""

@@ -1,0 +1,185 @@
+"""From a Hugging Face checkpoint straight to a quantized one, for formats that quantize weights alone.
+
+Weights need no data to be calibrated, so no model is built: needs torch, safetensors and NumPy alone. Names, layouts,
+plan, packing and files are those of an export from Megatron-Core, and so are the bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
+from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.duplicates import check_copies
+from quantplug.checkpoint.plain import open_plain, refuse_quantized
+from quantplug.checkpoint.reader import resolve_source
+from quantplug.errors import ArgumentError, Offender
+from quantplug.export.files.finish import ExportResult, finish, result_of
+from quantplug.export.files.staging import Staging, check_destination
+from quantplug.export.pipeline.prescan_checkpoint import Scan, scan
+from quantplug.export.pipeline.write_checkpoint import write_tensors
+from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
+from quantplug.export.plan.exclude import chosen_weights
+from quantplug.export.plan.scheme import quantizer_for
+from quantplug.export.plan.types import ExportPlan, Progress, WholeWeight, silent
+from quantplug.export.sources.checkpoint import source_weights
+from quantplug.export.sources.source_names import errors_in_source_names
+from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import fitted
+from quantplug.mappings.table import Family, ParamKey
+
+__all__ = ["WeightOnlyFormat", "quantize_checkpoint"]
+
+
+class WeightOnlyFormat(StrEnum):
+    """Quantizations of weights alone, by name."""
+
+    W4A16_NVFP4 = "w4a16_nvfp4"
+    FP8 = "fp8"
+    FP8_BLOCKWISE = "fp8_blockwise"
+
+
+_FORMATS: Mapping[WeightOnlyFormat, tuple[WeightFormat, int]] = {
+    WeightOnlyFormat.W4A16_NVFP4: (NVFP4(), 4),
+    WeightOnlyFormat.FP8: (FP8(), 8),
+    WeightOnlyFormat.FP8_BLOCKWISE: (FP8Block(), 8),
+}
+"""Each with the bits of a code."""
+
+
+@torch.no_grad()
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    format: str,  # noqa: A002  # as on the command line
+    *,
+    exclude: Sequence[str] = (),
+    quantize_mtp: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Quantizes the linear weights of a Hugging Face checkpoint; every other tensor keeps its values and its type.
+
+    Linears that some server cannot read in four bits (MLA's `kv_b_proj`) are among the others in such a format.
+
+    The source is read twice, a few rows at a time: for the amaxes, then to be packed. Memory does not grow with the
+    model. All is written into a hidden directory beside `destination`, which one rename makes visible: after an error
+    `destination` does not exist.
+
+    Args:
+        source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
+        destination: A directory that is new or empty.
+        format: One of `WeightOnlyFormat`: `w4a16_nvfp4`, `fp8` (one scale a tensor) or `fp8_blockwise` (128x128).
+        exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
+            (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
+        quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
+        trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
+        max_shard_size: Largest size of one safetensors file in bytes.
+        progress: Called as (stage, done, total), in bytes of the source.
+
+    Raises:
+        ArgumentError: A format that is not known, or a `max_shard_size` that cannot be served.
+        DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
+        SourceError: The source is missing, incomplete, damaged or already quantized; or tensors that it
+            holds twice differ; or it brings its own code, and that is not trusted.
+        UnsupportedModelError: Its architecture is not supported.
+        MappingError: Tensors are missing or unknown, or a pattern of `exclude` matches nothing.
+        ShapeError: A shape disagrees with the config, or does not divide as the format needs.
+        UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
+        WeightError: NaN or Inf in a weight.
+        WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
+    """
+    packing, bits = _format(format)
+    target = Path(destination)
+    with disk_errors(target):
+        check_destination(target)
+    model = _read_model(resolve_source(source), trust_remote_code)
+    with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
+        model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
+        weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
+        check_copies(checkpoint, model.family.copies(model.dims, model.tied), rank=0, ranks=1)
+        chosen = chosen_weights(weights, model.family, model.dims, exclude, bits=bits, quantize_mtp=quantize_mtp)
+        request = ExportRequest(
+            tied_embeddings=model.tied,
+            dtype=None,
+            max_shard_size=max_shard_size,
+            reference={name: header.shape for name, header in checkpoint.tensors.items()},
+        )
+        planner = _Planner(model, weights, chosen, packing, request)
+        scanned = scan(planner.plan(None), checkpoint, progress)
+        plan = planner.plan(scanned)
+        staging = Staging(target, plan.digest, scanned.fingerprint, rank=0, world_size=1)
+        try:
+            write_tensors(plan, checkpoint, staging, progress)
+            finish(plan, model.directory, staging, dtype=None)
+        except BaseException:
+            staging.discard_unless_resumable()
+            raise
+        finally:
+            staging.close()
+    return result_of(plan, target)
+
+
+def _format(name: str) -> tuple[WeightFormat, int]:
+    if name not in list(WeightOnlyFormat):
+        raise ArgumentError(
+            "This format is not one that a checkpoint is quantized in without a model.",
+            [Offender("format", f"is {name!r}")],
+            f"Use one of: {', '.join(WeightOnlyFormat)}. Formats that quantize activations need calibration with data.",
+        )
+    return _FORMATS[WeightOnlyFormat(name)]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What config.json says."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    family: Family
+    dims: ModelDimensions
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+
+def _read_model(directory: Path, trust_remote_code: bool) -> _Model:
+    config = read_config_file(directory)
+    refuse_own_code(directory, trusted=trust_remote_code)
+    family = find_family(architecture_of(config, directory))
+    refuse_quantized(directory, config.get("quantization_config"))
+    try:
+        dims = family.dimensions(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise config_error(directory, f"does not say the sizes of a {family.name} model: {error!r}") from error
+    return _Model(directory, config, family, dims)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Makes the plan, before the amaxes are known and after."""
+
+    model: _Model
+    weights: Sequence[WholeWeight]
+    chosen: frozenset[ParamKey]
+    packing: WeightFormat
+    request: ExportRequest
+
+    def plan(self, scanned: Scan | None) -> ExportPlan:
+        """The plan; without amaxes all is checked that needs none."""
+        weights = [self._quantized(weight, scanned) if weight.key in self.chosen else weight for weight in self.weights]
+        request = replace(self.request, calibrated=scanned is not None)
+        with errors_in_source_names(self.weights, self.model.family, self.model.dims):
+            return build_plan(weights, self.model.family, self.model.dims, request)
+
+    def _quantized(self, weight: WholeWeight, scanned: Scan | None) -> WholeWeight:
+        amax = None if scanned is None else scanned.amaxes[weight.key]
+        return replace(weight, weight=replace(quantizer_for(self.packing, weight.key.name), amax=amax))

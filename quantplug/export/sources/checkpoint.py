@@ -1,0 +1,100 @@
+"""The weights of a checkpoint as an export knows them: by the table of the architecture, from headers alone."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from quantplug.checkpoint.check_tensors import check_tensors
+from quantplug.checkpoint.reader import TensorHeader
+from quantplug.errors import ShapeError, SourceError
+from quantplug.export.plan.build import PLAIN_DTYPES
+from quantplug.export.plan.types import WholeWeight
+from quantplug.findings import Findings, Kind
+from quantplug.mappings.layouts import Layout, ModelDimensions
+from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
+
+_SHAPE = Kind(
+    ShapeError,
+    "Shapes of tensors do not fit together.",
+    "Fetch or save the checkpoint again, with its own config.json.",
+)
+_DTYPES = Kind(
+    SourceError,
+    "Tensors are of types that are not written.",
+    f"Save the checkpoint again in one of {', '.join(map(str, PLAIN_DTYPES))}.",
+)
+
+
+def source_weights(
+    tensors: Mapping[str, TensorHeader], family: Family, dims: ModelDimensions, tied: bool
+) -> tuple[WholeWeight, ...]:
+    """Every weight of a model of these sizes, with the shape of the Megatron tensor that its parts would make.
+
+    Args:
+        tied: Whether the output layer shares the data of the embedding; a tensor of its own is then no weight.
+
+    Raises:
+        MappingError: Tensors are missing or unknown.
+        SourceError: A tensor is of a type that is not written as it is.
+        ShapeError: The parts of a weight do not go together.
+    """
+    findings = Findings()
+    aliases = family.tied if tied else {}
+    expected = {(names, key.expert): key for names, key in family.expected(dims)}
+    check_tensors(family, dims, tied, tensors, findings)
+    findings.raise_if_any()
+    table = family.by_megatron()
+    weights = tuple(
+        _weight(names, key, table[key.module], tensors, dims, findings)
+        for (names, _), key in expected.items()
+        if not aliases.keys() & set(names)
+    )
+    findings.raise_if_any()
+    return weights
+
+
+def _weight(
+    names: tuple[str, ...],
+    key: ParamKey,
+    mapping: WeightMapping,
+    tensors: Mapping[str, TensorHeader],
+    dims: ModelDimensions,
+    findings: Findings,
+) -> WholeWeight:
+    headers = [tensors[name] for name in names]
+    if mapping.role.is_carried:
+        return WholeWeight(key, headers[0].shape, headers[0].dtype)
+    placement = mapping.placement(key, dims)
+    dtype = headers[0].dtype
+    for name, header in zip(names, headers, strict=True):
+        if header.dtype not in PLAIN_DTYPES:
+            findings.add(_DTYPES, name, f"is {header.dtype}", key.expert)
+        elif header.dtype != dtype:
+            findings.add(_DTYPES, name, f"is {header.dtype}, {names[0]} is {dtype}", key.expert)
+    shape = _merged_shape([_part_shape(header.shape, placement) for header in headers], mapping.layout, dims)
+    if shape is None:
+        said = ", ".join(f"{name} {list(header.shape)}" for name, header in zip(names, headers, strict=True))
+        findings.add(_SHAPE, names[0], f"the config asks for other shapes than {said}", key.expert)
+    return WholeWeight(key, shape or (), dtype)
+
+
+def _merged_shape(parts: Sequence[tuple[int, ...]], layout: Layout, dims: ModelDimensions) -> tuple[int, ...] | None:
+    """Shape of the Megatron tensor that parts make; None if they do not go together.
+
+    Layouts rearrange rows alone: this one is run on their numbers.
+    """
+    tails = {part[1:] for part in parts}
+    if not all(parts) or len(tails) > 1:
+        return None
+    try:
+        rows = layout.merge(tuple(torch.arange(part[0]) for part in parts), dims)
+    except RuntimeError:  # What torch raises of sizes that do not go together.
+        return None
+    return (len(rows), *tails.pop())
+
+
+def _part_shape(stored: tuple[int, ...], placement: Placement | None) -> tuple[int, ...]:
+    """Shape of one expert's tensor, from that of the tensor of all experts."""
+    if placement is None:
+        return stored
+    return tuple(reversed(stored[1:])) if placement.transposed else stored[1:]

@@ -1,0 +1,146 @@
+"""The weights of a live model and what its quantizers say of them, as plain data for the plan."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.qtensor import QTensorWrapper
+
+from quantplug.errors import UnsupportedQuantizationError
+from quantplug.export.plan.types import QuantizerState, WeightRef
+from quantplug.findings import Findings, Kind
+from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
+
+OUTPUT_LAYER = "output_layer.weight"
+
+Model = torch.nn.Module | Sequence[torch.nn.Module]
+
+_COMPRESSED = Kind(
+    UnsupportedQuantizationError,
+    "Weights are packed already, so that neither their shapes nor their values can be read.",
+    "Export the model before mtq.compress: an export packs the weights itself.",
+)
+
+
+@dataclass(frozen=True)
+class LiveWeights:
+    """What a rank holds of a model.
+
+    Attributes:
+        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
+    """
+
+    refs: tuple[WeightRef, ...]
+    unclaimed: tuple[str, ...]
+
+
+def live_weights(model: Model) -> LiveWeights:
+    """Every weight that this rank holds, with what its quantizers say.
+
+    Nothing is copied: `WeightRef.load` gives the live tensor.
+
+    Raises:
+        UnsupportedModelError: The model holds something else than a GPTModel or MambaModel.
+        UnsupportedQuantizationError: Weights that `mtq.compress` has packed.
+        TopologyError: Megatron's parallel groups are not initialized.
+    """
+    parameters = list(iter_parameters(model))
+    _refuse_compressed(parameters)
+    names = {
+        quantizer: name
+        for chunk in model_chunks(model)
+        for name, quantizer in chunk.named_modules()
+        if isinstance(quantizer, (TensorQuantizer, SequentialQuantizer))
+    }
+    pairs = dict(_weights_with_quantizers(model))
+    refs = []
+    claimed: set[torch.nn.Module] = set()
+    for parameter in parameters:
+        if parameter.key.module == OUTPUT_LAYER and _is_tied(model):
+            continue  # The last pipeline stage's copy of the embedding.
+        quantizers = pairs.get(id(parameter.tensor), (None, None))
+        claimed.update(leaf for quantizer in quantizers if quantizer for leaf in quantizer.modules())
+        weight, activation = (_state(names, quantizer) for quantizer in quantizers)
+        refs.append(
+            WeightRef(
+                key=parameter.key,
+                shape=tuple(parameter.tensor.shape),
+                dtype=parameter.tensor.dtype,
+                shard=parameter.shard,
+                load=parameter.tensor.detach,
+                weight=weight,
+                activation=activation,
+            )
+        )
+    unclaimed = [
+        name
+        for quantizer, name in names.items()
+        if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer not in claimed
+    ]
+    return LiveWeights(tuple(refs), tuple(unclaimed))
+
+
+def _is_tied(model: Model) -> bool:
+    return any(chunk.share_embeddings_and_output_weights for chunk in model_chunks(model))
+
+
+def _refuse_compressed(parameters: Sequence[MegatronParameter]) -> None:
+    findings = Findings(current_topology().rank)
+    for parameter in parameters:
+        if isinstance(parameter.tensor, QTensorWrapper):
+            findings.add(_COMPRESSED, parameter.key.name, "is packed (mtq.compress)", parameter.key.expert)
+    findings.raise_if_any()
+
+
+Quantizer = torch.nn.Module | None
+
+
+def _weights_with_quantizers(model: Model) -> Iterator[tuple[int, tuple[Quantizer, Quantizer]]]:
+    """Identity of every weight with its weight quantizer and the input quantizer of its linear."""
+    for chunk in model_chunks(model):
+        for module in chunk.modules():
+            if isinstance(module, QuantModule):
+                activation = dict(module.named_children()).get("input_quantizer")
+                for weight, quantizer in module.iter_weights_for_calibration():
+                    yield id(weight), (quantizer, activation)
+
+
+def _state(names: dict[torch.nn.Module, str], quantizer: Quantizer) -> QuantizerState | None:
+    """What an enabled quantizer says; None if it is absent or disabled."""
+    if isinstance(quantizer, SequentialQuantizer):
+        if not any(member.is_enabled for member in quantizer):
+            return None
+        return QuantizerState(names[quantizer], num_bits=0, unsupported=("several quantizers in sequence",))
+    if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
+        return None
+    blocks = quantizer.block_sizes or {}
+    num_bits = quantizer.num_bits
+    return QuantizerState(
+        name=names[quantizer],
+        num_bits=num_bits if isinstance(num_bits, int) else tuple(num_bits),
+        block_sizes=tuple(sorted((axis, size) for axis, size in blocks.items() if isinstance(axis, int))),
+        scale_bits=tuple(blocks["scale_bits"]) if blocks.get("scale_bits") else None,
+        dynamic_blocks=blocks.get("type") == "dynamic",
+        axis=quantizer.axis,
+        amax=_largest(quantizer.amax),
+        unsupported=tuple(_unsupported(quantizer)),
+    )
+
+
+def _largest(amax: torch.Tensor | None) -> float | None:
+    # max() lets a NaN through, so the plan sees it.
+    return None if amax is None or amax.numel() == 0 else float(amax.float().max())
+
+
+def _unsupported(quantizer: TensorQuantizer) -> Iterator[str]:
+    """Features that change what the quantizer computes and that no output format expresses."""
+    if quantizer.pre_quant_scale is not None:
+        yield "pre_quant_scale (AWQ, SmoothQuant)"
+    if quantizer.rotate_is_enabled:
+        yield "rotation"
+    if quantizer.bias is not None:
+        yield "bias (affine quantization)"
+    if not quantizer.fake_quant:
+        yield "real quantization (fake_quant=False)"

@@ -1,0 +1,70 @@
+"""Tensors of the source that Megatron's model does not hold: they go into an export as they are.
+
+Each is held by one rank, in turn, which reads it from the source when it is written.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from quantplug.checkpoint.reader import INDEX_FILE, SINGLE_FILE, HFCheckpoint, weight_map
+from quantplug.checkpoint.source_config import SourceConfig
+from quantplug.checkpoint.stored_tensors import stored_tensors
+from quantplug.errors import Offender, SourceError
+from quantplug.export.plan.types import WeightRef
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey
+
+
+def has_beside(source: SourceConfig, family: Family, dims: ModelDimensions) -> bool:
+    """Whether a source has such tensors: by its config, or else by what lies there, or what the index says.
+
+    Raises:
+        SourceError: A file is damaged.
+    """
+    if family.needs_source(source.values):
+        return True
+    directory = source.directory
+    table = set(chain.from_iterable(names for names, _ in family.expected(dims)))
+    found = {*stored_tensors(directory), *(weight_map(directory) or ())}
+    return any(name.startswith(family.carried) for name in found - table)
+
+
+def open_for_carrying(directory: Path, family: Family) -> HFCheckpoint:
+    """Opens the source of an architecture that has such tensors.
+
+    Raises:
+        SourceError: There are no weights beside the config, or they are incomplete or damaged.
+    """
+    if not any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise SourceError(
+            f"A checkpoint of {family.name} has tensors that Megatron's model does not hold, and the source that they "
+            "come from has no weights.",
+            [Offender(f"{beginning}*", f"is not in {directory}") for beginning in family.carried],
+            "Pass the whole checkpoint that the model was made from.",
+        )
+    return HFCheckpoint(directory)
+
+
+def carried_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int) -> Iterator[WeightRef]:
+    """Those that this rank brings.
+
+    Args:
+        family: Fitted to the source.
+    """
+    rows = [row for row in family.mappings if row.role.is_carried]
+    for row in rows[rank::ranks]:
+        (name,) = row.megatron
+        header = source.tensors[name]
+        yield WeightRef(ParamKey(name), header.shape, header.dtype, shard=None, load=_reader(source, name))
+
+
+def _reader(source: HFCheckpoint, name: str) -> Callable[[], torch.Tensor]:
+    """Reads a tensor; a scalar as one row."""
+
+    def read() -> torch.Tensor:
+        return torch.atleast_1d(source.read(name))
+
+    return read

@@ -1,0 +1,254 @@
+"""From a live Megatron-Core model to quantized Hugging Face tensors in memory: the refit of RL, without a disk."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from quantplug.errors import MappingError, Offender
+from quantplug.export.pipeline.buckets import BUCKET_BYTES
+from quantplug.export.plan.types import Held, QuantConfig, QuantizerState
+from quantplug.export.sources.live import LiveWeights, Model, live_weights
+from quantplug.export.stream.checker import QuantizationChecker
+from quantplug.export.stream.plan import PlannedStream, make_stream_plan
+from quantplug.export.stream.quant_fn import QuantFn
+from quantplug.export.stream.request import SCALE_SUFFIX, StreamFormat, StreamRequest, named_format, refuse_adapters
+from quantplug.export.stream.rounds import Delivery, Run, cut_into_runs
+from quantplug.formats import TensorSpec
+from quantplug.mappings.table import ParamKey
+from quantplug.megatron.agreement import all_or_none, collective_device
+from quantplug.megatron.parallel import current_topology, process_groups
+
+__all__ = ["StreamFormat", "StreamPlan", "export_hf_weights_quant", "plan_stream"]
+
+_Portrait = dict[ParamKey, tuple[tuple[int, ...], torch.dtype, QuantizerState | None, QuantizerState | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamPlan:
+    """Made once by `plan_stream`, and good for every step of a training.
+
+    Attributes:
+        model: The live model.
+        stream: What is sent.
+        runs: The weights, cut into rounds.
+        delivery: How this rank takes part.
+        portrait: What of the model must stay as it was.
+        has_quantizers: Whether the amaxes of its quantizers are part of that.
+    """
+
+    model: Model
+    stream: PlannedStream
+    runs: tuple[Run, ...]
+    delivery: Delivery
+    portrait: _Portrait
+    has_quantizers: bool
+
+    @property
+    def quant_config(self) -> QuantConfig | None:
+        """What a server must be told of the tensors; None for plain weights, and where only the caller knows."""
+        return self.stream.plan.quant_config
+
+    def expected(self) -> dict[str, TensorSpec]:
+        """Every tensor that a receiver gets, by name, in the order in which it comes."""
+        parts = (part for task in self.stream.tasks for part in task.outputs)
+        return {name: replace(spec, name=name) for name, spec in self.stream.outputs(parts)}
+
+    # Not under torch.no_grad: around a generator it keeps each tensor that is yielded until the next one is there.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every (name, tensor) of the model as it is now: each weight and, right after it, its scales.
+
+        All ranks must run through it to the end, those too that are no receivers and get nothing from it. Every
+        tensor has memory of its own and no gradient graph; the model is not changed.
+
+        Raises:
+            MappingError: The model is no longer the one that was planned; or, at the end, tensors that did not come.
+            WeightError: NaN or Inf in a weight.
+            CalibrationError: A calibrated amax of 0 for a weight that is not zero.
+            UnsupportedQuantizationError: quant_fn raised, or returned something else than when it was planned.
+            RankLostError: A rank ended.
+        """
+        held = all_or_none(self._held_now)
+        missing = dict.fromkeys(self.expected()) if self.delivery.rank in self.delivery.receivers else {}
+        for run, bucket in self.delivery.rounds(self.runs, held):
+            if missing:
+                outputs = list(self.stream.outputs(part for _, part in run.parts))
+                uses = Counter(spec.name for _, spec in outputs)
+                for name, spec in outputs:
+                    missing.pop(name)
+                    uses[spec.name] -= 1
+                    yield name, bucket.tensor(spec.name, is_last_use=not uses[spec.name])
+            del bucket  # Before the next one is packed.
+        _refuse_missing(list(missing), self.delivery.rank)
+
+    def _held_now(self) -> Held:
+        """How to get each weight, provided that the model is still the one that was planned."""
+        weights = live_weights(self.model)
+        now = _portrait(weights, self.has_quantizers)
+        changed = [key for key in {**self.portrait, **now} if now.get(key) != self.portrait.get(key)]
+        if changed:
+            raise MappingError(
+                "The model is no longer the one that was planned.",
+                [_changed(key, now, self.portrait, self.delivery.rank) for key in changed],
+                "Call plan_stream again after the model's parameters, or the amaxes of its quantizers, have changed.",
+            )
+        return {ref.key: ref for ref in weights.refs}
+
+
+def plan_stream(
+    model: Model,
+    pretrained_model_name_or_path: str | Path,
+    quantization_checker: QuantizationChecker | None = None,
+    quant_fn: QuantFn | None = None,
+    quant_block_size: tuple[int, int] | None = None,
+    *,
+    quant_format: StreamFormat | str | None = None,
+    scale_suffix: str = SCALE_SUFFIX,
+    dtype: torch.dtype = torch.bfloat16,
+    moe_router_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    emit_tied: bool = False,
+    receiver_ranks: Sequence[int] | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> StreamPlan:
+    """Plans a stream that can then be run any number of times while the weights change. A collective of metadata.
+
+    Takes the arguments of `export_hf_weights_quant`, and raises what is raised there at the call.
+    """
+    topology = current_topology()
+
+    def asked() -> StreamRequest:
+        request = StreamRequest(
+            quantization_checker=quantization_checker,
+            quant_fn=quant_fn,
+            quant_block_size=quant_block_size,
+            quant_format=None if quant_format is None else named_format(quant_format),
+            scale_suffix=scale_suffix,
+            dtype=dtype,
+            moe_router_dtype=moe_router_dtype,
+            trust_remote_code=trust_remote_code,
+            emit_tied=emit_tied,
+            receiver_ranks=None if receiver_ranks is None else tuple(receiver_ranks),
+        )
+        request.check(topology)
+        refuse_adapters(model, topology.rank)
+        return request
+
+    request = all_or_none(asked)
+    weights = all_or_none(lambda: live_weights(model))
+    device = next((ref.load().device for ref in weights.refs), collective_device())
+    stream = make_stream_plan(model, pretrained_model_name_or_path, request, topology, device)
+    has_quantizers = request.quant_format is StreamFormat.AS_QUANTIZED
+    return StreamPlan(
+        model=model,
+        stream=stream,
+        runs=tuple(cut_into_runs(stream.tasks, stream.plan.dims, bucket_bytes)),
+        delivery=Delivery(
+            stream.plan.dims, process_groups(), topology.rank, topology.world_size, request.receivers(topology)
+        ),
+        portrait=_portrait(weights, has_quantizers),
+        has_quantizers=has_quantizers,
+    )
+
+
+def export_hf_weights_quant(
+    model: Model,
+    pretrained_model_name_or_path: str | Path,
+    quantization_checker: QuantizationChecker | None = None,
+    quant_fn: QuantFn | None = None,
+    quant_block_size: tuple[int, int] | None = None,
+    *,
+    quant_format: StreamFormat | str | None = None,
+    scale_suffix: str = SCALE_SUFFIX,
+    dtype: torch.dtype = torch.bfloat16,
+    moe_router_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    emit_tied: bool = False,
+    receiver_ranks: Sequence[int] | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Streams a model's weights, quantized, as Hugging Face tensors: packed where they are, so that bits travel few.
+
+    Two ways in. `quant_format` names a built-in format, for a model that need not be quantized: amaxes are those of the
+    weights themselves, one for a fused weight (q, k and v; gate and up), over all slices. Or `quant_fn` quantizes, with
+    the signature of Megatron-Bridge: it is given q, k, v, gate, up, ... one by one, as whole Hugging Face weights,
+    unless its blocks do not straddle slices; then slices are quantized where they are, which a trial proves equal.
+
+    Everything that can be wrong with the arguments or the model is raised here, not at the first tensor. All ranks must
+    call it, and run through what it returns. For every step of a training: `plan_stream` once, then its `tensors()`.
+
+    Args:
+        model: A `GPTModel` or `MambaModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
+        pretrained_model_name_or_path: Directory or hub id of the Hugging Face model it was built from.
+        quantization_checker: Whether to quantize a weight, by its global Megatron name, such as
+            `decoder.layers.3.mlp.experts.linear_fc1.weight69`; None for all linears. Each rank is asked for its own
+            weights; answers must agree, and be alike for all experts of a layer. With `quant_fn` it is asked for the
+            embedding and the output layer too; for routers and norms never.
+        quant_fn: (weight [out, in], quant_block_size) to (codes, scale).
+        quant_block_size: Rows and columns of a block of `quant_fn`; None if it has no blocks.
+        quant_format: nvfp4, fp8, fp8_blockwise: weights alone, by the amaxes of the weights. as_quantized: as the
+            model's ModelOpt quantizers say, with the amaxes that they hold.
+        scale_suffix: What a scale of `quant_fn` is called: this behind the weight's name.
+        dtype: Type of tensors that are not quantized.
+        moe_router_dtype: Type of the routers, None for `dtype`.
+        trust_remote_code: Whether transformers may run code from the source to read its config.
+        emit_tied: Whether a tied `lm_head.weight` is given too, behind the embedding and, like it, with its scale.
+        receiver_ranks: The ranks that get the tensors; None for all.
+        bucket_bytes: Memory of a bucket; beyond the model there are two of them and the largest tensor. A `quant_fn`
+            that must be given whole weights needs two copies of one, and what it uses itself, on top.
+
+    Returns:
+        An iterator over (name, tensor): each weight with its scales right after it, layer by layer; CPU tensors with
+        gloo, CUDA tensors with NCCL. On a rank that is no receiver it yields nothing, and must be run through.
+
+    Raises:
+        SourceError: The source has no usable config.
+        UnsupportedModelError: Its architecture is not supported, or it has LoRA adapters that are not merged.
+        TopologyError: Megatron's groups are not initialized, receivers that are no ranks, or ranks that disagree.
+        MappingError: The model is not the one that the config describes.
+        ShapeError: Likewise by its shapes, or they do not divide as the format needs.
+        UnsupportedQuantizationError: Arguments, checker or function that cannot be used, or quantizers that cannot be
+            written.
+        CalibrationError: Enabled quantizers without a usable amax (as_quantized).
+        WeightError: While it runs, before the first tensor: NaN or Inf in a weight.
+    """
+    return plan_stream(
+        model,
+        pretrained_model_name_or_path,
+        quantization_checker,
+        quant_fn,
+        quant_block_size,
+        quant_format=quant_format,
+        scale_suffix=scale_suffix,
+        dtype=dtype,
+        moe_router_dtype=moe_router_dtype,
+        trust_remote_code=trust_remote_code,
+        emit_tied=emit_tied,
+        receiver_ranks=receiver_ranks,
+        bucket_bytes=bucket_bytes,
+    ).tensors()
+
+
+def _portrait(weights: LiveWeights, with_quantizers: bool) -> _Portrait:
+    """What of this rank's weights must stay as it was planned; their values need not."""
+    return {
+        ref.key: (ref.shape, ref.dtype, *((ref.weight, ref.activation) if with_quantizers else (None, None)))
+        for ref in weights.refs
+    }
+
+
+def _changed(key: ParamKey, now: _Portrait, planned: _Portrait, rank: int) -> Offender:
+    reasons = {(True, False): "is new", (False, True): "is gone"}
+    reason = reasons.get((key in now, key in planned), "has another shape, dtype or quantizer")
+    return Offender(key.name, reason, key.expert, rank)
+
+
+def _refuse_missing(names: Sequence[str], rank: int) -> None:
+    if names:
+        raise MappingError(
+            "Tensors that were planned did not come.",
+            [Offender(name, "is missing", rank=rank) for name in names],
+            "Do not load what came: it is not the whole model.",
+        )

@@ -1,0 +1,73 @@
+"""Which weights a caller's `quantization_checker` wants quantized: asked where they are, agreed by all ranks."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.export.plan.types import WholeWeight
+from quantplug.findings import Findings, Kind
+from quantplug.mappings.table import ParamKey
+from quantplug.megatron.agreement import all_or_none, gather_objects
+
+QuantizationChecker = Callable[[str], bool]
+"""Sees a global Megatron name such as `decoder.layers.3.mlp.experts.linear_fc1.weight69`; whether to quantize it."""
+
+_RANKS = Kind(
+    UnsupportedQuantizationError,
+    "quantization_checker answers differently on ranks that hold the same weight.",
+    "Let it decide by the name alone.",
+)
+_EXPERTS = Kind(
+    UnsupportedQuantizationError,
+    "quantization_checker answers differently for experts of one layer, which servers load alike.",
+    "Let it answer alike for all experts of a layer, whatever rank holds them.",
+)
+
+
+def chosen_weights(weights: Sequence[WholeWeight], checker: QuantizationChecker, rank: int) -> frozenset[ParamKey]:
+    """The weights to quantize. A collective: each rank asks for the weights that it holds.
+
+    Raises:
+        UnsupportedQuantizationError: The checker raises, or answers differ between ranks or between experts of a layer.
+    """
+    mine = all_or_none(lambda: _answers(weights, checker, rank))
+    by_key: defaultdict[ParamKey, dict[int, bool]] = defaultdict(dict)
+    for number, answers in enumerate(gather_objects(mine)):
+        for key, answer in answers.items():
+            by_key[key][number] = answer
+    findings = Findings()
+    for key, answers_of_ranks in by_key.items():
+        if len(set(answers_of_ranks.values())) > 1:
+            no = [number for number, answer in answers_of_ranks.items() if not answer]
+            findings.add(_RANKS, key.name, f"no on ranks {no}, yes on others", key.expert, no[0])
+    _check_experts(by_key, findings)
+    findings.raise_if_any()
+    return frozenset(key for key, answers_of_ranks in by_key.items() if all(answers_of_ranks.values()))
+
+
+def _answers(weights: Sequence[WholeWeight], checker: QuantizationChecker, rank: int) -> dict[ParamKey, bool]:
+    held = [weight.key for weight in weights if any(rank in ranks for ranks in weight.replicas)]
+    return {key: _ask(checker, key, rank) for key in held}
+
+
+def _ask(checker: QuantizationChecker, key: ParamKey, rank: int) -> bool:
+    try:
+        return bool(checker(key.name))
+    except Exception as error:  # The caller's code may raise anything, and other ranks wait for this one.
+        raise UnsupportedQuantizationError(
+            "quantization_checker cannot be used.",
+            [Offender(key.name, f"raised {type(error).__name__}: {error}", key.expert, rank)],
+            "Let it answer True or False for every name.",
+        ) from error
+
+
+def _check_experts(answers: dict[ParamKey, dict[int, bool]], findings: Findings) -> None:
+    layers: defaultdict[tuple[str, int | None], list[ParamKey]] = defaultdict(list)
+    for key in answers:
+        if key.expert is not None:
+            layers[key.stack, key.layer].append(key)
+    for (_, layer), keys in layers.items():
+        refused = [key for key in keys if not all(answers[key].values())]
+        for key in refused if len(refused) < len(keys) else ():
+            rank = next(number for number, answer in answers[key].items() if not answer)
+            findings.add(_EXPERTS, key.name, f"no, yes for others of layer {layer}", key.expert, rank)

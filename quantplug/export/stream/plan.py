@@ -1,0 +1,193 @@
+"""What a stream will send: the plan of an export to disk, with the caller's quantization in place of the model's."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from quantplug.export.plan.scheme import quantizer_for
+from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
+from quantplug.export.sources.live import Model
+from quantplug.export.stream.checker import chosen_weights
+from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
+from quantplug.export.stream.request import StreamFormat, StreamRequest
+from quantplug.export.to_disk import PlannedExport, plan_export
+from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec, WeightFormat
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, Role
+from quantplug.megatron.agreement import all_or_none, require_same
+from quantplug.topology import ParallelTopology
+
+_FORMATS: dict[StreamFormat, WeightFormat] = {
+    StreamFormat.NVFP4: NVFP4(),
+    StreamFormat.FP8: FP8(),
+    StreamFormat.FP8_BLOCKWISE: FP8Block(),
+}
+
+
+@dataclass(frozen=True)
+class PlannedStream:
+    """What is sent, and in which order.
+
+    Attributes:
+        plan: The plan of an export to disk that it was made from: sizes, excluded modules, config.
+        aliases: Names of weights that are given again, with the names that they have then.
+    """
+
+    plan: ExportPlan
+    tasks: tuple[ExportTask, ...]
+    aliases: Mapping[str, tuple[str, ...]]
+
+    def outputs(self, parts: Iterable[PartOutput]) -> Iterator[tuple[str, TensorSpec]]:
+        """What a receiver is given for some of the parts: (its name, the tensor that it is).
+
+        A weight, its scales, then the same once more under the name of a weight that is tied to it.
+        """
+        for part in parts:
+            if part.placement is not None and part.placement.expert > 0:
+                continue  # The first expert stands for the tensors of all.
+            yield from ((spec.name, spec) for spec in part.tensors)
+            for alias in self.aliases.get(part.name, ()):
+                for spec in part.tensors:
+                    yield f"{alias}{spec.name.removeprefix(part.name)}", spec
+
+    def digest(self) -> str:
+        """Of all that ranks must agree on before one sends a byte."""
+        # Formats by name: a function of the caller's is another object on each rank.
+        sent = [
+            (task.owner, task.ranks, task.gather_first, part.shape, part.tensors, part.placement, _name(part.format))
+            for task in self.tasks
+            for part in task.outputs
+        ]
+        return hashlib.sha256(repr((sent, sorted(self.aliases.items()))).encode()).hexdigest()
+
+
+def make_stream_plan(
+    model: Model, source: str | Path, request: StreamRequest, topology: ParallelTopology, device: torch.device
+) -> PlannedStream:
+    """Plans a stream. A collective of metadata.
+
+    Args:
+        device: Where the model's weights are, for trials of `quant_fn`.
+
+    Raises:
+        QuantplugError: As `export_hf_weights_quant` says.
+    """
+    planned = plan_export(
+        model,
+        source,
+        dtype=request.dtype,
+        moe_router_dtype=request.moe_router_dtype,
+        trust_remote_code=request.trust_remote_code,
+        calibrated=request.quant_format is StreamFormat.AS_QUANTIZED,
+        carry=False,  # A receiver has what never changes.
+        requantize=None
+        if request.quant_format is StreamFormat.AS_QUANTIZED
+        else lambda weights, family: _requantized(weights, family, request, topology.rank),
+    )
+    tasks = planned.plan.tasks
+    if request.quant_fn is not None:
+        tasks = _with_quant_fn(tasks, planned.plan.dims, request.quant_fn, request, topology.rank, device)
+    aliases = _aliases(planned, tasks, request.emit_tied)
+    stream = PlannedStream(planned.plan, tuple(replace(task, copies=()) for task in tasks), aliases)
+    require_same(
+        f"{stream.digest()} {request.receivers(topology)}",
+        "stream",
+        "Call with the same arguments on all ranks, and with a quant_fn that depends on its arguments alone.",
+    )
+    return stream
+
+
+def _name(packing: WeightFormat | None) -> str | None:
+    return None if packing is None else packing.name
+
+
+def _requantized(
+    weights: Sequence[WholeWeight], family: Family, request: StreamRequest, rank: int
+) -> Sequence[WholeWeight]:
+    """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
+    plain = [replace(weight, weight=None, activation=None) for weight in weights]
+    if request.quant_format is None:
+        return plain
+    packing = _FORMATS[request.quant_format]
+    table = family.by_megatron()
+    linears = [
+        weight for weight in plain if weight.key.module in table and table[weight.key.module].role is Role.LINEAR
+    ]
+    chosen = {weight.key for weight in linears}
+    if request.quantization_checker is not None:
+        chosen &= chosen_weights(linears, request.quantization_checker, rank)
+    return [
+        replace(weight, weight=quantizer_for(packing, weight.key.name)) if weight.key in chosen else weight
+        for weight in plain
+    ]
+
+
+def _with_quant_fn(
+    tasks: Sequence[ExportTask],
+    dims: ModelDimensions,
+    quant_fn: QuantFn,
+    request: StreamRequest,
+    rank: int,
+    device: torch.device,
+) -> tuple[ExportTask, ...]:
+    """The tasks of plain weights, those that are wanted quantized by the caller's function."""
+    askable = (Role.LINEAR,) if request.quantization_checker is None else (Role.LINEAR, Role.VOCABULARY)
+    weights = [task.source for task in tasks if task.mapping.role in askable]
+    chosen = frozenset(weight.key for weight in weights)
+    if request.quantization_checker is not None:
+        chosen = chosen_weights(weights, request.quantization_checker, rank)
+    functions = {
+        dtype: QuantFunction(quant_fn, request.quant_block_size, dtype, device)
+        for dtype in {weight.dtype for weight in weights}
+    }
+    return all_or_none(
+        lambda: tuple(
+            _task_with(task, functions[task.source.dtype], request.scale_suffix, dims)
+            if task.source.key in chosen
+            else task
+            for task in tasks
+        )
+    )
+
+
+def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: ModelDimensions) -> ExportTask:
+    outputs = tuple(
+        part if pattern in task.mapping.kept else _part_with(part, function, suffix)
+        for pattern, part in zip(task.mapping.hf, task.outputs, strict=True)
+    )
+    gather_first = len(task.ranks) > 1 and not _packs_apart(task, function, dims)
+    return replace(task, format=function, gather_first=gather_first, row_step=None, outputs=outputs)
+
+
+def _part_with(part: PartOutput, function: QuantFunction, suffix: str) -> PartOutput:
+    codes, scale = (_stored(part, tensor) for tensor in function.outputs(part.shape))
+    tensors = (replace(codes, name=part.name), replace(scale, name=f"{part.name}{suffix}"))
+    return replace(part, tensors=tensors, format=function)
+
+
+def _stored(part: PartOutput, tensor: TensorSpec) -> TensorSpec:
+    """As a receiver gets it: with those of all experts, where they are one tensor; each has a scale of its own."""
+    return tensor if part.placement is None else replace(tensor, shape=part.placement.stored_shape(tensor.shape))
+
+
+def _packs_apart(task: ExportTask, function: QuantFunction, dims: ModelDimensions) -> bool:
+    """Whether every slice of every part can be quantized where it is."""
+    axis, slices = task.mapping.layout.shard_axis, len(task.ranks)
+    rows = sum(part.shape[0] for part in task.outputs)
+    if axis is None or rows != task.source.shape[0]:
+        return False  # Padding rows of the vocabulary would count in the scale of the last block.
+    cleanly = task.mapping.layout.cuts_cleanly(slices, dims)
+    return cleanly and all(function.packs_apart(part.shape, axis, slices) for part in task.outputs)
+
+
+def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask], tied: bool) -> dict[str, tuple[str, ...]]:
+    """Every weight that is given again: its copies, and with `tied` the name of another that is tied to it."""
+    names = {part.name for task in tasks for part in task.outputs}
+    aliases = {task.outputs[0].name: tuple(copy.name for copy in task.copies) for task in tasks if task.copies}
+    for name, source in planned.family.tied.items() if tied else ():
+        if name not in names:
+            aliases[source] = (*aliases.get(source, ()), name)
+    return aliases

@@ -1,0 +1,130 @@
+"""What is asked of a stream, and what is refused before anything is planned."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
+from quantplug.export.plan.dialects import INPUT_SCALE
+from quantplug.export.sources.live import Model
+from quantplug.export.stream.checker import QuantizationChecker
+from quantplug.export.stream.quant_fn import QuantFn
+from quantplug.topology import ParallelTopology
+
+SCALE_SUFFIX = "_scale_inv"
+"""What Megatron-Bridge, and DeepSeek's checkpoints, append to a weight's name for its scale."""
+
+
+class StreamFormat(StrEnum):
+    """Built-in quantizations, all of weights alone but the last, by name."""
+
+    NVFP4 = "nvfp4"
+    FP8 = "fp8"
+    FP8_BLOCKWISE = "fp8_blockwise"
+    AS_QUANTIZED = "as_quantized"
+    """As the model's own ModelOpt quantizers say, with their calibrated amaxes."""
+
+
+# Parts of the names that peft, Megatron-Bridge and NeMo give to adapters and to the linears they wrap.
+_ADAPTER_MARKS = (".adapter.", ".adapters.", ".to_wrap.", ".base_layer.", "lora_")
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """What is asked of a stream, apart from the model; see `export_hf_weights_quant`."""
+
+    quantization_checker: QuantizationChecker | None = None
+    quant_fn: QuantFn | None = None
+    quant_block_size: tuple[int, int] | None = None
+    quant_format: StreamFormat | None = None
+    scale_suffix: str = SCALE_SUFFIX
+    dtype: torch.dtype = torch.bfloat16
+    moe_router_dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+    emit_tied: bool = False
+    receiver_ranks: tuple[int, ...] | None = None
+
+    def check(self, topology: ParallelTopology) -> None:
+        """Refuses arguments that do not go together.
+
+        Raises:
+            UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
+            TopologyError: A receiver that is no rank.
+        """
+        offenders = [Offender(name, reason, rank=topology.rank) for name, reason in self._contradictions()]
+        if offenders:
+            raise UnsupportedQuantizationError(
+                "These arguments do not say how to quantize.",
+                offenders,
+                "Pass either quant_format or quant_fn (with its quant_block_size), and a quantization_checker for some "
+                "linears only.",
+            )
+        receivers = self.receivers(topology)
+        wrong = [rank for rank in receivers if not 0 <= rank < topology.world_size]
+        if wrong or not receivers or len(set(receivers)) < len(receivers):
+            raise TopologyError(
+                "These ranks cannot receive the stream.",
+                [Offender("receiver_ranks", f"is {list(receivers)}", rank=topology.rank)],
+                f"Name some of the ranks 0 to {topology.world_size - 1}, each once; None for all.",
+            )
+
+    def receivers(self, topology: ParallelTopology) -> tuple[int, ...]:
+        return tuple(range(topology.world_size)) if self.receiver_ranks is None else self.receiver_ranks
+
+    def _contradictions(self) -> list[tuple[str, str]]:
+        found = []
+        if (self.quant_format is None) == (self.quant_fn is None):
+            found.append(("quant_format, quant_fn", "both given" if self.quant_fn else "neither given"))
+        if self.quant_fn is None and self.quant_block_size is not None:
+            found.append(("quant_block_size", "is given without quant_fn"))
+        if self.quant_block_size is not None and not _is_block_size(self.quant_block_size):
+            found.append(("quant_block_size", f"is {self.quant_block_size!r}, not (rows, columns)"))
+        if self.quant_format is StreamFormat.AS_QUANTIZED and self.quantization_checker is not None:
+            found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
+        if not self.scale_suffix or self.scale_suffix.endswith(INPUT_SCALE.name):
+            found.append(("scale_suffix", f"is {self.scale_suffix!r}, which is empty or that of an input scale"))
+        return found
+
+
+def named_format(name: str | StreamFormat) -> StreamFormat:
+    """A built-in format by its name.
+
+    Raises:
+        UnsupportedQuantizationError: There is none of this name.
+    """
+    try:
+        return StreamFormat(name)
+    except ValueError as error:
+        known = ", ".join(StreamFormat)
+        raise UnsupportedQuantizationError(
+            "There is no such format.", [Offender("quant_format", f"is {name!r}")], f"Choose one of {known}."
+        ) from error
+
+
+def refuse_adapters(model: Model, rank: int) -> None:
+    """Refuses a model with LoRA adapters that are not merged: its weights alone are not what it computes.
+
+    Raises:
+        UnsupportedModelError: Names every parameter of an adapter.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
+    offenders = [
+        Offender(name, "belongs to an adapter, or to a linear that one wraps", rank=rank)
+        for name in names
+        if any(mark in f".{name}" for mark in _ADAPTER_MARKS)
+    ]
+    if offenders:
+        raise UnsupportedModelError(
+            "The model has LoRA adapters that are not merged into its weights.",
+            offenders,
+            "Merge them into a copy of the model first, and stream that.",
+        )
+
+
+def _is_block_size(value: object) -> bool:
+    match value:
+        case (int(rows), int(columns)):
+            return rows > 0 and columns > 0
+    return False

@@ -1,0 +1,146 @@
+"""Carrying out a stream round by round: pack, gather to the owners, broadcast; a failing rank ends them all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+
+import torch
+
+from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.pipeline.buckets import Bucket, batches, payload
+from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices
+from quantplug.export.pipeline.prescan_amaxes import current_amaxes
+from quantplug.export.plan.pieces import Piece, cut
+from quantplug.export.plan.types import ExportTask, Held, PartOutput
+from quantplug.export.stream.broadcast import BroadcastBucket
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import ParamKey
+from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named
+from quantplug.topology import ShardAxis
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive parts of the plan that are broadcast together.
+
+    Attributes:
+        batches: Their pieces, as many at a time as fit one bucket.
+        is_large: Whether it is one part that is larger than a bucket, whose tensors receivers get without a copy.
+    """
+
+    batches: tuple[tuple[Piece, ...], ...]
+    is_large: bool
+
+    @property
+    def parts(self) -> list[tuple[int, PartOutput]]:
+        """Every part with the rank that owns it."""
+        pieces = (piece for batch in self.batches for piece in batch)
+        return [(piece.task.owner, piece.output) for piece in pieces if piece.start == 0]
+
+    def with_amaxes(self, amaxes: Mapping[ParamKey, float]) -> "Run":
+        """The same, with amaxes for weights without a calibrated one."""
+
+        def current(piece: Piece) -> Piece:
+            key = piece.task.source.key
+            if piece.task.amax is not None or key not in amaxes:
+                return piece
+            return replace(piece, task=replace(piece.task, amax=amaxes[key]))
+
+        return replace(self, batches=tuple(tuple(map(current, batch)) for batch in self.batches))
+
+
+def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int) -> list[Run]:
+    """Weights in their order, cut where a bucket is full.
+
+    Every part of a larger weight has a run of its own, and so has every tensor of all experts of a layer.
+    """
+    limit = payload(bucket_bytes)
+    runs: list[Run] = []
+    small: list[Piece] = []
+    size = 0
+
+    def flush() -> None:
+        if small:
+            runs.append(Run((tuple(small),), is_large=False))
+            small.clear()
+
+    for _, unit in groupby(tasks, key=lambda task: task.unit):
+        of_unit = list(unit)
+        pieces = [piece for task in of_unit for piece in cut(task, dims, bucket_bytes)]
+        written = sum(part.nbytes(spec) for task in of_unit for part in task.outputs for spec in part.tensors)
+        nbytes = max(written, sum(piece.in_flight for piece in pieces))
+        is_fused = of_unit[0].outputs[0].placement is not None
+        if size + nbytes > limit or is_fused:
+            flush()
+            size = 0
+        if nbytes > limit or is_fused:
+            parts = ([piece for piece in pieces if piece.part == part] for part in range(len(of_unit[0].outputs)))
+            runs += [Run(tuple(batches(part, bucket_bytes)), is_large=True) for part in parts]
+        else:
+            small += pieces
+            size += nbytes
+    flush()
+    return runs
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What is the same in every round of a stream.
+
+    Attributes:
+        receivers: The ranks that get every tensor.
+        groups: The process groups of slices.
+    """
+
+    dims: ModelDimensions
+    groups: Groups
+    rank: int
+    world_size: int
+    receivers: tuple[int, ...]
+
+    def rounds(self, runs: Sequence[Run], held: Held) -> Iterator[tuple[Run, BroadcastBucket]]:
+        """The runs one after another, each with its bucket, which holds it all where this rank is a receiver.
+
+        Amaxes are those of the weights as they are now, unless the plan has calibrated ones. A collective of all ranks.
+        """
+        tasks = {piece.task.source.key: piece.task for run in runs for batch in run.batches for piece in batch}
+        amaxes = current_amaxes(list(tasks.values()), held, self.groups, self.rank)
+        for run in runs:
+            yield run, self._deliver(run.with_amaxes(amaxes), held)
+
+    @torch.no_grad()
+    def _deliver(self, run: Run, held: Held) -> BroadcastBucket:
+        bucket = BroadcastBucket(
+            run.parts, self.rank, self.receivers, self.world_size, collective_device(), together=not run.is_large
+        )
+        delivered: Delivered = []
+        for batch in run.batches:
+            packed = all_or_none(partial(self._fill_and_pack, bucket, delivered, batch, held))
+            with lost_ranks_named():
+                while packed:
+                    delivered += packed.pop(0).exchange(self.groups)
+        all_or_none(partial(self._fill_and_pack, bucket, delivered, (), held))
+        with lost_ranks_named():
+            bucket.exchange()
+        return bucket
+
+    def _fill_and_pack(
+        self, bucket: BroadcastBucket, delivered: Delivered, batch: Sequence[Piece], held: Held
+    ) -> list[PackedBucket]:
+        """Takes what the last batch delivered, then packs the next one for each group that has slices of it."""
+        while delivered:
+            self._fill(bucket, *delivered.pop(0))
+        if not batch:
+            bucket.allocate()
+            return []
+        buckets = []
+        for axis in (*ShardAxis, None):
+            pieces = tuple(piece for piece in batch if piece.task.source.axis is axis and self.rank in piece.task.ranks)
+            if pieces:
+                buckets.append(Bucket(axis, pieces[0].task.ranks, pieces))
+        return [PackedBucket(each, held, self.dims, self.rank, collective_device()) for each in buckets]
+
+    def _fill(self, bucket: BroadcastBucket, piece: Piece, slices: Slices) -> None:
+        for rows in join_piece(piece, slices, self.dims):
+            bucket.fill(rows)

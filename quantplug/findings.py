@@ -1,0 +1,80 @@
+"""Collecting what is wrong, so that a check raises once with everything it found."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Protocol
+
+from quantplug.errors import Offender, QuantplugError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a reason that says what an unknown name was perhaps meant to be; empty if nothing is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; the nearest known name is {near[0]}" if near else ""
+
+
+class NamedParameter(Protocol):
+    """What names a parameter: the canonical key of the model."""
+
+    @property
+    def name(self) -> str:
+        """Its name with global ids filled in."""
+
+    @property
+    def expert(self) -> int | None:
+        """Global id of the expert that it belongs to."""
+
+
+class HeldWeight(Protocol):
+    """A weight of the model as a message needs it: a stored one, a live one, or one that is planned."""
+
+    @property
+    def key(self) -> NamedParameter:
+        """What names it."""
+
+    @property
+    def rank(self) -> int:
+        """A rank that holds it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way an input can be wrong.
+
+    Attributes:
+        error: The exception it raises.
+        problem: One sentence for all of its offenders.
+        remedy: What to do about it.
+    """
+
+    error: type[QuantplugError]
+    problem: str
+    remedy: str
+
+
+@dataclass
+class Findings:
+    """Offenders by kind, in the order in which the kinds were met."""
+
+    rank: int = 0
+    found: dict[Kind, list[Offender]] = field(default_factory=dict)
+
+    def add(self, kind: Kind, parameter: str, reason: str, expert: int | None = None, rank: int | None = None) -> None:
+        """Notes an offender, on this rank if no other is named."""
+        offender = Offender(parameter, reason, expert, self.rank if rank is None else rank)
+        self.found.setdefault(kind, []).append(offender)
+
+    def add_weight(self, kind: Kind, weight: HeldWeight, reason: str) -> None:
+        """Notes a weight, on a rank that holds it."""
+        self.add(kind, weight.key.name, reason, weight.key.expert, weight.rank)
+
+    def raise_if_any(self) -> None:
+        """Raises one error that lists every offender; of several kinds, the type is that of the first met."""
+        if not self.found:
+            return
+        raise next(iter(self.found)).error(
+            " ".join(kind.problem for kind in self.found),
+            [offender for offenders in self.found.values() for offender in offenders],
+            " ".join(dict.fromkeys(kind.remedy for kind in self.found)),
+        )

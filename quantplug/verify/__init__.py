@@ -1,0 +1,120 @@
+"""The offline checker: judges any quantized checkpoint directory by its files, with torch and safetensors alone.
+
+`docs/verify.md` lists every check and what breaks at serving without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from quantplug.verify import (
+    rules_architecture,
+    rules_config,
+    rules_excludes,
+    rules_groups,
+    rules_model,
+    rules_modules,
+    values,
+)
+from quantplug.verify import (
+    source as source_rules,
+)
+from quantplug.verify.checkpoint import Checkpoint, open_checkpoint
+from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
+from quantplug.verify.known import known_architecture, table_of
+from quantplug.verify.modules import Inventory, take_inventory
+from quantplug.verify.report import Finding, KindError, Severity, Size, TensorError, VerifyReport
+from quantplug.verify.scheme import read_scheme
+
+__all__ = ["Finding", "KindError", "OnProgress", "Severity", "Size", "TensorError", "VerifyReport", "verify_checkpoint"]
+
+OnProgress = Callable[[int, int], None]
+_RULES = (
+    *rules_config.RULES,
+    *rules_groups.RULES,
+    *rules_excludes.RULES,
+    *rules_modules.RULES,
+    *rules_model.RULES,
+    *rules_architecture.RULES,
+)
+
+
+def verify_checkpoint(
+    directory: str | Path, source: str | Path | None = None, on_progress: OnProgress | None = None
+) -> VerifyReport:
+    """Judges a checkpoint directory, of whichever tool, and with the original at hand the error of every tensor.
+
+    Reads one chunk of a tensor at a time; memory does not grow with the model.
+
+    Args:
+        directory: Holds config.json and the safetensors files.
+        source: The BF16, FP16 or FP32 checkpoint it was quantized from, or GPT-OSS's own in MXFP4.
+        on_progress: Called with (bytes read so far, bytes to read in all).
+
+    Returns:
+        All findings at once; whatever is wrong inside the directories is a finding, never an exception.
+
+    Raises:
+        SourceError: One of the two is not a directory.
+    """
+    export, findings = open_checkpoint(Path(directory))
+    original, source_findings = open_checkpoint(Path(source)) if source is not None else (None, [])
+    try:
+        scheme, scheme_findings = read_scheme(export)
+        known, size_findings = known_architecture(export)
+        fused = fused_experts(known.family if known else table_of(export.config))
+        export, name_findings = with_inner_names(export, fused)
+        findings += [*source_findings, *scheme_findings, *size_findings, *name_findings]
+        inventory = take_inventory(export, scheme, fused, known)
+        source_experts = fused
+        if original is not None:
+            known_source, _ = known_architecture(original)
+            source_experts = fused_experts(known_source.family) if known_source else fused
+            original, _ = with_inner_names(original, source_experts)
+        errors = _judge(inventory, original, source_experts, findings, on_progress)
+        findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
+        return VerifyReport(
+            directory=str(directory),
+            source=None if source is None else str(source),
+            quantization=scheme.label,
+            tensors=len(export.tensors),
+            findings=tuple(sorted(findings, key=_order)),
+            errors_by_tensor=tuple(errors),
+            sizes=tuple(source_rules.sizes(export, original)),
+        )
+    finally:
+        export.close()
+        if original is not None:
+            original.close()
+
+
+def _judge(
+    inventory: Inventory,
+    original: Checkpoint | None,
+    source_experts: FusedExperts,
+    findings: list[Finding],
+    on_progress: OnProgress | None,
+) -> list[TensorError]:
+    """Appends the findings of all rules and gives the measured errors."""
+    for rule in _RULES:
+        findings.extend(rule(inventory))
+    to_read = values.bytes_to_read(inventory) + (source_rules.bytes_to_read(original) if original is not None else 0)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, to_read)
+
+    read, value_findings = values.read_values(inventory, on_bytes)
+    findings += [*value_findings, *values.shared_scales(inventory, read)]
+    if original is None:
+        return []
+    errors, compare_findings = source_rules.compare(inventory, original, source_experts, on_bytes)
+    findings.extend(compare_findings)
+    return errors
+
+
+def _order(finding: Finding) -> tuple[int, str]:
+    return list(Severity).index(finding.severity), finding.check

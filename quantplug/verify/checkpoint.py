@@ -1,0 +1,216 @@
+"""Reads a checkpoint directory as it lies on disk: configs, index, and the header of every shard; data only when asked.
+
+Nothing here trusts the files. What cannot be read becomes a finding and is left out.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quantplug.errors import SourceError
+from quantplug.verify.checks import Check
+from quantplug.verify.report import Finding, error, warning
+from quantplug.verify.untrusted import Json, as_count, as_object
+
+INDEX = "model.safetensors.index.json"
+CHUNK_BYTES = 4 * 1024 * 1024  # of stored bytes; small, so that what is made of them stays in the cache
+
+# safetensors' names of the types whose values we read; sizes in bytes.
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+PLAIN_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+def rows_at_a_time(row_bytes: int) -> int:
+    return max(1, CHUNK_BYTES // max(1, row_bytes))
+
+
+class UnreadableTensorError(Exception):
+    """The header of a tensor was read, its data cannot be."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its shard's header gives it; `dtype` is safetensors' spelling (`U8`, `F8_E4M3`, `BF16`).
+
+    Attributes:
+        stored: Its name on disk; `name` is how the rules spell it (see `fused.py`).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    stored: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory's configs and tensor headers, and the way to the data."""
+
+    directory: Path
+    config: Json
+    hf_quant_config: Json | None
+    tensors: Mapping[str, TensorInfo]
+    _open: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
+    _shards: dict[str, safe_open] = field(default_factory=dict, compare=False, repr=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor.
+
+        Raises:
+            UnreadableTensorError: The shard cannot give it.
+        """
+        try:
+            return self._shard(name).get_tensor(self.tensors[name].stored)
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
+            raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of a tensor of at least one dimension; raises as `read`."""
+        return self.part(name, (slice(first, last),))
+
+    def part(self, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
+        """What an index along the first axes of a tensor says; raises as `read`."""
+        try:
+            return self._shard(name).get_slice(self.tensors[name].stored)[index]
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
+            raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
+
+    def chunks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of a tensor in pieces of about `CHUNK_BYTES`; raises as `read`."""
+        info = self.tensors[name]
+        if not info.shape:
+            yield 0, self.read(name)
+            return
+        step = rows_at_a_time(prod(info.shape[1:]) * ITEM_BYTES.get(info.dtype, 1))
+        for first in range(0, info.shape[0], step):
+            yield first, self.rows(name, first, min(first + step, info.shape[0]))
+
+    def _shard(self, name: str) -> safe_open:
+        shard = self.tensors[name].shard
+        if shard not in self._shards:
+            self._shards[shard] = self._open.enter_context(safe_open(self.directory / shard, framework="pt"))
+        return self._shards[shard]
+
+    def close(self) -> None:
+        self._open.close()
+        self._shards.clear()
+
+
+def open_checkpoint(directory: Path) -> tuple[Checkpoint, list[Finding]]:
+    """The checkpoint in a directory, and all that is wrong with its files.
+
+    Raises:
+        SourceError: There is no such directory.
+    """
+    if not directory.is_dir():
+        raise SourceError(f"{directory} is not a directory.", remedy="Name the directory that holds config.json.")
+    findings: list[Finding] = []
+    config = _json(directory / "config.json", findings)
+    if config is None and not (directory / "config.json").exists():
+        findings.append(error(Check.FILES, "config.json", "missing: no server can load this directory"))
+    hf_quant_config = _json(directory / "hf_quant_config.json", findings)
+    tensors = _tensors(directory, findings)
+    if not tensors:
+        findings.append(error(Check.FILES, directory.name, "holds no tensor in any *.safetensors file"))
+    return Checkpoint(directory, config or {}, hf_quant_config, tensors), findings
+
+
+def _json(path: Path, findings: list[Finding]) -> Json | None:
+    """The object in a JSON file; None when there is no such file, or no such object in it."""
+    if not path.exists():
+        return None
+    if not path.is_file():  # opening a pipe would wait for ever
+        findings.append(error(Check.FILES, path.name, "is not a file"))
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as problem:
+        findings.append(error(Check.FILES, path.name, f"cannot be read as JSON: {type(problem).__name__}: {problem}"))
+        return None
+    if not isinstance(value, dict):
+        findings.append(error(Check.FILES, path.name, f"holds a JSON {type(value).__name__}, not an object"))
+        return None
+    return value
+
+
+def _tensors(directory: Path, findings: list[Finding]) -> dict[str, TensorInfo]:
+    """All tensors of all shards, held against the index."""
+    on_disk = sorted(path.name for path in directory.glob("*.safetensors"))
+    index = _json(directory / INDEX, findings)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in on_disk:
+        for info in _header(directory / shard, findings):
+            if info.name in tensors:
+                message = f"stored twice, in {tensors[info.name].shard} and {shard}"
+                findings.append(error(Check.INDEX, info.name, message))
+            tensors[info.name] = info
+    if index is not None:
+        findings.extend(_index_findings(index, tensors, on_disk))
+    elif len(on_disk) > 1:
+        message = f"missing although there are {len(on_disk)} shards: no reader knows which belong to the model"
+        findings.append(error(Check.INDEX, INDEX, message))
+    elif on_disk and on_disk != ["model.safetensors"]:
+        findings.append(error(Check.INDEX, on_disk[0], f"neither model.safetensors nor listed by a {INDEX}"))
+    return tensors
+
+
+def _header(path: Path, findings: list[Finding]) -> list[TensorInfo]:
+    if not path.is_file():
+        findings.append(error(Check.FILES, path.name, "is not a file"))
+        return []
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 (not a dict)
+            return [
+                TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), path.name, name) for name, part in slices
+            ]
+    except (SafetensorError, OSError, RuntimeError, ValueError) as problem:
+        findings.append(error(Check.FILES, path.name, f"cannot be read as safetensors: {problem}"))
+        return []
+
+
+def _index_findings(index: Json, tensors: Mapping[str, TensorInfo], on_disk: list[str]) -> Iterator[Finding]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        yield error(Check.INDEX, INDEX, "has no object weight_map")
+        return
+    listed: set[str] = set()
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            yield error(Check.INDEX, name, f"listed in {shard!r}, which is not the name of a file in this directory")
+            continue
+        listed.add(shard)
+        if shard in on_disk and (name not in tensors or tensors[name].shard != shard):
+            where = f"it is in {tensors[name].shard}" if name in tensors else "no shard holds it"
+            yield error(Check.INDEX, name, f"listed in {shard}, but {where}")
+    yield from (error(Check.INDEX, shard, "listed, but absent") for shard in sorted(listed - set(on_disk)))
+    yield from (error(Check.INDEX, shard, "present, but not listed") for shard in on_disk if shard not in listed)
+    yield from (
+        error(Check.INDEX, info.name, f"in {info.shard}, but not listed: readers drop it without a word")
+        for info in tensors.values()
+        if info.name not in weight_map and info.shard in listed
+    )
+    yield from _total_size_findings(index, tensors)
+
+
+def _total_size_findings(index: Json, tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+    total = as_count(as_object(index.get("metadata")).get("total_size"))
+    actual = sum(info.nbytes for info in tensors.values())
+    if total is None:
+        yield warning(Check.INDEX, INDEX, "has no metadata.total_size")
+    elif total != actual:
+        yield error(Check.INDEX, INDEX, f"metadata.total_size is {total}, the shards hold {actual} bytes of tensors")

@@ -1,0 +1,176 @@
+"""Rules on the two config files: the algorithm, and that they agree."""
+
+from collections.abc import Iterator
+
+from quantplug.verify.checks import Check
+from quantplug.verify.excludes import with_parents
+from quantplug.verify.modules import Inventory
+from quantplug.verify.report import Finding, error, warning
+from quantplug.verify.scheme import MODELOPT_LAYOUTS, modelopt_kv_cache
+from quantplug.verify.untrusted import Json, as_count, as_object, as_text, as_texts, is_texts
+
+FILE = "hf_quant_config.json"
+CONFIG = "config.json"
+_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+_SERVED_DENSE_ONLY = ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")  # no vLLM MoE, no SGLang (vLLM 0.33, SGLang 0.5.23)
+
+
+def _quantization_config(inventory: Inventory) -> Json:
+    return as_object(inventory.checkpoint.config.get("quantization_config"))
+
+
+def _file(inventory: Inventory) -> Json:
+    return as_object(as_object(inventory.checkpoint.hf_quant_config).get("quantization"))
+
+
+def algo(inventory: Inventory) -> Iterator[Finding]:
+    """Rows 1 and 2: an algorithm that servers know, spelled as they spell it."""
+    if inventory.scheme.method != "modelopt":
+        return
+    config = _quantization_config(inventory)
+    config = as_object(config.get("quantization")) or config or _file(inventory)
+    name = as_text(config.get("quant_algo"))
+    if name != name.upper():
+        yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} is not upper-case: vLLM and SGLang do not know it")
+    if name.upper() not in MODELOPT_LAYOUTS and name != "MIXED_PRECISION":
+        yield error(Check.ALGO, CONFIG, f"quant_algo {name or 'missing'!r} is known to no server")
+    elif name.upper() in _SERVED_DENSE_ONLY and inventory.expert_groups:
+        yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} of a mixture of experts: vLLM and SGLang cannot load it")
+    elif name.upper() in _SERVED_DENSE_ONLY:
+        yield warning(Check.ALGO, CONFIG, f"quant_algo {name!r} is served by vLLM alone")
+
+
+def fp8_config(inventory: Inventory) -> Iterator[Finding]:
+    """Row 1 for DeepSeek's form: the keys and the block that its readers ask for."""
+    if inventory.scheme.method != "fp8":
+        return
+    config = _quantization_config(inventory)
+    if as_text(config.get("activation_scheme")) not in ("dynamic", "static"):
+        yield error(Check.ALGO, CONFIG, "activation_scheme is neither dynamic nor static: vLLM refuses to start")
+    block = config.get("weight_block_size")
+    if block is not None and block != [128, 128]:
+        yield warning(
+            Check.ALGO, CONFIG, f"weight_block_size {block!r} is not [128, 128], the only one TensorRT-LLM takes"
+        )
+
+
+def config_agreement(inventory: Inventory) -> Iterator[Finding]:
+    """Rows 3 and 4: vLLM and SGLang read config.json, TensorRT-LLM hf_quant_config.json; they have to say the same."""
+    if inventory.scheme.method != "modelopt":
+        return
+    config, file = _quantization_config(inventory), _file(inventory)
+    if "quantization" in config:
+        yield error(
+            Check.CONFIG_AGREEMENT, CONFIG, "quantization_config is nested: SGLang wants quant_algo and ignore flat"
+        )
+        return
+    if not config:
+        yield error(
+            Check.CONFIG_AGREEMENT, CONFIG, f"has no quantization_config, only {FILE}: vLLM refuses W4A16_NVFP4 so"
+        )
+    if not file:
+        yield error(
+            Check.CONFIG_AGREEMENT, FILE, "missing, or without an object quantization: TensorRT-LLM reads this file"
+        )
+    if not config or not file:
+        return
+    producer = as_text(as_object(as_object(inventory.checkpoint.hf_quant_config).get("producer")).get("name"))
+    if producer != "modelopt":
+        yield error(
+            Check.CONFIG_AGREEMENT, FILE, f"producer.name is {producer!r}, vLLM's and SGLang's readers want 'modelopt'"
+        )
+    yield from _disagreements(config, file)
+    if as_text(file.get("quant_algo")) in _NVFP4:
+        absent = [key for key in ("group_size", "kv_cache_quant_algo", "exclude_modules") if key not in file]
+        yield from (
+            error(Check.CONFIG_AGREEMENT, FILE, f"quantization lacks {key}, which vLLM reads") for key in absent
+        )
+
+
+def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
+    pairs = (
+        ("quant_algo", as_text(config.get("quant_algo")), as_text(file.get("quant_algo"))),
+        ("KV cache", modelopt_kv_cache(config), modelopt_kv_cache(file)),
+        ("quantized_layers", config.get("quantized_layers"), file.get("quantized_layers")),
+    )
+    for what, here, there in pairs:
+        if here != there:
+            yield error(Check.CONFIG_AGREEMENT, what, f"{CONFIG} says {_short(here)}, {FILE} says {_short(there)}")
+    for where, value in (
+        (f"{CONFIG} ignore", config.get("ignore")),
+        (f"{FILE} exclude_modules", file.get("exclude_modules")),
+    ):
+        if value is not None and not is_texts(value):
+            yield error(Check.CONFIG_AGREEMENT, where, "is not a list of names")
+    here_only = set(as_texts(config.get("ignore"))) ^ set(as_texts(file.get("exclude_modules")))
+    for pattern in sorted(here_only):
+        where, other = (CONFIG, FILE) if pattern in as_texts(config.get("ignore")) else (FILE, CONFIG)
+        yield error(Check.CONFIG_AGREEMENT, pattern, f"excluded by {where}, but not by {other}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def group_size(inventory: Inventory) -> Iterator[Finding]:
+    """Row 8: NVFP4's block is 16; SGLang asserts it, vLLM's Marlin path assumes it."""
+    if inventory.scheme.method != "modelopt":
+        return
+    config, file = _quantization_config(inventory), _file(inventory)
+    if as_text((config or file).get("quant_algo")) not in _NVFP4:
+        return
+    if "group_size" in file and as_count(file["group_size"]) != 16:
+        yield error(Check.ALIGNMENT, FILE, f"group_size is {file['group_size']!r}, NVFP4 has 16")
+    for name, group in as_object(config.get("config_groups")).items():
+        size = as_object(as_object(group).get("weights")).get("group_size")
+        if size is not None and as_count(size) != 16:
+            yield error(Check.ALIGNMENT, f"{CONFIG} config_groups.{name}", f"group_size is {size!r}, NVFP4 has 16")
+
+
+def weight_only(inventory: Inventory) -> Iterator[Finding]:
+    """Row 5: the config groups say the same about activations as the algorithm does."""
+    if inventory.scheme.method != "modelopt":
+        return
+    config = _quantization_config(inventory)
+    name, groups = as_text(config.get("quant_algo")), as_object(config.get("config_groups"))
+    inputs = {key: bool(as_object(group).get("input_activations")) for key, group in groups.items()}
+    if name == "W4A16_NVFP4":
+        for key in (key for key, has in inputs.items() if has):
+            message = "has input_activations, but W4A16_NVFP4 is weight-only"
+            yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups.{key}", message)
+    if name == "NVFP4" and inputs and not any(inputs.values()):
+        message = "no input_activations: vLLM reads weight-only NVFP4, SGLang does not; the name is W4A16_NVFP4"
+        yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups", message)
+
+
+def mixed(inventory: Inventory) -> Iterator[Finding]:
+    """Row 14: what vLLM and SGLang both take as MIXED_PRECISION."""
+    config = _quantization_config(inventory)
+    if inventory.scheme.method != "modelopt" or as_text(config.get("quant_algo")) != "MIXED_PRECISION":
+        return
+    layers = as_object(config.get("quantized_layers"))
+    algos = {name: as_text(as_object(entry).get("quant_algo")) for name, entry in layers.items()}
+    if not layers:
+        yield error(
+            Check.MIXED,
+            CONFIG,
+            "MIXED_PRECISION without quantized_layers: no layer has an algorithm",
+        )
+    elif not set(algos.values()) & set(_NVFP4):
+        yield error(Check.MIXED, CONFIG, "no layer is NVFP4 or W4A16_NVFP4: SGLang reads such a file as w4afp8")
+    if "kv_cache_quant_algo" not in config and "kv_cache_scheme" not in config:
+        yield error(
+            Check.MIXED,
+            CONFIG,
+            "neither kv_cache_quant_algo nor kv_cache_scheme: SGLang reads the other file",
+        )
+    known = with_parents(inventory.modules)
+    for name, algorithm in algos.items():
+        if algorithm.upper() == "FP8_PB_WO":
+            yield error(Check.MIXED, name, "FP8_PB_WO inside MIXED_PRECISION: vLLM and SGLang want different tensors")
+        if name not in known:
+            yield error(Check.MIXED, name, "listed in quantized_layers, but no module on disk has that name")
+
+
+RULES = (algo, fp8_config, config_agreement, group_size, weight_only, mixed)

@@ -1,0 +1,80 @@
+"""Rules on exclude lists (row 10): exact names, nothing that matches too little or too much."""
+
+from collections.abc import Iterator
+
+from quantplug.verify import excludes, names
+from quantplug.verify.checks import Check
+from quantplug.verify.excludes import with_parents
+from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.report import Finding, Severity, error, warning
+
+_SHOWN = 4
+
+
+def _listed(modules: list[str]) -> str:
+    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+    return ", ".join(modules[:_SHOWN]) + more
+
+
+def patterns(inventory: Inventory) -> Iterator[Finding]:
+    """Each pattern names something, and no more than it seems to."""
+    tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
+    modules = [*inventory.served, *(["lm_head"] if tied else [])]  # ModelOpt excludes a head that is not on disk
+    known, listed = with_parents(modules) | inventory.merged_plain, inventory.scheme.excludes
+    for pattern in listed.patterns:
+        if pattern.startswith("re:") and inventory.scheme.method != "compressed-tensors":
+            yield error(Check.EXCLUDE_PATTERN, pattern, "vLLM and SGLang ignore re: patterns; write the names")
+        elif pattern.startswith("re:") and not excludes.is_valid_expression(pattern.removeprefix("re:")):
+            yield error(Check.EXCLUDE_PATTERN, pattern, "is not a regular expression")
+        elif not (pattern in known if listed.is_name(pattern) else listed.hits(pattern, modules)):
+            severity = Severity.ERROR if inventory.scheme.method == "modelopt" else Severity.WARNING
+            yield Finding(severity, Check.EXCLUDE_PATTERN, pattern, "matches no module on disk")
+        elif inventory.scheme.method == "modelopt":
+            yield from _plain_name(inventory, pattern) if listed.is_name(pattern) else _wildcard(inventory, pattern)
+
+
+def _wildcard(inventory: Inventory, pattern: str) -> Iterator[Finding]:
+    merged = [group.fused for group in inventory.fused_groups]
+    hit = inventory.scheme.excludes.hits(pattern, [*inventory.served, *merged])
+    if reason := excludes.overreach(pattern, hit):
+        message = f"{reason}; it hits {_listed(hit)}: write exact names or prefix.*"
+        yield error(Check.EXCLUDE_PATTERN, pattern, message)
+
+
+def _plain_name(inventory: Inventory, pattern: str) -> Iterator[Finding]:
+    if pattern not in inventory.served and pattern not in inventory.merged_plain and pattern != "lm_head":
+        message = f"names a parent: TensorRT-LLM and SGLang want the whole name, write {pattern}.*"
+        yield warning(Check.EXCLUDE_PATTERN, pattern, message)
+    merged = (group.fused for group in inventory.fused_groups if group.fused not in inventory.merged_plain)
+    swallowed = [name for name in merged if pattern in name and not name.startswith(f"{pattern}.")]
+    if swallowed:
+        message = f"is part of the name {_listed(swallowed)}, which vLLM then leaves unquantized too"
+        yield warning(Check.EXCLUDE_PATTERN, pattern, message)
+
+
+def sensitive(inventory: Inventory) -> Iterator[Finding]:
+    """Routers, the shared expert's gate, head and embeddings are plain, and the config says so."""
+    if not inventory.scheme.method:
+        return
+    for module in inventory.routers():
+        yield from _must_be_plain(inventory, module, "a router", Severity.ERROR)
+    foreign = inventory.scheme.method == "compressed-tensors"
+    for module in inventory.modules.values():
+        if names.is_head(module.name):
+            severity = Severity.WARNING if foreign else Severity.ERROR
+            yield from _must_be_plain(inventory, module, "the head", severity)
+        elif names.is_embedding(module.name) and module.quantized:
+            yield error(Check.EXCLUDE_MISSING, module.name, "an embedding, yet quantized: no server reads that")
+
+
+def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Severity) -> Iterator[Finding]:
+    if module.excluded:
+        return
+    if module.quantized:
+        yield Finding(severity, Check.EXCLUDE_MISSING, module.name, f"{what}, yet quantized")
+    elif module.promised is not None and inventory.scheme.method != "fp8":
+        message = f"{what}, plain on disk but on no exclude list: servers expect it quantized"
+        yield error(Check.EXCLUDE_MISSING, module.name, message)
+
+
+RULES = (patterns, sensitive)

@@ -1,0 +1,80 @@
+"""Rules on `config_groups` and the KV cache's algorithm: what readers index without looking."""
+
+from collections.abc import Iterator
+
+from quantplug.verify.checks import Check
+from quantplug.verify.modules import Inventory
+from quantplug.verify.report import Finding, error
+from quantplug.verify.untrusted import Json, as_count, as_object, as_text, is_texts
+
+_MODELOPT_BITS = {"NVFP4": 4, "W4A16_NVFP4": 4, "FP8": 8, "FP8_PER_CHANNEL_PER_TOKEN": 8}
+_COMPRESSED_BITS = {"nvfp4-pack-quantized": 4, "float-quantized": 8, "naive-quantized": 8}
+
+
+def config_groups(inventory: Inventory) -> Iterator[Finding]:
+    """Each group says which modules it is for, and how their weights are stored."""
+    config = as_object(inventory.checkpoint.config.get("quantization_config"))
+    compressed = inventory.scheme.method == "compressed-tensors"
+    if inventory.scheme.method not in ("modelopt", "compressed-tensors"):
+        return
+    if "config_groups" not in config:
+        if compressed:
+            yield _error("", "missing: nothing says what is quantized")
+        return
+    groups = config["config_groups"]
+    if not isinstance(groups, dict) or (compressed and not groups):
+        yield _error("", f"is {_short(groups)}, not an object of groups")
+        return
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            yield _error(f".{name}", f"is {_short(group)}, not an object")
+            continue
+        bits = _compressed_bits(config, group) if compressed else _MODELOPT_BITS.get(as_text(config.get("quant_algo")))
+        yield from _group(f".{name}", group, bits)
+
+
+def _compressed_bits(config: Json, group: Json) -> int | None:
+    return _COMPRESSED_BITS.get(as_text(group.get("format")) or as_text(config.get("format")))
+
+
+def _group(name: str, group: Json, bits: int | None) -> Iterator[Finding]:
+    """`bits` are those of the algorithm; None when its groups are not known in full."""
+    if not is_texts(group.get("targets")) or not group["targets"]:
+        yield _error(name, f"targets is {_short(group.get('targets'))}, not a list of classes or modules")
+    weights = group.get("weights")
+    if bits is None and weights is None:
+        return
+    if not isinstance(weights, dict):
+        yield _error(name, f"weights is {_short(weights)}, not an object")
+        return
+    if as_count(weights.get("num_bits")) is None or (bits is not None and weights["num_bits"] != bits):
+        yield _error(name, f"weights.num_bits is {_short(weights.get('num_bits'))}, expected {bits or 'a number'}")
+    kind = weights.get("type")
+    if not isinstance(kind, str) or (bits is not None and kind != "float"):
+        yield _error(name, f"weights.type is {_short(kind)}, expected {'float' if bits else 'a name'}")
+    if bits == 4 and weights.get("group_size") is None:
+        yield _error(name, "weights.group_size is not set, NVFP4 has 16")
+
+
+def kv_cache_algo(inventory: Inventory) -> Iterator[Finding]:
+    """`kv_cache_quant_algo` is a name, or null for none, in both files."""
+    if inventory.scheme.method != "modelopt":
+        return
+    config = as_object(inventory.checkpoint.config.get("quantization_config"))
+    file = as_object(as_object(inventory.checkpoint.hf_quant_config).get("quantization"))
+    for where, holder in (("config.json", config), ("hf_quant_config.json", file)):
+        value = holder.get("kv_cache_quant_algo")
+        if value is not None and not isinstance(value, str):
+            message = f"is {_short(value)}, neither a name nor null"
+            yield error(Check.CONFIG_GROUPS, f"{where} kv_cache_quant_algo", message)
+
+
+def _error(group: str, message: str) -> Finding:
+    return error(Check.CONFIG_GROUPS, f"config.json config_groups{group}", message)
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
+
+
+RULES = (config_groups, kv_cache_algo)

@@ -1,0 +1,191 @@
+"""Rules on the model as a whole: every layer and expert is there, merged modules agree, serving shards align."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from quantplug.verify import names
+from quantplug.verify.checks import Check
+from quantplug.verify.layouts import Fp8Layout
+from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.report import Finding, error, ranges, warning
+from quantplug.verify.untrusted import as_count, as_object
+
+_SERVING_TP = (2, 4, 8)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _configured(inventory: Inventory, *keys: str) -> int | None:
+    """The first of the keys in config.json, at the top or in text_config."""
+    config = inventory.checkpoint.config
+    for holder in (config, as_object(config.get("text_config"))):
+        for key in keys:
+            if as_count(holder.get(key)) is not None:
+                return as_count(holder.get(key))
+    return None
+
+
+def experts(inventory: Inventory) -> Iterator[Finding]:
+    """Row 9: every expert the config counts is there, with the projections of its siblings."""
+    count = _configured(inventory, *_EXPERT_COUNTS)
+    for prefix, members in inventory.mixtures.items():
+        if count is None:
+            yield warning(Check.EXPERTS, prefix, "config.json has no number of experts to hold this against")
+        wanted = set(range(count)) if count is not None else set(members)
+        if missing := sorted(wanted - members.keys()):
+            yield error(Check.EXPERTS, prefix, f"experts missing: {ranges(missing)} of {len(wanted)}")
+        if extra := sorted(members.keys() - wanted):
+            yield error(Check.EXPERTS, prefix, f"experts beyond the {count} of config.json: {ranges(extra)}")
+        yield from _incomplete(prefix, members)
+    yield from _in_one_tensor(inventory, count)
+    yield from _in_two_ways(inventory)
+    yield from _lost_mixtures(inventory, count)
+
+
+def _incomplete(prefix: str, members: Mapping[int, Mapping[str, str]]) -> Iterator[Finding]:
+    everything = {projection for projections in members.values() for projection in projections}
+    for index, projections in sorted(members.items()):
+        if absent := sorted(everything - projections.keys()):
+            yield error(Check.EXPERTS, f"{prefix}.{index}", f"lacks {', '.join(absent)}, which other experts have")
+
+
+def _in_one_tensor(inventory: Inventory, count: int | None) -> Iterator[Finding]:
+    for module in inventory.modules.values():
+        if module.placement is None:
+            continue
+        if count is None:
+            yield warning(Check.EXPERTS, module.name, "config.json has no number of experts to hold this against")
+        elif module.placement.experts != count:
+            message = f"holds {module.placement.experts} experts, config.json counts {count}"
+            yield error(Check.EXPERTS, module.name, message)
+
+
+def _in_two_ways(inventory: Inventory) -> Iterator[Finding]:
+    """Experts one by one in some layers, in one tensor in others."""
+    together = sorted(module.name for module in inventory.modules.values() if module.placement is not None)
+    if together and inventory.mixtures:
+        message = f"holds all experts, and {next(iter(inventory.mixtures))} each by itself: readers take all in one way"
+        yield error(Check.EXPERTS, together[0], message)
+
+
+def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]:
+    """Routers that have one row an expert, but no experts beside them."""
+    for module in inventory.modules.values():
+        parent, _, name = module.name.rpartition(".")
+        rows = module.plain_matrix.shape[0] if module.plain_matrix is not None else None
+        is_router = name in ("gate", "router") and rows is not None and rows == count
+        fused = any(other.startswith(f"{parent}.experts") for other in inventory.modules)
+        if is_router and not fused:
+            yield error(Check.EXPERTS, parent, f"has a router for {count} experts, and no expert")
+
+
+def layers(inventory: Inventory) -> Iterator[Finding]:
+    """Every decoder layer that config.json counts is there, and the head when it is not tied."""
+    stacks: dict[str, set[int]] = {}
+    for module in inventory.modules:
+        if (found := names.layer(module)) is not None:
+            stacks.setdefault(found[0], set()).add(found[1])
+    count = _configured(inventory, "num_hidden_layers")
+    if count is None and inventory.known is not None:
+        count = inventory.known.dims.num_layers
+    if count is None and stacks:
+        yield warning(Check.LAYERS, "config.json", "has no num_hidden_layers to hold the layers against")
+    if count is not None and inventory.modules:
+        known = inventory.known
+        drafts = len(known.numbered_mtp) if known else _configured(inventory, "num_nextn_predict_layers") or 0
+        yield from _missing_layers(stacks or {"model.layers": set()}, count, drafts)
+    yield from _head(inventory)
+
+
+def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> Iterator[Finding]:
+    for stack, ids in stacks.items():
+        absent = [index for index in range(min(count, 100_000)) if index not in ids]
+        if absent:
+            yield error(Check.LAYERS, stack, f"layers missing: {ranges(absent)} of {count}")
+        if extra := sorted(index for index in ids if index >= count + drafts):
+            yield error(Check.LAYERS, stack, f"layers beyond the {count} of config.json: {ranges(extra)}")
+
+
+def _head(inventory: Inventory) -> Iterator[Finding]:
+    tied = inventory.checkpoint.config.get("tie_word_embeddings")
+    heads = [name for name in inventory.modules if names.last(name) == "lm_head"]
+    named = str(inventory.checkpoint.config.get("architectures"))
+    causal = "ForCausalLM" in named or "ForConditionalGeneration" in named
+    if tied is True and heads:
+        yield warning(
+            Check.LAYERS, heads[0], "present although config.json ties it to the embeddings: most readers drop it"
+        )
+    if tied is False and causal and not heads and inventory.modules:
+        yield error(Check.LAYERS, "lm_head", "missing although config.json does not tie it to the embeddings")
+
+
+def _state(module: Module) -> str:
+    if module.excluded or module.promised is None or not module.quantized:
+        return "unquantized"
+    return module.promised.name
+
+
+def one_algo(inventory: Inventory) -> Iterator[Finding]:
+    """Row 9: experts of a layer, and projections that servers merge, are quantized alike."""
+    for prefix, modules in inventory.expert_groups.items():
+        yield from _alike(inventory, prefix, modules, "experts of one layer")
+    for group in inventory.fused_groups:
+        if not group.in_expert:
+            yield from _alike(inventory, group.fused, group.members, "parts that servers merge")
+
+
+def _alike(inventory: Inventory, subject: str, modules: Sequence[str], what: str) -> Iterator[Finding]:
+    states: dict[str, list[str]] = {}
+    for name in modules:
+        states.setdefault(_state(inventory.modules[name]), []).append(name)
+    if len(states) > 1:
+        shares = "; ".join(f"{len(found)} {state} ({sorted(found)[0]})" for state, found in sorted(states.items()))
+        yield error(Check.ONE_ALGO, subject, f"{what} are not quantized alike: {shares}")
+
+
+def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
+    """Row 8: in block FP8 every part of a merged module but the last ends on a block."""
+    for group in inventory.fused_groups:
+        for name in group.members[:-1]:
+            module = inventory.modules[name]
+            if (
+                module.codes is None
+                or not isinstance(module.layout, Fp8Layout)
+                or module.layout.block in (None, (1, 0))
+            ):
+                continue
+            assert module.layout.block is not None
+            if module.codes.shape[0] % module.layout.block[0]:
+                message = (
+                    f"out_features {module.codes.shape[0]} end inside a block: vLLM cannot merge it into {group.fused}"
+                )
+                yield warning(Check.SERVING_TP, name, message)
+
+
+def serving_tp(inventory: Inventory) -> Iterator[Finding]:
+    """Which tensor-parallel sizes of a server cut blocks: one line for each kind of module and shape."""
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for module in inventory.quantized:
+        if module.codes is None or module.layout is None or (names.kind(module.name), module.codes.shape) in seen:
+            continue
+        seen.add((names.kind(module.name), module.codes.shape))
+        name = names.last(module.name)
+        if name in names.ROW_PARALLEL:
+            columns = module.layout.columns(module.codes)
+            yield from _cut(module, "in_features", columns, _block(module, axis=1))
+        elif name in names.COLUMN_PARALLEL and isinstance(module.layout, Fp8Layout):
+            yield from _cut(module, "out_features", module.codes.shape[0], _block(module, axis=0))
+
+
+def _block(module: Module, axis: int) -> int:
+    if isinstance(module.layout, Fp8Layout):
+        return max(module.layout.block[axis], 1) if module.layout.block is not None else 1
+    return module.layout.block if module.layout is not None else 1
+
+
+def _cut(module: Module, axis: str, size: int, block: int) -> Iterator[Finding]:
+    cuts = [f"TP={tp}: {size / tp:g}" for tp in _SERVING_TP if size % (tp * block)]
+    if block > 1 and cuts:
+        message = f"{axis} {size} of a rank is no multiple of the block of {block} at {', '.join(cuts)}"
+        yield warning(Check.SERVING_TP, names.kind(module.name), message)
+
+
+RULES = (experts, layers, one_algo, merged_blocks, serving_tp)

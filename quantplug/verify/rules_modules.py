@@ -1,0 +1,167 @@
+"""Rules on single modules: what is on disk is what the config promises, in the right shapes and dtypes."""
+
+from collections.abc import Iterator
+
+from quantplug.verify import names
+from quantplug.verify.checkpoint import ITEM_BYTES
+from quantplug.verify.checks import Check
+from quantplug.verify.layouts import KV_SUFFIXES, Fp8Layout, Nvfp4Layout, UnjudgedLayout, is_plain, scale_names
+from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.report import Finding, error, note, warning
+
+
+def coverage(inventory: Inventory) -> Iterator[Finding]:
+    """Row 11: excluded modules are plain, all other Linears quantized."""
+    if not inventory.scheme.method:
+        return
+    special = {module.name for module in inventory.routers()}
+    for module in inventory.modules.values():
+        if module.name in special or names.is_head(module.name) or names.is_embedding(module.name):
+            if module.excluded and module.quantized:
+                yield error(Check.COVERAGE, module.name, f"excluded, yet on disk with {_evidence(module)}")
+            continue
+        deepseek_plain = inventory.scheme.method == "fp8" and names.last(module.name) in names.DEEPSEEK_PLAIN
+        if module.quantized and (module.excluded or module.promised is None):
+            why = "excluded" if module.excluded else "not covered by the config"
+            yield error(Check.COVERAGE, module.name, f"{why}, yet on disk with {_evidence(module)}")
+        elif (
+            not module.excluded
+            and module.promised is not None
+            and module.plain_matrix is not None
+            and not deepseek_plain
+        ):
+            message = (
+                f"a plain {module.plain_matrix.dtype} matrix, neither excluded nor quantized: servers expect scales"
+            )
+            yield error(Check.COVERAGE, module.name, message)
+        elif module.quantized and not {"weight", "weight_packed"} & module.tensors.keys():
+            yield error(Check.COVERAGE, module.name, f"has {_evidence(module)} but no weight")
+
+
+def _evidence(module: Module) -> str:
+    scales = sorted(scale_names(module.tensors))
+    return ", ".join(scales) if scales else f"a weight of {module.tensors['weight'].dtype}"
+
+
+def layout(inventory: Inventory) -> Iterator[Finding]:
+    """Rows 5 and 7: each quantized module has its tensors, with the right shapes and dtypes, and no others."""
+    for module in inventory.quantized:
+        if module.layout is None or not {"weight", "weight_packed"} & module.tensors.keys():
+            continue
+        if module.codes is None:
+            wanted = f"{module.name}.{module.layout.codes}"
+            yield error(Check.TENSOR_LAYOUT, wanted, f"missing or not a matrix, as {module.layout.name} wants it")
+            continue
+        yield from _parts(module)
+        yield from _strangers(module)
+
+
+def _parts(module: Module) -> Iterator[Finding]:
+    assert module.layout is not None
+    assert module.codes is not None
+    for suffix, part in module.parts.items():
+        name, info = f"{module.name}.{suffix}", module.tensors.get(suffix)
+        if info is None and suffix == module.layout.input_scale:
+            message = f"missing: {module.layout.name} quantizes activations, vLLM would use uninitialised memory"
+            yield error(Check.INPUT_SCALE, name, message)
+        elif info is None:
+            yield error(Check.TENSOR_LAYOUT, name, f"missing: {module.layout.name} cannot be decoded without it")
+        elif problem := part.problem(info):
+            yield error(Check.TENSOR_LAYOUT, name, problem)
+
+
+def _strangers(module: Module) -> Iterator[Finding]:
+    assert module.layout is not None
+    assert module.codes is not None
+    wanted = module.parts.keys()
+    for suffix in sorted(set(scale_names(module.tensors)) - wanted):
+        name = f"{module.name}.{suffix}"
+        if suffix in ("input_scale", "input_global_scale") and module.layout.input_scale is None:
+            message = f"{module.layout.name} here is weight-only, yet there is an activation scale"
+            yield error(Check.WEIGHT_ONLY, name, message)
+        else:
+            yield error(Check.TENSOR_LAYOUT, name, f"not a tensor of {module.layout.name}")
+
+
+def alignment(inventory: Inventory) -> Iterator[Finding]:
+    """Row 8: in_features hold whole blocks."""
+    for module in inventory.quantized:
+        if module.layout is not None and module.codes is not None and module.layout.shape_problem(module.codes):
+            yield error(Check.ALIGNMENT, module.name, module.layout.shape_problem(module.codes) or "")
+
+
+def kv_cache(inventory: Inventory) -> Iterator[Finding]:
+    """Row 13: scales of a quantized KV cache are there exactly when the config says so."""
+    claimed = inventory.scheme.kv_cache
+    present = {
+        module.name: suffix for module in inventory.modules.values() for suffix in KV_SUFFIXES & module.tensors.keys()
+    }
+    if not claimed and inventory.scheme.method:
+        for name, suffix in present.items():
+            yield error(
+                Check.KV_SCALES, f"{name}.{suffix}", "a KV cache scale, but no config speaks of a quantized KV cache"
+            )
+    if claimed and claimed != "FP8":
+        yield error(Check.NOT_JUDGED, "kv_cache_scheme", f"not judged: KV cache in {claimed}")
+    if claimed != "FP8":
+        return
+    for name in inventory.modules:
+        if names.last(name) == "k_proj" and names.layer(name) is not None:
+            yield from _kv_scales(inventory, name.rpartition(".")[0])
+
+
+def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:
+    """ModelOpt puts the scales below k_proj and v_proj, compressed-tensors beside them."""
+    below = inventory.scheme.method == "modelopt"
+    for letter in "kv":
+        name = f"{attention}.{letter}_proj.{letter}_scale" if below else f"{attention}.{letter}_scale"
+        info = inventory.checkpoint.tensors.get(name)
+        if info is None:
+            yield error(Check.KV_SCALES, name, "missing: servers fall back to a scale of 1.0")
+        elif info.shape not in ((), (1,)) or (below and info.dtype != "F32") or not is_plain(info):
+            yield error(Check.KV_SCALES, name, f"{info.dtype} {list(info.shape)}, expected an F32 scalar")
+
+
+def unjudged(inventory: Inventory) -> Iterator[Finding]:
+    """Formats and names that this checker does not know: said once each, since nothing was proved about them."""
+    formats: dict[str, list[str]] = {}
+    for module in inventory.modules.values():
+        if isinstance(module.promised, UnjudgedLayout) and module.quantized and not module.excluded:
+            formats.setdefault(module.promised.name, []).append(module.name)
+    for name, modules in sorted(formats.items()):
+        message = f"not judged: {len(modules)} modules in {name}, beginning with {modules[0]}"
+        yield error(Check.NOT_JUDGED, name, message)
+    for info in inventory.checkpoint.tensors.values():
+        if info.dtype not in ITEM_BYTES:
+            yield error(Check.NOT_JUDGED, info.name, f"not judged: dtype {info.dtype}")
+        elif len(info.shape) == 3 and names.split(info.name)[0].endswith(".experts"):
+            yield error(
+                Check.NAMES,
+                info.name,
+                "experts fused in one tensor: quantized loaders want one module an expert",
+            )
+
+
+def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
+    """Row 15: what transformers 5.23 opens without complaint and computes wrongly."""
+    label = inventory.scheme.label
+    layouts = {(module.layout, names.expert(module.name) is not None) for module in inventory.quantized}
+    if any(part is not None and part.codes == "weight_packed" and expert for part, expert in layouts):
+        message = "transformers 5.23 drops weight_global_scale of NVFP4 experts without a word; serve it elsewhere"
+        yield warning(Check.TRANSFORMERS, label, message)
+    if inventory.scheme.method == "modelopt" and any(isinstance(part, Fp8Layout) for part, _ in layouts):
+        yield note(
+            Check.TRANSFORMERS, label, "transformers 5.23 loads the FP8 codes without their scales; serve it elsewhere"
+        )
+
+
+def taken_apart(inventory: Inventory) -> Iterator[Finding]:
+    """MLA's `kv_b_proj` in FP4, said once."""
+    for module in inventory.quantized:
+        if names.last(module.name) == names.TAKEN_APART and isinstance(module.layout, Nvfp4Layout):
+            message = "in FP4: vLLM unpacks it, SGLang would read the packed bytes as weights; keep it or use FP8"
+            yield warning(Check.SERVING_KV_B, names.kind(module.name), message)
+            return
+
+
+RULES = (coverage, layout, alignment, kv_cache, unjudged, transformers_reader, taken_apart)

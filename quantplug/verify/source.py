@@ -1,0 +1,294 @@
+"""Holds a quantized checkpoint against the one it was made from: all tensors there, all values in bounds."""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+
+from quantplug.verify import bounds, decode, names, originals
+from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
+from quantplug.verify.checks import Check
+from quantplug.verify.fused import FusedExperts
+from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
+from quantplug.verify.matrices import Matrix
+from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.originals import ExpertPart, Original
+from quantplug.verify.report import Finding, Size, TensorError, error, warning
+
+OnBytes = Callable[[int], None]
+_INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bytes_to_read(source: Checkpoint) -> int:
+    return sum(info.nbytes for info in source.tensors.values())
+
+
+def compare(
+    inventory: Inventory, source: Checkpoint, experts: FusedExperts, on_bytes: OnBytes
+) -> tuple[list[TensorError], list[Finding]]:
+    """The error of every quantized weight, and all findings on names, shapes and values.
+
+    Args:
+        experts: The source's tensors that hold all experts of a layer; the export may have these one by one.
+    """
+    apart = {name: _apart(inventory, experts, info) for name, info in source.tensors.items()}
+    findings = [
+        *_source_findings(source),
+        *_extra(inventory, source, {part.name for p in apart.values() for part in p}),
+    ]
+    measured: list[TensorError] = []
+    for info in source.tensors.values():
+        try:
+            for part in apart[info.name]:
+                findings.extend(_part(inventory, part, source, measured))
+            if not apart[info.name]:
+                findings.extend(_one(inventory, source, info, measured))
+        except UnreadableTensorError as problem:
+            findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
+        on_bytes(info.nbytes)
+    return measured, findings
+
+
+def _source_findings(source: Checkpoint) -> Iterator[Finding]:
+    if source.config.get("quantization_config") and not originals.is_decoded(source.config):
+        yield error(Check.SOURCE, "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
+
+
+def _target(inventory: Inventory, info: TensorInfo) -> str:
+    """Where the export keeps the values of a source tensor."""
+    module, suffix = names.split(info.name)
+    if suffix != "weight" and not originals.is_mxfp4(info):
+        return info.name
+    packed = f"{module}.weight_packed"
+    return packed if packed in inventory.checkpoint.tensors else f"{module}.weight"
+
+
+def _apart(inventory: Inventory, experts: FusedExperts, info: TensorInfo) -> tuple[ExpertPart, ...]:
+    """The tensors of single experts that the export has in place of one of the source; none where it has that too."""
+    module, suffix = names.split(info.name)
+    transposed = experts.is_transposed(module)
+    if transposed is None or suffix != "weight" or len(info.shape) != 3 or module in inventory.modules:
+        return ()
+    return tuple(
+        ExpertPart(name, info, expert, transposed, place, len(expert_names))
+        for expert in range(info.shape[0])
+        for expert_names in (experts.apart(module, expert),)
+        for place, name in enumerate(expert_names)
+    )
+
+
+def _part(inventory: Inventory, part: ExpertPart, source: Checkpoint, measured: list[TensorError]) -> Iterator[Finding]:
+    """A tensor of one expert, against its share of the source's tensor of all."""
+    module = inventory.modules.get(names.split(part.name)[0])
+    target = inventory.checkpoint.tensors.get(part.name)
+    if module is None or target is None:
+        yield error(
+            Check.SOURCE_NAMES, part.name, f"its values are in the source's {part.info.stored}, not in the export"
+        )
+    elif (original := originals.part_original(source, part)) is None:
+        yield error(Check.SOURCE, part.info.name, f"is {part.info.dtype} in the source, no floating-point original")
+    elif not module.quantized:
+        yield from _decoded(inventory, original, target, module)
+    elif module.sound:
+        yield from _quantized(inventory, original, module, measured)
+
+
+def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> Iterator[Finding]:
+    known = {
+        _target(inventory, info)
+        for info in source.tensors.values()
+        if not originals.is_read_with_another(source, info) or originals.is_mxfp4(info)
+    } | set(apart)
+    for name in inventory.checkpoint.tensors:
+        module, suffix = names.split(name)
+        belongs = not known.isdisjoint((f"{module}.weight", f"{module}.weight_packed")) or suffix in KV_SUFFIXES
+        if name not in known and not (belongs and suffix in SCALE_SUFFIXES | KV_SUFFIXES):
+            yield error(Check.SOURCE_NAMES, name, "not in the source")
+
+
+def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: list[TensorError]) -> Iterator[Finding]:
+    if originals.is_read_with_another(source, info):
+        return
+    target = inventory.checkpoint.tensors.get(_target(inventory, info))
+    if target is None:
+        tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
+        if not (tied and names.is_head(names.split(info.name)[0])):
+            yield error(Check.SOURCE_NAMES, info.name, "in the source, but not in the export")
+        return
+    module = inventory.modules[names.split(target.name)[0]]
+    is_weight = target.name.endswith((".weight", ".weight_packed"))
+    if is_weight and (module.quantized or originals.is_packed(source, info)):
+        original = originals.original_of(source, info, module.transposed)
+        if original is None:
+            yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
+        elif not module.quantized:
+            yield from _decoded(inventory, original, target, module)
+        elif module.sound:
+            yield from _quantized(inventory, original, module, measured)
+    elif info.dtype != target.dtype and (_is_carried(inventory, info) or not (is_plain(info) and is_plain(target))):
+        yield error(Check.SOURCE_VALUES, info.name, f"is {target.dtype}, in the source {info.dtype}")
+    elif info.dtype not in ITEM_BYTES:
+        yield error(Check.NOT_JUDGED, info.name, f"not judged: dtype {info.dtype}")
+    elif target.shape != info.shape:
+        yield error(Check.SOURCE_NAMES, info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
+    elif differing := _differing(inventory.checkpoint, source, info.name):
+        message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
+        yield error(Check.SOURCE_VALUES, info.name, message)
+
+
+def _is_carried(inventory: Inventory, info: TensorInfo) -> bool:
+    """Whether an export gives it as it is, its type included."""
+    return inventory.known is not None and inventory.known.carries(info.stored)
+
+
+def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
+    """Elements whose bits differ after the source is cast to the stored dtype."""
+    chunks = source.chunks(name)
+    return sum(
+        _unequal(original, export.rows(name, first, first + original.shape[0]) if original.dim() else export.read(name))
+        for first, original in chunks
+    )
+
+
+def _unequal(original: torch.Tensor, stored: torch.Tensor) -> int:
+    view = _INTEGER_VIEWS[stored.element_size()]
+    return int((original.to(stored.dtype).view(view) != stored.view(view)).sum())
+
+
+def _decoded(inventory: Inventory, original: Original, target: TensorInfo, module: Module) -> Iterator[Finding]:
+    """An unquantized tensor whose original is packed: the same values after the cast."""
+    matrix = module.matrix(target)
+    if target.shape != original.shape or matrix is None or not is_plain(target):
+        found = f"is {target.dtype} {list(target.shape)}"
+        yield error(Check.SOURCE_NAMES, target.name, f"{found}, in the source packed, of {list(original.shape)}")
+        return
+    differing = sum(
+        _unequal(rows, weight.rows(names.split(target.name)[1], first, first + rows.shape[0]))
+        for weight in _weights(inventory, module)
+        for first, rows in _chunks(original, weight, *matrix.shape)
+    )
+    if differing:
+        message = f"{differing} values are not the source's, decoded and cast to {target.dtype}"
+        yield error(Check.SOURCE_VALUES, target.name, message)
+
+
+def _weights(inventory: Inventory, module: Module) -> Iterator[Matrix]:
+    """The weight of a module, or those of all experts in one tensor; none of sizes of zero."""
+    matrix = module.codes or module.plain_matrix
+    if module.placement is None:
+        yield Matrix(inventory.checkpoint, module.name)
+        return
+    for expert in range(module.placement.experts if matrix is not None and all(matrix.shape) else 0):
+        yield Matrix(inventory.checkpoint, module.name, expert, module.placement.transposed)
+
+
+def _chunks(original: Original, weight: Matrix, rows: int, columns: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, FP32 rows) of the original of a weight [rows, columns]."""
+    step = original.step(columns)
+    for first in range(0, rows, step):
+        yield first, original.rows(weight.expert, first, min(first + step, rows))
+
+
+def _quantized(
+    inventory: Inventory, original: Original, module: Module, measured: list[TensorError]
+) -> Iterator[Finding]:
+    layout, codes = module.layout, module.codes
+    assert layout is not None
+    assert codes is not None
+    rows, columns = codes.shape[0], layout.columns(codes)
+    shape = module.stored_shape((rows, columns))
+    if original.shape != shape:
+        message = f"decodes to {list(shape)}, in the source {list(original.shape)}"
+        yield error(Check.SOURCE_NAMES, original.info.name, message)
+        return
+    for weight in _weights(inventory, module):
+        total = bounds.ErrorSum()
+        for first, values in _chunks(original, weight, rows, columns):
+            if isinstance(layout, Nvfp4Layout):
+                _add_nvfp4(total, weight, layout, first, values)
+            else:
+                _add_fp8(total, weight, layout, first, values)
+        tensor = f"{module.name}.weight" if weight.expert is None else f"{module.name}[{weight.expert}]"
+        result = _tensor_error(tensor, names.kind(module.name), layout.name, total)
+        measured.append(result)
+        yield from _bound_findings(result, total)
+
+
+def _add_nvfp4(total: bounds.ErrorSum, weight: Matrix, layout: Nvfp4Layout, first: int, original: torch.Tensor) -> None:
+    last = first + original.shape[0]
+    packed = weight.rows(layout.codes, first, last)
+    scales = weight.rows("weight_scale", first, last).view(torch.uint8)
+    stored = weight.scales(layout.tensor_scale)
+    tensor_scale = stored.reciprocal() if layout.reciprocal else stored
+    bounds.add_nvfp4(total, decode.decode_nvfp4(packed, scales, tensor_scale), original, tensor_scale)
+
+
+def _add_fp8(total: bounds.ErrorSum, weight: Matrix, layout: Fp8Layout, first: int, original: torch.Tensor) -> None:
+    rows, columns = original.shape
+    codes = weight.rows(layout.codes, first, first + rows).view(torch.uint8)
+    scale = weight.scales(layout.scale).float()
+    if layout.block is None:
+        scale = scale.reshape(1, 1)
+    elif layout.per_row:
+        scale = scale.reshape(-1, 1)[first : first + rows]
+    else:
+        scale = decode.spread_blocks(scale, first, rows, columns, layout.block)
+    bounds.add_fp8(total, decode.decode_e4m3(codes) * scale, original, scale)
+
+
+def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> TensorError:
+    def relative(part: float, whole: float) -> float:
+        return part / whole if whole else (math.inf if part else 0.0)
+
+    norm = math.sqrt(total.squared_norm)
+    return TensorError(
+        name=name,
+        kind=kind,
+        format=layout,
+        relative_error=relative(math.sqrt(total.squared_error), norm),
+        bound=relative(math.sqrt(total.squared_bound), norm),
+        max_error=relative(total.max_error, total.amax),
+        squared_error=total.squared_error,
+        squared_norm=total.squared_norm,
+    )
+
+
+def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Finding]:
+    if not result.relative_error <= result.bound * bounds.SLACK:  # NaN is beyond every bound
+        most = f"rounding these values to {result.format} gives at most {result.bound:.4g}"
+        message = f"relative error {result.relative_error:.4g}; {most}"
+        if not total.squared_norm:
+            message = "the source is all zero, the export does not decode to zeros"
+        yield error(Check.ERROR_BOUND, result.name, message)
+    elif total.lost or total.broken_rows:
+        yield error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
+    elif total.beyond:
+        message = (
+            f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
+            "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
+        )
+        yield warning(Check.VALUE_BOUND, result.name, message)
+
+
+def _lost_message(result: TensorError, total: bounds.ErrorSum) -> str:
+    said = {
+        f"{total.lost} blocks decode to zeros, the source's are not, and {result.format} holds them": total.lost,
+        f"{total.broken_rows} rows are off by more than {bounds.ROW_SLACK:g} times what rounding to {result.format} "
+        "gives at most": total.broken_rows,
+    }
+    return "; ".join(text for text, count in said.items() if count)
+
+
+def sizes(export: Checkpoint, source: Checkpoint | None) -> Iterator[Size]:
+    """Bytes of each kind of module, scales with the weight they belong to."""
+    exported, original = _bytes_by_kind(export), _bytes_by_kind(source) if source is not None else {}
+    for name in sorted(exported.keys() | original.keys()):
+        yield Size(name, exported.get(name, 0), original.get(name, 0) if source is not None else None)
+
+
+def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        module = names.kind(names.split(info.name)[0] or info.name)
+        found[module] = found.get(module, 0) + info.nbytes
+    return found

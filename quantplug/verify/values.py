@@ -1,0 +1,142 @@
+"""Reads every value once (row 12): nothing NaN or Inf, scales positive; keeps the scalars for those on sharing."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from quantplug.verify.checkpoint import PLAIN_FLOATS, UnreadableTensorError
+from quantplug.verify.checks import Check
+from quantplug.verify.layouts import Nvfp4Layout
+from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.names import FusedGroup, kind, last, split
+from quantplug.verify.report import Finding, error, note, ranges, warning
+
+# Suffixes of floating-point scales: a multiplier or divisor that must be above zero.
+_POSITIVE = frozenset({
+    "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale", "input_scale", "input_global_scale",
+    "k_scale", "v_scale",
+})  # fmt: skip
+_READ_DTYPES = PLAIN_FLOATS | {"F8_E4M3", "F8_E5M2", "F8_E8M0"}
+OnBytes = Callable[[int], None]  # called with the number of bytes just read
+
+
+@dataclass
+class BlockScaleCount:
+    """E4M3 block scales of one kind of module that lie below the normal range."""
+
+    scales: int = 0
+    subnormal: int = 0
+    tensors: int = 0
+
+
+@dataclass
+class Values:
+    """What reading all values left behind."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    block_scales: dict[str, BlockScaleCount] = field(default_factory=dict)
+
+
+def bytes_to_read(inventory: Inventory) -> int:
+    return sum(info.nbytes for info in inventory.checkpoint.tensors.values() if info.dtype in _READ_DTYPES)
+
+
+def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[Finding]]:
+    """All findings on single values, and what the rules on several tensors need."""
+    values = Values()
+    findings: list[Finding] = []
+    for info in inventory.checkpoint.tensors.values():
+        if info.dtype not in _READ_DTYPES:
+            continue
+        try:
+            findings.extend(_tensor(inventory, info.name, values))
+        except UnreadableTensorError as problem:
+            findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
+        on_bytes(info.nbytes)
+    findings.extend(_subnormal_findings(values))
+    return values, findings
+
+
+def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding]:
+    info = inventory.checkpoint.tensors[name]
+    module, suffix = split(name)
+    is_scale, fused = suffix in _POSITIVE, inventory.modules[module].transposed is not None
+    bad = low = 0
+    spoiled: set[int] = set()
+    for first, chunk in inventory.checkpoint.chunks(name):
+        if info.dtype in PLAIN_FLOATS:
+            broken = ~torch.isfinite(chunk)
+            low += int((chunk <= 0).sum()) if is_scale else 0
+            if chunk.numel() == 1:
+                values.scalars[name] = float(chunk)
+        else:
+            codes = chunk.view(torch.uint8)
+            broken = _non_finite_codes(codes, info.dtype)
+            if info.dtype == "F8_E4M3" and is_scale:
+                low += int(((codes > 0x80) & (codes != 0xFF)).sum())
+                _count_subnormal(values, inventory.modules[module], codes)
+        if broken.any():
+            bad += int(broken.sum())
+            if fused and broken.dim():
+                spoiled.update((first + broken.flatten(1).any(dim=1).nonzero().flatten()).tolist())
+    if bad:
+        where = f", in experts {ranges(sorted(spoiled))}" if spoiled else ""
+        yield error(Check.FINITE, name, f"{bad} values are NaN or Inf{where}")
+    if low:
+        what = "below zero" if info.dtype == "F8_E4M3" else "zero or below"
+        yield error(Check.SCALE_RANGE, name, f"{low} scales are {what}")
+
+
+def _non_finite_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:
+    if dtype == "F8_E8M0":
+        return codes == 0xFF
+    return (codes & 0x7F) >= (0x7F if dtype == "F8_E4M3" else 0x7C)
+
+
+def _count_subnormal(values: Values, module: Module, codes: torch.Tensor) -> None:
+    """E4M3 codes 1 to 7 have exponent 0: below 2^-6."""
+    count = values.block_scales.setdefault(kind(module.name), BlockScaleCount())
+    subnormal = int(((codes >= 1) & (codes <= 7)).sum())
+    count.scales += codes.numel()
+    count.subnormal += subnormal
+    count.tensors += subnormal > 0
+
+
+def _subnormal_findings(values: Values) -> Iterator[Finding]:
+    for name, count in values.block_scales.items():
+        if count.subnormal:
+            message = (
+                f"{count.subnormal} of {count.scales} block scales, in {count.tensors} tensors, are below 2^-6: "
+                "vLLM's and SGLang's Marlin kernels (W4A16) may flush them to zero"
+            )
+            yield warning(Check.SUBNORMAL_SCALES, name, message)
+
+
+def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
+    """Row 6: modules that servers merge have exactly equal per-tensor scales."""
+    differing_fp8: dict[str, int] = {}
+    for group in inventory.fused_groups:
+        layouts = {inventory.modules[name].layout for name in group.members}
+        layout = layouts.pop()
+        if layouts or layout is None:
+            continue
+        for suffix in layout.scalars:
+            found = {name: values.scalars.get(f"{name}.{suffix}") for name in group.members}
+            numbers = {value for value in found.values() if value is not None and value == value}
+            if len(numbers) <= 1:
+                continue
+            if isinstance(layout, Nvfp4Layout) or (group.in_expert and inventory.scheme.method == "modelopt"):
+                shown = ", ".join(f"{last(name)} {value:.9g}" for name, value in found.items() if value is not None)
+                yield error(Check.SHARED_SCALES, group.parent, f"{suffix} differs: {shown}; {_consequence(group)}")
+            else:
+                key = f"{kind(group.fused)}.{suffix}"
+                differing_fp8[key] = differing_fp8.get(key, 0) + 1
+    for key, count in differing_fp8.items():
+        yield note(Check.SHARED_SCALES, key, f"{count} groups with different scales: servers requantize to the largest")
+
+
+def _consequence(group: FusedGroup) -> str:
+    if group.in_expert:
+        return "servers use the first for both, TensorRT-LLM refuses"
+    return "servers use the largest for all, TensorRT-LLM refuses"
