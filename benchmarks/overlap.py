@@ -38,12 +38,14 @@ from results import machine, write_section
 
 from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.export import quantize_checkpoint as model_free
-from quantplug.export.files.staging import FileSink, Staging
-from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.files.sink import FileSink
+from quantplug.export.files.staging import Staging
+from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import in_order
 from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.types import ExportPlan, silent
+from quantplug.export.plan.types import ExportPlan
 from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint, write
+from quantplug.progress import silent
 
 ALONE = ("pack", "write")
 
@@ -62,7 +64,7 @@ Round = dict[str, Times]
 
 
 class InTurn:
-    """Stands for `Behind`: does a step before the caller goes on."""
+    """Stands for `WriterThread`: does a step before the caller goes on."""
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +97,7 @@ class Work:
         self.directory.mkdir()
         sink = FileSink(self.directory, self.plan.files, self.plan, rank=0)
         for piece, tensors in packed:
-            for rows in join_piece(piece, [tensors], self.plan.dims):
+            for rows in assemble_piece(piece, [tensors], self.plan.dims):
                 sink.write(rows)
         sink.close()
         sink.check_complete()
@@ -106,7 +108,7 @@ class Work:
         staging.close()
 
     def in_turn(self) -> None:
-        with mock.patch.object(write, "Behind", InTurn), mock.patch.object(os, "posix_fadvise"):
+        with mock.patch.object(write, "WriterThread", InTurn), mock.patch.object(os, "posix_fadvise"):
             self.export()
 
 

@@ -31,13 +31,13 @@ from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import CalibrationError, Offender
 from quantplug.export.files.staging import check_destination
-from quantplug.export.to_disk import plan_export
+from quantplug.export.live_plan import plan_export
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import save_checkpoint
 from quantplug.megatron.cpu import has_cuda
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
-from quantplug.plugins.rules import rules_for_kept, with_mtp_quantized
+from quantplug.plugins.rules import rules_for_high_precision, with_mtp_quantized
 
 NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 
@@ -136,7 +136,7 @@ def main(
         dims = family.dimensions(source.values)
         if mtp is MultiTokenPrediction.QUANTIZED:
             config["quant_cfg"] = with_mtp_quantized(config["quant_cfg"], family, dims)
-        config["quant_cfg"] += rules_for_kept(family, dims, bits=4 if export_quant_cfg in FOUR_BITS else 8)
+        config["quant_cfg"] += rules_for_high_precision(family, dims, bits=4 if export_quant_cfg in FOUR_BITS else 8)
         record = quantize(model, source.directory, config, forward_loop, policy, bars)
 
         statistics = gather_statistics(model, record)

@@ -11,7 +11,8 @@ from quantplug.errors import QuantplugError
 
 if TYPE_CHECKING:
     from quantplug.export.stream.api import export_hf_weights_quant
-    from quantplug.export.to_disk import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+    from quantplug.export.to_disk import export_mcore_gpt_to_hf
+    from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
     from quantplug.mappings.families import register_family
     from quantplug.verify import verify_checkpoint
 
@@ -30,7 +31,7 @@ __all__ = [
 _HOMES = {
     "export_hf_weights_quant": "quantplug.export.stream.api",
     "export_mcore_gpt_to_hf": "quantplug.export.to_disk",
-    "import_mcore_gpt_from_hf": "quantplug.export.to_disk",
+    "import_mcore_gpt_from_hf": "quantplug.import_hf.to_model",
     "register_family": "quantplug.mappings.families",
     "verify_checkpoint": "quantplug.verify",
 }

@@ -19,7 +19,7 @@ ROWS = (
     ("megatron",),
     ("mappings", "formats"),
     ("findings",),
-    ("atomic", "errors", "topology"),
+    ("atomic", "errors", "progress", "topology"),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -17,12 +17,13 @@ from quantplug.calibration.policy import (
     apply_to_cold_experts,
     refuse_weight_only_fallback,
 )
-from quantplug.calibration.progress import Progress, reporting
+from quantplug.calibration.progress import reporting
 from quantplug.calibration.shared_amax import plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.mtp import without_labels
+from quantplug.progress import Progress
 
 Model = nn.Module | Sequence[nn.Module]
 ForwardLoop = Callable[[Any], None]

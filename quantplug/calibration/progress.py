@@ -1,14 +1,12 @@
 """How far the calibration of weights is: ModelOpt has no callback for it, but each weight passes its quantizer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from quantplug.calibration.quantizers import weights_to_calibrate
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
+from quantplug.progress import Progress
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Axis(IntEnum):
     EXPERT = 5
 
 
-class Role(Enum):
+class QuantizerRole(Enum):
     """What is quantized, which says who must have an amax before the reduction."""
 
     WEIGHT = "weight"  # Every rank: it has the weight.
@@ -55,7 +55,7 @@ class SharedAmax:
     """
 
     name: str
-    role: Role
+    role: QuantizerRole
     leaves: tuple[TensorQuantizer, ...]
     axes: frozenset[Axis]
     dtype: torch.dtype
@@ -132,11 +132,11 @@ def _amaxes_of(
             own, family = f"{name}.{child_name}.{number}", families.get(leaf)
             over = axes if _whole_over_tensor(module, child_name, leaf) else axes - {Axis.TENSOR, Axis.EXPERT_TENSOR}
             if is_weight and expert_weights is ExpertWeights.SHARED:
-                yield SharedAmax(family or own, Role.WEIGHT, (leaf,), over, dtype)
+                yield SharedAmax(family or own, QuantizerRole.WEIGHT, (leaf,), over, dtype)
             elif is_weight:
-                yield SharedAmax(own, Role.WEIGHT, (leaf,), over - {Axis.EXPERT}, dtype)
+                yield SharedAmax(own, QuantizerRole.WEIGHT, (leaf,), over - {Axis.EXPERT}, dtype)
             else:
-                role = Role.EXPERT_ACTIVATION if family or Axis.EXPERT in axes else Role.ACTIVATION
+                role = QuantizerRole.EXPERT_ACTIVATION if family or Axis.EXPERT in axes else QuantizerRole.ACTIVATION
                 yield SharedAmax(family or own, role, (leaf,), over, dtype)
 
 

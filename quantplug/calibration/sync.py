@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer
 
-from quantplug.calibration.shared_amax import Axis, ReductionPlan, Role, SharedAmax
+from quantplug.calibration.shared_amax import Axis, QuantizerRole, ReductionPlan, SharedAmax
 from quantplug.errors import CalibrationError, Offender, UnsupportedQuantizationError
 from quantplug.megatron.agreement import all_or_none
 
@@ -47,7 +47,7 @@ def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
     for amax in plan.amaxes:
         found = [leaf.amax.detach().float().flatten() for leaf in amax.leaves if leaf.amax is not None]
         value = torch.stack(found).amax(0) if found else torch.full((1,), _NONE_YET)
-        if len(found) < len(amax.leaves) and amax.role is Role.WEIGHT:
+        if len(found) < len(amax.leaves) and amax.role is QuantizerRole.WEIGHT:
             offenders.append(_offender(amax, "has a weight, and yet no amax"))
         elif found and not bool(((value >= 0) & value.isfinite()).all()):
             offenders.append(_offender(amax, "has an amax that is not a finite number of at least zero"))
@@ -126,7 +126,7 @@ def _require_all(
         if bool((after < 0).any()):
             if activations:
                 offenders.append(_offender(amax, "saw no data on any rank"))
-        elif bool((before < 0).any()) and amax.role is Role.ACTIVATION:
+        elif bool((before < 0).any()) and amax.role is QuantizerRole.ACTIVATION:
             offenders.append(_offender(amax, "saw no data on this rank, but on others"))
     if offenders:
         raise CalibrationError("Calibration did not give every quantizer an amax.", offenders, _REMEDY)

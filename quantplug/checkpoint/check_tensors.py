@@ -31,7 +31,7 @@ def check_tensors(
     Args:
         tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
     """
-    copies, table = family.copies(dims, tied), family.by_megatron()
+    copies, table = family.duplicates(dims, tied), family.by_megatron()
     known = {name: key for names, key in family.expected(dims) for name in names}
     patterns = {_pattern(name) for name in known}
     for name in sorted(tensors.keys() - known.keys() - copies.keys()):
@@ -39,7 +39,7 @@ def check_tensors(
     for name, key in known.items():
         if name not in tensors and not (tied and name in family.tied):
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
-        elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_carried:
+        elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_passthrough:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
     _check_mtp(family, known, tensors, findings)
     _check_copies(copies, tensors, findings)

@@ -10,7 +10,7 @@ from quantplug.errors import Offender, SourceError
 CHUNK_BYTES = 64 * 2**20
 
 
-def check_copies(source: HFCheckpoint, copies: Mapping[str, str], rank: int, ranks: int) -> None:
+def check_duplicates(source: HFCheckpoint, copies: Mapping[str, str], rank: int, ranks: int) -> None:
     """Compares every copy that the source has with its original, byte by byte; no collective.
 
     Each rank looks at its share of the rows, of which host memory holds two chunks of at most 64 MiB (or a row).

@@ -14,18 +14,18 @@ import torch
 
 from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
 from quantplug.checkpoint.disk_errors import disk_errors
-from quantplug.checkpoint.duplicates import check_copies
+from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.files.finish import ExportResult, finish, result_of
 from quantplug.export.files.staging import Staging, check_destination
+from quantplug.export.files.write_checkpoint import write_tensors
 from quantplug.export.pipeline.prescan_checkpoint import Scan, scan
-from quantplug.export.pipeline.write_checkpoint import write_tensors
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.exclude import chosen_weights
 from quantplug.export.plan.scheme import quantizer_for
-from quantplug.export.plan.types import ExportPlan, Progress, WholeWeight, silent
+from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.source_names import errors_in_source_names
 from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
@@ -33,6 +33,7 @@ from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family, ParamKey
+from quantplug.progress import Progress, silent
 
 __all__ = ["WeightOnlyFormat", "quantize_checkpoint"]
 
@@ -104,7 +105,7 @@ def quantize_checkpoint(
     with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
         weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
-        check_copies(checkpoint, model.family.copies(model.dims, model.tied), rank=0, ranks=1)
+        check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
         chosen = chosen_weights(weights, model.family, model.dims, exclude, bits=bits, quantize_mtp=quantize_mtp)
         request = ExportRequest(
             tied_embeddings=model.tied,

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from quantplug.checkpoint.check_tensors import check_tensors
 from quantplug.checkpoint.reader import TensorHeader
 from quantplug.errors import MappingError, ShapeError
-from quantplug.export.plan.match import layout_shapes
 from quantplug.findings import Findings, Kind, nearest
-from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
+from quantplug.mappings.layouts import ModelDimensions, VocabularyRows, layout_shapes
 from quantplug.mappings.table import Family, Placement, WeightMapping
 from quantplug.megatron.parameters import MegatronParameter
 
@@ -105,7 +104,7 @@ def _check_shapes(
     if problem is not None:
         findings.add(_SHAPE, key.name, problem, key.expert)
         return
-    for name, part in zip(task.sources, layout_shapes(shape, task.mapping, dims), strict=True):
+    for name, part in zip(task.sources, layout_shapes(shape, task.mapping.layout, dims), strict=True):
         stored = task.placement.stored_shape(part) if task.placement else part
         if name in tensors and tensors[name].shape != stored:
             reason = f"needs {name} of shape {list(stored)}, the source has {list(tensors[name].shape)}"

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from quantplug.checkpoint.duplicates import check_copies
+from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, read_source_config
-from quantplug.export.plan.types import Progress
 from quantplug.findings import Findings
 from quantplug.import_hf.plan import ImportTask, add_unused, part_index, plan_import
 from quantplug.mappings.families import find_family
@@ -19,6 +18,7 @@ from quantplug.mappings.table import Family
 from quantplug.megatron.agreement import all_or_none, union
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters
+from quantplug.progress import Progress
 
 
 def import_mcore_gpt_from_hf(
@@ -60,8 +60,8 @@ def import_mcore_gpt_from_hf(
         family = fitted(family, source.tensors, dims)
         tied = bool(config.values.get("tie_word_embeddings", False))
         tasks = _plan(parameters, source, family, dims, tied)
-        topology, copies = current_topology(), family.copies(dims, tied)
-        all_or_none(lambda: check_copies(source, copies, topology.rank, topology.world_size))
+        topology, copies = current_topology(), family.duplicates(dims, tied)
+        all_or_none(lambda: check_duplicates(source, copies, topology.rank, topology.world_size))
 
         def fill_all() -> None:
             for done, task in enumerate(tasks, start=1):
@@ -93,8 +93,8 @@ def _plan(
     findings = Findings(rank=current_topology().rank)
     tasks = plan_import(parameters, source.tensors, family, dims, tied, findings)
     used = _used_anywhere(tasks, sorted(source.tensors))
-    carried = [name for row in family.mappings if row.role.is_carried for name in row.hf]
-    add_unused([*used, *carried, *(family.tied if tied else ())], source.tensors, family, dims, findings)
+    passthrough = [name for row in family.mappings if row.role.is_passthrough for name in row.hf]
+    add_unused([*used, *passthrough, *(family.tied if tied else ())], source.tensors, family, dims, findings)
     all_or_none(findings.raise_if_any)
     return tasks
 

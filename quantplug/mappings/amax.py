@@ -180,7 +180,7 @@ class _Target:
         if mapping.scope is Scope.EXPERT:
             return self._experts(mapping)
         kind = AmaxMapping if len(mapping.hf) == 1 else AmaxFanoutMapping
-        kept = mapping.kept if isinstance(mapping, WeightMapping) else ()
+        high_precision = mapping.high_precision if isinstance(mapping, WeightMapping) else ()
         return kind(
             megatron=tuple(map(self._of_module, mapping.megatron)),
             hf=tuple(map(self._of_module, mapping.hf)),
@@ -188,7 +188,7 @@ class _Target:
             layout=mapping.layout,
             block=mapping.block,
             operand=self.operand,
-            kept=tuple(map(self._of_module, kept)),
+            high_precision=tuple(map(self._of_module, high_precision)),
         )
 
     def _experts(self, mapping: WeightRow) -> MoeAmaxFanoutMapping:

@@ -60,7 +60,7 @@ class AmaxMapping(WeightMapping):
     def quantized_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
         """The Hugging Face names of those parts that are not kept in high precision."""
         names = zip(self.hf, self.hf_names(key, dims), strict=True)
-        return tuple(name for pattern, name in names if pattern not in self.kept)
+        return tuple(name for pattern, name in names if pattern not in self.high_precision)
 
     def spread(self, key: ParamKey, experts: Iterable[int]) -> tuple[ParamKey, ...]:
         """The quantizers that one name of this row stands for: one, but where experts share it."""
@@ -98,7 +98,7 @@ class AmaxMapping(WeightMapping):
             if len({part.shape for part in parts}) > 1:
                 raise _inseparable(key.name, parts[0], "others have another")
             return largest(parts)
-        if self.kept:
+        if self.high_precision:
             raise _inseparable(key.name, parts[0], "parts of its weight that are not quantized have none")
         return self._merge(key.name, parts, dims)
 

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class Placement:
+class AmaxPlacement:
     """Which part of a model a rank holds: global ids in the order of the rank's own numbers.
 
     Attributes:
@@ -45,14 +45,14 @@ class Placement:
     rank: int = 0
 
 
-WHOLE = Placement()
+WHOLE = AmaxPlacement()
 
 
 def read_amaxes(
     mappings: Sequence[AmaxMapping],
     amaxes: Mapping[str, torch.Tensor],
     dims: ModelDimensions,
-    placement: Placement = WHOLE,
+    placement: AmaxPlacement = WHOLE,
 ) -> dict[ParamKey, torch.Tensor]:
     """The amaxes of a rank, identified across ranks. One that a block of experts shares is given to each of them.
 
@@ -84,7 +84,7 @@ def write_amaxes(
     amaxes: Mapping[ParamKey, torch.Tensor],
     names: Iterable[str],
     dims: ModelDimensions,
-    placement: Placement = WHOLE,
+    placement: AmaxPlacement = WHOLE,
 ) -> dict[str, torch.Tensor]:
     """The amaxes that a rank needs, under its own names: `read_amaxes` backwards.
 
@@ -169,7 +169,7 @@ def amaxes_to_megatron(
 class _Reader:
     """Reads a rank's own names as keys: each number is replaced by `*` to find the row, and by its global id."""
 
-    def __init__(self, mappings: Sequence[AmaxMapping], dims: ModelDimensions, placement: Placement) -> None:
+    def __init__(self, mappings: Sequence[AmaxMapping], dims: ModelDimensions, placement: AmaxPlacement) -> None:
         self._rows = {pattern: row for row in mappings for pattern in row.spellings}
         self._known = _rows_by_key(mappings, dims)
         self._placement = placement

@@ -15,7 +15,7 @@ def problems(family: Family) -> Iterator[Offender]:
     # Layers of multi-token prediction have the decoder's names on disk, and other numbers.
     by_kind: dict[str, list[tuple[Block | None, str]]] = {
         "Megatron": [(None, name) for row in family.mappings for name in row.megatron],
-        "Hugging Face": [(row.block, name) for row in family.mappings for name in (*row.hf, *row.copies)],
+        "Hugging Face": [(row.block, name) for row in family.mappings for name in (*row.hf, *row.duplicates)],
     }
     for kind, names in by_kind.items():
         counts = Counter(names).items()
@@ -32,7 +32,7 @@ def _wrong_stars(row: WeightMapping) -> Iterator[Offender]:
     in_hf = needed - 1 if isinstance(row, FusedExpertMapping) or row.scope is Scope.MTP else needed
     expected = [(name, needed) for name in row.megatron]
     expected += [(name, in_hf) for name in (*row.hf, *(module.name for module in row.merged))]
-    expected += [(name, 1) for name in row.copies]
+    expected += [(name, 1) for name in row.duplicates]
     for name, stars in expected:
         if name.count("*") != stars:
             yield Offender(name, f"has {name.count('*')} '*', a row of scope '{row.scope.value}' needs {stars}")

@@ -355,3 +355,10 @@ GATED = GatedConcat()
 GATED_JOINED = GatedJoined()
 GATED_INTERLEAVED = GatedInterleave()
 QKV = QKVInterleave()
+
+
+def layout_shapes(shape: tuple[int, ...], layout: Layout, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the parts that a layout makes of a Megatron tensor of a shape that it has no `problem` with."""
+    # Run on a tensor without data: what the layout does is the only description of what it does.
+    parts = layout.split(torch.empty(shape, device="meta"), dims)
+    return tuple(tuple(part.shape) for part in parts)

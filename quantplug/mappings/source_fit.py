@@ -30,8 +30,8 @@ def fitted(family: Family, stored: Mapping[str, Stored], dims: ModelDimensions) 
     """The family in the form that a checkpoint has, with a row for each tensor that it carries."""
     chosen = in_form(family, {name: tensor.shape for name, tensor in stored.items()}, dims)
     known = set(chain.from_iterable(names for names, _ in chosen.expected(dims)))
-    beside = [name for name in sorted(stored) if name.startswith(family.carried) and name not in known]
-    return replace(chosen, mappings=(*chosen.mappings, *(_carried(name, stored[name]) for name in beside)))
+    beside = [name for name in sorted(stored) if name.startswith(family.passthrough) and name not in known]
+    return replace(chosen, mappings=(*chosen.mappings, *(_passthrough_row(name, stored[name]) for name in beside)))
 
 
 def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDimensions) -> Family:
@@ -74,7 +74,7 @@ def _shapes(row: WeightMapping, dims: ModelDimensions) -> Iterator[tuple[str, tu
         yield from ((name, shape) for name in row.hf_names(key, dims))
 
 
-def _carried(name: str, stored: Stored) -> WeightMapping:
+def _passthrough_row(name: str, stored: Stored) -> WeightMapping:
     is_weight = name.endswith(".weight") and len(stored.shape) > 1
-    role = Role.CARRIED_WEIGHT if is_weight else Role.CARRIED
+    role = Role.PASSTHROUGH_WEIGHT if is_weight else Role.PASSTHROUGH
     return WeightMapping((name,), (name,), Scope.MODEL, role=role, dtype=stored.dtype)

@@ -82,15 +82,15 @@ class Role(Enum):
     ROUTER = "router, kept in high precision: servers load it so"
     ROUTER_BIAS = "bias of the router, in the type of the router"
     VOCABULARY = "embedding or output layer, kept in high precision: servers load it so"
-    KEPT = "linear weight kept in high precision: servers load it so"
-    CARRIED_WEIGHT = "weight of what Megatron does not hold, carried over from the source as it is"
-    CARRIED = "other tensor of what Megatron does not hold, carried over from the source as it is"
+    HIGH_PRECISION = "linear weight kept in high precision: servers load it so"
+    PASSTHROUGH_WEIGHT = "weight of what Megatron does not hold, carried over from the source as it is"
+    PASSTHROUGH = "other tensor of what Megatron does not hold, carried over from the source as it is"
     OTHER = "no matrix product"
 
     @property
     def multiplies(self) -> bool:
         """Whether the tensor is the weight of a matrix product."""
-        return self not in (Role.ROUTER_BIAS, Role.OTHER, Role.CARRIED)
+        return self not in (Role.ROUTER_BIAS, Role.OTHER, Role.PASSTHROUGH)
 
     @property
     def is_of_router(self) -> bool:
@@ -98,9 +98,9 @@ class Role(Enum):
         return self in (Role.ROUTER, Role.ROUTER_BIAS)
 
     @property
-    def is_carried(self) -> bool:
+    def is_passthrough(self) -> bool:
         """Whether it belongs to no parameter of Megatron's."""
-        return self in (Role.CARRIED_WEIGHT, Role.CARRIED)
+        return self in (Role.PASSTHROUGH_WEIGHT, Role.PASSTHROUGH)
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,14 @@ class WeightMapping:
         block: Which stack of layers it belongs to.
         scale_group: Pattern that names what this weight shares its scales with, besides its own parts: servers fuse
             weights of one group into one linear, which has one `weight_scale_2`. None if it is alone.
-        copies: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
+        duplicates: Patterns of Hugging Face names that hold the same tensor once more for every MTP layer.
         dtype: Type on disk where it is not that of the model's other plain tensors.
-        keeps_type: Whether it is written in the source's type, as far as that is known, where that holds more than the
-            type of others: models compute with it in FP32, and not all sources hold it so.
+        keep_source_dtype: Whether it is written in the source's type, as far as that is known, where that holds more
+            than the type of others: models compute with it in FP32, and not all sources hold it so.
         option: Only models with this option have the row; None for all.
-        least_bits: Bits in which every server reads a linear that is quantized.
-        kept: Those of `hf` that stay in high precision also where the weight is quantized: servers load them so.
+        min_bits: Bits in which every server reads a linear that is quantized.
+        high_precision: Those of `hf` that stay in high precision also where the weight is quantized: servers load them
+            so.
         merged: What servers make of several of `hf`, where an exclude list must name it beside these.
         offset: What Hugging Face's values are more than Megatron's: 1 where Megatron's norm is zero-centred, and
             multiplies with 1 + weight, and Hugging Face's is not.
@@ -183,12 +184,12 @@ class WeightMapping:
     role: Role = Role.OTHER
     block: Block = Block.DECODER
     scale_group: str | None = None
-    copies: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
-    keeps_type: bool = False
+    keep_source_dtype: bool = False
     option: Option | None = None
-    least_bits: int = 4
-    kept: tuple[str, ...] = ()
+    min_bits: int = 4
+    high_precision: tuple[str, ...] = ()
     merged: tuple[Merged, ...] = ()
     offset: float = 0.0
 
@@ -243,8 +244,8 @@ class WeightMapping:
             self,
             hf=tuple(map(rename, self.hf)),
             scale_group=None if self.scale_group is None else rename(self.scale_group),
-            copies=tuple(map(rename, self.copies)),
-            kept=tuple(map(rename, self.kept)),
+            duplicates=tuple(map(rename, self.duplicates)),
+            high_precision=tuple(map(rename, self.high_precision)),
             merged=tuple(Merged(rename(it.name), tuple(map(rename, it.parts))) for it in self.merged),
         )
 
@@ -268,9 +269,11 @@ class WeightMapping:
             return None
         return fill(self.hf[0].rpartition(".*")[0], self._hf_layer(key, dims), None)
 
-    def copy_names(self, dims: ModelDimensions) -> tuple[str, ...]:
+    def duplicate_names(self, dims: ModelDimensions) -> tuple[str, ...]:
         """Names under which Hugging Face holds the same tensor once more."""
-        return tuple(fill(name, dims.num_layers + mtp, None) for mtp in range(dims.mtp_layers) for name in self.copies)
+        return tuple(
+            fill(name, dims.num_layers + mtp, None) for mtp in range(dims.mtp_layers) for name in self.duplicates
+        )
 
     def _hf_layer(self, key: ParamKey, dims: ModelDimensions) -> int | None:
         return dims.num_layers + key.layer if self.block is Block.MTP and key.layer is not None else key.layer
@@ -370,8 +373,8 @@ class Family:
             of unknown origin is held against it before `dimensions` sees it.
         nested: Key of config.json under which those sizes are; None where they are at the top.
         mtp_setting: The setting of config.json that says how many layers of multi-token prediction there are.
-        carried: Beginnings of names of tensors that are no part of Megatron's model, such as those of a vision model:
-            they go from the source into what is written as they are.
+        passthrough: Beginnings of names of tensors that are no part of Megatron's model, such as those of a vision
+            model: they go from the source into what is written as they are.
         needs_source: Whether a model of this config must have such tensors, so that an export takes the whole source;
             where it only may, they are taken if the source has some.
         forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
@@ -386,7 +389,7 @@ class Family:
     sizes: tuple[SizeSetting, ...] = ()
     nested: str | None = None
     mtp_setting: str = "num_nextn_predict_layers"
-    carried: tuple[str, ...] = ()
+    passthrough: tuple[str, ...] = ()
     needs_source: Callable[[Mapping[str, Any]], bool] = _never
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
 
@@ -394,13 +397,13 @@ class Family:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""
         return ((row.hf_names(key, dims), key) for row in self.mappings for key in row.keys(dims))
 
-    def copies(self, dims: ModelDimensions, tied: bool = False) -> dict[str, str]:
+    def duplicates(self, dims: ModelDimensions, tied: bool = False) -> dict[str, str]:
         """Names under which Hugging Face holds a tensor once more, each with the name of that tensor.
 
         Args:
             tied: Whether the output layer shares the data of the embedding, which is then the tensor of both.
         """
-        names = {copy: row.hf[0] for row in self.mappings for copy in row.copy_names(dims)}
+        names = {copy: row.hf[0] for row in self.mappings for copy in row.duplicate_names(dims)}
         return {copy: self.tied.get(name, name) if tied else name for copy, name in names.items()}
 
     def by_megatron(self) -> dict[str, WeightMapping]:

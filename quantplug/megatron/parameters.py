@@ -85,7 +85,7 @@ class MegatronParameter:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Where the walk stands: names so far, and the global ids that hold below this module."""
 
     pattern: str = ""
@@ -97,7 +97,7 @@ class _Place:
     # Whether this module has a parameter that is cut along dimension 0, though its type does not say so.
     is_cut: bool = False
 
-    def child(self, local_name: str, pattern: str | None = None) -> "_Place":
+    def child(self, local_name: str, pattern: str | None = None) -> "_Location":
         return replace(
             self,
             pattern=_join(self.pattern, local_name if pattern is None else pattern),
@@ -143,66 +143,68 @@ def iter_parameters(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Itera
     """
     topology = current_topology()
     for chunk in model_chunks(model):
-        yield from _walk(chunk, _Place(), topology)
+        yield from _walk(chunk, _Location(), topology)
 
 
-def _walk(module: torch.nn.Module, place: _Place, topology: ParallelTopology) -> Iterator[MegatronParameter]:
-    for name, tensor, here in _own_weights(module, place):
+def _walk(module: torch.nn.Module, location: _Location, topology: ParallelTopology) -> Iterator[MegatronParameter]:
+    for name, tensor, here in _own_weights(module, location):
         key = ParamKey(here.pattern, here.layer, here.expert)
-        yield MegatronParameter(key, here.local_name, tensor, _shard(module, name, place, topology))
-    for child, here in _children(module, place):
+        yield MegatronParameter(key, here.local_name, tensor, _shard(module, name, location, topology))
+    for child, here in _children(module, location):
         yield from _walk(child, here, topology)
 
 
-def _own_weights(module: torch.nn.Module, place: _Place) -> Iterator[tuple[str, torch.Tensor, _Place]]:
-    """The weights a module itself holds: name of its kind, tensor, place."""
+def _own_weights(module: torch.nn.Module, location: _Location) -> Iterator[tuple[str, torch.Tensor, _Location]]:
+    """The weights a module itself holds: name of its kind, tensor, location."""
     own = dict(module.named_parameters(recurse=False))
     if isinstance(module, _GROUPED):
-        yield from _grouped_weights(own, place)
+        yield from _grouped_weights(own, location)
         return
     if isinstance(module, TopKRouter) and module.expert_bias is not None:
         own["expert_bias"] = module.expert_bias
     for name, tensor in own.items():
-        yield name, tensor, place.child(name)
+        yield name, tensor, location.child(name)
 
 
-def _grouped_weights(own: Mapping[str, torch.Tensor], place: _Place) -> Iterator[tuple[str, torch.Tensor, _Place]]:
+def _grouped_weights(
+    own: Mapping[str, torch.Tensor], location: _Location
+) -> Iterator[tuple[str, torch.Tensor, _Location]]:
     """A grouped linear names the tensors of its local experts weight0, weight1, ..., and bias0, ..."""
     for kind in ("weight", "bias"):
-        for index, expert in enumerate(place.experts):
+        for index, expert in enumerate(location.experts):
             if (name := f"{kind}{index}") in own:
-                yield kind, own[name], replace(place.child(name, f"{kind}*"), expert=expert)
+                yield kind, own[name], replace(location.child(name, f"{kind}*"), expert=expert)
 
 
-def _children(module: torch.nn.Module, place: _Place) -> Iterator[tuple[torch.nn.Module, _Place]]:
+def _children(module: torch.nn.Module, location: _Location) -> Iterator[tuple[torch.nn.Module, _Location]]:
     if isinstance(module, _LEAVES):
         return
     if isinstance(module, SequentialMLP):
-        experts = place.child("local_experts")
-        for index, (expert, child) in enumerate(zip(place.experts, module.local_experts, strict=True)):
+        experts = location.child("local_experts")
+        for index, (expert, child) in enumerate(zip(location.experts, module.local_experts, strict=True)):
             yield child, replace(experts.child(str(index), "*"), expert=expert)
         return
     for name, child in module.named_children():
         if isinstance(module, torch.nn.ModuleList) and isinstance(child, _LAYERS):
-            yield child, replace(place.child(name, "*"), layer=child.layer_number - 1)
+            yield child, replace(location.child(name, "*"), layer=child.layer_number - 1)
         elif isinstance(module, MoELayer) and child is module.experts:
-            yield child, replace(place.child(name), experts=tuple(module.local_expert_indices))
+            yield child, replace(location.child(name), experts=tuple(module.local_expert_indices))
         elif isinstance(module, MambaMixer) and child is module.norm:
-            yield child, replace(place.child(name), is_cut=True)
+            yield child, replace(location.child(name), is_cut=True)
         else:
-            yield child, place.child(name)
+            yield child, location.child(name)
 
 
-def _shard(module: torch.nn.Module, name: str, place: _Place, topology: ParallelTopology) -> Shard | None:
+def _shard(module: torch.nn.Module, name: str, location: _Location, topology: ParallelTopology) -> Shard | None:
     if isinstance(module, _COLUMN_PARALLEL) and name not in _WHOLE_IN_COLUMN_PARALLEL:
         dim = 0
     elif isinstance(module, _ROW_PARALLEL) and name not in _WHOLE_IN_ROW_PARALLEL:
         dim = 1
-    elif isinstance(module, (*_ATTENTION_CORES, *_CUT_BY_CHANNEL)) or place.is_cut:
+    elif isinstance(module, (*_ATTENTION_CORES, *_CUT_BY_CHANNEL)) or location.is_cut:
         dim = 0
     else:
         return None
-    axis = ShardAxis.ETP if place.experts else ShardAxis.TP
+    axis = ShardAxis.ETP if location.experts else ShardAxis.TP
     index, count = topology.place_on(axis)
     return Shard(axis, dim, index, count) if count > 1 else None
 

@@ -30,7 +30,7 @@ _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_pro
 MTP_OFF = "mtp.*"
 
 
-def rules_for_kept(family: Family, dims: ModelDimensions, bits: int = 8) -> list[dict[str, Any]]:
+def rules_for_high_precision(family: Family, dims: ModelDimensions, bits: int = 8) -> list[dict[str, Any]]:
     """Rules to append to a `quant_cfg` that enables every linear: off are those that servers load in high precision.
 
     Only for what a model of these sizes has, and for weights of modules: a rule that matches nothing is refused.
@@ -41,7 +41,7 @@ def rules_for_kept(family: Family, dims: ModelDimensions, bits: int = 8) -> list
     return [
         {"quantizer_name": f"*{row.megatron[0].removesuffix('weight')}*_quantizer", "enable": False}
         for row in family.mappings
-        if (row.role is Role.KEPT or row.least_bits > bits) and row.megatron[0].endswith(".weight")
+        if (row.role is Role.HIGH_PRECISION or row.min_bits > bits) and row.megatron[0].endswith(".weight")
         if any(True for _ in row.keys(dims))
     ]
 
@@ -49,11 +49,12 @@ def rules_for_kept(family: Family, dims: ModelDimensions, bits: int = 8) -> list
 def with_mtp_quantized(quant_cfg: Sequence[Mapping[str, Any]], family: Family, dims: ModelDimensions) -> list[Any]:
     """A stock `quant_cfg` that quantizes the layers of multi-token prediction like those of the decoder.
 
-    As it is where the model has none. Else without ModelOpt's rule that leaves them out, and with `rules_for_kept`.
+    As it is where the model has none. Else without ModelOpt's rule that leaves them out, and with
+    `rules_for_high_precision`.
     """
     if not any(row.block.is_mtp and any(True for _ in row.keys(dims)) for row in family.mappings):
         return list(quant_cfg)
-    return [*(rule for rule in quant_cfg if rule["quantizer_name"] != MTP_OFF), *rules_for_kept(family, dims)]
+    return [*(rule for rule in quant_cfg if rule["quantizer_name"] != MTP_OFF), *rules_for_high_precision(family, dims)]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class KnownArchitecture:
 
     def carries(self, tensor: str) -> bool:
         """Whether a tensor is none of the table's, and goes into an export as it is."""
-        return tensor.startswith(self.family.carried) and tensor not in self._rows
+        return tensor.startswith(self.family.passthrough) and tensor not in self._rows
 
     @cached_property
     def _rows(self) -> frozenset[str]:
@@ -65,8 +65,8 @@ def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None
     try:
         dims = family.dimensions(config)
     except UnsupportedModelError as problem:
-        place = _place(family)
-        return None, [error(Check.ARCHITECTURE, f"{place} {it.parameter}", it.reason) for it in problem.offenders]
+        where = _config_path(family)
+        return None, [error(Check.ARCHITECTURE, f"{where} {it.parameter}", it.reason) for it in problem.offenders]
     if (dims.num_layers + dims.mtp_layers) * max(1, dims.num_experts) > _MOST_UNITS:
         message = f"more than {_MOST_UNITS} layers or experts"
         return None, [error(Check.ARCHITECTURE, "config.json num_hidden_layers", message)]
@@ -84,7 +84,7 @@ def table_of(config: Json) -> Family | None:
         return None
 
 
-def _place(family: Family) -> str:
+def _config_path(family: Family) -> str:
     """Where the settings of its sizes are."""
     return "config.json" if family.nested is None else f"config.json {family.nested}"
 
@@ -92,7 +92,7 @@ def _place(family: Family) -> str:
 def _unusable(config: Json, family: Family) -> Iterator[Finding]:
     """Settings that no sizes can be read from."""
     settings = config if family.nested is None else as_object(config.get(family.nested))
-    place = _place(family)
+    where = _config_path(family)
     # What the family says of one of the decoder's sizes goes before.
     for size in {size.names: size for size in (*_DECODER_SIZES, *family.sizes)}.values():
         key = next((name for name in size.names if settings.get(name) is not None), size.names[0])
@@ -102,14 +102,14 @@ def _unusable(config: Json, family: Family) -> Iterator[Finding]:
             continue
         said = f"is {settings[key]!r}" if key in settings else "is not set"
         least = "above zero" if size.least else "of at least zero"
-        yield error(Check.ARCHITECTURE, f"{place} {key}", f"{said[:80]}, not a whole number {least}")
+        yield error(Check.ARCHITECTURE, f"{where} {key}", f"{said[:80]}, not a whole number {least}")
     mixture = any(row.scope is Scope.EXPERT for row in family.mappings)
     for key in _LAYER_LISTS if mixture else ():
         if not _is_list_of_layers(settings, key):
-            yield error(Check.ARCHITECTURE, f"{place} {key}", "is not a list of layer numbers")
+            yield error(Check.ARCHITECTURE, f"{where} {key}", "is not a list of layer numbers")
     for key in ("num_hidden_layers", family.mtp_setting):
         if (as_count(settings.get(key)) or 0) > _MOST_UNITS:
-            yield error(Check.ARCHITECTURE, f"{place} {key}", f"more than {_MOST_UNITS} layers or experts")
+            yield error(Check.ARCHITECTURE, f"{where} {key}", f"more than {_MOST_UNITS} layers or experts")
 
 
 _LAYER_LISTS = ("mlp_only_layers", "moe_layers")

@@ -10,7 +10,7 @@ from quantplug.verify.checkpoint import Checkpoint, TensorInfo
 from quantplug.verify.fused import FusedExperts
 from quantplug.verify.known import KnownArchitecture
 from quantplug.verify.layouts import CODE_DTYPES, Layout, Part, UnjudgedLayout, scale_names
-from quantplug.verify.scheme import Scheme
+from quantplug.verify.scheme import DeclaredScheme
 
 # What has the experts along its first axis, and how many axes it has.
 _RANKS_OF_ALL = {"weight": 3, "weight_packed": 3, "bias": 2}
@@ -111,7 +111,7 @@ class Inventory:
     """
 
     checkpoint: Checkpoint
-    scheme: Scheme
+    scheme: DeclaredScheme
     modules: Mapping[str, Module]
     fused: FusedExperts
     known: KnownArchitecture | None
@@ -166,7 +166,7 @@ def _served(parameter: str) -> str:
 
 
 def take_inventory(
-    checkpoint: Checkpoint, scheme: Scheme, fused: FusedExperts, known: KnownArchitecture | None
+    checkpoint: Checkpoint, scheme: DeclaredScheme, fused: FusedExperts, known: KnownArchitecture | None
 ) -> Inventory:
     """The modules of a checkpoint whose names are those that `with_inner_names` gives."""
     grouped: dict[str, dict[str, TensorInfo]] = {}

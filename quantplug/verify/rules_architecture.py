@@ -23,7 +23,7 @@ class Architecture:
     """What config.json asks for.
 
     Attributes:
-        known: The architecture. Names with one of its `carried` beginnings may be there beside.
+        known: The architecture. Names with one of its `passthrough` beginnings may be there beside.
         modules: All modules that have a weight, each with the suffixes of its tensors, such as `weight` and `bias`, in
             a module's spelling (see `fused.py`).
         copies: Further modules that may be there, and hold the same as others.
@@ -39,7 +39,7 @@ def architecture(inventory: Inventory) -> Iterator[Finding]:
     known = inventory.known
     if known is None or not inventory.modules:
         return
-    copies = known.family.copies(known.dims)
+    copies = known.family.duplicates(known.dims)
     modules = _by_module(_required(inventory, known))
     found = Architecture(known, modules, _by_module(copies))
     yield from _missing(inventory, found)
@@ -130,7 +130,7 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
     extra: dict[str, list[str]] = {}
     for module in inventory.modules.values():
         own = found.modules.get(module.name) or found.copies.get(module.name)
-        if own is None and f"{module.name}.".startswith(found.known.family.carried):
+        if own is None and f"{module.name}.".startswith(found.known.family.passthrough):
             continue
         strange = module.tensors.keys() - known - own if own is not None else module.tensors.keys()
         if strange and not _beyond(module.name, found) and not module.name.endswith(".experts"):

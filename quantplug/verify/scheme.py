@@ -36,7 +36,7 @@ _FLOATS = frozenset({"F32", "BF16", "F16"})
 
 
 @dataclass(frozen=True)
-class Scheme:
+class DeclaredScheme:
     """What the configs say about every module.
 
     Attributes:
@@ -54,7 +54,7 @@ class Scheme:
     kv_cache: str = ""
 
 
-def read_scheme(checkpoint: Checkpoint) -> tuple[Scheme, list[Finding]]:
+def read_scheme(checkpoint: Checkpoint) -> tuple[DeclaredScheme, list[Finding]]:
     """The scheme of a checkpoint and the findings that keep it from being known."""
     config = as_object(checkpoint.config.get("quantization_config"))
     config = _nested(config) or config or _nested(as_object(checkpoint.hf_quant_config))
@@ -80,9 +80,9 @@ def _nested(file: Json) -> Json:
     return {**quantization, "quant_method": "modelopt", "ignore": quantization.get("exclude_modules")}
 
 
-def _unquantized(label: str = "unquantized") -> Scheme:
+def _unquantized(label: str = "unquantized") -> DeclaredScheme:
     """Nothing is promised of any module, and the rules on promises have nothing to say."""
-    return Scheme("", label, ExcludeList((), matches_modelopt), lambda module: None)
+    return DeclaredScheme("", label, ExcludeList((), matches_modelopt), lambda module: None)
 
 
 def modelopt_kv_cache(config: Json) -> str:
@@ -93,7 +93,7 @@ def modelopt_kv_cache(config: Json) -> str:
     return as_text(scheme) or as_text(config.get("kv_cache_quant_algo"))
 
 
-def _modelopt(config: Json) -> Scheme:
+def _modelopt(config: Json) -> DeclaredScheme:
     algo = as_text(config.get("quant_algo"))
     patterns = as_texts(config.get("ignore")) or as_texts(config.get("exclude_modules"))
     kv_cache = modelopt_kv_cache(config)
@@ -102,7 +102,7 @@ def _modelopt(config: Json) -> Scheme:
     else:
         layout = MODELOPT_LAYOUTS.get(algo.upper(), UnjudgedLayout(algo or "no quant_algo"))
         layout_of = _same_for_all(layout)
-    return Scheme("modelopt", f"modelopt {algo}", ExcludeList(patterns, matches_modelopt), layout_of, kv_cache)
+    return DeclaredScheme("modelopt", f"modelopt {algo}", ExcludeList(patterns, matches_modelopt), layout_of, kv_cache)
 
 
 def _same_for_all(layout: ModuleLayout) -> Callable[[str], ModuleLayout]:
@@ -124,7 +124,7 @@ def _mixed_layouts(layers: Json) -> Callable[[str], ModuleLayout]:
     return layout_of
 
 
-def _fp8(config: Json) -> Scheme:
+def _fp8(config: Json) -> DeclaredScheme:
     """DeepSeek's form: E4M3 blocks with `weight_scale_inv`, a multiplier despite its name; or one scale a tensor."""
     inputs = "input_scale" if config.get("activation_scheme") == "static" else None
     block = config.get("weight_block_size")
@@ -136,10 +136,10 @@ def _fp8(config: Json) -> Scheme:
         layout = Fp8Layout("FP8", "weight_scale", None, F32, inputs)
     else:
         layout = UnjudgedLayout(f"fp8 with weight_block_size {block!r}")
-    return Scheme("fp8", layout.name, ExcludeList(patterns, matches_fp8), _same_for_all(layout))
+    return DeclaredScheme("fp8", layout.name, ExcludeList(patterns, matches_fp8), _same_for_all(layout))
 
 
-def _compressed_tensors(config: Json) -> Scheme:
+def _compressed_tensors(config: Json) -> DeclaredScheme:
     default_format = as_text(config.get("format"))
     groups = [as_object(group) for group in as_object(config.get("config_groups")).values()]
     layouts = [(as_texts(group.get("targets")), _group_layout(group, default_format)) for group in groups]
@@ -153,7 +153,7 @@ def _compressed_tensors(config: Json) -> Scheme:
     kv_cache = "FP8" if as_count(as_object(config.get("kv_cache_scheme")).get("num_bits")) == 8 else ""
     ignored = ExcludeList(as_texts(config.get("ignore")), matches_compressed_tensors)
     label = f"compressed-tensors {default_format}"
-    return Scheme("compressed-tensors", label, ignored, layout_of, kv_cache)
+    return DeclaredScheme("compressed-tensors", label, ignored, layout_of, kv_cache)
 
 
 def _targets(target: str, module: str) -> bool:

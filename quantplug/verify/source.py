@@ -125,7 +125,7 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
             yield from _decoded(inventory, original, target, module)
         elif module.sound:
             yield from _quantized(inventory, original, module, measured)
-    elif info.dtype != target.dtype and (_is_carried(inventory, info) or not (is_plain(info) and is_plain(target))):
+    elif info.dtype != target.dtype and (_is_passthrough(inventory, info) or not (is_plain(info) and is_plain(target))):
         yield error(Check.SOURCE_VALUES, info.name, f"is {target.dtype}, in the source {info.dtype}")
     elif info.dtype not in ITEM_BYTES:
         yield error(Check.NOT_JUDGED, info.name, f"not judged: dtype {info.dtype}")
@@ -136,7 +136,7 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
         yield error(Check.SOURCE_VALUES, info.name, message)
 
 
-def _is_carried(inventory: Inventory, info: TensorInfo) -> bool:
+def _is_passthrough(inventory: Inventory, info: TensorInfo) -> bool:
     """Whether an export gives it as it is, its type included."""
     return inventory.known is not None and inventory.known.carries(info.stored)
 

@@ -11,7 +11,7 @@ from modelopt.torch.quantization.mode import CalibrateModeRegistry
 import quantplug.plugins
 from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.policy import CalibrationPolicy, ExpertWeights
-from quantplug.calibration.shared_amax import Axis, Role, plan_reductions
+from quantplug.calibration.shared_amax import Axis, QuantizerRole, plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.errors import CalibrationError
 from quantplug.megatron.build import LayerSpec
@@ -39,13 +39,13 @@ def test_the_plan_says_what_shares_an_amax(grouped: GPTModel) -> None:
     shared = {amax.name: amax for amax in plan_reductions([grouped], ExpertWeights.SHARED).amaxes}
 
     fc1 = own[f"0.{FC1}.3"]
-    assert (fc1.role, len(fc1.leaves), fc1.axes) == (Role.WEIGHT, 1, {Axis.EXPERT_DATA, Axis.EXPERT_TENSOR})
+    assert (fc1.role, len(fc1.leaves), fc1.axes) == (QuantizerRole.WEIGHT, 1, {Axis.EXPERT_DATA, Axis.EXPERT_TENSOR})
     fc1 = shared[f"0.{FC1}.*"]
     assert (len(fc1.leaves), fc1.axes) == (8, {Axis.EXPERT_DATA, Axis.EXPERT_TENSOR, Axis.EXPERT})
     inputs = own["0.decoder.layers.1.mlp.experts.linear_fc1.input_quantizer.0"]
-    assert (inputs.role, Axis.EXPERT in inputs.axes) == (Role.EXPERT_ACTIVATION, True)
+    assert (inputs.role, Axis.EXPERT in inputs.axes) == (QuantizerRole.EXPERT_ACTIVATION, True)
     attention = own["0.decoder.layers.0.self_attention.linear_proj.weight_quantizer.0"]
-    assert (attention.role, attention.axes) == (Role.WEIGHT, {Axis.DATA, Axis.TENSOR})
+    assert (attention.role, attention.axes) == (QuantizerRole.WEIGHT, {Axis.DATA, Axis.TENSOR})
     assert not any("output_layer" in name for name in own)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.checkpoint.source_config import read_source_config
-from quantplug.export.pipeline import write_rounds as work
+from quantplug.export.files import write_rounds as work
 from quantplug.export.pipeline.buckets import make_rounds
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import MegatronConfig

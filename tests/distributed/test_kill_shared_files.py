@@ -29,8 +29,8 @@ from tests.distributed.test_export_topologies import assert_same_tensors
 pytestmark = pytest.mark.distributed
 
 MAKE = "quantplug.export.files.staging.make_file"
-MAKE_ALL = "quantplug.export.files.staging.FileSink.make_shared"
-NAME = "quantplug.export.files.staging.name_file"
+MAKE_ALL = "quantplug.export.files.sink.FileSink.make_shared"
+NAME = "quantplug.export.files.sink.name_file"
 EXPERT = "quantplug.export.pipeline.assemble._of_expert"  # Before one expert's rows of a tensor are written.
 # What a rank writes of a file is all written.
 PART_DONE = "quantplug.checkpoint.safetensors_writer.SafetensorsFile._finish"
@@ -43,7 +43,7 @@ def ranks(tiny_gpt_oss_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 def _small_buckets(rank: int, model: nn.Module) -> None:
     """So that files become full one after another, in many rounds."""
-    from quantplug.export.pipeline import write_rounds as work
+    from quantplug.export.files import write_rounds as work
 
     work.make_rounds = partial(work.make_rounds, bucket_bytes=SMALL_BUCKET_BYTES)
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME, Behind
+from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME, WriterThread
 
 PATIENCE = 60
 """Seconds after which a test that waits for another thread fails; none waits for long when all is well."""
@@ -30,7 +30,7 @@ def failing(error: BaseException) -> Callable[[], None]:
 
 def test_steps_are_done_in_their_order_on_one_other_thread() -> None:
     done: list[tuple[int, int]] = []
-    with Behind() as behind:
+    with WriterThread() as behind:
         for number in range(20):
             behind.do(lambda number=number: done.append((number, threading.get_ident())))
     assert [number for number, _ in done] == list(range(20))
@@ -49,7 +49,7 @@ def test_the_caller_gets_ahead_so_far_and_no_further() -> None:
         assert far.wait(PATIENCE)
         lead.append(len(made) - number)
 
-    with Behind() as behind:
+    with WriterThread() as behind:
         for number in range(50):
             made.append(number)
             if number == AHEAD:
@@ -61,7 +61,7 @@ def test_the_caller_gets_ahead_so_far_and_no_further() -> None:
 def test_what_a_step_held_goes_with_the_step() -> None:
     alive: weakref.WeakSet[Held] = weakref.WeakSet()
     most = 0
-    with Behind() as behind:
+    with WriterThread() as behind:
         for _ in range(50):
             held = Held()
             alive.add(held)
@@ -78,7 +78,7 @@ def test_the_first_error_of_a_step_is_the_caller_s(later: int) -> None:
     first = OSError("first")
 
     def run() -> None:
-        with Behind() as behind:
+        with WriterThread() as behind:
             behind.do(failing(first))
             for _ in range(later):
                 behind.do(failing(OSError("later")))
@@ -100,7 +100,7 @@ def test_an_error_of_the_caller_drops_what_waits_and_waits_for_what_is_under_way
         done.append("under way")
 
     def run() -> None:
-        with Behind() as behind:
+        with WriterThread() as behind:
             behind.do(slow)
             assert begun.wait(PATIENCE)
             behind.do(partial(done.append, "waiting"))

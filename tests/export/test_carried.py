@@ -8,7 +8,7 @@ import pytest
 
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import SourceError
-from quantplug.export.sources.passthrough import has_beside
+from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.mappings.families import find_family
 from tests.families.cases import CASES
 
@@ -28,7 +28,7 @@ def source(name: str, directory: Path, index: dict[str, str] | None = None, **se
 def needed(directory: Path) -> bool:
     config = read_source_config(directory)
     family = find_family(config.architecture)
-    return has_beside(config, family, family.dimensions(config.values))
+    return has_passthrough(config, family, family.dimensions(config.values))
 
 
 MTP = {"mtp.fc.weight": "model-00001-of-00001.safetensors"}

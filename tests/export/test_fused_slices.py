@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplug.errors import MappingError, UnsupportedQuantizationError
-from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.pieces import cut
 from quantplug.export.plan.types import ExportPlan, QuantizerState, WholeWeight
@@ -79,7 +79,7 @@ def exported(plan: ExportPlan, slices: Sequence[Sequence[torch.Tensor]]) -> dict
     for task, of_ranks in zip(plan.tasks, slices, strict=True):
         for piece in cut(task, plan.dims, 1):
             delivered = [pack_piece(piece, weight, place, plan.dims) for place, weight in enumerate(of_ranks)]
-            for rows in join_piece(piece, delivered, plan.dims):
+            for rows in assemble_piece(piece, delivered, plan.dims):
                 place = slice(rows.first, rows.first + len(rows.data)) if rows.data.ndim else ()
                 tensors[rows.name][place] = rows.data
                 written[rows.name][place] += 1
@@ -97,7 +97,7 @@ def exported(plan: ExportPlan, slices: Sequence[Sequence[torch.Tensor]]) -> dict
 )
 def test_every_experts_matrix_lies_where_it_belongs(layout, scheme, transposed, ranks, seed):
     generator = torch.Generator().manual_seed(seed)
-    # Rows and columns alike, so that only what is declared tells them apart.
+    # TensorRows and columns alike, so that only what is declared tells them apart.
     weights = [(torch.randn(256, 256, generator=generator) * 2**expert).bfloat16() for expert in range(EXPERTS)]
     state = STATES[scheme]
     states = [replace(state, amax=weight.abs().max().item()) if state else None for weight in weights]

@@ -8,7 +8,7 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
-from quantplug.export.pipeline.prescan import scan_weights
+from quantplug.export.pipeline.prescan import prescan_weights
 from quantplug.export.plan.types import WeightRef
 from quantplug.export.to_disk import silent
 from quantplug.mappings.layouts import ModelDimensions
@@ -55,5 +55,5 @@ def test_weights_are_looked_at_where_they_are(layout: str) -> None:
     task = task_for(layout, "fp8", tuple(weight.shape), dims, 1, 1.0)
     held = {task.source.key: WeightRef(task.source.key, tuple(weight.shape), weight.dtype, None, weight.detach)}
     with LiveBytes([weight]) as live:
-        scan_weights([task], held, 0, silent)
+        prescan_weights([task], held, 0, silent)
     assert live.peak <= weight.nbytes / 4

@@ -14,7 +14,7 @@ from quantplug.errors import (
     ShapeError,
     UnsupportedQuantizationError,
 )
-from quantplug.export.to_disk import plan_export
+from quantplug.export.live_plan import plan_export
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import FC1, FC2, NVFP4_16, expert_quantizer, offenders, refused, rules
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.pieces import cut, travel_specs
 from quantplug.export.plan.types import ExportTask, QuantizerState, WholeWeight
@@ -92,7 +92,7 @@ def exported(
             assert [(tuple(t.shape), t.dtype) for t in sent] == [(spec.shape, spec.dtype) for spec in planned]
             nbytes += sum(spec.nbytes for spec in planned)
         assert nbytes <= piece.in_flight
-        for rows in join_piece(piece, delivered, dims):
+        for rows in assemble_piece(piece, delivered, dims):
             place = slice(rows.first, rows.first + len(rows.data)) if rows.data.ndim else ()
             tensors[rows.name][place] = rows.data
             written[rows.name][place] += 1
@@ -182,5 +182,5 @@ def test_a_weight_larger_than_a_bucket_never_takes_the_memory_of_one(layout, sch
         for piece in cut(task, dims, bucket_bytes):
             assert piece.in_flight <= bucket_bytes / 4
             delivered = [pack_piece(piece, weight, place, dims) for place, weight in enumerate(slices)]
-            list(join_piece(piece, delivered, dims))
+            list(assemble_piece(piece, delivered, dims))
     assert live.peak <= bucket_bytes

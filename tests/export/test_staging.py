@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from quantplug.errors import DestinationError
-from quantplug.export.files.staging import Staging, check_destination, write_index
+from quantplug.export.files.index import write_index
+from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.plan.types import ShardFile
 from quantplug.formats import TensorSpec
 

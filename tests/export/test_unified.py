@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.cli import app
 from quantplug.errors import QuantplugError
-from quantplug.export.to_disk import plan_export
+from quantplug.export.live_plan import plan_export
 from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from tests.export.checkpoints import SCHEMES, load, quantize, raw, read, same_bytes

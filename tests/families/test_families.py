@@ -33,9 +33,9 @@ def family_of(directory: Path) -> tuple[Family, ModelDimensions]:
 def held_by_megatron(directory: Path) -> Tensors:
     """The tensors of a checkpoint that parameters of Megatron stand for, each once."""
     found, dims = family_of(directory)
-    left_out = found.copies(dims)
+    left_out = found.duplicates(dims)
     tensors = read(directory)
-    beside = tuple(beginning for beginning in found.carried if not (dims.mtp_layers and beginning == "mtp."))
+    beside = tuple(beginning for beginning in found.passthrough if not (dims.mtp_layers and beginning == "mtp."))
     return {name: it for name, it in tensors.items() if name not in left_out and not name.startswith(beside)}
 
 

@@ -10,7 +10,7 @@ from quantplug import export_mcore_gpt_to_hf
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family
-from quantplug.plugins.rules import rules_for_kept
+from quantplug.plugins.rules import rules_for_high_precision
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import SCHEMES, load, one_rank, read, same_bytes
 
@@ -22,7 +22,7 @@ def by_megatron(source: Path, scheme: str, out: Path) -> Path:
     """As the examples quantize: what servers load in high precision stays so, and multi-token prediction."""
     config = read_source_config(source)
     family = find_family(config.architecture)
-    rules = rules_for_kept(family, family.dimensions(config.values), bits=4 if "nvfp4" in scheme else 8)
+    rules = rules_for_high_precision(family, family.dimensions(config.values), bits=4 if "nvfp4" in scheme else 8)
     with one_rank():
         model = mtq.quantize(load(source), {**SCHEMES[scheme], "quant_cfg": [*SCHEMES[scheme]["quant_cfg"], *rules]})
         export_mcore_gpt_to_hf(model, source, out)

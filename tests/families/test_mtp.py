@@ -26,7 +26,7 @@ from quantplug.mappings.table import Family
 from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from quantplug.megatron.mtp import without_labels
-from quantplug.plugins.rules import MTP_OFF, rules_for_kept, with_mtp_quantized
+from quantplug.plugins.rules import MTP_OFF, rules_for_high_precision, with_mtp_quantized
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, load, one_rank, read, same_bytes
 
@@ -153,7 +153,7 @@ def test_its_projection_quantized_is_refused_with_the_rule_to_append(checkpoint:
 
 def test_kv_b_proj_is_kept_in_four_bits(checkpoint: Checkpoint) -> None:
     """SGLang reads its weight as values, whatever the format."""
-    names = [rule["quantizer_name"] for rule in rules_for_kept(*family_of(checkpoint("deepseek_v3")), bits=4)]
+    names = [rule["quantizer_name"] for rule in rules_for_high_precision(*family_of(checkpoint("deepseek_v3")), bits=4)]
     assert names == [
         "*decoder.layers.*.self_attention.linear_kv_up_proj.*_quantizer",
         "*mtp.layers.*.eh_proj.*_quantizer",
@@ -163,9 +163,9 @@ def test_kv_b_proj_is_kept_in_four_bits(checkpoint: Checkpoint) -> None:
 
 def test_rules_are_for_what_a_model_has(checkpoint: Checkpoint) -> None:
     stock = copy.deepcopy(mtq.W4A16_NVFP4_CFG["quant_cfg"])
-    assert rules_for_kept(*family_of(checkpoint("glm4_moe_air"))) == []
+    assert rules_for_high_precision(*family_of(checkpoint("glm4_moe_air"))) == []
     assert with_mtp_quantized(stock, *family_of(checkpoint("glm4_moe_air"))) == stock
-    assert rules_for_kept(*family_of(checkpoint("glm4_moe"))) == [
+    assert rules_for_high_precision(*family_of(checkpoint("glm4_moe"))) == [
         {"quantizer_name": "*mtp.layers.*.eh_proj.*_quantizer", "enable": False}
     ]
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
+from quantplug.export.live_plan import plan_export
 from quantplug.export.pipeline.prescan_amaxes import current_amaxes
-from quantplug.export.to_disk import plan_export
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import ParamKey
 from quantplug.plugins.rules import with_mtp_quantized

@@ -97,14 +97,14 @@ def test_a_model_without_mtp(kind):
     config = config_of(kind, num_nextn_predict_layers=0)
     dims = family.dimensions(config)
     assert not [key for _, key in family.expected(dims) if key.stack == "mtp"]
-    assert family.copies(dims) == {}
+    assert family.duplicates(dims) == {}
     assert family.megatron_config(config).transformer["mtp_num_layers"] is None
 
 
 def test_copies_are_named_for_every_mtp_layer():
     family = find_family("DeepseekV3ForCausalLM")
     dims = replace(family.dimensions(config_of("DeepseekV3")), mtp_layers=2)
-    assert family.copies(dims) == {
+    assert family.duplicates(dims) == {
         f"model.layers.{layer}.{copy}.weight": original
         for layer in (61, 62)
         for copy, original in (("embed_tokens", "model.embed_tokens.weight"), ("shared_head.head", "lm_head.weight"))

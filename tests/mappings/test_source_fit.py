@@ -84,11 +84,11 @@ def test_what_is_carried_has_a_row_in_its_own_type() -> None:
     known = {row.hf for row in QWEN3_VL_MOE.mappings}
     rows = {row.hf[0]: row for row in fitted(QWEN3_VL_MOE, stored, dims(160, 96)).mappings if row.hf not in known}
     assert {name: (row.role, row.dtype) for name, row in rows.items()} == {
-        "model.visual.proj.weight": (Role.CARRIED_WEIGHT, torch.float32),
-        "model.visual.patch.weight": (Role.CARRIED_WEIGHT, torch.bfloat16),
-        "model.visual.norm.weight": (Role.CARRIED, torch.bfloat16),
-        "model.visual.proj.bias": (Role.CARRIED, torch.bfloat16),
-        "model.visual.scale": (Role.CARRIED, torch.int64),
+        "model.visual.proj.weight": (Role.PASSTHROUGH_WEIGHT, torch.float32),
+        "model.visual.patch.weight": (Role.PASSTHROUGH_WEIGHT, torch.bfloat16),
+        "model.visual.norm.weight": (Role.PASSTHROUGH, torch.bfloat16),
+        "model.visual.proj.bias": (Role.PASSTHROUGH, torch.bfloat16),
+        "model.visual.scale": (Role.PASSTHROUGH, torch.int64),
     }
 
 
@@ -98,7 +98,7 @@ def test_a_family_that_carries_nothing_stays_as_it_is() -> None:
 
 def test_what_the_table_expects_is_not_carried() -> None:
     """Multi-token prediction that a config does not declare is carried, one that it declares is converted."""
-    carrying = replace(QWEN3_MOE, carried=("model.embed_tokens.", "mtp."))
+    carrying = replace(QWEN3_MOE, passthrough=("model.embed_tokens.", "mtp."))
     stored = {"model.embed_tokens.weight": Header((523, 160)), "mtp.fc.weight": Header((160, 320))}
-    carried = [row.hf[0] for row in fitted(carrying, stored, dims(160, 96)).mappings if row.role.is_carried]
+    carried = [row.hf[0] for row in fitted(carrying, stored, dims(160, 96)).mappings if row.role.is_passthrough]
     assert carried == ["mtp.fc.weight"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantplug.atomic import finish_file, sync_directory
-from quantplug.export.files.staging import write_json
+from quantplug.export.files.index import write_json
 from quantplug.export.plan.types import QuantConfig
 
 CONFIG_NAME = "config.json"

@@ -7,7 +7,8 @@ import torch
 
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.export.files.config_files import copy_side_files, write_configs
-from quantplug.export.files.staging import Staging, write_index
+from quantplug.export.files.index import write_index
+from quantplug.export.files.staging import Staging
 from quantplug.export.plan.types import ExportPlan
 
 

@@ -1,4 +1,4 @@
-"""Where an export goes: checked to be free, filled file by file beside it, and made visible by one rename.
+"""The staging directory of an export: beside the destination, which is checked to be free; made visible by one rename.
 
 An export that is killed leaves its finished files in a hidden directory beside the destination. The same export run
 again keeps them and writes only the rest; another one refuses to touch them.
@@ -7,23 +7,17 @@ again keeps them and writes only the rest; another one refuses to touch them.
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
 
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.checkpoint.lock import take_lock
-from quantplug.checkpoint.safetensors_writer import SafetensorsFile, file_size, make_file, name_file
+from quantplug.checkpoint.reader import INDEX_FILE
+from quantplug.checkpoint.safetensors_writer import file_size
 from quantplug.errors import DestinationError, Offender
-from quantplug.export.pipeline.assemble import Rows
-from quantplug.export.plan.types import ExportPlan, ShardFile
+from quantplug.export.plan.types import ShardFile
 from quantplug.formats import TensorSpec
-
-INDEX_NAME = "model.safetensors.index.json"
 
 
 def check_destination(export_dir: Path, rank: int = 0) -> None:
@@ -48,7 +42,7 @@ def check_destination(export_dir: Path, rank: int = 0) -> None:
 def _obstacle(export_dir: Path) -> str | None:
     if not export_dir.is_dir():
         return "exists and is not a directory" if export_dir.exists() or export_dir.is_symlink() else None
-    if (export_dir / INDEX_NAME).exists():
+    if (export_dir / INDEX_FILE).exists():
         return "is not empty: it holds a checkpoint, and one that an export wrote is complete"
     if any(export_dir.iterdir()):
         return "is not empty"
@@ -164,93 +158,3 @@ class Staging:
             [Offender(str(self._root), reason, rank=self._rank)],
             "Remove that directory, or choose another export directory.",
         )
-
-
-class FileSink:
-    """Writes what one rank writes of an export's files, rows by rows, each in their place.
-
-    Files that it writes alone get their final names when they are full. Those of several ranks are made before any of
-    them writes (`make_shared`), and get theirs when all of them have written (`name_shared`); both by their first rank.
-    """
-
-    def __init__(self, directory: Path, files: Sequence[ShardFile], plan: ExportPlan, rank: int) -> None:
-        self._directory = directory
-        self._expected = plan.expected()
-        self._rank = rank
-        self._files = [file for file in files if rank in file.owners]
-        self._home = {name: file for file in self._files for name in file.tensors}
-        self._shares = _bytes_written(plan, self._home, rank)
-        self._open: dict[str, SafetensorsFile] = {}
-        self._missing = sum(self._shares.values())
-
-    def make_shared(self) -> None:
-        for file in self._files:
-            if len(file.owners) > 1 and file.owners[0] == self._rank:
-                make_file(self._directory / file.name, self._specs(file))
-
-    def name_shared(self, names: Container[str]) -> None:
-        for file in self._files:
-            if file.name in names and file.owners[0] == self._rank:
-                name_file(self._directory / file.name)
-
-    def write(self, rows: Rows) -> None:
-        file = self._home[rows.name]
-        if file.name not in self._open:
-            shares = {name: self._shares[name] for name in file.tensors} if len(file.owners) > 1 else None
-            self._open[file.name] = SafetensorsFile(self._directory / file.name, self._specs(file), shares)
-        self._open[file.name].write(rows.name, rows.data.cpu(), rows.first)
-        self._missing -= rows.data.nbytes
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-
-    def check_complete(self) -> None:
-        assert self._missing == 0, f"{self._missing} planned bytes were not written"
-
-    def _specs(self, file: ShardFile) -> list[TensorSpec]:
-        return [self._expected[name] for name in file.tensors]
-
-
-def _bytes_written(plan: ExportPlan, tensors: Container[str], rank: int) -> dict[str, int]:
-    """How much of each of some tensors a rank writes."""
-    nbytes: defaultdict[str, int] = defaultdict(int)
-    for task in plan.tasks:
-        for part in task.all_outputs if task.owner == rank else ():
-            for spec in part.tensors:
-                if spec.name in tensors:
-                    nbytes[spec.name] += part.nbytes(spec)
-    return nbytes
-
-
-def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
-    """Writes the index of what is in the files, by their own headers, which must be what was planned.
-
-    Raises:
-        DestinationError: There are other files, which readers of a whole directory would take for a part of it.
-    """
-    _refuse_strays(directory, files)
-    weight_map: dict[str, str] = {}
-    for file in files:
-        with safe_open(directory / file.name, framework="pt") as opened:
-            names = set(opened.keys())
-        assert names == set(file.tensors), f"{file.name} does not hold what was planned"
-        weight_map |= dict.fromkeys(names, file.name)
-    total_size = sum(expected[name].nbytes for name in weight_map)
-    write_json(
-        directory / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    )
-
-
-def _refuse_strays(directory: Path, files: Sequence[ShardFile]) -> None:
-    strays = {path.name for path in directory.glob("*.safetensors")} - {file.name for file in files}
-    if strays:
-        raise DestinationError(
-            "Files that this export has not written are among its own.",
-            [Offender(str(directory / name), "is not in the plan") for name in sorted(strays)],
-            "Remove them once nothing writes there any more; the same export run again goes on from what is finished.",
-        )
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

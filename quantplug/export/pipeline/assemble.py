@@ -1,33 +1,18 @@
 """Putting what the slices sent of a piece where it belongs in the tensors that are written."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from quantplug.export.pipeline.pack import pack_rows
 from quantplug.export.plan.pieces import Piece, first_row, joined
+from quantplug.export.plan.types import TensorRows
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Placement
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of an output tensor.
-
-    Attributes:
-        name: Of the tensor.
-        first: Number of the first of them; 0 for a tensor without axes.
-        data: [rows, ...], or a tensor without axes.
-    """
-
-    name: str
-    first: int
-    data: torch.Tensor
-
-
-def join_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDimensions) -> Iterator[Rows]:
+def assemble_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDimensions) -> Iterator[TensorRows]:
     """What is written of a piece, where its slices are, from what each of its ranks has sent; empties `slices`."""
     if piece.task.gather_first:
         whole = joined(piece, [rows for (rows,) in slices], dims)
@@ -38,8 +23,8 @@ def join_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDi
         tensors = (_end_to_end(pieces, axis) for pieces in zip(*slices, strict=True))
         yield from _placed(piece, tensors, piece.start)
     else:
-        for place, packed in enumerate(slices):
-            yield from _placed(piece, packed, first_row(piece, place, dims))
+        for slice_index, packed in enumerate(slices):
+            yield from _placed(piece, packed, first_row(piece, slice_index, dims))
     if piece.start == 0:
         yield from _input_scale(piece)
 
@@ -55,9 +40,9 @@ def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return torch.cat(list(pieces), dim=axis)
 
 
-def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[Rows]:
+def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[TensorRows]:
     """Packed rows, the first of which is row number `row` of the part, as rows of the tensors that they belong to."""
-    copies = [copy.tensors for copy in piece.task.copies]
+    copies = [copy.tensors for copy in piece.task.duplicates]
     for specs, tensor in zip(zip(piece.output.tensors, *copies, strict=True), packed, strict=False):
         for spec in specs:
             if piece.output.placement is not None:
@@ -65,29 +50,29 @@ def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[
             elif tensor.numel() and tensor.ndim > 0 and spec.shape:
                 yield from _of_part(piece, spec, tensor, row)
             elif row == 0:
-                yield Rows(spec.name, 0, tensor.reshape(spec.shape))
+                yield TensorRows(spec.name, 0, tensor.reshape(spec.shape))
 
 
-def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> Iterator[Rows]:
+def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> Iterator[TensorRows]:
     # A tensor of block scales has fewer rows than the part.
     first = row * tensor.shape[0] // (piece.stop - piece.start)
-    left = spec.shape[0] - first  # Behind them there are only Megatron's padding rows of the vocabulary.
+    left = spec.shape[0] - first  # WriterThread them there are only Megatron's padding rows of the vocabulary.
     if left > 0:
-        yield Rows(spec.name, first, tensor[:left].contiguous())
+        yield TensorRows(spec.name, first, tensor[:left].contiguous())
 
 
-def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> Iterator[Rows]:
+def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> Iterator[TensorRows]:
     """One expert's whole slice; a scale of all experts comes with the first of them."""
     if not placement.is_shared(spec.shape):
-        yield Rows(spec.name, placement.expert, placement.turned(tensor).unsqueeze(0).contiguous())
+        yield TensorRows(spec.name, placement.expert, placement.turned(tensor).unsqueeze(0).contiguous())
     elif placement.expert == 0:
-        yield Rows(spec.name, 0, tensor.reshape(spec.shape))
+        yield TensorRows(spec.name, 0, tensor.reshape(spec.shape))
 
 
-def _input_scale(piece: Piece) -> Iterator[Rows]:
+def _input_scale(piece: Piece) -> Iterator[TensorRows]:
     task, packing, placement = piece.task, piece.output.format, piece.output.placement
     if packing is None or task.input_amax is None or (placement is not None and placement.expert > 0):
         return
     scale = packing.input_scale(torch.tensor(task.input_amax, dtype=torch.float32))
-    for output in (piece.output, *task.copies):
-        yield Rows(output.tensors[-1].name, 0, scale)
+    for output in (piece.output, *task.duplicates):
+        yield TensorRows(output.tensors[-1].name, 0, scale)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from quantplug.export.plan.ownership import PHASES
 from quantplug.export.plan.pieces import Piece, cut
 from quantplug.export.plan.types import ExportTask
 from quantplug.mappings.layouts import ModelDimensions
@@ -20,8 +21,6 @@ BUCKET_BYTES = 256 * 2**20
 # One bucket is sent and one received, or one received and one written from: what is left of two is for working copies
 # of a piece, for formats and the heap.
 _PAYLOAD = 0.75
-
-_PHASES = (ShardAxis.TP, ShardAxis.ETP, None)
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,13 @@ class Bucket:
 Round = tuple[Bucket, ...]
 
 
-def in_order(tasks: Sequence[ExportTask]) -> list[ExportTask]:
-    """Tasks phase by phase; within one in the order of the plan. Each rank writes its files in this order."""
-    return [task for phase in _PHASES for task in tasks if _axis(task) is phase]
-
-
 def make_rounds(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int = BUCKET_BYTES) -> list[Round]:
     """Cuts the work into rounds of buckets, of which any two and the work on them fit `2 * bucket_bytes` of memory."""
     rounds: list[Round] = []
-    for phase in _PHASES:
+    for phase in PHASES:
         by_group: defaultdict[tuple[int, ...], list[Piece]] = defaultdict(list)
         for task in tasks:
-            if _axis(task) is phase:
+            if task.source.axis is phase:
                 by_group[task.ranks] += cut(task, dims, bucket_bytes)
         buckets = [
             [Bucket(phase, ranks, batch) for batch in batches(pieces, bucket_bytes)]
@@ -78,7 +72,3 @@ def batches(pieces: Sequence[Piece], bucket_bytes: int) -> Iterator[tuple[Piece,
         batch.append(piece)
         size += piece.in_flight
     yield tuple(batch)
-
-
-def _axis(task: ExportTask) -> ShardAxis | None:
-    return task.source.axis

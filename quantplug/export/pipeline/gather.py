@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from quantplug.export.pipeline.buckets import BUCKET_BYTES, Bucket
-from quantplug.export.pipeline.groups import pack_in_groups
+from quantplug.export.pipeline.pack import pack_in_groups
 from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece, rows_of, travel_specs
 from quantplug.export.plan.types import Held
 from quantplug.formats import TensorSpec
@@ -26,15 +26,15 @@ Delivered = list[tuple[Piece, Slices]]
 
 
 def pack_pieces(
-    pieces: Iterable[Piece], held: Held, place: int, dims: ModelDimensions
+    pieces: Iterable[Piece], held: Held, slice_index: int, dims: ModelDimensions
 ) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-    """What a rank sends of pieces in turn, of whose weights it holds slice number `place`; on the weights' device."""
-    read = ((piece, _rows(piece, held[piece.task.source.key].load(), place, dims)) for piece in pieces)
+    """What a rank sends of pieces in turn, of whose weights it holds one slice; on the weights' device."""
+    read = ((piece, _rows(piece, held[piece.task.source.key].load(), slice_index, dims)) for piece in pieces)
     return pack_in_groups(read, GROUP_BYTES)
 
 
-def _rows(piece: Piece, weight: torch.Tensor, place: int, dims: ModelDimensions) -> torch.Tensor:
-    return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, place, dims)))
+def _rows(piece: Piece, weight: torch.Tensor, slice_index: int, dims: ModelDimensions) -> torch.Tensor:
+    return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, slice_index, dims)))
 
 
 class PackedBucket:
@@ -49,7 +49,7 @@ class PackedBucket:
         self._place = bucket.ranks.index(rank)
         self._mine = [piece for piece in bucket.pieces if piece.task.owner == rank]
         self._send_sizes = [self._nbytes(self._owned_by(owner), self._place) for owner in bucket.ranks]
-        self._received_sizes = [self._nbytes(self._mine, place) for place in range(len(bucket.ranks))]
+        self._received_sizes = [self._nbytes(self._mine, slice_index) for slice_index in range(len(bucket.ranks))]
         # Both here, not in the exchange: to run out of memory must be this rank's own failure, not a broken collective.
         self._send = torch.empty(sum(self._send_sizes), dtype=torch.uint8, device=device)
         self._received = self._send
@@ -70,7 +70,7 @@ class PackedBucket:
             )
         del self._send
         chunks = self._received.split(self._received_sizes)
-        of_ranks = [list(self._unpack(chunk, place)) for place, chunk in enumerate(chunks)]
+        of_ranks = [list(self._unpack(chunk, slice_index)) for slice_index, chunk in enumerate(chunks)]
         return [(piece, list(slices)) for piece, *slices in zip(self._mine, *of_ranks, strict=True)]
 
     def _pack(self, held: Held) -> None:
@@ -86,15 +86,15 @@ class PackedBucket:
     def _owned_by(self, rank: int) -> list[Piece]:
         return [piece for piece in self._bucket.pieces if piece.task.owner == rank]
 
-    def _nbytes(self, pieces: Sequence[Piece], place: int) -> int:
-        """What slice number `place` sends of some pieces."""
-        return sum(aligned(spec.nbytes) for piece in pieces for spec in travel_specs(piece, place, self._dims))
+    def _nbytes(self, pieces: Sequence[Piece], slice_index: int) -> int:
+        """What slice number `slice_index` sends of some pieces."""
+        return sum(aligned(spec.nbytes) for piece in pieces for spec in travel_specs(piece, slice_index, self._dims))
 
-    def _unpack(self, data: torch.Tensor, place: int) -> Iterator[list[torch.Tensor]]:
+    def _unpack(self, data: torch.Tensor, slice_index: int) -> Iterator[list[torch.Tensor]]:
         offset = 0
         for piece in self._mine:
             tensors = []
-            for spec in travel_specs(piece, place, self._dims):
+            for spec in travel_specs(piece, slice_index, self._dims):
                 tensors.append(typed_view(data[offset : offset + spec.nbytes], spec))
                 offset += aligned(spec.nbytes)
             yield tensors

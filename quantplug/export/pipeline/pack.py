@@ -1,62 +1,58 @@
-"""Packing rows of a weight's slices where they are, and putting them together where they are written.
+"""Packing rows of weights where they are. Small weights that are alike, as experts are, are packed at once.
 
-For every format and layout, packing slices and joining them gives the bytes of packing the whole. Where that cannot be,
-because a block or a head straddles slices, the task says `gather_first` and slices are joined before they are packed.
+One small weight by itself fills neither a GPU nor the threads of a CPU, so that the start of the work would cost more
+than the work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import torch
 
-from quantplug.export.plan.match import layout_shapes
+from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.types import ExportTask, PartOutput
-from quantplug.formats import TensorSpec, WeightFormat
-from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import WeightMapping
+
+Packed = tuple[Piece, Sequence[torch.Tensor]]
 
 
-def slice_shape(shape: tuple[int, ...], slices: int, mapping: WeightMapping) -> tuple[int, ...]:
-    """Shape of each rank's slice of a Megatron tensor that `slices` ranks share."""
-    if slices == 1:
-        return shape
-    axis = mapping.layout.shard_axis
-    assert axis is not None, f"{mapping.megatron[0]} is sharded, its layout is not"
-    return divided(shape, axis, slices)
-
-
-def divided(shape: tuple[int, ...], axis: int, slices: int) -> tuple[int, ...]:
-    """A shape with one of its axes cut into equal slices."""
-    return tuple(size // slices if dim == axis else size for dim, size in enumerate(shape))
-
-
-def must_gather_first(
-    shape: tuple[int, ...], slices: int, mapping: WeightMapping, packing: WeightFormat | None, dims: ModelDimensions
-) -> bool:
-    """Whether a head or a block straddles the slices, so that they cannot be packed one by one.
+def pack_in_groups(read: Iterable[tuple[Piece, torch.Tensor]], most: int) -> Generator[Packed, None, None]:
+    """What a rank sends of pieces, each given with the rows that it has of it; in their order, on the rows' device.
 
     Args:
-        packing: Of the parts that are packed; None if none is.
+        most: Bytes of the rows of a group, but of one that is larger by itself; what they are packed to, and working
+            copies, are no more.
     """
-    if slices == 1:
-        return False
-    if not mapping.layout.cuts_cleanly(slices, dims):
-        return True
-    parts = layout_shapes(slice_shape(shape, slices, mapping), mapping, dims)
-    packed = (part for name, part in zip(mapping.hf, parts, strict=True) if name not in mapping.kept)
-    return packing is not None and any(packing.problem(part) is not None for part in packed)
+    group: list[tuple[Piece, torch.Tensor]] = []
+    for piece, rows in read:
+        if group and not _are_alike(group[-1], (piece, rows)):
+            yield from _packed(group)
+        group.append((piece, rows))
+        if (len(group) + 1) * rows.nbytes > most or not _is_packed(piece):
+            del rows  # Or they would be there while the next ones are read.
+            yield from _packed(group)
+    yield from _packed(group)
 
 
-def row_step(packing: WeightFormat | None, shape: tuple[int, ...]) -> int:
-    """Rows of a weight of this shape can be packed apart from the others in multiples of this many."""
-    step = 1
-    while packing is not None and step < shape[0] and packing.problem((step, *shape[1:])) is not None:
-        step *= 2
-    return step
+def _packed(group: list[tuple[Piece, torch.Tensor]]) -> Generator[Packed, None, None]:
+    """Empties the group."""
+    pieces = [piece for piece, _ in group]
+    parts = [(piece.task, piece.output, rows) for piece, rows in group]
+    group.clear()
+    if len(parts) > 1:
+        packed = pack_alike(parts)
+    else:
+        packed = [(rows,) if task.gather_first else pack_rows(task, part, rows) for task, part, rows in parts]
+    parts.clear()
+    yield from zip(pieces, packed, strict=True)
 
 
-def packed_specs(task: ExportTask, part: PartOutput, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-    """What `pack_rows` gives for rows of this shape of a part."""
-    return (TensorSpec("weight", shape, task.dtype),) if part.format is None else part.format.outputs(shape)
+def _are_alike(one: tuple[Piece, torch.Tensor], other: tuple[Piece, torch.Tensor]) -> bool:
+    kinds = [(piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride()) for piece, rows in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def _is_packed(piece: Piece) -> bool:
+    """Whether it is here, to a format of its own."""
+    return piece.output.format is not None and not piece.task.gather_first
 
 
 def pack_rows(task: ExportTask, part: PartOutput, rows: torch.Tensor) -> Sequence[torch.Tensor]:

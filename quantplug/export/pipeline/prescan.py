@@ -7,9 +7,10 @@ import torch
 
 from quantplug.errors import CalibrationError, WeightError
 from quantplug.export.pipeline.fingerprint import fingerprint
-from quantplug.export.plan.types import ExportTask, Held, Progress, WeightRef
+from quantplug.export.plan.types import ExportTask, Held, WeightRef
 from quantplug.findings import Findings, Kind
 from quantplug.formats import first_nonfinite
+from quantplug.progress import Progress
 
 NONFINITE = Kind(
     WeightError,
@@ -32,10 +33,10 @@ ZERO_AMAX = Kind(
 
 
 Marks = dict[tuple[str, int], str]
-"""Fingerprints of what a rank holds, by the weight's name and the place of the slice."""
+"""Fingerprints of what a rank holds, by the name of the weight and the number of the slice."""
 
 
-def scan_weights(tasks: Sequence[ExportTask], held: Held, rank: int, progress: Progress) -> Marks:
+def prescan_weights(tasks: Sequence[ExportTask], held: Held, rank: int, progress: Progress) -> Marks:
     """Looks once at every slice that this rank holds, also where another copy of it is the one that is written.
 
     Raises:
@@ -71,8 +72,8 @@ def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
     findings = Findings()
     seen: Marks = {}
     for rank, marks in enumerate(of_ranks):
-        for (name, place), mark in marks.items():
-            if seen.setdefault((name, place), mark) != mark:
+        for (name, slice_index), mark in marks.items():
+            if seen.setdefault((name, slice_index), mark) != mark:
                 findings.add(_DIVERGED, name, "its copy here is not that of a lower rank", rank=rank)
     findings.raise_if_any()
 
@@ -82,13 +83,13 @@ def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
     weight = ref.load()
     if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
         return weight
-    place = ref.shard.index if ref.shard else 0
-    return weight[: max(0, task.outputs[0].shape[0] - place * weight.shape[0])]
+    slice_index = ref.shard.index if ref.shard else 0
+    return weight[: max(0, task.outputs[0].shape[0] - slice_index * weight.shape[0])]
 
 
 def _look(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:
     key = task.source.key
-    if weight.numel() == 0 or task.mapping.role.is_carried:
+    if weight.numel() == 0 or task.mapping.role.is_passthrough:
         return
     reason = first_nonfinite(weight)
     if reason is not None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.errors import WeightError
 from quantplug.export.pipeline.fingerprint import fingerprint
-from quantplug.export.plan.types import ExportPlan, ExportTask, Progress
+from quantplug.export.plan.types import ExportPlan, ExportTask
 from quantplug.export.sources.read_parts import pieces_of, read_part, read_piece
 from quantplug.findings import Findings, Kind
 from quantplug.formats import first_nonfinite
 from quantplug.formats.scales import weight_amax
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey
+from quantplug.progress import Progress
 
 _NONFINITE = Kind(
     WeightError,
@@ -51,7 +52,7 @@ def scan(plan: ExportPlan, source: HFCheckpoint, progress: Progress) -> Scan:
         key = task.source.key
         for piece in pieces_of(task, plan.dims):
             rows, place = read_piece(source, piece, plan.dims), (piece.output.name, key.expert)
-            if rows.numel() and not task.mapping.role.is_carried:
+            if rows.numel() and not task.mapping.role.is_passthrough:
                 amax = weight_amax(rows).item()
                 amaxes[key] = max(amaxes[key], amax)
                 if not math.isfinite(amax):

@@ -9,10 +9,10 @@ from typing import Self
 AHEAD = 2
 """So many steps wait or are under way: with the one that is being made, memory holds what three of them need."""
 
-THREAD_NAME = "quantplug-behind"
+THREAD_NAME = "quantplug-writer"
 
 
-class Behind:
+class WriterThread:
     """A thread that does steps in the order they come; leaving the context waits for it.
 
     The error of a step is the caller's, at the next call or on leaving. Steps that still wait then are dropped, and so

@@ -13,18 +13,17 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from quantplug.errors import ArgumentError, Offender
-from quantplug.export.pipeline.buckets import in_order
-from quantplug.export.pipeline.pack import must_gather_first, row_step
 from quantplug.export.plan.check_quantizers import check_calibrated, check_quantizers
 from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
-from quantplug.export.plan.match import Mapped, layout_shapes, match_table, part_shapes
-from quantplug.export.plan.ownership import Assignment, assign
+from quantplug.export.plan.match import Mapped, match_table, part_shapes
+from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.plan.scheme import Scheme
+from quantplug.export.plan.slices import must_gather_first, row_step
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
 from quantplug.findings import Findings
 from quantplug.formats import TensorSpec, WeightFormat
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -142,10 +141,10 @@ class _Packing:
         packing = self.scheme.weight if self.scheme and quantized else None
         stored, mapping = mapping, self.written[weight.key]
         if mapping is not stored:
-            shapes = layout_shapes(weight.shape, mapping, self.dims)
+            shapes = layout_shapes(weight.shape, mapping.layout, self.dims)
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtype(weight, mapping)
-        formats = [None if pattern in mapping.kept else packing for pattern in mapping.hf]
+        formats = [None if pattern in mapping.high_precision else packing for pattern in mapping.hf]
         outputs = tuple(
             PartOutput(name, shape, self._tensors(name, shape, plain, of_part, placement), of_part, placement)
             for name, shape, of_part in zip(mapping.hf_names(weight.key, self.dims), shapes, formats, strict=True)
@@ -164,9 +163,9 @@ class _Packing:
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
             row_step=None if placement else row_step(packing, shapes[0]),
             outputs=outputs,
-            copies=tuple(
+            duplicates=tuple(
                 PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, packing, None), packing)
-                for name in mapping.copy_names(self.dims)
+                for name in mapping.duplicate_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
             scale_group=self.groups.get(weight.key) if quantized else None,
@@ -177,7 +176,7 @@ class _Packing:
             return weight.dtype
         if mapping.dtype is not None:
             return mapping.dtype
-        if mapping.keeps_type:
+        if mapping.keep_source_dtype:
             (name,) = mapping.hf_names(weight.key, self.dims)
             return torch.promote_types(self.request.source_types.get(name, self.request.dtype), self.request.dtype)
         return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype

@@ -64,7 +64,9 @@ def check_quantizers(
         if scheme is not None:
             by_scheme.setdefault(scheme, []).append(whole)
             packed = [
-                shape for name, shape in zip(mapping.hf, shapes[whole.key], strict=True) if name not in mapping.kept
+                shape
+                for name, shape in zip(mapping.hf, shapes[whole.key], strict=True)
+                if name not in mapping.high_precision
             ]
             _check_shapes(whole, scheme, packed, findings)
     _check_experts(mapped, findings)

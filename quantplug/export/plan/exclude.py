@@ -54,9 +54,9 @@ def chosen_weights(
         parts = list(_spellings(mapping, weight.key, dims))
         matches = [any(_matches(pattern, names) for pattern in exclude) for names in parts]
         seen.update(*parts)
-        is_kept = mapping.least_bits > bits or (mapping.block.is_mtp and not quantize_mtp)
+        is_kept = mapping.min_bits > bits or (mapping.block.is_mtp and not quantize_mtp)
         if mapping.role is Role.LINEAR and not is_kept:
-            packed = [part for part, name in enumerate(mapping.hf) if name not in mapping.kept]
+            packed = [part for part, name in enumerate(mapping.hf) if name not in mapping.high_precision]
             chosen[weight.key] = not all(matches[part] for part in packed)
             _check_parts([parts[part] for part in packed], [matches[part] for part in packed], weight.key, findings)
     for pattern in dict.fromkeys(exclude):

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from quantplug.errors import MappingError, ShapeError
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind, nearest
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Scope, WeightMapping
 
 _SAME_MODEL = (
@@ -88,7 +86,7 @@ def part_shapes(
     if problem is not None:
         findings.add_weight(_SHAPE, weight, problem)
         return ()
-    shapes = layout_shapes(weight.shape, mapping, dims)
+    shapes = layout_shapes(weight.shape, mapping.layout, dims)
     placement = mapping.placement(weight.key, dims)
     for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
         expected = _with_mlp_width(shape, mapping, dims)
@@ -100,12 +98,6 @@ def part_shapes(
             reason = f"gives {name} of shape {list(stored)}, the checkpoint has {list(reference[name])}"
             findings.add_weight(_SHAPE, weight, reason)
     return shapes
-
-
-def layout_shapes(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the parts that a layout makes of a Megatron tensor of a shape that it has no problem with."""
-    parts = mapping.layout.split(torch.empty(shape, device="meta"), dims)
-    return tuple(tuple(part.shape) for part in parts)
 
 
 def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[int, ...]:

@@ -1,11 +1,18 @@
-"""Which ranks deliver each weight and which one writes it, so that bytes and work balance over all ranks."""
+"""Which ranks deliver each weight, which one writes it, and in which order: bytes and work balance over all ranks."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quantplug.export.plan.types import WholeWeight
+from quantplug.export.plan.types import ExportTask, WholeWeight
 from quantplug.mappings.table import ParamKey
+from quantplug.topology import ShardAxis
+
+PHASES = (ShardAxis.TP, ShardAxis.ETP, None)
+"""Weights cut over tensor parallel ranks come first, then those cut over expert tensor parallel ones, then whole ones.
+
+Every rank is in one group of each kind: within a phase no rank is in two groups, so that none waits for another.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,3 +60,8 @@ def _side_by_side(
         shares = sorted((assigned[key] for key in keys), key=lambda share: share.owner)
         dealt.update(zip(sorted(keys), shares, strict=True))
     return dealt
+
+
+def in_order(tasks: Sequence[ExportTask]) -> list[ExportTask]:
+    """Tasks phase by phase; within one in the order of the plan. Each rank writes its files in this order."""
+    return [task for phase in PHASES for task in tasks if task.source.axis is phase]

@@ -47,8 +47,8 @@ class Piece:
 
 def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[Piece]:
     """The pieces of a weight, part by part, from the first row to the last."""
-    for part, places in enumerate(_places(task, dims)):
-        rows = len(places)
+    for part, numbers in enumerate(_row_numbers(task, dims)):
+        rows = len(numbers)
         step = _rows_of_a_piece(task, part, rows, bucket_bytes // PIECES_IN_A_BUCKET)
         for start in range(0, max(rows, 1), step):  # A tensor without rows is one piece, so that it is written.
             stop = min(start + step, rows)
@@ -56,18 +56,18 @@ def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[
             yield Piece(task, part, start, stop, _in_flight(task, part, stop - start), ends_task)
 
 
-def rows_of(piece: Piece, place: int, dims: ModelDimensions) -> torch.Tensor:
-    """Numbers of the rows that slice number `place` has of a piece, in the order of the piece."""
-    rows = _places(piece.task, dims)[piece.part][piece.start : piece.stop]
+def rows_of(piece: Piece, slice_index: int, dims: ModelDimensions) -> torch.Tensor:
+    """Numbers of the rows that slice number `slice_index` has of a piece, in the order of the piece."""
+    rows = _row_numbers(piece.task, dims)[piece.part][piece.start : piece.stop]
     if not _straddles_rows(piece.task):
         return rows
-    return rows[rows // _slice_rows(piece.task) == place] % _slice_rows(piece.task)
+    return rows[rows // _slice_rows(piece.task) == slice_index] % _slice_rows(piece.task)
 
 
-def first_row(piece: Piece, place: int, dims: ModelDimensions) -> int:
-    """Where in the whole part the rows begin that slice number `place` packs of a piece."""
+def first_row(piece: Piece, slice_index: int, dims: ModelDimensions) -> int:
+    """Where in the whole part the rows begin that slice number `slice_index` packs of a piece."""
     apart = piece.task.mapping.layout.shard_axis == 0 and not piece.task.gather_first
-    return piece.start + (place * len(_places(piece.task, dims)[piece.part]) if apart else 0)
+    return piece.start + (slice_index * len(_row_numbers(piece.task, dims)[piece.part]) if apart else 0)
 
 
 def joined(piece: Piece, slices: list[torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
@@ -76,16 +76,16 @@ def joined(piece: Piece, slices: list[torch.Tensor], dims: ModelDimensions) -> t
         axis = piece.task.mapping.layout.shard_axis
         assert axis is not None
         return torch.cat(slices, dim=axis)
-    rows = _places(piece.task, dims)[piece.part][piece.start : piece.stop].to(slices[0].device)
+    rows = _row_numbers(piece.task, dims)[piece.part][piece.start : piece.stop].to(slices[0].device)
     whole = slices[0].new_empty((len(rows), *slices[0].shape[1:]))
-    for place, of_slice in enumerate(slices):
-        whole[rows // _slice_rows(piece.task) == place] = of_slice
+    for slice_index, of_slice in enumerate(slices):
+        whole[rows // _slice_rows(piece.task) == slice_index] = of_slice
     return whole
 
 
-def travel_specs(piece: Piece, place: int, dims: ModelDimensions) -> tuple[TensorSpec, ...]:
-    """What slice number `place` sends of a piece."""
-    rows = len(rows_of(piece, place, dims)) if _straddles_rows(piece.task) else piece.stop - piece.start
+def travel_specs(piece: Piece, slice_index: int, dims: ModelDimensions) -> tuple[TensorSpec, ...]:
+    """What slice number `slice_index` sends of a piece."""
+    rows = len(rows_of(piece, slice_index, dims)) if _straddles_rows(piece.task) else piece.stop - piece.start
     return _specs(piece.task, piece.part, rows)
 
 
@@ -126,7 +126,7 @@ def _slice_rows(task: ExportTask) -> int:
     return task.source.shape[0] // len(task.ranks)
 
 
-def _places(task: ExportTask, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+def _row_numbers(task: ExportTask, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
     """For every part the numbers of its rows in a slice; in all slices, one behind the other, if it straddles them."""
     rows = rows_in(slice_shape(task.source.shape, len(task.ranks), task.mapping))
     return _numbers(task.mapping, rows, len(task.ranks) if _straddles_rows(task) else 1, dims)

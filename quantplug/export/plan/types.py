@@ -144,7 +144,7 @@ class ExportTask:
         row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
             give the part's bytes.
         outputs: The parts, in the order of the layout.
-        copies: Outputs that hold the same as the one part, under other names.
+        duplicates: Outputs that hold the same as the one part, under other names.
         scale_group: Name of the weights that it shares its amax with; None if it is alone.
     """
 
@@ -160,7 +160,7 @@ class ExportTask:
     dtype: torch.dtype
     row_step: int | None
     outputs: tuple[PartOutput, ...]
-    copies: tuple[PartOutput, ...] = ()
+    duplicates: tuple[PartOutput, ...] = ()
     scale_group: str | None = None
 
     @property
@@ -171,7 +171,22 @@ class ExportTask:
     @property
     def all_outputs(self) -> tuple[PartOutput, ...]:
         """Everything that is written for it."""
-        return (*self.outputs, *self.copies)
+        return (*self.outputs, *self.duplicates)
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """TensorRows of an output tensor.
+
+    Attributes:
+        name: Of the tensor.
+        first: Number of the first of them; 0 for a tensor without axes.
+        data: [rows, ...], or a tensor without axes.
+    """
+
+    name: str
+    first: int
+    data: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -226,11 +241,3 @@ class ExportPlan:
     def expected(self) -> dict[str, TensorSpec]:
         """What must be on disk afterwards, by name."""
         return {spec.name: spec for task in self.tasks for part in task.all_outputs for spec in part.tensors}
-
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total) while work goes on."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """The progress callback of a caller who wants none."""

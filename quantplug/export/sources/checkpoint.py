@@ -62,7 +62,7 @@ def _weight(
     findings: Findings,
 ) -> WholeWeight:
     headers = [tensors[name] for name in names]
-    if mapping.role.is_carried:
+    if mapping.role.is_passthrough:
         return WholeWeight(key, headers[0].shape, headers[0].dtype)
     placement = mapping.placement(key, dims)
     dtype = headers[0].dtype

@@ -18,7 +18,7 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
 
 
-def has_beside(source: SourceConfig, family: Family, dims: ModelDimensions) -> bool:
+def has_passthrough(source: SourceConfig, family: Family, dims: ModelDimensions) -> bool:
     """Whether a source has such tensors: by its config, or else by what lies there, or what the index says.
 
     Raises:
@@ -29,10 +29,10 @@ def has_beside(source: SourceConfig, family: Family, dims: ModelDimensions) -> b
     directory = source.directory
     table = set(chain.from_iterable(names for names, _ in family.expected(dims)))
     found = {*stored_tensors(directory), *(weight_map(directory) or ())}
-    return any(name.startswith(family.carried) for name in found - table)
+    return any(name.startswith(family.passthrough) for name in found - table)
 
 
-def open_for_carrying(directory: Path, family: Family) -> HFCheckpoint:
+def open_passthrough(directory: Path, family: Family) -> HFCheckpoint:
     """Opens the source of an architecture that has such tensors.
 
     Raises:
@@ -42,19 +42,19 @@ def open_for_carrying(directory: Path, family: Family) -> HFCheckpoint:
         raise SourceError(
             f"A checkpoint of {family.name} has tensors that Megatron's model does not hold, and the source that they "
             "come from has no weights.",
-            [Offender(f"{beginning}*", f"is not in {directory}") for beginning in family.carried],
+            [Offender(f"{beginning}*", f"is not in {directory}") for beginning in family.passthrough],
             "Pass the whole checkpoint that the model was made from.",
         )
     return HFCheckpoint(directory)
 
 
-def carried_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int) -> Iterator[WeightRef]:
+def passthrough_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int) -> Iterator[WeightRef]:
     """Those that this rank brings.
 
     Args:
         family: Fitted to the source.
     """
-    rows = [row for row in family.mappings if row.role.is_carried]
+    rows = [row for row in family.mappings if row.role.is_passthrough]
     for row in rows[rank::ranks]:
         (name,) = row.megatron
         header = source.tensors[name]

@@ -1,6 +1,6 @@
 """What all ranks hold, put together: whole weights, and which ranks can deliver each of them.
 
-Every rank surveys its own part; after one exchange of plain metadata all ranks have the same picture, and so make the
+Every rank lists what it holds; after one exchange of plain metadata all ranks have the same picture, and so make the
 same plan, or raise the same error, without asking one another again.
 """
 
@@ -37,7 +37,7 @@ _SLICES = Kind(
 
 
 @dataclass(frozen=True)
-class RankSurvey:
+class RankInventory:
     """What one rank holds, as plain data that can travel.
 
     Attributes:
@@ -54,22 +54,22 @@ class RankSurvey:
     rules: tuple[JudgedRule, ...] = ()
 
 
-def gather_surveys(mine: RankSurvey) -> tuple[RankSurvey, ...]:
+def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:
     """What all ranks hold, in order of rank. A collective, of metadata alone."""
     portable = replace(mine, refs=tuple(replace(ref, load=not_here) for ref in mine.refs))
     gathered = gather_objects(portable)
-    return tuple(sorted(gathered, key=lambda survey: survey.rank))
+    return tuple(sorted(gathered, key=lambda inventory: inventory.rank))
 
 
-def whole_weights(surveys: Sequence[RankSurvey], findings: Findings) -> list[WholeWeight]:
+def whole_weights(inventories: Sequence[RankInventory], findings: Findings) -> list[WholeWeight]:
     """Every weight of the model once; what does not fit together goes into `findings`."""
     held: defaultdict[ParamKey, dict[int, WeightRef]] = defaultdict(dict)
-    groups = {survey.rank: survey.groups for survey in surveys}
-    for survey in surveys:
-        for ref in survey.refs:
-            if survey.rank in held[ref.key]:
-                findings.add(_TWICE, ref.key.name, "is there twice", ref.key.expert, survey.rank)
-            held[ref.key][survey.rank] = ref
+    groups = {inventory.rank: inventory.groups for inventory in inventories}
+    for inventory in inventories:
+        for ref in inventory.refs:
+            if inventory.rank in held[ref.key]:
+                findings.add(_TWICE, ref.key.name, "is there twice", ref.key.expert, inventory.rank)
+            held[ref.key][inventory.rank] = ref
     wholes = (_whole(key, refs, groups, findings) for key, refs in held.items())
     return [whole for whole in wholes if whole is not None]
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from quantplug.export.pipeline.assemble import Rows
 from quantplug.export.pipeline.gather import aligned, typed_view
-from quantplug.export.plan.types import PartOutput
+from quantplug.export.plan.types import PartOutput, TensorRows
 from quantplug.formats import TensorSpec
 
 
 @dataclass(frozen=True)
-class _Place:
+class _BufferSpan:
     """Where a tensor's bytes are: in which buffer, and from which byte on."""
 
     buffer: int
@@ -58,7 +57,7 @@ class BroadcastBucket:
         self._everyone = len(receivers) == world_size
         self._device = device
         self._together = together
-        self._places: dict[str, _Place] = {}
+        self._spans: dict[str, _BufferSpan] = {}
         self._sizes: list[int] = []
         self._segments = self._owned_together(parts) if together else self._owned_apart(parts)
         self._buffers: dict[int, torch.Tensor] = {}
@@ -69,7 +68,7 @@ class BroadcastBucket:
         for buffer, owner in enumerate(owners):
             self._sizes.append(0)
             for spec in (spec for of_part, part in parts if of_part == owner for spec in part.tensors):
-                self._places[spec.name] = _Place(buffer, self._sizes[-1], spec)
+                self._spans[spec.name] = _BufferSpan(buffer, self._sizes[-1], spec)
                 self._sizes[-1] += aligned(spec.nbytes)
         return [_Segment(owner, buffer, 0, self._sizes[buffer]) for buffer, owner in enumerate(owners)]
 
@@ -78,10 +77,10 @@ class BroadcastBucket:
         segments: list[_Segment] = []
         for owner, part in parts:
             for spec in part.tensors:
-                if spec.name not in self._places:
-                    self._places[spec.name] = _Place(len(self._sizes), 0, spec)
+                if spec.name not in self._spans:
+                    self._spans[spec.name] = _BufferSpan(len(self._sizes), 0, spec)
                     self._sizes.append(spec.nbytes)
-                nbytes, buffer = part.nbytes(spec), self._places[spec.name].buffer
+                nbytes, buffer = part.nbytes(spec), self._spans[spec.name].buffer
                 start = part.placement.expert * nbytes if part.placement else 0
                 if nbytes:
                     segments.append(_Segment(owner, buffer, start, start + nbytes))
@@ -93,12 +92,12 @@ class BroadcastBucket:
             if segment.owner == self._rank or self._rank in self._receivers:
                 self._buffer(segment.buffer)
 
-    def fill(self, rows: Rows) -> None:
+    def fill(self, rows: TensorRows) -> None:
         """Takes rows of a tensor that this rank owns."""
-        place = self._places[rows.name]
+        span = self._spans[rows.name]
         data = rows.data.contiguous().reshape(-1).view(torch.uint8)
-        start = rows.first * (place.spec.nbytes // place.spec.shape[0]) if rows.first else 0
-        self._bytes(place)[start : start + data.numel()].copy_(data)
+        start = rows.first * (span.spec.nbytes // span.spec.shape[0]) if rows.first else 0
+        self._bytes(span)[start : start + data.numel()].copy_(data)
 
     def exchange(self) -> None:
         """Brings every segment to every receiver. A collective of all ranks, which all have allocated."""
@@ -120,11 +119,11 @@ class BroadcastBucket:
         Args:
             is_last_use: Whether it will not be asked for again: then the bucket need not keep it.
         """
-        place = self._places[name]
-        tensor = typed_view(self._bytes(place), place.spec)
+        span = self._spans[name]
+        tensor = typed_view(self._bytes(span), span.spec)
         if self._together or not is_last_use:
             return tensor.clone()
-        del self._buffers[place.buffer]
+        del self._buffers[span.buffer]
         return tensor
 
     def _buffer(self, number: int) -> torch.Tensor:
@@ -132,8 +131,8 @@ class BroadcastBucket:
             self._buffers[number] = torch.empty(self._sizes[number], dtype=torch.uint8, device=self._device)
         return self._buffers[number]
 
-    def _bytes(self, place: _Place) -> torch.Tensor:
-        return self._buffer(place.buffer)[place.start : place.start + place.spec.nbytes]
+    def _bytes(self, span: _BufferSpan) -> torch.Tensor:
+        return self._buffer(span.buffer)[span.start : span.start + span.spec.nbytes]
 
     def _data(self, segment: _Segment) -> torch.Tensor:
         return self._buffers[segment.buffer][segment.start : segment.stop]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from quantplug.export.live_plan import PlannedExport, plan_export
 from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import chosen_weights
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
 from quantplug.export.stream.request import StreamFormat, StreamRequest
-from quantplug.export.to_disk import PlannedExport, plan_export
 from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec, WeightFormat
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Role
@@ -82,7 +82,7 @@ def make_stream_plan(
         moe_router_dtype=request.moe_router_dtype,
         trust_remote_code=request.trust_remote_code,
         calibrated=request.quant_format is StreamFormat.AS_QUANTIZED,
-        carry=False,  # A receiver has what never changes.
+        with_passthrough=False,  # A receiver has what never changes.
         requantize=None
         if request.quant_format is StreamFormat.AS_QUANTIZED
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
@@ -91,7 +91,7 @@ def make_stream_plan(
     if request.quant_fn is not None:
         tasks = _with_quant_fn(tasks, planned.plan.dims, request.quant_fn, request, topology.rank, device)
     aliases = _aliases(planned, tasks, request.emit_tied)
-    stream = PlannedStream(planned.plan, tuple(replace(task, copies=()) for task in tasks), aliases)
+    stream = PlannedStream(planned.plan, tuple(replace(task, duplicates=()) for task in tasks), aliases)
     require_same(
         f"{stream.digest()} {request.receivers(topology)}",
         "stream",
@@ -155,7 +155,7 @@ def _with_quant_fn(
 
 def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: ModelDimensions) -> ExportTask:
     outputs = tuple(
-        part if pattern in task.mapping.kept else _part_with(part, function, suffix)
+        part if pattern in task.mapping.high_precision else _part_with(part, function, suffix)
         for pattern, part in zip(task.mapping.hf, task.outputs, strict=True)
     )
     gather_first = len(task.ranks) > 1 and not _packs_apart(task, function, dims)
@@ -186,7 +186,7 @@ def _packs_apart(task: ExportTask, function: QuantFunction, dims: ModelDimension
 def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask], tied: bool) -> dict[str, tuple[str, ...]]:
     """Every weight that is given again: its copies, and with `tied` the name of another that is tied to it."""
     names = {part.name for task in tasks for part in task.outputs}
-    aliases = {task.outputs[0].name: tuple(copy.name for copy in task.copies) for task in tasks if task.copies}
+    aliases = {task.outputs[0].name: tuple(copy.name for copy in task.duplicates) for task in tasks if task.duplicates}
     for name, source in planned.family.tied.items() if tied else ():
         if name not in names:
             aliases[source] = (*aliases.get(source, ()), name)

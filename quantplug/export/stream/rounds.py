@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 
-from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import Bucket, batches, payload
 from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices
 from quantplug.export.pipeline.prescan_amaxes import current_amaxes
@@ -142,5 +142,5 @@ class Delivery:
         return [PackedBucket(each, held, self.dims, self.rank, collective_device()) for each in buckets]
 
     def _fill(self, bucket: BroadcastBucket, piece: Piece, slices: Slices) -> None:
-        for rows in join_piece(piece, slices, self.dims):
+        for rows in assemble_piece(piece, slices, self.dims):
             bucket.fill(rows)

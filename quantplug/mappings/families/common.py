@@ -137,7 +137,7 @@ GATED_SHARED_EXPERT = (
         ("decoder.layers.*.mlp.shared_experts.gate_weight",),
         ("model.layers.*.mlp.shared_expert_gate.weight",),
         Scope.MOE_LAYER,
-        role=Role.KEPT,
+        role=Role.HIGH_PRECISION,
     ),
 )
 

@@ -80,7 +80,7 @@ LATENT_ATTENTION = (
         Scope.LAYER,
         COLUMN,
         Role.LINEAR,
-        least_bits=8,
+        min_bits=8,
     ),
     common.OUTPUT_PROJECTION,
 )
@@ -117,7 +117,7 @@ _COPIES = {
     "lm_head.weight": "model.layers.*.shared_head.head.weight",
 }
 EMBEDDINGS = tuple(
-    replace(row, copies=tuple(_COPIES[name] for name in row.hf if name in _COPIES)) for row in common.EMBEDDINGS
+    replace(row, duplicates=tuple(_COPIES[name] for name in row.hf if name in _COPIES)) for row in common.EMBEDDINGS
 )
 """As all decoders have them, and once more in every layer of multi-token prediction."""
 
@@ -130,7 +130,7 @@ _MTP_ONLY = (
         ("model.layers.*.eh_proj.weight",),
         Scope.LAYER,
         COLUMN,
-        Role.KEPT,
+        Role.HIGH_PRECISION,
         block=Block.MTP,
     ),
     WeightMapping(

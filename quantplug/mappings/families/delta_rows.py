@@ -51,21 +51,21 @@ DELTA_NET = (
         ("model.layers.*.linear_attn.conv1d.weight",),
         Scope.DELTA_LAYER,
         DELTA_CONVOLUTION,
-        Role.KEPT,
+        Role.HIGH_PRECISION,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.A_log",),
         ("model.layers.*.linear_attn.A_log",),
         Scope.DELTA_LAYER,
         COLUMN,
-        keeps_type=True,
+        keep_source_dtype=True,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.dt_bias",),
         ("model.layers.*.linear_attn.dt_bias",),
         Scope.DELTA_LAYER,
         COLUMN,
-        keeps_type=True,
+        keep_source_dtype=True,
     ),
     WeightMapping(
         ("decoder.layers.*.self_attention.out_norm.weight",),
@@ -89,7 +89,12 @@ _MTP_ONLY = (
     WeightMapping(("mtp.layers.*.hnorm.weight",), ("mtp.pre_fc_norm_hidden.weight",), Scope.MTP, block=Block.MTP_APART),
     # [H, 2H]: the embedding's columns, then the hidden state's, in both.
     WeightMapping(
-        ("mtp.layers.*.eh_proj.weight",), ("mtp.fc.weight",), Scope.MTP, COLUMN, Role.KEPT, block=Block.MTP_APART
+        ("mtp.layers.*.eh_proj.weight",),
+        ("mtp.fc.weight",),
+        Scope.MTP,
+        COLUMN,
+        Role.HIGH_PRECISION,
+        block=Block.MTP_APART,
     ),
     WeightMapping(("mtp.layers.*.final_layernorm.weight",), ("mtp.norm.weight",), Scope.MTP, block=Block.MTP_APART),
 )

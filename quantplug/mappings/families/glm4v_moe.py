@@ -11,7 +11,7 @@ from quantplug.mappings.table import Block
 
 _LANGUAGE = replace(
     GLM4_MOE,
-    mappings=tuple(replace(row, copies=()) for row in GLM4_MOE.mappings if row.block is Block.DECODER),
+    mappings=tuple(replace(row, duplicates=()) for row in GLM4_MOE.mappings if row.block is Block.DECODER),
 )
 
 GLM4V_MOE = vision_language(
@@ -19,5 +19,5 @@ GLM4V_MOE = vision_language(
     below_model("language_model"),
     name="glm4v_moe",
     architectures=("Glm4vMoeForConditionalGeneration",),
-    carried=("model.visual.",),
+    passthrough=("model.visual.",),
 )

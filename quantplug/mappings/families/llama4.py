@@ -47,7 +47,7 @@ ROUTED_EXPERTS = (
 )
 
 # Servers reorder the rows of q and k for their kernels; SGLang takes packed FP4 for the values.
-_ATTENTION = tuple(replace(row, least_bits=8) if len(row.hf) == 3 else row for row in common.ATTENTION)
+_ATTENTION = tuple(replace(row, min_bits=8) if len(row.hf) == 3 else row for row in common.ATTENTION)
 
 
 def _widths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,5 +141,5 @@ LLAMA4 = vision_language(
     "language_model.{}".format,
     name="llama4",
     architectures=("Llama4ForConditionalGeneration",),
-    carried=("vision_model.", "multi_modal_projector."),
+    passthrough=("vision_model.", "multi_modal_projector."),
 )

@@ -88,10 +88,10 @@ MAMBA = (
         (f"{_MIXER}.conv1d.weight",),
         Scope.MAMBA_LAYER,
         CONVOLVED,
-        Role.KEPT,
+        Role.HIGH_PRECISION,
     ),
     WeightMapping(("decoder.layers.*.mixer.conv1d.bias",), (f"{_MIXER}.conv1d.bias",), Scope.MAMBA_LAYER, CONVOLVED),
-    *(replace(_of_mamba(name), keeps_type=True) for name in ("A_log", "D", "dt_bias")),
+    *(replace(_of_mamba(name), keep_source_dtype=True) for name in ("A_log", "D", "dt_bias")),
     _of_mamba("norm.weight"),
     WeightMapping(
         ("decoder.layers.*.mixer.out_proj.weight",), (f"{_MIXER}.out_proj.weight",), Scope.MAMBA_LAYER, ROW, Role.LINEAR
@@ -134,7 +134,7 @@ def _latent(name: str) -> WeightMapping:
         Scope.MOE_LAYER,
         role=Role.LINEAR,
         option=Option.EXPERT_LATENT,
-        least_bits=16,
+        min_bits=16,
     )
 
 
@@ -170,7 +170,7 @@ NEMOTRON_H = Family(
     dimensions=nemotron_h_config.dimensions,
     megatron_config=nemotron_h_config.megatron_config,
     sizes=nemotron_h_config.SIZES,
-    carried=("mtp.",),
+    passthrough=("mtp.",),
     needs_source=nemotron_h_config.has_mtp,
     forms=(WITHOUT_S,),
 )

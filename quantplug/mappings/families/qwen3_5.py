@@ -22,7 +22,7 @@ IN_PROJECTION = WeightMapping(
     Scope.DELTA_LAYER,
     DELTA_PARTS,
     Role.LINEAR,
-    kept=(_B, _A),
+    high_precision=(_B, _A),
     merged=(Merged(f"{_NET}.in_proj_qkvz", (_QKV, _Z)), Merged(f"{_NET}.in_proj_ba", (_B, _A))),
 )
 
@@ -93,7 +93,7 @@ QWEN3_5 = Family(
     sizes=_SIZES,
     mtp_setting=MTP_SETTING,
     # Of a model whose config does not count them.
-    carried=("mtp.",),
+    passthrough=("mtp.",),
 )
 
 QWEN3_5_MOE = Family(
@@ -111,6 +111,6 @@ QWEN3_5_MOE = Family(
         *_SIZES,
     ),
     mtp_setting=MTP_SETTING,
-    carried=("mtp.",),
+    passthrough=("mtp.",),
     forms=(_IN_ONE_TENSOR, (*_IN_ONE_TENSOR, *_MTP_IN_ONE_TENSOR), _MTP_IN_ONE_TENSOR),
 )

@@ -10,12 +10,12 @@ QWEN3_5_VL = vision_language(
     _PLACE,
     name="qwen3_5_vl",
     architectures=("Qwen3_5ForConditionalGeneration",),
-    carried=("model.visual.",),
+    passthrough=("model.visual.",),
 )
 QWEN3_5_VL_MOE = vision_language(
     QWEN3_5_MOE,
     _PLACE,
     name="qwen3_5_vl_moe",
     architectures=("Qwen3_5MoeForConditionalGeneration",),
-    carried=("model.visual.",),
+    passthrough=("model.visual.",),
 )

@@ -18,7 +18,7 @@ IN_PROJECTION = WeightMapping(
     Scope.DELTA_LAYER,
     DELTA_BY_KEY_HEAD,
     Role.LINEAR,
-    kept=("model.layers.*.linear_attn.in_proj_ba.weight",),
+    high_precision=("model.layers.*.linear_attn.in_proj_ba.weight",),
 )
 
 
@@ -68,5 +68,5 @@ QWEN3_NEXT = Family(
     ),
     mtp_setting=MTP_SETTING,
     # The published config does not count them, and the tensors are there.
-    carried=("mtp.",),
+    passthrough=("mtp.",),
 )

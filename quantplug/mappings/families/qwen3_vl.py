@@ -37,12 +37,12 @@ QWEN3_VL = vision_language(
     _PLACE,
     name="qwen3_vl",
     architectures=("Qwen3VLForConditionalGeneration",),
-    carried=("model.visual.",),
+    passthrough=("model.visual.",),
 )
 QWEN3_VL_MOE = vision_language(
     _LANGUAGE_MOE,
     _PLACE,
     name="qwen3_vl_moe",
     architectures=("Qwen3VLMoeForConditionalGeneration",),
-    carried=("model.visual.",),
+    passthrough=("model.visual.",),
 )

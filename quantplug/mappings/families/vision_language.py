@@ -22,14 +22,14 @@ def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_language(
-    text: Family, rename: Rename, *, name: str, architectures: tuple[str, ...], carried: tuple[str, ...]
+    text: Family, rename: Rename, *, name: str, architectures: tuple[str, ...], passthrough: tuple[str, ...]
 ) -> Family:
     """The family of a vision-language model.
 
     Args:
         text: The family of its language model.
         rename: What its tensors are called.
-        carried: Beginnings of the names of all other tensors.
+        passthrough: Beginnings of the names of all other tensors.
     """
     return replace(
         text,
@@ -40,7 +40,7 @@ def vision_language(
         megatron_config=lambda config: text.megatron_config(language_settings(config)),
         tied={rename(name): rename(source) for name, source in text.tied.items()},
         nested=TEXT_CONFIG,
-        carried=(*map(rename, text.carried), *carried),
+        passthrough=(*map(rename, text.passthrough), *passthrough),
         needs_source=lambda config: True,  # There is no such model without vision.
         forms=tuple(_renamed(form, rename) for form in text.forms),
     )

@@ -13,16 +13,18 @@ from pathlib import Path
 import torch
 
 from quantplug.checkpoint.disk_errors import disk_errors
-from quantplug.export.files.staging import FileSink, Staging
-from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.files.sink import FileSink
+from quantplug.export.files.staging import Staging
+from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import Bucket, Round, make_rounds
 from quantplug.export.pipeline.gather import Delivered, PackedBucket, Slices, pack_pieces
-from quantplug.export.pipeline.writer_thread import Behind
+from quantplug.export.pipeline.writer_thread import WriterThread
 from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.types import ExportPlan, Held, Progress, ShardFile
+from quantplug.export.plan.types import ExportPlan, Held, ShardFile
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named, union
 from quantplug.megatron.parallel import process_groups
+from quantplug.progress import Progress
 
 
 def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, progress: Progress) -> None:
@@ -113,7 +115,7 @@ class _Steps:
         return None
 
     def _pack_and_write(self, bucket: Bucket) -> None:
-        with Behind() as writing:
+        with WriterThread() as writing:
             for piece, packed in pack_pieces(bucket.pieces, self.held, 0, self.dims):
                 # From the device here: another thread would not wait for the stream that has packed it.
                 writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
@@ -125,7 +127,7 @@ class _Steps:
 
     def _write(self, piece: Piece, slices: Slices) -> None:
         with disk_errors(self.directory, self.rank):
-            for rows in join_piece(piece, slices, self.dims):
+            for rows in assemble_piece(piece, slices, self.dims):
                 self.sink.write(rows)
 
     def _count(self, piece: Piece) -> None:

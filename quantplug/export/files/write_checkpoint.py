@@ -7,15 +7,17 @@ import torch
 
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.reader import HFCheckpoint
-from quantplug.export.files.staging import FileSink, Staging
-from quantplug.export.pipeline.assemble import join_piece
+from quantplug.export.files.sink import FileSink
+from quantplug.export.files.staging import Staging
+from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import in_order
-from quantplug.export.pipeline.groups import pack_in_groups
-from quantplug.export.pipeline.writer_thread import Behind
+from quantplug.export.pipeline.pack import pack_in_groups
+from quantplug.export.pipeline.writer_thread import WriterThread
 from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece
-from quantplug.export.plan.types import ExportPlan, ExportTask, Progress
+from quantplug.export.plan.types import ExportPlan, ExportTask
 from quantplug.export.sources.read_parts import BUCKET_BYTES, nbytes_of, pieces_of, read_piece
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.progress import Progress
 
 GROUP_BYTES = BUCKET_BYTES // PIECES_IN_A_BUCKET
 
@@ -39,11 +41,11 @@ def write_tensors(plan: ExportPlan, source: HFCheckpoint, staging: Staging, prog
 
     def write(piece: Piece, packed: Sequence[torch.Tensor]) -> None:
         with disk_errors(staging.directory):
-            for placed in join_piece(piece, [packed], plan.dims):
+            for placed in assemble_piece(piece, [packed], plan.dims):
                 sink.write(placed)
 
     try:
-        with Behind() as writing:
+        with WriterThread() as writing:
             for piece, packed in packed_pieces(todo, source, plan.dims):
                 writing.do(partial(write, piece, packed))
                 del packed

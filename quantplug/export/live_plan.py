@@ -1,0 +1,122 @@
+"""The plan of an export of a live Megatron-Core model, the same on all ranks: for files or for a stream."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.source_config import SourceConfig, read_source_config
+from quantplug.checkpoint.stored_tensors import stored_tensors
+from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
+from quantplug.export.plan.types import ExportPlan, Held, WeightRef, WholeWeight
+from quantplug.export.sources.live import Model, live_weights
+from quantplug.export.sources.passthrough import has_passthrough, open_passthrough, passthrough_refs
+from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
+from quantplug.findings import Findings
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import fitted
+from quantplug.mappings.table import Family
+from quantplug.megatron.agreement import all_or_none, require_same
+from quantplug.megatron.parallel import current_topology, group_ranks
+from quantplug.plugins.rules import judge_rules, refuse_unmatched
+from quantplug.topology import ParallelTopology
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """A plan, and what this rank needs to carry out its part of it.
+
+    Attributes:
+        source: Directory of the Hugging Face checkpoint that config and tokenizer come from.
+        family: The architecture's table.
+        held: The weights that this rank holds.
+    """
+
+    plan: ExportPlan
+    source: Path
+    family: Family
+    held: Held
+
+
+Requantize = Callable[[Sequence[WholeWeight], Family], Sequence[WholeWeight]]
+"""Gives weights other quantizers than the model's own; called on all ranks with the same weights."""
+
+
+def plan_export(
+    model: Model,
+    pretrained_model_name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    moe_router_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    calibrated: bool = True,
+    with_passthrough: bool = True,
+    requantize: Requantize | None = None,
+) -> PlannedExport:
+    """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
+
+    Takes the arguments of `export_mcore_gpt_to_hf`.
+
+    Args:
+        calibrated: Whether calibration is over. False plans a model whose quantizers are placed but hold no amax yet:
+            what cannot be exported is refused before calibration is paid for.
+        with_passthrough: Whether tensors of the source that Megatron's model does not hold are planned too.
+        requantize: Quantizers to plan with in place of the model's own, which are not looked at then.
+    """
+    topology = current_topology()
+    source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
+    family, dims, passthrough = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
+    weights = all_or_none(lambda: live_weights(model))
+    refs = (*weights.refs, *passthrough)
+    inventories = gather_inventories(
+        RankInventory(topology.rank, group_ranks(), refs, weights.unclaimed, judge_rules(model))
+    )
+
+    # From here on every rank works on the same data, and so comes to the same plan or the same error.
+    if requantize is None:
+        refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
+    findings = Findings()
+    wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
+    findings.raise_if_any()
+    unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
+    if requantize is not None:
+        wholes, unclaimed = requantize(wholes, family), ()
+    stored = all_or_none(lambda: stored_tensors(source.directory))
+    request = ExportRequest(
+        tied_embeddings=bool(source.values.get("tie_word_embeddings", False)),
+        dtype=dtype,
+        router_dtype=moe_router_dtype,
+        max_shard_size=max_shard_size,
+        reference={name: tensor.shape for name, tensor in stored.items()},
+        source_types={name: tensor.dtype for name, tensor in stored.items()},
+        unclaimed=unclaimed,
+        calibrated=calibrated,
+    )
+    plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
+    require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
+    return PlannedExport(plan, source.directory, family, {ref.key: ref for ref in refs})
+
+
+def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
+    config = read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
+    family = find_family(config.architecture)
+    if not has_passthrough(config, family, family.dimensions(config.values)):
+        return config
+    return replace(config, directory=resolve_source(name_or_path))
+
+
+def _fit(
+    source: SourceConfig, topology: ParallelTopology, *, with_passthrough: bool
+) -> tuple[Family, ModelDimensions, tuple[WeightRef, ...]]:
+    """The table for this source, and what this rank brings of it to the export."""
+    family = find_family(source.architecture)
+    dims = family.dimensions(source.values)
+    if with_passthrough and has_passthrough(source, family, dims):
+        checkpoint = open_passthrough(source.directory, family)
+        family = fitted(family, checkpoint.tensors, dims)
+        return family, dims, tuple(passthrough_refs(checkpoint, family, topology.rank, topology.world_size))
+    return fitted(replace(family, passthrough=()), stored_tensors(source.directory), dims), dims, ()

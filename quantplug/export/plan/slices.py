@@ -1,0 +1,55 @@
+"""The slices of a weight that ranks hold: their shapes, and whether they can be packed one by one.
+
+For every format and layout, packing slices and assembling them gives the bytes of packing the whole. Where that cannot
+be, because a block or a head straddles slices, the task says `gather_first`: slices are put together before they are
+packed.
+"""
+
+from quantplug.export.plan.types import ExportTask, PartOutput
+from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.mappings.layouts import ModelDimensions, layout_shapes
+from quantplug.mappings.table import WeightMapping
+
+
+def slice_shape(shape: tuple[int, ...], slices: int, mapping: WeightMapping) -> tuple[int, ...]:
+    """Shape of each rank's slice of a Megatron tensor that `slices` ranks share."""
+    if slices == 1:
+        return shape
+    axis = mapping.layout.shard_axis
+    assert axis is not None, f"{mapping.megatron[0]} is sharded, its layout is not"
+    return divided(shape, axis, slices)
+
+
+def divided(shape: tuple[int, ...], axis: int, slices: int) -> tuple[int, ...]:
+    """A shape with one of its axes cut into equal slices."""
+    return tuple(size // slices if dim == axis else size for dim, size in enumerate(shape))
+
+
+def must_gather_first(
+    shape: tuple[int, ...], slices: int, mapping: WeightMapping, packing: WeightFormat | None, dims: ModelDimensions
+) -> bool:
+    """Whether a head or a block straddles the slices, so that they cannot be packed one by one.
+
+    Args:
+        packing: Of the parts that are packed; None if none is.
+    """
+    if slices == 1:
+        return False
+    if not mapping.layout.cuts_cleanly(slices, dims):
+        return True
+    parts = layout_shapes(slice_shape(shape, slices, mapping), mapping.layout, dims)
+    packed = (part for name, part in zip(mapping.hf, parts, strict=True) if name not in mapping.high_precision)
+    return packing is not None and any(packing.problem(part) is not None for part in packed)
+
+
+def row_step(packing: WeightFormat | None, shape: tuple[int, ...]) -> int:
+    """Rows of a weight of this shape can be packed apart from the others in multiples of this many."""
+    step = 1
+    while packing is not None and step < shape[0] and packing.problem((step, *shape[1:])) is not None:
+        step *= 2
+    return step
+
+
+def packed_specs(task: ExportTask, part: PartOutput, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+    """What `pack_rows` gives for rows of this shape of a part."""
+    return (TensorSpec("weight", shape, task.dtype),) if part.format is None else part.format.outputs(shape)
