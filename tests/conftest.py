@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,50 @@ def plain_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
     return directory
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Hugging Face checkpoints by name, made when first asked for. Nobody may change them."""
+    from tests.export.made import make_source
+
+    made: dict[str, Path] = {}
+
+    def source(name: str) -> Path:
+        if name == "mixed":
+            return request.getfixturevalue("tiny_qwen3_mixed_dir")
+        if name not in made:
+            made[name] = make_source(name, tmp_path_factory.mktemp(name) / "hf")
+        return made[name]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, sources: Callable[[str], Path]) -> Callable[..., Path]:
+    """Quantized exports by source and scheme, made when first asked for. Nobody may change them."""
+    from quantplug.megatron.build import LayerSpec
+    from tests.export.made import make_export
+
+    made: dict[tuple[str, str, LayerSpec], Path] = {}
+
+    def export(name: str, scheme: str, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE) -> Path:
+        key = (name, scheme, layer_spec)
+        if key not in made:
+            directory = tmp_path_factory.mktemp(f"{name}_{scheme}") / "export"
+            made[key] = make_export(sources(name), scheme, layer_spec, directory)
+        return made[key]
+
+    return export
+
+
+@pytest.fixture
+def rank() -> Iterator[None]:
+    """Megatron's parallel state of one rank for one test."""
+    from tests.export.checkpoints import one_rank
+
+    with one_rank():
+        yield
 
 
 @pytest.fixture

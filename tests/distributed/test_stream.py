@@ -10,7 +10,7 @@ from quantplug import export_mcore_gpt_to_hf
 from tests.distributed.stream_worker import BLOCK, RECEIVERS
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
-from tests.export.test_stream_fused import expected as of_each_expert
+from tests.export.stream.test_fused import expected as of_each_expert
 from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("stream_worker.py")

@@ -1,9 +1,8 @@
-"""Sources and exports, each made once for all tests of the export."""
+"""How the sources and exports are made that the fixtures of tests/conftest.py give."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -59,41 +58,13 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """Hugging Face checkpoints by name, made when first asked for. Nobody may change them."""
-    made: dict[str, Path] = {}
-
-    def source(name: str) -> Path:
-        if name == "mixed":
-            return request.getfixturevalue("tiny_qwen3_mixed_dir")
-        if name not in made:
-            made[name] = MAKERS[name](tmp_path_factory.mktemp(name) / "hf")
-        return made[name]
-
-    return source
+def make_source(name: str, directory: Path) -> Path:
+    """A Hugging Face checkpoint by name."""
+    return MAKERS[name](directory)
 
 
-@pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, sources: Callable[[str], Path]) -> Callable[..., Path]:
-    """Quantized exports by source and scheme, made when first asked for. Nobody may change them."""
-    made: dict[tuple[str, str, LayerSpec], Path] = {}
-
-    def export(name: str, scheme: str, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE) -> Path:
-        key = (name, scheme, layer_spec)
-        if key not in made:
-            directory = tmp_path_factory.mktemp(f"{name}_{scheme}") / "export"
-            with one_rank():
-                model = quantize(load(sources(name), layer_spec), scheme)
-                export_mcore_gpt_to_hf(model, sources(name), export_dir=directory)
-            made[key] = directory
-        return made[key]
-
-    return export
-
-
-@pytest.fixture
-def rank() -> Iterator[None]:
-    """Megatron's parallel state of one rank for one test."""
+def make_export(source: Path, scheme: str, layer_spec: LayerSpec, directory: Path) -> Path:
+    """A quantized export of a checkpoint, by way of Megatron-Core on one rank."""
     with one_rank():
-        yield
+        export_mcore_gpt_to_hf(quantize(load(source, layer_spec), scheme), source, export_dir=directory)
+    return directory

@@ -14,8 +14,8 @@ from quantplug.export.to_disk import silent
 from quantplug.mappings.layouts import ModelDimensions
 from tests.export.checkpoints import load, quantize
 from tests.export.live_bytes import LiveBytes
+from tests.export.pipeline.test_slices import task_for
 from tests.export.refusals import FC1, FC2, offenders, refused
-from tests.export.test_slices import task_for
 
 pytestmark = pytest.mark.usefixtures("rank")
 

@@ -12,9 +12,9 @@ from quantplug.export.plan.types import WeightRef
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parallel import process_groups
-from tests.export.test_slices import task_for
+from tests.export.pipeline.test_slices import task_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WEIGHTS = 400
 
 
@@ -41,6 +41,9 @@ def grown() -> int:
 
 def test_looking_at_many_weights_does_not_make_the_heap_grow() -> None:
     """In a process of its own: a heap that others have used has holes in which growth would not show."""
-    command = "import tests.export.checkpoints as c, tests.export.test_amaxes as t\nwith c.one_rank(): print(t.grown())"
+    command = (
+        "import tests.export.checkpoints as c, tests.export.pipeline.test_prescan_amaxes as t\n"
+        "with c.one_rank(): print(t.grown())"
+    )
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True, capture_output=True, text=True)
     assert int(done.stdout.splitlines()[-1]) < WEIGHTS * 2**17

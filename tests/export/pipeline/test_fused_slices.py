@@ -22,7 +22,7 @@ from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Sco
 from quantplug.topology import ShardAxis
 from tests.export.checkpoints import same_bytes
 from tests.export.pieces import pack_piece
-from tests.export.test_slices import FORMATS, STATES
+from tests.export.pipeline.test_slices import FORMATS, STATES
 
 EXPERTS = 3
 DIMS = ModelDimensions(1, 256, 4, 2, 48, 523, num_experts=EXPERTS, moe_layers=(0,))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 BLOCKED = {"numpy", "transformers", "modelopt", "megatron", "transformer_engine", "torchao", "compressed_tensors",

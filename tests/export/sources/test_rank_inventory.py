@@ -12,7 +12,7 @@ from quantplug.export.sources.rank_inventory import RankInventory, whole_weights
 from quantplug.findings import Findings
 from quantplug.mappings.table import ParamKey
 from quantplug.topology import Shard, ShardAxis
-from tests.export.test_plan import NVFP4, plan, spread, weights
+from tests.export.plan.test_build import NVFP4, plan, spread, weights
 
 QKV = ParamKey("decoder.layers.*.self_attention.linear_qkv.weight", 0)
 STATE = QuantizerState("q", (4, 3), amax=1.0)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from quantplug.verify.checks import Check
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "verify.md"
-PACKAGE = Path(__file__).parents[3] / "quantplug" / "export" / "verify"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "verify.md"
+PACKAGE = Path(__file__).parents[2] / "quantplug" / "verify"
 
 
 def test_every_check_has_its_row() -> None:
