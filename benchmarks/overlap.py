@@ -38,13 +38,14 @@ from results import machine, write_section
 
 from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.export import quantize_checkpoint as model_free
+from quantplug.export.files import write_checkpoint
 from quantplug.export.files.sink import FileSink
 from quantplug.export.files.staging import Staging
 from quantplug.export.pipeline.assemble import assemble_piece
-from quantplug.export.pipeline.buckets import in_order
+from quantplug.export.plan.ownership import in_order
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.types import ExportPlan
-from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint, write
+from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint
 from quantplug.progress import silent
 
 ALONE = ("pack", "write")
@@ -87,7 +88,7 @@ class Work:
     directory: Path
 
     def packed(self) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-        return write.packed_pieces(in_order(self.plan.tasks), self.source, self.plan.dims)
+        return write_checkpoint.packed_pieces(in_order(self.plan.tasks), self.source, self.plan.dims)
 
     def pack(self) -> None:
         for _ in self.packed():
@@ -104,11 +105,11 @@ class Work:
 
     def export(self) -> None:
         staging = Staging(self.directory, self.plan.digest, "", rank=0, world_size=1)
-        write.write_tensors(self.plan, self.source, staging, silent)
+        write_checkpoint.write_tensors(self.plan, self.source, staging, silent)
         staging.close()
 
     def in_turn(self) -> None:
-        with mock.patch.object(write, "WriterThread", InTurn), mock.patch.object(os, "posix_fadvise"):
+        with mock.patch.object(write_checkpoint, "WriterThread", InTurn), mock.patch.object(os, "posix_fadvise"):
             self.export()
 
 

@@ -20,7 +20,7 @@ import quantplug.plugins  # noqa: F401
 from quantplug.calibration.calibrate import calibrate
 from quantplug.mappings.amax import AmaxMapping, convert_to_amax_map, convert_to_kv_amax_map, merge_amaxes
 from quantplug.mappings.amax_transfer import (
-    Placement,
+    AmaxPlacement,
     amaxes_to_hf,
     amaxes_to_megatron,
     read_amaxes,
@@ -49,9 +49,11 @@ def mappings() -> tuple[AmaxMapping, ...]:
     return tuple(row for found in (*maps, convert_to_kv_amax_map(QWEN3_MOE.mappings)) for row in found.mappings)
 
 
-def placement(model: GPTModel) -> Placement:
+def placement(model: GPTModel) -> AmaxPlacement:
     layers = model.decoder.layers
-    return Placement([layer.layer_number - 1 for layer in layers], layers[0].mlp.local_expert_indices, dist.get_rank())
+    return AmaxPlacement(
+        [layer.layer_number - 1 for layer in layers], layers[0].mlp.local_expert_indices, dist.get_rank()
+    )
 
 
 def enabled(model: GPTModel) -> dict[str, TensorQuantizer]:

@@ -29,10 +29,10 @@ EXCHANGE = "quantplug.export.pipeline.gather.PackedBucket.exchange"
 ON_DISK = "quantplug.checkpoint.safetensors_writer.finish_file"
 FILE_DONE = "quantplug.checkpoint.safetensors_writer.sync_directory"
 INDEX = "quantplug.export.files.finish.write_index"
-INDEX_FILE = "quantplug.export.files.staging.write_json"
+INDEX_FILE = "quantplug.export.files.index.write_json"
 RENAME = "quantplug.export.files.staging.publish_directory"
 ALL_WRITTEN = "quantplug.export.files.sink.FileSink.check_complete"
-OWN = "quantplug.export.files.write_rounds._Steps._pack_and_write"  # What a rank holds whole.
+OWN = "quantplug.export.files.write_rounds._RankWork._pack_and_write"  # What a rank holds whole.
 WRITE = "os.pwrite"  # Of a header, then of each tensor.
 DISK = (WRITE, "os.fsync", "os.replace", "pathlib.Path.replace")
 

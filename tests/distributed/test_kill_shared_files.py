@@ -28,7 +28,7 @@ from tests.distributed.test_export_topologies import assert_same_tensors
 
 pytestmark = pytest.mark.distributed
 
-MAKE = "quantplug.export.files.staging.make_file"
+MAKE = "quantplug.export.files.sink.make_file"
 MAKE_ALL = "quantplug.export.files.sink.FileSink.make_shared"
 NAME = "quantplug.export.files.sink.name_file"
 EXPERT = "quantplug.export.pipeline.assemble._of_expert"  # Before one expert's rows of a tensor are written.

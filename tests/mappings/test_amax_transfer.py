@@ -20,7 +20,7 @@ from quantplug.mappings.amax import (
     merge_amaxes,
 )
 from quantplug.mappings.amax_transfer import (
-    Placement,
+    AmaxPlacement,
     amaxes_to_hf,
     amaxes_to_megatron,
     read_amaxes,
@@ -52,7 +52,7 @@ def rows_of(fused: FusedAmax | None = None) -> tuple[AmaxMapping, ...]:
 
 
 def quantizers(
-    dims: ModelDimensions, place: Placement, *, sequential: bool, one_input: bool
+    dims: ModelDimensions, place: AmaxPlacement, *, sequential: bool, one_input: bool
 ) -> Iterator[tuple[str, tuple[object, ...]]]:
     """A rank's own name of every quantizer, and what is the same for all that must have one amax.
 
@@ -84,10 +84,10 @@ def quantizers(
                 yield f"{experts}.{linear}.input_quantizer._amax", shared
 
 
-def ranks_of(dims: ModelDimensions, ep: int, pp: int) -> list[Placement]:
+def ranks_of(dims: ModelDimensions, ep: int, pp: int) -> list[AmaxPlacement]:
     local, cuts = dims.num_experts // ep, [dims.num_layers * stage // pp for stage in range(pp + 1)]
     return [
-        Placement(range(cuts[stage], cuts[stage + 1]), range(rank * local, (rank + 1) * local))
+        AmaxPlacement(range(cuts[stage], cuts[stage + 1]), range(rank * local, (rank + 1) * local))
         for stage in range(pp)
         for rank in range(ep)
     ]
@@ -133,13 +133,13 @@ def test_ranks_to_hugging_face_and_back_at_any_layout(
 def test_local_numbers_become_global_ones() -> None:
     names = [f"{EXPERTS}.linear_fc2.weight_quantizer.{e}._amax" for e in range(2)]
     amaxes = dict(zip(names, (torch.tensor(1.0), torch.tensor(2.0)), strict=True))
-    found = read_amaxes(rows_of(), amaxes, DIMS, Placement(layers=[2], experts=[1, 3]))
+    found = read_amaxes(rows_of(), amaxes, DIMS, AmaxPlacement(layers=[2], experts=[1, 3]))
     assert {(key.layer, key.expert): float(amax) for key, amax in found.items()} == {(2, 1): 1.0, (2, 3): 2.0}
 
 
 def test_the_amax_of_a_block_is_given_to_each_expert_of_its_rank_and_taken_back_as_the_largest() -> None:
     name = f"{EXPERTS}.linear_fc1.weight_quantizer._amax"
-    placements = [Placement(experts=[0, 1]), Placement(experts=[2, 3])]
+    placements = [AmaxPlacement(experts=[0, 1]), AmaxPlacement(experts=[2, 3])]
     whole = merge_amaxes(
         read_amaxes(rows_of(), {name: torch.tensor(value)}, DIMS, place)
         for value, place in zip((1.0, 5.0), placements, strict=True)
@@ -164,7 +164,7 @@ def test_layers_of_multi_token_prediction_keep_their_number_on_every_stage() -> 
     )
     rows, dims = convert_to_amax_map([weight]).mappings, replace(DIMS, mtp_layers=1)
     name = "mtp.layers.0.transformer_layer.mlp.linear_fc2.weight_quantizer._amax"
-    found = read_amaxes(rows, {name: torch.tensor(2.0)}, dims, Placement(layers=[1, 2]))
+    found = read_amaxes(rows, {name: torch.tensor(2.0)}, dims, AmaxPlacement(layers=[1, 2]))
     assert amaxes_to_hf(rows, found, dims) == {"model.layers.3.mlp.down_proj.weight_quantizer._amax": 2.0}
 
 
@@ -182,7 +182,7 @@ def test_layers_of_multi_token_prediction_keep_their_number_on_every_stage() -> 
     ],
 )
 def test_names_that_do_not_belong_are_refused(name: str, reason: str) -> None:
-    place = Placement(layers=[0, 1], experts=[0, 1], rank=5)
+    place = AmaxPlacement(layers=[0, 1], experts=[0, 1], rank=5)
     with pytest.raises(MappingError) as caught:
         read_amaxes(rows_of(), {name: torch.tensor(1.0)}, DIMS, place)
     (offender,) = caught.value.offenders
@@ -201,7 +201,9 @@ def test_two_amaxes_of_one_quantizer_are_refused() -> None:
 
 def test_what_a_rank_needs_and_nobody_has_is_named() -> None:
     with pytest.raises(MappingError) as caught:
-        write_amaxes(rows_of(), {}, [f"{EXPERTS}.linear_fc1.weight_quantizer._amax"], DIMS, Placement(experts=[2, 3]))
+        write_amaxes(
+            rows_of(), {}, [f"{EXPERTS}.linear_fc1.weight_quantizer._amax"], DIMS, AmaxPlacement(experts=[2, 3])
+        )
     assert [offender.expert for offender in caught.value.offenders] == [2, 3]
 
 

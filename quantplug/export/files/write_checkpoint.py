@@ -10,9 +10,9 @@ from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.export.files.sink import FileSink
 from quantplug.export.files.staging import Staging
 from quantplug.export.pipeline.assemble import assemble_piece
-from quantplug.export.pipeline.buckets import in_order
 from quantplug.export.pipeline.pack import pack_in_groups
 from quantplug.export.pipeline.writer_thread import WriterThread
+from quantplug.export.plan.ownership import in_order
 from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece
 from quantplug.export.plan.types import ExportPlan, ExportTask
 from quantplug.export.sources.read_parts import BUCKET_BYTES, nbytes_of, pieces_of, read_piece

@@ -48,7 +48,7 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     rounds = make_rounds(todo, plan.dims)
     sink = FileSink(staging.directory, files, plan, rank)
     full = _full_after(rounds, files)
-    steps = _Steps(
+    steps = _RankWork(
         held, plan.dims, sink, staging.directory, rank, progress, total=sum(task.owner == rank for task in todo)
     )
     groups = process_groups()
@@ -85,7 +85,7 @@ def _full_after(rounds: Sequence[Round], files: Sequence[ShardFile]) -> dict[int
 
 
 @dataclass
-class _Steps:
+class _RankWork:
     """What a rank does by itself between two collectives."""
 
     held: Held

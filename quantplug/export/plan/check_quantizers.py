@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
-from quantplug.export.plan.build import scheme as schemes
+from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.scheme import Scheme
 from quantplug.export.plan.types import QuantizerState, WholeWeight

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from quantplug.export.pipeline.pack import packed_specs, slice_shape
+from quantplug.export.plan.slices import packed_specs, slice_shape
 from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from quantplug.errors import Offender, UnsupportedQuantizationError
-from quantplug.export.pipeline.pack import divided
+from quantplug.export.plan.slices import divided
 from quantplug.formats import PackedWeight, TensorSpec
 
 QuantFn = Callable[[torch.Tensor, tuple[int, int] | None], tuple[torch.Tensor, torch.Tensor]]

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from quantplug import export_mcore_gpt_to_hf
+from quantplug.checkpoint import safetensors_writer
 from quantplug.errors import DestinationError, WriteError
 from quantplug.export.files import config_files as hf_config
-from quantplug.export.files import safetensors_file, writer
+from quantplug.export.files import index, staging
 from quantplug.export.files.staging import check_destination
 from tests.export.checkpoints import load, quantize, read
 from tests.export.refusals import refused
@@ -119,9 +120,9 @@ FAULTS: list[tuple[Any, str, int]] = [
     (os, "ftruncate", 0),
     (os, "pwrite", 0),
     (os, "pwrite", 30),
-    (safetensors_file, "finish_file", 0),
-    (safetensors_file, "finish_file", 1),
-    (writer, "write_json", 0),
+    (safetensors_writer, "finish_file", 0),
+    (safetensors_writer, "finish_file", 1),
+    (index, "write_json", 0),
     (shutil, "copyfile", 1),
     (hf_config, "write_json", 0),
     (hf_config, "write_json", 1),
@@ -206,7 +207,7 @@ def test_nor_does_it_after_a_rename_that_failed(
 ) -> None:
     """All files are finished by then: nothing but their manifest tells whose they are."""
     model = load(sources("dense"))
-    monkeypatch.setattr(writer, "publish_directory", _disk_full)
+    monkeypatch.setattr(staging, "publish_directory", _disk_full)
     with pytest.raises(WriteError):
         export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
     monkeypatch.undo()

@@ -17,9 +17,10 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import QuantplugError, WriteError
-from quantplug.export.pipeline import gather, groups
+from quantplug.export.files import write_checkpoint
+from quantplug.export.pipeline import gather
 from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME
-from quantplug.export.quantize_checkpoint import quantize_checkpoint, write
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import files_of, load, quantize
 
 pytestmark = pytest.mark.usefixtures("rank")
@@ -40,9 +41,9 @@ def export(request: pytest.FixtureRequest, sources: Sources) -> Export:
 @pytest.fixture
 def packer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Where exports call `pack_rows`, for one piece at a time as if all were large."""
-    for module in (gather, write):
+    for module in (gather, write_checkpoint):
         monkeypatch.setattr(module, "GROUP_BYTES", 0)
-    return groups
+    return pack
 
 
 def after(calls: int, real: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
@@ -99,7 +100,7 @@ def test_a_failing_reader_ends_it(
     calls: int, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ValueError("of the reader")
-    monkeypatch.setattr(write, "read_piece", after(calls, write.read_piece, error))
+    monkeypatch.setattr(write_checkpoint, "read_piece", after(calls, write_checkpoint.read_piece, error))
 
     def export(out: Path) -> None:
         quantize_checkpoint(sources("moe"), out, "w4a16_nvfp4", max_shard_size=SHARDS)

@@ -8,7 +8,7 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.export.pipeline import gather
-from quantplug.export.pipeline import groups as groups_module
+from quantplug.export.pipeline import pack as pack_module
 from tests.export.checkpoints import files_of, load, quantize
 
 pytestmark = pytest.mark.usefixtures("rank")
@@ -20,13 +20,13 @@ Sources = Callable[[str], Path]
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """What is packed at once, noted."""
     noted: list[list[torch.Tensor]] = []
-    pack_alike = groups_module.pack_alike
+    pack_alike = pack_module.pack_alike
 
     def note(parts):
         noted.append([rows for _, _, rows in parts])
         return pack_alike(parts)
 
-    monkeypatch.setattr(groups_module, "pack_alike", note)
+    monkeypatch.setattr(pack_module, "pack_alike", note)
     return noted
 
 
