@@ -44,7 +44,7 @@ LIGHT_MODULES = [
     *sorted(set(modules_below("formats")) - COMPILED),
     *sorted(modules_below("mappings")),
     "quantplug.calibration.statistics",
-    *sorted(modules_below("export/model_free")),
+    "quantplug.export.quantize_checkpoint",
     "quantplug.export.plan.build",
     "quantplug.export.files.staging",
     "quantplug.verify",

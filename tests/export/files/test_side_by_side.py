@@ -18,7 +18,7 @@ import torch
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import QuantplugError, WriteError
 from quantplug.export.files import write_checkpoint
-from quantplug.export.pipeline import gather
+from quantplug.export.pipeline import gather, pack
 from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import files_of, load, quantize
