@@ -10,6 +10,7 @@ PACKAGE = Path(quantplug.__file__).parent
 
 # From the top down. Rooms of one row know nothing of each other.
 ROWS = (
+    ("__main__",),
     ("cli",),
     ("export", "import_hf"),
     ("verify",),

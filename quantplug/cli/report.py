@@ -1,4 +1,4 @@
-"""Reports and results as text: tables that survive a narrow terminal, a pipe, and names that somebody else chose."""
+"""A report of `quantplug verify` as text: tables that survive a narrow terminal, a pipe, and hostile names."""
 
 from itertools import groupby
 
@@ -6,10 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quantplug.export.files.finish import ExportResult
+from quantplug.cli.terminal import plain
 from quantplug.verify import Finding, Severity, VerifyReport
 
-_GIGABYTE = 10**9
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
@@ -22,22 +21,6 @@ def print_report(report: VerifyReport, console: Console, limit: int) -> None:
     if report.source is not None:
         console.print(_sizes(report))
     console.print(_verdict(report), soft_wrap=True)
-
-
-def print_result(result: ExportResult, seconds: float, console: Console) -> None:
-    """Prints in a line what was written, and how fast."""
-    files = "1 file" if result.shards == 1 else f"{result.shards} files"
-    read = result.weight_bytes / _GIGABYTE
-    said = (
-        f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / _GIGABYTE:.3f} GB in {files}, to "
-        f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
-    )
-    console.print(_plain(said), soft_wrap=True)
-
-
-def _plain(text: str) -> Text:
-    """The text itself: no markup, control characters spelled out."""
-    return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in text), overflow="fold")
 
 
 def _findings(report: VerifyReport, limit: int) -> Table:
@@ -59,7 +42,7 @@ def _findings(report: VerifyReport, limit: int) -> Table:
 
 def _row(finding: Finding) -> tuple[Text, Text, Text, Text]:
     severity = Text(finding.severity, style=_STYLES[finding.severity])
-    return severity, _plain(finding.check), _plain(finding.subject), _plain(finding.message)
+    return severity, plain(finding.check), plain(finding.subject), plain(finding.message)
 
 
 def _errors(report: VerifyReport) -> Table:
@@ -70,7 +53,7 @@ def _errors(report: VerifyReport) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     for kind in report.errors_by_kind:
         numbers = (kind.relative_error, kind.worst_relative_error, kind.max_error)
-        table.add_row(_plain(kind.kind), kind.format, str(kind.tensors), *(f"{number:.4f}" for number in numbers))
+        table.add_row(plain(kind.kind), kind.format, str(kind.tensors), *(f"{number:.4f}" for number in numbers))
     return table
 
 
@@ -80,7 +63,7 @@ def _sizes(report: VerifyReport) -> Table:
     for name in ("source", "export", "ratio"):
         table.add_column(name, justify="right", overflow="fold")
     for size in report.sizes:
-        table.add_row(_plain(size.kind), *_bytes(size.source_bytes or 0, size.export_bytes))
+        table.add_row(plain(size.kind), *_bytes(size.source_bytes or 0, size.export_bytes))
     table.add_section()
     table.add_row("all", *_bytes(report.source_bytes or 0, report.export_bytes))
     return table
@@ -94,5 +77,5 @@ def _verdict(report: VerifyReport) -> Text:
     errors, warnings = report.count(Severity.ERROR), report.count(Severity.WARNING)
     text = Text("OK" if report.ok else "NOT OK", style="bold green" if report.ok else "bold red")
     text.append(f": {errors} errors, {warnings} warnings in {report.tensors} tensors ({report.quantization}) of ")
-    text.append_text(_plain(report.directory))
+    text.append_text(plain(report.directory))
     return text

@@ -1,24 +1,21 @@
-"""The command line as its user meets it: exit codes, tables in narrow places, JSON, and hostile names."""
+"""`quantplug verify` as its user meets it: exit codes, tables in narrow places, JSON, and hostile names."""
 
 import io
 import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from quantplug.cli import app
-from quantplug.cli.tables import print_report
+from quantplug.cli.report import print_report
 from quantplug.verify import verify_checkpoint
+from tests.cli.shell import ROOT, command, run
 
-ROOT = Path(__file__).parents[1]
 SOURCE_LINEAR = torch.linspace(-1, 1, 32 * 32).view(32, 32)
 
 
@@ -53,12 +50,6 @@ def bad(tmp_path: Path) -> Path:
     return checkpoint(tmp_path / "bad", tensors)
 
 
-def run(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
-
-
 def test_a_good_checkpoint_exits_0(good: Path, source: Path) -> None:
     assert run("verify", good)[0] == 0
     code, output = run("verify", good, "--source", source)
@@ -78,13 +69,6 @@ def test_a_limit_says_how_many_it_hides(bad: Path) -> None:
     output = run("verify", bad, "--limit", "5")[1]
     assert output.count("NaN") == 5
     assert "26 more" in output
-
-
-@pytest.mark.parametrize(
-    "arguments", [("verify", "absent"), ("verify",), ("verify", "x", "--limit", "-1"), ("unknown",)]
-)
-def test_wrong_use_exits_2(arguments: tuple[str, ...]) -> None:
-    assert run(*arguments)[0] == 2
 
 
 def test_an_absent_directory_is_named(tmp_path: Path, good: Path) -> None:
@@ -134,11 +118,6 @@ def test_foreign_names_do_not_drive_the_terminal(bad: Path) -> None:
     assert "[bold]" in output
 
 
-def command(*arguments: str | Path) -> list[str]:
-    start = "from quantplug.cli import app; app()"
-    return [sys.executable, "-W", "ignore", "-c", start, *(str(argument) for argument in arguments)]
-
-
 def test_a_pipe_gets_no_progress_and_no_colours(good: Path) -> None:
     result = subprocess.run(command("verify", good), cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
@@ -157,56 +136,3 @@ def test_a_terminal_sees_progress_on_stderr(good: Path) -> None:
     assert result.returncode == 0
     assert b"reading" in shown
     assert b"reading" not in result.stdout
-
-
-def test_help_names_the_command() -> None:
-    code, output = run("--help")
-    assert code == 0
-    assert "verify" in output
-
-
-def test_quantize_says_what_it_wrote_and_how_fast(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    code, output = run("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "w4a16_nvfp4")
-    assert code == 0
-    assert "(W4A16_NVFP4)" in output
-    assert "GB/s" in output
-    assert run("verify", tmp_path / "out", "--source", tiny_qwen3_dir)[0] == 0
-
-
-def test_quantize_leaves_out_what_is_excluded(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    options = ("--format", "fp8", "--exclude", "model.layers.0.*", "--exclude", "*.o_proj")
-    assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 0
-    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
-    assert {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"} <= set(ignored)
-    assert "model.layers.1.mlp.down_proj" not in ignored
-
-
-@pytest.mark.parametrize(
-    "options", [(), ("--format", "nvfp4"), ("--format", "fp8", "--exclude", "absent"), ("--format", "fp8_blockwise")]
-)
-def test_quantize_that_cannot_be_done_exits_2(options: tuple[str, ...], tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 2
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_terminal_sees_how_far_quantize_is(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    reader, writer = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    arguments = command("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "fp8")
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=writer, env=environment) as process:
-        os.close(writer)
-        shown = b"".join(iter(lambda: read_some(reader), b""))
-        assert process.stdout is not None
-        printed = process.stdout.read()
-    os.close(reader)
-    assert process.returncode == 0
-    assert b"Packing and writing" in shown
-    assert b"Packing and writing" not in printed
-
-
-def read_some(terminal: int) -> bytes:
-    """What is there; nothing at the end, which Linux reports as an error of the terminal."""
-    try:
-        return os.read(terminal, 65536)
-    except OSError:
-        return b""

@@ -1,0 +1,58 @@
+"""`quantplug quantize`: from checkpoint to checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quantplug.cli.terminal import byte_bar, plain, user_errors
+from quantplug.export.files.finish import ExportResult
+from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint
+
+_GIGABYTE = 10**9
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id: plain, FP8 in blocks, or MXFP4.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is new or empty.")],
+    format: Annotated[WeightOnlyFormat, typer.Option(help="Formats that quantize weights alone.")],  # noqa: A002
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
+    ] = None,
+    quantize_mtp: Annotated[
+        bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
+    ] = False,
+) -> None:
+    """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
+
+    Killed, it goes on where it was when the same command is run again. Exit status: 0, or 2 when it cannot be done.
+    """
+    start = time.perf_counter()
+    with user_errors(), byte_bar() as bar:
+        result = quantize_checkpoint(
+            source,
+            destination,
+            format,
+            exclude=exclude or (),
+            quantize_mtp=quantize_mtp,
+            trust_remote_code=trust_remote_code,
+            progress=bar,
+        )
+    _print_result(result, time.perf_counter() - start, Console())
+
+
+def _print_result(result: ExportResult, seconds: float, console: Console) -> None:
+    """Prints in a line what was written, and how fast."""
+    files = "1 file" if result.shards == 1 else f"{result.shards} files"
+    read = result.weight_bytes / _GIGABYTE
+    said = (
+        f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / _GIGABYTE:.3f} GB in {files}, to "
+        f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
+    )
+    console.print(plain(said), soft_wrap=True)

@@ -1,0 +1,72 @@
+"""What the commands share at a terminal: errors that end with a status, a bar of bytes, and text as it is."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+from quantplug.errors import QuantplugError
+
+USAGE_ERROR = 2
+"""The exit status of a command that could not do what it was asked, as click's own for wrong options."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints an error that is the user's to mend on stderr, without a traceback, and exits with `USAGE_ERROR`."""
+    try:
+        yield
+    except (QuantplugError, OSError) as problem:
+        exit_with(str(problem), problem)
+
+
+def exit_with(message: str, cause: Exception) -> NoReturn:
+    """Prints a message on stderr and exits with `USAGE_ERROR`."""
+    # Neither markup nor wrapping: names and paths are shown as they are, whole, to be searched for and copied.
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(USAGE_ERROR) from cause
+
+
+class ByteBar:
+    """A progress callback that draws one bar of bytes, with speed and time left; a new stage starts it afresh."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("reading", total=None)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress.tasks[self._task].description != stage:
+            self._progress.reset(self._task, description=stage, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def byte_bar() -> Iterator[ByteBar]:
+    """The bar, on stderr where that is a terminal, and nowhere else: a pipe gets results alone."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        yield ByteBar(progress)
+
+
+def plain(text: str) -> Text:
+    """The text itself: no markup, and control characters spelled out, since a checkpoint's names are anybody's."""
+    return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in text), overflow="fold")

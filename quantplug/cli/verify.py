@@ -1,0 +1,33 @@
+"""`quantplug verify`: the judge of quantized checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quantplug.cli.report import print_report
+from quantplug.cli.terminal import byte_bar, user_errors
+from quantplug.verify import verify_checkpoint
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to judge, of whichever tool.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The checkpoint it was quantized from: plain, FP8 in blocks, or MXFP4."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the full report here.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
+) -> None:
+    """Judges a quantized checkpoint by its files alone: no model, no GPU.
+
+    Exit status: 0 without errors (warnings may remain), 1 with errors, 2 when it could not be asked so.
+    """
+    with user_errors():
+        with byte_bar() as bar:
+            report = verify_checkpoint(directory, source, lambda done, total: bar("reading", done, total))
+        if json is not None:
+            report.write_json(json)
+    print_report(report, Console(), limit)
+    raise typer.Exit(0 if report.ok else 1)
