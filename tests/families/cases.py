@@ -131,7 +131,7 @@ def no_tensors(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensor
     return {}
 
 
-def no_copies(config: PreTrainedConfig) -> Mapping[str, str]:
+def no_duplicates(config: PreTrainedConfig) -> Mapping[str, str]:
     return {}
 
 
@@ -198,7 +198,7 @@ def mtp_layer(model: type[PreTrainedModel], config: PreTrainedConfig) -> Tensors
     return {**layer, **norms, **biases, f"model.layers.{last}.eh_proj.weight": torch.empty(hidden, 2 * hidden)}
 
 
-def mtp_copies(config: PreTrainedConfig) -> dict[str, str]:
+def mtp_duplicates(config: PreTrainedConfig) -> dict[str, str]:
     """The embedding and the head, which checkpoints hold once more in the MTP layer."""
     layer = f"model.layers.{config.num_hidden_layers}"
     return {
@@ -236,14 +236,14 @@ class Case:
         model: transformers' class.
         config: Its config.
         beside: Tensors that checkpoints of the family hold and transformers' class does not, such as MTP layers.
-        copies: Names of further tensors that hold the same as others, and the names of those.
+        duplicates: Names of further tensors that hold the same as others, and the names of those.
         published: How its publisher holds the tensors that transformers saves.
     """
 
     model: type[PreTrainedModel]
     config: PreTrainedConfig
     beside: Callable[[type[PreTrainedModel], PreTrainedConfig], Tensors] = no_tensors
-    copies: Callable[[PreTrainedConfig], Mapping[str, str]] = no_copies
+    duplicates: Callable[[PreTrainedConfig], Mapping[str, str]] = no_duplicates
     published: Callable[[Tensors], Tensors] = as_saved
 
 
@@ -357,13 +357,13 @@ CASES: dict[str, Case] = {
             rope_parameters={**YARN, "rope_theta": 1e4, "mscale": 0.9, "mscale_all_dim": 0.7},
         ),
         mtp_layer,
-        mtp_copies,
+        mtp_duplicates,
     ),
     "glm4_moe": Case(
         Glm4MoeForCausalLM,
         Glm4MoeConfig(**GLM, attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5),
         mtp_layer,
-        mtp_copies,
+        mtp_duplicates,
     ),
     "glm4_moe_air": Case(Glm4MoeForCausalLM, Glm4MoeConfig(**GLM, num_nextn_predict_layers=0), correction_biases),
     "qwen3_vl_tied": Case(

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantplug.export.plan.ownership import in_order, make_rounds
+from quantplug.export.pipeline.buckets import make_rounds
+from quantplug.export.plan.ownership import in_order
 from quantplug.export.plan.pieces import cut
 from quantplug.export.plan.types import QuantizerState, WeightRef, not_here
 from quantplug.export.sources.rank_inventory import RankInventory, whole_weights
