@@ -140,15 +140,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory, sources: Callable[[str], P
 
 
 @pytest.fixture
-def rank() -> Iterator[None]:
-    """Megatron's parallel state of one rank for one test."""
-    from tests.export.checkpoints import one_rank
-
-    with one_rank():
-        yield
-
-
-@pytest.fixture
 def single_rank() -> Iterator[None]:
     """Megatron's parallel state of one rank."""
     from tests.export.checkpoints import one_rank

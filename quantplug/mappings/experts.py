@@ -2,59 +2,17 @@
 
 Megatron names the weights of its local experts either `experts.linear_fc1.weight{i}` (`TEGroupedMLP`, one module) or
 `experts.local_experts.{i}.linear_fc1.weight` (`SequentialMLP`). Both stand for the same per-expert Hugging Face
-tensors, and both are renumbered from local to global experts. `GroupedMLPSlicing` is the row of a table (Megatron to
-Hugging Face); `GroupedMLPMerging` is the same row read backwards. Where Hugging Face too holds all experts of a layer
-in one tensor, the rows are `FusedExpertMapping` and `FusedGatedExpertMapping`.
+tensors, and both are renumbered from local to global experts: `grouped_mlp` makes one row of a table for both. Where
+Hugging Face too holds all experts of a layer in one tensor, the rows are `FusedExpertMapping` and
+`FusedGatedExpertMapping`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
-
 from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW, Layout, ModelDimensions
 from quantplug.mappings.table import ParamKey, Placement, Role, Scope, WeightMapping
-
-
-@dataclass(frozen=True)
-class GroupedMLPSlicing(WeightMapping):
-    """Slices a grouped linear into one Hugging Face entry per expert and part of the layout (gate_proj, up_proj)."""
-
-    def slice_module(
-        self, layer: int, experts: Sequence[int], weights: Sequence[torch.Tensor], dims: ModelDimensions
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every (Hugging Face name, tensor) of one layer's grouped linear.
-
-        Args:
-            experts: Global ids of the module's experts, in the order of `weights`.
-            weights: weight0 … weightN-1 of the module, each [out, in].
-        """
-        for expert, weight in zip(experts, weights, strict=True):
-            yield from self.to_hf(ParamKey(self.megatron[0], layer, expert), weight, dims).items()
-
-    @property
-    def merging(self) -> "GroupedMLPMerging":
-        return GroupedMLPMerging(self)
-
-
-@dataclass(frozen=True)
-class GroupedMLPMerging:
-    """Merges per-expert Hugging Face entries into the weights of a grouped linear: `GroupedMLPSlicing` backwards."""
-
-    slicing: GroupedMLPSlicing
-
-    def names(self, layer: int, experts: Sequence[int], dims: ModelDimensions) -> tuple[str, ...]:
-        """The Hugging Face tensors that these experts of a layer are merged from."""
-        keys = (ParamKey(self.slicing.megatron[0], layer, expert) for expert in experts)
-        return tuple(name for key in keys for name in self.slicing.hf_names(key, dims))
-
-    def merge_module(
-        self, layer: int, experts: Sequence[int], tensors: Mapping[str, torch.Tensor], dims: ModelDimensions
-    ) -> tuple[torch.Tensor, ...]:
-        """weight0 … weightN-1, each [out, in], for the experts in the order given."""
-        keys = (ParamKey(self.slicing.megatron[0], layer, expert) for expert in experts)
-        return tuple(self.slicing.to_megatron(key, tensors, dims) for key in keys)
 
 
 @dataclass(frozen=True)
@@ -70,7 +28,7 @@ class FusedExpertMapping(WeightMapping):
     """
 
     transposed: bool = False
-    packed: GroupedMLPSlicing | None = None
+    packed: WeightMapping | None = None
     fused_where_read: bool = False
 
     def when_packed(self, *, fused_is_read: bool) -> WeightMapping:
@@ -99,14 +57,14 @@ class FusedGatedExpertMapping(FusedExpertMapping):
     layout: Layout = GATED_JOINED
 
 
-def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> GroupedMLPSlicing:
+def grouped_mlp(linear: str, hf: tuple[str, ...], layout: Layout) -> WeightMapping:
     """The row of an experts' linear under both of Megatron's spellings.
 
     Args:
         linear: `linear_fc1` or `linear_fc2`.
         hf: Per-expert Hugging Face patterns, layer then expert as `*`.
     """
-    return GroupedMLPSlicing(
+    return WeightMapping(
         megatron=spellings(linear, "weight"),
         hf=hf,
         scope=Scope.EXPERT,

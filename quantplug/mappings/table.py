@@ -286,16 +286,6 @@ class WeightMapping:
         """`to_hf_values` backwards."""
         return values.float() - self.offset if self.offset else values
 
-    def to_hf(self, key: ParamKey, weight: torch.Tensor, dims: ModelDimensions) -> dict[str, torch.Tensor]:
-        """Cuts a whole Megatron tensor into its named Hugging Face tensors (views where the layout allows)."""
-        parts = self.layout.split(self.to_hf_values(weight), dims)
-        return dict(zip(self.hf_names(key, dims), parts, strict=True))
-
-    def to_megatron(self, key: ParamKey, tensors: Mapping[str, torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
-        """Merges named Hugging Face tensors into the whole Megatron tensor."""
-        parts = tuple(tensors[name] for name in self.hf_names(key, dims))
-        return self.from_hf_values(self.layout.merge(parts, dims))
-
 
 class Activation(Enum):
     """Functions of Megatron's feed-forward networks."""

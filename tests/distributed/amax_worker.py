@@ -18,11 +18,14 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 
 import quantplug.plugins  # noqa: F401
 from quantplug.calibration.calibrate import calibrate
-from quantplug.mappings.amax import AmaxMapping, convert_to_amax_map, convert_to_kv_amax_map, merge_amaxes
-from quantplug.mappings.amax_transfer import (
+from quantplug.mappings.amax import (
+    AmaxMapping,
     AmaxPlacement,
     amaxes_to_hf,
     amaxes_to_megatron,
+    convert_to_amax_map,
+    convert_to_kv_amax_map,
+    merge_amaxes,
     read_amaxes,
     write_amaxes,
 )

@@ -20,7 +20,7 @@ from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from tests.export.checkpoints import SCHEMES, load, quantize, raw, read, same_bytes
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 MODELS = ["moe", "mixed", "dense", "tied"]

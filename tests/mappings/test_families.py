@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from quantplug.errors import UnsupportedModelError
 from quantplug.mappings.families import FAMILIES, find_family
+from tests.mappings.rows import to_hf, to_megatron
 
 SMALL = {
     "vocab_size": 523,
@@ -224,4 +225,4 @@ def test_rows_merge_what_they_split():
     row = table["decoder.layers.*.mlp.experts.linear_fc1.weight*"]
     key = next(iter(row.keys(dims)))
     weight = torch.randn(192, 160)
-    assert torch.equal(row.to_megatron(key, row.to_hf(key, weight, dims), dims), weight)
+    assert torch.equal(to_megatron(row, key, to_hf(row, key, weight, dims), dims), weight)

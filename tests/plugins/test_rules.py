@@ -14,7 +14,7 @@ from quantplug.errors import MappingError
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
 from tests.plugins.tiny_model import tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 NVFP4_WEIGHT = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 DENSE = {"num_moe_experts": None, "moe_ffn_hidden_size": None}

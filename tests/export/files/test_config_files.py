@@ -68,7 +68,7 @@ def test_excludes_are_exact_names_of_what_is_not_quantized(
     assert not any(character in module for module in excluded for character in "*?[:")
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_disabled_linears_are_excluded_too(sources: Sources, tmp_path: Path) -> None:
     model = quantize(load(sources("moe")), "w4a16_nvfp4")
     for layer in model.decoder.layers:
@@ -130,7 +130,7 @@ def export_from(source: Path, tmp_path: Path, **settings: Any) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_no_weights_of_the_source_in_any_form(changed_source: Path, tmp_path: Path) -> None:
     left = [
         "pytorch_model.bin",
@@ -152,7 +152,7 @@ def test_no_weights_of_the_source_in_any_form(changed_source: Path, tmp_path: Pa
     assert names.issuperset(kept)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_every_chat_template_is_copied(changed_source: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(changed_source)
     templates = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}" + tokenizer.chat_template}
@@ -162,7 +162,7 @@ def test_every_chat_template_is_copied(changed_source: Path, tmp_path: Path) -> 
     assert copied.chat_template == templates
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_links_into_a_cache_become_files(changed_source: Path, tmp_path: Path) -> None:
     blob = (changed_source / "tokenizer.json").rename(tmp_path / "blob")
     (changed_source / "tokenizer.json").symlink_to(blob)
@@ -171,7 +171,7 @@ def test_links_into_a_cache_become_files(changed_source: Path, tmp_path: Path) -
     assert copied.read_bytes() == blob.read_bytes()
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(
     ("spelled", "written"), [({"dtype"}, {"dtype"}), ({"torch_dtype"}, {"torch_dtype"}), (set(), {"dtype"})]
 )
@@ -185,7 +185,7 @@ def test_the_dtype_is_that_of_the_export(
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype is torch.float16
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_an_earlier_quantization_is_not_announced_for_plain_weights(
     key: str, changed_source: Path, tmp_path: Path
@@ -205,7 +205,7 @@ def umask() -> Iterator[int]:
     os.umask(before)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_files_have_the_modes_of_ordinary_files(umask: int, sources: Sources, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_mcore_gpt_to_hf(quantize(load(sources("moe")), "nvfp4"), sources("moe"), export_dir=out)

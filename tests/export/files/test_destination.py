@@ -72,7 +72,7 @@ def test_the_current_directory_cannot_be_replaced_either(tmp_path: Path, monkeyp
         assert "current directory" in str(caught.value)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_nothing_is_overwritten(sources: Sources, tmp_path: Path) -> None:
     model = load(sources("dense"))
     source = shutil.copytree(sources("dense"), tmp_path / "hf")
@@ -80,7 +80,7 @@ def test_nothing_is_overwritten(sources: Sources, tmp_path: Path) -> None:
         export_mcore_gpt_to_hf(model, source, export_dir=source)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("as_type", [str, Path])
 @pytest.mark.parametrize("kind", ["new", "empty", "below two new ones", "link", "relative"])
 def test_directories_that_can_be_used(
@@ -130,7 +130,7 @@ FAULTS: list[tuple[Any, str, int]] = [
 ]
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(("owner", "name", "calls"), FAULTS, ids=[f"{name} {calls}" for _, name, calls in FAULTS])
 @pytest.mark.parametrize("existing", [None, "out", "parent"])
 def test_after_a_full_disk_the_same_export_goes_on(
@@ -180,7 +180,7 @@ def _stopped(model: Any, source: Path, out: Path) -> None:
     assert list(out.with_name(f".{out.name}.partial").glob("checkpoint/*.safetensors"))
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("change", ["weight", "scheme", "file size", "plain weight"])
 def test_another_export_does_not_take_up_what_is_left(change: str, sources: Sources, tmp_path: Path) -> None:
     model = quantize(load(sources("dense")), "w4a16_nvfp4")
@@ -201,7 +201,7 @@ def test_another_export_does_not_take_up_what_is_left(change: str, sources: Sour
     assert ".out.partial" in str(caught.value)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_nor_does_it_after_a_rename_that_failed(
     sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +217,7 @@ def test_nor_does_it_after_a_rename_that_failed(
         export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_two_exports_do_not_write_the_same_directory(sources: Sources, tmp_path: Path) -> None:
     model = load(sources("dense"))
 
@@ -230,7 +230,7 @@ def test_two_exports_do_not_write_the_same_directory(sources: Sources, tmp_path:
     assert read(tmp_path / "out").keys() == read(sources("dense")).keys()
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
 def test_a_file_system_without_locks(
     code: int, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -254,7 +254,7 @@ def test_a_file_system_without_locks(
         assert "mounted with locks" in caught.value.remedy
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.slow
 def test_fifty_kills_at_any_moment_end_with_the_same_bytes(sources: Sources, tmp_path: Path) -> None:
     """kill -9 of a forked export, again and again, until one gets through."""
@@ -301,7 +301,7 @@ def _export_until(steps: int, model: Any, source: Path, out: Path) -> None:
         os._exit(status)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_a_user_who_interrupts_leaves_nothing(sources: Sources, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage.startswith("Packing") and done == 3:
@@ -314,7 +314,7 @@ def test_a_user_who_interrupts_leaves_nothing(sources: Sources, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_progress_counts_every_task_of_both_passes(sources: Sources, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     export_mcore_gpt_to_hf(

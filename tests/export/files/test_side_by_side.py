@@ -23,7 +23,7 @@ from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import files_of, load, quantize
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 Export = Callable[[Path], object]

@@ -181,7 +181,7 @@ def test_sequential_experts_give_the_bytes_of_grouped_ones(scheme: str, exports:
         assert files_of(exports(name, scheme, LayerSpec.LOCAL)) == files_of(exports(name, scheme)), name
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 def test_a_second_export_has_the_same_bytes(sources: Sources, exports: Exports, tmp_path: Path) -> None:
     model = quantize(load(sources("moe")), "nvfp4")
     for out in (tmp_path / "first", tmp_path / "second"):

@@ -11,7 +11,7 @@ from quantplug.export.pipeline import gather
 from quantplug.export.pipeline import pack as pack_module
 from tests.export.checkpoints import files_of, load, quantize
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 

@@ -17,7 +17,7 @@ from tests.export.live_bytes import LiveBytes
 from tests.export.pipeline.test_slices import task_for
 from tests.export.refusals import FC1, FC2, offenders, refused
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 

@@ -18,7 +18,7 @@ from quantplug.export.live_plan import plan_export
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import FC1, FC2, NVFP4_16, expert_quantizer, offenders, refused, rules
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 

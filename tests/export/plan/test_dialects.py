@@ -101,7 +101,7 @@ def test_a_dialect_writes_the_excludes_it_is_given() -> None:
     assert config.hf_quant_config is None
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
@@ -123,7 +123,7 @@ def test_megatron_computes_with_the_exported_weights_what_transformers_does(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("rank")
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("scheme", ["fp8_weight_only", "w4a16_nvfp4"])
 def test_the_quantized_megatron_model_computes_what_its_export_does(
     scheme: str, sources: Sources, exports: Exports, tmp_path: Path

@@ -20,7 +20,7 @@ from quantplug.megatron.build import LayerSpec
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import NVFP4_16, edited_source, offenders, refused, rules
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 

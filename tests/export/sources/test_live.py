@@ -13,7 +13,7 @@ from quantplug.megatron.build import LayerSpec
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import FC1, expert_quantizer, refused
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 

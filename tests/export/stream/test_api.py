@@ -23,7 +23,7 @@ from quantplug.export.stream.rounds import Delivery, Run
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, raw, read, same_bytes
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
 BLOCK = (32, 64)  # Divides neither the head size 48 nor the width 160 of the tiny models.

@@ -13,7 +13,7 @@ from quantplug import export_hf_weights_quant
 from tests.export.blockwise import E4M3_LARGEST, blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, read, same_bytes
 
-pytestmark = pytest.mark.usefixtures("rank")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 BLOCK = (32, 64)
 Codes = tuple[torch.Tensor, torch.Tensor]

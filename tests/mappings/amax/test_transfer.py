@@ -14,15 +14,13 @@ from hypothesis import strategies as st
 from quantplug.errors import MappingError, ShapeError, UnsupportedQuantizationError
 from quantplug.mappings.amax import (
     AmaxMapping,
+    AmaxPlacement,
     FusedAmax,
+    amaxes_to_hf,
+    amaxes_to_megatron,
     convert_to_amax_map,
     convert_to_kv_amax_map,
     merge_amaxes,
-)
-from quantplug.mappings.amax_transfer import (
-    AmaxPlacement,
-    amaxes_to_hf,
-    amaxes_to_megatron,
     read_amaxes,
     write_amaxes,
 )

@@ -172,7 +172,7 @@ def test_a_name_of_no_linears_amax_is_refused(mapped_name: str) -> None:
 
 
 def test_the_documented_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    example = (Path(__file__).parents[2] / "docs" / "amax.md").read_text().split("```")[1].removeprefix("python\n")
+    example = (Path(__file__).parents[3] / "docs" / "amax.md").read_text().split("```")[1].removeprefix("python\n")
     exec(example, {})
     printed = capsys.readouterr().out.splitlines()
     said = re.findall(r"^print\(.*#\s(.*)$", example, flags=re.MULTILINE)

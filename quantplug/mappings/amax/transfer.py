@@ -1,4 +1,4 @@
-"""The amaxes of a whole model, and of what one rank holds of it, through the rows of `quantplug.mappings.amax_rows`.
+"""The amaxes of a whole model, and of what one rank holds of it, through the rows of `quantplug.mappings.amax.rows`.
 
 ```
 rank: local names ── read_amaxes ──► ParamKey ── merge_amaxes over ranks ──► amaxes_to_hf ──► Hugging Face names
@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
-from quantplug.mappings.amax_rows import AmaxMapping, MoeAmaxFanoutMapping, largest, raise_missing
+from quantplug.mappings.amax.rows import AmaxMapping, MoeAmaxFanoutMapping, largest, raise_missing
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Block, ParamKey
 

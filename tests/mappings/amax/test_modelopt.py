@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantplug.mappings.amax import convert_to_amax_map, convert_to_kv_amax_map
-from quantplug.mappings.amax_transfer import amaxes_to_hf, amaxes_to_megatron
+from quantplug.mappings.amax import amaxes_to_hf, amaxes_to_megatron, convert_to_amax_map, convert_to_kv_amax_map
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import IDENTITY

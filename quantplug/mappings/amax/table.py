@@ -11,30 +11,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quantplug.errors import ArgumentError, Offender
-from quantplug.mappings.amax_rows import (
+from quantplug.mappings.amax.rows import (
     AmaxFanoutMapping,
     AmaxMapping,
     FusedAmax,
     MoeAmaxFanoutMapping,
     Operand,
-    merge_amaxes,
 )
 from quantplug.mappings.layouts import Layout
 from quantplug.mappings.table import Block, Role, Scope, WeightMapping
-
-__all__ = [
-    "AmaxFanoutMapping",
-    "AmaxMap",
-    "AmaxMapping",
-    "FusedAmax",
-    "MoeAmaxFanoutMapping",
-    "Operand",
-    "Unmapped",
-    "WeightRow",
-    "convert_to_amax_map",
-    "convert_to_kv_amax_map",
-    "merge_amaxes",
-]
 
 QUANTIZED: frozenset[Role] = frozenset({Role.LINEAR})
 _MAPPED_NAME = re.compile(r"\.(?P<quantizer>(?P<operand>weight|input|output)_quantizer)\.(?P<buffer>\w*amax)")

@@ -5,7 +5,7 @@ amaxes stands for several in Hugging Face: linear_qkv's for q, k and v; linear_f
 experts for every expert in it. Megatron to Hugging Face each of them gets the value; the way back takes the largest.
 
 A value is never made up: 0 stays 0, NaN stays NaN and wins over every number, and a member that is missing is an error.
-`quantplug.mappings.amax_transfer` applies rows to whole models and to what one rank holds.
+`quantplug.mappings.amax.transfer` applies rows to whole models and to what one rank holds.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -248,7 +248,7 @@ def merge_amaxes(ranks: Iterable[Mapping[Name, torch.Tensor]]) -> dict[Name, tor
     """What several ranks hold, put together: the largest of what stands under one name, everything else as it is.
 
     So it is the reduction over TP, ETP and DP, and the gather over EP and PP. Names are global: ranks' own numbers of
-    layers and experts must have been replaced (`amax_transfer.read_amaxes`). NaN wins over every number.
+    layers and experts must have been replaced (`transfer.read_amaxes`). NaN wins over every number.
 
     Raises:
         UnsupportedQuantizationError: Several ranks hold an amax of many values under one name. It may be of different

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplug.errors import MappingError, ShapeError, UnsupportedQuantizationError
-from quantplug.mappings.amax import FusedAmax, Operand, convert_to_amax_map, merge_amaxes
-from quantplug.mappings.amax_rows import AmaxMapping
+from quantplug.mappings.amax import AmaxMapping, FusedAmax, Operand, convert_to_amax_map, merge_amaxes
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.common import ATTENTION, DENSE_MLP, ROUTED_EXPERTS
 from quantplug.mappings.layouts import GATED, IDENTITY, QKV, VOCABULARY, ModelDimensions
