@@ -5,6 +5,7 @@ them; others have an embedding under one of two names. And some have tensors of 
 model, layers of multi-token prediction.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Role, Scope, WeightMapping
+from quantplug.mappings.table import Family, Merged, Role, Scope, WeightMapping
 
 
 class Stored(Protocol):
@@ -74,7 +75,13 @@ def _shapes(row: WeightMapping, dims: ModelDimensions) -> Iterator[tuple[str, tu
         yield from ((name, shape) for name in row.hf_names(key, dims))
 
 
+_EXPERT = re.compile(r"(?P<module>.+\.experts)\.\d+\.")
+
+
 def _passthrough_row(name: str, stored: Stored) -> WeightMapping:
     is_weight = name.endswith(".weight") and len(stored.shape) > 1
     role = Role.PASSTHROUGH_WEIGHT if is_weight else Role.PASSTHROUGH
-    return WeightMapping((name,), (name,), Scope.MODEL, role=role, dtype=stored.dtype)
+    # Servers build one module of all experts of a layer, also of a layer that Megatron's model does not hold.
+    experts = _EXPERT.match(name)
+    merged = (Merged(experts["module"], (name,)),) if is_weight and experts else ()
+    return WeightMapping((name,), (name,), Scope.MODEL, role=role, dtype=stored.dtype, merged=merged)

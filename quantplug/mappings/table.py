@@ -269,6 +269,12 @@ class WeightMapping:
             return None
         return fill(self.hf[0].rpartition(".*")[0], self._hf_layer(key, dims), None)
 
+    def mtp_layer_module(self, key: ParamKey, dims: ModelDimensions) -> str | None:
+        """Hugging Face's module of the MTP layer, where it is counted on after the decoder's; None for other rows."""
+        if self.block is not Block.MTP:
+            return None
+        return fill(self.hf[0].partition("*")[0] + "*", self._hf_layer(key, dims), None)
+
     def duplicate_names(self, dims: ModelDimensions) -> tuple[str, ...]:
         """Names under which Hugging Face holds the same tensor once more."""
         return tuple(

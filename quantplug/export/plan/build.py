@@ -84,7 +84,7 @@ def build_plan(
     assigned = assign([weight for weight, _ in mapped])
     packing = _Packing(dims, request, scheme, dialect, groups, written)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
-    excluded = _excluded_modules(tasks, family, dims) if dialect else ()
+    excluded = _excluded_modules(tasks, family, dims, globs=dialect.reads_globs) if dialect else ()
     quant_config = dialect.config(excluded) if dialect else None
     files = _cut_into_files(in_order(tasks), request.max_shard_size)
     return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
@@ -204,11 +204,16 @@ class _Packing:
         return replace(tensor, shape=placement.stored_shape(tensor.shape))
 
 
-def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDimensions) -> tuple[str, ...]:
-    """Exact names of the modules with a matrix product that stay unquantized.
+def _excluded_modules(
+    tasks: Sequence[ExportTask], family: Family, dims: ModelDimensions, *, globs: bool
+) -> tuple[str, ...]:
+    """Names of the modules with a matrix product that stay unquantized, exact but for whole layers.
 
     A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
     all of a layer or in none, they build one module and look up its name; as of some linears, which they merge.
+
+    Args:
+        globs: Whether the dialect's list may hold shell patterns.
     """
     multiplying = [task for task in tasks if task.mapping.role.multiplies]
     parts = [part for task in multiplying for part in task.all_outputs]
@@ -217,7 +222,24 @@ def _excluded_modules(tasks: Sequence[ExportTask], family: Family, dims: ModelDi
     merged = (found for task in multiplying for found in task.mapping.merged_names(task.source.key, dims))
     names |= {name for name, merged_parts in merged if plain.issuperset(merged_parts)}
     experts = {task.mapping.experts_module(task.source.key, dims) for task in multiplying if task.format is None}
-    return tuple(sorted(names | {name for name in experts if name is not None}))
+    names |= {name for name in experts if name is not None}
+    return tuple(sorted(_with_whole_layers(names, multiplying, dims) if globs else names))
+
+
+def _with_whole_layers(names: set[str], multiplying: Sequence[ExportTask], dims: ModelDimensions) -> set[str]:
+    """The names, those of a layer of multi-token prediction that is plain throughout as one `model.layers.N.*`.
+
+    vLLM calls the head of such a layer `model.layers.N.head`, which is on no disk, and looks that name up. SGLang
+    compares no more than the last segment of MLA's projections (`is_layer_excluded` in its modelopt_quant.py), so that
+    their exact names would leave those of every layer unquantized.
+    """
+    quantized: defaultdict[str, bool] = defaultdict(bool)
+    for task in multiplying:
+        layer = task.mapping.mtp_layer_module(task.source.key, dims)
+        if layer is not None:
+            quantized[layer] |= task.format is not None
+    plain = tuple(f"{layer}." for layer, is_quantized in quantized.items() if not is_quantized)
+    return {name for name in names if not name.startswith(plain)} | {f"{layer}*" for layer in plain}
 
 
 def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:

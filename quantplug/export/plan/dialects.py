@@ -38,6 +38,7 @@ class ModelOptDialect:
     """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
 
     fused_is_read: ClassVar[bool] = True
+    reads_globs: ClassVar[bool] = True
     algorithm: str
     weights: Mapping[str, Any]
     activations: Mapping[str, Any] | None
@@ -72,6 +73,7 @@ class DeepSeekDialect:
     """
 
     fused_is_read: ClassVar[bool] = False
+    reads_globs: ClassVar[bool] = False
     algorithm: str = "FP8 128x128"
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
@@ -94,6 +96,7 @@ class CompressedTensorsDialect:
     """compressed-tensors' FP8 weights without quantized activations: scales of shape [1]."""
 
     fused_is_read: ClassVar[bool] = True
+    reads_globs: ClassVar[bool] = False
     algorithm: str = "W8A16 FP8"
     weights: Mapping[str, Any] = field(
         default_factory=lambda: {
