@@ -26,7 +26,8 @@ import typer
 from results import machine, write_section
 from safetensors.torch import save_file
 
-from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.formats.names import SCHEMES, QuantFormat
 from quantplug.mappings.families import find_family
 
 GB, MIB = 10**9, 2**20
@@ -70,7 +71,7 @@ LONGEST = max(math.prod(shape) for shape in SIZES.values())
 
 def main(
     layers: Annotated[list[int] | None, typer.Option(help="Numbers of layers.")] = None,
-    format: Annotated[list[WeightOnlyFormat] | None, typer.Option(help="Formats.")] = None,  # noqa: A002
+    format: Annotated[list[QuantFormat] | None, typer.Option(help="Formats.")] = None,  # noqa: A002
     repeats: Annotated[int, typer.Option(help="Runs of each; medians are shown.", min=1)] = 3,
     record: Annotated[bool, typer.Option(help="Write the section of RESULTS.md.")] = False,
     scratch: Annotated[Path | None, typer.Option(help="Where the checkpoints are made.")] = None,
@@ -81,7 +82,7 @@ def main(
     for count in layers or [1, 2]:
         with tempfile.TemporaryDirectory(dir=scratch) as directory:
             source = random_checkpoint(Path(directory) / "source", count)
-            for name in format or list(WeightOnlyFormat):
+            for name in format or [name for name, scheme in SCHEMES.items() if not scheme.has_input_scale]:
                 runs = [on_its_own(source, name) for _ in range(repeats)]
                 table.append(row(count, name, runs))
     text = "\n".join(table)

@@ -45,7 +45,8 @@ from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.plan.ownership import in_order
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.types import ExportPlan
-from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.formats.names import QuantFormat
 from quantplug.progress import silent
 
 ALONE = ("pack", "write")
@@ -115,7 +116,7 @@ class Work:
 
 def main(
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    format: Annotated[WeightOnlyFormat, typer.Option(help="Format.")] = WeightOnlyFormat.W4A16_NVFP4,  # noqa: A002
+    format: Annotated[QuantFormat, typer.Option(help="Format.")] = QuantFormat.W4A16_NVFP4,  # noqa: A002
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 7,
     others: Annotated[float, typer.Option(help="Most cores that other processes may use in a turn.")] = 0.25,
     tries: Annotated[int, typer.Option(help="Rounds that are tried at most.", min=1)] = 40,

@@ -7,7 +7,6 @@ Weight-only quantization needs no data and no GPU. Formats that quantize activat
 model over a data set, which takes a GPU: Transformer Engine has no forward without one.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,7 +20,6 @@ from console import StageBars, out, user_errors
 from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calibration_forward_loop
 from transformers import AutoTokenizer
 
-import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.calibration.calibrate import CalibrationRecord, calibrate
 from quantplug.calibration.collect import gather_statistics
@@ -32,31 +30,13 @@ from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import CalibrationError, Offender
 from quantplug.export.files.staging import check_destination
 from quantplug.export.live_plan import plan_export
+from quantplug.formats.names import SCHEMES, QuantFormat, Scheme, without_input_scale
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import save_checkpoint
 from quantplug.megatron.cpu import has_cuda
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
-from quantplug.plugins.rules import rules_for_high_precision, with_mtp_quantized
-
-NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
-
-
-class QuantConfigName(StrEnum):
-    """The formats by the names that Megatron-Bridge's users know."""
-
-    NVFP4 = "nvfp4"
-    W4A16_NVFP4 = "w4a16_nvfp4"
-    FP8 = "fp8"
-    FP8_BLOCKWISE = "fp8_blockwise"
-
-
-CONFIGS: dict[QuantConfigName, dict[str, Any]] = {
-    QuantConfigName.NVFP4: mtq.NVFP4_DEFAULT_CFG,
-    QuantConfigName.W4A16_NVFP4: mtq.W4A16_NVFP4_CFG,
-    QuantConfigName.FP8: mtq.FP8_DEFAULT_CFG,
-    QuantConfigName.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
-}
+from quantplug.plugins import quant_cfg  # and registers our wrappers with ModelOpt
 
 
 class MultiTokenPrediction(StrEnum):
@@ -67,10 +47,6 @@ class MultiTokenPrediction(StrEnum):
 
     QUANTIZED = "quantized"
     KEPT = "kept"
-
-
-FOUR_BITS = {QuantConfigName.NVFP4, QuantConfigName.W4A16_NVFP4}
-WITHOUT_ACTIVATIONS = {QuantConfigName.W4A16_NVFP4, QuantConfigName.FP8_BLOCKWISE}
 
 
 @dataclass(frozen=True)
@@ -91,8 +67,11 @@ class CalibrationData:
 def main(
     hf_model_id: Annotated[str, typer.Option(help="Directory or hub id of the model.")],
     megatron_save_path: Annotated[Path, typer.Option(help="Where the Megatron checkpoint goes; new or empty.")],
-    export_quant_cfg: Annotated[QuantConfigName, typer.Option(help="The format.")] = QuantConfigName.FP8,
-    weight_only: Annotated[bool, typer.Option("--weight-only", help="Leave activations in 16 bits.")] = False,
+    export_quant_cfg: Annotated[QuantFormat, typer.Option(help="The format.")] = QuantFormat.FP8,
+    weight_only: Annotated[
+        bool,
+        typer.Option("--weight-only", help="w4a16_nvfp4 for nvfp4, w8a16_fp8 for fp8."),
+    ] = False,
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
@@ -118,9 +97,11 @@ def main(
         check_destination(megatron_save_path)
         source = read_source_config(resolve_source(hf_model_id), trust_remote_code)
         family = find_family(source.architecture)
-        with_data = not weight_only and export_quant_cfg not in WITHOUT_ACTIVATIONS
-        if with_data:
-            require_gpu(export_quant_cfg)
+        scheme = SCHEMES[export_quant_cfg]
+        if weight_only:
+            scheme = without_input_scale(scheme)
+        if scheme.has_input_scale:
+            require_gpu(scheme)
         topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         out.print(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}", highlight=False)
 
@@ -128,34 +109,23 @@ def main(
         model = build_model(family.megatron_config(source.values), dtype=source.dtype)
         import_mcore_gpt_from_hf(model, source.directory, trust_remote_code=trust_remote_code, progress=bars)
 
-        out.print(f"Quantizing with {export_quant_cfg.value}{' weight-only' if weight_only else ''} ...")
+        out.print(f"Quantizing with {scheme.format} ...")
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
-        forward_loop = calibration_loop(source.directory, data, trust_remote_code) if with_data else None
+        forward_loop = calibration_loop(source.directory, data, trust_remote_code) if scheme.has_input_scale else None
         policy = CalibrationPolicy(expert_weights, cold_experts)
-        config = quant_config(export_quant_cfg, weight_only)
-        dims = family.dimensions(source.values)
-        if mtp is MultiTokenPrediction.QUANTIZED:
-            config["quant_cfg"] = with_mtp_quantized(config["quant_cfg"], family, dims)
-        config["quant_cfg"] += rules_for_high_precision(family, dims, bits=4 if export_quant_cfg in FOUR_BITS else 8)
+        quantize_mtp = mtp is MultiTokenPrediction.QUANTIZED
+        config = quant_cfg(scheme.format, family, family.dimensions(source.values), quantize_mtp=quantize_mtp)
         record = quantize(model, source.directory, config, forward_loop, policy, bars)
 
         statistics = gather_statistics(model, record)
         if topology.rank == 0:
             print_statistics(statistics, out)
-        about = {"hf_model_id": hf_model_id, "quant_cfg": export_quant_cfg.value, "weight_only": weight_only}
+        about = {"hf_model_id": hf_model_id, "quant_format": scheme.format.value}
         save_checkpoint(model, megatron_save_path, extra=about)
         out.print(f"Saved the quantized Megatron checkpoint in {megatron_save_path}", soft_wrap=True)
         if stats_json is not None and topology.rank == 0:
             statistics.save(stats_json)
         destroy_parallel()
-
-
-def quant_config(name: QuantConfigName, weight_only: bool) -> dict[str, Any]:
-    """ModelOpt's config of that name; weight-only appends one rule, as ModelOpt's own examples do."""
-    config = copy.deepcopy(CONFIGS[name])
-    if weight_only:
-        config["quant_cfg"].append(NO_INPUTS)
-    return config
 
 
 def quantize(
@@ -179,13 +149,13 @@ def calibration_loop(source: Path, data: CalibrationData, trust_remote_code: boo
     )
 
 
-def require_gpu(name: QuantConfigName) -> None:
+def require_gpu(scheme: Scheme) -> None:
     """Raises CalibrationError where activations would have to be calibrated without a GPU."""
     if not has_cuda():
         raise CalibrationError(
             "Calibrating activations takes a GPU: Transformer Engine has no forward without one.",
-            [Offender("--export-quant-cfg", f"{name.value} quantizes activations")],
-            "Add --weight-only (or use w4a16_nvfp4 or fp8_blockwise), or run on a machine with a GPU.",
+            [Offender("--export-quant-cfg", f"{scheme.format} quantizes activations")],
+            f"Use {without_input_scale(scheme).format} (or add --weight-only), or run on a machine with a GPU.",
         )
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from quantplug.cli.terminal import byte_bar, plain, user_errors
 from quantplug.export.files.finish import ExportResult
-from quantplug.export.quantize_checkpoint import WeightOnlyFormat, quantize_checkpoint
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.formats.names import QuantFormat
 
 _GIGABYTE = 10**9
 
@@ -17,7 +18,7 @@ _GIGABYTE = 10**9
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id: plain, FP8 in blocks, or MXFP4.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is new or empty.")],
-    format: Annotated[WeightOnlyFormat, typer.Option(help="Formats that quantize weights alone.")],  # noqa: A002
+    format: Annotated[QuantFormat, typer.Option(help="Formats of activations take a model and data.")],  # noqa: A002
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),

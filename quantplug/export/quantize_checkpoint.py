@@ -6,7 +6,6 @@ plan, packing and files are those of an export from Megatron-Core, and so are th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
-from quantplug.errors import ArgumentError, Offender
 from quantplug.export.files.finish import ExportResult, finish, result_of
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_checkpoint import write_tensors
@@ -28,37 +26,22 @@ from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.source_names import errors_in_source_names
-from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
+from quantplug.formats import WeightFormat
+from quantplug.formats.names import QuantFormat, scheme_without_data
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family, ParamKey
 from quantplug.progress import Progress, silent
 
-__all__ = ["WeightOnlyFormat", "quantize_checkpoint"]
-
-
-class WeightOnlyFormat(StrEnum):
-    """Quantizations of weights alone, by name."""
-
-    W4A16_NVFP4 = "w4a16_nvfp4"
-    FP8 = "fp8"
-    FP8_BLOCKWISE = "fp8_blockwise"
-
-
-_FORMATS: Mapping[WeightOnlyFormat, tuple[WeightFormat, int]] = {
-    WeightOnlyFormat.W4A16_NVFP4: (NVFP4(), 4),
-    WeightOnlyFormat.FP8: (FP8(), 8),
-    WeightOnlyFormat.FP8_BLOCKWISE: (FP8Block(), 8),
-}
-"""Each with the bits of a code."""
+__all__ = ["QuantFormat", "quantize_checkpoint"]
 
 
 @torch.no_grad()
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
-    format: str,  # noqa: A002  # as on the command line
+    format: QuantFormat | str,  # noqa: A002  # as on the command line
     *,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
@@ -77,7 +60,8 @@ def quantize_checkpoint(
     Args:
         source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
         destination: A directory that is new or empty.
-        format: One of `WeightOnlyFormat`: `w4a16_nvfp4`, `fp8` (one scale a tensor) or `fp8_blockwise` (128x128).
+        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor) or `fp8_blockwise`
+            (128x128).
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
@@ -93,11 +77,12 @@ def quantize_checkpoint(
         UnsupportedModelError: Its architecture is not supported.
         MappingError: Tensors are missing or unknown, or a pattern of `exclude` matches nothing.
         ShapeError: A shape disagrees with the config, or does not divide as the format needs.
-        UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
+        UnsupportedQuantizationError: A format that quantizes activations by calibrated scales; or `exclude` parts what
+            servers load alike, or leaves nothing to quantize.
         WeightError: NaN or Inf in a weight.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    packing, bits = _format(format)
+    scheme = scheme_without_data(format, "format")
     target = Path(destination)
     with disk_errors(target):
         check_destination(target)
@@ -106,14 +91,16 @@ def quantize_checkpoint(
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
         weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
         check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
-        chosen = chosen_weights(weights, model.family, model.dims, exclude, bits=bits, quantize_mtp=quantize_mtp)
+        chosen = chosen_weights(
+            weights, model.family, model.dims, exclude, bits=scheme.weight_bits, quantize_mtp=quantize_mtp
+        )
         request = ExportRequest(
             tied_embeddings=model.tied,
             dtype=None,
             max_shard_size=max_shard_size,
             reference={name: header.shape for name, header in checkpoint.tensors.items()},
         )
-        planner = _Planner(model, weights, chosen, packing, request)
+        planner = _Planner(model, weights, chosen, scheme.weight, request)
         scanned = scan(planner.plan(None), checkpoint, progress)
         plan = planner.plan(scanned)
         staging = Staging(target, plan.digest, scanned.fingerprint, rank=0, world_size=1)
@@ -126,16 +113,6 @@ def quantize_checkpoint(
         finally:
             staging.close()
     return result_of(plan, target)
-
-
-def _format(name: str) -> tuple[WeightFormat, int]:
-    if name not in list(WeightOnlyFormat):
-        raise ArgumentError(
-            "This format is not one that a checkpoint is quantized in without a model.",
-            [Offender("format", f"is {name!r}")],
-            f"Use one of: {', '.join(WeightOnlyFormat)}. Formats that quantize activations need calibration with data.",
-        )
-    return _FORMATS[WeightOnlyFormat(name)]
 
 
 @dataclass(frozen=True)

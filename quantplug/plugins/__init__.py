@@ -23,6 +23,7 @@ from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
+from quantplug.plugins.configs import quant_cfg
 from quantplug.plugins.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.dense import DENSE_WRAPPERS
 from quantplug.plugins.max_calibration import register_max_calibration
@@ -40,6 +41,7 @@ __all__ = [
     "QuantGroupedLinear",
     "QuantRowParallelGroupedLinear",
     "QuantTEGroupedMLP",
+    "quant_cfg",
     "refuse_unsupported",
     "register",
 ]

@@ -52,7 +52,7 @@ def test_it_is_refused_through_megatron(
 
 def test_trusted_it_is_carried_over_and_not_run(with_code: tuple[Path, str], tmp_path: Path) -> None:
     source, file = with_code
-    arguments = ["quantize", str(source), str(tmp_path / "out"), "--format", "fp8", "--trust-remote-code"]
+    arguments = ["quantize", str(source), str(tmp_path / "out"), "--format", "w8a16_fp8", "--trust-remote-code"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "modeling_own.py").read_text() == CODE

@@ -20,7 +20,7 @@ def test_quantize_says_what_it_wrote_and_how_fast(tiny_qwen3_dir: Path, tmp_path
 
 
 def test_quantize_leaves_out_what_is_excluded(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
-    options = ("--format", "fp8", "--exclude", "model.layers.0.*", "--exclude", "*.o_proj")
+    options = ("--format", "w8a16_fp8", "--exclude", "model.layers.0.*", "--exclude", "*.o_proj")
     assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 0
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"} <= set(ignored)
@@ -28,7 +28,8 @@ def test_quantize_leaves_out_what_is_excluded(tiny_qwen3_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--format", "nvfp4"), ("--format", "fp8", "--exclude", "absent"), ("--format", "fp8_blockwise")]
+    "options",
+    [(), ("--format", "nvfp4"), ("--format", "w8a16_fp8", "--exclude", "absent"), ("--format", "fp8_blockwise")],
 )
 def test_quantize_that_cannot_be_done_exits_2(options: tuple[str, ...], tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 2
@@ -38,7 +39,7 @@ def test_quantize_that_cannot_be_done_exits_2(options: tuple[str, ...], tiny_qwe
 def test_a_terminal_sees_how_far_quantize_is(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     reader, writer = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    arguments = command("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "fp8")
+    arguments = command("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "w8a16_fp8")
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=writer, env=environment) as process:
         os.close(writer)
         shown = b"".join(iter(lambda: read_some(reader), b""))

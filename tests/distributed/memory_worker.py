@@ -32,7 +32,7 @@ def peak_of(run: Callable[[], object], model: torch.nn.Module) -> int:
 
 def drain(model: torch.nn.Module, source: Path, digests: dict[str, int]) -> None:
     """Runs a stream through, keeping no tensor."""
-    for name, tensor in plan_stream(model, source, quant_format="nvfp4", bucket_bytes=BUCKET_BYTES).tensors():
+    for name, tensor in plan_stream(model, source, quant_format="w4a16_nvfp4", bucket_bytes=BUCKET_BYTES).tensors():
         digests[name] = int(tensor.reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
         del tensor
 

@@ -82,18 +82,18 @@ def fault(kind: str, model: torch.nn.Module, rank: int) -> dict[str, Any]:
         case "experts":
             return {**arguments("function"), "quantization_checker": lambda name: not name.endswith("weight3")}
         case "ranks":
-            return {"quant_format": "nvfp4", "quantization_checker": lambda name: rank != 3}
+            return {"quant_format": "w4a16_nvfp4", "quantization_checker": lambda name: rank != 3}
         case "argument":
-            return {"quant_format": "nvfp4" if rank != 1 else "nvfp5"}
+            return {"quant_format": "w4a16_nvfp4" if rank != 1 else "nvfp5"}
         case "receivers":
-            return {"quant_format": "nvfp4", "receiver_ranks": [rank]}
+            return {"quant_format": "w4a16_nvfp4", "receiver_ranks": [rank]}
         case "function":
             # No blocks, so that it first meets weights where they are gathered.
             return {"quant_fn": lambda weight, block: fails_on_rank_2(weight, BLOCK), "quant_block_size": None}
         case "nan":
             if rank == 2:
                 model.decoder.layers[1].mlp.experts.linear_fc1.weight1.data[3, 5] = float("nan")
-            return {"quant_format": "nvfp4"}
+            return {"quant_format": "w4a16_nvfp4"}
     raise AssertionError(kind)
 
 

@@ -32,7 +32,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w4a16_nvfp4": mtq.W4A16_NVFP4_CFG,
     "nvfp4": mtq.NVFP4_DEFAULT_CFG,
     "fp8": mtq.FP8_DEFAULT_CFG,
-    "fp8_weight_only": _with(mtq.FP8_DEFAULT_CFG, INPUTS_OFF),
+    "w8a16_fp8": _with(mtq.FP8_DEFAULT_CFG, INPUTS_OFF),
     "fp8_blockwise": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
 }
 

@@ -19,6 +19,7 @@ from quantplug.errors import (
     ShapeError,
     SourceError,
     UnsupportedModelError,
+    UnsupportedQuantizationError,
     WeightError,
 )
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
@@ -82,7 +83,7 @@ def test_many_files_hold_the_same_tensors(sources: Sources, tmp_path: Path) -> N
 def test_an_lm_head_beside_tied_embeddings_is_left_out(sources: Sources, tmp_path: Path) -> None:
     embedding = load_file(sources("tied") / "model.safetensors")["model.embed_tokens.weight"]
     source = edited(sources("tied"), tmp_path / "in", {"lm_head.weight": embedding.clone()})
-    quantize_checkpoint(source, tmp_path / "out", "fp8")
+    quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8")
     assert "lm_head.weight" not in read(tmp_path / "out")
 
 
@@ -135,7 +136,7 @@ def test_a_killed_run_goes_on_and_another_is_refused(sources: Sources, tmp_path:
     with pytest.raises(DestinationError, match="unfinished export"):
         quantize_checkpoint(other, out, **settings)
     with pytest.raises(DestinationError, match="unfinished export"):
-        quantize_checkpoint(sources("moe"), out, **{**settings, "format": "fp8"})
+        quantize_checkpoint(sources("moe"), out, **{**settings, "format": "w8a16_fp8"})
     assert {path: path.stat().st_mtime_ns for path in left} == left
 
     packed: list[int] = []
@@ -213,16 +214,26 @@ def test_sizes_that_do_not_divide_are_named_as_in_the_checkpoint(sources: Source
     assert "decoder." not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "w8a8", ""])
+@pytest.mark.parametrize("name", ["w8a8", "fp8_weight_only", ""])
 def test_a_format_that_is_not_known_is_refused(name: str, sources: Sources, tmp_path: Path) -> None:
     with refused(ArgumentError, tmp_path) as caught:
         quantize_checkpoint(sources("moe"), tmp_path / "out", name)
-    assert "w4a16_nvfp4, fp8, fp8_blockwise" in str(caught.value)
+    assert "w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "instead"), [("nvfp4", "w4a16_nvfp4"), ("fp8", "w8a16_fp8")])
+def test_a_format_of_activations_is_refused_with_the_one_that_works(
+    name: str, instead: str, sources: Sources, tmp_path: Path
+) -> None:
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        quantize_checkpoint(sources("dense"), tmp_path / "out", name)
+    assert caught.value.remedy.startswith(f"Use {instead}:")
+    quantize_checkpoint(sources("dense"), tmp_path / "out", instead)
 
 
 def test_a_shard_size_that_cannot_be_is_refused(sources: Sources, tmp_path: Path) -> None:
     with refused(ArgumentError, tmp_path) as caught:
-        quantize_checkpoint(sources("moe"), tmp_path / "out", "fp8", max_shard_size=0)
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "w8a16_fp8", max_shard_size=0)
     assert offenders(caught) == {("max_shard_size", None)}
 
 
@@ -230,9 +241,9 @@ def test_a_destination_that_holds_files_is_refused(sources: Sources, tmp_path: P
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with refused(DestinationError, tmp_path):
-        quantize_checkpoint(sources("moe"), tmp_path / "out", "fp8")
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "w8a16_fp8")
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with refused(SourceError, tmp_path):
-        quantize_checkpoint(tmp_path / "absent", tmp_path / "out", "fp8")
+        quantize_checkpoint(tmp_path / "absent", tmp_path / "out", "w8a16_fp8")

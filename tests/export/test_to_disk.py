@@ -215,7 +215,7 @@ def test_a_plan_says_what_the_export_writes(sources: Sources, tmp_path: Path) ->
         ("moe", "w4a16_nvfp4"),
         ("mixed", "nvfp4"),
         ("dense", "fp8"),
-        ("tied", "fp8_weight_only"),
+        ("tied", "w8a16_fp8"),
         ("moe_blocks", "fp8_blockwise"),
     ],
 )

@@ -25,7 +25,7 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
         quantize.main(
             str(source),
             checkpoint,
-            quantize.QuantConfigName.NVFP4,
+            quantize.QuantFormat.NVFP4,
             weight_only=True,
             tp=tp,
             ep=has_experts(source, ep),

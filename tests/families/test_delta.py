@@ -81,7 +81,7 @@ def test_what_stays_plain_is_excluded_by_every_name_that_servers_look_up(export:
 
 
 def test_a_projection_that_is_excluded_is_named_as_servers_merge_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    quantize_checkpoint(checkpoint("qwen3_5"), tmp_path / "out", "fp8", exclude=[f"{NET}.in_proj_*"])
+    quantize_checkpoint(checkpoint("qwen3_5"), tmp_path / "out", "w8a16_fp8", exclude=[f"{NET}.in_proj_*"])
     merged = {f"{NET}.in_proj_qkvz", f"{NET}.in_proj_ba"}
     assert merged | {f"{NET}.in_proj_qkv", f"{NET}.in_proj_z"} <= {*excluded(tmp_path / "out")}
     assert verify_checkpoint(tmp_path / "out", checkpoint("qwen3_5")).ok
@@ -229,7 +229,7 @@ def test_experts_that_are_not_their_sources_are_found(fused: Callable[[bool], Pa
 
 def test_experts_that_stay_as_they_are_stay_in_one_tensor(fused: Callable[[bool], Path], tmp_path: Path) -> None:
     source = fused(True)
-    quantize_checkpoint(source, tmp_path / "out", "fp8", exclude=["*.mlp.experts*"])
+    quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8", exclude=["*.mlp.experts*"])
     assert "model.layers.0.mlp.experts.down_proj" in read(tmp_path / "out")
     assert {"model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts"} <= {*excluded(tmp_path / "out")}
     assert verify_checkpoint(tmp_path / "out", source).ok

@@ -60,7 +60,7 @@ def test_a_stream_has_the_bytes_of_an_export(checkpoint: Checkpoint, tmp_path: P
     """Shared scales, copies of the embedding and the head, the plain projection of the MTP layer: all alike."""
     with one_rank():
         plain = load(checkpoint(SOURCE))
-        streamed = dict(export_hf_weights_quant(plain, checkpoint(SOURCE), quant_format="nvfp4"))
+        streamed = dict(export_hf_weights_quant(plain, checkpoint(SOURCE), quant_format="w4a16_nvfp4"))
         model = mtq.quantize(load(checkpoint(SOURCE)), everything(checkpoint(SOURCE)))
         export_mcore_gpt_to_hf(model, checkpoint(SOURCE), tmp_path / "out")
     exported = read(tmp_path / "out")

@@ -17,7 +17,7 @@ PER_TENSOR: dict[str, dict[str, Any]] = {
     "w4a16_nvfp4": mtq.W4A16_NVFP4_CFG,
     "nvfp4": mtq.NVFP4_DEFAULT_CFG,
     "fp8": mtq.FP8_DEFAULT_CFG,
-    "fp8_weight_only": WEIGHT_ONLY_FP8,
+    "w8a16_fp8": WEIGHT_ONLY_FP8,
 }
 
 BLOCKWISE: dict[str, Any] = mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG

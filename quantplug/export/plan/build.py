@@ -18,11 +18,11 @@ from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.scale_groups import group_names, with_shared_amaxes
-from quantplug.export.plan.scheme import Scheme
 from quantplug.export.plan.slices import must_gather_first, row_step
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
 from quantplug.findings import Findings
 from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.formats.names import Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
 
@@ -192,7 +192,7 @@ class _Packing:
         if packing is None or self.scheme is None or self.dialect is None:
             return (self._stored(TensorSpec(name, shape, plain), placement),)
         tensors = packing.outputs(shape)
-        if self.scheme.activations:
+        if self.scheme.has_input_scale:
             tensors = (*tensors, INPUT_SCALE)
         stored = (self._stored(tensor, placement) for tensor in tensors)
         return tuple(self.dialect.spec(name, tensor) for tensor in stored)

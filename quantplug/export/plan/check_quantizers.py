@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.match import Mapped
-from quantplug.export.plan.scheme import Scheme
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.findings import Findings, Kind
+from quantplug.formats.names import Scheme
 from quantplug.mappings.table import ParamKey, Role
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
@@ -90,12 +90,11 @@ def check_calibrated(mapped: Mapped, findings: Findings) -> None:
 
 
 def _scheme(whole: WholeWeight, weight: QuantizerState, findings: Findings) -> Scheme | None:
-    problem = schemes.problem(weight, whole.activation)
-    packing = schemes.weight_format(weight)
-    if problem is not None or packing is None:
-        findings.add_weight(_SETTING, whole, problem or "")
-        return None
-    return Scheme(packing, activations=whole.activation is not None)
+    scheme = schemes.scheme_for(weight, whole.activation)
+    if isinstance(scheme, Scheme):
+        return scheme
+    findings.add_weight(_SETTING, whole, scheme)
+    return None
 
 
 def _check_shapes(whole: WholeWeight, scheme: Scheme, shapes: Sequence[tuple[int, ...]], findings: Findings) -> None:
@@ -122,4 +121,4 @@ def _check_uniform(by_scheme: Mapping[Scheme, list[WholeWeight]], findings: Find
         return
     for scheme, wholes in by_scheme.items():
         for whole in wholes:
-            findings.add_weight(_MIXED, whole, f"is {scheme.name}")
+            findings.add_weight(_MIXED, whole, f"is {scheme.format}")

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 
 from quantplug import __version__
-from quantplug.export.plan.scheme import Scheme
 from quantplug.export.plan.types import QuantConfig
-from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec
+from quantplug.formats import TensorSpec
+from quantplug.formats.names import QuantFormat, Scheme
 
 
 def stored_name(weight: str, tensor: str) -> str:
@@ -135,18 +135,18 @@ Dialect = ModelOptDialect | DeepSeekDialect | CompressedTensorsDialect
 _NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 _FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
 
-_DIALECTS: dict[Scheme, Dialect] = {
-    Scheme(NVFP4(), activations=True): ModelOptDialect("NVFP4", _NVFP4_ARGUMENTS, _NVFP4_ARGUMENTS, 16),
-    Scheme(NVFP4(), activations=False): ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),
-    Scheme(FP8(), activations=True): ModelOptDialect("FP8", _FP8_ARGUMENTS, _FP8_ARGUMENTS),
-    Scheme(FP8(), activations=False): CompressedTensorsDialect(),
-    Scheme(FP8Block(), activations=False): DeepSeekDialect(),
+_DIALECTS: Mapping[QuantFormat, Dialect] = {
+    QuantFormat.W4A16_NVFP4: ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),
+    QuantFormat.NVFP4: ModelOptDialect("NVFP4", _NVFP4_ARGUMENTS, _NVFP4_ARGUMENTS, 16),
+    QuantFormat.FP8: ModelOptDialect("FP8", _FP8_ARGUMENTS, _FP8_ARGUMENTS),
+    QuantFormat.W8A16_FP8: CompressedTensorsDialect(),
+    QuantFormat.FP8_BLOCKWISE: DeepSeekDialect(),
 }
 
 
 def dialect_for(scheme: Scheme) -> Dialect:
     """The spelling of a scheme that vLLM, SGLang and TensorRT-LLM read."""
-    return _DIALECTS[scheme]
+    return _DIALECTS[scheme.format]
 
 
 INPUT_SCALE = TensorSpec("input_scale", (), torch.float32)

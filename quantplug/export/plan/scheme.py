@@ -4,23 +4,12 @@ from dataclasses import dataclass
 
 from quantplug.export.plan.types import QuantizerState
 from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
+from quantplug.formats.names import Scheme, scheme_of
 
 WAY_OUT = (
     "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG or "
     "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, or disable the quantizer."
 )
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a linear is quantized: the format of its weight, and whether its input is quantized too."""
-
-    weight: WeightFormat
-    activations: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.weight.name} with {'quantized' if self.activations else '16-bit'} activations"
 
 
 @dataclass(frozen=True)
@@ -52,16 +41,16 @@ def quantizer_for(packing: WeightFormat, name: str) -> QuantizerState:
     return QuantizerState(name, settings.num_bits, settings.block_sizes, settings.scale_bits, settings.dynamic_blocks)
 
 
-def problem(weight: QuantizerState, activation: QuantizerState | None) -> str | None:
-    """Why a linear's quantizers cannot be written; None when they can."""
+def scheme_for(weight: QuantizerState, activation: QuantizerState | None) -> Scheme | str:
+    """What a linear's quantizers mean, or why they cannot be written."""
     packing = weight_format(weight)
     if packing is None:
         return f"no output format expresses its weight quantizer ({describe(weight)})"
-    if activation is None:
-        return None
-    if weight_format(activation) != packing or not packing.static_activations:
-        return f"its input quantizer ({describe(activation)}) does not go with its {packing.name} weight"
-    return None
+    scheme = scheme_of(packing, has_input_scale=activation is not None)
+    if scheme is None or (activation is not None and weight_format(activation) != packing):
+        described = "none" if activation is None else describe(activation)
+        return f"its input quantizer ({described}) does not go with its {packing.name} weight"
+    return scheme
 
 
 def describe(state: QuantizerState) -> str:

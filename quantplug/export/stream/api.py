@@ -14,14 +14,22 @@ from quantplug.export.sources.live import LiveWeights, Model, live_weights
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.plan import PlannedStream, make_stream_plan
 from quantplug.export.stream.quant_fn import QuantFn
-from quantplug.export.stream.request import SCALE_SUFFIX, StreamFormat, StreamRequest, named_format, refuse_adapters
+from quantplug.export.stream.request import (
+    AS_QUANTIZED,
+    SCALE_SUFFIX,
+    OwnQuantizers,
+    StreamRequest,
+    refuse_adapters,
+    stream_format,
+)
 from quantplug.export.stream.rounds import Delivery, Run, cut_into_runs
 from quantplug.formats import TensorSpec
+from quantplug.formats.names import QuantFormat
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none, collective_device
 from quantplug.megatron.parallel import current_topology, process_groups
 
-__all__ = ["StreamFormat", "StreamPlan", "export_hf_weights_quant", "plan_stream"]
+__all__ = ["AS_QUANTIZED", "StreamPlan", "export_hf_weights_quant", "plan_stream"]
 
 _Portrait = dict[ParamKey, tuple[tuple[int, ...], torch.dtype, QuantizerState | None, QuantizerState | None]]
 
@@ -104,7 +112,7 @@ def plan_stream(
     quant_fn: QuantFn | None = None,
     quant_block_size: tuple[int, int] | None = None,
     *,
-    quant_format: StreamFormat | str | None = None,
+    quant_format: QuantFormat | OwnQuantizers | str | None = None,
     scale_suffix: str = SCALE_SUFFIX,
     dtype: torch.dtype = torch.bfloat16,
     moe_router_dtype: torch.dtype | None = None,
@@ -124,7 +132,7 @@ def plan_stream(
             quantization_checker=quantization_checker,
             quant_fn=quant_fn,
             quant_block_size=quant_block_size,
-            quant_format=None if quant_format is None else named_format(quant_format),
+            quant_format=None if quant_format is None else stream_format(quant_format),
             scale_suffix=scale_suffix,
             dtype=dtype,
             moe_router_dtype=moe_router_dtype,
@@ -140,7 +148,7 @@ def plan_stream(
     weights = all_or_none(lambda: live_weights(model))
     device = next((ref.load().device for ref in weights.refs), collective_device())
     stream = make_stream_plan(model, pretrained_model_name_or_path, request, topology, device)
-    has_quantizers = request.quant_format is StreamFormat.AS_QUANTIZED
+    has_quantizers = request.quant_format is AS_QUANTIZED
     return StreamPlan(
         model=model,
         stream=stream,
@@ -160,7 +168,7 @@ def export_hf_weights_quant(
     quant_fn: QuantFn | None = None,
     quant_block_size: tuple[int, int] | None = None,
     *,
-    quant_format: StreamFormat | str | None = None,
+    quant_format: QuantFormat | OwnQuantizers | str | None = None,
     scale_suffix: str = SCALE_SUFFIX,
     dtype: torch.dtype = torch.bfloat16,
     moe_router_dtype: torch.dtype | None = None,
@@ -188,7 +196,7 @@ def export_hf_weights_quant(
             embedding and the output layer too; for routers and norms never.
         quant_fn: (weight [out, in], quant_block_size) to (codes, scale).
         quant_block_size: Rows and columns of a block of `quant_fn`; None if it has no blocks.
-        quant_format: nvfp4, fp8, fp8_blockwise: weights alone, by the amaxes of the weights. as_quantized: as the
+        quant_format: w4a16_nvfp4, w8a16_fp8, fp8_blockwise: by the amaxes of the weights alone. as_quantized: as the
             model's ModelOpt quantizers say, with the amaxes that they hold.
         scale_suffix: What a scale of `quant_fn` is called: this behind the weight's name.
         dtype: Type of tensors that are not quantized.
@@ -209,7 +217,9 @@ def export_hf_weights_quant(
         TopologyError: Megatron's groups are not initialized, receivers that are no ranks, or ranks that disagree.
         MappingError: The model is not the one that the config describes.
         ShapeError: Likewise by its shapes, or they do not divide as the format needs.
-        UnsupportedQuantizationError: Arguments, checker or function that cannot be used, or quantizers that cannot be
+        ArgumentError: No format has the name in `quant_format`.
+        UnsupportedQuantizationError: A format that quantizes activations, which needs data; arguments, checker or
+            function that cannot be used, or quantizers that cannot be
             written.
         CalibrationError: Enabled quantizers without a usable amax (as_quantized).
         WeightError: While it runs, before the first tensor: NaN or Inf in a weight.

@@ -13,18 +13,13 @@ from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, Whol
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import chosen_weights
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
-from quantplug.export.stream.request import StreamFormat, StreamRequest
-from quantplug.formats import FP8, NVFP4, FP8Block, TensorSpec, WeightFormat
+from quantplug.export.stream.request import AS_QUANTIZED, OwnQuantizers, StreamRequest
+from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.formats.names import SCHEMES
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Role
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.topology import ParallelTopology
-
-_FORMATS: dict[StreamFormat, WeightFormat] = {
-    StreamFormat.NVFP4: NVFP4(),
-    StreamFormat.FP8: FP8(),
-    StreamFormat.FP8_BLOCKWISE: FP8Block(),
-}
 
 
 @dataclass(frozen=True)
@@ -81,10 +76,10 @@ def make_stream_plan(
         dtype=request.dtype,
         moe_router_dtype=request.moe_router_dtype,
         trust_remote_code=request.trust_remote_code,
-        calibrated=request.quant_format is StreamFormat.AS_QUANTIZED,
+        calibrated=request.quant_format is AS_QUANTIZED,
         with_passthrough=False,  # A receiver has what never changes.
         requantize=None
-        if request.quant_format is StreamFormat.AS_QUANTIZED
+        if request.quant_format is AS_QUANTIZED
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
     )
     tasks = planned.plan.tasks
@@ -109,9 +104,9 @@ def _requantized(
 ) -> Sequence[WholeWeight]:
     """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
     plain = [replace(weight, weight=None, activation=None) for weight in weights]
-    if request.quant_format is None:
+    if request.quant_format is None or isinstance(request.quant_format, OwnQuantizers):
         return plain
-    packing = _FORMATS[request.quant_format]
+    packing = SCHEMES[request.quant_format].weight
     table = family.by_megatron()
     linears = [
         weight for weight in plain if weight.key.module in table and table[weight.key.module].role is Role.LINEAR

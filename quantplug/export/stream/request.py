@@ -10,20 +10,21 @@ from quantplug.export.plan.dialects import INPUT_SCALE
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
+from quantplug.formats.names import QuantFormat, scheme_without_data
 from quantplug.topology import ParallelTopology
 
 SCALE_SUFFIX = "_scale_inv"
 """What Megatron-Bridge, and DeepSeek's checkpoints, append to a weight's name for its scale."""
 
 
-class StreamFormat(StrEnum):
-    """Built-in quantizations, all of weights alone but the last, by name."""
+class OwnQuantizers(StrEnum):
+    """What a stream takes where others take the name of a format."""
 
-    NVFP4 = "nvfp4"
-    FP8 = "fp8"
-    FP8_BLOCKWISE = "fp8_blockwise"
     AS_QUANTIZED = "as_quantized"
     """As the model's own ModelOpt quantizers say, with their calibrated amaxes."""
+
+
+AS_QUANTIZED = OwnQuantizers.AS_QUANTIZED
 
 
 # Parts of the names that peft, Megatron-Bridge and NeMo give to adapters and to the linears they wrap.
@@ -37,7 +38,7 @@ class StreamRequest:
     quantization_checker: QuantizationChecker | None = None
     quant_fn: QuantFn | None = None
     quant_block_size: tuple[int, int] | None = None
-    quant_format: StreamFormat | None = None
+    quant_format: QuantFormat | OwnQuantizers | None = None
     scale_suffix: str = SCALE_SUFFIX
     dtype: torch.dtype = torch.bfloat16
     moe_router_dtype: torch.dtype | None = None
@@ -80,26 +81,23 @@ class StreamRequest:
             found.append(("quant_block_size", "is given without quant_fn"))
         if self.quant_block_size is not None and not _is_block_size(self.quant_block_size):
             found.append(("quant_block_size", f"is {self.quant_block_size!r}, not (rows, columns)"))
-        if self.quant_format is StreamFormat.AS_QUANTIZED and self.quantization_checker is not None:
+        if self.quant_format is AS_QUANTIZED and self.quantization_checker is not None:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if not self.scale_suffix or self.scale_suffix.endswith(INPUT_SCALE.name):
             found.append(("scale_suffix", f"is {self.scale_suffix!r}, which is empty or that of an input scale"))
         return found
 
 
-def named_format(name: str | StreamFormat) -> StreamFormat:
-    """A built-in format by its name.
+def stream_format(name: str) -> QuantFormat | OwnQuantizers:
+    """What a name asks of a stream.
 
     Raises:
-        UnsupportedQuantizationError: There is none of this name.
+        ArgumentError: No format has this name.
+        UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
     """
-    try:
-        return StreamFormat(name)
-    except ValueError as error:
-        known = ", ".join(StreamFormat)
-        raise UnsupportedQuantizationError(
-            "There is no such format.", [Offender("quant_format", f"is {name!r}")], f"Choose one of {known}."
-        ) from error
+    if name == AS_QUANTIZED:
+        return AS_QUANTIZED
+    return scheme_without_data(name, "quant_format").format
 
 
 def refuse_adapters(model: Model, rank: int) -> None:

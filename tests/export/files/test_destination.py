@@ -193,7 +193,7 @@ def test_another_export_does_not_take_up_what_is_left(change: str, sources: Sour
         elif change == "plain weight":
             model.decoder.final_layernorm.weight[3] += 1
         elif change == "scheme":
-            model = quantize(load(sources("dense")), "fp8_weight_only")
+            model = quantize(load(sources("dense")), "w8a16_fp8")
         else:
             limit = 60_000
     with refused(DestinationError, tmp_path) as caught:

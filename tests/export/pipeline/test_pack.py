@@ -34,7 +34,7 @@ SUFFIXES = {
     "w4a16_nvfp4": {"weight", "weight_scale", "weight_scale_2"},
     "nvfp4": {"weight", "weight_scale", "weight_scale_2", "input_scale"},
     "fp8": {"weight", "weight_scale", "input_scale"},
-    "fp8_weight_only": {"weight", "weight_scale"},
+    "w8a16_fp8": {"weight", "weight_scale"},
     "fp8_blockwise": {"weight", "weight_scale_inv"},
 }
 EVERY_EXPORT = [(name, scheme) for scheme in SUFFIXES for name in (BLOCKS if scheme == "fp8_blockwise" else AWKWARD)]
@@ -87,7 +87,7 @@ def test_torchao_decodes_nvfp4_to_the_source(name: str, sources: Sources, export
         assert (decoded - weight.float()).norm() <= 0.13 * weight.float().norm(), module
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "nvfp4", "fp8", "fp8_weight_only"])
+@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "nvfp4", "fp8", "w8a16_fp8"])
 def test_a_zero_expert_decodes_to_zeros(scheme: str, exports: Exports) -> None:
     exported = read(exports("moe", scheme))
     dead = {name: tensor for name, tensor in exported.items() if f".experts.{ZERO_EXPERT}." in name}
@@ -100,7 +100,7 @@ def test_a_zero_expert_decodes_to_zeros(scheme: str, exports: Exports) -> None:
             assert (tensor.float() > 0).all(), name
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "fp8_weight_only"])
+@pytest.mark.parametrize("scheme", ["fp8", "w8a16_fp8"])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_fp8_is_the_quotient_in_fp32(name: str, scheme: str, sources: Sources, exports: Exports) -> None:
     exported = read(exports(name, scheme))
@@ -174,7 +174,7 @@ def test_every_projection_has_the_input_scale_of_its_linear(
         assert same_bytes(exported[f"{module}.input_scale"], amax / torch.tensor(largest)), module
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "fp8_weight_only", "fp8_blockwise"])
+@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8", "fp8_blockwise"])
 def test_sequential_experts_give_the_bytes_of_grouped_ones(scheme: str, exports: Exports) -> None:
     names = BLOCKS if scheme == "fp8_blockwise" else AWKWARD
     for name in names:

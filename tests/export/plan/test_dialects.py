@@ -55,8 +55,8 @@ def dequantized(export: Path, source: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        ("dense", "fp8_weight_only"),
-        ("tied", "fp8_weight_only"),
+        ("dense", "w8a16_fp8"),
+        ("tied", "w8a16_fp8"),
         ("dense_blocks", "fp8_blockwise"),
         ("moe_blocks", "fp8_blockwise"),
         ("wide_moe_blocks", "fp8_blockwise"),
@@ -73,12 +73,12 @@ def test_transformers_loads_the_dequantized_weights(
 def test_transformers_refuses_fp8_experts_of_compressed_tensors_rather_than_misread_them(exports: Exports) -> None:
     """Its loader merges experts from `weight_packed` only (transformers 5.14, integrations/compressed_tensors.py)."""
     with pytest.raises(RuntimeError, match="conversion of the weights"):
-        transformers_model(exports("moe", "fp8_weight_only"))
+        transformers_model(exports("moe", "w8a16_fp8"))
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "mixed"])
 def test_compressed_tensors_reads_our_config_as_fp8_weights_alone(name: str, exports: Exports) -> None:
-    written = json.loads((exports(name, "fp8_weight_only") / "config.json").read_text())["quantization_config"]
+    written = json.loads((exports(name, "w8a16_fp8") / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(written)
     (scheme,) = config.config_groups.values()
     assert config.quantization_status is QuantizationStatus.COMPRESSED
@@ -89,7 +89,7 @@ def test_compressed_tensors_reads_our_config_as_fp8_weights_alone(name: str, exp
 
 
 def test_compressed_tensors_quantizes_what_we_quantized_and_nothing_else(sources: Sources, exports: Exports) -> None:
-    model = transformers_model(exports("dense", "fp8_weight_only"))
+    model = transformers_model(exports("dense", "w8a16_fp8"))
     quantized = {f"{name}.weight" for name, module in model.named_modules() if is_module_quantized(module)}
     assert quantized == linear_weights(read(sources("dense"))).keys()
 
@@ -109,7 +109,7 @@ def test_a_dialect_writes_the_excludes_it_is_given() -> None:
         ("mixed", "w4a16_nvfp4"),
         ("dense", "w4a16_nvfp4"),
         ("tied", "nvfp4"),
-        ("moe", "fp8_weight_only"),
+        ("moe", "w8a16_fp8"),
         ("moe_blocks", "fp8_blockwise"),
     ],
 )
@@ -124,7 +124,7 @@ def test_megatron_computes_with_the_exported_weights_what_transformers_does(
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("scheme", ["fp8_weight_only", "w4a16_nvfp4"])
+@pytest.mark.parametrize("scheme", ["w8a16_fp8", "w4a16_nvfp4"])
 def test_the_quantized_megatron_model_computes_what_its_export_does(
     scheme: str, sources: Sources, exports: Exports, tmp_path: Path
 ) -> None:
@@ -140,7 +140,7 @@ def test_the_quantized_megatron_model_computes_what_its_export_does(
     ("name", "scheme"),
     [
         *((name, scheme) for name in ("moe", "mixed", "dense", "tied") for scheme in ("w4a16_nvfp4", "nvfp4", "fp8")),
-        *((name, "fp8_weight_only") for name in ("moe", "dense", "tied")),
+        *((name, "w8a16_fp8") for name in ("moe", "dense", "tied")),
         *((name, "fp8_blockwise") for name in ("moe_blocks", "wide_moe_blocks", "dense_blocks")),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_state_says_what_its_quantizer_holds(sources: Sources) -> None:
     assert (state.scale_bits, state.dynamic_blocks, state.unsupported) == ((4, 3), True, ())
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "fp8_weight_only"])
+@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8"])
 def test_compressed_weights(scheme: str, sources: Sources, tmp_path: Path) -> None:
     model = quantize(load(sources("dense"), LayerSpec.LOCAL), scheme)
     mtq.compress(model)

@@ -10,6 +10,7 @@ from torch import nn
 
 from quantplug import QuantplugError, export_hf_weights_quant
 from quantplug.errors import (
+    ArgumentError,
     MappingError,
     TopologyError,
     UnsupportedModelError,
@@ -17,9 +18,10 @@ from quantplug.errors import (
     WeightError,
 )
 from quantplug.export.plan.types import Held
-from quantplug.export.stream.api import StreamFormat, plan_stream
+from quantplug.export.stream.api import plan_stream
 from quantplug.export.stream.broadcast import BroadcastBucket
 from quantplug.export.stream.rounds import Delivery, Run
+from quantplug.formats.names import QuantFormat
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, raw, read, same_bytes
 
@@ -48,20 +50,20 @@ def quantized_by(
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "quant_format"),
+    ("name", "quant_format"),
     [
-        ("moe", "w4a16_nvfp4", "nvfp4"),
-        ("mixed", "w4a16_nvfp4", StreamFormat.NVFP4),
-        ("tied", "fp8_weight_only", "fp8"),
-        ("moe", "fp8_weight_only", "fp8"),
-        ("moe_blocks", "fp8_blockwise", "fp8_blockwise"),
+        ("moe", "w4a16_nvfp4"),
+        ("mixed", QuantFormat.W4A16_NVFP4),
+        ("tied", "w8a16_fp8"),
+        ("moe", "w8a16_fp8"),
+        ("moe_blocks", "fp8_blockwise"),
     ],
 )
 def test_a_model_without_quantizers_streams_what_a_calibrated_one_exports(
-    name: str, scheme: str, quant_format: str, sources: Sources, exports: Callable[..., Path]
+    name: str, quant_format: str, sources: Sources, exports: Callable[..., Path]
 ) -> None:
     stream = export_hf_weights_quant(load(sources(name)), sources(name), quant_format=quant_format)
-    assert_same_tensors(dict(stream), read(exports(name, scheme)))
+    assert_same_tensors(dict(stream), read(exports(name, str(quant_format))))
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "fp8", "w4a16_nvfp4"])
@@ -75,8 +77,8 @@ def test_as_quantized_streams_the_export_of_the_same_model(
 
 def test_quantizers_of_the_model_do_not_count_for_a_format_by_name(sources: Sources) -> None:
     plain, quantized = load(sources("moe")), quantize(load(sources("moe")), "fp8")
-    expected = dict(export_hf_weights_quant(plain, sources("moe"), quant_format="nvfp4"))
-    assert_same_tensors(dict(export_hf_weights_quant(quantized, sources("moe"), quant_format="nvfp4")), expected)
+    expected = dict(export_hf_weights_quant(plain, sources("moe"), quant_format="w4a16_nvfp4"))
+    assert_same_tensors(dict(export_hf_weights_quant(quantized, sources("moe"), quant_format="w4a16_nvfp4")), expected)
 
 
 @pytest.mark.parametrize("name", ["moe", "mixed", "tied"])
@@ -106,7 +108,7 @@ def test_the_checker_sees_global_names_and_chooses(sources: Sources) -> None:
 
 def test_a_checker_chooses_linears_of_a_format_by_name(sources: Sources) -> None:
     plan = plan_stream(
-        load(sources("moe")), sources("moe"), lambda name: "self_attention" not in name, quant_format="nvfp4"
+        load(sources("moe")), sources("moe"), lambda name: "self_attention" not in name, quant_format="w4a16_nvfp4"
     )
     quantized = {name for name in plan.expected() if name.endswith(".weight_scale")}
     assert quantized
@@ -121,7 +123,7 @@ def test_a_checker_that_says_no_gives_the_plain_bytes(sources: Sources) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"quant_format": "nvfp4"}, {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}]
+    "arguments", [{"quant_format": "w4a16_nvfp4"}, {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}]
 )
 def test_scales_follow_their_weight_and_layers_follow_each_other(arguments: dict, sources: Sources) -> None:
     names = [name for name, _ in export_hf_weights_quant(load(sources("moe")), sources("moe"), **arguments)]
@@ -136,8 +138,8 @@ def test_scales_follow_their_weight_and_layers_follow_each_other(arguments: dict
 @pytest.mark.parametrize("bucket_bytes", [1, 20_000])
 def test_the_size_of_buckets_changes_nothing(bucket_bytes: int, sources: Sources) -> None:
     model = load(sources("moe"))
-    expected = list(export_hf_weights_quant(model, sources("moe"), quant_format="nvfp4"))
-    small = list(export_hf_weights_quant(model, sources("moe"), quant_format="nvfp4", bucket_bytes=bucket_bytes))
+    expected = list(export_hf_weights_quant(model, sources("moe"), quant_format="w4a16_nvfp4"))
+    small = list(export_hf_weights_quant(model, sources("moe"), quant_format="w4a16_nvfp4", bucket_bytes=bucket_bytes))
     assert [name for name, _ in small] == [name for name, _ in expected]
     assert_same_tensors(dict(small), dict(expected))
 
@@ -150,13 +152,13 @@ def test_the_suffix_of_scales_is_the_callers(sources: Sources) -> None:
 
 def test_a_plan_serves_every_step_of_a_training(sources: Sources) -> None:
     model = load(sources("moe"))
-    plan = plan_stream(model, sources("moe"), quant_format="nvfp4")
+    plan = plan_stream(model, sources("moe"), quant_format="w4a16_nvfp4")
     first = dict(plan.tensors())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     second = dict(plan.tensors())
-    assert_same_tensors(second, dict(export_hf_weights_quant(model, sources("moe"), quant_format="nvfp4")))
+    assert_same_tensors(second, dict(export_hf_weights_quant(model, sources("moe"), quant_format="w4a16_nvfp4")))
     scale = "model.layers.0.self_attn.o_proj.weight_scale_2"
     assert not same_bytes(first[scale], second[scale])
     assert list(second) == list(plan.expected())
@@ -181,7 +183,7 @@ def test_nothing_that_is_done_to_the_tensors_reaches_the_model(sources: Sources)
 
 
 def test_a_tensor_that_is_kept_does_not_keep_its_bucket(sources: Sources) -> None:
-    for _, tensor in export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="nvfp4"):
+    for _, tensor in export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="w4a16_nvfp4"):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -197,7 +199,7 @@ def test_a_bucket_is_gone_before_the_next_is_packed(sources: Sources, monkeypatc
         return bucket
 
     monkeypatch.setattr(Delivery, "_deliver", watched)
-    plan = plan_stream(load(sources("moe")), sources("moe"), quant_format="nvfp4", bucket_bytes=20_000)
+    plan = plan_stream(load(sources("moe")), sources("moe"), quant_format="w4a16_nvfp4", bucket_bytes=20_000)
     assert len(list(plan.tensors())) == len(plan.expected())
     assert len(alive) > 2
     assert not any(alive)
@@ -258,9 +260,11 @@ FUNCTION = {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}
     ("arguments", "error", "says"),
     [
         ({}, UnsupportedQuantizationError, "neither given"),
-        ({**FUNCTION, "quant_format": "fp8"}, UnsupportedQuantizationError, "both given"),
-        ({"quant_format": "int3"}, UnsupportedQuantizationError, "nvfp4, fp8, fp8_blockwise, as_quantized"),
-        ({"quant_format": "fp8", "quant_block_size": BLOCK}, UnsupportedQuantizationError, "quant_block_size"),
+        ({**FUNCTION, "quant_format": "w8a16_fp8"}, UnsupportedQuantizationError, "both given"),
+        ({"quant_format": "int3"}, ArgumentError, "w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise"),
+        ({"quant_format": "nvfp4"}, UnsupportedQuantizationError, "Use w4a16_nvfp4: the same weights"),
+        ({"quant_format": "fp8"}, UnsupportedQuantizationError, "Use w8a16_fp8: the same weights"),
+        ({"quant_format": "w8a16_fp8", "quant_block_size": BLOCK}, UnsupportedQuantizationError, "quant_block_size"),
         ({**FUNCTION, "quant_block_size": 128}, UnsupportedQuantizationError, r"is 128, not \(rows, columns\)"),
         ({**FUNCTION, "quant_block_size": (0, 128)}, UnsupportedQuantizationError, r"not \(rows, columns\)"),
         ({**FUNCTION, "scale_suffix": ""}, UnsupportedQuantizationError, "scale_suffix"),
@@ -269,9 +273,9 @@ FUNCTION = {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}
             UnsupportedQuantizationError,
             "leaves the choice to the quantizers",
         ),
-        ({"quant_format": "fp8", "receiver_ranks": [1]}, TopologyError, r"receiver_ranks on rank 0: is \[1\]"),
-        ({"quant_format": "fp8", "receiver_ranks": []}, TopologyError, r"is \[\]"),
-        ({"quant_format": "fp8", "receiver_ranks": [0, 0]}, TopologyError, r"is \[0, 0\]"),
+        ({"quant_format": "w8a16_fp8", "receiver_ranks": [1]}, TopologyError, r"receiver_ranks on rank 0: is \[1\]"),
+        ({"quant_format": "w8a16_fp8", "receiver_ranks": []}, TopologyError, r"is \[\]"),
+        ({"quant_format": "w8a16_fp8", "receiver_ranks": [0, 0]}, TopologyError, r"is \[0, 0\]"),
         ({"quant_format": "fp8_blockwise"}, QuantplugError, "is not a multiple of the block size 128"),
         ({"quant_fn": three}, UnsupportedQuantizationError, "does not return two tensors"),
         ({"quant_fn": fails}, UnsupportedQuantizationError, "raised ValueError .*no kernel for this GPU"),
@@ -301,7 +305,7 @@ def test_adapters_that_are_not_merged_are_refused_by_the_call(sources: Sources) 
     attention = model.decoder.layers[1].self_attention
     attention.linear_proj = LoraLinear(attention.linear_proj)
     with pytest.raises(UnsupportedModelError, match="Merge them") as caught:
-        export_hf_weights_quant(model, sources("moe"), quant_format="nvfp4")
+        export_hf_weights_quant(model, sources("moe"), quant_format="w4a16_nvfp4")
     names = {offender.parameter for offender in caught.value.offenders}
     linear = "decoder.layers.1.self_attention.linear_proj"
     assert {f"{linear}.to_wrap.weight", f"{linear}.adapter.linear_in.weight"} <= names
@@ -310,7 +314,7 @@ def test_adapters_that_are_not_merged_are_refused_by_the_call(sources: Sources) 
 
 def test_one_nan_ends_the_stream_before_its_first_tensor(sources: Sources) -> None:
     model = load(sources("moe"))
-    plan = plan_stream(model, sources("moe"), quant_format="fp8")
+    plan = plan_stream(model, sources("moe"), quant_format="w8a16_fp8")
     with torch.no_grad():
         model.decoder.layers[1].mlp.experts.linear_fc2.weight2[3, 5] = torch.nan
     with pytest.raises(WeightError, match=r"linear_fc2.weight2 \(expert 2\) on rank 0: 1 NaN; first at \[3, 5\]"):
@@ -321,7 +325,7 @@ def test_a_plain_weight_that_overflows_is_refused(sources: Sources) -> None:
     model = load(sources("moe_fp32"), dtype=torch.float32)
     with torch.no_grad():
         model.decoder.layers[0].mlp.router.weight[0, 0] = 1e5
-    stream = export_hf_weights_quant(model, sources("moe_fp32"), quant_format="fp8", dtype=torch.float16)
+    stream = export_hf_weights_quant(model, sources("moe_fp32"), quant_format="w8a16_fp8", dtype=torch.float16)
     with pytest.raises(WeightError, match=r"router\.weight on rank 0: overflows torch\.float16"):
         next(stream)
 
@@ -342,7 +346,7 @@ def test_a_function_may_not_change_its_mind(sources: Sources) -> None:
 
 def test_other_amaxes_need_another_plan_where_they_count(sources: Sources) -> None:
     model = quantize(load(sources("moe")), "fp8")
-    by_name = plan_stream(model, sources("moe"), quant_format="nvfp4")
+    by_name = plan_stream(model, sources("moe"), quant_format="w4a16_nvfp4")
     as_quantized = plan_stream(model, sources("moe"), quant_format="as_quantized")
     model.decoder.layers[0].self_attention.linear_proj.weight_quantizer.amax = torch.tensor(7.0)
     dict(by_name.tensors())  # Which does not look at quantizers.
@@ -352,7 +356,7 @@ def test_other_amaxes_need_another_plan_where_they_count(sources: Sources) -> No
 
 def test_a_model_that_lost_a_weight_needs_another_plan(sources: Sources) -> None:
     model = load(sources("moe"))
-    plan = plan_stream(model, sources("moe"), quant_format="nvfp4")
+    plan = plan_stream(model, sources("moe"), quant_format="w4a16_nvfp4")
     del model.decoder.layers[1].mlp.experts.linear_fc2._parameters["weight2"]
     with pytest.raises(MappingError, match=r"linear_fc2\.weight2 \(expert 2\) on rank 0: is gone"):
         next(plan.tensors())
@@ -361,6 +365,6 @@ def test_a_model_that_lost_a_weight_needs_another_plan(sources: Sources) -> None
 def test_what_did_not_come_is_named_at_the_end(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Delivery.rounds
     monkeypatch.setattr(Delivery, "rounds", lambda self, runs, held: whole(self, runs[:-1], held))
-    stream = export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="fp8", bucket_bytes=1)
+    stream = export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="w8a16_fp8", bucket_bytes=1)
     with pytest.raises(MappingError, match=r"experts\.3\.down_proj\.weight_scale on rank 0: is missing"):
         list(stream)

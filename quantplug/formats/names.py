@@ -1,0 +1,110 @@
+"""The one table of formats by public name: what each name says of weights and of activations.
+
+Python, the command line, the examples and the documents all use these names. How a format is spelled on disk is said
+in `export/plan/dialects.py`, which settings of ModelOpt's quantizers mean it in `export/plan/scheme.py`; both are keyed
+by this table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
+from quantplug.formats.fp8 import FP8
+from quantplug.formats.fp8_block import FP8Block
+from quantplug.formats.nvfp4 import NVFP4
+from quantplug.formats.weight_format import WeightFormat
+
+
+class QuantFormat(StrEnum):
+    """The formats by name: `wXaY` counts the bits of weights and activations, where the bare name quantizes both."""
+
+    W4A16_NVFP4 = "w4a16_nvfp4"
+    NVFP4 = "nvfp4"
+    FP8 = "fp8"
+    W8A16_FP8 = "w8a16_fp8"
+    FP8_BLOCKWISE = "fp8_blockwise"
+
+
+class Activations(Enum):
+    """How the inputs of quantized linears are read by a server."""
+
+    PLAIN = "in 16 bits"
+    STATIC = "quantized by a scale that was calibrated with data"
+    DYNAMIC = "quantized by scales that the server makes of what it sees"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One row of the table: how a linear is quantized.
+
+    Attributes:
+        format: Its public name.
+        weight: How the weight becomes bytes.
+        weight_bits: Bits of one code of the weight, without its scales.
+        activations: How the input is read.
+    """
+
+    format: QuantFormat
+    weight: WeightFormat
+    weight_bits: int
+    activations: Activations
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether an `input_scale` is written, which takes calibration with data."""
+        return self.activations is Activations.STATIC
+
+
+_ROWS = (
+    Scheme(QuantFormat.W4A16_NVFP4, NVFP4(), 4, Activations.PLAIN),
+    Scheme(QuantFormat.NVFP4, NVFP4(), 4, Activations.STATIC),
+    Scheme(QuantFormat.FP8, FP8(), 8, Activations.STATIC),
+    Scheme(QuantFormat.W8A16_FP8, FP8(), 8, Activations.PLAIN),
+    Scheme(QuantFormat.FP8_BLOCKWISE, FP8Block(), 8, Activations.DYNAMIC),
+)
+SCHEMES: Mapping[QuantFormat, Scheme] = {row.format: row for row in _ROWS}
+
+
+def scheme_of(weight: WeightFormat, *, has_input_scale: bool) -> Scheme | None:
+    """The row of a weight's format, with a calibrated scale of the input or without; None if no name stands for it."""
+    return next((row for row in _ROWS if row.weight == weight and row.has_input_scale is has_input_scale), None)
+
+
+def without_input_scale(scheme: Scheme) -> Scheme:
+    """The row of the same weights whose activations need no data: the row itself where they need none anyway."""
+    return next(row for row in _ROWS if row.weight == scheme.weight and not row.has_input_scale)
+
+
+def scheme_named(name: str, argument: str) -> Scheme:
+    """The row of a name.
+
+    Args:
+        argument: What the name was given as, for the message.
+
+    Raises:
+        ArgumentError: No format has this name.
+    """
+    if name not in list(QuantFormat):
+        raise ArgumentError(
+            "There is no such format.", [Offender(argument, f"is {name!r}")], f"Use one of: {', '.join(QuantFormat)}."
+        )
+    return SCHEMES[QuantFormat(name)]
+
+
+def scheme_without_data(name: str, argument: str) -> Scheme:
+    """The row of a name where nothing is calibrated with data.
+
+    Raises:
+        ArgumentError: No format has this name.
+        UnsupportedQuantizationError: The format has scales of inputs, which only data can give.
+    """
+    scheme = scheme_named(name, argument)
+    if scheme.has_input_scale:
+        raise UnsupportedQuantizationError(
+            "Activations are quantized by scales that are calibrated with data, and there is none here.",
+            [Offender(argument, f"is {name!r}, which quantizes activations")],
+            f"Use {without_input_scale(scheme).format}: the same weights, with activations in 16 bits. For {name} "
+            "itself calibrate a model with data, and export that.",
+        )
+    return scheme

@@ -1,0 +1,68 @@
+"""The table of formats by public name."""
+
+import pytest
+
+from quantplug.errors import ArgumentError, UnsupportedQuantizationError
+from quantplug.formats.names import (
+    SCHEMES,
+    Activations,
+    QuantFormat,
+    scheme_named,
+    scheme_of,
+    scheme_without_data,
+    without_input_scale,
+)
+
+
+def test_every_name_says_what_it_means() -> None:
+    """As the vocabulary of the README has it; a name of another meaning would be another checkpoint."""
+    said = {name: (row.weight.name, row.weight_bits, row.activations) for name, row in SCHEMES.items()}
+    assert said == {
+        "w4a16_nvfp4": ("nvfp4", 4, Activations.PLAIN),
+        "nvfp4": ("nvfp4", 4, Activations.STATIC),
+        "fp8": ("fp8", 8, Activations.STATIC),
+        "w8a16_fp8": ("fp8", 8, Activations.PLAIN),
+        "fp8_blockwise": ("fp8_block", 8, Activations.DYNAMIC),
+    }
+
+
+def test_every_name_has_a_row_of_its_own() -> None:
+    assert list(SCHEMES) == list(QuantFormat)
+    assert len({(row.weight, row.activations) for row in SCHEMES.values()}) == len(SCHEMES)
+
+
+@pytest.mark.parametrize("name", QuantFormat)
+def test_a_row_is_found_by_what_it_says(name: QuantFormat) -> None:
+    row = scheme_named(name.value, "format")
+    assert row.format is name
+    assert scheme_of(row.weight, has_input_scale=row.has_input_scale) is row
+
+
+@pytest.mark.parametrize("name", QuantFormat)
+def test_input_scales_are_of_formats_that_have_them(name: QuantFormat) -> None:
+    assert not SCHEMES[name].has_input_scale or SCHEMES[name].weight.static_activations
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("nvfp4", "w4a16_nvfp4"),
+        ("w4a16_nvfp4", "w4a16_nvfp4"),
+        ("fp8", "w8a16_fp8"),
+        ("w8a16_fp8", "w8a16_fp8"),
+        ("fp8_blockwise", "fp8_blockwise"),
+    ],
+)
+def test_the_same_weights_without_data(name: str, instead: str) -> None:
+    assert without_input_scale(scheme_named(name, "format")).format == instead
+    if name == instead:
+        assert scheme_without_data(name, "format").format == name
+    else:
+        with pytest.raises(UnsupportedQuantizationError, match=f"Use {instead}: the same weights"):
+            scheme_without_data(name, "format")
+
+
+@pytest.mark.parametrize("name", ["W4A16_NVFP4", "int3", "", "Activations"])
+def test_an_unknown_name_is_refused_with_those_that_are_known(name: str) -> None:
+    with pytest.raises(ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise"):
+        scheme_named(name, "quant_format")
