@@ -5,10 +5,12 @@ compressed-tensors' hold names and `re:` expressions; DeepSeek's `modules_to_not
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
+from itertools import takewhile
 
 Matcher = Callable[[str, str], bool]  # (pattern, module) -> does the pattern name the module
 
@@ -58,34 +60,110 @@ def _prefixes(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
+def _stretches(module: str, sizes: Iterable[int]) -> Iterator[str]:
+    """The runs of so many whole components of a name: with 1 and 2, `a.b.c` gives a, b, c, a.b and b.c."""
+    components = module.split(".")
+    for size in sizes:
+        yield from (".".join(components[first : first + size]) for first in range(len(components) - size + 1))
+
+
+_WILD = frozenset("*?")
+_Ends = tuple[str, str]  # the components before the first wildcard, and the last component; empty where it is wild
+
+
 @dataclass(frozen=True)
-class ExcludeList:
+class PatternList:
     """Patterns and the way their tool reads them.
 
-    Lists of large models have hundreds of names, and tens of thousands of modules to hold against them: plain names are
-    looked up, only the others are matched one by one.
+    Lists of large models have hundreds of names, and tens of thousands of modules to hold against them. So each module
+    looks up what could name it: names by its own prefixes, wildcards by the components they begin and end with. Time
+    grows with the modules and with what is found, not with modules times patterns.
     """
 
     patterns: tuple[str, ...]
     matcher: Matcher
 
-    def excludes(self, module: str) -> bool:
-        return not self._names.isdisjoint(_prefixes(module)) or any(self.matcher(p, module) for p in self._others)
+    def names(self, module: str) -> bool:
+        return next(self.matching(module), None) is not None
 
-    def hits(self, pattern: str, modules: Iterable[str]) -> list[str]:
-        return [module for module in modules if self.matcher(pattern, module)]
+    def matching(self, module: str) -> Iterator[str]:
+        """The patterns that name a module, each once."""
+        if self.matcher is matches_fp8:
+            yield from self._names.intersection(_stretches(module, self._sizes))
+            return
+        prefixes = list(_prefixes(module))
+        yield from (prefix for prefix in prefixes if prefix in self._names)
+        last = module.rpartition(".")[2]
+        # What stands before a wildcard is a prefix of the name, and of no name at all for one that begins with it.
+        for key in ((begin, end) for begin in (*prefixes, "") for end in dict.fromkeys((last, ""))):
+            yield from (pattern for pattern in self._wild.get(key, ()) if self.matcher(pattern, module))
+
+    def hits(self, modules: Iterable[str]) -> Mapping[str, list[str]]:
+        """Each pattern that names one of the modules or more, with these, in their order."""
+        found: dict[str, list[str]] = {}
+        for module in modules:
+            for pattern in self.matching(module):
+                found.setdefault(pattern, []).append(module)
+        return found
 
     def is_name(self, pattern: str) -> bool:
         """The pattern stands for one module and what is below it."""
-        return self.matcher is not matches_fp8 and not pattern.startswith("re:") and not set(pattern) & set("*?")
+        return self.matcher is not matches_fp8 and not self._is_wild(pattern)
+
+    def _is_wild(self, pattern: str) -> bool:
+        return self.matcher is not matches_fp8 and (
+            pattern.startswith("re:") or (self.matcher is matches_modelopt and not _WILD.isdisjoint(pattern))
+        )
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset(pattern for pattern in self.patterns if self.is_name(pattern))
+        return frozenset(pattern for pattern in self.patterns if not self._is_wild(pattern))
 
     @cached_property
-    def _others(self) -> tuple[str, ...]:
-        return tuple(pattern for pattern in self.patterns if pattern not in self._names)
+    def _sizes(self) -> frozenset[int]:
+        return frozenset(pattern.count(".") + 1 for pattern in self._names)
+
+    @cached_property
+    def _wild(self) -> Mapping[_Ends, tuple[str, ...]]:
+        found: dict[_Ends, dict[str, None]] = {}
+        for pattern in self.patterns:
+            if self._is_wild(pattern):
+                found.setdefault(_ends(pattern), {})[pattern] = None
+        return {ends: tuple(patterns) for ends, patterns in found.items()}
+
+
+def _ends(pattern: str) -> _Ends:
+    """What a wildcard's names begin and end with, as whole components; a regular expression may match anything."""
+    if pattern.startswith("re:"):
+        return "", ""
+    components = pattern.split(".")
+    begin = takewhile(lambda component: _WILD.isdisjoint(component), components)
+    last = components[-1]
+    return ".".join(begin), last if _WILD.isdisjoint(last) else ""
+
+
+class NamesByPart:
+    """Names found by what they contain from the beginning of one of their components on."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._ends = sorted((end, name) for name in names for end in _suffixes(name))
+
+    def containing(self, part: str) -> list[str]:
+        """The names that hold this part and go on in the same component: `b.c` is in `a.b.cd`, not in `a.b.c.d`."""
+        found: dict[str, None] = {}
+        for place in range(bisect_left(self._ends, (part, "")), len(self._ends)):
+            end, name = self._ends[place]
+            if not end.startswith(part):
+                break
+            if not end.startswith(f"{part}."):
+                found[name] = None
+        return list(found)
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def overreach(pattern: str, hit: Iterable[str]) -> str | None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from quantplug.mappings.table import Placement
 from quantplug.verify import names
 from quantplug.verify.checkpoint import Checkpoint, TensorInfo
+from quantplug.verify.excludes import with_parents
 from quantplug.verify.fused import FusedExperts
 from quantplug.verify.known import KnownArchitecture
 from quantplug.verify.layouts import CODE_DTYPES, Layout, Part, UnjudgedLayout, scale_names
@@ -19,6 +20,8 @@ _RANKS_OF_ALL = {"weight": 3, "weight_packed": 3, "bias": 2}
 @dataclass(frozen=True)
 class Module:
     """All tensors that share a prefix.
+
+    What follows from them is found once: dozens of rules ask, of tens of thousands of modules.
 
     Attributes:
         tensors: Suffix (`weight`, `weight_scale`) to header entry.
@@ -38,7 +41,7 @@ class Module:
         """The module that servers build for it: of a parameter that holds all experts, the experts."""
         return self.name if self.transposed is None else _served(self.name)
 
-    @property
+    @cached_property
     def placement(self) -> Placement | None:
         """How the experts lie in the tensors of all of them; None for a module of its own."""
         if self.transposed is None:
@@ -62,30 +65,30 @@ class Module:
             return None
         return replace(info, shape=shape) if info is not None and len(shape) == 2 else None
 
-    @property
+    @cached_property
     def quantized(self) -> bool:
         """Something on disk speaks of quantization."""
         weight = self.tensors.get("weight")
         return any(scale_names(self.tensors)) or (weight is not None and weight.dtype in CODE_DTYPES)
 
-    @property
+    @cached_property
     def plain_matrix(self) -> TensorInfo | None:
         """The weight of an unquantized Linear, embedding or router."""
         return None if self.quantized else self.matrix(self.tensors.get("weight"))
 
-    @property
+    @cached_property
     def layout(self) -> Layout | None:
         """The layout to judge the tensors by: promised, not excluded, and quantized on disk."""
         if self.excluded or not self.quantized or isinstance(self.promised, UnjudgedLayout):
             return None
         return self.promised
 
-    @property
+    @cached_property
     def codes(self) -> TensorInfo | None:
         """The quantized values, when they are there and a matrix."""
         return self.matrix(self.tensors.get(self.layout.codes)) if self.layout is not None else None
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, Part]:
         """What the tensors of the layout have to be, given the shape of the codes; empty without codes."""
         if self.layout is None or self.codes is None:
@@ -146,6 +149,16 @@ class Inventory:
         return tuple(names.fused_groups(self.modules))
 
     @cached_property
+    def experts_parents(self) -> frozenset[str]:
+        """The modules that have one that is called `experts`, or begins so (`experts_bias`)."""
+        return frozenset(
+            name.removesuffix(f".{last}")
+            for module in with_parents(self.modules)
+            for name, last in ((module, names.last(module)),)
+            if last.startswith("experts") and name != last
+        )
+
+    @cached_property
     def merged_plain(self) -> frozenset[str]:
         """What servers make of modules that are all excluded; they may look it up by its own name."""
         return frozenset(
@@ -177,6 +190,6 @@ def take_inventory(
     for name, tensors in sorted(grouped.items()):
         transposed = fused.is_transposed(name)
         served = name if transposed is None else _served(name)
-        excluded, promised = scheme.excludes.excludes(served), scheme.layout_of(served)
+        excluded, promised = scheme.excludes.names(served), scheme.layout_of(served)
         modules[name] = Module(name, tensors, excluded, promised, transposed)
     return Inventory(checkpoint, scheme, modules, fused, known)

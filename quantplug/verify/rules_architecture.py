@@ -117,8 +117,8 @@ def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> boo
     siblings = inventory.mixtures.get(expert.experts, {})
     if siblings:
         return any(expert.projection in projections for projections in siblings.values())
-    router = inventory.modules.get(f"{expert.experts.removesuffix('.experts')}.gate")
-    fused = any(module.startswith(expert.experts) for module in inventory.modules)
+    parent = expert.experts.removesuffix(".experts")
+    router, fused = inventory.modules.get(f"{parent}.gate"), parent in inventory.experts_parents
     matrix = router.plain_matrix if router is not None else None
     return fused or (matrix is not None and matrix.shape[0] == found.known.dims.num_experts)
 

@@ -102,9 +102,9 @@ def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
     ):
         if value is not None and not is_texts(value):
             yield error(Check.CONFIG_AGREEMENT, where, "is not a list of names")
-    here_only = set(as_texts(config.get("ignore"))) ^ set(as_texts(file.get("exclude_modules")))
-    for pattern in sorted(here_only):
-        where, other = (CONFIG, FILE) if pattern in as_texts(config.get("ignore")) else (FILE, CONFIG)
+    here, there = set(as_texts(config.get("ignore"))), set(as_texts(file.get("exclude_modules")))
+    for pattern in sorted(here ^ there):
+        where, other = (CONFIG, FILE) if pattern in here else (FILE, CONFIG)
         yield error(Check.CONFIG_AGREEMENT, pattern, f"excluded by {where}, but not by {other}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from quantplug.verify import excludes, names
 from quantplug.verify.checks import Check
-from quantplug.verify.excludes import with_parents
+from quantplug.verify.excludes import NamesByPart, with_parents
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, Severity, error, warning
 
@@ -19,35 +19,37 @@ def _listed(modules: list[str]) -> str:
 def patterns(inventory: Inventory) -> Iterator[Finding]:
     """Each pattern names something, and no more than it seems to."""
     tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
-    modules = [*inventory.served, *(["lm_head"] if tied else [])]  # ModelOpt excludes a head that is not on disk
+    # ModelOpt excludes a head that is not on disk.
+    modules = dict.fromkeys([*inventory.served, *(["lm_head"] if tied else [])])
     known, listed = with_parents(modules) | inventory.merged_plain, inventory.scheme.excludes
+    # Servers hold patterns against the names they give to merged modules, too.
+    merged = dict.fromkeys(group.fused for group in inventory.fused_groups)
+    hits = listed.hits(modules | merged)
+    parts = NamesByPart(name for name in merged if name not in inventory.merged_plain)
     for pattern in listed.patterns:
+        hit = hits.get(pattern, [])
         if pattern.startswith("re:") and inventory.scheme.method != "compressed-tensors":
             yield error(Check.EXCLUDE_PATTERN, pattern, "vLLM and SGLang ignore re: patterns; write the names")
         elif pattern.startswith("re:") and not excludes.is_valid_expression(pattern.removeprefix("re:")):
             yield error(Check.EXCLUDE_PATTERN, pattern, "is not a regular expression")
-        elif not (pattern in known if listed.is_name(pattern) else listed.hits(pattern, modules)):
+        elif not (pattern in known if listed.is_name(pattern) else any(name in modules for name in hit)):
             severity = Severity.ERROR if inventory.scheme.method == "modelopt" else Severity.WARNING
             yield Finding(severity, Check.EXCLUDE_PATTERN, pattern, "matches no module on disk")
         elif inventory.scheme.method == "modelopt":
-            yield from _plain_name(inventory, pattern) if listed.is_name(pattern) else _wildcard(inventory, pattern)
+            yield from _plain_name(inventory, pattern, parts) if listed.is_name(pattern) else _wildcard(pattern, hit)
 
 
-def _wildcard(inventory: Inventory, pattern: str) -> Iterator[Finding]:
-    merged = [group.fused for group in inventory.fused_groups]
-    hit = inventory.scheme.excludes.hits(pattern, [*inventory.served, *merged])
+def _wildcard(pattern: str, hit: list[str]) -> Iterator[Finding]:
     if reason := excludes.overreach(pattern, hit):
         message = f"{reason}; it hits {_listed(hit)}: write exact names or prefix.*"
         yield error(Check.EXCLUDE_PATTERN, pattern, message)
 
 
-def _plain_name(inventory: Inventory, pattern: str) -> Iterator[Finding]:
+def _plain_name(inventory: Inventory, pattern: str, parts: NamesByPart) -> Iterator[Finding]:
     if pattern not in inventory.served and pattern not in inventory.merged_plain and pattern != "lm_head":
         message = f"names a parent: TensorRT-LLM and SGLang want the whole name, write {pattern}.*"
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
-    merged = (group.fused for group in inventory.fused_groups if group.fused not in inventory.merged_plain)
-    swallowed = [name for name in merged if pattern in name and not name.startswith(f"{pattern}.")]
-    if swallowed:
+    if swallowed := parts.containing(pattern):
         message = f"is part of the name {_listed(swallowed)}, which vLLM then leaves unquantized too"
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
 

@@ -72,8 +72,7 @@ def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]
         parent, _, name = module.name.rpartition(".")
         rows = module.plain_matrix.shape[0] if module.plain_matrix is not None else None
         is_router = name in ("gate", "router") and rows is not None and rows == count
-        fused = any(other.startswith(f"{parent}.experts") for other in inventory.modules)
-        if is_router and not fused:
+        if is_router and parent not in inventory.experts_parents:
             yield error(Check.EXPERTS, parent, f"has a router for {count} experts, and no expert")
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
-from quantplug.verify.excludes import ExcludeList, matches_compressed_tensors, matches_fp8, matches_modelopt
+from quantplug.verify.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt
 from quantplug.verify.layouts import (
     F32,
     MODELOPT_FP8,
@@ -49,7 +50,7 @@ class DeclaredScheme:
 
     method: str
     label: str
-    excludes: ExcludeList
+    excludes: PatternList
     layout_of: Callable[[str], ModuleLayout]
     kv_cache: str = ""
 
@@ -82,7 +83,7 @@ def _nested(file: Json) -> Json:
 
 def _unquantized(label: str = "unquantized") -> DeclaredScheme:
     """Nothing is promised of any module, and the rules on promises have nothing to say."""
-    return DeclaredScheme("", label, ExcludeList((), matches_modelopt), lambda module: None)
+    return DeclaredScheme("", label, PatternList((), matches_modelopt), lambda module: None)
 
 
 def modelopt_kv_cache(config: Json) -> str:
@@ -102,7 +103,7 @@ def _modelopt(config: Json) -> DeclaredScheme:
     else:
         layout = MODELOPT_LAYOUTS.get(algo.upper(), UnjudgedLayout(algo or "no quant_algo"))
         layout_of = _same_for_all(layout)
-    return DeclaredScheme("modelopt", f"modelopt {algo}", ExcludeList(patterns, matches_modelopt), layout_of, kv_cache)
+    return DeclaredScheme("modelopt", f"modelopt {algo}", PatternList(patterns, matches_modelopt), layout_of, kv_cache)
 
 
 def _same_for_all(layout: ModuleLayout) -> Callable[[str], ModuleLayout]:
@@ -136,28 +137,28 @@ def _fp8(config: Json) -> DeclaredScheme:
         layout = Fp8Layout("FP8", "weight_scale", None, F32, inputs)
     else:
         layout = UnjudgedLayout(f"fp8 with weight_block_size {block!r}")
-    return DeclaredScheme("fp8", layout.name, ExcludeList(patterns, matches_fp8), _same_for_all(layout))
+    return DeclaredScheme("fp8", layout.name, PatternList(patterns, matches_fp8), _same_for_all(layout))
 
 
 def _compressed_tensors(config: Json) -> DeclaredScheme:
     default_format = as_text(config.get("format"))
     groups = [as_object(group) for group in as_object(config.get("config_groups")).values()]
     layouts = [(as_texts(group.get("targets")), _group_layout(group, default_format)) for group in groups]
+    classes = [layout for targets, layout in layouts if any(map(_is_class, targets))]
+    by_name = [
+        (PatternList(tuple(target for target in targets if not _is_class(target)), matches_compressed_tensors), layout)
+        for targets, layout in layouts
+    ]
 
     def layout_of(module: str) -> ModuleLayout:
         """The first group that names the module; a class name (`Linear`) speaks for all that is left."""
-        named = [layout for targets, layout in layouts if any(_targets(target, module) for target in targets)]
-        classes = [layout for targets, layout in layouts if any(_is_class(target) for target in targets)]
-        return next(iter(named + classes), None)
+        named = (layout for targets, layout in by_name if targets.names(module))
+        return next(chain(named, classes), None)
 
     kv_cache = "FP8" if as_count(as_object(config.get("kv_cache_scheme")).get("num_bits")) == 8 else ""
-    ignored = ExcludeList(as_texts(config.get("ignore")), matches_compressed_tensors)
+    ignored = PatternList(as_texts(config.get("ignore")), matches_compressed_tensors)
     label = f"compressed-tensors {default_format}"
     return DeclaredScheme("compressed-tensors", label, ignored, layout_of, kv_cache)
-
-
-def _targets(target: str, module: str) -> bool:
-    return not _is_class(target) and matches_compressed_tensors(target, module)
 
 
 def _is_class(target: str) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 
 from quantplug.verify import excludes
-from quantplug.verify.excludes import ExcludeList, matches_compressed_tensors, matches_fp8, matches_modelopt
+from quantplug.verify.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt
 
 GATE, UP, LAYER_11 = "model.layers.1.mlp.gate", "model.layers.1.mlp.gate_up_proj", "model.layers.11.mlp.gate"
 
@@ -28,9 +28,9 @@ GATE, UP, LAYER_11 = "model.layers.1.mlp.gate", "model.layers.1.mlp.gate_up_proj
     ],
 )
 def test_hits(matcher: excludes.Matcher, pattern: str, hit: list[str]) -> None:
-    listed = ExcludeList((pattern,), matcher)
-    assert listed.hits(pattern, [GATE, UP, LAYER_11]) == hit
-    assert [module for module in (GATE, UP, LAYER_11) if listed.excludes(module)] == hit
+    listed = PatternList((pattern,), matcher)
+    assert listed.hits([GATE, UP, LAYER_11]).get(pattern, []) == hit
+    assert [module for module in (GATE, UP, LAYER_11) if listed.names(module)] == hit
 
 
 @pytest.mark.parametrize(
@@ -49,5 +49,5 @@ def test_hits(matcher: excludes.Matcher, pattern: str, hit: list[str]) -> None:
     ],
 )
 def test_overreach(pattern: str, broad: bool) -> None:
-    hit = ExcludeList((pattern,), matches_modelopt).hits(pattern, [GATE, UP, LAYER_11])
+    hit = PatternList((pattern,), matches_modelopt).hits([GATE, UP, LAYER_11])[pattern]
     assert (excludes.overreach(pattern, hit) is not None) == broad
