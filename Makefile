@@ -15,7 +15,7 @@ demo: setup  ## Tiny Qwen3-MoE checkpoint to NVFP4 through Megatron-Core, verifi
 	@tools/demo.sh
 
 test: setup  ## The whole test suite, on two cores. PYTEST_ARGS adds arguments, such as PYTEST_ARGS="-k nvfp4 -n 0".
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each writes its section of benchmarks/RESULTS.md.
 	$(bin)/python benchmarks/packing.py

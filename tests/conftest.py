@@ -4,14 +4,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.families.cases import DECODER, make
+from tests.made_once import MadeOnce
 
 # A test says whether something is right, not how long it took on a busy machine.
 settings.register_profile("quantplug", deadline=None)
@@ -37,31 +46,41 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
 
 
-def _save(model: PreTrainedModel, directory: Path) -> Path:
-    _fill(model, seed=20)
-    model.to(torch.bfloat16).save_pretrained(directory)
-    return directory
+def _save(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, directory: Path, seed: int = 20, **how: object
+) -> None:
+    model = model_class(config)
+    _fill(model, seed)
+    model.to(torch.bfloat16).save_pretrained(directory, **how)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that the workers, which take file after file, end together with short ones."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3_moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    return MadeOnce.of_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_moe_dir(made_once: MadeOnce) -> Path:
     """Qwen3-MoE in bf16: 2 layers, 8 experts, 2 of them for a token."""
-    return _save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE_SIZES)), tmp_path_factory.mktemp("qwen3_moe"))
+    return made_once("qwen3_moe", partial(_save, Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE_SIZES)))
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3_mixed_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_qwen3_mixed_dir(made_once: MadeOnce) -> Path:
     """Qwen3-MoE in bf16 with 4 layers, the second of them dense, in shards of at most 400 kB."""
     config = Qwen3MoeConfig(**{**MOE_SIZES, "num_hidden_layers": 4}, mlp_only_layers=[1])
-    model = Qwen3MoeForCausalLM(config)
-    directory = tmp_path_factory.mktemp("qwen3_mixed")
-    _fill(model, seed=21)
-    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="400KB")
-    return directory
+    make_mixed = partial(_save, Qwen3MoeForCausalLM, config, seed=21, max_shard_size="400KB")
+    return made_once("qwen3_mixed", make_mixed)
 
 
 @pytest.fixture(scope="session")
-def divisible_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def divisible_dir(made_once: MadeOnce) -> Path:
     """Qwen3-MoE in bf16 of which every weight, but not every half of one, divides by 128."""
     sizes = {
         "hidden_size": 256,
@@ -70,71 +89,66 @@ def divisible_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "head_dim": 64,
         "num_experts": 4,
     }
-    return _save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**MOE_SIZES, **sizes})), tmp_path_factory.mktemp("divisible"))
+    return made_once("divisible", partial(_save, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**MOE_SIZES, **sizes})))
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_qwen3_dir(made_once: MadeOnce) -> Path:
     """Dense Qwen3 in bf16 with an output layer of its own."""
-    model = Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=False))
-    return _save(model, tmp_path_factory.mktemp("qwen3"))
+    return made_once("qwen3", partial(_save, Qwen3ForCausalLM, Qwen3Config(**DECODER, tie_word_embeddings=False)))
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3_tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_qwen3_tied_dir(made_once: MadeOnce) -> Path:
     """Dense Qwen3 in bf16 whose output layer is its embedding."""
-    model = Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=True))
-    return _save(model, tmp_path_factory.mktemp("qwen3_tied"))
+    return made_once("qwen3_tied", partial(_save, Qwen3ForCausalLM, Qwen3Config(**DECODER, tie_word_embeddings=True)))
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt_oss_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_gpt_oss_dir(made_once: MadeOnce) -> Path:
     """GPT-OSS in bf16: 3 layers, the 8 experts of each in one tensor."""
-    return make("gpt_oss", tmp_path_factory.mktemp("gpt_oss"))
+    return made_once("family_gpt_oss", partial(make, "gpt_oss"))
 
 
 @pytest.fixture(scope="session")
-def plain_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_checkpoints(made_once: MadeOnce) -> Path:
     """The Megatron checkpoints of plain_modelopt.py, written by a process that knows ModelOpt's own wrappers only."""
-    script, directory = Path(__file__).with_name("plain_modelopt.py"), tmp_path_factory.mktemp("plain")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
-    command = [sys.executable, str(script), str(directory)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return directory
+
+    def make_all(directory: Path) -> None:
+        script = Path(__file__).with_name("plain_modelopt.py")
+        directory.mkdir()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+        command = [sys.executable, str(script), str(directory)]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert run.returncode == 0, run.stderr
+
+    return made_once("plain", make_all)
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+def sources(made_once: MadeOnce, request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """Hugging Face checkpoints by name, made when first asked for. Nobody may change them."""
     from tests.export.made import make_source
-
-    made: dict[str, Path] = {}
 
     def source(name: str) -> Path:
         if name == "mixed":
             return request.getfixturevalue("tiny_qwen3_mixed_dir")
-        if name not in made:
-            made[name] = make_source(name, tmp_path_factory.mktemp(name) / "hf")
-        return made[name]
+        return made_once(f"source_{name}", lambda directory: make_source(name, directory))
 
     return source
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, sources: Callable[[str], Path]) -> Callable[..., Path]:
+def exports(made_once: MadeOnce, sources: Callable[[str], Path]) -> Callable[..., Path]:
     """Quantized exports by source and scheme, made when first asked for. Nobody may change them."""
     from quantplug.megatron.build import LayerSpec
     from tests.export.made import make_export
 
-    made: dict[tuple[str, str, LayerSpec], Path] = {}
-
     def export(name: str, scheme: str, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE) -> Path:
-        key = (name, scheme, layer_spec)
-        if key not in made:
-            directory = tmp_path_factory.mktemp(f"{name}_{scheme}") / "export"
-            made[key] = make_export(sources(name), scheme, layer_spec, directory)
-        return made[key]
+        return made_once(
+            f"export_{name}_{scheme}_{layer_spec.name}",
+            lambda directory: make_export(sources(name), scheme, layer_spec, directory),
+        )
 
     return export
 

@@ -3,28 +3,33 @@
     python plain_modelopt.py DIRECTORY
 
 makes DIRECTORY/{name} for every case, and beside each of them DIRECTORY/{name}.pt: amax by its name in the model.
+DIRECTORY/refused-{rank}.txt is what two ranks ended with that saved a mixture of experts at TP 2, EP 2.
 Those of ModelOpt 0.47 it writes itself: `dist_checkpointing.save` of the model's `sharded_state_dict`, and
 `save_sharded_modelopt_state`. Those of ModelOpt 0.46 are the same but for what 0.46.1 wrote otherwise: one amax [1] for
 all experts of a grouped linear layer by the key `...mlp.experts.experts.{linear}.weight_quantizer._amax`, and the
 settings of one `weight_quantizer` in every expert's extra state.
-
-The guard at the end is needed: Megatron's writer starts a process that imports this module again.
 """
 
 import io
+import multiprocessing
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 from torch import nn
 
 from quantplug.megatron import cpu
+from quantplug.megatron.checkpoint_files import results_within_process
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from tests.plugins.configs import BLOCKWISE, WEIGHT_ONLY_FP8
 from tests.plugins.tiny_model import DENSE, grouped_linears, tiny_model
@@ -98,9 +103,40 @@ def with_one_weight_quantizer(module_state: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
+def save_on_two_ranks(directory: Path) -> None:
+    """Forked from this process, which by now has imported all and used nothing: gloo does not survive a fork."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=save_on_rank, args=(rank, store.port, directory)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=120)
+        assert rank.exitcode == 0, rank
+
+
+def save_on_rank(rank: int, port: int, directory: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    store = dist.TCPStore("localhost", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    initialize_parallel(tp=2, ep=2)
+    model = mtq.quantize(tiny_model(), mtq.W4A16_NVFP4_CFG)
+    (directory / "refused").mkdir(exist_ok=True)
+    try:
+        with cpu.checkpointing(), results_within_process():
+            dist_checkpointing.save(model.sharded_state_dict(), str(directory / "refused"))
+    except (CheckpointingException, RuntimeError):
+        ended = traceback.format_exc()
+    else:
+        ended = "saved"
+    (directory / f"refused-{rank}.txt").write_text(ended)
+    os._exit(0)  # The other rank may wait for this one, in a collective that only Megatron's first rank has left.
+
+
 def main(directory: Path) -> None:
+    save_on_two_ranks(directory)
     initialize_parallel()
-    with cpu.checkpointing():
+    with cpu.checkpointing(), results_within_process():
         for name, (config, settings) in CASES.items():
             model = quantized(config, **settings)
             save(model, model.sharded_state_dict(), amaxes(model), directory / f"047_{name}")

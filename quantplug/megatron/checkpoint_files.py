@@ -3,13 +3,16 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
 from torch import nn
@@ -39,7 +42,7 @@ def write_directory(
         CheckpointError: Megatron finds the state inconsistent, or a file cannot be written.
     """
     all_or_none(lambda: _require_free(directory))
-    with cpu.checkpointing():
+    with cpu.checkpointing(), results_within_process():
         state = all_or_none(sharded_state)
         require_consistent(state)
         partial = directory.with_name(f".{directory.name}.partial")
@@ -52,6 +55,23 @@ def write_directory(
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def results_within_process() -> Iterator[None]:
+    """On while checkpoints are saved synchronously: what was written is told within this process.
+
+    Megatron-Core tells it through a queue in a server process, for the sake of asynchronous saves, whose writer is
+    another process. Every rank starts one such server at its first save, and it imports the caller's script and torch
+    once more: ten seconds and 0.7 GB a rank, for a list of names and sizes. A queue that is there already is left alone
+    and put back, so that asynchronous saves of the same program go on as they did.
+    """
+    of_all_processes = filesystem_async._results_queue
+    filesystem_async._results_queue = SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = of_all_processes
 
 
 def require_consistent(state: ShardedStateDict) -> None:

@@ -1,7 +1,4 @@
-"""Saves a quantized model at TP2 EP2 and loads it at other layouts, on 4 ranks, for test_checkpoint_topologies.py.
-
-The guard at the end is needed: Megatron's writer starts a process that imports this module again.
-"""
+"""Saves a quantized model at TP2 EP2 and loads it at other layouts, on 4 ranks, for test_checkpoint_topologies.py."""
 
 import copy
 import re
@@ -138,14 +135,15 @@ def relayout(**sizes: int) -> ParallelTopology:
 
 def main(directory: Path) -> None:
     initialize_parallel(**SAVED_AT)
-    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("nvfp4", mtq.W4A16_NVFP4_CFG, {}),
-        ("fp8", WEIGHT_ONLY_FP8, {}),
-        ("fp8_blockwise", without("*self_attention*", BLOCKWISE), {"moe_ffn_hidden_size": 256}),
+    cases: list[tuple[str, dict[str, Any], list[dict[str, int]], dict[str, Any]]] = [
+        ("nvfp4", mtq.W4A16_NVFP4_CFG, LOADED_AT, {}),
+        # Its amaxes are as NVFP4's, one number a weight: once by stage and expert, and once cut.
+        ("fp8", WEIGHT_ONLY_FP8, [{"pp": 2, "ep": 2}, {"tp": 2, "etp": 2}], {}),
+        ("fp8_blockwise", without("*self_attention*", BLOCKWISE), LOADED_AT, {"moe_ffn_hidden_size": 256}),
     ]
-    for name, config, model in cases:
+    for name, config, layouts, model in cases:
         expected = save(directory / name, config, **model)
-        for layout in LOADED_AT:
+        for layout in layouts:
             check(directory / name, expected, layout, **model)
             if dist.get_rank() == 0:
                 sys.stdout.write(f"{name} {layout} ok\n")

@@ -1,7 +1,4 @@
-"""Saves on two ranks, one of which fails in a way of its own; every rank writes down how it ended.
-
-The guard at the end is needed: Megatron's writer starts a process that imports this module again.
-"""
+"""Saves on two ranks, one of which fails in a way of its own; every rank writes down how it ended."""
 
 import resource
 import sys

@@ -14,6 +14,7 @@ from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
 from quantplug.megatron.build import build_model
+from quantplug.megatron.checkpoint_files import results_within_process
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from quantplug.megatron.parameters import iter_parameters
 
@@ -35,7 +36,7 @@ def import_and_save(source: Path, target: Path, tp: int, pp: int, ep: int, etp: 
     described = [(p.key, p.shard, tuple(p.tensor.shape)) for p in iter_parameters(chunks)]
     target.mkdir(exist_ok=True)
     torch.save((topology, described), target / f"described-{topology.rank}.pt")
-    with cpu.checkpointing():
+    with cpu.checkpointing(), results_within_process():
         state = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
         (target / "weights").mkdir(exist_ok=True)
         dist_checkpointing.save(state, str(target / "weights"))

@@ -1,7 +1,4 @@
-"""Loads checkpoints of plain ModelOpt, saved on one rank, at other layouts on four ranks.
-
-The guard at the end is needed: Megatron's writer starts a process that imports this module again.
-"""
+"""Loads checkpoints of plain ModelOpt, saved on one rank, at other layouts on four ranks."""
 
 import sys
 from pathlib import Path

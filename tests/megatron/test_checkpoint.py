@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from modelopt.torch.opt.plugins import restore_sharded_modelopt_state, save_sharded_modelopt_state
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
@@ -16,6 +18,7 @@ import quantplug.plugins  # noqa: F401
 from quantplug.errors import CheckpointError, DestinationError
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint import LoadReport, load_checkpoint, read_extra, save_checkpoint
+from quantplug.megatron.checkpoint_files import results_within_process
 from tests.plugins.configs import BLOCKWISE, PER_TENSOR
 from tests.plugins.tiny_model import DENSE, tiny_model
 
@@ -109,7 +112,7 @@ def test_modelopts_own_restore_reads_it(tmp_path: Path) -> None:
 
 def test_it_reads_what_modelopts_own_save_wrote(tmp_path: Path) -> None:
     saved = with_values_that_no_calibration_gives(quantized())
-    with cpu.checkpointing():
+    with cpu.checkpointing(), results_within_process():
         (tmp_path / "q").mkdir()
         dist_checkpointing.save(saved.sharded_state_dict(), str(tmp_path / "q"))
         save_sharded_modelopt_state([saved], str(tmp_path / "q"))
@@ -147,6 +150,14 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     with pytest.raises(CheckpointError, match="no space"):
         save_checkpoint(tiny_model(), tmp_path / "q", extra={})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    running = multiprocessing.active_children()
+    save_checkpoint(tiny_model(), tmp_path / "q", extra={})
+    assert multiprocessing.active_children() == running
+    assert filesystem_async._results_queue is None
 
 
 def test_a_killed_save_is_not_a_checkpoint_and_does_not_hinder_the_next(tmp_path: Path) -> None:
