@@ -495,7 +495,7 @@ def save(case: Case, directory: Path) -> Path:
     draw(beside)
     added = {name: tensor if name.endswith(F32) else tensor.bfloat16() for name, tensor in beside.items()}
     tensors = case.published(load_file(directory / "model.safetensors")) | added
-    tensors |= {name: tensors[original].clone() for name, original in case.copies(case.config).items()}
+    tensors |= {name: tensors[original].clone() for name, original in case.duplicates(case.config).items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
