@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from safetensors import safe_open
 
+from quantplug.printable import printable
+
 
 def main(
     first: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
@@ -28,7 +30,7 @@ def main(
     for name in sorted(files[0].keys() & files[1].keys()):
         differences += difference(name, *(read(held[name], name) for held in files))
     for line in differences:
-        out.print(line, markup=False)
+        out.print(printable(line), markup=False)
     if differences or not files[0]:
         out.print(f"{len(differences)} differences")
         raise typer.Exit(1)

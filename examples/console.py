@@ -9,10 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from quantplug import QuantplugError
+from quantplug.printable import printable, printable_lines
 
 FIRST_RANK = int(os.environ.get("RANK", "0")) == 0
 out = Console(quiet=not FIRST_RANK)
 err = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Prints a line on the first rank: no markup, and nothing in it, such as a path, that a terminal would obey."""
+    out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -22,7 +28,8 @@ def user_errors() -> Iterator[None]:
         yield
     except (QuantplugError, OSError) as error:
         # soft_wrap: names and paths stay whole, to be searched for and copied.
-        err.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, style="red", soft_wrap=True)
+        said = printable_lines(f"{type(error).__name__}: {error}")
+        err.print(said, markup=False, highlight=False, style="red", soft_wrap=True)
         raise SystemExit(1) from error
 
 

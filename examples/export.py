@@ -12,15 +12,14 @@ from typing import Annotated
 
 import torch
 import typer
-from console import StageBars, out, user_errors
+from console import StageBars, say, user_errors
 
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.calibration.collect import gather_statistics
 from quantplug.checkpoint.reader import resolve_source
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.source_config import megatron_config, read_source_config
 from quantplug.export.files.staging import check_destination
-from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import load_checkpoint
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
@@ -58,12 +57,11 @@ def main(
     with user_errors():
         check_destination(export_dir)
         source = read_source_config(resolve_source(hf_model_id, weights=False), trust_remote_code)
-        family = find_family(source.architecture)
         topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        model = build_model(family.megatron_config(source.values), dtype=source.dtype)
+        model = build_model(megatron_config(source), dtype=source.dtype)
         report = load_checkpoint(model, megatron_load_path)
         if report.fan_outs:
-            out.print("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
+            say("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
         if stats_json is not None:
             statistics = gather_statistics(model, fan_outs=report.fan_outs)
             if topology.rank == 0:
@@ -77,11 +75,12 @@ def main(
             max_shard_size=int(max_shard_size * GIGABYTE),
             progress=StageBars(),
         )
-        out.print(
+        say(
             f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / GIGABYTE:.3f} GB "
-            f"in {result.shards} file(s), to {result.directory}",
-            highlight=False,
+            f"in {result.shards} file(s), to {result.directory}"
         )
+        for line in result.side_files.said():
+            say(line)
         destroy_parallel()
 
 

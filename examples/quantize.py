@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import modelopt.torch.quantization as mtq
 import torch
 import typer
-from console import StageBars, out, user_errors
+from console import StageBars, out, say, user_errors
 from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calibration_forward_loop
 from transformers import AutoTokenizer
 
@@ -26,7 +26,7 @@ from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
 from quantplug.calibration.render import print_statistics
 from quantplug.checkpoint.reader import resolve_source
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.source_config import megatron_config, read_source_config
 from quantplug.errors import CalibrationError, Offender
 from quantplug.export.files.staging import check_destination
 from quantplug.export.live_plan import plan_export
@@ -103,13 +103,13 @@ def main(
         if scheme.has_input_scale:
             require_gpu(scheme)
         topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        out.print(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}", highlight=False)
+        say(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}")
 
         bars = StageBars()
-        model = build_model(family.megatron_config(source.values), dtype=source.dtype)
+        model = build_model(megatron_config(source), dtype=source.dtype)
         import_mcore_gpt_from_hf(model, source.directory, trust_remote_code=trust_remote_code, progress=bars)
 
-        out.print(f"Quantizing with {scheme.format} ...")
+        say(f"Quantizing with {scheme.format} ...")
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
         forward_loop = calibration_loop(source.directory, data, trust_remote_code) if scheme.has_input_scale else None
         policy = CalibrationPolicy(expert_weights, cold_experts)
@@ -122,7 +122,7 @@ def main(
             print_statistics(statistics, out)
         about = {"hf_model_id": hf_model_id, "quant_format": scheme.format.value}
         save_checkpoint(model, megatron_save_path, extra=about)
-        out.print(f"Saved the quantized Megatron checkpoint in {megatron_save_path}", soft_wrap=True)
+        say(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")
         if stats_json is not None and topology.rank == 0:
             statistics.save(stats_json)
         destroy_parallel()

@@ -7,6 +7,11 @@ once; nothing is raised for the first of many.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantplug.printable import printable
+
+# A message of more lines helps nobody, and a hostile index makes a million of them; `offenders` has them all.
+_MOST_SHOWN = 1000
+
 
 @dataclass(frozen=True)
 class Offender:
@@ -26,11 +31,11 @@ class Offender:
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f" (expert {self.expert})"
-        return f"{self.parameter}{expert} on rank {self.rank}: {self.reason}"
+        return f"{printable(self.parameter)}{expert} on rank {self.rank}: {printable(self.reason)}"
 
 
 class QuantplugError(Exception):
-    """Base of every error that quantplug raises for a user's input.
+    """Base of every error that quantplug raises for a user's input; its text holds no control codes.
 
     Args:
         problem: One sentence that says what cannot be done.
@@ -42,9 +47,11 @@ class QuantplugError(Exception):
         self.problem = problem
         self.offenders = tuple(offenders)
         self.remedy = remedy
-        lines = [problem, *(f"  - {offender}" for offender in self.offenders)]
+        lines = [printable(problem), *(f"  - {offender}" for offender in self.offenders[:_MOST_SHOWN])]
+        if len(self.offenders) > _MOST_SHOWN:
+            lines.append(f"  - and {len(self.offenders) - _MOST_SHOWN} more")
         if remedy:
-            lines.append(f"What to do: {remedy}")
+            lines.append(f"What to do: {printable(remedy)}")
         super().__init__("\n".join(lines))
 
 

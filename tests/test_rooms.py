@@ -21,6 +21,7 @@ ROWS = (
     ("mappings", "formats"),
     ("findings",),
     ("atomic", "errors", "progress", "topology"),
+    ("printable",),
 )
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.
 EXPORT_ROWS = (

@@ -1,9 +1,10 @@
 """config.json of a Hugging Face checkpoint as it stands in the file."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
+from quantplug.checkpoint.untrusted_files import read_json
 from quantplug.errors import Offender, SourceError
 
 CONFIG_FILE = "config.json"
@@ -15,22 +16,20 @@ _FILES_THAT_NAME_CODE = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+# What every reader of a config takes for an object, where it is set.
+_OBJECTS = ("quantization_config", "compression_config", "text_config", "vision_config", "auto_map")
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
     """Its settings, without the defaults that transformers would fill in.
 
     Raises:
-        SourceError: There is none, or it is not a JSON object.
+        SourceError: There is none, or it is not a JSON object, or what must be an object in it is none.
     """
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise config_error(directory, "does not exist") from error
-    except ValueError as error:
-        raise config_error(directory, f"is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise config_error(directory, "is not a JSON object")
+    config = read_json(directory, CONFIG_FILE)
+    for key in _OBJECTS:
+        if not isinstance(config.get(key), dict | None):
+            raise config_error(directory, f"has a {key} that is not a JSON object")
     return config
 
 
@@ -41,22 +40,23 @@ def architecture_of(config: dict[str, Any], directory: Path) -> str:
         SourceError: It names none.
     """
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise config_error(directory, "names no architecture")
-    return str(architectures[0])
+    return architectures[0]
 
 
 def refuse_own_code(directory: Path, *, trusted: bool) -> None:
     """Refuses a checkpoint that names code of its own for readers to run, unless the caller has read and allowed it.
 
     Raises:
-        SourceError: Names every file that does so, and what it names.
+        SourceError: Names every file that does so, and what it names; or one of them cannot be read.
     """
     offenders = []
     for name in _FILES_THAT_NAME_CODE:
-        named = _auto_map(directory / name)
+        named = _auto_map(directory, name)
         if named and not trusted:
-            offenders.append(Offender(str(directory / name), f"auto_map names {', '.join(map(str, named))}"))
+            said = ", ".join(map(str, named)) if isinstance(named, dict | list) else str(named)
+            offenders.append(Offender(str(directory / name), f"auto_map names {said[:1000]}"))
     if offenders:
         raise SourceError(
             "The source checkpoint brings its own code.",
@@ -65,13 +65,9 @@ def refuse_own_code(directory: Path, *, trusted: bool) -> None:
         )
 
 
-def _auto_map(path: Path) -> Any:
-    """What a JSON file says of code; nothing where there is no such file, or none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("auto_map") if isinstance(content, dict) else None
+def _auto_map(directory: Path, name: str) -> object:
+    """What a JSON file says of code; nothing where there is no such file."""
+    return read_json(directory, name).get("auto_map") if os.path.lexists(directory / name) else None
 
 
 def config_error(directory: Path, reason: str) -> SourceError:

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint as a lazy source: names, shapes and dtypes first, slices of data when asked for."""
 
-import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantplug.checkpoint.safetensors_dtypes import DTYPES
+from quantplug.checkpoint.untrusted_files import file_problem, name_problem, read_json
 from quantplug.errors import Offender, SourceError
 
 SINGLE_FILE = "model.safetensors"
@@ -109,20 +110,19 @@ class HFCheckpoint:
         What tensors in use lie in is theirs until they go.
         """
         for file in self._touched:
-            self._files[file] = safe_open(self.directory / file, framework="pt")
+            self._files[file] = open_safetensors(self.directory, file)
         self._touched.clear()
 
     def _open_files(self) -> dict[str, safe_open]:
         listed = weight_map(self.directory)
         names = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
-        files, offenders = {}, []
+        files: dict[str, safe_open] = {}
+        offenders: list[Offender] = []
         for name in names:
             try:
-                files[name] = safe_open(self.directory / name, framework="pt")
-            except FileNotFoundError:
-                offenders.append(Offender(str(self.directory / name), "does not exist"))
-            except (SafetensorError, OSError) as error:
-                offenders.append(Offender(str(self.directory / name), f"is not a complete safetensors file: {error}"))
+                files[name] = open_safetensors(self.directory, name)
+            except SourceError as error:
+                offenders.extend(error.offenders)
         if offenders:
             raise damaged(offenders)
         return files
@@ -151,16 +151,55 @@ class HFCheckpoint:
 def weight_map(directory: Path) -> dict[str, str] | None:
     """Tensor name to file, as the index of a checkpoint says it; None where there is no index.
 
+    Files may lie in folders below the directory; what lies outside of it is no part of a checkpoint.
+
+    Raises:
+        SourceError: The index cannot be read, or names what cannot be a file of the checkpoint; names every tensor.
+    """
+    index = directory / INDEX_FILE
+    if not os.path.lexists(index):
+        return None
+    listed = read_json(directory, INDEX_FILE).get("weight_map")
+    if not isinstance(listed, dict):
+        raise damaged([Offender(str(index), "is not an index of safetensors: it has no object weight_map")])
+    problems = {name: (file, name_problem(file)) for name, file in listed.items()}
+    wrong = [
+        Offender(name, f"is listed in {str(file)[:200]!r}, which {problem}")
+        for name, (file, problem) in problems.items()
+        if problem is not None
+    ]
+    if wrong:
+        raise damaged(wrong)
+    return listed
+
+
+def weight_files(directory: Path) -> tuple[str, ...]:
+    """The files that hold a checkpoint's weights, by its index or their one name; those that are not there, too.
+
+    Others that lie beside them (`consolidated.safetensors`, `original/`) hold the same weights in another form, or no
+    weights of this model: no reader takes them.
+
     Raises:
         SourceError: The index cannot be read.
     """
-    index = directory / INDEX_FILE
-    if not index.exists():
-        return None
+    listed = weight_map(directory)
+    return (SINGLE_FILE,) if listed is None else tuple(sorted(set(listed.values())))
+
+
+def open_safetensors(directory: Path, name: str) -> safe_open:
+    """Opens a safetensors file of a directory; the library reads a header of at most 100 MB, and checks all of it.
+
+    Raises:
+        SourceError: It is not a file that is read, or not a complete safetensors file.
+    """
+    path = directory / name
+    problem = file_problem(directory, name)
+    if problem is not None:
+        raise damaged([Offender(str(path), problem)])
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged([Offender(str(index), f"is not an index of safetensors: {error!r}")]) from error
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged([Offender(str(path), f"is not a complete safetensors file: {error}")]) from error
 
 
 def damaged(offenders: list[Offender]) -> SourceError:

@@ -7,7 +7,7 @@ padded with spaces, then the data without holes. Like the library we put wide ty
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from quantplug.formats import TensorSpec
 
 _HEADER_ALIGNMENT = 8
 
+OnFull = Callable[[Path, Path], None]
+
 
 class SafetensorsFile:
     """A file that takes its final name once all of its tensors are in it and on disk.
@@ -27,10 +29,18 @@ class SafetensorsFile:
 
     Args:
         shares: Bytes that this rank writes of each tensor, if it is not to write them all.
+        on_full: As in `name_file`; it is called where this rank writes all.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], shares: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        shares: Mapping[str, int] | None = None,
+        on_full: OnFull | None = None,
+    ) -> None:
         self._path = path
+        self._on_full = on_full
         self._partial = _partial(path)
         self._specs = {spec.name: spec for spec in specs}
         self._is_shared = shares is not None
@@ -71,7 +81,7 @@ class SafetensorsFile:
         os.close(self._file)
         self._file = -1
         if not self._is_shared:
-            name_file(self._path)
+            name_file(self._path, self._on_full)
 
 
 def make_file(path: Path, specs: Sequence[TensorSpec]) -> None:
@@ -85,9 +95,15 @@ def make_file(path: Path, specs: Sequence[TensorSpec]) -> None:
         os.close(file)
 
 
-def name_file(path: Path) -> None:
-    """Gives a file whose data is all there its final name."""
+def name_file(path: Path, on_full: OnFull | None = None) -> None:
+    """Gives a file whose data is all there its final name.
+
+    Args:
+        on_full: Called before that, with its final name and the one that it still has.
+    """
     finish_file(_partial(path))
+    if on_full is not None:
+        on_full(path, _partial(path))
     _partial(path).replace(path)
     sync_directory(path.parent)
 

@@ -9,7 +9,22 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
+from quantplug.checkpoint.model_sizes import read_dimensions
 from quantplug.mappings.families import find_family
+from quantplug.mappings.table import MegatronConfig
+
+# What transformers' classes, and the tables after them, raise of settings of a wrong type.
+_REFUSALS = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+    ImportError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,24 @@ def read_source_config(directory: Path, trust_remote_code: bool = False) -> Sour
     raw = read_config_file(directory)
     architecture = architecture_of(raw, directory)
     refuse_own_code(directory, trusted=trust_remote_code)
-    find_family(architecture)  # Before transformers, whose error would not list what we support.
+    family = find_family(architecture)  # Before transformers, whose error would not list what we support.
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise config_error(directory, str(error).strip().splitlines()[0]) from error
-    return SourceConfig(directory, architecture, raw.get("quantization_config"), dict(config.to_dict()))
+        values = dict(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).to_dict())
+        # What transformers takes for a config may still say no sizes of a model.
+        read_dimensions(values, family)
+    except _REFUSALS as error:
+        raise config_error(directory, str(error).strip()) from error
+    return SourceConfig(directory, architecture, raw.get("quantization_config"), values)
+
+
+def megatron_config(source: SourceConfig) -> MegatronConfig:
+    """The config in Megatron's words.
+
+    Raises:
+        UnsupportedModelError: A setting is not one that we convert.
+        SourceError: A setting is of a type that it cannot have.
+    """
+    try:
+        return find_family(source.architecture).megatron_config(source.values)
+    except _REFUSALS as error:
+        raise config_error(source.directory, f"cannot be converted: {error!r}") from error

@@ -1,28 +1,20 @@
 """What lies beside a config, by headers alone: an export needs none of it, and holds against it what is there."""
 
+import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from quantplug.checkpoint.reader import TensorHeader, read_headers
-from quantplug.errors import Offender, SourceError
+from quantplug.checkpoint.reader import TensorHeader, open_safetensors, read_headers, weight_files
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorHeader]:
-    """The tensors of all safetensors files of a directory, by name; empty where there are none.
+    """The tensors of the files that hold a checkpoint's weights, by name; empty where none of them are there.
 
     Raises:
-        SourceError: A file is damaged.
+        SourceError: The index or a file is damaged.
     """
     tensors: dict[str, TensorHeader] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= read_headers(file, path.name)
-        except SafetensorError as error:
-            raise SourceError(
-                "A file of the source checkpoint is damaged.",
-                [Offender(str(path), str(error))],
-                "Fetch or save it again; an export needs only the config and the tokenizer, so it may also be removed.",
-            ) from error
+    for name in weight_files(directory):
+        if os.path.lexists(directory / name):
+            with open_safetensors(directory, name) as file:
+                tensors |= read_headers(file, name)
     return tensors

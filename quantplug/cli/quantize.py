@@ -49,7 +49,7 @@ def quantize(
 
 
 def _print_result(result: ExportResult, seconds: float, console: Console) -> None:
-    """Prints in a line what was written, and how fast."""
+    """Prints what was written, how fast, and what of the source's other files went along."""
     files = "1 file" if result.shards == 1 else f"{result.shards} files"
     read = result.weight_bytes / _GIGABYTE
     said = (
@@ -57,3 +57,5 @@ def _print_result(result: ExportResult, seconds: float, console: Console) -> Non
         f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
     )
     console.print(plain(said), soft_wrap=True)
+    for line in result.side_files.said():
+        console.print(plain(line), soft_wrap=True)

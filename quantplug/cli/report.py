@@ -76,6 +76,6 @@ def _bytes(source: int, export: int) -> tuple[str, str, str]:
 def _verdict(report: VerifyReport) -> Text:
     errors, warnings = report.count(Severity.ERROR), report.count(Severity.WARNING)
     text = Text("OK" if report.ok else "NOT OK", style="bold green" if report.ok else "bold red")
-    text.append(f": {errors} errors, {warnings} warnings in {report.tensors} tensors ({report.quantization}) of ")
-    text.append_text(plain(report.directory))
+    text.append(f": {errors} errors, {warnings} warnings in {report.tensors} tensors (")
+    text.append_text(plain(f"{report.quantization}) of {report.directory}"))
     return text

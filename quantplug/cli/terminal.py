@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from quantplug.errors import QuantplugError
+from quantplug.printable import printable, printable_lines
 
 USAGE_ERROR = 2
 """The exit status of a command that could not do what it was asked, as click's own for wrong options."""
@@ -35,7 +36,7 @@ def user_errors() -> Iterator[None]:
 def exit_with(message: str, cause: Exception) -> NoReturn:
     """Prints a message on stderr and exits with `USAGE_ERROR`."""
     # Neither markup nor wrapping: names and paths are shown as they are, whole, to be searched for and copied.
-    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(printable_lines(message), markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(USAGE_ERROR) from cause
 
 
@@ -69,4 +70,4 @@ def byte_bar() -> Iterator[ByteBar]:
 
 def plain(text: str) -> Text:
     """The text itself: no markup, and control characters spelled out, since a checkpoint's names are anybody's."""
-    return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in text), overflow="fold")
+    return Text(printable(text), overflow="fold")

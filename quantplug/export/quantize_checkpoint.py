@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
+from quantplug.checkpoint.config_file import architecture_of, read_config_file, refuse_own_code
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.duplicates import check_duplicates
+from quantplug.checkpoint.model_sizes import read_dimensions
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.export.files.finish import ExportResult, finish, result_of
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_checkpoint import write_tensors
@@ -87,6 +89,7 @@ def quantize_checkpoint(
     with disk_errors(target):
         check_destination(target)
     model = _read_model(resolve_source(source), trust_remote_code)
+    side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
         weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
@@ -106,13 +109,13 @@ def quantize_checkpoint(
         staging = Staging(target, plan.digest, scanned.fingerprint, rank=0, world_size=1)
         try:
             write_tensors(plan, checkpoint, staging, progress)
-            finish(plan, model.directory, staging, dtype=None)
+            finish(plan, model.directory, staging, None, side_files)
         except BaseException:
             staging.discard_unless_resumable()
             raise
         finally:
             staging.close()
-    return result_of(plan, target)
+    return result_of(plan, target, side_files)
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,7 @@ def _read_model(directory: Path, trust_remote_code: bool) -> _Model:
     refuse_own_code(directory, trusted=trust_remote_code)
     family = find_family(architecture_of(config, directory))
     refuse_quantized(directory, config.get("quantization_config"))
-    try:
-        dims = family.dimensions(config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise config_error(directory, f"does not say the sizes of a {family.name} model: {error!r}") from error
+    dims = read_dimensions(config, family)
     return _Model(directory, config, family, dims)
 
 

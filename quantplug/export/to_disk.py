@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.errors import RankLostError
 from quantplug.export.files.finish import ExportResult, finish, result_of
 from quantplug.export.files.shared_directory import require_shared
@@ -45,7 +46,8 @@ def export_mcore_gpt_to_hf(
         export_dir: A directory that is new or empty.
         dtype: Type of tensors that are not quantized.
         moe_router_dtype: Type of the routers, None for `dtype`.
-        trust_remote_code: Whether transformers may run code from the source to read its config.
+        trust_remote_code: Whether transformers may run code from the source to read its config; the code is then
+            copied, too.
         max_shard_size: Largest size of one safetensors file in bytes.
         progress: Called as (stage, done, total).
 
@@ -53,7 +55,7 @@ def export_mcore_gpt_to_hf(
         ArgumentError: A `dtype` or `max_shard_size` that cannot be written.
         DestinationError: `export_dir` is not empty, is not the same directory on all ranks, or is on a file system
             without file locks; or another export left its unfinished files beside it.
-        SourceError: The source has no usable config.
+        SourceError: The source has no usable config, or its tokenizer or another file to copy cannot be read.
         UnsupportedModelError: Its architecture is not supported.
         TopologyError: Megatron's parallel groups are not initialized.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
@@ -77,12 +79,13 @@ def export_mcore_gpt_to_hf(
         max_shard_size=max_shard_size,
     )
     plan, rank = planned.plan, topology.rank
+    side_files = all_or_none(lambda: choose_side_files(planned.source, code=trust_remote_code))
     marks = all_or_none(lambda: prescan_weights(plan.tasks, planned.held, rank, progress))
     refuse_diverged(gather_objects(marks))
     staging = Staging(destination, plan.digest, digest_of(marks), rank, topology.world_size)
     try:
         write_tensors(plan, planned.held, staging, rank, progress)
-        all_or_none(lambda: finish(plan, planned.source, staging, dtype) if rank == 0 else None)
+        all_or_none(lambda: finish(plan, planned.source, staging, dtype, side_files) if rank == 0 else None)
     except RankLostError:
         raise  # Others may still write.
     except BaseException:
@@ -90,7 +93,7 @@ def export_mcore_gpt_to_hf(
         raise
     finally:
         staging.close()
-    return result_of(plan, destination)
+    return result_of(plan, destination, side_files)
 
 
 def _check_destination(destination: Path, rank: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
-from quantplug.checkpoint.source_config import SourceConfig, read_source_config
+from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.findings import Findings
 from quantplug.import_hf.plan import ImportTask, add_unused, part_index, plan_import
 from quantplug.mappings.families import find_family
@@ -82,7 +82,7 @@ def _rounded_to(task: ImportTask, dtype: torch.dtype | None, router: torch.dtype
 def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_remote_code: bool) -> SourceConfig:
     config = read_source_config(resolve_source(name_or_path, cache_dir), trust_remote_code)
     # Refuses settings that a Megatron model cannot have been built with.
-    find_family(config.architecture).megatron_config(config.values)
+    megatron_config(config)
     refuse_quantized(config.directory, config.quantization)
     return config
 

@@ -58,7 +58,7 @@ def verify_checkpoint(
         SourceError: One of the two is not a directory.
     """
     export, findings = open_checkpoint(Path(directory))
-    original, source_findings = open_checkpoint(Path(source)) if source is not None else (None, [])
+    original, source_findings = open_checkpoint(Path(source), is_source=True) if source is not None else (None, [])
     try:
         scheme, scheme_findings = read_scheme(export)
         known, size_findings = known_architecture(export)

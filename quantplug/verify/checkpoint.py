@@ -3,7 +3,7 @@
 Nothing here trusts the files. What cannot be read becomes a finding and is left out.
 """
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from quantplug.checkpoint.reader import open_safetensors, weight_files
+from quantplug.checkpoint.untrusted_files import read_json
+from quantplug.checkpoint.untrusted_json import Json, as_count, as_object
 from quantplug.errors import SourceError
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
-from quantplug.verify.untrusted import Json, as_count, as_object
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 4 * 1024 * 1024  # of stored bytes; small, so that what is made of them stays in the cache
@@ -110,8 +112,12 @@ class Checkpoint:
         self._shards.clear()
 
 
-def open_checkpoint(directory: Path) -> tuple[Checkpoint, list[Finding]]:
+def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkpoint, list[Finding]]:
     """The checkpoint in a directory, and all that is wrong with its files.
+
+    Args:
+        is_source: Whether it is one that was quantized, rather than one to be served: it then has the files that an
+            import would read, in folders too, and others beside them are none of it.
 
     Raises:
         SourceError: There is no such directory.
@@ -119,41 +125,45 @@ def open_checkpoint(directory: Path) -> tuple[Checkpoint, list[Finding]]:
     if not directory.is_dir():
         raise SourceError(f"{directory} is not a directory.", remedy="Name the directory that holds config.json.")
     findings: list[Finding] = []
-    config = _json(directory / "config.json", findings)
-    if config is None and not (directory / "config.json").exists():
+    config = _json(directory, "config.json", findings)
+    if config is None and not os.path.lexists(directory / "config.json"):
         findings.append(error(Check.FILES, "config.json", "missing: no server can load this directory"))
-    hf_quant_config = _json(directory / "hf_quant_config.json", findings)
-    tensors = _tensors(directory, findings)
+    hf_quant_config = _json(directory, "hf_quant_config.json", findings)
+    tensors = _tensors(directory, _shards(directory, is_source), findings)
     if not tensors:
         findings.append(error(Check.FILES, directory.name, "holds no tensor in any *.safetensors file"))
     return Checkpoint(directory, config or {}, hf_quant_config, tensors), findings
 
 
-def _json(path: Path, findings: list[Finding]) -> Json | None:
+def _json(directory: Path, name: str, findings: list[Finding]) -> Json | None:
     """The object in a JSON file; None when there is no such file, or no such object in it."""
-    if not path.exists():
-        return None
-    if not path.is_file():  # opening a pipe would wait for ever
-        findings.append(error(Check.FILES, path.name, "is not a file"))
+    if not os.path.lexists(directory / name):
         return None
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as problem:
-        findings.append(error(Check.FILES, path.name, f"cannot be read as JSON: {type(problem).__name__}: {problem}"))
+        return read_json(directory, name)
+    except SourceError as problem:
+        findings.extend(error(Check.FILES, name, offender.reason) for offender in problem.offenders)
         return None
-    if not isinstance(value, dict):
-        findings.append(error(Check.FILES, path.name, f"holds a JSON {type(value).__name__}, not an object"))
-        return None
-    return value
 
 
-def _tensors(directory: Path, findings: list[Finding]) -> dict[str, TensorInfo]:
+def _shards(directory: Path, is_source: bool) -> list[str]:
+    """Names of the safetensors files that count, of those that are there."""
+    top = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not is_source:
+        return top
+    try:
+        named = [name for name in weight_files(directory) if os.path.lexists(directory / name)]
+    except SourceError:
+        return top  # What is wrong with the index is a finding of its own.
+    return named or top
+
+
+def _tensors(directory: Path, on_disk: list[str], findings: list[Finding]) -> dict[str, TensorInfo]:
     """All tensors of all shards, held against the index."""
-    on_disk = sorted(path.name for path in directory.glob("*.safetensors"))
-    index = _json(directory / INDEX, findings)
+    index = _json(directory, INDEX, findings)
     tensors: dict[str, TensorInfo] = {}
     for shard in on_disk:
-        for info in _header(directory / shard, findings):
+        for info in _header(directory, shard, findings):
             if info.name in tensors:
                 message = f"stored twice, in {tensors[info.name].shard} and {shard}"
                 findings.append(error(Check.INDEX, info.name, message))
@@ -168,19 +178,16 @@ def _tensors(directory: Path, findings: list[Finding]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _header(path: Path, findings: list[Finding]) -> list[TensorInfo]:
-    if not path.is_file():
-        findings.append(error(Check.FILES, path.name, "is not a file"))
-        return []
+def _header(directory: Path, name: str, findings: list[Finding]) -> list[TensorInfo]:
     try:
-        with safe_open(path, framework="pt") as shard:
-            slices = [(name, shard.get_slice(name)) for name in shard.keys()]  # noqa: SIM118 (not a dict)
-            return [
-                TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), path.name, name) for name, part in slices
-            ]
-    except (SafetensorError, OSError, RuntimeError, ValueError) as problem:
-        findings.append(error(Check.FILES, path.name, f"cannot be read as safetensors: {problem}"))
-        return []
+        with open_safetensors(directory, name) as shard:
+            slices = [(key, shard.get_slice(key)) for key in shard.keys()]  # noqa: SIM118 (not a dict)
+            return [TensorInfo(key, part.get_dtype(), tuple(part.get_shape()), name, key) for key, part in slices]
+    except SourceError as problem:
+        findings.extend(error(Check.FILES, name, offender.reason) for offender in problem.offenders)
+    except (SafetensorError, RuntimeError, ValueError) as problem:
+        findings.append(error(Check.FILES, name, f"cannot be read as safetensors: {problem}"))
+    return []
 
 
 def _index_findings(index: Json, tensors: Mapping[str, TensorInfo], on_disk: Mapping[str, None]) -> Iterator[Finding]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from quantplug.checkpoint.untrusted_json import Json, as_count, as_object
 from quantplug.verify import decode, names
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, rows_at_a_time
 from quantplug.verify.layouts import is_plain
 from quantplug.verify.matrices import Matrix
-from quantplug.verify.untrusted import Json, as_count, as_object
 
 _MXFP4_BYTES = decode.MXFP4_BLOCK // 2
 _FP8_SCALES = "weight_scale_inv"

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
+from quantplug.checkpoint.untrusted_json import Json, as_count, as_object, as_text, as_texts, is_texts
 from quantplug.verify.checks import Check
 from quantplug.verify.excludes import with_parents
 from quantplug.verify.modules import Inventory
 from quantplug.verify.report import Finding, error, warning
 from quantplug.verify.scheme import MODELOPT_LAYOUTS, modelopt_kv_cache
-from quantplug.verify.untrusted import Json, as_count, as_object, as_text, as_texts, is_texts
 
 FILE = "hf_quant_config.json"
 CONFIG = "config.json"

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from quantplug.checkpoint.untrusted_json import Json, as_count, as_object, as_text, is_texts
 from quantplug.verify.checks import Check
 from quantplug.verify.modules import Inventory
 from quantplug.verify.report import Finding, error
-from quantplug.verify.untrusted import Json, as_count, as_object, as_text, is_texts
 
 _MODELOPT_BITS = {"NVFP4": 4, "W4A16_NVFP4": 4, "FP8": 8, "FP8_PER_CHANNEL_PER_TOKEN": 8}
 _COMPRESSED_BITS = {"nvfp4-pack-quantized": 4, "float-quantized": 8, "naive-quantized": 8}

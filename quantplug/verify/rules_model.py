@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from quantplug.checkpoint.untrusted_json import as_count, as_object
 from quantplug.verify import names
 from quantplug.verify.checks import Check
 from quantplug.verify.layouts import Fp8Layout
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, ranges, warning
-from quantplug.verify.untrusted import as_count, as_object
 
 _SERVING_TP = (2, 4, 8)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")

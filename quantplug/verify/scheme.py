@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
+from quantplug.checkpoint.untrusted_json import Json, as_count, as_object, as_text, as_texts
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt
@@ -19,7 +20,6 @@ from quantplug.verify.layouts import (
     UnjudgedLayout,
 )
 from quantplug.verify.report import Finding, error
-from quantplug.verify.untrusted import Json, as_count, as_object, as_text, as_texts
 
 MODELOPT_LAYOUTS: Mapping[str, Layout | UnjudgedLayout] = {
     "NVFP4": MODELOPT_NVFP4,

@@ -136,3 +136,13 @@ def test_a_terminal_sees_progress_on_stderr(good: Path) -> None:
     assert result.returncode == 0
     assert b"reading" in shown
     assert b"reading" not in result.stdout
+
+
+def test_no_control_code_of_a_path_or_a_config_reaches_the_terminal(tmp_path: Path) -> None:
+    """In the verdict line and in errors too, of which an operating system's come as they are."""
+    directory = checkpoint(tmp_path / "evil\x1b[31m", {}, {"quant_method": "fp8\x1b]0;title\x07"})
+    for arguments in ((directory,), (tmp_path / "gone\x1b[2J",), (directory, "--json", tmp_path / "no\x1b[1m" / "f")):
+        output = run("verify", *arguments)[1]
+        assert "\\x1b[" in output
+        assert "\x1b" not in output
+        assert "\x07" not in output

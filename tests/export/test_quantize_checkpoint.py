@@ -150,6 +150,49 @@ def test_a_killed_run_goes_on_and_another_is_refused(sources: Sources, tmp_path:
     assert files_of(out) == files_of(expected.directory)
 
 
+def test_what_happened_to_an_unfinished_export_meanwhile_is_not_published(sources: Sources, tmp_path: Path) -> None:
+    """A flipped bit in a finished file, and a file that somebody put beside it."""
+    settings = {"format": "w4a16_nvfp4", "max_shard_size": 100_000}
+    out = tmp_path / "out"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("Packing") and done > total // 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        quantize_checkpoint(sources("moe"), out, **settings, progress=stop)
+    finished = sorted(tmp_path.rglob("*.safetensors"))[0]
+    content = bytearray(finished.read_bytes())
+    content[-1] ^= 1
+    finished.write_bytes(content)
+    stray = finished.with_name("modeling_own.py")
+    stray.write_text("")
+    with pytest.raises(DestinationError, match=r"modeling_own\.py"):
+        quantize_checkpoint(sources("moe"), out, **settings)
+    assert not out.exists()
+    stray.unlink()
+    quantize_checkpoint(sources("moe"), out, **settings)
+    expected = quantize_checkpoint(sources("moe"), tmp_path / "again", **settings)
+    assert files_of(out) == files_of(expected.directory)
+
+
+def test_side_files_are_chosen_and_said(sources: Sources, tmp_path: Path) -> None:
+    source = edited(sources("moe"), tmp_path / "in", {})
+    (tmp_path / "secret").write_text("token")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "helper.so").touch()
+    result = quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert result.side_files.carried == ("tokenizer.json",)
+    assert result.side_files.left_out.keys() == {"notes.txt", "helper.so"}
+    assert {"tokenizer.json"} == files_of(tmp_path / "out").keys() - {
+        "config.json",
+        "hf_quant_config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    }
+
+
 def test_a_run_that_fails_before_its_first_file_leaves_nothing(sources: Sources, tmp_path: Path) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if stage.startswith("Packing"):

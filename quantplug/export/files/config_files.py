@@ -1,24 +1,19 @@
 """The files beside the weights: config.json and hf_quant_config.json from the plan, the rest as the source has them."""
 
-import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantplug.atomic import finish_file, sync_directory
+from quantplug.checkpoint.config_file import CONFIG_FILE, read_config_file
+from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
+from quantplug.checkpoint.untrusted_files import open_file
 from quantplug.export.files.index import write_json
 from quantplug.export.plan.types import QuantConfig
 
-CONFIG_NAME = "config.json"
-QUANT_CONFIG_NAME = "hf_quant_config.json"
-
-# Weights in any of their forms, what announces them, and what we write ourselves.
-_NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-_NOT_COPIED_NAMES = {CONFIG_NAME, QUANT_CONFIG_NAME}
-# The one directory that belongs to a tokenizer (transformers.utils.CHAT_TEMPLATE_DIR).
-_TEMPLATES = "additional_chat_templates"
 # Where a vision-language model has the settings of its language model.
 _TEXT_CONFIG = "text_config"
 _TIED = "tie_word_embeddings"
@@ -32,7 +27,7 @@ def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, qu
     Without a `dtype` the config keeps its own. What the source says of an earlier quantization is left out: it does not
     hold for what is written. What it says of a language model alone agrees with what it says of the whole.
     """
-    config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_config_file(source)
     text = config.get(_TEXT_CONFIG)
     if isinstance(text, dict):
         config[_TEXT_CONFIG] = _agreeing(text, config, dtype)
@@ -43,8 +38,8 @@ def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, qu
     if quant_config is not None:
         config["quantization_config"] = dict(quant_config.config_json)
         if quant_config.hf_quant_config is not None:
-            write_json(destination / QUANT_CONFIG_NAME, quant_config.hf_quant_config)
-    write_json(destination / CONFIG_NAME, config)
+            write_json(destination / QUANT_CONFIG_FILE, quant_config.hf_quant_config)
+    write_json(destination / CONFIG_FILE, config)
 
 
 def _agreeing(text: dict[str, Any], config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -69,16 +64,16 @@ def _spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def copy_side_files(source: Path, destination: Path) -> None:
-    """Copies tokenizer, generation settings, templates and model code: every top-level file that is not weights."""
-    for path in sorted([*source.iterdir(), *(source / _TEMPLATES).glob("*")]):
-        if path.is_file() and not _is_left_out(path):
-            copy = destination / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
-            finish_file(copy)
-            sync_directory(copy.parent)
+def copy_side_files(source: Path, destination: Path, names: Iterable[str]) -> None:
+    """Copies files of the source as they are.
 
-
-def _is_left_out(path: Path) -> bool:
-    return path.suffix in _NOT_COPIED_SUFFIXES or path.name in _NOT_COPIED_NAMES or path.name.endswith(".index.json")
+    Raises:
+        SourceError: One has become unreadable since it was chosen.
+    """
+    for name in names:
+        copy = destination / name
+        copy.parent.mkdir(exist_ok=True)
+        with open_file(source, name) as original, copy.open("wb") as file:
+            shutil.copyfileobj(original, file)
+        finish_file(copy)
+        sync_directory(copy.parent)

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 
+from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.reader import INDEX_FILE
+from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles
 from quantplug.export.files.config_files import copy_side_files, write_configs
-from quantplug.export.files.index import write_index
+from quantplug.export.files.index import refuse_strays, write_index
 from quantplug.export.files.staging import Staging
 from quantplug.export.plan.types import ExportPlan
 
@@ -22,6 +25,7 @@ class ExportResult:
         nbytes: Their size.
         shards: Number of safetensors files.
         weight_bytes: Size of all weights before they were packed.
+        side_files: What was copied of the source beside the weights, and what was not, with the reason.
     """
 
     directory: Path
@@ -30,26 +34,36 @@ class ExportResult:
     nbytes: int
     shards: int
     weight_bytes: int
+    side_files: SideFiles
 
 
-def finish(plan: ExportPlan, source: Path, staging: Staging, dtype: torch.dtype | None) -> None:
+def finish(plan: ExportPlan, source: Path, staging: Staging, dtype: torch.dtype | None, side_files: SideFiles) -> None:
     """Writes the index of what is there, configs, tokenizer; then all of it becomes visible.
 
     Args:
         source: Directory that config and tokenizer come from.
         dtype: Type of plain tensors; None where they keep their own, and the config what it says of it.
+        side_files: What of the source is copied.
+
+    Raises:
+        DestinationError: There are files that this export has not written.
+        SourceError: The source is no longer readable.
+        WriteError: The disk refused a file.
     """
+    shards = (file.name for file in plan.files)
+    names = {*shards, *side_files.carried, INDEX_FILE, CONFIG_FILE, QUANT_CONFIG_FILE}
     with disk_errors(staging.directory):
+        refuse_strays(staging.directory, names)
         write_index(staging.directory, plan.files, plan.expected())
-        copy_side_files(source, staging.directory)
+        copy_side_files(source, staging.directory, side_files.carried)
         write_configs(source, staging.directory, dtype, plan.quant_config)
         staging.publish()
 
 
-def result_of(plan: ExportPlan, directory: Path) -> ExportResult:
+def result_of(plan: ExportPlan, directory: Path, side_files: SideFiles) -> ExportResult:
     """What a plan says has been written."""
     expected = plan.expected().values()
     algorithm = plan.quant_config.algorithm if plan.quant_config else None
     nbytes = sum(spec.nbytes for spec in expected)
     weight_bytes = sum(task.source.nbytes for task in plan.tasks)
-    return ExportResult(directory, algorithm, len(expected), nbytes, len(plan.files), weight_bytes)
+    return ExportResult(directory, algorithm, len(expected), nbytes, len(plan.files), weight_bytes, side_files)

@@ -1,7 +1,7 @@
 """The index of a sharded checkpoint, and JSON files that are complete or absent."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ from quantplug.formats import TensorSpec
 
 
 def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
-    """Writes the index of what is in the files, by their own headers, which must be what was planned.
-
-    Raises:
-        DestinationError: There are other files, which readers of a whole directory would take for a part of it.
-    """
-    _refuse_strays(directory, files)
+    """Writes the index of what is in the files, by their own headers, which must be what was planned."""
     weight_map: dict[str, str] = {}
     for file in files:
         with safe_open(directory / file.name, framework="pt") as opened:
@@ -33,12 +28,28 @@ def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[s
     )
 
 
-def _refuse_strays(directory: Path, files: Sequence[ShardFile]) -> None:
-    strays = {path.name for path in directory.glob("*.safetensors")} - {file.name for file in files}
+def refuse_strays(directory: Path, names: Container[str]) -> None:
+    """Refuses to publish what this export has not written: whoever can write there could add what readers take.
+
+    Files that a killed export left half-written (`*.part`) are none of these: they are removed.
+
+    Args:
+        names: Paths below the directory of the files that belong there.
+
+    Raises:
+        DestinationError: There is anything else, or something that is no file in place of one; names all of it.
+    """
+    strays = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if not (path.suffix == ".part" and path.is_file())
+        and (path.is_symlink() or not path.is_dir())
+        and (path.is_symlink() or not path.is_file() or str(path.relative_to(directory)) not in names)
+    ]
     if strays:
         raise DestinationError(
             "Files that this export has not written are among its own.",
-            [Offender(str(directory / name), "is not in the plan") for name in sorted(strays)],
+            [Offender(str(path), "is not in the plan") for path in strays],
             "Remove them once nothing writes there any more; the same export run again goes on from what is finished.",
         )
 

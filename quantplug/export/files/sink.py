@@ -5,6 +5,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from quantplug.checkpoint.safetensors_writer import SafetensorsFile, make_file, name_file
+from quantplug.export.files.marks import leave_mark
 from quantplug.export.plan.types import ExportPlan, ShardFile, TensorRows
 from quantplug.formats import TensorSpec
 
@@ -34,13 +35,14 @@ class FileSink:
     def name_shared(self, names: Container[str]) -> None:
         for file in self._files:
             if file.name in names and file.owners[0] == self._rank:
-                name_file(self._directory / file.name)
+                name_file(self._directory / file.name, leave_mark)
 
     def write(self, rows: TensorRows) -> None:
         file = self._home[rows.name]
+        path = self._directory / file.name
         if file.name not in self._open:
             shares = {name: self._shares[name] for name in file.tensors} if len(file.owners) > 1 else None
-            self._open[file.name] = SafetensorsFile(self._directory / file.name, self._specs(file), shares)
+            self._open[file.name] = SafetensorsFile(path, self._specs(file), shares, leave_mark)
         self._open[file.name].write(rows.name, rows.data.cpu(), rows.first)
         self._missing -= rows.data.nbytes
 

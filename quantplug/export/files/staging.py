@@ -16,6 +16,7 @@ from quantplug.checkpoint.lock import take_lock
 from quantplug.checkpoint.reader import INDEX_FILE
 from quantplug.checkpoint.safetensors_writer import file_size
 from quantplug.errors import DestinationError, Offender
+from quantplug.export.files.marks import is_as_marked
 from quantplug.export.plan.types import ShardFile
 from quantplug.formats import TensorSpec
 
@@ -114,11 +115,14 @@ class Staging:
         self._is_ours = True
 
     def finished(self, files: Iterable[ShardFile], expected: Mapping[str, TensorSpec]) -> set[str]:
-        """Names of the files that are complete: they got their final names only once they were on disk."""
+        """Names of the files that are complete and still hold what was written; others are written again.
+
+        They got their final names only once they were on disk, but something may have happened to them since.
+        """
         found = set()
         for file in files:
-            path = self.directory / file.name
-            if path.exists() and path.stat().st_size == file_size([expected[name] for name in file.tensors]):
+            path, size = self.directory / file.name, file_size([expected[name] for name in file.tensors])
+            if path.is_file() and path.stat().st_size == size and is_as_marked(path):
                 found.add(file.name)
         return found
 

@@ -143,13 +143,16 @@ def test_no_weights_of_the_source_in_any_form(changed_source: Path, tmp_path: Pa
         "training_args.bin",
         "hf_quant_config.json",
     ]
-    kept = ["README.md", "vocab.json", "merges.txt", "tokenizer.model", "modeling_own.py", "preprocessor_config.json"]
-    for name in (*left, *kept):
+    kept = ["README.md", "vocab.json", "merges.txt", "tokenizer.model", "LICENSE", "preprocessor_config.json"]
+    unseen = [".env", "helper.so", "data.pkl", "run.sh", "modeling_own.py"]
+    for name in (*left, *kept, *unseen):
         (changed_source / name).write_text("{}")
-    out = export_from(changed_source, tmp_path)
-    names = {path.name for path in out.iterdir()}
-    assert names.isdisjoint(left)
+    result = export_mcore_gpt_to_hf(load(changed_source), changed_source, export_dir=tmp_path / "out")
+    names = {path.name for path in result.directory.iterdir()}
+    assert names.isdisjoint([*left, *unseen])
     assert names.issuperset(kept)
+    assert set(kept) <= set(result.side_files.carried) <= names
+    assert set(result.side_files.left_out) >= {*unseen, *left} - {"hf_quant_config.json"}
 
 
 @pytest.mark.usefixtures("single_rank")
@@ -163,8 +166,8 @@ def test_every_chat_template_is_copied(changed_source: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_links_into_a_cache_become_files(changed_source: Path, tmp_path: Path) -> None:
-    blob = (changed_source / "tokenizer.json").rename(tmp_path / "blob")
+def test_links_within_the_source_become_files(changed_source: Path, tmp_path: Path) -> None:
+    blob = (changed_source / "tokenizer.json").rename(changed_source / "blob")
     (changed_source / "tokenizer.json").symlink_to(blob)
     copied = export_from(changed_source, tmp_path) / "tokenizer.json"
     assert not copied.is_symlink()

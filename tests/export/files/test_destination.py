@@ -123,7 +123,7 @@ FAULTS: list[tuple[Any, str, int]] = [
     (safetensors_writer, "finish_file", 0),
     (safetensors_writer, "finish_file", 1),
     (index, "write_json", 0),
-    (shutil, "copyfile", 1),
+    (shutil, "copyfileobj", 1),
     (hf_config, "write_json", 0),
     (hf_config, "write_json", 1),
     (Path, "replace", 6),

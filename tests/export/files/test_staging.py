@@ -1,16 +1,14 @@
 """The hidden directory in which an export grows: whose it is, while ranks of another one may still write."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from quantplug.errors import DestinationError
-from quantplug.export.files.index import write_index
+from quantplug.export.files.index import refuse_strays
 from quantplug.export.files.staging import Staging, check_destination
-from quantplug.export.plan.types import ShardFile
-from quantplug.formats import TensorSpec
 
 PLAN = ("plan", "weights")
 
@@ -79,16 +77,29 @@ def test_no_rank_but_the_first_makes_directories(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_not_in_the_plan_is_not_published(tmp_path: Path) -> None:
-    spec = TensorSpec("weight", (2, 3), torch.float32)
-    for name in ("model-00001-of-00001", "model-00001-of-00002"):
-        save_file({"weight": torch.zeros(2, 3)}, tmp_path / f"{name}.safetensors")
-    files = [ShardFile("model-00001-of-00001.safetensors", (0,), ("weight",))]
-    with pytest.raises(DestinationError, match=r"model-00001-of-00002\.safetensors on rank 0: is not in the plan"):
-        write_index(tmp_path, files, {"weight": spec})
-    assert not (tmp_path / "model.safetensors.index.json").exists()
-    (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    write_index(tmp_path, files, {"weight": spec})
+STRAYS: dict[str, Callable[[Path], object]] = {
+    "model-00002-of-00002.safetensors": lambda path: path.write_bytes(b""),
+    "modeling_own.py": lambda path: path.write_text(""),
+    ".hidden": lambda path: path.write_text(""),
+    "below/notes.txt": lambda path: (path.parent.mkdir(), path.write_text("")),
+    "config.json": lambda path: path.symlink_to("/etc/passwd"),
+    "tokenizer.json": os.mkfifo,
+    "folder": lambda path: path.symlink_to("/etc"),
+}
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_what_this_export_has_not_written_is_not_published(name: str, tmp_path: Path) -> None:
+    ours = {"model.safetensors", "config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"}
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / ".model.safetensors.1234.part").touch()
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").touch()
+    refuse_strays(tmp_path, ours)
+    STRAYS[name](tmp_path / name)
+    with pytest.raises(DestinationError, match="is not in the plan") as caught:
+        refuse_strays(tmp_path, ours)
+    assert [offender.parameter for offender in caught.value.offenders] == [str(tmp_path / name)]
 
 
 def test_of_a_checkpoint_in_the_way_it_is_said_that_it_may_be_the_wanted_one(tmp_path: Path) -> None:

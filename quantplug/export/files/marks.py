@@ -1,0 +1,49 @@
+"""Marks of finished files, so that an export that goes on keeps only those that are still as they were written.
+
+A mark lies beside the directory that becomes the checkpoint, not in it. It costs one look at a file that has just been
+written, and so is in the page cache; it is read by the next run alone.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from quantplug.export.pipeline.fingerprint import fingerprint
+
+_WORDS = 1024  # In a row: changed words are found by their row and their column.
+_CHUNK_ROWS = 512
+
+
+def leave_mark(path: Path, content: Path) -> None:
+    """Says of a file what it holds; before it gets its name, so that no finished file is without.
+
+    A mark that a crash tears is one that does not agree, and its file is written again: it needs no sync.
+
+    Args:
+        content: Where what it holds is until then.
+    """
+    _mark_of(path).write_text(_mark(content), encoding="utf-8")
+
+
+def is_as_marked(path: Path) -> bool:
+    """Whether a file is one that was finished, and still holds what it held then."""
+    mark = _mark_of(path)
+    if path.is_symlink() or not path.is_file() or not mark.is_file():
+        return False
+    return mark.read_text(encoding="utf-8") == _mark(path)
+
+
+def _mark_of(path: Path) -> Path:
+    return path.parent.parent / f"{path.name}.mark"
+
+
+def _mark(path: Path) -> str:
+    """Changes with any changed bit; no cryptographic hash, which would take longer than packing."""
+    words = torch.zeros(_CHUNK_ROWS, _WORDS, dtype=torch.float64)
+    content, marks = words.view(torch.uint8).numpy().reshape(-1).data, hashlib.sha256()
+    with path.open("rb") as file:
+        while count := file.readinto(content):
+            words.view(torch.uint8).view(-1)[count:] = 0
+            marks.update(f"{count} {fingerprint(words)}\n".encode())
+    return marks.hexdigest()
