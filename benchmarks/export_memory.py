@@ -101,7 +101,7 @@ def be_a_rank(scratch: Path, way: str, layers: int) -> None:
     source = scratch / f"source-{topology.rank}"
     model = random_model(layers, source)
     plan = plan_stream(model, source, quant_format="w4a16_nvfp4")
-    NVFP4().pack(torch.ones(16, 16, dtype=torch.bfloat16))  # Compiling takes memory too, once a process.
+    NVFP4.pack(torch.ones(16, 16, dtype=torch.bfloat16))  # Compiling takes memory too, once a process.
     if way == "export":
         mtq.quantize(model, mtq.W4A16_NVFP4_CFG)
         host, device, seconds = extra_of(lambda: export_mcore_gpt_to_hf(model, source, export_dir=scratch / "out"))

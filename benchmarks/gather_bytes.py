@@ -32,7 +32,7 @@ from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
-FORMATS: dict[str, WeightFormat] = {"w8a16_fp8": FP8(), "w4a16_nvfp4": NVFP4()}
+FORMATS: dict[str, WeightFormat] = {"w8a16_fp8": FP8, "w4a16_nvfp4": NVFP4}
 GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 EXPERTS = 16
 VOCABULARY = 256

@@ -10,8 +10,9 @@ thread's CPU time that counts, which other work on the machine does not lengthen
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated
 
@@ -26,11 +27,11 @@ from rich.console import Console
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 from torchao.quantization import Float8Tensor, PerBlock, PerTensor
 
-from quantplug.formats import FP8, NVFP4, FP8Block, PackedWeight, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, NVFP4, BlockFormat, PackedWeight
 from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
-from quantplug.formats.kernels import kernels_for, reference
-from quantplug.formats.scale_from_amax import scale_from_amax
-from quantplug.formats.weight_format import empty_tensors
+from quantplug.formats.kernels import Encoded, kernels_for, reference
+from quantplug.formats.scale_types import scale_from_amax
+from quantplug.formats.weight_format import empty_groups
 
 CASES = {
     "16 weights of 1536 x 2048, gate and up of experts of Qwen3-30B-A3B": (16, 1536, 2048),
@@ -38,7 +39,7 @@ CASES = {
 }
 CLONE, QUANTPLUG, PLAIN, MODELOPT = "`Tensor.clone`", "**quantplug**", "quantplug without numba", "ModelOpt"
 SQUARES = {-1: 128, -2: 128}
-FORMATS: tuple[WeightFormat, ...] = (NVFP4(), FP8(), FP8Block())
+FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -81,31 +82,29 @@ class Contestant:
         del kept
 
 
-def plain_nvfp4(weight: Weight) -> object:
-    """What `NVFP4.pack` does where numba is not installed."""
-    tensors = empty_tensors(NVFP4().outputs(tuple(weight.values.shape)), weight.values.device)
-    scale_2 = scale_from_amax(weight.amax, NVFP4_MAX)
-    reference.pack_nvfp4(weight.values, scale_2, tensors["weight"], tensors["weight_scale"])
+def plain(packing: BlockFormat, weight: Weight) -> object:
+    """What `pack` does where numba is not installed."""
+    tensors = empty_groups(packing.outputs(tuple(weight.values.shape)), 1, weight.values.device)
+    if packing.encoding.has_tensor_scale:
+        tensors[packing.scales[-1]] = scale_from_amax(weight.amax.reshape(1), packing.encoding.largest)
+    reference.pack(packing.encoding, (weight.values,), encoded(packing, tensors))
     return tensors
 
 
-def plain_fp8(weight: Weight) -> object:
-    tensors = empty_tensors(FP8().outputs(tuple(weight.values.shape)), weight.values.device)
-    reference.pack_fp8(weight.values, scale_from_amax(weight.amax, E4M3_MAX), tensors["weight"])
-    return tensors
-
-
-def plain_fp8_block(weight: Weight) -> object:
-    tensors = empty_tensors(FP8Block().outputs(tuple(weight.values.shape)), weight.values.device)
-    reference.pack_fp8_block(weight.values, tensors["weight"], tensors["weight_scale"])
-    return tensors
-
-
-def plain_unpack(weight: Weight) -> object:
-    codes, scales, scale_2 = weight.packed["nvfp4"].tensors.values()
-    values = torch.empty(weight.values.shape)
-    reference.unpack_nvfp4(codes, scales, scale_2, values)
+def plain_unpack(packing: BlockFormat, weight: Weight) -> object:
+    tensors = {name: tensor[None] for name, tensor in weight.packed[packing.name].tensors.items()}
+    values = torch.empty(1, *weight.values.shape)
+    reference.unpack(packing.encoding, encoded(packing, tensors), values)
     return values
+
+
+def encoded(packing: BlockFormat, tensors: Mapping[str, torch.Tensor]) -> Encoded:
+    encoding = packing.encoding
+    return Encoded(
+        tensors["weight"],
+        tensors[packing.scales[0]] if encoding.has_block_scales else None,
+        tensors[packing.scales[-1]] if encoding.has_tensor_scale else None,
+    )
 
 
 def modelopt_nvfp4(weight: Weight) -> object:
@@ -137,7 +136,7 @@ def contestants() -> list[Contestant]:
         Contestant("amax", "**quantplug**", "found", lambda w: kernels_for(w.values).amax(w.values)),
         Contestant("NVFP4", QUANTPLUG, "given", lambda w: nvfp4.pack(w.values, w.amax)),
         Contestant("NVFP4", QUANTPLUG, "found", lambda w: nvfp4.pack(w.values)),
-        Contestant("NVFP4", PLAIN, "given", plain_nvfp4),
+        Contestant("NVFP4", PLAIN, "given", partial(plain, NVFP4)),
         Contestant("NVFP4", MODELOPT, "given", modelopt_nvfp4),
         Contestant(
             "NVFP4", "torchao", "given", lambda w: nvfp4_quantize(w.values, 16, scale_from_amax(w.amax, NVFP4_MAX))
@@ -145,15 +144,15 @@ def contestants() -> list[Contestant]:
         Contestant("NVFP4", "compressed-tensors", "given", compressed_tensors_nvfp4),
         Contestant("FP8", QUANTPLUG, "given", lambda w: fp8.pack(w.values, w.amax)),
         Contestant("FP8", QUANTPLUG, "found", lambda w: fp8.pack(w.values)),
-        Contestant("FP8", PLAIN, "given", plain_fp8),
+        Contestant("FP8", PLAIN, "given", partial(plain, FP8)),
         Contestant("FP8", MODELOPT, "given", lambda w: FP8QTensor.quantize(w.values, scale_from_amax(w.amax, e4m3))),
         Contestant("FP8", "torchao", "found", lambda w: Float8Tensor.from_hp(w.values, granularity=PerTensor())),
         Contestant("FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.pack(w.values)),
-        Contestant("FP8 128x128", PLAIN, "", plain_fp8_block),
+        Contestant("FP8 128x128", PLAIN, "", partial(plain, FP8_BLOCK)),
         Contestant("FP8 128x128", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES)),
         Contestant("FP8 128x128", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=per_block)),
         Contestant("unpack NVFP4", QUANTPLUG, "", lambda w: nvfp4.unpack(w.packed["nvfp4"])),
-        Contestant("unpack NVFP4", PLAIN, "", plain_unpack),
+        Contestant("unpack NVFP4", PLAIN, "", partial(plain_unpack, NVFP4)),
         Contestant("unpack NVFP4", MODELOPT, "", modelopt_unpack),
         Contestant("unpack FP8", QUANTPLUG, "", lambda w: fp8.unpack(w.packed["fp8"])),
         Contestant("unpack FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.unpack(w.packed["fp8_block"])),

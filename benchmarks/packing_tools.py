@@ -22,6 +22,8 @@ from torch.utils.cpp_extension import load_inline
 
 from quantplug.formats import e2m1
 from quantplug.formats.constants import E2M1_MAX, E4M3_MAX, E4M3_SMALLEST_SUBNORMAL, NVFP4_MAX
+from quantplug.formats.encoding import NVFP4_ENCODING
+from quantplug.formats.kernels import Encoded
 
 SHAPE = (4096, 4096)
 
@@ -71,7 +73,10 @@ Pack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 def with_numba() -> Pack:
     from quantplug.formats.kernels import cpu
 
-    return cpu.pack_nvfp4
+    def pack(weight: torch.Tensor, scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
+        cpu.pack(NVFP4_ENCODING, (weight,), Encoded(codes[None], block_scales[None], scale_2.reshape(1)))
+
+    return pack
 
 
 def with_cpp() -> Pack:

@@ -143,7 +143,7 @@ def test_a_hub_model_without_huggingface_hub_is_our_error() -> None:
 
 
 def test_packing_runs_with_torch_and_safetensors_alone() -> None:
-    pack = "NVFP4().pack(torch.full((1, 16), -6.0)).tensors['weight']"
+    pack = "NVFP4.pack(torch.full((1, 16), -6.0)).tensors['weight']"
 
     result = run_with_only_torch_and_safetensors(
         f"import torch; from quantplug.formats import NVFP4; print({pack}.tolist())"

@@ -29,7 +29,7 @@ NVFP4_BLOCK = 16
 NVFP4_MAX = E2M1_MAX * E4M3_MAX
 """Largest code times largest block scale, 2688: `weight_scale_2` maps the tensor's amax to it [NVFP4]."""
 
-FP8_BLOCK = 128
+FP8_BLOCK_SIDE = 128
 """Side of the square weight block that shares one FP32 scale [DSV3]."""
 
 F32_SMALLEST_NORMAL = 2.0**-126

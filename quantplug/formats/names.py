@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
-from quantplug.formats.fp8 import FP8
-from quantplug.formats.fp8_block import FP8Block
-from quantplug.formats.nvfp4 import NVFP4
+from quantplug.formats.block_format import BlockFormat
+from quantplug.formats.table import FP8, FP8_BLOCK, NVFP4
 from quantplug.formats.weight_format import WeightFormat
 
 
@@ -41,14 +40,17 @@ class Scheme:
     Attributes:
         format: Its public name.
         weight: How the weight becomes bytes.
-        weight_bits: Bits of one code of the weight, without its scales.
         activations: How the input is read.
     """
 
     format: QuantFormat
-    weight: WeightFormat
-    weight_bits: int
+    weight: BlockFormat
     activations: Activations
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of one code of the weight, without its scales."""
+        return self.weight.encoding.code.bits
 
     @property
     def has_input_scale(self) -> bool:
@@ -57,11 +59,11 @@ class Scheme:
 
 
 _ROWS = (
-    Scheme(QuantFormat.W4A16_NVFP4, NVFP4(), 4, Activations.PLAIN),
-    Scheme(QuantFormat.NVFP4, NVFP4(), 4, Activations.STATIC),
-    Scheme(QuantFormat.FP8, FP8(), 8, Activations.STATIC),
-    Scheme(QuantFormat.W8A16_FP8, FP8(), 8, Activations.PLAIN),
-    Scheme(QuantFormat.FP8_BLOCKWISE, FP8Block(), 8, Activations.DYNAMIC),
+    Scheme(QuantFormat.W4A16_NVFP4, NVFP4, Activations.PLAIN),
+    Scheme(QuantFormat.NVFP4, NVFP4, Activations.STATIC),
+    Scheme(QuantFormat.FP8, FP8, Activations.STATIC),
+    Scheme(QuantFormat.W8A16_FP8, FP8, Activations.PLAIN),
+    Scheme(QuantFormat.FP8_BLOCKWISE, FP8_BLOCK, Activations.DYNAMIC),
 )
 SCHEMES: Mapping[QuantFormat, Scheme] = {row.format: row for row in _ROWS}
 

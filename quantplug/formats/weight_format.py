@@ -5,7 +5,7 @@ and the caller that knows the name raises them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -34,14 +34,9 @@ class TensorSpec:
         return count
 
 
-def empty_tensors(specs: Iterable[TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:
-    """Contiguous tensors to be filled, by name."""
-    return {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
-
-
 def empty_groups(specs: Iterable[TensorSpec], count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """As `empty_tensors` of so many weights, those of one name in one tensor [count, ...]."""
-    return empty_tensors((replace(spec, shape=(count, *spec.shape)) for spec in specs), device)
+    """Contiguous tensors to be filled, by name: of so many weights, those of one name in one tensor [count, ...]."""
+    return {spec.name: torch.empty((count, *spec.shape), dtype=spec.dtype, device=device) for spec in specs}
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,13 @@ class WeightFormat(Protocol):
 
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be packed, naming the divisor; None when it can."""
+
+    @property
+    def cut_steps(self) -> tuple[int | None, int | None]:
+        """Rows and columns in multiples of which a weight can be cut, and its parts packed apart to the same bytes.
+
+        None for an axis that cannot be cut. A scale of the whole tensor does not hinder: all parts are given its amax.
+        """
 
     def outputs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         """The tensors `pack` makes of a weight of this shape, which has no `problem`, in writing order."""

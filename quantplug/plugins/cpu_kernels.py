@@ -9,8 +9,8 @@ tensors are left to ModelOpt.
 import torch
 
 from quantplug.errors import Offender, ShapeError, UnsupportedQuantizationError
+from quantplug.formats import NVFP4
 from quantplug.formats.constants import NVFP4_BLOCK
-from quantplug.formats.nvfp4 import NVFP4
 
 OPERATOR = "dynamic_block_quantize_op"
 _E2M1_E4M3 = (4, 2, 8, 4)
@@ -51,8 +51,8 @@ def fake_quantize(
             "Run the forward on a GPU, or use NVFP4 or FP8.",
         )
     rows = values.reshape(-1, values.shape[-1])
-    problem = NVFP4().problem(tuple(rows.shape))
+    problem = NVFP4.problem(tuple(rows.shape))
     if problem is not None:
         raise ShapeError("A tensor does not divide into NVFP4 blocks.", [Offender(f"tensorrt::{OPERATOR}", problem)])
-    packed = NVFP4().pack(rows, amax.float().amax())
-    return NVFP4().unpack(packed).view(values.shape).to(values.dtype)
+    packed = NVFP4.pack(rows, amax.float().amax())
+    return NVFP4.unpack(packed).view(values.shape).to(values.dtype)

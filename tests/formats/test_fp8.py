@@ -9,7 +9,7 @@ from quantplug.formats import FP8, PackedWeight
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
 SMALLEST_NORMAL = 2.0**-126
-FORMAT = FP8()
+FORMAT = FP8
 
 
 def formula(weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

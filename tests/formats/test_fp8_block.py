@@ -3,13 +3,13 @@ import pytest
 import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
-from quantplug.formats import FP8Block
+from quantplug.formats import FP8_BLOCK
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
 BLOCK = 128
 BLOCK_SIZES = {-1: BLOCK, -2: BLOCK}
 SMALLEST_NORMAL = 2.0**-126
-FORMAT = FP8Block()
+FORMAT = FP8_BLOCK
 SHAPES = [(128, 128), (256, 384), (384, 896)]
 
 

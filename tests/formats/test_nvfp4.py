@@ -10,7 +10,7 @@ from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
 NVFP4_MAX = 6 * 448
 SMALLEST_NORMAL = 2.0**-126
-FORMAT = NVFP4()
+FORMAT = NVFP4
 
 
 def modelopt(weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

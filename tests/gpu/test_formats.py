@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from quantplug.formats import FP8, NVFP4, FP8Block
-from quantplug.formats.kernels import cuda, kernels_for
+from quantplug.formats import FP8, FP8_BLOCK, NVFP4
+from quantplug.formats.encoding import NVFP4_ENCODING
+from quantplug.formats.kernels import Encoded, cuda, kernels_for
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, every_block
 
 pytestmark = [
@@ -18,7 +19,7 @@ def test_the_triton_kernels_prove_themselves_here(dtype):
     assert kernels_for(torch.ones(2, 2, dtype=dtype, device="cuda")) is cuda
 
 
-@pytest.mark.parametrize("packing", [NVFP4(), FP8(), FP8Block()], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("packing", [NVFP4, FP8, FP8_BLOCK], ids=lambda packing: packing.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_experts_in_one_launch_have_the_bytes_of_each_on_the_cpu(packing, dtype):
     weights = torch.randn(7, 384, 1280, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -32,7 +33,7 @@ def test_experts_in_one_launch_have_the_bytes_of_each_on_the_cpu(packing, dtype)
         assert torch.equal(there, packing.unpack(packing.pack(weight, amax)))
 
 
-@pytest.mark.parametrize("packing", [NVFP4(), FP8(), FP8Block()], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("packing", [NVFP4, FP8, FP8_BLOCK], ids=lambda packing: packing.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bytes_do_not_depend_on_the_device(packing, dtype):
     weight = torch.randn(384, 1280, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -49,9 +50,10 @@ def test_bytes_do_not_depend_on_the_device(packing, dtype):
 def test_the_triton_kernel_gives_the_bytes_of_the_cpu_for_every_value(dtype, weight_scale_2):
     weight = torch.cat([every_block(dtype, scale, weight_scale_2) for scale in E4M3_SCALES[5::10]])
     amax = torch.tensor(weight_scale_2) * 2688
-    on_cpu = NVFP4().pack(weight, amax).tensors
+    on_cpu = NVFP4.pack(weight, amax).tensors
     assert on_cpu["weight_scale_2"].item() == pytest.approx(weight_scale_2)
     codes, scales = on_cpu["weight"].cuda().zero_(), torch.zeros_like(on_cpu["weight_scale"], device="cuda")
-    cuda.pack_nvfp4(weight.cuda(), on_cpu["weight_scale_2"].cuda(), codes, scales)
+    scale_2 = on_cpu["weight_scale_2"].cuda()
+    cuda.pack(NVFP4_ENCODING, (weight.cuda(),), Encoded(codes[None], scales[None], scale_2[None]))
     assert torch.equal(codes.cpu(), on_cpu["weight"])
     assert torch.equal(scales.cpu().view(torch.uint8), on_cpu["weight_scale"].view(torch.uint8))

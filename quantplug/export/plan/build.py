@@ -18,7 +18,7 @@ from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.scale_groups import group_names, with_shared_amaxes
-from quantplug.export.plan.slices import must_gather_first, row_step
+from quantplug.export.plan.slices import must_gather_first
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
 from quantplug.findings import Findings
 from quantplug.formats import TensorSpec, WeightFormat
@@ -161,7 +161,7 @@ class _Packing:
             input_amax=weight.activation.amax if weight.activation and quantized else None,
             dtype=plain,
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
-            row_step=None if placement else row_step(packing, shapes[0]),
+            row_step=None if placement else 1 if packing is None else packing.cut_steps[0],
             outputs=outputs,
             duplicates=tuple(
                 PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, packing, None), packing)

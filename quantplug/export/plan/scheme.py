@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from quantplug.export.plan.types import QuantizerState
-from quantplug.formats import FP8, NVFP4, FP8Block, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, NVFP4, WeightFormat
 from quantplug.formats.names import Scheme, scheme_of
 
 WAY_OUT = (
@@ -21,9 +21,9 @@ class _Settings:
 
 
 _FORMATS: dict[_Settings, WeightFormat] = {
-    _Settings((2, 1), ((-1, 16),), scale_bits=(4, 3), dynamic_blocks=True): NVFP4(),
-    _Settings((4, 3)): FP8(),
-    _Settings((4, 3), ((-2, 128), (-1, 128))): FP8Block(),
+    _Settings((2, 1), ((-1, 16),), scale_bits=(4, 3), dynamic_blocks=True): NVFP4,
+    _Settings((4, 3)): FP8,
+    _Settings((4, 3), ((-2, 128), (-1, 128))): FP8_BLOCK,
 }
 
 

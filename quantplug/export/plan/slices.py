@@ -37,17 +37,21 @@ def must_gather_first(
         return False
     if not mapping.layout.cuts_cleanly(slices, dims):
         return True
+    wholes = layout_shapes(shape, mapping.layout, dims)
     parts = layout_shapes(slice_shape(shape, slices, mapping), mapping.layout, dims)
-    packed = (part for name, part in zip(mapping.hf, parts, strict=True) if name not in mapping.high_precision)
-    return packing is not None and any(packing.problem(part) is not None for part in packed)
+    return packing is not None and any(
+        _cuts_a_block(part, whole, packing)
+        for name, part, whole in zip(mapping.hf, parts, wholes, strict=True)
+        if name not in mapping.high_precision
+    )
 
 
-def row_step(packing: WeightFormat | None, shape: tuple[int, ...]) -> int:
-    """Rows of a weight of this shape can be packed apart from the others in multiples of this many."""
-    step = 1
-    while packing is not None and step < shape[0] and packing.problem((step, *shape[1:])) is not None:
-        step *= 2
-    return step
+def _cuts_a_block(part: tuple[int, ...], whole: tuple[int, ...], packing: WeightFormat) -> bool:
+    """Whether slices of this shape begin or end amid a block of the whole; along an axis that is not cut, none do."""
+    return any(
+        size != of_whole and (step is None or size == 0 or size % step != 0)
+        for size, of_whole, step in zip(part, whole, packing.cut_steps, strict=True)
+    )
 
 
 def packed_specs(task: ExportTask, part: PartOutput, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:

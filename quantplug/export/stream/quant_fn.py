@@ -31,6 +31,8 @@ class QuantFunction:
     """
 
     static_activations = False
+    cut_steps = (None, None)
+    """What the function makes of parts is not known before it has been tried: `packs_apart` does."""
 
     def __init__(
         self, quant_fn: QuantFn, block_size: tuple[int, int] | None, dtype: torch.dtype, device: torch.device

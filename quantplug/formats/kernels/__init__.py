@@ -15,9 +15,9 @@ import torch
 
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
-from quantplug.formats.kernels.protocol import Kernels
+from quantplug.formats.kernels.protocol import Encoded, Kernels
 
-__all__ = ["Kernels", "kernels_for"]
+__all__ = ["Encoded", "Kernels", "kernels_for"]
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -3,7 +3,7 @@
 A contiguous weight is read where it is. Of any other, each thread copies one piece at a time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, chain, pairwise, repeat
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from quantplug.formats import e2m1
-from quantplug.formats.constants import FP8_BLOCK, NVFP4_BLOCK
-from quantplug.formats.kernels import loops
+from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.kernels import loops, reference
 from quantplug.formats.kernels.loops import Array
+from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.kernels.threads import run, run_each
 
 _PIECE = 1 << 18
@@ -42,20 +44,20 @@ def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
     return by_row, by_column
 
 
-def pack_nvfp4(
-    weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-) -> None:
-    pack_nvfp4_group((weight,), weight_scale_2.reshape(1), codes.unsqueeze(0), block_scales.unsqueeze(0))
+def pack(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    _loops(encoding).pack(weights, encoded)
 
 
-def pack_nvfp4_group(
-    weights: Sequence[torch.Tensor], weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-) -> None:
+def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
+    _loops(encoding).unpack(encoded, values)
+
+
+def _pack_nvfp4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
-        for weight, scale_2, packed, scales in zip(weights, weight_scale_2.tolist(), codes, block_scales, strict=True):
+        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
             pieces = _pieces(_bits(weight))
-            alongside = _alongside(pieces, packed, 2), _alongside(pieces, scales, NVFP4_BLOCK)
-            yield zip(pieces, repeat(scale_2), *alongside, strict=False)
+            codes, scales = _alongside(pieces, of_weight.codes, 2), _beside(pieces, of_weight)
+            yield zip(pieces, repeat(float(of_weight.tensor_scales)), codes, scales, strict=False)
 
     def pack(piece: Array, scale_2: float, packed: Array, scales: Array) -> None:
         loops.pack_nvfp4(_flat(piece), scale_2, packed, scales)
@@ -63,63 +65,66 @@ def pack_nvfp4_group(
     run_each(pack, chain.from_iterable(calls()))
 
 
-def unpack_nvfp4(
-    codes: torch.Tensor, block_scales: torch.Tensor, weight_scale_2: torch.Tensor, values: torch.Tensor
-) -> None:
-    scale_2, pieces = float(weight_scale_2), _pieces(values.numpy())
-
-    def unpack(packed: Array, scales: Array, piece: Array) -> None:
+def _unpack_nvfp4(encoded: Encoded, values: torch.Tensor) -> None:
+    def unpack(packed: Array, scales: Array, scale_2: float, piece: Array) -> None:
         loops.unpack_nvfp4(packed, scales, scale_2, _e2m1_values(), _e4m3_values(), _flat(piece))
 
-    scales = _alongside(pieces, block_scales, NVFP4_BLOCK)
-    run(unpack, _alongside(pieces, codes, 2), scales, pieces)
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        pieces = _pieces(of_values.numpy())
+        codes, scales = _alongside(pieces, of_weight.codes, 2), _beside(pieces, of_weight)
+        scale_2 = float(of_weight.tensor_scales)
+        run_each(unpack, zip(codes, scales, repeat(scale_2), pieces, strict=False))
 
 
-def pack_fp8(weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-    pack_fp8_group((weight,), weight_scale.reshape(1), codes.unsqueeze(0))
-
-
-def pack_fp8_group(weights: Sequence[torch.Tensor], weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
+def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
-        for weight, scale, coded in zip(weights, weight_scale.tolist(), codes, strict=True):
+        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
             pieces = _pieces(_bits(weight))
-            yield zip(pieces, repeat(scale), _alongside(pieces, coded), strict=False)
+            scale = float(of_weight.tensor_scales)
+            yield zip(pieces, repeat(scale), _alongside(pieces, of_weight.codes), strict=False)
 
-    def pack(piece: Array, scale: float, coded: Array) -> None:
-        loops.pack_fp8(_flat(piece), scale, coded)
+    def pack(piece: Array, scale: float, codes: Array) -> None:
+        loops.pack_fp8(_flat(piece), scale, codes)
 
     run_each(pack, chain.from_iterable(calls()))
 
 
-def unpack_fp8(codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
-    scale, pieces = float(weight_scale), _pieces(values.numpy())
-    run(
-        lambda coded, piece: loops.unpack_fp8(coded, scale, _e4m3_values(), _flat(piece)),
-        _alongside(pieces, codes),
-        pieces,
-    )
+def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
+    def unpack(codes: Array, scale: float, piece: Array) -> None:
+        loops.unpack_fp8(codes, scale, _e4m3_values(), _flat(piece))
+
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        pieces = _pieces(of_values.numpy())
+        scale = float(of_weight.tensor_scales)
+        run_each(unpack, zip(_alongside(pieces, of_weight.codes), repeat(scale), pieces, strict=False))
 
 
-def pack_fp8_block(weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-    pack_fp8_block_group((weight,), codes.unsqueeze(0), block_scales.unsqueeze(0))
+def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    def pack(bands: Array, scales: Array, codes: Array) -> None:
+        loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, _in_squares(codes))
 
-
-def pack_fp8_block_group(weights: Sequence[torch.Tensor], codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-    def pack(bands: Array, scales: Array, coded: Array) -> None:
-        loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, _in_squares(coded))
-
-    bands = (
-        zip(*_bands(_bits(weight), scales.numpy(), _bytes(coded)), strict=True)
-        for weight, coded, scales in zip(weights, codes, block_scales, strict=True)
-    )
+    bands = (_bands(_bits(weight), of_weight) for weight, of_weight in zip(weights, encoded.of_each(), strict=True))
     run_each(pack, chain.from_iterable(bands))
 
 
-def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: torch.Tensor) -> None:
-    def unpack(bands: Array, scales: Array, coded: Array) -> None:
-        loops.unpack_fp8_block(_in_squares(coded), scales, _e4m3_values(), _in_squares(bands))
+def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
+    def unpack(bands: Array, scales: Array, codes: Array) -> None:
+        loops.unpack_fp8_block(_in_squares(codes), scales, _e4m3_values(), _in_squares(bands))
 
-    run(unpack, *_bands(values.numpy(), block_scales.numpy(), _bytes(codes)))
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        run_each(unpack, _bands(of_values.numpy(), of_weight))
+
+
+_LOOPS: Mapping[Encoding, Loops] = {
+    NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
+    FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
+    FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
+}
+"""The encodings that have compiled loops. One that is not here is worked on by the reference: right, but slower."""
+
+
+def _loops(encoding: Encoding) -> Loops:
+    return _LOOPS.get(encoding) or reference.loops_for(encoding)
 
 
 def _bits(weight: torch.Tensor) -> Array:
@@ -166,18 +171,23 @@ def _alongside(pieces: list[Array], tensor: torch.Tensor, per: int = 1) -> list[
     return [flat[start:end] for start, end in pairwise(ends)]
 
 
-def _bands(weight: Array, block_scales: Array, codes: Array) -> tuple[list[Array], ...]:
+def _beside(pieces: list[Array], encoded: Encoded) -> list[Array]:
+    """The bytes of NVFP4's block scales in the same pieces."""
+    return _alongside(pieces, encoded.block_scales, NVFP4_BLOCK)
+
+
+def _bands(weight: Array, encoded: Encoded) -> Iterator[tuple[Array, Array, Array]]:
     """Weight, block scales and codes in the same pieces: bands of 128 rows, some of them each."""
+    block_scales, codes = encoded.block_scales.numpy(), _bytes(encoded.codes)
     step = max(_piece_elements(weight) * len(block_scales) // weight.size, 1)
-    starts = range(0, len(block_scales), step)
-    scales = [block_scales[start : start + step] for start in starts]
-    rows = [slice(start * FP8_BLOCK, (start + step) * FP8_BLOCK) for start in starts]
-    return [weight[band] for band in rows], scales, [codes[band] for band in rows]
+    for start in range(0, len(block_scales), step):
+        rows = slice(start * FP8_BLOCK_SIDE, (start + step) * FP8_BLOCK_SIDE)
+        yield weight[rows], block_scales[start : start + step], codes[rows]
 
 
 def _in_squares(rows: Array) -> Array:
     """[n, in] as [n/128, 128, in/128, 128]."""
-    return rows.reshape(len(rows) // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
+    return rows.reshape(len(rows) // FP8_BLOCK_SIDE, FP8_BLOCK_SIDE, -1, FP8_BLOCK_SIDE)
 
 
 @cache

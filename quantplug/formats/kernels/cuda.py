@@ -3,14 +3,16 @@
 Nothing waits for the GPU, but a group, whose addresses are copied there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import reference, triton_loops
+from quantplug.formats.kernels.protocol import Encoded, Loops
 
 _BLOCKS = 128
 """Blocks of NVFP4 that one program works on."""
@@ -37,22 +39,23 @@ def amax(weight: torch.Tensor) -> torch.Tensor:
     return largest.view(torch.float32)
 
 
-def pack_nvfp4(
-    weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-) -> None:
-    pack_nvfp4_group((weight,), weight_scale_2, codes, block_scales)
+def pack(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    _loops(encoding).pack(weights, encoded)
 
 
-def pack_nvfp4_group(
-    weights: Sequence[torch.Tensor], weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-) -> None:
-    first, blocks = weights[0].detach(), block_scales.numel() // len(weights)
+def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
+    _loops(encoding).unpack(encoded, values)
+
+
+def _pack_nvfp4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    first, block_scales = weights[0].detach(), encoded.block_scales
+    blocks = block_scales.numel() // len(weights)
     with _on(first):
         triton_loops.pack_nvfp4[(triton.cdiv(blocks, _BLOCKS), len(weights))](
             _source(weights),
             *first.stride(),
-            weight_scale_2,
-            codes,
+            encoded.tensor_scales,
+            encoded.codes,
             block_scales.view(torch.uint8),
             block_scales.shape[-1],
             blocks,
@@ -62,21 +65,22 @@ def pack_nvfp4_group(
         )
 
 
-def unpack_nvfp4(
-    codes: torch.Tensor, block_scales: torch.Tensor, weight_scale_2: torch.Tensor, values: torch.Tensor
-) -> None:
-    blocks = block_scales.numel()
-    with _on(values):
-        triton_loops.unpack_nvfp4[(triton.cdiv(blocks, _BLOCKS),)](
-            codes, block_scales.view(torch.uint8), weight_scale_2, values, blocks, BLOCKS=_BLOCKS
-        )
+def _unpack_nvfp4(encoded: Encoded, values: torch.Tensor) -> None:
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        block_scales = of_weight.block_scales
+        blocks = block_scales.numel()
+        with _on(values):
+            triton_loops.unpack_nvfp4[(triton.cdiv(blocks, _BLOCKS),)](
+                of_weight.codes,
+                block_scales.view(torch.uint8),
+                of_weight.tensor_scales,
+                of_values,
+                blocks,
+                BLOCKS=_BLOCKS,
+            )
 
 
-def pack_fp8(weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-    pack_fp8_group((weight,), weight_scale, codes)
-
-
-def pack_fp8_group(weights: Sequence[torch.Tensor], weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
+def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     rows = [_rows(weight) for weight in weights]
     first, elements = rows[0], rows[0].numel()
     with _on(first):
@@ -85,32 +89,31 @@ def pack_fp8_group(weights: Sequence[torch.Tensor], weight_scale: torch.Tensor, 
             *first.stride(),
             first.shape[1],
             elements,
-            weight_scale,
-            codes.view(torch.uint8),
+            encoded.tensor_scales,
+            encoded.codes.view(torch.uint8),
             ROWS=first.shape[0] > 1,
             **_kind(rows),
             TILE=_TILE,
         )
 
 
-def unpack_fp8(codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
-    with _on(values):
-        triton_loops.unpack_fp8[(triton.cdiv(values.numel(), _TILE),)](
-            codes.view(torch.uint8), weight_scale, values, values.numel(), TILE=_TILE
-        )
+def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        elements = of_values.numel()
+        with _on(values):
+            triton_loops.unpack_fp8[(triton.cdiv(elements, _TILE),)](
+                of_weight.codes.view(torch.uint8), of_weight.tensor_scales, of_values, elements, TILE=_TILE
+            )
 
 
-def pack_fp8_block(weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-    pack_fp8_block_group((weight,), codes, block_scales)
-
-
-def pack_fp8_block_group(weights: Sequence[torch.Tensor], codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-    first, squares = weights[0].detach(), block_scales.numel() // len(weights)
+def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    first, block_scales = weights[0].detach(), encoded.block_scales
+    squares = block_scales.numel() // len(weights)
     with _on(first):
         triton_loops.pack_fp8_block[(squares, len(weights))](
             _source(weights),
             *first.stride(),
-            codes.view(torch.uint8),
+            encoded.codes.view(torch.uint8),
             block_scales,
             first.shape[1],
             squares,
@@ -119,11 +122,29 @@ def pack_fp8_block_group(weights: Sequence[torch.Tensor], codes: torch.Tensor, b
         )
 
 
-def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: torch.Tensor) -> None:
-    with _on(values):
-        triton_loops.unpack_fp8_block[(block_scales.numel(),)](
-            codes.view(torch.uint8), block_scales, values, values.shape[1], num_warps=_SQUARE_WARPS
-        )
+def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        block_scales = of_weight.block_scales
+        with _on(values):
+            triton_loops.unpack_fp8_block[(block_scales.numel(),)](
+                of_weight.codes.view(torch.uint8),
+                block_scales,
+                of_values,
+                of_values.shape[1],
+                num_warps=_SQUARE_WARPS,
+            )
+
+
+_LOOPS: Mapping[Encoding, Loops] = {
+    NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
+    FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
+    FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
+}
+"""The encodings that have Triton loops. One that is not here is worked on by the reference: right, but slower."""
+
+
+def _loops(encoding: Encoding) -> Loops:
+    return _LOOPS.get(encoding) or reference.loops_for(encoding)
 
 
 def _on(tensor: torch.Tensor) -> torch.cuda.device:

@@ -21,7 +21,7 @@ from quantplug.formats.constants import (
     E4M3_MAX,
     E4M3_SMALLEST_SUBNORMAL,
     F32_SMALLEST_NORMAL,
-    FP8_BLOCK,
+    FP8_BLOCK_SIDE,
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
@@ -121,7 +121,7 @@ def _e2m1(quotient: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _e4m3(quotient: Any) -> Any:
-    """As `reference.saturate_to_e4m3`."""
+    """As `codes.saturate_to_e4m3`."""
     bits = np.float32(quotient).view(np.uint32)
     magnitude = np.float32(abs(quotient))
     magnitude = magnitude if magnitude < _E4M3_LARGEST else _E4M3_LARGEST
@@ -273,8 +273,8 @@ def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> No
 def _square_scale(bands: Array, band: int, block: int) -> Any:
     """As `scale_from_amax` of one block of [bands, 128, blocks, 128]."""
     largest = _magnitude(bands[band, 0, block, 0])
-    for row in range(FP8_BLOCK):
-        for i in range(FP8_BLOCK):
+    for row in range(FP8_BLOCK_SIDE):
+        for i in range(FP8_BLOCK_SIDE):
             largest = max(largest, _magnitude(bands[band, row, block, i]))
     amax = _fp32(largest)
     scale = np.float32(amax / _E4M3_LARGEST)
@@ -289,8 +289,8 @@ def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
         for block in range(block_scales.shape[1]):
             scale = _square_scale(bands, band, block)
             block_scales[band, block] = scale
-            for row in range(FP8_BLOCK):
-                for i in range(FP8_BLOCK):
+            for row in range(FP8_BLOCK_SIDE):
+                for i in range(FP8_BLOCK_SIDE):
                     codes[band, row, block, i] = _e4m3(np.float32(_fp32(bands[band, row, block, i]) / scale))
 
 
@@ -298,7 +298,7 @@ def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
 def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8_block` in FP32."""
     for band in range(block_scales.shape[0]):
-        for row in range(FP8_BLOCK):
+        for row in range(FP8_BLOCK_SIDE):
             for block in range(block_scales.shape[1]):
-                for i in range(FP8_BLOCK):
+                for i in range(FP8_BLOCK_SIDE):
                     out[band, row, block, i] = e4m3[codes[band, row, block, i]] * block_scales[band, block]

@@ -4,13 +4,16 @@ A compiler for GPUs has many targets, and rounding is what its versions and they
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 
-from quantplug.formats.constants import FP8_BLOCK, NVFP4_BLOCK
+from quantplug.formats.constants import FP8_BLOCK_SIDE
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import reference
-from quantplug.formats.kernels.protocol import Kernels
+from quantplug.formats.kernels.protocol import Encoded, Kernels
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _SCALES = (1.0, 7.0, 61.0, 7.0 * 2.0**-60, 1 / 3)
@@ -46,43 +49,33 @@ def _trial_weight(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 def _works(weight: torch.Tensor) -> Iterator[Work]:
     yield lambda kernels: (kernels.amax(weight), kernels.amax(weight[:, 1::2]))
-    for scale in _SCALES:
-        yield partial(_nvfp4, weight, scale)
-        yield partial(_fp8, weight, scale)
+    for encoding, scale in product((NVFP4_ENCODING, FP8_ENCODING), _SCALES):
+        yield partial(_packed, encoding, weight, weight.new_tensor([scale, scale * 8], dtype=torch.float32))
     for amax in _SQUARE_AMAXES:
         clipped = torch.where(weight.abs() <= amax, weight, 0)
-        clipped[::FP8_BLOCK, ::FP8_BLOCK] = amax
-        yield partial(_fp8_block, clipped)
+        clipped[::FP8_BLOCK_SIDE, ::FP8_BLOCK_SIDE] = amax
+        yield partial(_packed, FP8_BLOCK_ENCODING, clipped, None)
 
 
-def _nvfp4(weight: torch.Tensor, scale: float, kernels: Kernels) -> Sequence[torch.Tensor]:
+def _packed(
+    encoding: Encoding, weight: torch.Tensor, tensor_scales: torch.Tensor | None, kernels: Kernels
+) -> Sequence[torch.Tensor]:
+    """A group of two, one weight with other strides, and its values."""
+    group, one = _empty(encoding, weight, 2), _empty(encoding, weight, 1)
+    if tensor_scales is not None:
+        group, one = replace(group, whole=tensor_scales), replace(one, whole=tensor_scales[:1])
+    values = weight.new_empty((1, *weight.shape), dtype=torch.float32)
+    kernels.pack(encoding, (weight, weight.flip(0)), group)
+    kernels.pack(encoding, (weight.t().contiguous().t(),), one)
+    kernels.unpack(encoding, one, values)
+    filled = (group.codes, one.codes, values, group.blocks, one.blocks)
+    return [tensor for tensor in filled if tensor is not None]
+
+
+def _empty(encoding: Encoding, weight: torch.Tensor, count: int) -> Encoded:
     rows, columns = weight.shape
-    scales = weight.new_tensor([scale, scale * 8], dtype=torch.float32)
-    codes = weight.new_empty((2, rows, columns // 2), dtype=torch.uint8)
-    block_scales = weight.new_empty((2, rows, columns // NVFP4_BLOCK), dtype=torch.float8_e4m3fn)
-    values = weight.new_empty(weight.shape, dtype=torch.float32)
-    kernels.pack_nvfp4_group((weight, weight.flip(0)), scales, codes, block_scales)
-    kernels.pack_nvfp4(weight.t().contiguous().t(), scales[0], codes[0], block_scales[0])
-    kernels.unpack_nvfp4(codes[0], block_scales[0], scales[0], values)
-    return codes, block_scales, values
-
-
-def _fp8(weight: torch.Tensor, scale: float, kernels: Kernels) -> Sequence[torch.Tensor]:
-    scales = weight.new_tensor([scale, scale * 8], dtype=torch.float32)
-    codes = weight.new_empty((2, *weight.shape), dtype=torch.float8_e4m3fn)
-    values = weight.new_empty(weight.shape, dtype=torch.float32)
-    kernels.pack_fp8_group((weight, weight.flip(0)), scales, codes)
-    kernels.pack_fp8(weight.t().contiguous().t(), scales[0], codes[0])
-    kernels.unpack_fp8(codes[0], scales[0], values)
-    return codes, values
-
-
-def _fp8_block(weight: torch.Tensor, kernels: Kernels) -> Sequence[torch.Tensor]:
-    rows, columns = weight.shape
-    codes = weight.new_empty((2, *weight.shape), dtype=torch.float8_e4m3fn)
-    block_scales = weight.new_empty((2, rows // FP8_BLOCK, columns // FP8_BLOCK), dtype=torch.float32)
-    values = weight.new_empty(weight.shape, dtype=torch.float32)
-    kernels.pack_fp8_block_group((weight, weight.flip(0)), codes, block_scales)
-    kernels.pack_fp8_block(weight.t().contiguous().t(), codes[0], block_scales[0])
-    kernels.unpack_fp8_block(codes[0], block_scales[0], values)
-    return codes, block_scales, values
+    codes = weight.new_empty((count, rows, columns // encoding.code.in_a_byte), dtype=encoding.code.dtype)
+    if not encoding.has_block_scales:
+        return Encoded(codes)
+    blocks = encoding.block.count((rows, columns))
+    return Encoded(codes, weight.new_empty((count, *blocks), dtype=encoding.scale.dtype))

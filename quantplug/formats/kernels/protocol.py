@@ -1,20 +1,56 @@
 """What a set of kernels is: the loops over all elements of a weight, which every format is made of."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple, Protocol
 
 import torch
+
+from quantplug.formats.encoding import Encoding
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A group of encoded weights: contiguous tensors on one device, whose first axis counts the weights.
+
+    Attributes:
+        codes: [count, out, in / codes in a byte], in the code's dtype.
+        blocks: Scales of blocks [count, blocks below each other, blocks side by side], in the scale's dtype; None for
+            an encoding without blocks.
+        whole: FP32 scales of whole tensors [count], given before packing, finite and above 0; None for an encoding that
+            has scales of blocks alone.
+    """
+
+    codes: torch.Tensor
+    blocks: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
+
+    def of_each(self) -> Iterator["Encoded"]:
+        """Each weight by itself: views without the first axis."""
+        blocks = repeat(None) if self.blocks is None else self.blocks
+        whole = repeat(None) if self.whole is None else self.whole
+        return (Encoded(*of_one) for of_one in zip(self.codes, blocks, whole, strict=False))
+
+    @property
+    def block_scales(self) -> torch.Tensor:
+        """`blocks`, of an encoding that has them."""
+        assert self.blocks is not None
+        return self.blocks
+
+    @property
+    def tensor_scales(self) -> torch.Tensor:
+        """`whole`, of an encoding that has them."""
+        assert self.whole is not None
+        return self.whole
 
 
 class Kernels(Protocol):
     """Packing and unpacking of weights [out, in] into tensors that the caller has allocated.
 
-    A weight has any strides and is left as it was. All other tensors are contiguous and on the weight's device. Scales
-    are finite and above 0. Every set of kernels gives the same bits, those of `reference`: FP32 arithmetic, true
-    divisions, rounding to nearest and ties to even. The formats' modules say which shapes and dtypes belong together.
-
-    A group is weights of one shape, dtype, device and set of strides; what is filled then has one axis more, in front,
-    and so have scales of the whole weight.
+    A weight has any strides and is left as it was; all other tensors are contiguous and on the weight's device. Every
+    set of kernels gives the same bits, those of `reference`: FP32 arithmetic, true divisions, rounding to nearest and
+    ties to even. Weights come in groups of one shape, dtype, device and set of strides; one weight is a group of one.
     """
 
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
@@ -27,41 +63,15 @@ class Kernels(Protocol):
         the second, modulo 2^64; a row is all that has one index in the first dimension.
         """
 
-    def pack_nvfp4(
-        self, weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-    ) -> None:
-        """Fills `codes` [out, in/2] (U8) and `block_scales` [out, in/16] (F8_E4M3)."""
+    def pack(self, encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+        """Fills the codes and block scales of `encoded`, by its scales of the tensors where there are such."""
 
-    def pack_nvfp4_group(
-        self,
-        weights: Sequence[torch.Tensor],
-        weight_scale_2: torch.Tensor,
-        codes: torch.Tensor,
-        block_scales: torch.Tensor,
-    ) -> None:
-        """As `pack_nvfp4`, of a group."""
+    def unpack(self, encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
+        """Fills `values` [count, out, in], FP32."""
 
-    def unpack_nvfp4(
-        self, codes: torch.Tensor, block_scales: torch.Tensor, weight_scale_2: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Fills `values` [out, in] (F32)."""
 
-    def pack_fp8(self, weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-        """Fills `codes` [out, in] (F8_E4M3)."""
+class Loops(NamedTuple):
+    """How a set of kernels works on one encoding."""
 
-    def pack_fp8_group(self, weights: Sequence[torch.Tensor], weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-        """As `pack_fp8`, of a group."""
-
-    def unpack_fp8(self, codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
-        """Fills `values` [out, in] (F32)."""
-
-    def pack_fp8_block(self, weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-        """Fills `codes` [out, in] (F8_E4M3) and `block_scales` [out/128, in/128] (F32)."""
-
-    def pack_fp8_block_group(
-        self, weights: Sequence[torch.Tensor], codes: torch.Tensor, block_scales: torch.Tensor
-    ) -> None:
-        """As `pack_fp8_block`, of a group."""
-
-    def unpack_fp8_block(self, codes: torch.Tensor, block_scales: torch.Tensor, values: torch.Tensor) -> None:
-        """Fills `values` [out, in] (F32)."""
+    pack: Callable[[Sequence[torch.Tensor], Encoded], None]
+    unpack: Callable[[Encoded, torch.Tensor], None]

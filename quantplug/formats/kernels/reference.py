@@ -1,24 +1,16 @@
-"""The kernels in plain PyTorch, on any device: what the others must equal in every bit.
+"""The kernels in plain PyTorch, on any device and for any encoding: what the others must equal in every bit.
 
 The weight is worked on a few rows at a time, so that its FP32 form is never held whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
-from quantplug.formats import e2m1
-from quantplug.formats.chunks import CHUNK_ELEMENTS, fp32_row_chunks
-from quantplug.formats.constants import (
-    E2M1_MAX,
-    E4M3_MAX,
-    E4M3_SMALLEST_SUBNORMAL,
-    FP8_BLOCK,
-    NVFP4_BLOCK,
-    ZERO_AMAX_SCALE,
-)
-from quantplug.formats.kernels.one_by_one import one_by_one
-from quantplug.formats.scale_from_amax import scale_from_amax
+from quantplug.formats.encoding import Block, Encoding
+from quantplug.formats.kernels.chunks import CHUNK_ELEMENTS, fp32_row_chunks
+from quantplug.formats.kernels.protocol import Encoded, Loops
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,71 +35,64 @@ def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
     return _weighted(by_row), _weighted(by_column)
 
 
-def pack_nvfp4(
-    weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-) -> None:
-    for rows, values in _numbered(fp32_row_chunks(weight)):
-        blocks = _in_blocks(values)
-        block_scales[rows] = _nvfp4_block_scales(blocks, weight_scale_2)
-        # Divided by the scale as the reader will see it, after its rounding to E4M3.
-        scales = block_scales[rows].float() * weight_scale_2
-        codes[rows] = e2m1.pack_pairs(e2m1.encode(blocks / scales.unsqueeze(-1)).flatten(-2))
+def pack(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
+        _pack_one(encoding, weight, of_weight)
 
 
-def unpack_nvfp4(
-    codes: torch.Tensor, block_scales: torch.Tensor, weight_scale_2: torch.Tensor, values: torch.Tensor
-) -> None:
-    for rows in _row_slices(values):
-        scales = block_scales[rows].float() * weight_scale_2
-        blocks = _in_blocks(e2m1.decode(e2m1.unpack_pairs(codes[rows])))
-        torch.mul(blocks, scales.unsqueeze(-1), out=_in_blocks(values[rows]))
+def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        _unpack_one(encoding, of_weight, of_values)
 
 
-def pack_fp8(weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-    for rows, values in _numbered(fp32_row_chunks(weight)):
-        codes[rows] = saturate_to_e4m3(values / weight_scale)
+def loops_for(encoding: Encoding) -> Loops:
+    """These kernels for one encoding, for the tables of sets that have no loops of their own for it."""
+    return Loops(partial(pack, encoding), partial(unpack, encoding))
 
 
-def unpack_fp8(codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
-    for rows in _row_slices(values):
-        torch.mul(codes[rows].float(), weight_scale, out=values[rows])
+def _pack_one(encoding: Encoding, weight: torch.Tensor, encoded: Encoded) -> None:
+    encode, block_rows = encoding.code.encode, encoding.block.rows or 1
+    for rows, values in _numbered(fp32_row_chunks(weight, row_multiple=block_rows)):
+        if encoded.blocks is None:
+            encoded.codes[rows] = encode(values / encoded.tensor_scales)
+            continue
+        blocks = _in_blocks(values, encoding.block)
+        scales = encoded.block_scales[_in_steps(rows, block_rows)]
+        scales.copy_(encoding.scale.from_amax(blocks.abs().amax((1, 3)), _largest(encoding, encoded)))
+        # Divided by the scale as the reader will see it, after its rounding to the type that it is stored in.
+        quotients = blocks / _multipliers(scales, encoded)
+        encoded.codes[rows] = encode(_in_rows(quotients, values.shape))
 
 
-def pack_fp8_block(weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-    for rows, values in _numbered(fp32_row_chunks(weight, row_multiple=FP8_BLOCK)):
-        blocks = _in_squares(values)
-        scales = scale_from_amax(blocks.abs().amax((1, 3)), E4M3_MAX)
-        block_scales[rows.start // FP8_BLOCK : rows.stop // FP8_BLOCK] = scales
-        codes[rows] = saturate_to_e4m3(blocks / scales[:, None, :, None]).view(values.shape)
+def _unpack_one(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
+    block_rows = encoding.block.rows or 1
+    for rows in _row_slices(values, row_multiple=block_rows):
+        decoded = encoding.code.decode(encoded.codes[rows])
+        if encoded.blocks is None:
+            torch.mul(decoded, encoded.tensor_scales, out=values[rows])
+            continue
+        scales = encoded.block_scales[_in_steps(rows, block_rows)]
+        blocks = _in_blocks(decoded, encoding.block) * _multipliers(scales, encoded)
+        values[rows] = _in_rows(blocks, decoded.shape)
 
 
-def unpack_fp8_block(codes: torch.Tensor, block_scales: torch.Tensor, values: torch.Tensor) -> None:
-    for rows in _row_slices(values, row_multiple=FP8_BLOCK):
-        scales = block_scales[rows.start // FP8_BLOCK : rows.stop // FP8_BLOCK, None, :, None]
-        torch.mul(_in_squares(codes[rows].float()), scales, out=_in_squares(values[rows]))
+def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:
+    """What the amax of a block is mapped to, where the scale of the tensor is taken apart: an FP32 scalar."""
+    largest = torch.full((), encoding.code.largest, device=encoded.codes.device)
+    return largest if encoded.whole is None else largest * encoded.whole
 
 
-pack_nvfp4_group = one_by_one(pack_nvfp4)
-pack_fp8_group = one_by_one(pack_fp8)
-pack_fp8_block_group = one_by_one(pack_fp8_block)
-
-
-def saturate_to_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """Rounds FP32 to E4M3, ties to even; magnitudes above 448 become 448 where a plain cast makes NaN of them."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def _multipliers(scales: torch.Tensor, encoded: Encoded) -> torch.Tensor:
+    """What the values of codes are multiplied with, block by block [n, 1, m, 1]."""
+    multipliers = scales.float()
+    if encoded.whole is not None:
+        multipliers = multipliers * encoded.whole
+    return multipliers[:, None, :, None]
 
 
 def _weighted(sums: torch.Tensor) -> int:
     places = torch.arange(1, sums.numel() + 1, device=sums.device) * 2 - 1
     return int((sums * places).sum()) % 2**64
-
-
-def _nvfp4_block_scales(blocks: torch.Tensor, weight_scale_2: torch.Tensor) -> torch.Tensor:
-    """E4M3 scales [n, in/16] that map the amax of each block [n, in/16, 16] to 6."""
-    scales = blocks.abs().amax(-1) / (E2M1_MAX * weight_scale_2)
-    scales = torch.where(scales == 0, ZERO_AMAX_SCALE, scales)
-    # E4M3 would round a tiny scale to 0, by which codes cannot be divided, and one above 448 to NaN.
-    return scales.clamp(E4M3_SMALLEST_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _numbered(chunks: Iterator[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -126,11 +111,25 @@ def _row_slices(values: torch.Tensor, row_multiple: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """[n, in] as [n, in/16, 16]."""
-    return rows.view(rows.shape[0], -1, NVFP4_BLOCK)
+def _in_steps(rows: slice, step: int) -> slice:
+    """The blocks, `step` rows each, that rows from the beginning of a block are in; the last may be partial."""
+    return slice(rows.start // step, -(-rows.stop // step))
 
 
-def _in_squares(rows: torch.Tensor) -> torch.Tensor:
-    """[n, in] as [n/128, 128, in/128, 128]."""
-    return rows.view(rows.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
+def _in_blocks(rows: torch.Tensor, block: Block) -> torch.Tensor:
+    """[n, in] as [blocks, rows of one, blocks side by side, columns of one]; partial blocks are filled up with zeros.
+
+    A zero changes no amax, and what is made of it is cut off again.
+    """
+    count, columns = rows.shape
+    height, width = block.rows or 1, block.columns or columns
+    missing = (-count % height, -columns % width)
+    if any(missing):
+        rows = torch.nn.functional.pad(rows, (0, missing[1], 0, missing[0]))
+    return rows.view(rows.shape[0] // height, height, rows.shape[1] // width, width)
+
+
+def _in_rows(blocks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Undoes `_in_blocks`."""
+    below, height, beside, width = blocks.shape
+    return blocks.view(below * height, beside * width)[: shape[0], : shape[1]]

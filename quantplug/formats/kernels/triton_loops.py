@@ -16,13 +16,13 @@ from quantplug.formats.constants import (
     E4M3_MAX,
     E4M3_SMALLEST_SUBNORMAL,
     F32_SMALLEST_NORMAL,
-    FP8_BLOCK,
+    FP8_BLOCK_SIDE,
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
 
 _ELEMENTS = tl.constexpr(NVFP4_BLOCK)
-_SIDE = tl.constexpr(FP8_BLOCK)
+_SIDE = tl.constexpr(FP8_BLOCK_SIDE)
 _E2M1_LARGEST = tl.constexpr(E2M1_MAX)
 _E4M3_LARGEST = tl.constexpr(E4M3_MAX)
 _E4M3_SMALLEST = tl.constexpr(E4M3_SMALLEST_SUBNORMAL)
@@ -303,7 +303,7 @@ def _e2m1(quotient: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _e4m3(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
-    """As `reference.saturate_to_e4m3` of the quotient; the sign, of NaN too, is that of the value."""
+    """As `codes.saturate_to_e4m3` of the quotient; the sign, of NaN too, is that of the value."""
     is_ordinary = (scale >= _LEAST_SCALE) & (scale <= _LARGEST_SCALE)
     quotient = _quotient(values, scale, _E4M3_LARGEST, is_ordinary, SHORT)
     code, _ = _rounded(tl.abs(quotient), _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)

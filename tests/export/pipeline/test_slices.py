@@ -15,7 +15,7 @@ from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.pieces import cut, travel_specs
 from quantplug.export.plan.types import ExportTask, QuantizerState, WholeWeight
-from quantplug.formats import FP8, NVFP4, FP8Block
+from quantplug.formats import FP8, FP8_BLOCK, NVFP4
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, VOCABULARY, ModelDimensions
 from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
 from quantplug.topology import ShardAxis
@@ -28,7 +28,7 @@ STATES = {
     "fp8_block": QuantizerState("q", (4, 3), ((-2, 128), (-1, 128)), axis=(0, 2)),
     "plain": None,
 }
-FORMATS = {"nvfp4": NVFP4(), "fp8": FP8(), "fp8_block": FP8Block()}
+FORMATS = {"nvfp4": NVFP4, "fp8": FP8, "fp8_block": FP8_BLOCK}
 LAYOUTS = {"column": COLUMN, "row": ROW, "gated": GATED, "qkv": QKV}
 
 

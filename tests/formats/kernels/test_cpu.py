@@ -10,33 +10,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantplug.formats.codes import E4M3
 from quantplug.formats.constants import NVFP4_MAX
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Block, Encoding
 from quantplug.formats.kernels import cpu, reference
-from quantplug.formats.kernels.protocol import Kernels
+from quantplug.formats.kernels.protocol import Encoded, Kernels
+from quantplug.formats.scale_types import F32_SCALE
+from tests.formats.kernels.calls import pack_one
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
 SETS: tuple[Kernels, Kernels] = (cpu, reference)
 
 
-def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
-    block_scales = torch.empty(weight.shape[0], weight.shape[1] // 16, dtype=torch.float8_e4m3fn)
-    kernels.pack_nvfp4(weight, torch.tensor(weight_scale_2), codes, block_scales)
-    return codes, block_scales
+def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tuple[torch.Tensor, ...]:
+    return pack_one(kernels, NVFP4_ENCODING, weight, weight_scale_2)
 
 
-def fp8(kernels: Kernels, weight: torch.Tensor, weight_scale: float) -> tuple[torch.Tensor]:
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    kernels.pack_fp8(weight, torch.tensor(weight_scale), codes)
-    return (codes,)
+def fp8(kernels: Kernels, weight: torch.Tensor, weight_scale: float) -> tuple[torch.Tensor, ...]:
+    return pack_one(kernels, FP8_ENCODING, weight, weight_scale)
 
 
-def fp8_block(kernels: Kernels, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    block_scales = torch.empty(weight.shape[0] // 128, weight.shape[1] // 128)
-    kernels.pack_fp8_block(weight, codes, block_scales)
-    return codes, block_scales
+def fp8_block(kernels: Kernels, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return pack_one(kernels, FP8_BLOCK_ENCODING, weight)
 
 
 def assert_same_bits(made: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
@@ -52,10 +48,10 @@ def test_nvfp4_of_every_value_under_every_block_scale_that_it_can_have(
 ) -> None:
     for scale in E4M3_SCALES if dtype.itemsize == 2 else E4M3_SCALES.flip(0)[::9]:
         weight = every_block(dtype, scale, weight_scale_2)
-        codes, block_scales = nvfp4(cpu, weight, weight_scale_2)
-        assert_same_bits((codes, block_scales), nvfp4(reference, weight, weight_scale_2))
+        made = nvfp4(cpu, weight, weight_scale_2)
+        assert_same_bits(made, nvfp4(reference, weight, weight_scale_2))
         if dtype == torch.bfloat16 and weight[0, 0] >= torch.finfo(dtype).smallest_normal:
-            assert torch.equal(block_scales.float(), scale.expand(len(weight), 1))
+            assert torch.equal(made[1][0].float(), scale.expand(len(weight), 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,9 +66,9 @@ def test_nvfp4_scale_of_every_amax_that_a_block_can_have(dtype: torch.dtype, wei
 @pytest.mark.parametrize("weight_scale", TENSOR_SCALES)
 def test_fp8_of_every_value(dtype: torch.dtype, weight_scale: float) -> None:
     weight = all_values(dtype)[None]
-    (codes,) = fp8(cpu, weight, weight_scale)
-    assert_same_bits((codes,), fp8(reference, weight, weight_scale))
-    assert codes.view(torch.uint8).unique().numel() > 2
+    made = fp8(cpu, weight, weight_scale)
+    assert_same_bits(made, fp8(reference, weight, weight_scale))
+    assert made[0].view(torch.uint8).unique().numel() > 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,32 +153,47 @@ def with_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 4), (1, 1)])
-def test_amax_sums_and_fp8_have_no_blocks(shape: tuple[int, ...]) -> None:
+def test_amax_and_sums_are_of_any_shape(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     for view in (weight, weight.t() if weight.dim() == 2 else weight):
         assert_same_bits((cpu.amax(view),), (reference.amax(view),))
         assert cpu.bit_sums(view) == reference.bit_sums(view)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (1, 1), (1, 7)])
+def test_fp8_is_of_any_matrix(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for view in (weight, weight.t()):
         assert_same_bits(fp8(cpu, view, 0.01), fp8(reference, view, 0.01))
 
 
 @pytest.mark.parametrize("weight_scale_2", [*TENSOR_SCALES, 3e38])
 def test_every_byte_unpacks_alike_under_every_scale(weight_scale_2: float) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).expand(256, 256).contiguous()
-    block_scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous()
-    made, expected = torch.empty(256, 512), torch.empty(256, 512)
-    for kernels, values in zip(SETS, (made, expected), strict=True):
-        kernels.unpack_nvfp4(codes, block_scales.view(torch.float8_e4m3fn), torch.tensor(weight_scale_2), values)
-    assert torch.equal(made.isnan(), expected.isnan())
-    assert_same_bits((made.nan_to_num(),), (expected.nan_to_num(),))
+    codes = torch.arange(256, dtype=torch.uint8).expand(1, 256, 256).contiguous()
+    block_scales = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 32).contiguous()
+    encoded = Encoded(codes, block_scales.view(torch.float8_e4m3fn), torch.tensor([weight_scale_2]))
+    assert_unpacks_alike(NVFP4_ENCODING, encoded, (1, 256, 512))
 
 
 @pytest.mark.parametrize("scale", TENSOR_SCALES)
 def test_every_fp8_code_unpacks_alike(scale: float) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).repeat(64 * 3, 1).view(torch.float8_e4m3fn).view(384, 128)
-    scales = torch.tensor([[scale], [scale * 3], [-scale]])
-    made, expected = torch.empty(2, 384, 128), torch.empty(2, 384, 128)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(64 * 3, 1).view(torch.float8_e4m3fn).view(1, 384, 128)
+    scales = torch.tensor([[[scale], [scale * 3], [-scale]]])
+    assert_unpacks_alike(FP8_ENCODING, Encoded(codes, None, scales[:, 0, 0]), codes.shape)
+    assert_unpacks_alike(FP8_BLOCK_ENCODING, Encoded(codes, scales), codes.shape)
+
+
+def assert_unpacks_alike(encoding: Encoding, encoded: Encoded, shape: tuple[int, ...]) -> None:
+    made, expected = torch.empty(shape), torch.empty(shape)
     for kernels, values in zip(SETS, (made, expected), strict=True):
-        kernels.unpack_fp8(codes, scales[0, 0], values[0])
-        kernels.unpack_fp8_block(codes, scales, values[1])
+        kernels.unpack(encoding, encoded, values)
     assert torch.equal(made.isnan(), expected.isnan())
     assert_same_bits((made.nan_to_num(),), (expected.nan_to_num(),))
+
+
+def test_an_encoding_without_loops_is_left_to_the_reference() -> None:
+    encoding = Encoding(E4M3, Block(2, 8), F32_SCALE)
+    weight = heavy_tailed((6, 24), torch.bfloat16)
+    assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, weight))
+    codes, scales = pack_one(cpu, encoding, weight)
+    assert_unpacks_alike(encoding, Encoded(codes, scales), codes.shape)

@@ -15,7 +15,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from quantplug.formats import encoding as encodings
 from quantplug.formats.kernels import reference, triton_loops
+from tests.formats.kernels.calls import Call, empty
 from tests.formats.kernels.values import E4M3_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
@@ -30,16 +32,10 @@ interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.Te
     fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar
 )
 from quantplug.formats.kernels import cuda
-calls, large = torch.load(sys.argv[1]), int(sys.argv[2])
+calls, large = torch.load(sys.argv[1], weights_only=False), int(sys.argv[2])
 cuda._BLOCKS, cuda._TILE = cuda._BLOCKS * large, cuda._TILE * large
-for number, (name, arguments) in enumerate(calls):
-    returned = getattr(cuda, name)(*arguments)
-    calls[number] = [*arguments, returned]
-torch.save(calls, sys.argv[1])
+torch.save([call.made_by(cuda) for call in calls], sys.argv[1])
 """
-
-Call = tuple[str, Sequence[Any]]
-"""A kernel and its arguments, of which the last ones are to be filled."""
 
 
 def assert_interpreted_as_the_reference(calls: Iterable[Call], tmp_path: Path, large: int = 1) -> None:
@@ -56,16 +52,10 @@ def assert_interpreted_as_the_reference(calls: Iterable[Call], tmp_path: Path, l
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    for (name, arguments), made in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
-        returned = getattr(reference, name)(*arguments)
-        for one, other in zip(made, [*arguments, returned], strict=True):
-            for mine, expected in zip(tensors_in(one), tensors_in(other), strict=True):
-                assert mine.shape == expected.shape, name
-                assert torch.equal(comparable(mine), comparable(expected)), (name, mine.shape)
-
-
-def tensors_in(argument: Any) -> Sequence[torch.Tensor]:
-    return argument if isinstance(argument, list | tuple) else [] if argument is None else [argument]
+    for call, made in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
+        for mine, expected in zip(made, call.made_by(reference), strict=True):
+            assert mine.shape == expected.shape, call.name
+            assert torch.equal(comparable(mine), comparable(expected)), (call.name, call.encoding, mine.shape)
 
 
 def comparable(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,20 +64,21 @@ def comparable(tensor: torch.Tensor) -> torch.Tensor:
     return bits(torch.where(wide.isnan(), torch.full_like(wide, float("nan")), wide))
 
 
+def packing(encoding: str, weights: list[torch.Tensor], scales: Sequence[float] = (1.0,)) -> Call:
+    encoded = empty(getattr(encodings, encoding), weights[0].shape, scales)
+    return Call("pack", encoding, weights, (encoded.codes, encoded.blocks, encoded.whole))
+
+
 def nvfp4(weight: torch.Tensor, weight_scale_2: float) -> Call:
-    rows, columns = weight.shape
-    codes = torch.zeros(rows, columns // 2, dtype=torch.uint8)
-    block_scales = torch.zeros(rows, columns // 16, dtype=torch.float8_e4m3fn)
-    return "pack_nvfp4", (weight, torch.tensor(weight_scale_2), codes, block_scales)
+    return packing("NVFP4_ENCODING", [weight], (weight_scale_2,))
 
 
 def fp8(weight: torch.Tensor, weight_scale: float) -> Call:
-    return "pack_fp8", (weight, torch.tensor(weight_scale), torch.zeros(weight.shape, dtype=torch.float8_e4m3fn))
+    return packing("FP8_ENCODING", [weight], (weight_scale,))
 
 
 def fp8_block(weight: torch.Tensor) -> Call:
-    codes = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
-    return "pack_fp8_block", (weight, codes, torch.zeros(weight.shape[0] // 128, weight.shape[1] // 128))
+    return packing("FP8_BLOCK_ENCODING", [weight])
 
 
 @pytest.mark.parametrize("weight_scale_2", [1.0, 1 / 3])
@@ -130,8 +121,10 @@ def test_shapes_strides_and_what_is_not_finite(dtype: torch.dtype, tmp_path: Pat
     weight[4, 5], weight[5, 6], weight[6, 7] = float("nan"), float("inf"), -0.0
     views = [weight, weight[:1, :16], weight.t().contiguous().t(), torch.cat((weight, weight), 1)[:, :160], weight[::2]]
     calls = [nvfp4(view, 1e-4) for view in views]
-    calls += [fp8(view.nan_to_num(0.0), 1e-3) for view in (*views, weight.view(-1), weight.view(1, 97, 160))]
-    calls += [("amax", (view,)) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)]
+    calls += [fp8(view.nan_to_num(0.0), 1e-3) for view in (*views, weight.view(1, -1), weight.view(-1, 1))]
+    calls += [
+        Call("amax", "", [view]) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)
+    ]
     assert_interpreted_as_the_reference(calls, tmp_path)
 
 
@@ -144,26 +137,24 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, tmp_path: Path) -
     ]
     calls: list[Call] = []
     for group in groups:
-        count, (rows, columns) = len(group), group[0].shape
-        scales, codes = torch.tensor([1e-3, 2e-3, 1 / 3])[:count], torch.zeros(count, rows, columns, dtype=torch.uint8)
-        fp8_codes = codes.view(torch.float8_e4m3fn)
-        block_scales = torch.zeros(count, rows, columns // 16, dtype=torch.float8_e4m3fn)
-        calls.append(("pack_nvfp4_group", (group, scales, codes[..., ::2].contiguous(), block_scales)))
-        calls.append(("pack_fp8_group", (group, scales, fp8_codes.clone())))
-        squares = torch.zeros(count, rows // 128, columns // 128)
-        calls.append(("pack_fp8_block_group", (group, fp8_codes.clone(), squares)))
+        scales = [1e-3, 2e-3, 1 / 3][: len(group)]
+        for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_BLOCK_ENCODING"):
+            calls.append(packing(encoding, group, scales))
     assert_interpreted_as_the_reference(calls, tmp_path)
 
 
 def test_every_byte_unpacks_alike(tmp_path: Path) -> None:
-    pairs = torch.arange(256, dtype=torch.uint8).expand(256, 256).contiguous()
-    scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous().view(torch.float8_e4m3fn)
-    codes = pairs[:128].view(torch.float8_e4m3fn)
+    pairs = torch.arange(256, dtype=torch.uint8).expand(2, 256, 256).contiguous()
+    block_scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(2, 256, 32).contiguous()
+    codes = pairs[:, :128].contiguous().view(torch.float8_e4m3fn)
+    values, halves = torch.zeros(2, 256, 512), torch.zeros(2, 128, 256)
     calls: list[Call] = []
     for scale in (1.0, 1 / 3, 2.0**-126, 3e38):
-        calls.append(("unpack_nvfp4", (pairs, scales, torch.tensor(scale), torch.zeros(256, 512))))
-        calls.append(("unpack_fp8", (codes, torch.tensor(scale), torch.zeros(128, 256))))
-        calls.append(("unpack_fp8_block", (codes, torch.tensor([[scale, -scale]]), torch.zeros(128, 256))))
+        scales, squares = torch.tensor([scale, scale / 2]), torch.tensor([[[scale, -scale]]]).repeat(2, 1, 1)
+        nvfp4_tensors = (pairs, block_scales.view(torch.float8_e4m3fn), scales)
+        calls.append(Call("unpack", "NVFP4_ENCODING", [values], nvfp4_tensors))
+        calls.append(Call("unpack", "FP8_ENCODING", [halves], (codes, None, scales)))
+        calls.append(Call("unpack", "FP8_BLOCK_ENCODING", [halves], (codes, squares)))
     assert_interpreted_as_the_reference(calls, tmp_path)
 
 

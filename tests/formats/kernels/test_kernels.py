@@ -33,7 +33,7 @@ def assert_same_bytes_after(before: str, tmp_path: Path) -> None:
 import sys, torch
 {before}
 from quantplug.formats import NVFP4
-torch.save(NVFP4().pack(torch.load({str(tmp_path / "weight.pt")!r})).tensors["weight"], {str(tmp_path / "codes.pt")!r})
+torch.save(NVFP4.pack(torch.load({str(tmp_path / "weight.pt")!r})).tensors["weight"], {str(tmp_path / "codes.pt")!r})
 """
     weight = heavy_tailed((96, 160), torch.bfloat16)
     torch.save(weight, tmp_path / "weight.pt")
@@ -42,7 +42,7 @@ torch.save(NVFP4().pack(torch.load({str(tmp_path / "weight.pt")!r})).tensors["we
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
-    assert torch.equal(bits(torch.load(tmp_path / "codes.pt")), bits(NVFP4().pack(weight).tensors["weight"]))
+    assert torch.equal(bits(torch.load(tmp_path / "codes.pt")), bits(NVFP4.pack(weight).tensors["weight"]))
 
 
 def test_without_numba_the_bytes_are_the_same(tmp_path: Path) -> None:
@@ -55,16 +55,16 @@ def test_with_numba_s_compiler_turned_off_the_bytes_are_the_same(tmp_path: Path)
 
 OF_ALL_ENDS = """
 import torch
-from quantplug.formats import FP8, NVFP4, FP8Block
+from quantplug.formats import FP8, NVFP4, FP8_BLOCK
 from quantplug.formats.kernels import kernels_for
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     # Neither a whole number of tiles nor of pieces.
     small, large = torch.randn(3, 48).to(dtype), torch.randn(130, 2064).to(dtype)
     for weight in (small, large, torch.randn(2064, 144).to(dtype).t()):
-        for packing in (NVFP4(), FP8()):
+        for packing in (NVFP4, FP8):
             packing.unpack(packing.pack(weight))
         kernels_for(weight).bit_sums(weight)
-    FP8Block().unpack(FP8Block().pack(torch.randn(384, 256).to(dtype)))
+    FP8_BLOCK.unpack(FP8_BLOCK.pack(torch.randn(384, 256).to(dtype)))
 """
 
 

@@ -1,7 +1,7 @@
 """Kernels prove themselves before they are used: those that round otherwise, anywhere, do not pass."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from quantplug.formats import kernels
+from quantplug.formats.codes import E2M1, E4M3
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import cpu, cuda, reference
-from quantplug.formats.kernels.one_by_one import one_by_one
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
+from quantplug.formats.kernels.protocol import Encoded
 from tests.formats.weights import DTYPES
 
 CPU = torch.device("cpu")
@@ -27,28 +29,42 @@ def with_fault(name: str, fault: Callable[..., Any]) -> Any:
     return SimpleNamespace(**{**vars(reference), name: fault})
 
 
-def reciprocal_nvfp4(
-    weight: torch.Tensor, weight_scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor
-) -> None:
+def packing_with_fault(encoding: Encoding, fault: Callable[[torch.Tensor, Encoded], None]) -> Callable[..., None]:
+    """The reference, but for what is done to each weight of one encoding afterwards."""
+
+    def pack(given: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+        reference.pack(given, weights, encoded)
+        if given == encoding:
+            for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
+                fault(weight, of_weight)
+
+    return pack
+
+
+def reciprocal_nvfp4(weight: torch.Tensor, encoded: Encoded) -> None:
     """Multiplies with the reciprocal of the scale, as GPUs like to."""
-    reference.pack_nvfp4(weight, weight_scale_2, codes, block_scales)
-    blocks = weight.float().reshape(*block_scales.shape, 16)
-    quotients = blocks * (1 / (block_scales.float() * weight_scale_2)).unsqueeze(-1)
-    codes.copy_(reference.e2m1.pack_pairs(reference.e2m1.encode(quotients).flatten(-2)))
+    blocks = weight.float().reshape(*encoded.block_scales.shape, 16)
+    quotients = blocks * (1 / (encoded.block_scales.float() * encoded.tensor_scales)).unsqueeze(-1)
+    encoded.codes.copy_(E2M1.encode(quotients.flatten(-2)))
 
 
-def reciprocal_fp8(weight: torch.Tensor, weight_scale: torch.Tensor, codes: torch.Tensor) -> None:
-    codes.copy_(reference.saturate_to_e4m3(weight.float() * (1 / weight_scale)))
+def reciprocal_fp8(weight: torch.Tensor, encoded: Encoded) -> None:
+    encoded.codes.copy_(E4M3.encode(weight.float() * (1 / encoded.tensor_scales)))
 
 
-def rounded_twice(weight: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
-    reference.pack_fp8_block(weight, codes, block_scales)
-    block_scales.copy_(block_scales.bfloat16())
+def rounded_twice(weight: torch.Tensor, encoded: Encoded) -> None:
+    encoded.block_scales.copy_(encoded.block_scales.bfloat16())
 
 
-def flushed(codes: torch.Tensor, weight_scale: torch.Tensor, values: torch.Tensor) -> None:
-    reference.unpack_fp8(codes, weight_scale, values)
-    values[values.abs() < 7 * 2.0**-66] = 0  # What is of E4M3's subnormals, under the smallest of the scales.
+def first_alone(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    """Packs the first weight of a group in place of each."""
+    reference.pack(encoding, [weights[0]] * len(weights), encoded)
+
+
+def flushed(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
+    reference.unpack(encoding, encoded, values)
+    if encoding == FP8_ENCODING:
+        values[values.abs() < 7 * 2.0**-66] = 0  # What is of E4M3's subnormals, under the smallest of the scales.
 
 
 def without_the_last(weight: torch.Tensor) -> torch.Tensor:
@@ -58,14 +74,14 @@ def without_the_last(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("pack_nvfp4", reciprocal_nvfp4),
-        ("pack_nvfp4_group", one_by_one(reciprocal_nvfp4)),
-        ("pack_fp8", reciprocal_fp8),
-        ("pack_fp8_group", one_by_one(reciprocal_fp8)),
-        ("pack_fp8_block", rounded_twice),
-        ("unpack_fp8", flushed),
+        ("pack", packing_with_fault(NVFP4_ENCODING, reciprocal_nvfp4)),
+        ("pack", packing_with_fault(FP8_ENCODING, reciprocal_fp8)),
+        ("pack", packing_with_fault(FP8_BLOCK_ENCODING, rounded_twice)),
+        ("pack", first_alone),
+        ("unpack", flushed),
         ("amax", without_the_last),
     ],
+    ids=["nvfp4", "fp8", "fp8_block", "group", "unpack", "amax"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_that_round_otherwise_do_not(name: str, fault: Callable[..., Any], dtype: torch.dtype) -> None:

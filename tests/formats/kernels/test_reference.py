@@ -4,8 +4,11 @@ import pytest
 import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 
-from quantplug.formats.chunks import CHUNK_ELEMENTS
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING
 from quantplug.formats.kernels import reference
+from quantplug.formats.kernels.chunks import CHUNK_ELEMENTS
+from quantplug.formats.kernels.protocol import Encoded
+from tests.formats.kernels.calls import pack_one
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
 SHAPE = (384, 3 * CHUNK_ELEMENTS // 1024)
@@ -15,25 +18,24 @@ SHAPE = (384, 3 * CHUNK_ELEMENTS // 1024)
 def test_nvfp4_equals_modelopt(dtype: torch.dtype) -> None:
     weight = heavy_tailed(SHAPE, dtype)
     quantized, scales, scale_2 = NVFP4QTensor.quantize(weight.float(), 16)
-    codes, block_scales = torch.empty_like(quantized._quantized_data), torch.empty_like(scales)
-    reference.pack_nvfp4(weight, scale_2, codes, block_scales)
-    assert torch.equal(codes, quantized._quantized_data)
-    assert torch.equal(bits(block_scales), bits(scales))
-    values = torch.empty(SHAPE)
-    reference.unpack_nvfp4(codes, block_scales, scale_2, values)
+    encoded = Encoded(*pack_one(reference, NVFP4_ENCODING, weight, scale_2.item()))
+    assert torch.equal(encoded.codes[0], quantized._quantized_data)
+    assert torch.equal(bits(encoded.block_scales), bits(scales))
+    values = torch.empty(1, *SHAPE)
+    reference.unpack(NVFP4_ENCODING, encoded, values)
     expected = quantized.dequantize(dtype=torch.float32, scale=scales, double_scale=scale_2, block_sizes={-1: 16})
     # ModelOpt's decoder gives 0.0 for code 8 (-0.0).
-    assert torch.equal(values, expected)
+    assert torch.equal(values[0], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_equals_modelopt(dtype: torch.dtype) -> None:
     weight = heavy_tailed(SHAPE, dtype)
     quantized, scale = FP8QTensor.quantize(weight.float())
-    codes, values = torch.empty_like(quantized._quantized_data), torch.empty(SHAPE)
-    reference.pack_fp8(weight, scale, codes)
+    codes, scales = pack_one(reference, FP8_ENCODING, weight, scale.item())
     assert torch.equal(bits(codes), bits(quantized._quantized_data))
-    reference.unpack_fp8(codes, scale, values)
+    values = torch.empty(1, *SHAPE)
+    reference.unpack(FP8_ENCODING, Encoded(codes, None, scales), values)
     assert torch.equal(bits(values), bits(quantized.dequantize(dtype=torch.float32, scale=scale)))
 
 
@@ -41,12 +43,11 @@ def test_fp8_equals_modelopt(dtype: torch.dtype) -> None:
 def test_fp8_block_equals_modelopt(dtype: torch.dtype) -> None:
     weight, block_sizes = heavy_tailed(SHAPE, dtype), {-1: 128, -2: 128}
     quantized, scales = FP8QTensor.quantize(weight.float(), block_sizes=block_sizes)
-    codes, block_scales = torch.empty_like(quantized._quantized_data), torch.empty(3, SHAPE[1] // 128)
-    reference.pack_fp8_block(weight, codes, block_scales)
-    assert torch.equal(bits(codes), bits(quantized._quantized_data))
-    assert torch.equal(bits(block_scales), bits(scales))
-    values = torch.empty(SHAPE)
-    reference.unpack_fp8_block(codes, block_scales, values)
+    encoded = Encoded(*pack_one(reference, FP8_BLOCK_ENCODING, weight))
+    assert torch.equal(bits(encoded.codes), bits(quantized._quantized_data))
+    assert torch.equal(bits(encoded.block_scales), bits(scales))
+    values = torch.empty(1, *SHAPE)
+    reference.unpack(FP8_BLOCK_ENCODING, encoded, values)
     expected = quantized.dequantize(dtype=torch.float32, scale=scales, block_sizes=block_sizes)
     assert torch.equal(bits(values), bits(expected))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quantplug.formats.chunks import CHUNK_ELEMENTS, fp32_row_chunks
+from quantplug.formats.kernels.chunks import CHUNK_ELEMENTS, fp32_row_chunks
 from tests.formats.weights import heavy_tailed
 
 

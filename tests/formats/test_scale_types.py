@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from quantplug.formats.scales import scale_from_amax, tensor_scale, weight_amax
+from quantplug.formats.scale_types import E4M3_SCALE, scale_from_amax
+from quantplug.formats.scales import weight_amax
 from tests.formats.weights import DTYPES, heavy_tailed
 
 
@@ -25,7 +26,8 @@ def test_scale_is_elementwise_finite_and_positive() -> None:
     assert scale_from_amax(amax, 448.0).tolist() == expected
 
 
-@pytest.mark.parametrize("amax", [torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([[2.0]], dtype=torch.bfloat16)])
-def test_given_amax_of_one_element_becomes_an_fp32_scalar(amax: torch.Tensor) -> None:
-    scale = tensor_scale(torch.ones(2, 3), amax, 4.0)
-    assert (scale.dtype, scale.shape, scale.item()) == (torch.float32, (), 0.5)
+def test_e4m3_scales_are_finite_and_positive_where_e4m3_would_make_0_or_nan_of_them() -> None:
+    amaxes = torch.tensor([0.0, 2.0**-149, 1e-9, 6.0, 6 * 448.0, 1e30])
+    scales = E4M3_SCALE.from_amax(amaxes, torch.tensor(6.0))
+    # The second one underflows in FP32, and so is as that of a block of zeros.
+    assert scales.float().tolist() == [1.0, 1.0, 2.0**-9, 1.0, 448.0, 448.0]

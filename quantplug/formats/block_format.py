@@ -1,0 +1,90 @@
+"""A weight format as a row of data: how values become codes and scales, and what a checkpoint calls them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantplug.formats.encoding import Encoding
+from quantplug.formats.kernels import Encoded, kernels_for
+from quantplug.formats.scale_types import scale_from_amax
+from quantplug.formats.scales import weight_amax
+from quantplug.formats.weight_format import PackedWeight, TensorSpec, empty_groups
+
+_CODES = "weight"
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A `WeightFormat` of codes and scales; `table` holds those that there are.
+
+    Attributes:
+        encoding: What a value is made of.
+        scales: What the format calls its scales: that of a block, then that of the tensor, as far as it has them.
+        static_activations: Whether activations are quantized by a scale that calibration has found.
+    """
+
+    name: str
+    encoding: Encoding
+    scales: tuple[str, ...]
+    static_activations: bool
+
+    @property
+    def cut_steps(self) -> tuple[int | None, int | None]:
+        return self.encoding.cut_steps
+
+    def problem(self, shape: tuple[int, ...]) -> str | None:
+        return self.encoding.problem(shape)
+
+    def outputs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        rows, columns = shape
+        encoding = self.encoding
+        specs = [TensorSpec(_CODES, (rows, columns // encoding.code.in_a_byte), encoding.code.dtype)]
+        if self._block_scale is not None:
+            blocks = encoding.block.count((rows, columns))
+            specs.append(TensorSpec(self._block_scale, blocks, encoding.scale.dtype))
+        if self._tensor_scale is not None:
+            specs.append(TensorSpec(self._tensor_scale, (), torch.float32))
+        return tuple(specs)
+
+    def pack(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> PackedWeight:
+        if amax is None:  # Only a scale of the tensor is made of it.
+            amax = weight_amax(weight) if self.encoding.has_tensor_scale else torch.zeros((), device=weight.device)
+        (packed,) = self.pack_group((weight,), amax.reshape(1))
+        return packed
+
+    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+        first = weights[0]
+        tensors = empty_groups(self.outputs(tuple(first.shape)), len(weights), first.device)
+        if self._tensor_scale is not None:
+            # On the weights' device: CUDA takes a divisor on the CPU for a Python number, and multiplies.
+            tensors[self._tensor_scale] = scale_from_amax(amaxes.to(first.device), self.encoding.largest)
+        kernels_for(first).pack(self.encoding, weights, self._encoded(tensors))
+        return PackedWeight.of_group(tensors)
+
+    def unpack(self, packed: PackedWeight) -> torch.Tensor:
+        group = {name: tensor.unsqueeze(0) for name, tensor in packed.tensors.items()}
+        codes = group[_CODES]
+        columns = codes.shape[-1] * self.encoding.code.in_a_byte
+        values = torch.empty(*codes.shape[:-1], columns, dtype=torch.float32, device=codes.device)
+        kernels_for(values).unpack(self.encoding, self._encoded(group), values)
+        return values[0]
+
+    def input_scale(self, amax: torch.Tensor) -> torch.Tensor:
+        if not self.static_activations:
+            raise NotImplementedError(f"{self.name} has no static activations: check static_activations first")
+        return scale_from_amax(amax.reshape(()), self.encoding.largest)
+
+    @property
+    def _block_scale(self) -> str | None:
+        return self.scales[0] if self.encoding.has_block_scales else None
+
+    @property
+    def _tensor_scale(self) -> str | None:
+        return self.scales[-1] if self.encoding.has_tensor_scale else None
+
+    def _encoded(self, tensors: Mapping[str, torch.Tensor]) -> Encoded:
+        """The tensors of a group by what kernels call them."""
+        block_scales = None if self._block_scale is None else tensors[self._block_scale]
+        tensor_scales = None if self._tensor_scale is None else tensors[self._tensor_scale]
+        return Encoded(tensors[_CODES], block_scales, tensor_scales)

@@ -1,0 +1,55 @@
+"""The codes that weights are stored in: what each holds, and how FP32 becomes it and comes back. A row a code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from quantplug.formats import e2m1
+from quantplug.formats.constants import E2M1_MAX, E4M3_MAX
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kind of code.
+
+    Attributes:
+        bits: Of one code; a divisor of 8, so that a byte holds a whole number of them.
+        largest: Largest finite magnitude.
+        dtype: Of a tensor of codes, one byte an element.
+        encode: FP32 [..., n] to codes [..., n * bits / 8]: to nearest, ties to even, saturating at `largest`.
+        decode: Codes back to FP32 [..., n], exactly.
+    """
+
+    name: str
+    bits: int
+    largest: float
+    dtype: torch.dtype
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def in_a_byte(self) -> int:
+        """How many neighbours of a row share a byte."""
+        return 8 // self.bits
+
+
+def saturate_to_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """Rounds FP32 to E4M3, ties to even; magnitudes above 448 become 448 where a plain cast makes NaN of them."""
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _e2m1_pairs(values: torch.Tensor) -> torch.Tensor:
+    return e2m1.pack_pairs(e2m1.encode(values))
+
+
+def _of_e2m1_pairs(packed: torch.Tensor) -> torch.Tensor:
+    return e2m1.decode(e2m1.unpack_pairs(packed))
+
+
+def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    return codes.float()
+
+
+E2M1 = Code("E2M1", 4, E2M1_MAX, torch.uint8, _e2m1_pairs, _of_e2m1_pairs)
+E4M3 = Code("E4M3", 8, E4M3_MAX, torch.float8_e4m3fn, saturate_to_e4m3, _of_e4m3)

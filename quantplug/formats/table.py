@@ -1,0 +1,34 @@
+"""The weight formats that there are. A row is all that a format needs; what it is on disk is told here.
+
+NVFP4 (arXiv 2509.25149, section 2). A value is `code * weight_scale * weight_scale_2`: the E2M1 code, the E4M3 scale of
+its block of 16 consecutive input features, and one FP32 scale of the tensor.
+
+    weight          U8       [out, in/2]    two codes a byte, even column in the low nibble
+    weight_scale    F8_E4M3  [out, in/16]   linear, row by row; servers swizzle at load
+    weight_scale_2  F32      []             amax / (6 * 448), so that the largest block scale is 448
+
+The arithmetic, all in FP32 whatever the weight's dtype, is that of ModelOpt's packer and gives its bytes
+(modelopt/torch/quantization/qtensor/nvfp4_tensor.py, `NVFP4QTensor.quantize`), with two exceptions where that divides
+by zero or nearly so: an all-zero tensor, and one whose `weight_scale_2` would be subnormal (see `constants`).
+
+FP8 (E4M3 of OCP OFP8), one scale a tensor. A value is `weight * weight_scale`. The weight is divided in FP32 whatever
+its dtype: dividing in BF16 rounds twice.
+
+    weight        F8_E4M3  [out, in]
+    weight_scale  F32      []          amax / 448
+
+FP8 in blocks of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A value is `weight * weight_scale` of its
+block. Activations are quantized at run time, so there is no `input_scale`.
+
+    weight        F8_E4M3  [out, in]
+    weight_scale  F32      [out/128, in/128]   amax of the block / 448; DeepSeek's files call it weight_scale_inv
+
+Both features must be multiples of 128: servers cut merged and sharded weights at block borders.
+"""
+
+from quantplug.formats.block_format import BlockFormat
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING
+
+NVFP4 = BlockFormat("nvfp4", NVFP4_ENCODING, ("weight_scale", "weight_scale_2"), static_activations=True)
+FP8 = BlockFormat("fp8", FP8_ENCODING, ("weight_scale",), static_activations=True)
+FP8_BLOCK = BlockFormat("fp8_block", FP8_BLOCK_ENCODING, ("weight_scale",), static_activations=False)
