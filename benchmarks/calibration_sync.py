@@ -24,7 +24,7 @@ from modelopt.torch.quantization import model_calib
 from results import LOAD, write_section
 
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
-from quantplug.calibration.calibrate import max_calibrate
+from quantplug.calibration.run import max_calibrate
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel

@@ -14,15 +14,8 @@ import torch
 import typer
 from console import StageBars, say, user_errors
 
-import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
-from quantplug import export_mcore_gpt_to_hf
-from quantplug.calibration.collect import gather_statistics
-from quantplug.checkpoint.reader import resolve_source
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
-from quantplug.export.files.staging import check_destination
-from quantplug.megatron.build import build_model
-from quantplug.megatron.checkpoint import load_checkpoint
-from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+import quantplug
+from quantplug import calibration
 
 GIGABYTE = 10**9
 
@@ -55,22 +48,21 @@ def main(
 ) -> None:
     """Exports a quantized Megatron checkpoint to a Hugging Face checkpoint."""
     with user_errors():
-        check_destination(export_dir)
-        source = read_source_config(resolve_source(hf_model_id, weights=False), trust_remote_code)
-        topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        model = build_model(megatron_config(source), dtype=source.dtype)
-        report = load_checkpoint(model, megatron_load_path)
+        quantplug.check_destination(export_dir)
+        topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        model = quantplug.build_model(hf_model_id, trust_remote_code=trust_remote_code)
+        report = quantplug.load_checkpoint(model, megatron_load_path)
         if report.fan_outs:
             say("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
         if stats_json is not None:
-            statistics = gather_statistics(model, fan_outs=report.fan_outs)
+            statistics = calibration.gather_statistics(model, fan_outs=report.fan_outs)
             if topology.rank == 0:
                 statistics.save(stats_json)
-        result = export_mcore_gpt_to_hf(
+        result = quantplug.export_mcore_gpt_to_hf(
             model,
-            source.directory,
+            hf_model_id,
             export_dir=export_dir,
-            dtype=TORCH_DTYPES[dtype] if dtype else source.dtype,
+            dtype=TORCH_DTYPES[dtype] if dtype else model.config.params_dtype,
             trust_remote_code=trust_remote_code,
             max_shard_size=int(max_shard_size * GIGABYTE),
             progress=StageBars(),
@@ -81,7 +73,7 @@ def main(
         )
         for line in result.side_files.said():
             say(line)
-        destroy_parallel()
+        quantplug.destroy_parallel()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calib
 from transformers import AutoTokenizer
 
 from quantplug import import_mcore_gpt_from_hf
-from quantplug.calibration.calibrate import CalibrationRecord, calibrate
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
 from quantplug.calibration.render import print_statistics
+from quantplug.calibration.run import CalibrationRecord, calibrate
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import megatron_config, read_source_config
 from quantplug.errors import CalibrationError, Offender

@@ -1,47 +1,83 @@
 """Quantization for Transformer Engine modules: Megatron-Core model to proved, quantized Hugging Face checkpoint.
 
-Importing this package needs torch and safetensors alone. The functions below are looked up when they are first used
-(PEP 562), and only then does one that converts a live model import Megatron-Core.
+Importing this package needs torch and safetensors alone. The names below are looked up when they are first used, and
+only then does one that works on a live model import Megatron-Core.
+
+With a model: `initialize_parallel`, `build_model`, `calibrate`, `plan_export`, `save_checkpoint` and `load_checkpoint`,
+`import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or `plan_stream`. Without
+one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` has the names of all formats, `errors` all that is
+raised. `quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from quantplug import errors
 from quantplug.errors import QuantplugError
-
-if TYPE_CHECKING:
-    from quantplug.export.stream.api import export_hf_weights_quant
-    from quantplug.export.to_disk import export_mcore_gpt_to_hf
-    from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
-    from quantplug.mappings.families import register_family
-    from quantplug.verify import verify_checkpoint
+from quantplug.lazy import attributes_from
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerSpec",
+    "QuantFormat",
     "QuantplugError",
     "__version__",
+    "build_model",
+    "calibrate",
+    "check_destination",
+    "destroy_parallel",
+    "errors",
     "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
     "import_mcore_gpt_from_hf",
+    "initialize_parallel",
+    "load_checkpoint",
+    "plan_export",
+    "plan_stream",
+    "quantize_checkpoint",
     "register_family",
+    "save_checkpoint",
     "verify_checkpoint",
 ]
 
 _HOMES = {
+    "LayerSpec": "quantplug.megatron.build",
+    "QuantFormat": "quantplug.formats.names",
+    "build_model": "quantplug.import_hf.new_model",
+    "calibrate": "quantplug.calibration.run",
+    "check_destination": "quantplug.export.files.staging",
+    "destroy_parallel": "quantplug.megatron.parallel",
     "export_hf_weights_quant": "quantplug.export.stream.api",
     "export_mcore_gpt_to_hf": "quantplug.export.to_disk",
     "import_mcore_gpt_from_hf": "quantplug.import_hf.to_model",
+    "initialize_parallel": "quantplug.megatron.parallel",
+    "load_checkpoint": "quantplug.megatron.checkpoint",
+    "plan_export": "quantplug.export.live_plan",
+    "plan_stream": "quantplug.export.stream.api",
+    "quantize_checkpoint": "quantplug.export.quantize_checkpoint",
     "register_family": "quantplug.mappings.families",
+    "save_checkpoint": "quantplug.megatron.checkpoint",
     "verify_checkpoint": "quantplug.verify",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(home), name)
+# Type checkers read the imports; at run time each name is looked up when it is first used.
+if TYPE_CHECKING:
+    from quantplug.calibration.run import calibrate
+    from quantplug.export.files.staging import check_destination
+    from quantplug.export.live_plan import plan_export
+    from quantplug.export.quantize_checkpoint import quantize_checkpoint
+    from quantplug.export.stream.api import export_hf_weights_quant, plan_stream
+    from quantplug.export.to_disk import export_mcore_gpt_to_hf
+    from quantplug.formats.names import QuantFormat
+    from quantplug.import_hf.new_model import build_model
+    from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
+    from quantplug.mappings.families import register_family
+    from quantplug.megatron.build import LayerSpec
+    from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+    from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+    from quantplug.verify import verify_checkpoint
+else:
+    __getattr__ = attributes_from(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -20,7 +20,7 @@ ROWS = (
     ("megatron",),
     ("mappings", "formats"),
     ("findings",),
-    ("atomic", "errors", "progress", "topology"),
+    ("atomic", "errors", "lazy", "progress", "topology"),
     ("printable",),
 )
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.

@@ -9,9 +9,9 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
-from quantplug.calibration.calibrate import CalibrationRecord
 from quantplug.calibration.quantizers import is_dynamic, leaf_quantizers
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.run import CalibrationRecord
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.checkpoint_layouts import FanOut
@@ -90,8 +90,8 @@ def _with_tokens(row: StatisticsRow, record: CalibrationRecord, num_layers: int)
     tokens = None if layer is None else record.tokens.get(layer)
     if tokens is None or expert is None or _EXPERTS not in row.key.module:
         return row
-    is_fallback = row.source is Source.CALIBRATED and ".weight" not in row.key.module
-    source = Source.FALLBACK if is_fallback and (layer, expert) in record.fallback else row.source
+    is_fallback = row.source is AmaxSource.CALIBRATED and ".weight" not in row.key.module
+    source = AmaxSource.FALLBACK if is_fallback and (layer, expert) in record.fallback else row.source
     return replace(row, source=source, tokens=tokens.by_expert[expert], coverage=tokens.coverage(expert))
 
 
@@ -113,7 +113,7 @@ def _rows(chunk: LanguageModel, record: CalibrationRecord, fanned_out: frozenset
                 leaves = leaf_quantizers(quantizer)
                 of_weights.update(leaves)
                 row = _weight_row(by_tensor[id(weight)], leaves)
-                yield row if shared.isdisjoint(leaves) else replace(row, source=Source.FAN_OUT)
+                yield row if shared.isdisjoint(leaves) else replace(row, source=AmaxSource.FAN_OUT)
         elif isinstance(module, TensorQuantizer) and module.is_enabled and module not in of_weights:
             key = _key(name, modules)
             yield _activation_row(key, module)
@@ -129,10 +129,10 @@ def _weight_row(parameter: MegatronParameter, quantizers: Sequence[TensorQuantiz
         shape[parameter.shard.dim] *= parameter.shard.count
     enabled = [quantizer for quantizer in quantizers if quantizer.is_enabled]
     if not enabled:
-        return StatisticsRow(parameter.key, tuple(shape), None, Source.DISABLED)
+        return StatisticsRow(parameter.key, tuple(shape), None, AmaxSource.DISABLED)
     source, amax = _amax(enabled)
     if amax is not None and amax == float(parameter.tensor.detach().abs().max()):
-        source = Source.WEIGHT
+        source = AmaxSource.WEIGHT
     return StatisticsRow(parameter.key, tuple(shape), amax, source)
 
 
@@ -142,16 +142,16 @@ def _activation_row(key: ParamKey, quantizer: TensorQuantizer) -> StatisticsRow:
     return StatisticsRow(key, shape, amax, source)
 
 
-def _amax(enabled: Sequence[TensorQuantizer]) -> tuple[Source, float | None]:
+def _amax(enabled: Sequence[TensorQuantizer]) -> tuple[AmaxSource, float | None]:
     """The largest amax of enabled quantizers of one tensor; MISSING as soon as one lacks it."""
     static = [quantizer for quantizer in enabled if not is_dynamic(quantizer)]
     if not static:
-        return Source.DYNAMIC, None
+        return AmaxSource.DYNAMIC, None
     amaxes = [quantizer.amax for quantizer in static]
     if any(amax is None for amax in amaxes):
-        return Source.MISSING, None
+        return AmaxSource.MISSING, None
     # torch's max lets a NaN through.
-    return Source.CALIBRATED, float(torch.stack([amax.float().max() for amax in amaxes]).max())
+    return AmaxSource.CALIBRATED, float(torch.stack([amax.float().max() for amax in amaxes]).max())
 
 
 def _module_keys(parameters: Sequence[MegatronParameter]) -> dict[str, ParamKey]:

@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from quantplug.atomic import write_atomically
 from quantplug.calibration.grids import ExpertGrid, expert_grids, label, layer_rows
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import DestinationError, Offender, SourceError
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -155,7 +155,7 @@ def line_charts(table: CalibrationTable) -> list[LineChart]:
 def amax_or_mark(row: StatisticsRow) -> float | Mark:
     """A row's amax where it is on a logarithmic scale."""
     if row.amax is None:
-        return Mark.MISSING if row.source is Source.MISSING else Mark.OFF
+        return Mark.MISSING if row.source is AmaxSource.MISSING else Mark.OFF
     if not math.isfinite(row.amax):
         return Mark.NOT_FINITE
     return row.amax if row.amax > 0 else Mark.ZERO

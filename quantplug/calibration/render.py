@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 
 TITLE = "Quantization Statistics"
 # Below this width, folding a name into what the other columns leave makes it unreadable.
@@ -16,11 +16,11 @@ LEAST_NAME_WIDTH = 24
 COLD = "cold"
 
 _STYLES = {
-    Source.MISSING: "bold red",
-    Source.FALLBACK: "yellow",
-    Source.FAN_OUT: "yellow",
-    Source.DISABLED: "dim",
-    Source.DYNAMIC: "dim",
+    AmaxSource.MISSING: "bold red",
+    AmaxSource.FALLBACK: "yellow",
+    AmaxSource.FAN_OUT: "yellow",
+    AmaxSource.DISABLED: "dim",
+    AmaxSource.DYNAMIC: "dim",
 }
 
 
@@ -73,7 +73,7 @@ def narrow_table(table: CalibrationTable) -> Table:
 def summary(table: CalibrationTable) -> str:
     """How many quantizers there are of each source, and how many experts saw no token."""
     counts = Counter(row.source for row in table.rows)
-    parts = [f"{counts[source]} {source.value}" for source in Source if counts[source]]
+    parts = [f"{counts[source]} {source.value}" for source in AmaxSource if counts[source]]
     cold = {(row.key.stack, row.key.layer, row.key.expert) for row in table.rows if row.is_cold}
     text = f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
     return text + (f"; {len(cold)} cold experts" if cold else "")

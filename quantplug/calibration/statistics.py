@@ -18,7 +18,7 @@ from quantplug.mappings.table import ParamKey
 SCHEMA_VERSION = 2
 
 
-class Source(StrEnum):
+class AmaxSource(StrEnum):
     """Where an amax comes from, or why there is none. Earlier members win when ranks are merged."""
 
     MISSING = "missing"  # Enabled, and yet without an amax: an export refuses it.
@@ -30,8 +30,8 @@ class Source(StrEnum):
     DISABLED = "disabled"  # Not quantized.
 
 
-HAS_AMAX = frozenset({Source.FALLBACK, Source.FAN_OUT, Source.WEIGHT, Source.CALIBRATED})
-_PRECEDENCE = tuple(Source)
+HAS_AMAX = frozenset({AmaxSource.FALLBACK, AmaxSource.FAN_OUT, AmaxSource.WEIGHT, AmaxSource.CALIBRATED})
+_PRECEDENCE = tuple(AmaxSource)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StatisticsRow:
     key: ParamKey
     shape: tuple[int, ...]
     amax: float | None
-    source: Source
+    source: AmaxSource
     tokens: int | None = None
     coverage: float | None = None
 
@@ -150,7 +150,7 @@ def _check_agreement(found: Mapping[ParamKey, list[StatisticsRow]]) -> None:
         shapes = sorted({row.shape for row in rows})
         if len(shapes) > 1:
             offenders.append(Offender(key.name, f"has shapes {shapes}", key.expert))
-        if len({row.source is Source.DISABLED for row in rows}) > 1:
+        if len({row.source is AmaxSource.DISABLED for row in rows}) > 1:
             offenders.append(Offender(key.name, "is quantized on some ranks and not on others", key.expert))
         if len(counts := {row.tokens for row in rows if row.tokens is not None}) > 1:
             offenders.append(Offender(key.name, f"saw {sorted(counts)} tokens by different counts", key.expert))
@@ -218,7 +218,7 @@ def _row_from_json(entry: Any) -> StatisticsRow:
     amax = None if entry["amax"] is None else float(entry["amax"])
     coverage = None if entry["coverage"] is None else float(entry["coverage"])
     shape = tuple(int(size) for size in entry["shape"])
-    return StatisticsRow(key, shape, amax, Source(entry["source"]), _id(entry["tokens"]), coverage)
+    return StatisticsRow(key, shape, amax, AmaxSource(entry["source"]), _id(entry["tokens"]), coverage)
 
 
 def _id(value: Any) -> int | None:

@@ -6,7 +6,7 @@ that begin with a `max` calibration of their own (mse, awq, smoothquant) reduce 
 
 from modelopt.torch.quantization.mode import CalibrateModeRegistry, MaxCalibrateModeDescriptor
 
-from quantplug.calibration.calibrate import max_calibrate
+from quantplug.calibration.run import max_calibrate
 
 MODE = "max_calibrate"
 

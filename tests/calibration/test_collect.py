@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 
 import quantplug.plugins  # noqa: F401  # registers our wrappers with ModelOpt
 from quantplug.calibration.collect import collect_statistics
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import LayerSpec, build_model
 
@@ -45,10 +45,10 @@ def test_weight_only_shows_the_amax_of_every_expert(tiny_qwen3_moe_dir: Path) ->
         assert name.endswith(f".weight{row.expert}")
         assert row.shape == tuple(parameters[name].shape)
         assert row.amax == float(parameters[name].abs().max())
-        assert row.source is Source.WEIGHT
+        assert row.source is AmaxSource.WEIGHT
     assert rows["decoder.layers.0.mlp.experts.linear_fc2.weight5"].amax == 0.0
-    assert rows["output_layer.weight"].source is Source.DISABLED
-    assert rows["decoder.layers.1.self_attention.linear_qkv.weight"].source is Source.WEIGHT
+    assert rows["output_layer.weight"].source is AmaxSource.DISABLED
+    assert rows["decoder.layers.1.self_attention.linear_qkv.weight"].source is AmaxSource.WEIGHT
     assert not [name for name in rows if "input_quantizer" in name]
 
 
@@ -59,7 +59,7 @@ def test_local_experts_have_their_global_ids(tiny_qwen3_moe_dir: Path) -> None:
     rows = by_name(collect_statistics(model))
 
     weight = rows["decoder.layers.1.mlp.experts.local_experts.6.linear_fc1.weight"]
-    assert (weight.key.layer, weight.expert, weight.source) == (1, 6, Source.WEIGHT)
+    assert (weight.key.layer, weight.expert, weight.source) == (1, 6, AmaxSource.WEIGHT)
     activation = rows["decoder.layers.1.mlp.experts.local_experts.6.linear_fc1.input_quantizer"]
     assert (activation.key.layer, activation.expert) == (1, 6)
 
@@ -71,7 +71,7 @@ def test_an_enabled_quantizer_without_amax_is_missing(tiny_qwen3_moe_dir: Path) 
 
     rows = by_name(collect_statistics(model))
 
-    missing = {name for name, row in rows.items() if row.source is Source.MISSING}
+    missing = {name for name, row in rows.items() if row.source is AmaxSource.MISSING}
     assert "decoder.layers.1.mlp.experts.linear_fc1.weight3" in missing
     assert "decoder.layers.0.mlp.experts.linear_fc1.input_quantizer" in missing
     assert "decoder.layers.1.mlp.experts.linear_fc1.weight2" not in missing
@@ -86,9 +86,9 @@ def test_a_calibrated_input_shows_its_amax(tiny_qwen3_dir: Path) -> None:
     rows = by_name(collect_statistics(model))
 
     activation = rows["decoder.layers.0.mlp.linear_fc2.input_quantizer"]
-    assert (activation.amax, activation.source, activation.shape) == (6.5, Source.CALIBRATED, ())
+    assert (activation.amax, activation.source, activation.shape) == (6.5, AmaxSource.CALIBRATED, ())
     weight = rows["decoder.layers.0.mlp.linear_fc2.weight"]
-    assert (weight.amax, weight.source, weight.shape) == (9.0, Source.CALIBRATED, (160, 224))
+    assert (weight.amax, weight.source, weight.shape) == (9.0, AmaxSource.CALIBRATED, (160, 224))
 
 
 def test_block_scales_show_their_largest(tiny_qwen3_moe_dir: Path) -> None:
@@ -109,7 +109,7 @@ def test_mx_formats_have_no_amax_by_definition(tiny_qwen3_dir: Path) -> None:
 
     rows = by_name(collect_statistics(model))
 
-    assert rows["decoder.layers.0.mlp.linear_fc1.weight"].source is Source.DYNAMIC
+    assert rows["decoder.layers.0.mlp.linear_fc1.weight"].source is AmaxSource.DYNAMIC
 
 
 def test_tied_embeddings(tiny_qwen3_tied_dir: Path) -> None:
@@ -118,7 +118,7 @@ def test_tied_embeddings(tiny_qwen3_tied_dir: Path) -> None:
 
     sources = {name: row.source for name, row in by_name(collect_statistics(model)).items()}
 
-    assert set(sources.values()) == {Source.WEIGHT}
+    assert set(sources.values()) == {AmaxSource.WEIGHT}
 
 
 def test_virtual_stages_are_all_there(tiny_qwen3_dir: Path) -> None:

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
-from quantplug.calibration.calibrate import calibrate
+from quantplug.calibration.run import calibrate
 from quantplug.errors import Offender, WeightError
 from quantplug.megatron.build import LayerSpec
 from tests.calibration.local_model import build

@@ -1,5 +1,5 @@
 from quantplug.calibration.grids import expert_grids, label, layer_rows
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.table import ParamKey
 
 FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
@@ -7,7 +7,7 @@ QKV = "decoder.layers.*.self_attention.linear_qkv.weight"
 
 
 def row(module: str, layer: int | None = None, expert: int | None = None) -> StatisticsRow:
-    return StatisticsRow(ParamKey(module, layer, expert), (4, 4), 1.0, Source.WEIGHT)
+    return StatisticsRow(ParamKey(module, layer, expert), (4, 4), 1.0, AmaxSource.WEIGHT)
 
 
 def test_experts_layers_and_the_rest_are_told_apart() -> None:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from quantplug.calibration.plots import DOTS_PER_INCH, MARKS, Mark, save_plot, statistics_figure
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import DestinationError, SourceError
 from quantplug.mappings.table import ParamKey
 
@@ -26,7 +26,11 @@ FIRST_LAYER = 3
 
 
 def row(
-    module: str, layer: int | None, expert: int | None = None, amax: float | None = 1.0, source: Source = Source.WEIGHT
+    module: str,
+    layer: int | None,
+    expert: int | None = None,
+    amax: float | None = 1.0,
+    source: AmaxSource = AmaxSource.WEIGHT,
 ) -> StatisticsRow:
     return StatisticsRow(ParamKey(module, layer, expert), (192, 160), amax, source)
 
@@ -36,12 +40,12 @@ def amax_of(layer: int, expert: int) -> float:
 
 
 def model(layers: int, experts: int) -> CalibrationTable:
-    rows = [row("output_layer.weight", None, amax=None, source=Source.DISABLED)]
+    rows = [row("output_layer.weight", None, amax=None, source=AmaxSource.DISABLED)]
     for layer in range(FIRST_LAYER, FIRST_LAYER + layers):
         rows += [row(QKV, layer, amax=0.3 + layer), row(PROJ, layer, amax=0.1 + layer)]
         rows += [row(FC1, layer, expert, amax_of(layer, expert % 9)) for expert in range(experts)]
         rows += [row(FC2, layer, expert, 2 * amax_of(layer, expert % 9)) for expert in range(experts)]
-        rows.append(row(FC1_INPUT, layer, amax=40.0 + layer, source=Source.CALIBRATED))
+        rows.append(row(FC1_INPUT, layer, amax=40.0 + layer, source=AmaxSource.CALIBRATED))
     return CalibrationTable(tuple(rows))
 
 
@@ -102,8 +106,8 @@ def test_what_has_no_place_on_a_log_scale_is_marked_and_explained() -> None:
     cells = [
         row(FC1, 0, 0, 0.5),
         row(FC1, 0, 1, 0.0),
-        row(FC1, 0, 2, None, Source.MISSING),
-        row(FC1, 1, 0, None, Source.DISABLED),
+        row(FC1, 0, 2, None, AmaxSource.MISSING),
+        row(FC1, 1, 0, None, AmaxSource.DISABLED),
         row(FC1, 1, 1, math.nan),
         row(FC1, 2, 0, math.inf),
     ]
@@ -193,7 +197,9 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("rows", [(), (row(FC1, 0, 0, None, Source.DISABLED),), (row("output_layer.weight", None),)])
+@pytest.mark.parametrize(
+    "rows", [(), (row(FC1, 0, 0, None, AmaxSource.DISABLED),), (row("output_layer.weight", None),)]
+)
 def test_nothing_to_plot_is_said(rows: tuple[StatisticsRow, ...]) -> None:
     with pytest.raises(SourceError, match="nothing to plot"):
         statistics_figure(CalibrationTable(rows))

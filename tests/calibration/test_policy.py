@@ -9,10 +9,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 import quantplug.plugins  # noqa: F401  # registers our wrappers with ModelOpt
-from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.collect import collect_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
-from quantplug.calibration.statistics import Source, StatisticsRow
+from quantplug.calibration.run import calibrate
+from quantplug.calibration.statistics import AmaxSource, StatisticsRow
 from quantplug.errors import CalibrationError, UnsupportedQuantizationError
 from quantplug.megatron.build import LayerSpec
 from tests.calibration.local_model import build, run, send_everything_to
@@ -88,9 +88,9 @@ def test_layer_max_is_the_largest_input_of_the_layers_experts(tiny_qwen3_moe_dir
         if name.endswith(("linear_fc1", "linear_fc2")) and "local_experts" in name:
             assert float(module.input_quantizer.amax) == seen[name.split("local_experts")[0] + name[-1]], name
     rows = input_rows(collect_statistics(model, record).rows)
-    assert {key for key, row in rows.items() if row.source is Source.FALLBACK} == set(ALL_COLD)
+    assert {key for key, row in rows.items() if row.source is AmaxSource.FALLBACK} == set(ALL_COLD)
     assert {key for key, row in rows.items() if row.is_cold} == set(ALL_COLD)
-    assert rows[0, 4].source is Source.CALIBRATED
+    assert rows[0, 4].source is AmaxSource.CALIBRATED
     assert (rows[0, 4].tokens, rows[0, 4].coverage) == (48, 4.0)
 
 
@@ -116,8 +116,8 @@ def test_grouped_experts_fall_back_to_their_shared_input_quantizer(
     record = calibrate(model, loop, CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
     rows = input_rows(collect_statistics(model, record).rows)
     assert rows.keys() == {(layer, expert) for layer in (0, 1) for expert in (None, 1, 6)}
-    assert rows[0, None].source is Source.CALIBRATED
-    assert (rows[1, 6].source, rows[1, 6].amax, rows[1, 6].tokens) == (Source.FALLBACK, 2.5, 0)
+    assert rows[0, None].source is AmaxSource.CALIBRATED
+    assert (rows[1, 6].source, rows[1, 6].amax, rows[1, 6].tokens) == (AmaxSource.FALLBACK, 2.5, 0)
 
 
 @pytest.mark.parametrize("config", [mtq.FP8_DEFAULT_CFG, mtq.NVFP4_DEFAULT_CFG], ids=["fp8", "nvfp4"])
@@ -170,7 +170,7 @@ def test_shared_weights_have_the_largest_amax_of_their_layer(layer_spec: LayerSp
 def test_a_weights_own_amax_is_the_default(tiny_qwen3_moe_dir: Path) -> None:
     model = placed(build(tiny_qwen3_moe_dir), mtq.W4A16_NVFP4_CFG)
     calibrate(model)
-    assert {row.source for row in collect_statistics(model).rows} == {Source.WEIGHT, Source.DISABLED}
+    assert {row.source for row in collect_statistics(model).rows} == {AmaxSource.WEIGHT, AmaxSource.DISABLED}
 
 
 def _experts_only(config: dict[str, Any]) -> dict[str, Any]:

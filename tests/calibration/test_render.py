@@ -6,20 +6,23 @@ import pytest
 from rich.console import Console
 
 from quantplug.calibration.render import print_statistics, summary
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.table import ParamKey
 
 TABLE = CalibrationTable(
     (
-        StatisticsRow(ParamKey("output_layer.weight"), (523, 160), None, Source.DISABLED),
+        StatisticsRow(ParamKey("output_layer.weight"), (523, 160), None, AmaxSource.DISABLED),
         StatisticsRow(
-            ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 13, 127), (192, 160), 0.123456, Source.WEIGHT
+            ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 13, 127),
+            (192, 160),
+            0.123456,
+            AmaxSource.WEIGHT,
         ),
         StatisticsRow(
-            ParamKey("decoder.layers.*.mlp.experts.linear_fc1.input_quantizer", 13), (), 1234.5, Source.CALIBRATED
+            ParamKey("decoder.layers.*.mlp.experts.linear_fc1.input_quantizer", 13), (), 1234.5, AmaxSource.CALIBRATED
         ),
         StatisticsRow(
-            ParamKey("decoder.layers.*.mlp.experts.linear_fc2.weight*", 13, 0), (160, 96), None, Source.MISSING
+            ParamKey("decoder.layers.*.mlp.experts.linear_fc2.weight*", 13, 0), (160, 96), None, AmaxSource.MISSING
         ),
     )
 )
@@ -93,8 +96,8 @@ def test_an_empty_table_prints() -> None:
 
 def test_tokens_are_shown_and_cold_experts_marked() -> None:
     name = ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 0, 1)
-    cold = StatisticsRow(name, (192, 160), 0.5, Source.WEIGHT, tokens=0, coverage=0.0)
-    warm = StatisticsRow(replace(name, expert=2), (192, 160), 0.5, Source.WEIGHT, tokens=123, coverage=2.0)
+    cold = StatisticsRow(name, (192, 160), 0.5, AmaxSource.WEIGHT, tokens=0, coverage=0.0)
+    warm = StatisticsRow(replace(name, expert=2), (192, 160), 0.5, AmaxSource.WEIGHT, tokens=123, coverage=2.0)
     table = CalibrationTable((cold, warm))
 
     for text in (printed(200, terminal=False, table=table), without_escapes(printed(40, terminal=True, table=table))):

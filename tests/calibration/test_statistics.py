@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantplug.calibration.statistics import HAS_AMAX, CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import HAS_AMAX, AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import CalibrationError, SourceError
 from quantplug.mappings.table import ParamKey
 
@@ -21,7 +21,7 @@ def row(
     layer: int | None = 0,
     expert: int | None = None,
     amax: float | None = 1.0,
-    source: Source = Source.WEIGHT,
+    source: AmaxSource = AmaxSource.WEIGHT,
     shape: tuple[int, ...] = (192, 160),
 ) -> StatisticsRow:
     return StatisticsRow(ParamKey(module, layer, expert), shape, amax, source)
@@ -37,7 +37,7 @@ keys = st.builds(ParamKey, st.sampled_from(["a.weight", "b.input_quantizer"]), s
 shapes = st.lists(st.integers(1, 9999), max_size=3).map(tuple)
 amaxes = st.floats(min_value=0, allow_infinity=True, allow_nan=False)
 rows = st.builds(StatisticsRow, keys, shapes, amaxes, st.sampled_from(sorted(HAS_AMAX))) | st.builds(
-    StatisticsRow, keys, shapes, st.none(), st.sampled_from(sorted(set(Source) - HAS_AMAX))
+    StatisticsRow, keys, shapes, st.none(), st.sampled_from(sorted(set(AmaxSource) - HAS_AMAX))
 )
 
 
@@ -81,9 +81,9 @@ def test_json_keeps_nan_and_stays_json() -> None:
 
 @pytest.mark.parametrize(
     ("amax", "source"),
-    [(None, Source.WEIGHT), (None, Source.CALIBRATED), (1.0, Source.MISSING), (0.0, Source.DISABLED)],
+    [(None, AmaxSource.WEIGHT), (None, AmaxSource.CALIBRATED), (1.0, AmaxSource.MISSING), (0.0, AmaxSource.DISABLED)],
 )
-def test_an_amax_without_a_source_cannot_be_made(amax: float | None, source: Source) -> None:
+def test_an_amax_without_a_source_cannot_be_made(amax: float | None, source: AmaxSource) -> None:
     with pytest.raises(ValueError, match=r"linear_fc1\.weight2: amax .* does not go with source"):
         row(expert=2, amax=amax, source=source)
 
@@ -100,7 +100,7 @@ def test_unreadable_rows_are_all_named() -> None:
     assert [offender.parameter for offender in caught.value.offenders] == [
         f"a.json: rows[{index}]" for index in (0, 1, 3)
     ]
-    assert "'guessed' is not a valid Source" in str(caught.value)
+    assert "'guessed' is not a valid AmaxSource" in str(caught.value)
     assert "'amax'" in str(caught.value)
 
 
@@ -121,7 +121,7 @@ def test_another_file_is_refused(text: str, reason: str) -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    original = table(row(expert=1), row(source=Source.MISSING, amax=None))
+    original = table(row(expert=1), row(source=AmaxSource.MISSING, amax=None))
 
     original.save(tmp_path / "stats.json")
 
@@ -149,7 +149,7 @@ def test_loading_an_unreadable_file_names_it(tmp_path: Path) -> None:
 
 
 def model(layers: int, experts: int) -> list[StatisticsRow]:
-    found = [row("embedding.word_embeddings.weight", layer=None, source=Source.DISABLED, amax=None)]
+    found = [row("embedding.word_embeddings.weight", layer=None, source=AmaxSource.DISABLED, amax=None)]
     for layer in range(layers):
         found.append(row(QKV, layer, amax=layer + 0.5))
         found += [row(FC1, layer, expert, amax=layer + expert / 16) for expert in range(experts)]
@@ -175,20 +175,22 @@ def test_merging_gives_one_table_however_the_model_is_spread(spread: str) -> Non
 
 
 def test_replicas_give_their_largest_amax_and_the_source_that_has_it() -> None:
-    left = table(row(amax=0.5, source=Source.CALIBRATED), row(layer=1, amax=math.nan), row(layer=2))
-    right = table(row(amax=2.0, source=Source.WEIGHT), row(layer=1), row(layer=2, amax=None, source=Source.MISSING))
+    left = table(row(amax=0.5, source=AmaxSource.CALIBRATED), row(layer=1, amax=math.nan), row(layer=2))
+    right = table(
+        row(amax=2.0, source=AmaxSource.WEIGHT), row(layer=1), row(layer=2, amax=None, source=AmaxSource.MISSING)
+    )
 
     merged = CalibrationTable.merged([left, right]).rows
 
-    assert merged[0] == row(amax=2.0, source=Source.WEIGHT)
+    assert merged[0] == row(amax=2.0, source=AmaxSource.WEIGHT)
     assert str(merged[1].amax) == "nan"
-    assert merged[2] == row(layer=2, amax=None, source=Source.MISSING)
+    assert merged[2] == row(layer=2, amax=None, source=AmaxSource.MISSING)
     assert str(CalibrationTable.merged([right, left])) == str(CalibrationTable.merged([left, right]))
 
 
 def test_ranks_that_disagree_are_all_named() -> None:
     left = table(row(expert=3), row(QKV, 1), row(QKV, 2))
-    right = table(row(expert=3, shape=(96, 160)), row(QKV, 1, source=Source.DISABLED, amax=None), row(QKV, 2))
+    right = table(row(expert=3, shape=(96, 160)), row(QKV, 1, source=AmaxSource.DISABLED, amax=None), row(QKV, 2))
 
     with pytest.raises(CalibrationError) as caught:
         CalibrationTable.merged([left, right])
@@ -210,8 +212,8 @@ def test_merging_keeps_tokens_that_only_some_ranks_know() -> None:
 
 
 def test_a_fallback_wins_over_calibrated_and_not_over_missing() -> None:
-    fallback, calibrated = row(source=Source.FALLBACK), row(source=Source.CALIBRATED)
-    missing = row(source=Source.MISSING, amax=None)
+    fallback, calibrated = row(source=AmaxSource.FALLBACK), row(source=AmaxSource.CALIBRATED)
+    missing = row(source=AmaxSource.MISSING, amax=None)
 
     assert CalibrationTable.merged([table(calibrated), table(fallback)]).rows == (fallback,)
     assert CalibrationTable.merged([table(fallback), table(missing)]).rows == (missing,)

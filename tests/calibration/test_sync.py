@@ -9,8 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.mode import CalibrateModeRegistry
 
 import quantplug.plugins
-from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.policy import CalibrationPolicy, ExpertWeights
+from quantplug.calibration.run import calibrate
 from quantplug.calibration.shared_amax import Axis, QuantizerRole, plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.errors import CalibrationError

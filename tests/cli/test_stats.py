@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from quantplug.calibration.statistics import CalibrationTable, Source, StatisticsRow
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.cli import app
 from quantplug.mappings.table import ParamKey
 
@@ -12,7 +12,7 @@ from quantplug.mappings.table import ParamKey
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     key = ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 3, 41)
-    CalibrationTable((StatisticsRow(key, (192, 160), 0.5, Source.WEIGHT),)).save(tmp_path / "stats.json")
+    CalibrationTable((StatisticsRow(key, (192, 160), 0.5, AmaxSource.WEIGHT),)).save(tmp_path / "stats.json")
     return tmp_path / "stats.json"
 
 

@@ -17,7 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 import quantplug.plugins  # noqa: F401
-from quantplug.calibration.calibrate import calibrate
+from quantplug.calibration.run import calibrate
 from quantplug.mappings.amax import (
     AmaxMapping,
     AmaxPlacement,

@@ -13,10 +13,10 @@ from megatron.core.models.gpt import GPTModel
 
 import quantplug.plugins  # noqa: F401
 from quantplug import import_mcore_gpt_from_hf
-from quantplug.calibration.calibrate import CalibrationRecord, calibrate
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
-from quantplug.calibration.statistics import CalibrationTable, Source
+from quantplug.calibration.run import CalibrationRecord, calibrate
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable
 from quantplug.errors import CalibrationError, Offender, WeightError
 from quantplug.megatron import cpu
 from quantplug.megatron.parallel import current_topology, initialize_parallel
@@ -140,7 +140,7 @@ def cold(directory: Path) -> None:
             for row in table.rows
             if row.key.layer == 0 and row.expert is not None and f"{linear}.input_quantizer" in row.parameter
         ]
-        assert [row.source is Source.FALLBACK for row in rows] == [expert > 1 for expert in range(8)]
+        assert [row.source is AmaxSource.FALLBACK for row in rows] == [expert > 1 for expert in range(8)]
         assert len({row.amax for row in rows}) == 1
         assert [row.tokens for row in rows] == [80, 80, 0, 0, 0, 0, 0, 0]
         assert [row.coverage for row in rows] == [4.0, 4.0, 0, 0, 0, 0, 0, 0]

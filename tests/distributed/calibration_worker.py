@@ -10,10 +10,10 @@ from megatron.core import parallel_state
 from torch import nn
 
 import quantplug.plugins  # noqa: F401
-from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ExpertWeights
-from quantplug.calibration.statistics import CalibrationTable, Source
+from quantplug.calibration.run import calibrate
+from quantplug.calibration.statistics import AmaxSource, CalibrationTable
 from quantplug.megatron.parallel import initialize_parallel
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters
 from tests.plugins.configs import BLOCKWISE
@@ -121,7 +121,7 @@ def main() -> None:
             largest = max(row.amax for row in own.rows if is_expert_of(row.key.name, layer, linear))
             found = {row.amax for row in together.rows if is_expert_of(row.key.name, layer, linear)}
             assert found == {largest}
-    assert not [row for row in own.rows if row.source is Source.MISSING]
+    assert not [row for row in own.rows if row.source is AmaxSource.MISSING]
     for layout in ({"tp": 1, "etp": 2}, {"ep": 2}):
         blocks(layout)
     dist.destroy_process_group()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5MoeForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
+from quantplug.calibration.run import calibrate
 from quantplug.errors import MappingError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.megatron import cpu

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.calibration.calibrate import calibrate
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
+from quantplug.calibration.run import calibrate
 from quantplug.calibration.statistics import StatisticsRow
 from quantplug.errors import CalibrationError, MappingError, SourceError, UnsupportedQuantizationError
 from quantplug.mappings.families import find_family

@@ -9,7 +9,7 @@ from torch import nn
 
 import quantplug.plugins  # noqa: F401
 from quantplug.calibration.collect import collect_statistics
-from quantplug.calibration.statistics import Source
+from quantplug.calibration.statistics import AmaxSource
 from quantplug.errors import CheckpointError
 from quantplug.megatron.checkpoint import LoadReport, load_checkpoint
 from tests.plugins.tiny_model import DENSE, grouped_linears, tiny_model
@@ -69,9 +69,9 @@ def test_the_one_amax_of_modelopt_046_goes_to_every_expert_and_is_reported(plain
         for linear in ("fc1", "fc2")
     }
     rows = collect_statistics(model, fan_outs=report.fan_outs).rows
-    assert {row.source for row in rows if row.expert is not None} == {Source.FAN_OUT}
-    assert Source.FAN_OUT not in {row.source for row in rows if row.expert is None}
-    assert Source.FAN_OUT not in {row.source for row in collect_statistics(model).rows}
+    assert {row.source for row in rows if row.expert is not None} == {AmaxSource.FAN_OUT}
+    assert AmaxSource.FAN_OUT not in {row.source for row in rows if row.expert is None}
+    assert AmaxSource.FAN_OUT not in {row.source for row in collect_statistics(model).rows}
 
 
 def test_an_amax_of_other_experts_is_refused(plain_checkpoints: Path) -> None:

@@ -1,0 +1,109 @@
+"""From a Hugging Face directory to a Megatron-Core model in one call, with or without its weights."""
+
+from pathlib import Path
+from typing import overload
+
+import torch
+
+import quantplug.plugins  # Registers our wrappers with ModelOpt, so that what is built here can be quantized.  # noqa: F401
+from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
+from quantplug.errors import Offender, TopologyError
+from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
+from quantplug.megatron import build
+from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parameters import LanguageModel
+from quantplug.progress import Progress
+from quantplug.topology import ParallelTopology
+
+
+@overload
+def build_model(
+    pretrained_model_name_or_path: str | Path,
+    *,
+    import_weights: bool = False,
+    dtype: torch.dtype | None = None,
+    layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
+    virtual_stages: None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LanguageModel: ...
+@overload
+def build_model(
+    pretrained_model_name_or_path: str | Path,
+    *,
+    import_weights: bool = False,
+    dtype: torch.dtype | None = None,
+    layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
+    virtual_stages: int,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[LanguageModel]: ...
+def build_model(
+    pretrained_model_name_or_path: str | Path,
+    *,
+    import_weights: bool = False,
+    dtype: torch.dtype | None = None,
+    layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
+    virtual_stages: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LanguageModel | list[LanguageModel]:
+    """Builds what this rank holds of a model, from its Hugging Face directory. All ranks call it together.
+
+    It lies on the rank's GPU, or in host memory where there is none, and can be quantized by ModelOpt as it is:
+    quantplug's wrappers are registered by this call.
+
+    Args:
+        pretrained_model_name_or_path: A directory that `save_pretrained` wrote, or the id of a hub model.
+        import_weights: Whether its weights are read too. Without, they are zero, and a hub model's are not fetched: for
+            a Megatron checkpoint that is loaded next.
+        dtype: Type of the parameters; None for the one that the config names.
+        layer_spec: Which modules the layers are made of.
+        virtual_stages: Number of model chunks of each rank under virtual pipeline parallelism; None without it.
+        trust_remote_code: Whether transformers may run the checkpoint's code to read its config.
+        progress: Called as ("import", parameters done, parameters of this rank).
+
+    Returns:
+        A `GPTModel` or `MambaModel`; with `virtual_stages` the list of this rank's.
+
+    Raises:
+        SourceError: There is no such directory or hub model, or it has no usable config; what the import of its
+            weights says of it.
+        UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
+        TopologyError: `initialize_parallel` has not been called, or a size of the model does not divide over the ranks.
+        MappingError, ShapeError: The weights are not those of the config.
+    """
+    source = all_or_none(lambda: _read(pretrained_model_name_or_path, import_weights, trust_remote_code))
+    if virtual_stages is not None:
+        _require_pipeline(current_topology())
+    config = all_or_none(lambda: megatron_config(source))
+    chunks = [
+        build.build_model(
+            config,
+            layer_spec=layer_spec,
+            dtype=dtype or source.dtype,
+            virtual_stages=virtual_stages,
+            virtual_stage=stage,
+        )
+        for stage in ((None,) if virtual_stages is None else range(virtual_stages))
+    ]
+    if import_weights:
+        import_mcore_gpt_from_hf(chunks, source.directory, trust_remote_code=trust_remote_code, progress=progress)
+    return chunks[0] if virtual_stages is None else chunks
+
+
+def _read(name_or_path: str | Path, weights: bool, trust_remote_code: bool) -> SourceConfig:
+    return read_source_config(resolve_source(name_or_path, weights=weights), trust_remote_code)
+
+
+def _require_pipeline(topology: ParallelTopology) -> None:
+    """Megatron gives each chunk all layers where there is one stage only: the model would be there several times."""
+    if topology.pp == 1:
+        raise TopologyError(
+            "Virtual pipeline stages need pipeline stages.",
+            [Offender("virtual_stages", "is given, and the pipeline parallel size is 1", rank=topology.rank)],
+            "Leave it out, or call initialize_parallel with a pp of 2 or more.",
+        )
