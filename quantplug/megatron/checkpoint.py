@@ -3,7 +3,8 @@
 A checkpoint is a directory:
     metadata.json, common.pt, .metadata, __*.distcp   Megatron's: weights, amaxes and settings of quantizers
     modelopt_state/                                   ModelOpt's: the config that inserts the quantizers, if any
-    quantplug.json                                    what the caller wants to know again, and the versions that wrote
+    quantplug.json                                    what the caller wants to know again, the versions that wrote, and
+                                                      the SHA-256 of every other file, which a load checks
 
 The keys in it name global layers and experts (`singleton_local_shards`), so they do not depend on TP, EP, ETP or PP.
 
@@ -39,7 +40,15 @@ from torch import nn
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none
-from quantplug.megatron.checkpoint_files import METADATA_FILE, MODELOPT_STATE, write_directory
+from quantplug.megatron.checkpoint_files import (
+    DAMAGE,
+    MODELOPT_STATE,
+    damage_named,
+    read_metadata,
+    refuse_damaged,
+    require_undamaged,
+    write_directory,
+)
 from quantplug.megatron.checkpoint_keys import Keys, keys_on_disk, require_same_keys, settings_on_disk
 from quantplug.megatron.checkpoint_layouts import (
     FanOut,
@@ -87,7 +96,8 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
         TypeError: `extra` is not JSON.
     """
     chunks, directory = model_chunks(model), Path(directory)
-    metadata = json.dumps({"versions": {name: version(name) for name in _WRITERS}, "extra": dict(extra)}, indent=2)
+    metadata = {"versions": {name: version(name) for name in _WRITERS}, "extra": dict(extra)}
+    json.dumps(metadata)  # Raises before anything is written.
     write_directory(directory, metadata, chunks[0], lambda: _sharded_state(chunks))
 
 
@@ -100,16 +110,18 @@ def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
         directory: What `save_checkpoint` wrote; or what plain ModelOpt and Megatron-Core did, see the table above.
 
     Raises:
-        CheckpointError: `directory` is not a checkpoint, lacks the state of quantizers, or is of another model; names
-            every key at fault. The model may by then have quantizers, but no weight of it has changed. Or the one amax
-            of all experts is not of all: that shows only when the weights have been read.
+        CheckpointError: `directory` is not a checkpoint, is damaged or incomplete, lacks the state of quantizers, or is
+            of another model; names every file or key at fault. The model may by then have quantizers, but no weight of
+            it has changed. Or the one amax of all experts is not of all: that shows only when the weights have been
+            read.
     """
     chunks, directory = model_chunks(model), Path(directory)
     extra = all_or_none(lambda: read_extra(directory))
     with cpu.checkpointing():
+        require_undamaged(directory)
         on_disk = all_or_none(lambda: keys_on_disk(directory))
         if (directory / MODELOPT_STATE).is_dir():
-            _insert_quantizers(chunks, directory)
+            all_or_none(lambda: _insert_quantizers(chunks, directory))
             state = all_or_none(lambda: _sharded_state(chunks))
             require_same_keys(state, on_disk, weights_only=True)
             _load_settings(chunks, settings_on_disk(_settings(state), on_disk), directory)
@@ -120,7 +132,7 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
     """The `extra` that a checkpoint was saved with, without a model; nothing if `save_checkpoint` did not write it.
 
     Raises:
-        CheckpointError: `directory` is not a Megatron distributed checkpoint.
+        CheckpointError: `directory` is not a Megatron distributed checkpoint, or its `quantplug.json` is damaged.
     """
     path = Path(directory)
     if not (path / "metadata.json").is_file():
@@ -130,9 +142,7 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
             [Offender("metadata.json", reason)],
             "Give the directory that save_checkpoint wrote (the --megatron-save-path of quantize.py).",
         )
-    if not (path / METADATA_FILE).is_file():
-        return {}
-    extra: dict[str, Any] = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))["extra"]
+    extra: dict[str, Any] = read_metadata(path).get("extra", {})
     return extra
 
 
@@ -170,18 +180,35 @@ def _settings(state: ShardedStateDict) -> ShardedStateDict:
 
 def _insert_quantizers(chunks: Sequence[LanguageModel], directory: Path) -> None:
     """Gives every chunk that has none its quantizers, by the config that the checkpoint was made with."""
-    common = dist_checkpointing.load_common_state_dict(str(directory / MODELOPT_STATE))
-    for chunk in chunks:
-        if not mto.ModeloptStateManager.is_converted(chunk):
-            mto.restore_from_modelopt_state(chunk, copy.deepcopy(common))
+    with damage_named(directory / MODELOPT_STATE):
+        common = dist_checkpointing.load_common_state_dict(str(directory / MODELOPT_STATE))
+        for chunk in chunks:
+            if not mto.ModeloptStateManager.is_converted(chunk):
+                mto.restore_from_modelopt_state(chunk, copy.deepcopy(common))
 
 
 def _load_settings(chunks: Sequence[LanguageModel], settings: ShardedStateDict, directory: Path) -> None:
     """Gives the quantizers their settings, and placeholders of the right shapes for their amaxes."""
-    loaded = dist_checkpointing.load(settings, str(directory))
+    loaded = _load(settings, directory)
     all_or_none(lambda: _require_settings(chunks, loaded))
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)], strict=False)
+
+    def give() -> None:
+        with damage_named(directory):
+            for number, chunk in enumerate(chunks):
+                chunk.load_state_dict(loaded[str(number)], strict=False)
+
+    all_or_none(give)
+
+
+def _load(state: ShardedStateDict, directory: Path) -> Any:
+    """Megatron's load; what a rank stumbles over ends all of them alike, before the next collective."""
+    loaded, failure = None, None
+    try:
+        loaded = dist_checkpointing.load(state, str(directory))
+    except DAMAGE as error:
+        failure = error
+    all_or_none(lambda: refuse_damaged(directory, failure))
+    return loaded
 
 
 def _require_settings(chunks: Sequence[LanguageModel], loaded: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -213,7 +240,7 @@ def _load_tensors(chunks: Sequence[LanguageModel], on_disk: Keys, directory: Pat
     displaced = find_displaced(state, on_disk, directory)
     state = redirected(state, displaced, on_disk)
     require_same_keys(state, on_disk)
-    loaded = dist_checkpointing.load(state, str(directory))
+    loaded = _load(state, directory)
     put_in_place(loaded, displaced)
     all_or_none(lambda: require_own_amax(loaded, displaced, dist.get_rank()))
     for number, chunk in enumerate(chunks):

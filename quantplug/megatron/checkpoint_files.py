@@ -1,11 +1,17 @@
 """The directory of a checkpoint: written beside its place, synced, renamed once; a rank that fails ends all alike."""
 
+import hashlib
+import json
 import os
+import pickle
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -17,23 +23,49 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from quantplug.atomic import write_atomically
 from quantplug.errors import CheckpointError, DestinationError, Offender
 from quantplug.megatron import cpu
-from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.agreement import all_or_none, gather_objects
 
 METADATA_FILE = "quantplug.json"
 MODELOPT_STATE = "modelopt_state"
+_STATED_BACKEND, _COMMON, _PLACES = "metadata.json", "common.pt", ".metadata"
+
+Digests = Mapping[str, Mapping[str, object]]
+"""Path of a file below a checkpoint to its `bytes` and its `sha256`."""
+
+# What Megatron, torch and pickle raise of a file that is not what it was: the bytes decide which of them.
+DAMAGE = (
+    CheckpointException,
+    CheckpointingException,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    MemoryError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 def write_directory(
-    directory: Path, metadata: str, first_chunk: nn.Module, sharded_state: Callable[[], ShardedStateDict]
+    directory: Path,
+    metadata: Mapping[str, object],
+    first_chunk: nn.Module,
+    sharded_state: Callable[[], ShardedStateDict],
 ) -> None:
     """Writes a checkpoint; every rank must call it, and all end alike.
 
     Args:
-        metadata: Content of `quantplug.json`.
+        metadata: Content of `quantplug.json`, which gets the digests of all other files as `files`.
         first_chunk: Its ModelOpt state is that of all chunks.
         sharded_state: Makes what is to be written, without collectives.
 
@@ -50,7 +82,9 @@ def write_directory(
             all_or_none(lambda: _begin(partial))
             _write(state, partial)
             save_sharded_modelopt_state([first_chunk], str(partial))
-            all_or_none(lambda: _finish(partial, directory, metadata))
+            digests = _merged(gather_objects(all_or_none(lambda: _digests_of_own(partial))))
+            text = json.dumps({**metadata, "files": digests}, indent=2)
+            all_or_none(lambda: _finish(partial, directory, text))
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -167,3 +201,145 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """What `quantplug.json` says; nothing if `save_checkpoint` did not write the checkpoint.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = directory / METADATA_FILE
+    if not os.path.lexists(path):
+        return {}
+    _require_files(directory, [METADATA_FILE])
+    with damage_named(path):
+        metadata = json.loads(path.read_bytes())
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("extra"), dict):
+            raise ValueError("is no object with an object extra")
+    return metadata
+
+
+def require_undamaged(directory: Path) -> None:
+    """Refuses a checkpoint whose files are not all there, or not what was saved. A collective.
+
+    Every rank hashes its share of the files, where digests of them were saved; plain ModelOpt and trainers save none,
+    and theirs are held to be complete only. Found before the first collective of a load, in which ranks would wait for
+    one that stumbles.
+
+    Raises:
+        CheckpointError: Names every file.
+    """
+    all_or_none(lambda: _require_complete(directory))
+    saved = all_or_none(lambda: read_metadata(directory)).get("files")
+    digests: Digests = saved if isinstance(saved, dict) else {}
+    share = sorted(digests)[dist.get_rank() :: dist.get_world_size()]
+    all_or_none(lambda: _require_as_saved(directory, {name: digests[name] for name in share}))
+
+
+def _require_complete(directory: Path) -> None:
+    """Whether every file is there, as long as its index says."""
+    parts = [directory, *([directory / MODELOPT_STATE] if (directory / MODELOPT_STATE).is_dir() else [])]
+    for part in parts:
+        _require_files(part, [_STATED_BACKEND, _COMMON])
+        with damage_named(part / _STATED_BACKEND):
+            stated = json.loads((part / _STATED_BACKEND).read_bytes())
+            if stated["sharded_backend"] != "torch_dist":
+                raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
+        with damage_named(part / _COMMON):
+            dist_checkpointing.load_common_state_dict(str(part))
+        if part == directory or os.path.lexists(part / _PLACES):
+            _require_stored(part)
+
+
+def _require_stored(directory: Path) -> None:
+    _require_files(directory, [_PLACES])
+    ends: dict[str, int] = {}
+    with damage_named(directory / _PLACES):
+        for place in FileSystemReader(directory).read_metadata().storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    _require_files(directory, sorted(ends), ends)
+
+
+def _require_files(directory: Path, names: Sequence[str], least: Mapping[str, int] | None = None) -> None:
+    """Whether these are regular files of at least some sizes: opening a pipe would wait for ever."""
+    offenders = []
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            offenders.append(Offender(str(path), "is not a file" if os.path.lexists(path) else "is missing"))
+        elif path.stat().st_size < (least or {}).get(name, 1):
+            offenders.append(Offender(str(path), f"is cut short: it has {path.stat().st_size} bytes"))
+    if offenders:
+        raise _damaged(offenders)
+
+
+def _require_as_saved(directory: Path, digests: Digests) -> None:
+    offenders = []
+    for name, saved in digests.items():
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+            offenders.append(Offender(str(path), "is missing"))
+        elif saved != _digest(path):
+            offenders.append(Offender(str(path), "is not what was saved: its SHA-256 differs"))
+    if offenders:
+        raise _damaged(offenders)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Around the reading of a file, without collectives.
+
+    Raises:
+        CheckpointError: For whatever the readers stumble over; names the file.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        raise _damaged([Offender(str(path), said_of(error))]) from error
+
+
+def said_of(error: BaseException) -> str:
+    """One line of what a library says of damage."""
+    if isinstance(error, CheckpointException):
+        error = next((reason for reason, _ in error.failures.values()), error)
+    return f"cannot be read: {type(error).__name__}: {error}"[:500]
+
+
+def _damaged(offenders: Sequence[Offender]) -> CheckpointError:
+    return CheckpointError(
+        "The checkpoint is damaged or incomplete.",
+        offenders,
+        "Copy it again from where it was saved, or save it again; nothing of the model has been changed.",
+    )
+
+
+def refuse_damaged(directory: Path, failure: BaseException | None) -> None:
+    """Raises CheckpointError for what a load stumbled over on this rank."""
+    if failure is not None:
+        raise _damaged([Offender(str(directory), said_of(failure), rank=dist.get_rank())]) from failure
+
+
+def _digests_of_own(directory: Path) -> dict[str, dict[str, object]]:
+    """Of the files that this rank wrote, `__<rank>_<number>.distcp`; rank 0 takes the others."""
+    rank = dist.get_rank()
+    return {
+        str(path.relative_to(directory)): _digest(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and _writer_of(path) == rank
+    }
+
+
+def _writer_of(path: Path) -> int:
+    match = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
+    return int(match[1]) if match else 0
+
+
+def _digest(path: Path) -> dict[str, object]:
+    """Read in pieces: a file may be larger than memory."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _merged(digests: Sequence[Digests]) -> dict[str, object]:
+    return {name: digest for of_rank in digests for name, digest in sorted(of_rank.items())}

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron.agreement import all_or_none, union
+from quantplug.megatron.checkpoint_files import damage_named
 
 Shape: TypeAlias = tuple[int, ...] | None
 """Global shape of a tensor; None where there is none to compare (an object, a vocabulary padded for another TP)."""
@@ -37,8 +38,9 @@ def keys_on_disk(directory: Path) -> Keys:
             [Offender("metadata.json", "is missing")],
             "Give the directory that save_checkpoint wrote.",
         )
-    entries = load_sharded_metadata(str(directory))
-    return {key: _shape(entry) for key, entry in entries.items()}
+    with damage_named(directory):
+        entries = load_sharded_metadata(str(directory))
+        return {key: _shape(entry) for key, entry in entries.items()}
 
 
 def require_same_keys(state: ShardedStateDict, on_disk: Keys, *, weights_only: bool = False) -> None:
