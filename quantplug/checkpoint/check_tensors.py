@@ -42,7 +42,8 @@ def check_tensors(
         elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_passthrough:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
     _check_mtp(family, known, tensors, findings)
-    _check_copies(copies, tensors, findings)
+    # A tied output layer of another shape is one of another type and other values, of which all is said at once.
+    _check_copies({copy: it for copy, it in copies.items() if copy not in family.tied}, tensors, findings)
 
 
 def _check_mtp(

@@ -1,6 +1,7 @@
 """config.json of a Hugging Face checkpoint as it stands in the file."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _FILES_THAT_NAME_CODE = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+_TEXT, _TIED = "text_config", "tie_word_embeddings"
 # What every reader of a config takes for an object, where it is set.
 _OBJECTS = ("quantization_config", "compression_config", "text_config", "vision_config", "auto_map")
 
@@ -30,7 +32,23 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     for key in _OBJECTS:
         if not isinstance(config.get(key), dict | None):
             raise config_error(directory, f"has a {key} that is not a JSON object")
+    for where in (config, config.get(_TEXT) or config):
+        if not isinstance(where.get(_TIED), bool | None):
+            raise config_error(directory, f"has a {_TIED} that is neither true nor false: {where[_TIED]!r}"[:200])
     return config
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether the output layer is the embedding.
+
+    transformers 5 and vLLM read it at the top of a vision-language model's config; where it is not there, what its
+    language model says holds (`text_config`, by which vLLM builds that).
+    """
+    text = config.get(_TEXT)
+    said = config.get(_TIED)
+    if said is None and isinstance(text, Mapping):
+        said = text.get(_TIED)
+    return bool(said)
 
 
 def architecture_of(config: dict[str, Any], directory: Path) -> str:

@@ -16,14 +16,14 @@ def check_duplicates(source: HFCheckpoint, copies: Mapping[str, str], rank: int,
     Each rank looks at its share of the rows, of which host memory holds two chunks of at most 64 MiB (or a row).
 
     Args:
-        copies: Name of a tensor that may be there to the name of the one that it is a copy of. Shapes agree.
+        copies: Name of a tensor that may be there to the name of the one that it is a copy of.
 
     Raises:
         SourceError: Names every copy that differs, and the first of its rows that does.
     """
     offenders = []
     for copy, original in copies.items():
-        if copy in source.tensors:
+        if copy in source.tensors and original in source.tensors:
             reason = _difference(source, copy, original, rank, ranks)
             if reason is not None:
                 offenders.append(Offender(copy, reason, rank=rank))
@@ -31,15 +31,18 @@ def check_duplicates(source: HFCheckpoint, copies: Mapping[str, str], rank: int,
         raise SourceError(
             "Tensors of the source that stand for one parameter of Megatron differ from one another.",
             offenders,
-            "Megatron-Core has one embedding and one output layer for the model and its multi-token prediction: import "
-            "a checkpoint where they are equal, or one without these layers (num_nextn_predict_layers 0).",
+            "Of an output layer: where it is meant, set tie_word_embeddings to false in config.json, and in its "
+            "text_config; where the embedding is meant, remove it from the checkpoint. Of multi-token prediction: "
+            "Megatron-Core has one embedding and one output layer for it and the model, so use a checkpoint where they "
+            "are equal, or one without these layers (num_nextn_predict_layers 0).",
         )
 
 
 def _difference(source: HFCheckpoint, copy: str, original: str, rank: int, ranks: int) -> str | None:
-    types = [source.tensors[name].dtype for name in (copy, original)]
-    if types[0] is not types[1]:
-        return f"is {types[0]}, {original} is {types[1]}"
+    header, other = (source.tensors[name] for name in (copy, original))
+    if (header.dtype, header.shape) != (other.dtype, other.shape):
+        said = [f"{it.dtype} {list(it.shape)}" for it in (header, other)]
+        return f"is {said[0]}, {original} is {said[1]}"
     for start, stop in _chunks(source, copy, rank, ranks):
         rows, others = (_bytes(source.read(name, (slice(start, stop),))) for name in (copy, original))
         if not torch.equal(rows, others):

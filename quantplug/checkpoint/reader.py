@@ -81,6 +81,7 @@ class HFCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, safe_open] = self._open_files()
+        self._stored_as: dict[str, str] = {}
         self._touched: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
 
@@ -96,8 +97,19 @@ class HFCheckpoint:
         """A tensor on CPU, whole, or only what an index along its first axes says."""
         return self._read(name, self.tensors[name].file, index)
 
+    def take_for(self, tied: Mapping[str, str]) -> None:
+        """Gives tensors that are there under one of two tied names alone the other one, if that is what is asked for.
+
+        Args:
+            tied: Name to the name whose data it shares.
+        """
+        for name, wanted in tied.items():
+            if name in self.tensors and wanted not in self.tensors:
+                self.tensors = {wanted if it == name else it: header for it, header in self.tensors.items()}
+                self._stored_as[wanted] = name
+
     def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
-        view = self._files[file].get_slice(name)
+        view = self._files[file].get_slice(self._stored_as.get(name, name))
         tensor = view[index] if index else view[...]
         self._touched[file] += tensor.nbytes
         if self._touched.total() > _MOST_MAPPED:

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from quantplug.errors import Offender, SourceError
 
@@ -88,7 +88,7 @@ def open_file(directory: Path, name: str) -> IO[bytes]:
         raise unreadable(directory / name, _reason(error)) from error
 
 
-def read_json(directory: Path, name: str) -> dict[str, object]:
+def read_json(directory: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a directory.
 
     Raises:

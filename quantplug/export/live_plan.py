@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.config_file import ties_embeddings
+from quantplug.checkpoint.duplicates import check_duplicates
+from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, read_source_config
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
@@ -85,9 +87,9 @@ def plan_export(
     unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
     if requantize is not None:
         wholes, unclaimed = requantize(wholes, family), ()
-    stored = all_or_none(lambda: stored_tensors(source.directory))
+    stored = all_or_none(lambda: _stored(source, family, dims, topology))
     request = ExportRequest(
-        tied_embeddings=bool(source.values.get("tie_word_embeddings", False)),
+        tied_embeddings=ties_embeddings(source.values),
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
@@ -107,6 +109,19 @@ def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceCon
     if not has_passthrough(config, family, family.dimensions(config.values)):
         return config
     return replace(config, directory=resolve_source(name_or_path))
+
+
+def _stored(
+    source: SourceConfig, family: Family, dims: ModelDimensions, topology: ParallelTopology
+) -> dict[str, TensorHeader]:
+    """What lies beside the config; where that ties the embeddings, no other output layer may be among it."""
+    stored = stored_tensors(source.directory)
+    if ties_embeddings(source.values) and any(
+        {copy, original} <= stored.keys() for copy, original in family.tied.items()
+    ):
+        with HFCheckpoint(source.directory) as checkpoint:
+            check_duplicates(checkpoint, family.tied, topology.rank, topology.world_size)
+    return stored
 
 
 def _fit(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.config_file import architecture_of, read_config_file, refuse_own_code
+from quantplug.checkpoint.config_file import architecture_of, read_config_file, refuse_own_code, ties_embeddings
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.model_sizes import read_dimensions
@@ -91,6 +91,8 @@ def quantize_checkpoint(
     model = _read_model(resolve_source(source), trust_remote_code)
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
+        if model.tied:
+            checkpoint.take_for(model.family.tied)
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
         weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
         check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
@@ -129,7 +131,7 @@ class _Model:
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return ties_embeddings(self.config)
 
 
 def _read_model(directory: Path, trust_remote_code: bool) -> _Model:

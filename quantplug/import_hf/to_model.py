@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from quantplug.checkpoint.config_file import ties_embeddings
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
@@ -57,8 +58,10 @@ def import_mcore_gpt_from_hf(
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
     with all_or_none(lambda: open_plain(config.directory, config.quantization)) as source:
+        tied = ties_embeddings(config.values)
+        if tied:
+            source.take_for(family.tied)
         family = fitted(family, source.tensors, dims)
-        tied = bool(config.values.get("tie_word_embeddings", False))
         tasks = _plan(parameters, source, family, dims, tied)
         topology, copies = current_topology(), family.duplicates(dims, tied)
         all_or_none(lambda: check_duplicates(source, copies, topology.rank, topology.world_size))

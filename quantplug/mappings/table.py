@@ -394,13 +394,15 @@ class Family:
         return ((row.hf_names(key, dims), key) for row in self.mappings for key in row.keys(dims))
 
     def duplicates(self, dims: ModelDimensions, tied: bool = False) -> dict[str, str]:
-        """Names under which Hugging Face holds a tensor once more, each with the name of that tensor.
+        """Names under which Hugging Face may hold a tensor once more, each with the name of that tensor.
 
         Args:
             tied: Whether the output layer shares the data of the embedding, which is then the tensor of both.
         """
         names = {copy: row.hf[0] for row in self.mappings for copy in row.duplicate_names(dims)}
-        return {copy: self.tied.get(name, name) if tied else name for copy, name in names.items()}
+        if not tied:
+            return names
+        return {copy: self.tied.get(name, name) for copy, name in names.items()} | dict(self.tied)
 
     def by_megatron(self) -> dict[str, WeightMapping]:
         """Every Megatron spelling with its row."""

@@ -30,6 +30,8 @@ def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, qu
     config: dict[str, Any] = read_config_file(source)
     text = config.get(_TEXT_CONFIG)
     if isinstance(text, dict):
+        if _TIED in text:
+            config.setdefault(_TIED, text[_TIED])
         config[_TEXT_CONFIG] = _agreeing(text, config, dtype)
     if dtype is not None:
         config |= dict.fromkeys(_spellings(config) or {"dtype"}, _spelled(dtype))

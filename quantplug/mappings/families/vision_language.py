@@ -18,7 +18,9 @@ Rename = Callable[[str], str]
 
 def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's settings of a vision-language model's config."""
-    return {**config[TEXT_CONFIG], "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+    text = config[TEXT_CONFIG]
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return {**text, "tie_word_embeddings": tied}
 
 
 def vision_language(
