@@ -1,5 +1,6 @@
 """Small real checkpoints, written by transformers and by plain ModelOpt, and Megatron's parallel state of one rank."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -58,6 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that the workers, which take file after file, end together with short ones."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """From here on the garbage collector leaves alone what importing the libraries and collecting the tests made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ _IMPORTED = [
     "tests.distributed.export_worker",
     "tests.export.checkpoints",
     "torch.testing._internal.distributed.fake_pg",
+    "tests.freeze",  # The last one.
 ]
 _GRACE_SECONDS = 10
 """What ranks have left after one has failed: for their own words."""

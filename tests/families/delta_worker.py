@@ -1,7 +1,6 @@
 """One of two ranks that quantize a model with gated delta nets at TP2, and export it from other layouts.
 
-Arguments: `HF TIED OUT`; TIED is a model with tied embeddings. The guard at the end is needed: Megatron's writer
-starts a process that imports this module again.
+Arguments: `HF TIED OUT`; TIED is a model with tied embeddings.
 """
 
 import sys
