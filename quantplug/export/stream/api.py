@@ -3,28 +3,16 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from quantplug.errors import MappingError, Offender
-from quantplug.export.pipeline.buckets import BUCKET_BYTES
 from quantplug.export.plan.types import Held, QuantConfig, QuantizerState
 from quantplug.export.sources.live import LiveWeights, Model, live_weights
-from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.plan import PlannedStream, make_stream_plan
-from quantplug.export.stream.quant_fn import QuantFn
-from quantplug.export.stream.request import (
-    AS_QUANTIZED,
-    SCALE_SUFFIX,
-    OwnQuantizers,
-    StreamRequest,
-    refuse_adapters,
-    stream_format,
-)
+from quantplug.export.stream.request import AS_QUANTIZED, StreamRequest, refuse_adapters, with_arguments_of
 from quantplug.export.stream.rounds import Delivery, Run, cut_into_runs
 from quantplug.formats import TensorSpec
-from quantplug.formats.names import QuantFormat
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none, collective_device
 from quantplug.megatron.parallel import current_topology, process_groups
@@ -105,78 +93,17 @@ class StreamPlan:
         return {ref.key: ref for ref in weights.refs}
 
 
-def plan_stream(
-    model: Model,
-    pretrained_model_name_or_path: str | Path,
-    quantization_checker: QuantizationChecker | None = None,
-    quant_fn: QuantFn | None = None,
-    quant_block_size: tuple[int, int] | None = None,
-    *,
-    quant_format: QuantFormat | OwnQuantizers | str | None = None,
-    scale_suffix: str = SCALE_SUFFIX,
-    dtype: torch.dtype = torch.bfloat16,
-    moe_router_dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    emit_tied: bool = False,
-    receiver_ranks: Sequence[int] | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-) -> StreamPlan:
+@with_arguments_of(StreamRequest)
+def plan_stream(request: StreamRequest) -> StreamPlan:
     """Plans a stream that can then be run any number of times while the weights change. A collective of metadata.
 
     Takes the arguments of `export_hf_weights_quant`, and raises what is raised there at the call.
     """
-    topology = current_topology()
-
-    def asked() -> StreamRequest:
-        request = StreamRequest(
-            quantization_checker=quantization_checker,
-            quant_fn=quant_fn,
-            quant_block_size=quant_block_size,
-            quant_format=None if quant_format is None else stream_format(quant_format),
-            scale_suffix=scale_suffix,
-            dtype=dtype,
-            moe_router_dtype=moe_router_dtype,
-            trust_remote_code=trust_remote_code,
-            emit_tied=emit_tied,
-            receiver_ranks=None if receiver_ranks is None else tuple(receiver_ranks),
-        )
-        request.check(topology)
-        refuse_adapters(model, topology.rank)
-        return request
-
-    request = all_or_none(asked)
-    weights = all_or_none(lambda: live_weights(model))
-    device = next((ref.load().device for ref in weights.refs), collective_device())
-    stream = make_stream_plan(model, pretrained_model_name_or_path, request, topology, device)
-    has_quantizers = request.quant_format is AS_QUANTIZED
-    return StreamPlan(
-        model=model,
-        stream=stream,
-        runs=tuple(cut_into_runs(stream.tasks, stream.plan.dims, bucket_bytes)),
-        delivery=Delivery(
-            stream.plan.dims, process_groups(), topology.rank, topology.world_size, request.receivers(topology)
-        ),
-        portrait=_portrait(weights, has_quantizers),
-        has_quantizers=has_quantizers,
-    )
+    return _plan(request)
 
 
-def export_hf_weights_quant(
-    model: Model,
-    pretrained_model_name_or_path: str | Path,
-    quantization_checker: QuantizationChecker | None = None,
-    quant_fn: QuantFn | None = None,
-    quant_block_size: tuple[int, int] | None = None,
-    *,
-    quant_format: QuantFormat | OwnQuantizers | str | None = None,
-    scale_suffix: str = SCALE_SUFFIX,
-    dtype: torch.dtype = torch.bfloat16,
-    moe_router_dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    emit_tied: bool = False,
-    receiver_ranks: Sequence[int] | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-) -> Iterator[tuple[str, torch.Tensor]]:
+@with_arguments_of(StreamRequest)
+def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch.Tensor]]:
     """Streams a model's weights, quantized, as Hugging Face tensors: packed where they are, so that bits travel few.
 
     Two ways in. `quant_format` names a built-in format, for a model that need not be quantized: amaxes are those of the
@@ -219,26 +146,35 @@ def export_hf_weights_quant(
         ShapeError: Likewise by its shapes, or they do not divide as the format needs.
         ArgumentError: No format has the name in `quant_format`.
         UnsupportedQuantizationError: A format that quantizes activations, which needs data; arguments, checker or
-            function that cannot be used, or quantizers that cannot be
-            written.
+            function that cannot be used, or quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax (as_quantized).
         WeightError: While it runs, before the first tensor: NaN or Inf in a weight.
     """
-    return plan_stream(
-        model,
-        pretrained_model_name_or_path,
-        quantization_checker,
-        quant_fn,
-        quant_block_size,
-        quant_format=quant_format,
-        scale_suffix=scale_suffix,
-        dtype=dtype,
-        moe_router_dtype=moe_router_dtype,
-        trust_remote_code=trust_remote_code,
-        emit_tied=emit_tied,
-        receiver_ranks=receiver_ranks,
-        bucket_bytes=bucket_bytes,
-    ).tensors()
+    return _plan(request).tensors()
+
+
+def _plan(request: StreamRequest) -> StreamPlan:
+    topology = current_topology()
+
+    def check() -> None:
+        request.check(topology)
+        refuse_adapters(request.model, topology.rank)
+
+    all_or_none(check)
+    weights = all_or_none(lambda: live_weights(request.model))
+    device = next((ref.load().device for ref in weights.refs), collective_device())
+    stream = make_stream_plan(request, topology, device)
+    has_quantizers = request.named_format is AS_QUANTIZED
+    return StreamPlan(
+        model=request.model,
+        stream=stream,
+        runs=tuple(cut_into_runs(stream.tasks, stream.plan.dims, request.bucket_bytes)),
+        delivery=Delivery(
+            stream.plan.dims, process_groups(), topology.rank, topology.world_size, request.receivers(topology)
+        ),
+        portrait=_portrait(weights, has_quantizers),
+        has_quantizers=has_quantizers,
+    )
 
 
 def _portrait(weights: LiveWeights, with_quantizers: bool) -> _Portrait:

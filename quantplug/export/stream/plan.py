@@ -3,14 +3,12 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from quantplug.export.live_plan import PlannedExport, plan_export
 from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
-from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import chosen_weights
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
 from quantplug.export.stream.request import AS_QUANTIZED, OwnQuantizers, StreamRequest
@@ -59,9 +57,7 @@ class PlannedStream:
         return hashlib.sha256(repr((sent, sorted(self.aliases.items()))).encode()).hexdigest()
 
 
-def make_stream_plan(
-    model: Model, source: str | Path, request: StreamRequest, topology: ParallelTopology, device: torch.device
-) -> PlannedStream:
+def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device: torch.device) -> PlannedStream:
     """Plans a stream. A collective of metadata.
 
     Args:
@@ -71,15 +67,15 @@ def make_stream_plan(
         QuantplugError: As `export_hf_weights_quant` says.
     """
     planned = plan_export(
-        model,
-        source,
+        request.model,
+        request.pretrained_model_name_or_path,
         dtype=request.dtype,
         moe_router_dtype=request.moe_router_dtype,
         trust_remote_code=request.trust_remote_code,
-        calibrated=request.quant_format is AS_QUANTIZED,
+        calibrated=request.named_format is AS_QUANTIZED,
         with_passthrough=False,  # A receiver has what never changes.
         requantize=None
-        if request.quant_format is AS_QUANTIZED
+        if request.named_format is AS_QUANTIZED
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
     )
     tasks = planned.plan.tasks
@@ -104,9 +100,9 @@ def _requantized(
 ) -> Sequence[WholeWeight]:
     """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
     plain = [replace(weight, weight=None, activation=None) for weight in weights]
-    if request.quant_format is None or isinstance(request.quant_format, OwnQuantizers):
+    if request.named_format is None or isinstance(request.named_format, OwnQuantizers):
         return plain
-    packing = SCHEMES[request.quant_format].weight
+    packing = SCHEMES[request.named_format].weight
     table = family.by_megatron()
     linears = [
         weight for weight in plain if weight.key.module in table and table[weight.key.module].role is Role.LINEAR

@@ -1,17 +1,27 @@
 """What is asked of a stream, and what is refused before anything is planned."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
+from quantplug.export.pipeline.buckets import BUCKET_BYTES
 from quantplug.export.plan.dialects import INPUT_SCALE
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
 from quantplug.formats.names import QuantFormat, scheme_without_data
 from quantplug.topology import ParallelTopology
+
+Arguments = ParamSpec("Arguments")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 SCALE_SUFFIX = "_scale_inv"
 """What Megatron-Bridge, and DeepSeek's checkpoints, append to a weight's name for its scale."""
@@ -31,25 +41,46 @@ AS_QUANTIZED = OwnQuantizers.AS_QUANTIZED
 _ADAPTER_MARKS = (".adapter.", ".adapters.", ".to_wrap.", ".base_layer.", "lora_")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamRequest:
-    """What is asked of a stream, apart from the model; see `export_hf_weights_quant`."""
+    """All that is asked of a stream. `export_hf_weights_quant` says what each argument means.
 
+    The arguments stand here and nowhere else: `with_arguments_of` gives them, types and all, to the functions that
+    users call. The first five may be positional, in the order that Megatron-Bridge has them.
+    """
+
+    model: Model
+    pretrained_model_name_or_path: str | Path
     quantization_checker: QuantizationChecker | None = None
     quant_fn: QuantFn | None = None
     quant_block_size: tuple[int, int] | None = None
-    quant_format: QuantFormat | OwnQuantizers | None = None
+    _: KW_ONLY
+    quant_format: QuantFormat | OwnQuantizers | str | None = None
     scale_suffix: str = SCALE_SUFFIX
     dtype: torch.dtype = torch.bfloat16
     moe_router_dtype: torch.dtype | None = None
     trust_remote_code: bool = False
     emit_tied: bool = False
-    receiver_ranks: tuple[int, ...] | None = None
+    receiver_ranks: Sequence[int] | None = None
+    bucket_bytes: int = BUCKET_BYTES
+
+    @property
+    def named_format(self) -> QuantFormat | OwnQuantizers | None:
+        """What `quant_format` names; None where `quant_fn` quantizes.
+
+        Raises:
+            ArgumentError: No format has this name.
+            UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
+        """
+        if self.quant_format is None or self.quant_format == AS_QUANTIZED:
+            return None if self.quant_format is None else AS_QUANTIZED
+        return scheme_without_data(self.quant_format, "quant_format").format
 
     def check(self, topology: ParallelTopology) -> None:
         """Refuses arguments that do not go together.
 
         Raises:
+            ArgumentError: No format has the name in `quant_format`.
             UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
             TopologyError: A receiver that is no rank.
         """
@@ -71,7 +102,8 @@ class StreamRequest:
             )
 
     def receivers(self, topology: ParallelTopology) -> tuple[int, ...]:
-        return tuple(range(topology.world_size)) if self.receiver_ranks is None else self.receiver_ranks
+        """Global ranks that get the tensors."""
+        return tuple(range(topology.world_size) if self.receiver_ranks is None else self.receiver_ranks)
 
     def _contradictions(self) -> list[tuple[str, str]]:
         found = []
@@ -81,23 +113,31 @@ class StreamRequest:
             found.append(("quant_block_size", "is given without quant_fn"))
         if self.quant_block_size is not None and not _is_block_size(self.quant_block_size):
             found.append(("quant_block_size", f"is {self.quant_block_size!r}, not (rows, columns)"))
-        if self.quant_format is AS_QUANTIZED and self.quantization_checker is not None:
+        if self.named_format is AS_QUANTIZED and self.quantization_checker is not None:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if not self.scale_suffix or self.scale_suffix.endswith(INPUT_SCALE.name):
             found.append(("scale_suffix", f"is {self.scale_suffix!r}, which is empty or that of an input scale"))
         return found
 
 
-def stream_format(name: str) -> QuantFormat | OwnQuantizers:
-    """What a name asks of a stream.
+def with_arguments_of(
+    request: Callable[Arguments, Asked],
+) -> Callable[[Callable[[Asked], Answer]], Callable[Arguments, Answer]]:
+    """Makes of a function that takes one request another one, with the arguments that a request is made of.
 
-    Raises:
-        ArgumentError: No format has this name.
-        UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
+    Type checkers see these arguments by `ParamSpec`; `help()` and `inspect.signature` see them by `__signature__`.
     """
-    if name == AS_QUANTIZED:
-        return AS_QUANTIZED
-    return scheme_without_data(name, "quant_format").format
+
+    def decorated(function: Callable[[Asked], Answer]) -> Callable[Arguments, Answer]:
+        @wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+            return function(request(*args, **kwargs))
+
+        returned = signature(function).return_annotation
+        call.__signature__ = signature(request).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorated
 
 
 def refuse_adapters(model: Model, rank: int) -> None:
