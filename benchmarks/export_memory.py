@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers import Qwen3MoeConfig
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.export.pipeline.buckets import BUCKET_BYTES
+from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.stream.api import plan_stream
 from quantplug.formats import NVFP4
 from quantplug.mappings.families import find_family

@@ -38,14 +38,16 @@ from results import machine, write_section
 
 from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.export import quantize_checkpoint as model_free
-from quantplug.export.files import write_checkpoint
+from quantplug.export.files import write_rounds
 from quantplug.export.files.sink import FileSink
 from quantplug.export.files.staging import Staging
 from quantplug.export.pipeline.assemble import assemble_piece
+from quantplug.export.pipeline.gather import pack_pieces
 from quantplug.export.plan.ownership import in_order
-from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece, cut
 from quantplug.export.plan.types import ExportPlan
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.formats.names import QuantFormat
 from quantplug.progress import silent
 
@@ -79,6 +81,9 @@ class InTurn:
     def do(self, step: Callable[[], None]) -> None:
         step()
 
+    def wait(self, undone: int = 0) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class Work:
@@ -89,7 +94,9 @@ class Work:
     directory: Path
 
     def packed(self) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-        return write_checkpoint.packed_pieces(in_order(self.plan.tasks), self.source, self.plan.dims)
+        rows = CheckpointSource(self.source, self.plan.dims)
+        pieces = (piece for task in in_order(self.plan.tasks) for piece in cut(task, self.plan.dims, rows.bucket_bytes))
+        return pack_pieces(pieces, rows.read, rows.bucket_bytes // PIECES_IN_A_BUCKET)
 
     def pack(self) -> None:
         for _ in self.packed():
@@ -106,11 +113,13 @@ class Work:
 
     def export(self) -> None:
         staging = Staging(self.directory, self.plan.digest, "", rank=0, world_size=1)
-        write_checkpoint.write_tensors(self.plan, self.source, staging, silent)
+        rows = CheckpointSource(self.source, self.plan.dims)
+        reading = write_rounds.Reading(rows.read, rows.bucket_bytes)
+        write_rounds.write_tensors(self.plan, reading, staging, 0, {}, silent)
         staging.close()
 
     def in_turn(self) -> None:
-        with mock.patch.object(write_checkpoint, "WriterThread", InTurn), mock.patch.object(os, "posix_fadvise"):
+        with mock.patch.object(write_rounds, "WriterThread", InTurn), mock.patch.object(os, "posix_fadvise"):
             self.export()
 
 

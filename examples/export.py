@@ -43,6 +43,10 @@ def main(
         DType | None, typer.Option(help="Type of tensors that are not quantized; by default that of the source.")
     ] = None,
     max_shard_size: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
+    amax: Annotated[
+        quantplug.WeightAmax,
+        typer.Option(help="Of weights that have grown since calibration: an error, taken anew, or clipped."),
+    ] = quantplug.WeightAmax.CALIBRATED,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table of what was loaded here.")] = None,
 ) -> None:
@@ -65,6 +69,7 @@ def main(
             dtype=TORCH_DTYPES[dtype] if dtype else model.config.params_dtype,
             trust_remote_code=trust_remote_code,
             max_shard_size=int(max_shard_size * GIGABYTE),
+            amax=amax,
             progress=StageBars(),
         )
         say(

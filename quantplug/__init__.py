@@ -5,8 +5,9 @@ only then does one that works on a live model import Megatron-Core.
 
 With a model: `initialize_parallel`, `build_model`, `calibrate`, `plan_export`, `save_checkpoint` and `load_checkpoint`,
 `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or `plan_stream`. Without
-one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` has the names of all formats, `errors` all that is
-raised. `quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
+one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` has the names of all formats, `WeightAmax` what
+becomes of weights that have grown since calibration, `errors` all that is raised. `quantplug.calibration`,
+`quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ __all__ = [
     "LayerSpec",
     "QuantFormat",
     "QuantplugError",
+    "WeightAmax",
     "__version__",
     "build_model",
     "calibrate",
@@ -43,6 +45,7 @@ __all__ = [
 _HOMES = {
     "LayerSpec": "quantplug.megatron.build",
     "QuantFormat": "quantplug.formats.names",
+    "WeightAmax": "quantplug.export.pipeline.amaxes",
     "build_model": "quantplug.import_hf.new_model",
     "calibrate": "quantplug.calibration.run",
     "check_destination": "quantplug.export.files.staging",
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from quantplug.calibration.run import calibrate
     from quantplug.export.files.staging import check_destination
     from quantplug.export.live_plan import plan_export
+    from quantplug.export.pipeline.amaxes import WeightAmax
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
     from quantplug.export.stream.api import export_hf_weights_quant, plan_stream
     from quantplug.export.to_disk import export_mcore_gpt_to_hf

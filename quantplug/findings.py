@@ -31,7 +31,11 @@ class HeldWeight(Protocol):
 
     @property
     def key(self) -> NamedParameter:
-        """What names it."""
+        """What names it in the model."""
+
+    @property
+    def label(self) -> str:
+        """What a user finds it by where it comes from."""
 
     @property
     def rank(self) -> int:
@@ -67,7 +71,7 @@ class Findings:
 
     def add_weight(self, kind: Kind, weight: HeldWeight, reason: str) -> None:
         """Notes a weight, on a rank that holds it."""
-        self.add(kind, weight.key.name, reason, weight.key.expert, weight.rank)
+        self.add(kind, weight.label, reason, weight.key.expert, weight.rank)
 
     def raise_if_any(self) -> None:
         """Raises one error that lists every offender; of several kinds, the type is that of the first met."""

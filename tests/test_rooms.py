@@ -94,7 +94,7 @@ def test_imports_inside_export_point_down() -> None:
         if (room := room_of(file, export)) != "__init__":
             wrong |= wrong_imports(room, imported_rooms(file.read_text(), "quantplug.export"), EXPORT_HEIGHT)
 
-    assert wrong == {("pipeline", "sources")}
+    assert wrong == set()
 
 
 def test_no_folder_is_crowded() -> None:

@@ -48,6 +48,10 @@ class FP8Checkpoint(HFCheckpoint):
         decoded = {name: TensorHeader(stored[name].shape, torch.bfloat16, stored[name].file) for name in packed}
         self.tensors = plain | decoded
 
+    def _files_of(self, name: str) -> tuple[str, ...]:
+        files = super()._files_of(name)
+        return (*files, self._scales[name][1]) if name in self._scales else files
+
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         codes = super().read(name, index)
         if name not in self._scales:

@@ -42,6 +42,10 @@ class MXFP4Checkpoint(HFCheckpoint):
         plain = {name: header for name, header in stored.items() if name not in packed_names}
         self.tensors = plain | {base: _plain_header(blocks) for base, (blocks, _) in self._packed.items()}
 
+    def _files_of(self, name: str) -> tuple[str, ...]:
+        packed = self._packed.get(name)
+        return super()._files_of(name) if packed is None else tuple(header.file for header in packed)
+
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         if name not in self._packed:
             return super().read(name, index)

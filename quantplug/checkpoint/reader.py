@@ -66,6 +66,30 @@ class TensorHeader:
     file: str
 
 
+@dataclass(frozen=True)
+class FileIdentity:
+    """What the file system says of a file for nothing; equal before and after, nobody has written to it in between.
+
+    Attributes:
+        file: Device and number of the file: another one, if it was replaced under its name.
+        changed: Times of the last change of its data and of its entry, in nanoseconds. Whoever writes can set back the
+            first of them, and not the second.
+    """
+
+    file: tuple[int, int]
+    size: int
+    changed: tuple[int, int]
+
+
+def identity_of(path: Path) -> FileIdentity | None:
+    """The identity of a file; None if it is not there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return FileIdentity((found.st_dev, found.st_ino), found.st_size, (found.st_mtime_ns, found.st_ctime_ns))
+
+
 class HFCheckpoint:
     """A directory of safetensors, read lazily: opening reads the headers, data comes slice by slice from mapped files.
 
@@ -82,6 +106,7 @@ class HFCheckpoint:
         self.directory = directory
         self._files: dict[str, safe_open] = self._open_files()
         self._stored_as: dict[str, str] = {}
+        self._opened_as = {file: identity_of(directory / file) for file in self._files}
         self._touched: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
         self.tensors: Mapping[str, TensorHeader] = self._read_headers()
 
@@ -108,13 +133,32 @@ class HFCheckpoint:
                 self.tensors = {wanted if it == name else it: header for it, header in self.tensors.items()}
                 self._stored_as[wanted] = name
 
+    def may_have_changed(self, name: str) -> bool:
+        """Whether a file that a tensor is read from has been touched since it was opened."""
+        return any(identity_of(self.directory / file) != self._opened_as[file] for file in self._files_of(name))
+
+    def _files_of(self, name: str) -> tuple[str, ...]:
+        return (self.tensors[name].file,)
+
     def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
+        self._refuse_cut(name, file)
         view = self._files[file].get_slice(self._stored_as.get(name, name))
         tensor = view[index] if index else view[...]
         self._touched[file] += tensor.nbytes
         if self._touched.total() > _MOST_MAPPED:
             self._map_again()
         return tensor
+
+    def _refuse_cut(self, name: str, file: str) -> None:
+        """Refuses a file that is shorter than it was: pages behind its end that are mapped would end the process."""
+        now, opened = identity_of(self.directory / file), self._opened_as[file]
+        if now is None or opened is None or now.size < opened.size or now.file != opened.file:
+            reason = "is gone" if now is None else f"is another file, of {now.size} bytes"
+            raise SourceError(
+                "The source has changed while it was read.",
+                [Offender(name, f"{self.directory / file}, which held it, {reason}")],
+                "Wait until nothing writes there any more, then run the same command again.",
+            )
 
     def _map_again(self) -> None:
         """Lets go of pages that were read: as long as they are mapped they count as this process's memory.

@@ -34,12 +34,14 @@ class SourceConfig:
     Attributes:
         architecture: `architectures[0]`.
         quantization: What it says of an earlier quantization, None if nothing.
+        raw: config.json as it stands in the file.
         values: All settings, with the defaults of the architecture filled in as transformers does.
     """
 
     directory: Path
     architecture: str
     quantization: dict[str, Any] | None
+    raw: dict[str, Any]
     values: dict[str, Any]
 
     @property
@@ -67,7 +69,7 @@ def read_source_config(directory: Path, trust_remote_code: bool = False) -> Sour
         read_dimensions(values, family)
     except _REFUSALS as error:
         raise config_error(directory, str(error).strip()) from error
-    return SourceConfig(directory, architecture, raw.get("quantization_config"), values)
+    return SourceConfig(directory, architecture, raw.get("quantization_config"), raw, values)
 
 
 def megatron_config(source: SourceConfig) -> MegatronConfig:

@@ -12,9 +12,10 @@ from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, resolve_sour
 from quantplug.checkpoint.source_config import SourceConfig, read_source_config
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
-from quantplug.export.plan.types import ExportPlan, Held, WeightRef, WholeWeight
+from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.live import Model, live_weights
-from quantplug.export.sources.passthrough import has_passthrough, open_passthrough, passthrough_refs
+from quantplug.export.sources.live_rows import LiveSource
+from quantplug.export.sources.passthrough import Passthrough, has_passthrough, open_passthrough, passthrough_refs
 from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
 from quantplug.findings import Findings
 from quantplug.mappings.families import find_family
@@ -32,15 +33,15 @@ class PlannedExport:
     """A plan, and what this rank needs to carry out its part of it.
 
     Attributes:
-        source: Directory of the Hugging Face checkpoint that config and tokenizer come from.
+        source: The Hugging Face checkpoint that config and tokenizer come from.
         family: The architecture's table.
-        held: The weights that this rank holds.
+        weights: What this rank holds.
     """
 
     plan: ExportPlan
-    source: Path
+    source: SourceConfig
     family: Family
-    held: Held
+    weights: LiveSource
 
 
 Requantize = Callable[[Sequence[WholeWeight], Family], Sequence[WholeWeight]]
@@ -71,9 +72,9 @@ def plan_export(
     """
     topology = current_topology()
     source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
-    family, dims, passthrough = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
+    family, dims, beside = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
     weights = all_or_none(lambda: live_weights(model))
-    refs = (*weights.refs, *passthrough)
+    refs = (*weights.refs, *beside.refs)
     inventories = gather_inventories(
         RankInventory(topology.rank, group_ranks(), refs, weights.unclaimed, judge_rules(model))
     )
@@ -100,7 +101,8 @@ def plan_export(
     )
     plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
-    return PlannedExport(plan, source.directory, family, {ref.key: ref for ref in refs})
+    live = LiveSource({ref.key: ref for ref in refs}, dims, beside.rows(dims))
+    return PlannedExport(plan, source, family, live)
 
 
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
@@ -126,12 +128,13 @@ def _stored(
 
 def _fit(
     source: SourceConfig, topology: ParallelTopology, *, with_passthrough: bool
-) -> tuple[Family, ModelDimensions, tuple[WeightRef, ...]]:
+) -> tuple[Family, ModelDimensions, Passthrough]:
     """The table for this source, and what this rank brings of it to the export."""
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
     if with_passthrough and has_passthrough(source, family, dims):
         checkpoint = open_passthrough(source.directory, family)
         family = fitted(family, checkpoint.tensors, dims)
-        return family, dims, tuple(passthrough_refs(checkpoint, family, topology.rank, topology.world_size))
-    return fitted(replace(family, passthrough=()), stored_tensors(source.directory), dims), dims, ()
+        refs = tuple(passthrough_refs(checkpoint, family, topology.rank, topology.world_size))
+        return family, dims, Passthrough(refs, checkpoint)
+    return fitted(replace(family, passthrough=()), stored_tensors(source.directory), dims), dims, Passthrough()

@@ -18,16 +18,17 @@ from quantplug.checkpoint.model_sizes import read_dimensions
 from quantplug.checkpoint.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.export.files.finish import ExportResult, finish, result_of
+from quantplug.errors import SourceError
+from quantplug.export.files.finish import Beside, ExportResult, finish, result_of
 from quantplug.export.files.staging import Staging, check_destination
-from quantplug.export.files.write_checkpoint import write_tensors
-from quantplug.export.pipeline.prescan_checkpoint import Scan, scan
+from quantplug.export.files.write_rounds import Reading, write_tensors
+from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.exclude import chosen_weights
 from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint import source_weights
-from quantplug.export.sources.source_names import errors_in_source_names
+from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.formats import WeightFormat
 from quantplug.formats.names import QuantFormat, scheme_without_data
 from quantplug.mappings.families import find_family
@@ -74,8 +75,8 @@ def quantize_checkpoint(
     Raises:
         ArgumentError: A format that is not known, or a `max_shard_size` that cannot be served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
-        SourceError: The source is missing, incomplete, damaged or already quantized; or tensors that it
-            holds twice differ; or it brings its own code, and that is not trusted.
+        SourceError: The source is missing, incomplete, damaged or already quantized, or changes while it is read; or
+            tensors that it holds twice differ; or it brings its own code, and that is not trusted.
         UnsupportedModelError: Its architecture is not supported.
         MappingError: Tensors are missing or unknown, or a pattern of `exclude` matches nothing.
         ShapeError: A shape disagrees with the config, or does not divide as the format needs.
@@ -106,12 +107,17 @@ def quantize_checkpoint(
             reference={name: header.shape for name, header in checkpoint.tensors.items()},
         )
         planner = _Planner(model, weights, chosen, scheme.weight, request)
-        scanned = scan(planner.plan(None), checkpoint, progress)
-        plan = planner.plan(scanned)
-        staging = Staging(target, plan.digest, scanned.fingerprint, rank=0, world_size=1)
+        rows = CheckpointSource(checkpoint, model.dims)
+        found = prescan(planner.plan(None).tasks, rows, rank=0, progress=progress)
+        plan = planner.plan(found.amaxes)
+        reading = Reading(unchanged_rows(rows, found.marks, rank=0), rows.bucket_bytes)
+        staging = Staging(target, plan.digest, digest_of(found.marks), rank=0, world_size=1)
         try:
-            write_tensors(plan, checkpoint, staging, progress)
-            finish(plan, model.directory, staging, None, side_files)
+            # Files that were finished before a change was seen may have been packed while it was made.
+            with staging.discarded_on(SourceError):
+                write_tensors(plan, reading, staging, rank=0, groups={}, progress=progress)
+                require_unchanged(plan.tasks, rows, found.marks, rank=0)
+            finish(plan, Beside(model.directory, model.config, side_files), staging, dtype=None)
         except BaseException:
             staging.discard_unless_resumable()
             raise
@@ -153,13 +159,12 @@ class _Planner:
     packing: WeightFormat
     request: ExportRequest
 
-    def plan(self, scanned: Scan | None) -> ExportPlan:
+    def plan(self, amaxes: Mapping[ParamKey, float] | None) -> ExportPlan:
         """The plan; without amaxes all is checked that needs none."""
-        weights = [self._quantized(weight, scanned) if weight.key in self.chosen else weight for weight in self.weights]
-        request = replace(self.request, calibrated=scanned is not None)
-        with errors_in_source_names(self.weights, self.model.family, self.model.dims):
-            return build_plan(weights, self.model.family, self.model.dims, request)
+        weights = [self._quantized(weight, amaxes) if weight.key in self.chosen else weight for weight in self.weights]
+        request = replace(self.request, calibrated=amaxes is not None)
+        return build_plan(weights, self.model.family, self.model.dims, request)
 
-    def _quantized(self, weight: WholeWeight, scanned: Scan | None) -> WholeWeight:
-        amax = None if scanned is None else scanned.amaxes[weight.key]
-        return replace(weight, weight=replace(quantizer_for(self.packing, weight.key.name), amax=amax))
+    def _quantized(self, weight: WholeWeight, amaxes: Mapping[ParamKey, float] | None) -> WholeWeight:
+        amax = None if amaxes is None else amaxes[weight.key]
+        return replace(weight, weight=replace(quantizer_for(self.packing, weight.label), amax=amax))

@@ -6,17 +6,18 @@ import torch
 
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.errors import RankLostError
-from quantplug.export.files.finish import ExportResult, finish, result_of
+from quantplug.errors import RankLostError, SourceError
+from quantplug.export.files.finish import Beside, ExportResult, finish, result_of
 from quantplug.export.files.shared_directory import require_shared
 from quantplug.export.files.staging import Staging, check_destination
-from quantplug.export.files.write_rounds import write_tensors
+from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.live_plan import plan_export
-from quantplug.export.pipeline.prescan import digest_of, prescan_weights, refuse_diverged
+from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weight_amax_policy
+from quantplug.export.pipeline.prescan import digest_of, prescan, refuse_diverged, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE
 from quantplug.export.sources.live import Model
 from quantplug.megatron.agreement import all_or_none, gather_objects
-from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parallel import current_topology, process_groups
 from quantplug.progress import Progress, silent
 
 __all__ = ["ExportResult", "export_mcore_gpt_to_hf"]
@@ -32,6 +33,7 @@ def export_mcore_gpt_to_hf(
     moe_router_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
+    amax: WeightAmax | str = WeightAmax.CALIBRATED,
     progress: Progress = silent,
 ) -> ExportResult:
     """Writes a Megatron-Core model as a Hugging Face checkpoint, quantized as its quantizers say.
@@ -49,13 +51,17 @@ def export_mcore_gpt_to_hf(
         trust_remote_code: Whether transformers may run code from the source to read its config; the code is then
             copied, too.
         max_shard_size: Largest size of one safetensors file in bytes.
-        progress: Called as (stage, done, total).
+        amax: What becomes of weights that are larger than their quantizers' amaxes: `calibrated`, an error; `refresh`,
+            the amaxes of all weights are taken from the weights as they are, over all slices, those of inputs stay;
+            `clip`, they are clipped, as in training with fake quantization.
+        progress: Called as (stage, done, total), in bytes of the weights that this rank has.
 
     Raises:
-        ArgumentError: A `dtype` or `max_shard_size` that cannot be written.
+        ArgumentError: A `dtype`, `max_shard_size` or `amax` that cannot be served.
         DestinationError: `export_dir` is not empty, is not the same directory on all ranks, or is on a file system
             without file locks; or another export left its unfinished files beside it.
-        SourceError: The source has no usable config, or its tokenizer or another file to copy cannot be read.
+        SourceError: The source has no usable config, its tokenizer or another file to copy cannot be read, or tensors
+            that are carried over from it have changed meanwhile.
         UnsupportedModelError: Its architecture is not supported.
         TopologyError: Megatron's parallel groups are not initialized.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
@@ -63,10 +69,10 @@ def export_mcore_gpt_to_hf(
         MappingError: Rules of the quantizer config match nothing, or the model is not the one the config describes.
         ShapeError: The model is not the one that the config describes, or does not divide as its format needs.
         UnsupportedQuantizationError: Quantizers that cannot be written.
-        CalibrationError: Enabled quantizers without a usable amax.
+        CalibrationError: Enabled quantizers without a usable amax, or weights that have grown beyond it.
         WeightError: NaN or Inf in a weight, or copies on several ranks that differ.
     """
-    destination = Path(export_dir)
+    destination, policy = Path(export_dir), weight_amax_policy(amax)
     topology = current_topology()
     all_or_none(lambda: _check_destination(destination, topology.rank))
     require_shared(destination, topology.rank)
@@ -78,14 +84,22 @@ def export_mcore_gpt_to_hf(
         trust_remote_code=trust_remote_code,
         max_shard_size=max_shard_size,
     )
-    plan, rank = planned.plan, topology.rank
-    side_files = all_or_none(lambda: choose_side_files(planned.source, code=trust_remote_code))
-    marks = all_or_none(lambda: prescan_weights(plan.tasks, planned.held, rank, progress))
-    refuse_diverged(gather_objects(marks))
-    staging = Staging(destination, plan.digest, digest_of(marks), rank, topology.world_size)
+    plan, weights, source, rank = planned.plan, planned.weights, planned.source, topology.rank
+    side_files = all_or_none(lambda: choose_side_files(source.directory, code=trust_remote_code))
+    found = all_or_none(lambda: prescan(plan.tasks, weights, rank, progress, policy=policy))
+    refuse_diverged(gather_objects(found.marks))
+    groups = process_groups()
+    if policy is WeightAmax.REFRESH:
+        plan = plan.with_amaxes(amaxes_of_wholes(plan.tasks, found.amaxes, groups))
+    beside = Beside(source.directory, source.raw, side_files)
+    reading = Reading(unchanged_rows(weights, found.marks, rank), weights.bucket_bytes)
+    staging = Staging(destination, plan.digest, digest_of(found.marks), rank, topology.world_size)
     try:
-        write_tensors(plan, planned.held, staging, rank, progress)
-        all_or_none(lambda: finish(plan, planned.source, staging, dtype, side_files) if rank == 0 else None)
+        # Files that were finished before a change was seen may have been packed while it was made.
+        with staging.discarded_on(SourceError):
+            write_tensors(plan, reading, staging, rank, groups, progress)
+            all_or_none(lambda: require_unchanged(plan.tasks, weights, found.marks, rank))
+        all_or_none(lambda: finish(plan, beside, staging, dtype) if rank == 0 else None)
     except RankLostError:
         raise  # Others may still write.
     except BaseException:

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from contextlib import chdir
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
 
 
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
-    work.make_rounds = partial(make_rounds, bucket_bytes=SMALL_BUCKET_BYTES)
+    work.make_rounds = lambda tasks, dims, _: make_rounds(tasks, dims, SMALL_BUCKET_BYTES)
     for layout in sizes:
         tp, ep, etp, pp, *stages = map(int, layout.split("-"))
         initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
@@ -114,6 +113,8 @@ def inject(kind: str, model: nn.Module) -> None:
     experts = model.decoder.layers[1].mlp.experts
     if kind == "nan":
         experts.linear_fc1.weight1.data[3, 5] = float("nan")
+    elif kind == "grown":
+        experts.linear_fc1.weight1.data.mul_(64)
     elif kind == "missing":
         # As if this rank had lost one of its experts.
         model.decoder.layers[1].mlp.local_expert_indices.pop()

@@ -66,6 +66,7 @@ def test_every_topology_writes_the_same_tensors(name, source, layouts, tmp_path,
 
 FAULTS = {
     "nan": (2, ["WeightError", "linear_fc1.weight", "1 NaN", "on rank 2"]),
+    "grown": (2, ["CalibrationError", "linear_fc1.weight", "its quantizer's amax is", "on rank 2"]),
     "missing": (3, ["MappingError", "linear_fc2.weight"]),
     "uncalibrated": (1, ["CalibrationError", "has no amax"]),
     "diverged": (2, ["WeightError", "layers.0.self_attention.q_layernorm.weight", "on rank 2"]),

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
 from quantplug.export.live_plan import plan_export
-from quantplug.export.pipeline.prescan_amaxes import current_amaxes
+from quantplug.export.pipeline.amaxes import amaxes_of_wholes
+from quantplug.export.pipeline.prescan import prescan
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import ParamKey
 from quantplug.plugins.rules import with_mtp_quantized
@@ -36,7 +37,8 @@ def test_current_amaxes_are_those_of_the_group(checkpoint: Checkpoint) -> None:
     with one_rank():
         model = mtq.quantize(load(checkpoint(SOURCE)), everything(checkpoint(SOURCE)))
         planned = plan_export(model, checkpoint(SOURCE))
-        amaxes = current_amaxes(planned.plan.tasks, planned.held, {}, rank=0)
+        own = prescan(planned.plan.tasks, planned.weights, rank=0).amaxes
+        amaxes = amaxes_of_wholes(planned.plan.tasks, own, {})
     layers = [("decoder.layers.*", layer, layer) for layer in range(3)] + [("mtp.layers.*.transformer_layer", 0, 3)]
     for prefix, number, layer in layers:
         own = [original[f"model.layers.{layer}.{name}.weight"].abs().max().item() for name in NAMES]
@@ -53,7 +55,7 @@ def test_a_nan_in_one_weight_of_a_group_is_found_under_its_name(checkpoint: Chec
         planned = plan_export(model, checkpoint(SOURCE))
         model.decoder.layers[1].self_attention.linear_kv_down_proj.weight.data[3, 5] = torch.nan
         with pytest.raises(WeightError, match=r"decoder\.layers\.1\.self_attention\.linear_kv_down_proj"):
-            current_amaxes(planned.plan.tasks, planned.held, {}, rank=0)
+            prescan(planned.plan.tasks, planned.weights, rank=0)
 
 
 def test_a_stream_has_the_bytes_of_an_export(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -261,3 +261,29 @@ def test_sizes_that_cannot_be_read_are_found(
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": given}))
     assert ("architecture", subject) in told(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["Checking", "Packing"])
+def test_what_is_carried_over_may_not_change_meanwhile(stage: str, odd: Path, tmp_path: Path) -> None:
+    """A live model is read once and from memory; what lies beside it is read from a file, and twice."""
+    left = [name := "model.visual.wide.weight"]
+
+    def progress(said: str, done: int, total: int) -> None:
+        if left and said.startswith(stage) and done == total:
+            rewrite_in_place(odd / "model.safetensors", left.pop())
+
+    with one_rank(), pytest.raises(SourceError, match="changed while it was read") as caught:
+        export_mcore_gpt_to_hf(load(odd), odd, tmp_path / "out", progress=progress)
+    assert [offender.parameter for offender in caught.value.offenders] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def rewrite_in_place(path: Path, name: str) -> None:
+    """Sets the last byte of a tensor to another where it lies."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        last = 8 + size + json.loads(file.read(size))[name]["data_offsets"][1] - 1
+        file.seek(last)
+        byte = file.read(1)
+        file.seek(last)
+        file.write(bytes([byte[0] ^ 1]))

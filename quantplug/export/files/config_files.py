@@ -1,14 +1,14 @@
 """The files beside the weights: config.json and hf_quant_config.json from the plan, the rest as the source has them."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantplug.atomic import finish_file, sync_directory
-from quantplug.checkpoint.config_file import CONFIG_FILE, read_config_file
+from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
 from quantplug.checkpoint.untrusted_files import open_file
 from quantplug.export.files.index import write_json
@@ -21,13 +21,18 @@ _TIED = "tie_word_embeddings"
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
-def write_configs(source: Path, destination: Path, dtype: torch.dtype | None, quant_config: QuantConfig | None) -> None:
+def write_configs(
+    source: Mapping[str, Any], destination: Path, dtype: torch.dtype | None, quant_config: QuantConfig | None
+) -> None:
     """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization.
 
     Without a `dtype` the config keeps its own. What the source says of an earlier quantization is left out: it does not
     hold for what is written. What it says of a language model alone agrees with what it says of the whole.
+
+    Args:
+        source: The source's config.json as it was read for the plan: the file may say something else by now.
     """
-    config: dict[str, Any] = read_config_file(source)
+    config = dict(source)
     text = config.get(_TEXT_CONFIG)
     if isinstance(text, dict):
         if _TIED in text:

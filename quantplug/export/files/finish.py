@@ -1,7 +1,9 @@
 """The end of an export to disk: what is written once, last, and what the caller is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,13 +39,26 @@ class ExportResult:
     side_files: SideFiles
 
 
-def finish(plan: ExportPlan, source: Path, staging: Staging, dtype: torch.dtype | None, side_files: SideFiles) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the weights of a source.
+
+    Attributes:
+        config: config.json as it was read for the plan: the file may say something else by now.
+        side_files: What is copied.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    side_files: SideFiles
+
+
+def finish(plan: ExportPlan, source: Beside, staging: Staging, dtype: torch.dtype | None) -> None:
     """Writes the index of what is there, configs, tokenizer; then all of it becomes visible.
 
     Args:
-        source: Directory that config and tokenizer come from.
+        source: Where all of it that is not weights comes from.
         dtype: Type of plain tensors; None where they keep their own, and the config what it says of it.
-        side_files: What of the source is copied.
 
     Raises:
         DestinationError: There are files that this export has not written.
@@ -51,12 +66,12 @@ def finish(plan: ExportPlan, source: Path, staging: Staging, dtype: torch.dtype 
         WriteError: The disk refused a file.
     """
     shards = (file.name for file in plan.files)
-    names = {*shards, *side_files.carried, INDEX_FILE, CONFIG_FILE, QUANT_CONFIG_FILE}
+    names = {*shards, *source.side_files.carried, INDEX_FILE, CONFIG_FILE, QUANT_CONFIG_FILE}
     with disk_errors(staging.directory):
         refuse_strays(staging.directory, names)
         write_index(staging.directory, plan.files, plan.expected())
-        copy_side_files(source, staging.directory, side_files.carried)
-        write_configs(source, staging.directory, dtype, plan.quant_config)
+        copy_side_files(source.directory, staging.directory, source.side_files.carried)
+        write_configs(source.config, staging.directory, dtype, plan.quant_config)
         staging.publish()
 
 

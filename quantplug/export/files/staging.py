@@ -7,15 +7,15 @@ again keeps them and writes only the rest; another one refuses to touch them.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.checkpoint.lock import take_lock
 from quantplug.checkpoint.reader import INDEX_FILE
 from quantplug.checkpoint.safetensors_writer import file_size
-from quantplug.errors import DestinationError, Offender
+from quantplug.errors import DestinationError, Offender, QuantplugError
 from quantplug.export.files.marks import is_as_marked
 from quantplug.export.plan.types import ShardFile
 from quantplug.formats import TensorSpec
@@ -128,7 +128,21 @@ class Staging:
 
     def discard_unless_resumable(self) -> None:
         """After a failure: leaves no trace, unless there are finished files to go on from."""
-        if self._rank != 0 or not self._is_ours or any(self.directory.glob("*.safetensors")):
+        if not any(self.directory.glob("*.safetensors")):
+            self.discard()
+
+    @contextmanager
+    def discarded_on(self, kind: type[QuantplugError]) -> Iterator[None]:
+        """Around work that finished files are worth nothing after, if it ends in this error."""
+        try:
+            yield
+        except kind:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Leaves no trace, neither of files that are finished."""
+        if self._rank != 0 or not self._is_ours:
             return
         shutil.rmtree(self._root, ignore_errors=True)
         for parent in self._made:

@@ -1,11 +1,11 @@
 """Carrying out a plan: pack, exchange and write, round by round, so that a failing rank ends all of them together.
 
-What one rank holds whole, as experts are under expert parallelism, is exchanged with nobody: it is written piece by
-piece while the next piece is packed.
+What one rank holds whole, as experts are under expert parallelism, and everything where a checkpoint is the source, is
+exchanged with nobody: it is written piece by piece while the next piece is packed.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,26 +17,45 @@ from quantplug.export.files.sink import FileSink
 from quantplug.export.files.staging import Staging
 from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import Bucket, Round, make_rounds
-from quantplug.export.pipeline.gather import Delivered, PackedBucket, Slices, pack_pieces
+from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices, pack_pieces
 from quantplug.export.pipeline.writer_thread import WriterThread
-from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.types import ExportPlan, Held, ShardFile
+from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece, source_bytes
+from quantplug.export.plan.source import ReadRows
+from quantplug.export.plan.types import ExportPlan, ShardFile
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named, union
-from quantplug.megatron.parallel import process_groups
 from quantplug.progress import Progress
 
 
-def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, progress: Progress) -> None:
-    """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks.
+@dataclass(frozen=True)
+class Reading:
+    """How rows come to be packed.
+
+    Attributes:
+        bucket_bytes: Rows are read in pieces that are a fraction of it.
+    """
+
+    read: ReadRows
+    bucket_bytes: int
+
+
+def write_tensors(
+    plan: ExportPlan, reading: Reading, staging: Staging, rank: int, groups: Groups, progress: Progress
+) -> None:
+    """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks, which may be one.
 
     Before each round all ranks agree that each has written the last one and packed the next; so no rank waits in a
     collective for one that has failed. Memory holds at most a bucket that is sent and one that is received, or one that
     was received and working copies of a piece; of what is not exchanged, a few pieces.
 
+    Args:
+        groups: The process groups of slices; none where a rank holds all of every weight.
+        progress: Called in bytes of the weights that this rank writes.
+
     Raises:
         DestinationError: Another export left its unfinished files in the way, or still runs.
         WriteError: The disk refused a file on some rank.
+        SourceError: What is read is no longer what the prescan has looked at.
         RankLostError: A rank ended.
     """
     for step in (staging.make, staging.lock, staging.open):
@@ -45,26 +64,25 @@ def write_tensors(plan: ExportPlan, held: Held, staging: Staging, rank: int, pro
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
     todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
     files = [file for file in plan.files if file.name not in finished]
-    rounds = make_rounds(todo, plan.dims)
+    rounds = make_rounds(todo, plan.dims, reading.bucket_bytes)
     sink = FileSink(staging.directory, files, plan, rank)
     full = _full_after(rounds, files)
-    steps = _RankWork(
-        held, plan.dims, sink, staging.directory, rank, progress, total=sum(task.owner == rank for task in todo)
-    )
-    groups = process_groups()
+    total = sum(source_bytes(piece) for piece in _all_pieces(rounds) if piece.task.owner == rank)
     delivered: Delivered = []
     try:
         if full:
             all_or_none(disk_errors(staging.directory, rank)(sink.make_shared))
-        for number, bucket in enumerate(_mine(each, rank) for each in rounds):
-            # All ranks have agreed on having written what the round before the last one delivered.
-            packed = all_or_none(partial(steps.write_and_pack, delivered, bucket, full.get(number - 2, ())))
-            with lost_ranks_named():
-                delivered = [] if packed is None else packed.exchange(groups)
-            del packed  # Or what it received would be there while the next one is packed.
-        all_or_none(partial(steps.write_and_pack, delivered, None, full.get(len(rounds) - 2, ())))
-        if full:
-            all_or_none(partial(steps.write_and_pack, [], None, full.get(len(rounds) - 1, ())))
+        with WriterThread() as writing:
+            steps = _RankWork(reading, plan.dims, sink, staging.directory, rank, writing, progress, total)
+            for number, bucket in enumerate(_mine(each, rank) for each in rounds):
+                # All ranks have agreed on having written what the round before the last one delivered.
+                packed = all_or_none(partial(steps.write_and_pack, delivered, bucket, full.get(number - 2, ())))
+                with lost_ranks_named():
+                    delivered = [] if packed is None else packed.exchange(groups)
+                del packed  # Or what it received would be there while the next one is packed.
+            all_or_none(partial(steps.write_and_pack, delivered, None, full.get(len(rounds) - 2, ())))
+            if full:
+                all_or_none(partial(steps.write_and_pack, [], None, full.get(len(rounds) - 1, ())))
     finally:
         sink.close()
     sink.check_complete()
@@ -75,7 +93,7 @@ def _full_after(rounds: Sequence[Round], files: Sequence[ShardFile]) -> dict[int
     home = {name: file.name for file in files if len(file.owners) > 1 for name in file.tensors}
     last: dict[str, int] = {}
     for number, buckets in enumerate(rounds):
-        for piece in (piece for bucket in buckets for piece in bucket.pieces):
+        for piece in _all_pieces([buckets]):
             if piece.task.unit in home:
                 last[home[piece.task.unit]] = number
     full: defaultdict[int, list[str]] = defaultdict(list)
@@ -84,15 +102,20 @@ def _full_after(rounds: Sequence[Round], files: Sequence[ShardFile]) -> dict[int
     return dict(full)
 
 
+def _all_pieces(rounds: Iterable[Round]) -> Iterator[Piece]:
+    return (piece for buckets in rounds for bucket in buckets for piece in bucket.pieces)
+
+
 @dataclass
 class _RankWork:
     """What a rank does by itself between two collectives."""
 
-    held: Held
+    reading: Reading
     dims: ModelDimensions
     sink: FileSink
     directory: Path
     rank: int
+    writing: WriterThread
     progress: Progress
     total: int
     done: int = 0
@@ -103,6 +126,8 @@ class _RankWork:
         Args:
             full: Files of several ranks that have become full.
         """
+        if delivered or bucket is None:
+            self.writing.wait()  # Rows are written by one thread at a time.
         with disk_errors(self.directory, self.rank):
             self.sink.name_shared(full)
         while delivered:
@@ -110,16 +135,23 @@ class _RankWork:
         if bucket is None:
             return None
         if len(bucket.ranks) > 1:
-            return PackedBucket(bucket, self.held, self.dims, self.rank, collective_device())
+            self.writing.wait()
+            return PackedBucket(bucket, self.reading.read, self.dims, self.rank, collective_device())
         self._pack_and_write(bucket)
         return None
 
     def _pack_and_write(self, bucket: Bucket) -> None:
-        with WriterThread() as writing:
-            for piece, packed in pack_pieces(bucket.pieces, self.held, 0, self.dims):
-                # From the device here: another thread would not wait for the stream that has packed it.
-                writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
-                self._count(piece)
+        handed_over = 0
+        group_bytes = self.reading.bucket_bytes // PIECES_IN_A_BUCKET
+        for piece, packed in pack_pieces(bucket.pieces, self.reading.read, group_bytes):
+            # From the device here: another thread would not wait for the stream that has packed it.
+            self.writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
+            del packed
+            handed_over += 1
+            self._count(piece)
+        # What the last bucket left is written by now, as the next agreement says; of this one the last pieces may wait,
+        # so that the thread has work while the next bucket is begun.
+        self.writing.wait(handed_over)
 
     def _write_delivered(self, piece: Piece, slices: Slices) -> None:
         self._write(piece, slices)
@@ -131,9 +163,8 @@ class _RankWork:
                 self.sink.write(rows)
 
     def _count(self, piece: Piece) -> None:
-        if piece.ends_task:
-            self.done += 1
-            self.progress("Packing and writing", self.done, self.total)
+        self.done += source_bytes(piece)
+        self.progress("Packing and writing", self.done, self.total)
 
 
 def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:

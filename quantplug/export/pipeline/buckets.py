@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from quantplug.export.plan.ownership import PHASES
-from quantplug.export.plan.pieces import Piece, cut
+from quantplug.export.plan.pieces import BUCKET_BYTES, Piece, cut
 from quantplug.export.plan.types import ExportTask
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import ShardAxis
-
-BUCKET_BYTES = 256 * 2**20
 
 # One bucket is sent and one received, or one received and one written from: what is left of two is for working copies
 # of a piece, for formats and the heap.

@@ -5,16 +5,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from quantplug.export.pipeline.buckets import BUCKET_BYTES, Bucket
+from quantplug.export.pipeline.buckets import Bucket
 from quantplug.export.pipeline.pack import pack_in_groups
-from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece, rows_of, travel_specs
-from quantplug.export.plan.types import Held
+from quantplug.export.plan.pieces import BUCKET_BYTES, PIECES_IN_A_BUCKET, Piece, travel_specs
+from quantplug.export.plan.source import ReadRows
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.topology import ShardAxis
 
 GROUP_BYTES = BUCKET_BYTES // PIECES_IN_A_BUCKET
-"""Of rows that are packed at once."""
+"""Of rows that are packed at once where nothing else is said."""
 
 _ALIGNMENT = 16  # Of each tensor in a bucket, so that its bytes can be viewed as any type.
 
@@ -26,15 +26,14 @@ Delivered = list[tuple[Piece, Slices]]
 
 
 def pack_pieces(
-    pieces: Iterable[Piece], held: Held, slice_index: int, dims: ModelDimensions
+    pieces: Iterable[Piece], read: ReadRows, most: int = GROUP_BYTES
 ) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
-    """What a rank sends of pieces in turn, of whose weights it holds one slice; on the weights' device."""
-    read = ((piece, _rows(piece, held[piece.task.source.key].load(), slice_index, dims)) for piece in pieces)
-    return pack_in_groups(read, GROUP_BYTES)
+    """What a rank sends of pieces in turn, of whose weights it holds one slice; on the weights' device.
 
-
-def _rows(piece: Piece, weight: torch.Tensor, slice_index: int, dims: ModelDimensions) -> torch.Tensor:
-    return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, slice_index, dims)))
+    Args:
+        most: Bytes of rows that are packed at once.
+    """
+    return pack_in_groups(((piece, read(piece)) for piece in pieces), most)
 
 
 class PackedBucket:
@@ -43,7 +42,7 @@ class PackedBucket:
     Packing can fail and touches no other rank; `exchange` is the collective, and comes once all ranks have packed.
     """
 
-    def __init__(self, bucket: Bucket, held: Held, dims: ModelDimensions, rank: int, device: torch.device) -> None:
+    def __init__(self, bucket: Bucket, read: ReadRows, dims: ModelDimensions, rank: int, device: torch.device) -> None:
         self._bucket = bucket
         self._dims = dims
         self._place = bucket.ranks.index(rank)
@@ -55,7 +54,7 @@ class PackedBucket:
         self._received = self._send
         if len(bucket.ranks) > 1:
             self._received = torch.empty(sum(self._received_sizes), dtype=torch.uint8, device=device)
-        self._pack(held)
+        self._pack(read)
 
     def exchange(self, groups: Groups) -> Delivered:
         """Sends every slice to the rank that writes it. A collective of the bucket's ranks; can be called once."""
@@ -73,11 +72,11 @@ class PackedBucket:
         of_ranks = [list(self._unpack(chunk, slice_index)) for slice_index, chunk in enumerate(chunks)]
         return [(piece, list(slices)) for piece, *slices in zip(self._mine, *of_ranks, strict=True)]
 
-    def _pack(self, held: Held) -> None:
+    def _pack(self, read: ReadRows) -> None:
         """Fills what is sent, owner by owner. A flat buffer, as thousands of small tensors would fragment the heap."""
         offset = 0
         pieces = (piece for rank in self._bucket.ranks for piece in self._owned_by(rank))
-        for _, packed in pack_pieces(pieces, held, self._place, self._dims):
+        for _, packed in pack_pieces(pieces, read):
             for tensor in packed:
                 data = tensor.contiguous().reshape(-1).view(torch.uint8)
                 self._send[offset : offset + data.numel()].copy_(data)
@@ -108,11 +107,3 @@ def typed_view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 def aligned(nbytes: int) -> int:
     """What a tensor of that many bytes takes up in a bucket."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _taken(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows of a weight: the weight's own memory where they follow each other, as they mostly do."""
-    if bool((rows.diff() == 1).all()):
-        first = int(rows[0]) if len(rows) else 0
-        return weight[first : first + len(rows)]
-    return weight.index_select(0, rows.to(weight.device))

@@ -1,63 +1,158 @@
-"""The one look at all weights before anything is written: NaN, Inf, overflow, and amaxes that cannot be theirs."""
+"""The one look at all weights before anything is written or sent.
+
+It finds NaN and Inf, plain weights that overflow the type that they are written in, and weights that have grown since
+they were calibrated; and it takes what later steps need: every weight's amax, and fingerprints of the data.
+"""
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from quantplug.errors import CalibrationError, WeightError
+from quantplug.errors import CalibrationError, SourceError, WeightError
+from quantplug.export.pipeline.amaxes import WeightAmax, has_grown
 from quantplug.export.pipeline.fingerprint import fingerprint
-from quantplug.export.plan.types import ExportTask, Held, WeightRef
+from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.source import Place, ReadRows, Source, place_of
+from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
 from quantplug.formats import first_nonfinite
-from quantplug.progress import Progress
+from quantplug.formats.scales import weight_amax
+from quantplug.mappings.table import ParamKey
+from quantplug.progress import Progress, silent
 
-NONFINITE = Kind(
+_NONFINITE = Kind(
     WeightError,
     "Weights hold NaN or Inf.",
-    "Repair the model before it is quantized: one such value would spoil its whole tensor when served.",
+    "Repair the model, or fetch or save the checkpoint again: one such value would spoil its whole tensor when served.",
 )
 _DIVERGED = Kind(
     WeightError,
     "Copies of weights on several ranks differ.",
     "Bring data parallel ranks to the same weights (load one checkpoint on all of them) before the export.",
 )
-OVERFLOW = Kind(
+_OVERFLOW = Kind(
     WeightError, "Weights overflow the type they are written in.", "Export with dtype=torch.bfloat16 or torch.float32."
 )
-ZERO_AMAX = Kind(
+_GROWN = Kind(
+    CalibrationError,
+    "Weights are larger than the amaxes that their quantizers hold, so that their largest values would be clipped.",
+    'Calibrate again, or pass amax="refresh" (examples: --amax refresh), which takes the amaxes of the weights as they '
+    'are now; amax="clip" keeps the clipping where it is meant, as after training with fake quantization, or by an '
+    "algorithm that clips (awq_clip, mse).",
+)
+_LOST = Kind(
     CalibrationError,
     "Weight quantizers hold an amax of 0 for weights that are not zero.",
-    "Calibrate again: the weights changed after calibration, or the checkpoint's quantizer state was lost.",
+    "The weights changed after calibration, or the checkpoint's quantizer state was lost: calibrate again, or pass "
+    'amax="refresh" (examples: --amax refresh).',
+)
+_CHANGED = Kind(
+    SourceError,
+    "The source has changed while it was read.",
+    "Wait until nothing writes there any more, then run the same command again.",
 )
 
+Marks = dict[Place, str]
+"""Fingerprints of all that a rank has looked at."""
 
-Marks = dict[tuple[str, int], str]
-"""Fingerprints of what a rank holds, by the name of the weight and the number of the slice."""
+
+@dataclass(frozen=True)
+class Prescan:
+    """What a rank has found in the data that it holds.
+
+    Attributes:
+        amaxes: max|weight| of what it has of each weight; of tensors that pass through, none.
+    """
+
+    amaxes: dict[ParamKey, float] = field(default_factory=dict)
+    marks: Marks = field(default_factory=dict)
 
 
-def prescan_weights(tasks: Sequence[ExportTask], held: Held, rank: int, progress: Progress) -> Marks:
-    """Looks once at every slice that this rank holds, also where another copy of it is the one that is written.
+def prescan(
+    tasks: Sequence[ExportTask],
+    source: Source,
+    rank: int,
+    progress: Progress = silent,
+    *,
+    policy: WeightAmax = WeightAmax.CALIBRATED,
+    with_marks: bool = True,
+) -> Prescan:
+    """Looks once at all that this rank holds, also where another copy of it is the one that is written. No collective.
+
+    Args:
+        progress: Called in bytes of the weights.
+        policy: What becomes of weights that have grown since they were calibrated.
+        with_marks: Whether fingerprints are taken.
 
     Raises:
         WeightError: NaN or Inf in a weight, or a plain weight that overflows the type it is written in.
-        CalibrationError: An amax of 0 for a weight that is not zero.
+        CalibrationError: A weight is larger than its calibrated amax, and the policy does not allow it.
     """
-    findings = Findings(rank)
+    mine = [task for task in tasks if source.holds(task)]
     marks: Marks = {}
-    mine = [task for task in tasks if task.source.key in held]
-    for done, task in enumerate(mine, start=1):
-        ref = held[task.source.key]
-        marks[task.source.key.name, ref.shard.index if ref.shard else 0] = fingerprint(ref.load())
-        _look(task, written_rows(task, ref), findings)
-        progress("Checking weights", done, len(mine))
+    # All of them before the first is known: small results would settle between the copies of weights that are made for
+    # a moment, and the heap grow with the model. And they are read in one go, so that a GPU is waited for once.
+    largest = torch.zeros(len(mine), dtype=torch.float32, device=source.device)
+    done, total = 0, sum(_share(task) for task in mine)
+    for task, amax in zip(mine, largest.unbind(), strict=True):
+        looked = 0
+        for chunk in source.chunks(task):
+            if chunk.rows.numel() and not task.mapping.role.is_passthrough:
+                torch.maximum(amax, weight_amax(chunk.rows).to(amax.device), out=amax)  # Lets a NaN through.
+            if with_marks:
+                marks[chunk.place] = fingerprint(chunk.rows)
+            looked += chunk.rows.nbytes
+            if looked < _share(task):
+                progress("Checking weights", done + looked, total)
+        done += _share(task)
+        progress("Checking weights", done, total)
+    findings = Findings(rank)
+    amaxes = {}
+    for task, found in zip(mine, largest.tolist(), strict=True):
+        if not task.mapping.role.is_passthrough:
+            _judge(task, found, source, policy, findings)
+            amaxes[task.source.key] = found
     findings.raise_if_any()
-    return marks
+    return Prescan(amaxes, marks)
+
+
+def _share(task: ExportTask) -> int:
+    """Bytes of one slice of a weight."""
+    return task.source.nbytes // len(task.ranks)
+
+
+def _judge(task: ExportTask, amax: float, source: Source, policy: WeightAmax, findings: Findings) -> None:
+    name, expert = task.source.label, task.source.key.expert
+    if not math.isfinite(amax):
+        _add_nonfinite(task, source, findings)
+    elif any(part.format is None for part in task.outputs) and not _fits(amax, task.dtype):
+        findings.add(_OVERFLOW, name, f"overflows {task.dtype}", expert)
+    elif policy is not WeightAmax.REFRESH and has_grown(task, amax):
+        if task.amax == 0:
+            findings.add(_LOST, name, f"amax is 0, the weight has {amax:.6g}", expert)
+        elif policy is WeightAmax.CALIBRATED:
+            findings.add(_GROWN, name, f"holds {amax:.6g}, its quantizer's amax is {task.amax:.6g}", expert)
+
+
+def _fits(amax: float, dtype: torch.dtype) -> bool:
+    return bool(torch.tensor(amax, dtype=torch.float32).to(dtype).isfinite())
+
+
+def _add_nonfinite(task: ExportTask, source: Source, findings: Findings) -> None:
+    reasons = [(name, first_nonfinite(tensor)) for name, tensor in source.named(task) if tensor.numel()]
+    for name, reason in reasons:
+        if reason is not None:
+            findings.add(_NONFINITE, name, reason, task.source.key.expert)
+    if not any(reason for _, reason in reasons):
+        findings.add(_CHANGED, task.source.label, "held NaN or Inf, and no longer does", task.source.key.expert)
 
 
 def digest_of(marks: Marks) -> str:
     """One fingerprint of all that a rank holds."""
-    return hashlib.sha256(repr(sorted(marks.items())).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted((tuple(place), mark) for place, mark in marks.items())).encode()).hexdigest()
 
 
 def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
@@ -72,29 +167,44 @@ def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
     findings = Findings()
     seen: Marks = {}
     for rank, marks in enumerate(of_ranks):
-        for (name, slice_index), mark in marks.items():
-            if seen.setdefault((name, slice_index), mark) != mark:
-                findings.add(_DIVERGED, name, "its copy here is not that of a lower rank", rank=rank)
+        for place, mark in marks.items():
+            if seen.setdefault(place, mark) != mark:
+                findings.add(_DIVERGED, place.weight, "its copy here is not that of a lower rank", rank=rank)
     findings.raise_if_any()
 
 
-def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
-    """This rank's slice without the padding rows of the vocabulary: those are never written, whatever they hold."""
-    weight = ref.load()
-    if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
-        return weight
-    slice_index = ref.shard.index if ref.shard else 0
-    return weight[: max(0, task.outputs[0].shape[0] - slice_index * weight.shape[0])]
+def unchanged_rows(source: Source, marks: Marks, rank: int) -> ReadRows:
+    """Reads rows of a source for the second time, and refuses those that are not what the prescan has looked at.
+
+    To mark everything twice would cost a third of the time of packing. So data is marked again only where its file has
+    been touched, which the file system says for nothing; and the marks are the judge, not the times of the file.
+
+    Raises:
+        SourceError: Names the tensor.
+    """
+
+    def read(piece: Piece) -> torch.Tensor:
+        rows = source.read(piece)
+        # After the rows were read: what is touched before that, or while they are, is seen here.
+        if source.may_have_changed(piece.task) and marks.get(place_of(piece)) != fingerprint(rows):
+            findings = Findings(rank)
+            findings.add(_CHANGED, piece.output.name, "is not what was checked", piece.task.source.key.expert)
+            findings.raise_if_any()
+        return rows
+
+    return read
 
 
-def _look(task: ExportTask, weight: torch.Tensor, findings: Findings) -> None:
-    key = task.source.key
-    if weight.numel() == 0 or task.mapping.role.is_passthrough:
-        return
-    reason = first_nonfinite(weight)
-    if reason is not None:
-        findings.add(NONFINITE, key.name, reason, key.expert)
-    elif any(part.format is None for part in task.outputs) and first_nonfinite(weight.to(task.dtype)) is not None:
-        findings.add(OVERFLOW, key.name, f"overflows {task.dtype}", key.expert)
-    elif task.amax == 0 and bool(weight.any()):
-        findings.add(ZERO_AMAX, key.name, "amax is 0", key.expert)
+def require_unchanged(tasks: Sequence[ExportTask], source: Source, marks: Marks, rank: int) -> None:
+    """Refuses what was written if the source no longer holds it: rows may have changed while they were packed.
+
+    Raises:
+        SourceError: Names every tensor that has changed.
+    """
+    findings = Findings(rank)
+    for task in tasks:
+        if source.holds(task) and source.may_have_changed(task):
+            now = {chunk.place: fingerprint(chunk.rows) for chunk in source.chunks(task)}
+            for part in sorted({place.part for place, mark in now.items() if marks.get(place) != mark}):
+                findings.add(_CHANGED, task.outputs[part].name, "is not what was checked", task.source.key.expert)
+    findings.raise_if_any()

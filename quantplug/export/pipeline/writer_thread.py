@@ -29,14 +29,18 @@ class WriterThread:
     def do(self, step: Callable[[], None]) -> None:
         """Hands over a step; waits while too many are not done."""
         self._steps.append(self._thread.submit(step))
-        while len(self._steps) > AHEAD:
+        self.wait(AHEAD)
+
+    def wait(self, undone: int = 0) -> None:
+        """Waits until no more steps than that are not done."""
+        while len(self._steps) > undone:
             self._steps.popleft().result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            while self._steps and kind is None:
-                self._steps.popleft().result()
+            if kind is None:
+                self.wait()
         finally:
             self._thread.shutdown(cancel_futures=True)

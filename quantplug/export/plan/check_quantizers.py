@@ -41,7 +41,8 @@ _UNCALIBRATED = Kind(
 _DIVISOR = Kind(
     ShapeError,
     "Weights do not divide as their format needs.",
-    "Choose a format whose block size divides them, or disable the quantizers of these linears.",
+    "Choose a format whose block size divides them, or leave these linears in high precision: disable their "
+    "quantizers, or exclude these modules where there is no model.",
 )
 
 

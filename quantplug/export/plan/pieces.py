@@ -5,6 +5,7 @@ slice; where they are gathered first, it is rows of the whole part, which slices
 of Megatron's tensor those are, a layout says itself: it is run on the numbers of the rows.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,9 @@ from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import WeightMapping
+
+BUCKET_BYTES = 256 * 2**20
+"""Of a live model: large enough that a collective's start costs nothing beside what it moves."""
 
 PIECES_IN_A_BUCKET = 8
 """A piece has at most this fraction of a bucket: working copies of one are small beside what is sent and received."""
@@ -81,6 +85,14 @@ def joined(piece: Piece, slices: list[torch.Tensor], dims: ModelDimensions) -> t
     for slice_index, of_slice in enumerate(slices):
         whole[rows // _slice_rows(piece.task) == slice_index] = of_slice
     return whole
+
+
+def source_bytes(piece: Piece) -> int:
+    """Bytes that the rows of a piece have in the source, in all of its slices together."""
+    task = piece.task
+    # Slices that lie below one another and are packed apart each have these rows.
+    slices = len(task.ranks) if task.mapping.layout.shard_axis == 0 and not task.gather_first else 1
+    return (piece.stop - piece.start) * slices * math.prod(piece.output.shape[1:]) * task.source.dtype.itemsize
 
 
 def travel_specs(piece: Piece, slice_index: int, dims: ModelDimensions) -> tuple[TensorSpec, ...]:

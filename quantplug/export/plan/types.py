@@ -1,8 +1,9 @@
 """The types that flow through an export: where a weight lives, what becomes of it, and the plan that says so."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class WholeWeight:
         replicas: Groups of ranks that each hold all of it, in slice order.
         weight: Its weight quantizer, with the largest amax over all ranks; None if it is not quantized.
         activation: The input quantizer of its linear, likewise.
+        source_names: What its tensors are called where they come from; empty where that is its name in the model.
     """
 
     key: ParamKey
@@ -87,6 +89,12 @@ class WholeWeight:
     replicas: tuple[tuple[int, ...], ...] = ((0,),)
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
+    source_names: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What messages call it: the name that a user finds in the source."""
+        return " and ".join(self.source_names) or self.key.name
 
     @property
     def rank(self) -> int:
@@ -237,6 +245,15 @@ class ExportPlan:
     quant_config: QuantConfig | None
     files: tuple[ShardFile, ...]
     digest: str
+
+    def with_amaxes(self, amaxes: Mapping[ParamKey, float]) -> "ExportPlan":
+        """The same plan with other amaxes of weights, as far as they are given: what ranks deliver they must know."""
+        tasks = tuple(
+            replace(task, amax=amaxes[task.source.key]) if task.source.key in amaxes else task for task in self.tasks
+        )
+        known = sorted((key.name, amax) for key, amax in amaxes.items())
+        digest = hashlib.sha256(f"{self.digest} {known}".encode()).hexdigest()
+        return replace(self, tasks=tasks, digest=digest)
 
     def expected(self) -> dict[str, TensorSpec]:
         """What must be on disk afterwards, by name."""

@@ -63,7 +63,7 @@ def _weight(
 ) -> WholeWeight:
     headers = [tensors[name] for name in names]
     if mapping.role.is_passthrough:
-        return WholeWeight(key, headers[0].shape, headers[0].dtype)
+        return WholeWeight(key, headers[0].shape, headers[0].dtype, source_names=names)
     placement = mapping.placement(key, dims)
     dtype = headers[0].dtype
     for name, header in zip(names, headers, strict=True):
@@ -75,7 +75,7 @@ def _weight(
     if shape is None:
         said = ", ".join(f"{name} {list(header.shape)}" for name, header in zip(names, headers, strict=True))
         findings.add(_SHAPE, names[0], f"the config asks for other shapes than {said}", key.expert)
-    return WholeWeight(key, shape or (), dtype)
+    return WholeWeight(key, shape or (), dtype, source_names=names)
 
 
 def _merged_shape(parts: Sequence[tuple[int, ...]], layout: Layout, dims: ModelDimensions) -> tuple[int, ...] | None:

@@ -3,19 +3,36 @@
 Each is held by one rank, in turn, which reads it from the source when it is written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-
-import torch
 
 from quantplug.checkpoint.reader import INDEX_FILE, SINGLE_FILE, HFCheckpoint, weight_map
 from quantplug.checkpoint.source_config import SourceConfig
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.errors import Offender, SourceError
-from quantplug.export.plan.types import WeightRef
+from quantplug.export.plan.pieces import BUCKET_BYTES
+from quantplug.export.plan.types import WeightRef, not_here
+from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
+
+
+@dataclass(frozen=True)
+class Passthrough:
+    """What a rank brings of such tensors; nothing where there are none.
+
+    Attributes:
+        refs: Which tensors; their data is read from the checkpoint.
+    """
+
+    refs: tuple[WeightRef, ...] = ()
+    checkpoint: HFCheckpoint | None = None
+
+    def rows(self, dims: ModelDimensions) -> CheckpointSource | None:
+        """Where their rows are read, in the pieces that a live model is cut into."""
+        return None if self.checkpoint is None else CheckpointSource(self.checkpoint, dims, BUCKET_BYTES)
 
 
 def has_passthrough(source: SourceConfig, family: Family, dims: ModelDimensions) -> bool:
@@ -58,13 +75,4 @@ def passthrough_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int
     for row in rows[rank::ranks]:
         (name,) = row.megatron
         header = source.tensors[name]
-        yield WeightRef(ParamKey(name), header.shape, header.dtype, shard=None, load=_reader(source, name))
-
-
-def _reader(source: HFCheckpoint, name: str) -> Callable[[], torch.Tensor]:
-    """Reads a tensor; a scalar as one row."""
-
-    def read() -> torch.Tensor:
-        return torch.atleast_1d(source.read(name))
-
-    return read
+        yield WeightRef(ParamKey(name), header.shape, header.dtype, shard=None, load=not_here)

@@ -9,6 +9,7 @@ import torch
 from quantplug.errors import MappingError, Offender
 from quantplug.export.plan.types import Held, QuantConfig, QuantizerState
 from quantplug.export.sources.live import LiveWeights, Model, live_weights
+from quantplug.export.sources.live_rows import LiveSource
 from quantplug.export.stream.plan import PlannedStream, make_stream_plan
 from quantplug.export.stream.request import AS_QUANTIZED, StreamRequest, refuse_adapters, with_arguments_of
 from quantplug.export.stream.rounds import Delivery, Run, cut_into_runs
@@ -62,13 +63,13 @@ class StreamPlan:
         Raises:
             MappingError: The model is no longer the one that was planned; or, at the end, tensors that did not come.
             WeightError: NaN or Inf in a weight.
-            CalibrationError: A calibrated amax of 0 for a weight that is not zero.
+            CalibrationError: A weight is larger than its calibrated amax (as_quantized).
             UnsupportedQuantizationError: quant_fn raised, or returned something else than when it was planned.
             RankLostError: A rank ended.
         """
-        held = all_or_none(self._held_now)
+        source = LiveSource(all_or_none(self._held_now), self.delivery.dims)
         missing = dict.fromkeys(self.expected()) if self.delivery.rank in self.delivery.receivers else {}
-        for run, bucket in self.delivery.rounds(self.runs, held):
+        for run, bucket in self.delivery.rounds(self.runs, source):
             if missing:
                 outputs = list(self.stream.outputs(part for _, part in run.parts))
                 uses = Counter(spec.name for _, spec in outputs)
@@ -131,6 +132,10 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         trust_remote_code: Whether transformers may run code from the source to read its config.
         emit_tied: Whether a tied `lm_head.weight` is given too, behind the embedding and, like it, with its scale.
         receiver_ranks: The ranks that get the tensors; None for all.
+        amax: With as_quantized, what becomes of a weight that training has moved beyond its calibrated amax:
+            `calibrated`, an error, as its largest values would be clipped; `refresh`, the amaxes of all weights are
+            those of the weights as they are, as with the other formats, and only inputs keep theirs; `clip`, it is
+            clipped, as a fake-quantized forward does.
         bucket_bytes: Memory of a bucket; beyond the model there are two of them and the largest tensor. A `quant_fn`
             that must be given whole weights needs two copies of one, and what it uses itself, on top.
 
@@ -144,10 +149,11 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         TopologyError: Megatron's groups are not initialized, receivers that are no ranks, or ranks that disagree.
         MappingError: The model is not the one that the config describes.
         ShapeError: Likewise by its shapes, or they do not divide as the format needs.
-        ArgumentError: No format has the name in `quant_format`.
+        ArgumentError: No format has the name in `quant_format`, or no policy that in `amax`.
         UnsupportedQuantizationError: A format that quantizes activations, which needs data; arguments, checker or
             function that cannot be used, or quantizers that cannot be written.
-        CalibrationError: Enabled quantizers without a usable amax (as_quantized).
+        CalibrationError: Enabled quantizers without a usable amax (as_quantized); while it runs, before the first
+            tensor, weights that have grown beyond it.
         WeightError: While it runs, before the first tensor: NaN or Inf in a weight.
     """
     return _plan(request).tensors()
@@ -170,7 +176,12 @@ def _plan(request: StreamRequest) -> StreamPlan:
         stream=stream,
         runs=tuple(cut_into_runs(stream.tasks, stream.plan.dims, request.bucket_bytes)),
         delivery=Delivery(
-            stream.plan.dims, process_groups(), topology.rank, topology.world_size, request.receivers(topology)
+            stream.plan.dims,
+            process_groups(),
+            topology.rank,
+            topology.world_size,
+            request.receivers(topology),
+            request.policy,
         ),
         portrait=_portrait(weights, has_quantizers),
         has_quantizers=has_quantizers,

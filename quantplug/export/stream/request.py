@@ -11,8 +11,9 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
-from quantplug.export.pipeline.buckets import BUCKET_BYTES
+from quantplug.export.pipeline.amaxes import WeightAmax, weight_amax_policy
 from quantplug.export.plan.dialects import INPUT_SCALE
+from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
@@ -62,6 +63,7 @@ class StreamRequest:
     trust_remote_code: bool = False
     emit_tied: bool = False
     receiver_ranks: Sequence[int] | None = None
+    amax: WeightAmax | str = WeightAmax.CALIBRATED
     bucket_bytes: int = BUCKET_BYTES
 
     @property
@@ -76,14 +78,24 @@ class StreamRequest:
             return None if self.quant_format is None else AS_QUANTIZED
         return scheme_without_data(self.quant_format, "quant_format").format
 
+    @property
+    def policy(self) -> WeightAmax:
+        """What `amax` names.
+
+        Raises:
+            ArgumentError: No policy has this name.
+        """
+        return weight_amax_policy(self.amax)
+
     def check(self, topology: ParallelTopology) -> None:
         """Refuses arguments that do not go together.
 
         Raises:
-            ArgumentError: No format has the name in `quant_format`.
+            ArgumentError: No format has the name in `quant_format`, or no policy that in `amax`.
             UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
             TopologyError: A receiver that is no rank.
         """
+        _ = self.policy  # Which raises if there is none of this name.
         offenders = [Offender(name, reason, rank=topology.rank) for name, reason in self._contradictions()]
         if offenders:
             raise UnsupportedQuantizationError(

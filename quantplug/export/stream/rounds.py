@@ -7,12 +7,14 @@ from itertools import groupby
 
 import torch
 
+from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes
 from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import Bucket, batches, payload
 from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices
-from quantplug.export.pipeline.prescan_amaxes import current_amaxes
+from quantplug.export.pipeline.prescan import prescan
 from quantplug.export.plan.pieces import Piece, cut
-from quantplug.export.plan.types import ExportTask, Held, PartOutput
+from quantplug.export.plan.source import ReadRows, Source
+from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.export.stream.broadcast import BroadcastBucket
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey
@@ -38,12 +40,13 @@ class Run:
         pieces = (piece for batch in self.batches for piece in batch)
         return [(piece.task.owner, piece.output) for piece in pieces if piece.start == 0]
 
-    def with_amaxes(self, amaxes: Mapping[ParamKey, float]) -> "Run":
-        """The same, with amaxes for weights without a calibrated one."""
+    def with_amaxes(self, amaxes: Mapping[ParamKey, float], policy: WeightAmax) -> "Run":
+        """The same, with current amaxes for weights without a calibrated one, or for all of them."""
 
         def current(piece: Piece) -> Piece:
             key = piece.task.source.key
-            if piece.task.amax is not None or key not in amaxes:
+            is_kept = piece.task.amax is not None and policy is not WeightAmax.REFRESH
+            if is_kept or key not in amaxes:
                 return piece
             return replace(piece, task=replace(piece.task, amax=amaxes[key]))
 
@@ -91,6 +94,7 @@ class Delivery:
     Attributes:
         receivers: The ranks that get every tensor.
         groups: The process groups of slices.
+        policy: What becomes of weights that have grown beyond a calibrated amax.
     """
 
     dims: ModelDimensions
@@ -98,35 +102,40 @@ class Delivery:
     rank: int
     world_size: int
     receivers: tuple[int, ...]
+    policy: WeightAmax = WeightAmax.CALIBRATED
 
-    def rounds(self, runs: Sequence[Run], held: Held) -> Iterator[tuple[Run, BroadcastBucket]]:
+    def rounds(self, runs: Sequence[Run], source: Source) -> Iterator[tuple[Run, BroadcastBucket]]:
         """The runs one after another, each with its bucket, which holds it all where this rank is a receiver.
 
-        Amaxes are those of the weights as they are now, unless the plan has calibrated ones. A collective of all ranks.
+        Amaxes are those of the weights as they are now, unless the plan has calibrated ones that are to be kept. A
+        collective of all ranks.
         """
-        tasks = {piece.task.source.key: piece.task for run in runs for batch in run.batches for piece in batch}
-        amaxes = current_amaxes(list(tasks.values()), held, self.groups, self.rank)
+        by_key = {piece.task.source.key: piece.task for run in runs for batch in run.batches for piece in batch}
+        tasks = list(by_key.values())
+        # Marks would cost as much as all else, at every step of a training, and nothing is read a second time.
+        look = partial(prescan, tasks, source, self.rank, policy=self.policy, with_marks=False)
+        amaxes = amaxes_of_wholes(tasks, all_or_none(torch.no_grad()(look)).amaxes, self.groups)
         for run in runs:
-            yield run, self._deliver(run.with_amaxes(amaxes), held)
+            yield run, self._deliver(run.with_amaxes(amaxes, self.policy), source)
 
     @torch.no_grad()
-    def _deliver(self, run: Run, held: Held) -> BroadcastBucket:
+    def _deliver(self, run: Run, source: Source) -> BroadcastBucket:
         bucket = BroadcastBucket(
             run.parts, self.rank, self.receivers, self.world_size, collective_device(), together=not run.is_large
         )
         delivered: Delivered = []
         for batch in run.batches:
-            packed = all_or_none(partial(self._fill_and_pack, bucket, delivered, batch, held))
+            packed = all_or_none(partial(self._fill_and_pack, bucket, delivered, batch, source.read))
             with lost_ranks_named():
                 while packed:
                     delivered += packed.pop(0).exchange(self.groups)
-        all_or_none(partial(self._fill_and_pack, bucket, delivered, (), held))
+        all_or_none(partial(self._fill_and_pack, bucket, delivered, (), source.read))
         with lost_ranks_named():
             bucket.exchange()
         return bucket
 
     def _fill_and_pack(
-        self, bucket: BroadcastBucket, delivered: Delivered, batch: Sequence[Piece], held: Held
+        self, bucket: BroadcastBucket, delivered: Delivered, batch: Sequence[Piece], read: ReadRows
     ) -> list[PackedBucket]:
         """Takes what the last batch delivered, then packs the next one for each group that has slices of it."""
         while delivered:
@@ -139,7 +148,7 @@ class Delivery:
             pieces = tuple(piece for piece in batch if piece.task.source.axis is axis and self.rank in piece.task.ranks)
             if pieces:
                 buckets.append(Bucket(axis, pieces[0].task.ranks, pieces))
-        return [PackedBucket(each, held, self.dims, self.rank, collective_device()) for each in buckets]
+        return [PackedBucket(each, read, self.dims, self.rank, collective_device()) for each in buckets]
 
     def _fill(self, bucket: BroadcastBucket, piece: Piece, slices: Slices) -> None:
         for rows in assemble_piece(piece, slices, self.dims):

@@ -229,8 +229,6 @@ def test_settings_of_a_language_model_agree_with_the_whole(
 ) -> None:
     """Older servers read those of the language model, and transformers saves its defaults there."""
     source = {"dtype": "float32", "tie_word_embeddings": False, "text_config": {"hidden_size": 8, **text}}
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "config.json").write_text(json.dumps(source))
-    write_configs(tmp_path / "source", tmp_path, torch.float16, None)
+    write_configs(source, tmp_path, torch.float16, None)
     config = config_of(tmp_path)
     assert config == {"dtype": "float16", "tie_word_embeddings": False, "text_config": {"hidden_size": 8, **expected}}

@@ -17,9 +17,11 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import QuantplugError, WriteError
-from quantplug.export.files import write_checkpoint
-from quantplug.export.pipeline import gather, pack
+from quantplug.export import quantize_checkpoint as quantize_checkpoint_module
+from quantplug.export.pipeline import pack
+from quantplug.export.pipeline.prescan import Marks
 from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME
+from quantplug.export.plan.source import ReadRows, Source
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import files_of, load, quantize
 
@@ -41,8 +43,7 @@ def export(request: pytest.FixtureRequest, sources: Sources) -> Export:
 @pytest.fixture
 def packer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Where exports call `pack_rows`, for one piece at a time as if all were large."""
-    for module in (gather, write_checkpoint):
-        monkeypatch.setattr(module, "GROUP_BYTES", 0)
+    monkeypatch.setattr(pack, "_are_alike", lambda one, other: False)
     return pack
 
 
@@ -100,7 +101,11 @@ def test_a_failing_reader_ends_it(
     calls: int, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ValueError("of the reader")
-    monkeypatch.setattr(write_checkpoint, "read_piece", after(calls, write_checkpoint.read_piece, error))
+
+    def failing(source: Source, marks: Marks, rank: int) -> ReadRows:
+        return after(calls, source.read, error)
+
+    monkeypatch.setattr(quantize_checkpoint_module, "unchanged_rows", failing)
 
     def export(out: Path) -> None:
         quantize_checkpoint(sources("moe"), out, "w4a16_nvfp4", max_shard_size=SHARDS)

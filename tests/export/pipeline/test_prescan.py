@@ -8,9 +8,9 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
-from quantplug.export.pipeline.prescan import prescan_weights
+from quantplug.export.pipeline.prescan import prescan
 from quantplug.export.plan.types import WeightRef
-from quantplug.export.to_disk import silent
+from quantplug.export.sources.live_rows import LiveSource
 from quantplug.mappings.layouts import ModelDimensions
 from tests.export.checkpoints import load, quantize
 from tests.export.live_bytes import LiveBytes
@@ -55,5 +55,5 @@ def test_weights_are_looked_at_where_they_are(layout: str) -> None:
     task = task_for(layout, "fp8", tuple(weight.shape), dims, 1, 1.0)
     held = {task.source.key: WeightRef(task.source.key, tuple(weight.shape), weight.dtype, None, weight.detach)}
     with LiveBytes([weight]) as live:
-        prescan_weights([task], held, 0, silent)
+        prescan([task], LiveSource(held, dims), rank=0)
     assert live.peak <= weight.nbytes / 4

@@ -112,3 +112,22 @@ def test_an_error_of_the_caller_drops_what_waits_and_waits_for_what_is_under_way
     assert caught.value is error
     assert done == ["under way"]
     assert threads() == []
+
+
+@pytest.mark.parametrize("undone", range(AHEAD + 1))
+def test_waiting_leaves_so_many_undone_and_no_more(undone: int) -> None:
+    done: list[int] = []
+    far = threading.Event()
+
+    def step(number: int) -> None:
+        if number >= AHEAD - undone:
+            assert far.wait(PATIENCE)
+        done.append(number)
+
+    with WriterThread() as behind:
+        for number in range(AHEAD):
+            behind.do(partial(step, number))
+        behind.wait(undone)
+        assert done == list(range(AHEAD - undone))
+        far.set()
+    assert done == list(range(AHEAD))

@@ -17,7 +17,7 @@ from quantplug.errors import (
     UnsupportedQuantizationError,
     WeightError,
 )
-from quantplug.export.plan.types import Held
+from quantplug.export.plan.source import Source
 from quantplug.export.stream.api import plan_stream
 from quantplug.export.stream.broadcast import BroadcastBucket
 from quantplug.export.stream.rounds import Delivery, Run
@@ -192,9 +192,9 @@ def test_a_bucket_is_gone_before_the_next_is_packed(sources: Sources, monkeypatc
     alive = []
     deliver = Delivery._deliver
 
-    def watched(self: Delivery, run: Run, held: Held) -> BroadcastBucket:
+    def watched(self: Delivery, run: Run, source: Source) -> BroadcastBucket:
         alive.append(sum(bucket() is not None for bucket in made))
-        bucket = deliver(self, run, held)
+        bucket = deliver(self, run, source)
         made.append(weakref.ref(bucket))
         return bucket
 
@@ -364,7 +364,7 @@ def test_a_model_that_lost_a_weight_needs_another_plan(sources: Sources) -> None
 
 def test_what_did_not_come_is_named_at_the_end(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Delivery.rounds
-    monkeypatch.setattr(Delivery, "rounds", lambda self, runs, held: whole(self, runs[:-1], held))
+    monkeypatch.setattr(Delivery, "rounds", lambda self, runs, source: whole(self, runs[:-1], source))
     stream = export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="w8a16_fp8", bucket_bytes=1)
     with pytest.raises(MappingError, match=r"experts\.3\.down_proj\.weight_scale on rank 0: is missing"):
         list(stream)

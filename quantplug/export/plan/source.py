@@ -1,0 +1,77 @@
+"""The seam between where weights come from and what becomes of them: what the pipeline asks of every source.
+
+A live model gives rows of the slices that a rank holds; a checkpoint gives rows of tensors where they lie. Neither the
+prescan nor the writer knows which of the two it works on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.types import ExportTask
+
+ReadRows = Callable[[Piece], torch.Tensor]
+"""What this rank has of a piece: Hugging Face values [rows, ...], on the device and in the type of the source."""
+
+
+class Place(NamedTuple):
+    """Where a chunk of data stands in a model, as plain data that ranks can compare.
+
+    Attributes:
+        weight: Name of the weight, with global ids filled in.
+        slice_index: Which slice of it, where ranks share it.
+        part: Which of its parts, where they are read one by one.
+        start: First row of the part.
+    """
+
+    weight: str
+    slice_index: int = 0
+    part: int = 0
+    start: int = 0
+
+
+def place_of(piece: Piece) -> Place:
+    """Where a piece stands that a source reads by itself."""
+    return Place(piece.task.source.key.name, part=piece.part, start=piece.start)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Data that is looked at in one go.
+
+    Attributes:
+        rows: As it lies in the source, on its device; without what is never written.
+    """
+
+    place: Place
+    rows: torch.Tensor
+
+
+class Source(Protocol):
+    """Where the weights of an export come from, as one rank sees it."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """How much of it is in flight at once; pieces are fractions of it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where most of its data is."""
+
+    def holds(self, task: ExportTask) -> bool:
+        """Whether this rank has a slice of a weight, also one that another rank delivers."""
+
+    def chunks(self, task: ExportTask) -> Iterator[Chunk]:
+        """All that this rank has of a weight that it holds, for one look at it."""
+
+    def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same as whole tensors, by the names that the source has for them: for messages, not for data."""
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """Rows of a weight that this rank holds, as `ReadRows`."""
+
+    def may_have_changed(self, task: ExportTask) -> bool:
+        """Whether the file that a weight lies in has been touched since it was opened; False for what is in memory."""

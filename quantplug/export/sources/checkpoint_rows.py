@@ -1,0 +1,68 @@
+"""The rows of a checkpoint, read where they lie: no Megatron tensor is put together for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from quantplug.checkpoint.reader import HFCheckpoint
+from quantplug.export.plan.pieces import Piece, cut
+from quantplug.export.plan.source import Chunk, place_of
+from quantplug.export.plan.types import ExportTask
+from quantplug.mappings.layouts import ModelDimensions
+
+BUCKET_BYTES = 128 * 2**20
+"""A piece has an eighth of it: 16 MiB are enough that starting a piece costs nothing beside the work on it."""
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Every weight of a checkpoint, for one rank that holds all of it.
+
+    Attributes:
+        bucket_bytes: Weights are looked at in the pieces that they are written in, which this cuts.
+    """
+
+    checkpoint: HFCheckpoint
+    dims: ModelDimensions
+    bucket_bytes: int = BUCKET_BYTES
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def holds(self, task: ExportTask) -> bool:
+        return True
+
+    def chunks(self, task: ExportTask) -> Iterator[Chunk]:
+        for piece in cut(task, self.dims, self.bucket_bytes):
+            yield Chunk(place_of(piece), self.read(piece))
+
+    def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
+        for part, output in enumerate(task.outputs):
+            yield output.name, self._read_part(task, part)
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        return self._read_part(piece.task, piece.part, slice(piece.start, piece.stop))
+
+    def may_have_changed(self, task: ExportTask) -> bool:
+        return any(self.checkpoint.may_have_changed(name) for name in self._tensors_of(task))
+
+    def _tensors_of(self, task: ExportTask) -> tuple[str, ...]:
+        return task.stored.hf_names(task.source.key, self.dims)
+
+    def _read_part(self, task: ExportTask, part: int, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of a part; what Megatron's layout interleaves lies in parts as they are."""
+        if task.stored is not task.mapping:
+            return self._read_unfused(task, part)[rows]
+        output = task.outputs[part]
+        if output.placement is not None:
+            return output.placement.turned(self.checkpoint.read(output.name, (output.placement.expert,)))[rows]
+        if not output.shape:
+            return self.checkpoint.read(output.name).reshape(1)
+        return self.checkpoint.read(output.name, (rows,))
+
+    def _read_unfused(self, task: ExportTask, part: int) -> torch.Tensor:
+        """A part of one expert, which the source holds in a tensor of all experts."""
+        placement = task.stored.placement(task.source.key, self.dims)
+        assert placement is not None
+        slices = [placement.turned(self.checkpoint.read(name, (placement.expert,))) for name in self._tensors_of(task)]
+        return task.mapping.layout.split(task.stored.layout.merge(tuple(slices), self.dims), self.dims)[part]

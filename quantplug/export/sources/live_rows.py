@@ -1,0 +1,87 @@
+"""The rows that a rank holds of a live model, read where they are: no weight is copied whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from quantplug.export.plan.pieces import BUCKET_BYTES, Piece, rows_of
+from quantplug.export.plan.source import Chunk, Place, Source
+from quantplug.export.plan.types import ExportTask, Held, WeightRef, not_here
+from quantplug.mappings.layouts import ModelDimensions
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """What this rank holds of a live model, and of the checkpoint beside it what the model does not hold.
+
+    Attributes:
+        passthrough: Where tensors come from that no parameter stands for; None where there are none.
+    """
+
+    held: Held
+    dims: ModelDimensions
+    passthrough: Source | None = None
+    bucket_bytes: int = BUCKET_BYTES
+
+    @cached_property
+    def device(self) -> torch.device:
+        live = (ref.load().device for ref in self.held.values() if ref.load is not not_here)
+        return next(live, torch.device("cpu"))
+
+    def holds(self, task: ExportTask) -> bool:
+        return task.source.key in self.held
+
+    def chunks(self, task: ExportTask) -> Iterator[Chunk]:
+        if task.mapping.role.is_passthrough:
+            yield from self._beside.chunks(task)
+        else:
+            ref = self.held[task.source.key]
+            yield Chunk(Place(task.source.key.name, _slice_index(ref)), written_rows(task, ref))
+
+    def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
+        if task.mapping.role.is_passthrough:
+            yield from self._beside.named(task)
+        else:
+            yield task.source.key.name, written_rows(task, self.held[task.source.key])
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        if piece.task.mapping.role.is_passthrough:
+            return self._beside.read(piece)
+        ref = self.held[piece.task.source.key]
+        return slice_rows(piece, ref.load(), _slice_index(ref), self.dims)
+
+    def may_have_changed(self, task: ExportTask) -> bool:
+        # Memory is the caller's, who waits for the export and so changes nothing; a file is anybody's.
+        return task.mapping.role.is_passthrough and self._beside.may_have_changed(task)
+
+    @property
+    def _beside(self) -> Source:
+        assert self.passthrough is not None, "a plan has tensors of a checkpoint that was not opened"
+        return self.passthrough
+
+
+def slice_rows(piece: Piece, weight: torch.Tensor, slice_index: int, dims: ModelDimensions) -> torch.Tensor:
+    """What slice number `slice_index` of a weight, which is `weight`, has of a piece."""
+    return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, slice_index, dims)))
+
+
+def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
+    """This rank's slice without the padding rows of the vocabulary: those are never written, whatever they hold."""
+    weight = ref.load()
+    if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
+        return weight
+    return weight[: max(0, task.outputs[0].shape[0] - _slice_index(ref) * weight.shape[0])]
+
+
+def _slice_index(ref: WeightRef) -> int:
+    return ref.shard.index if ref.shard else 0
+
+
+def _taken(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a weight: the weight's own memory where they follow each other, as they mostly do."""
+    if bool((rows.diff() == 1).all()):
+        first = int(rows[0]) if len(rows) else 0
+        return weight[first : first + len(rows)]
+    return weight.index_select(0, rows.to(weight.device))
