@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 from quantplug.mappings.table import Placement
 from quantplug.verify import names
@@ -160,10 +161,12 @@ class Inventory:
 
     @cached_property
     def merged_plain(self) -> frozenset[str]:
-        """What servers make of modules that are all excluded; they may look it up by its own name."""
-        return frozenset(
-            group.fused for group in self.fused_groups if all(self.modules[member].excluded for member in group.members)
-        )
+        """What servers make of modules that are all excluded; they may look it up by its own name.
+
+        Of linears that they merge, and of the experts of a layer, of which they build one module.
+        """
+        merged = chain(((group.fused, group.members) for group in self.fused_groups), self.expert_groups.items())
+        return frozenset(name for name, members in merged if all(self.modules[member].excluded for member in members))
 
     def routers(self) -> Iterator[Module]:
         """Gates that stand beside experts."""
