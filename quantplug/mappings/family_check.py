@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from quantplug.errors import Offender
 from quantplug.mappings.experts import FusedExpertMapping
-from quantplug.mappings.table import Block, Family, Scope, WeightMapping
+from quantplug.mappings.table import Family, LayerStack, Scope, WeightMapping
 
 _STARS = {**dict.fromkeys(Scope, 1), Scope.MODEL: 0, Scope.EXPERT: 2}
 
@@ -13,7 +13,7 @@ _STARS = {**dict.fromkeys(Scope, 1), Scope.MODEL: 0, Scope.EXPERT: 2}
 def problems(family: Family) -> Iterator[Offender]:
     """Every name of a family's table that is there twice, or has another number of `*` than its scope needs."""
     # Layers of multi-token prediction have the decoder's names on disk, and other numbers.
-    by_kind: dict[str, list[tuple[Block | None, str]]] = {
+    by_kind: dict[str, list[tuple[LayerStack | None, str]]] = {
         "Megatron": [(None, name) for row in family.mappings for name in row.megatron],
         "Hugging Face": [(row.block, name) for row in family.mappings for name in (*row.hf, *row.duplicates)],
     }

@@ -62,7 +62,7 @@ class Scope(Enum):
     MTP = "all layers of multi-token prediction together"
 
 
-class Block(Enum):
+class LayerStack(Enum):
     """Which stack of layers a row belongs to."""
 
     DECODER = "decoder"
@@ -72,7 +72,7 @@ class Block(Enum):
     @property
     def is_mtp(self) -> bool:
         """Whether its layers are of multi-token prediction."""
-        return self is not Block.DECODER
+        return self is not LayerStack.DECODER
 
 
 class Role(Enum):
@@ -182,7 +182,7 @@ class WeightMapping:
     scope: Scope
     layout: Layout = IDENTITY
     role: Role = Role.OTHER
-    block: Block = Block.DECODER
+    block: LayerStack = LayerStack.DECODER
     scale_group: str | None = None
     duplicates: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
@@ -207,7 +207,7 @@ class WeightMapping:
         if self.scope is Scope.MTP:
             return range(min(dims.mtp_layers, 1))
         in_decoder = self._decoder_layers(dims)
-        if self.block is Block.DECODER:
+        if self.block is LayerStack.DECODER:
             return in_decoder
         # Megatron makes MTP layers like the last one of the decoder (get_gpt_mtp_block_spec).
         return range(dims.mtp_layers if dims.num_layers - 1 in in_decoder else 0)
@@ -271,7 +271,7 @@ class WeightMapping:
 
     def mtp_layer_module(self, key: ParamKey, dims: ModelDimensions) -> str | None:
         """Hugging Face's module of the MTP layer, where it is counted on after the decoder's; None for other rows."""
-        if self.block is not Block.MTP:
+        if self.block is not LayerStack.MTP:
             return None
         return fill(self.hf[0].partition("*")[0] + "*", self._hf_layer(key, dims), None)
 
@@ -282,7 +282,7 @@ class WeightMapping:
         )
 
     def _hf_layer(self, key: ParamKey, dims: ModelDimensions) -> int | None:
-        return dims.num_layers + key.layer if self.block is Block.MTP and key.layer is not None else key.layer
+        return dims.num_layers + key.layer if self.block is LayerStack.MTP and key.layer is not None else key.layer
 
     def to_hf_values(self, values: torch.Tensor) -> torch.Tensor:
         """Hugging Face's values of some of Megatron's: the same, or in FP32 where they differ."""

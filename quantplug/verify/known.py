@@ -9,7 +9,7 @@ from quantplug.errors import SourceError, UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import in_form
-from quantplug.mappings.table import Block, Family
+from quantplug.mappings.table import Family, LayerStack
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error
@@ -31,7 +31,7 @@ class KnownArchitecture:
     @property
     def numbered_mtp(self) -> range:
         """Numbers of the layers of multi-token prediction, where they are counted on after the decoder's."""
-        counted_on = any(row.block is Block.MTP for row in self.family.mappings)
+        counted_on = any(row.block is LayerStack.MTP for row in self.family.mappings)
         first = self.dims.num_layers
         return range(first, first + (self.dims.mtp_layers if counted_on else 0))
 

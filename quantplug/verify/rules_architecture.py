@@ -6,7 +6,7 @@ Whole layers and experts that are missing or too many are told by `rules_model.p
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from quantplug.mappings.table import Block
+from quantplug.mappings.table import LayerStack
 from quantplug.verify import names
 from quantplug.verify.checks import Check
 from quantplug.verify.known import KnownArchitecture
@@ -99,7 +99,7 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
 
 def _lost_mtp(inventory: Inventory, found: Architecture) -> frozenset[str]:
     """The modules of multi-token prediction with names of their own, where none of them is there."""
-    rows = (row for row in found.known.family.mappings if row.block is Block.MTP_APART)
+    rows = (row for row in found.known.family.mappings if row.block is LayerStack.MTP_APART)
     tensors = (
         name for row in rows for key in row.keys(found.known.dims) for name in row.hf_names(key, found.known.dims)
     )

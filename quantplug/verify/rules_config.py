@@ -24,7 +24,7 @@ def _file(inventory: Inventory) -> Json:
 
 
 def algo(inventory: Inventory) -> Iterator[Finding]:
-    """Rows 1 and 2: an algorithm that servers know, spelled as they spell it."""
+    """An algorithm that servers know, spelled as they spell it."""
     if inventory.scheme.method != "modelopt":
         return
     config = _quantization_config(inventory)
@@ -41,7 +41,7 @@ def algo(inventory: Inventory) -> Iterator[Finding]:
 
 
 def fp8_config(inventory: Inventory) -> Iterator[Finding]:
-    """Row 1 for DeepSeek's form: the keys and the block that its readers ask for."""
+    """For DeepSeek's form: the keys and the block that its readers ask for."""
     if inventory.scheme.method != "fp8":
         return
     config = _quantization_config(inventory)
@@ -55,7 +55,7 @@ def fp8_config(inventory: Inventory) -> Iterator[Finding]:
 
 
 def config_agreement(inventory: Inventory) -> Iterator[Finding]:
-    """Rows 3 and 4: vLLM and SGLang read config.json, TensorRT-LLM hf_quant_config.json; they have to say the same."""
+    """VLLM and SGLang read config.json, TensorRT-LLM hf_quant_config.json; they have to say the same."""
     if inventory.scheme.method != "modelopt":
         return
     config, file = _quantization_config(inventory), _file(inventory)
@@ -114,7 +114,7 @@ def _short(value: object) -> str:
 
 
 def group_size(inventory: Inventory) -> Iterator[Finding]:
-    """Row 8: NVFP4's block is 16; SGLang asserts it, vLLM's Marlin path assumes it."""
+    """NVFP4's block is 16; SGLang asserts it, vLLM's Marlin path assumes it."""
     if inventory.scheme.method != "modelopt":
         return
     config, file = _quantization_config(inventory), _file(inventory)
@@ -129,7 +129,7 @@ def group_size(inventory: Inventory) -> Iterator[Finding]:
 
 
 def weight_only(inventory: Inventory) -> Iterator[Finding]:
-    """Row 5: the config groups say the same about activations as the algorithm does."""
+    """The config groups say the same about activations as the algorithm does."""
     if inventory.scheme.method != "modelopt":
         return
     config = _quantization_config(inventory)
@@ -145,7 +145,7 @@ def weight_only(inventory: Inventory) -> Iterator[Finding]:
 
 
 def mixed(inventory: Inventory) -> Iterator[Finding]:
-    """Row 14: what vLLM and SGLang both take as MIXED_PRECISION."""
+    """What vLLM and SGLang both take as MIXED_PRECISION."""
     config = _quantization_config(inventory)
     if inventory.scheme.method != "modelopt" or as_text(config.get("quant_algo")) != "MIXED_PRECISION":
         return

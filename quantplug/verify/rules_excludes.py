@@ -1,4 +1,4 @@
-"""Rules on exclude lists (row 10): exact names, nothing that matches too little or too much."""
+"""Rules on exclude lists: exact names, nothing that matches too little or too much."""
 
 from collections.abc import Iterator
 

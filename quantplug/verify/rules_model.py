@@ -24,7 +24,7 @@ def _configured(inventory: Inventory, *keys: str) -> int | None:
 
 
 def experts(inventory: Inventory) -> Iterator[Finding]:
-    """Row 9: every expert the config counts is there, with the projections of its siblings."""
+    """Every expert the config counts is there, with the projections of its siblings."""
     count = _configured(inventory, *_EXPERT_COUNTS)
     for prefix, members in inventory.mixtures.items():
         if count is None:
@@ -123,7 +123,7 @@ def _state(module: Module) -> str:
 
 
 def one_algo(inventory: Inventory) -> Iterator[Finding]:
-    """Row 9: experts of a layer, and projections that servers merge, are quantized alike."""
+    """Experts of a layer, and projections that servers merge, are quantized alike."""
     for prefix, modules in inventory.expert_groups.items():
         yield from _alike(inventory, prefix, modules, "experts of one layer")
     for group in inventory.fused_groups:
@@ -141,7 +141,7 @@ def _alike(inventory: Inventory, subject: str, modules: Sequence[str], what: str
 
 
 def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
-    """Row 8: in block FP8 every part of a merged module but the last ends on a block."""
+    """In block FP8 every part of a merged module but the last ends on a block."""
     for group in inventory.fused_groups:
         for name in group.members[:-1]:
             module = inventory.modules[name]

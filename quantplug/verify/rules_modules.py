@@ -11,7 +11,7 @@ from quantplug.verify.report import Finding, error, note, warning
 
 
 def coverage(inventory: Inventory) -> Iterator[Finding]:
-    """Row 11: excluded modules are plain, all other Linears quantized."""
+    """Excluded modules are plain, all other Linears quantized."""
     if not inventory.scheme.method:
         return
     special = {module.name for module in inventory.routers()}
@@ -44,7 +44,7 @@ def _evidence(module: Module) -> str:
 
 
 def layout(inventory: Inventory) -> Iterator[Finding]:
-    """Rows 5 and 7: each quantized module has its tensors, with the right shapes and dtypes, and no others."""
+    """Each quantized module has its tensors, with the right shapes and dtypes, and no others."""
     for module in inventory.quantized:
         if module.layout is None or not {"weight", "weight_packed"} & module.tensors.keys():
             continue
@@ -84,14 +84,14 @@ def _strangers(module: Module) -> Iterator[Finding]:
 
 
 def alignment(inventory: Inventory) -> Iterator[Finding]:
-    """Row 8: in_features hold whole blocks."""
+    """`in_features` hold whole blocks."""
     for module in inventory.quantized:
         if module.layout is not None and module.codes is not None and module.layout.shape_problem(module.codes):
             yield error(Check.ALIGNMENT, module.name, module.layout.shape_problem(module.codes) or "")
 
 
 def kv_cache(inventory: Inventory) -> Iterator[Finding]:
-    """Row 13: scales of a quantized KV cache are there exactly when the config says so."""
+    """Scales of a quantized KV cache are there exactly when the config says so."""
     claimed = inventory.scheme.kv_cache
     present = {
         module.name: suffix for module in inventory.modules.values() for suffix in KV_SUFFIXES & module.tensors.keys()
@@ -143,7 +143,7 @@ def unjudged(inventory: Inventory) -> Iterator[Finding]:
 
 
 def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
-    """Row 15: what transformers 5.23 opens without complaint and computes wrongly."""
+    """What transformers 5.23 opens without complaint and computes wrongly."""
     label = inventory.scheme.label
     layouts = {(module.layout, names.expert(module.name) is not None) for module in inventory.quantized}
     if any(part is not None and part.codes == "weight_packed" and expert for part, expert in layouts):

@@ -1,4 +1,4 @@
-"""Reads every value once (row 12): nothing NaN or Inf, scales positive; keeps the scalars for those on sharing."""
+"""Reads every value once: nothing NaN or Inf, scales positive; keeps the scalars for those on sharing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -114,7 +114,7 @@ def _subnormal_findings(values: Values) -> Iterator[Finding]:
 
 
 def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
-    """Row 6: modules that servers merge have exactly equal per-tensor scales."""
+    """Modules that servers merge have exactly equal per-tensor scales."""
     differing_fp8: dict[str, int] = {}
     for group in inventory.fused_groups:
         layouts = {inventory.modules[name].layout for name in group.members}

@@ -9,7 +9,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeConfig
 from quantplug.errors import UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import LatentSizes
-from quantplug.mappings.table import Block, MegatronConfig, ParamKey
+from quantplug.mappings.table import LayerStack, MegatronConfig, ParamKey
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
 KINDS = {"DeepseekV2": DeepseekV2Config, "DeepseekV3": DeepseekV3Config, "Glm4Moe": Glm4MoeConfig}
@@ -78,14 +78,14 @@ def test_both_of_megatrons_names_of_the_mtp_layer_are_known(kind, inner):
     dims = family.dimensions(config_of(kind))
     row = family.by_megatron()[f"mtp.layers.*.{inner}.mlp.experts.linear_fc2.weight*"]
     key = ParamKey(f"mtp.layers.*.{inner}.mlp.experts.linear_fc2.weight*", 0, 5)
-    assert row.block is Block.MTP
+    assert row.block is LayerStack.MTP
     assert row.hf_names(key, dims) == (f"model.layers.{dims.num_layers}.mlp.experts.5.down_proj.weight",)
 
 
 def test_mtp_rows_are_those_of_the_decoder_and_four_of_its_own():
     mappings = find_family("DeepseekV3ForCausalLM").mappings
-    decoder = {row.hf for row in mappings if row.block is Block.DECODER and "layers" in row.hf[0]}
-    mtp = {row.hf for row in mappings if row.block is Block.MTP}
+    decoder = {row.hf for row in mappings if row.block is LayerStack.DECODER and "layers" in row.hf[0]}
+    mtp = {row.hf for row in mappings if row.block is LayerStack.MTP}
     own = {("enorm",), ("hnorm",), ("eh_proj",), ("shared_head.norm",)}
     assert decoder < mtp
     assert mtp - decoder == {(f"model.layers.*.{name}.weight",) for (name,) in own}

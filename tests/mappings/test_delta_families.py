@@ -14,7 +14,7 @@ from quantplug.errors import UnsupportedModelError, UnsupportedQuantizationError
 from quantplug.mappings.amax import convert_to_amax_map
 from quantplug.mappings.delta_layouts import DELTA_PARTS
 from quantplug.mappings.families import find_family
-from quantplug.mappings.table import Block, Family
+from quantplug.mappings.table import Family, LayerStack
 from tests.families.cases import DELTA, GATED_EXPERTS
 
 KINDS: dict[str, type[PreTrainedConfig]] = {
@@ -145,7 +145,7 @@ def test_a_last_layer_without_attention_is_no_fault_without_multi_token_predicti
 def test_layers_of_multi_token_prediction_have_numbers_and_names_of_their_own(name: str) -> None:
     found = family(name)
     dims = found.dimensions(filled_in(name, **{found.mtp_setting: 1}))
-    rows = [row for row in found.mappings if row.block is Block.MTP_APART]
+    rows = [row for row in found.mappings if row.block is LayerStack.MTP_APART]
     names = {name for row in rows for key in row.keys(dims) for name in row.hf_names(key, dims)}
     assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_norm.weight"} <= names
     assert all(name.startswith("mtp.") for name in names)

@@ -19,7 +19,7 @@ from quantplug.mappings.amax.rows import (
     Operand,
 )
 from quantplug.mappings.layouts import Layout
-from quantplug.mappings.table import Block, Role, Scope, WeightMapping
+from quantplug.mappings.table import LayerStack, Role, Scope, WeightMapping
 
 QUANTIZED: frozenset[Role] = frozenset({Role.LINEAR})
 _MAPPED_NAME = re.compile(r"\.(?P<quantizer>(?P<operand>weight|input|output)_quantizer)\.(?P<buffer>\w*amax)")
@@ -53,7 +53,7 @@ class WeightRow(Protocol):
         """What it is to quantization."""
 
     @property
-    def block(self) -> Block:
+    def block(self) -> LayerStack:
         """Which stack of layers it belongs to."""
 
 

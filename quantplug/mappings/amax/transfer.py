@@ -22,7 +22,7 @@ import torch
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
 from quantplug.mappings.amax.rows import AmaxMapping, MoeAmaxFanoutMapping, largest, raise_missing
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Block, ParamKey
+from quantplug.mappings.table import LayerStack, ParamKey
 
 Name = TypeVar("Name")
 
@@ -182,7 +182,7 @@ class _Reader:
         if row is None:
             return (), _unknown(name, self._rows)
         local = (*numbers, None, None)
-        layers = self._placement.layers if row.block is Block.DECODER else None
+        layers = self._placement.layers if row.block is LayerStack.DECODER else None
         try:
             layer = _global(local[0], layers)
             expert = _global(local[1], self._placement.experts)

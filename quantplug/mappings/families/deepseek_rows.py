@@ -11,7 +11,7 @@ import torch
 
 from quantplug.mappings.families import common
 from quantplug.mappings.layouts import COLUMN, GATED, ROW, Option
-from quantplug.mappings.table import Block, Role, Scope, WeightMapping
+from quantplug.mappings.table import LayerStack, Role, Scope, WeightMapping
 
 Row = TypeVar("Row", bound=WeightMapping)
 
@@ -122,8 +122,8 @@ EMBEDDINGS = tuple(
 """As all decoders have them, and once more in every layer of multi-token prediction."""
 
 _MTP_ONLY = (
-    WeightMapping(("mtp.layers.*.enorm.weight",), ("model.layers.*.enorm.weight",), Scope.LAYER, block=Block.MTP),
-    WeightMapping(("mtp.layers.*.hnorm.weight",), ("model.layers.*.hnorm.weight",), Scope.LAYER, block=Block.MTP),
+    WeightMapping(("mtp.layers.*.enorm.weight",), ("model.layers.*.enorm.weight",), Scope.LAYER, block=LayerStack.MTP),
+    WeightMapping(("mtp.layers.*.hnorm.weight",), ("model.layers.*.hnorm.weight",), Scope.LAYER, block=LayerStack.MTP),
     # [H, 2H]: the embedding's columns, then the hidden state's, in both. vLLM's is a plain nn.Linear.
     WeightMapping(
         ("mtp.layers.*.eh_proj.weight",),
@@ -131,13 +131,13 @@ _MTP_ONLY = (
         Scope.LAYER,
         COLUMN,
         Role.HIGH_PRECISION,
-        block=Block.MTP,
+        block=LayerStack.MTP,
     ),
     WeightMapping(
         ("mtp.layers.*.final_layernorm.weight",),
         ("model.layers.*.shared_head.norm.weight",),
         Scope.LAYER,
-        block=Block.MTP,
+        block=LayerStack.MTP,
     ),
 )
 
@@ -156,5 +156,5 @@ def in_mtp(row: Row) -> Row:
     inner = ("transformer_layer", "mtp_model_layer")
     names = tuple(name.removeprefix("decoder.layers.*") for name in row.megatron)
     return replace(
-        row, megatron=tuple(f"mtp.layers.*.{layer}{name}" for layer in inner for name in names), block=Block.MTP
+        row, megatron=tuple(f"mtp.layers.*.{layer}{name}" for layer in inner for name in names), block=LayerStack.MTP
     )

@@ -12,7 +12,7 @@ from quantplug.mappings.delta_layouts import DELTA_CONVOLUTION, GATED_QKV
 from quantplug.mappings.families import common
 from quantplug.mappings.families.deepseek_rows import in_mtp
 from quantplug.mappings.layouts import COLUMN, ROW
-from quantplug.mappings.table import Block, Role, Scope, WeightMapping
+from quantplug.mappings.table import LayerStack, Role, Scope, WeightMapping
 
 Row = TypeVar("Row", bound=WeightMapping)
 
@@ -84,9 +84,11 @@ DELTA_NET = (
 
 _MTP_ONLY = (
     WeightMapping(
-        ("mtp.layers.*.enorm.weight",), ("mtp.pre_fc_norm_embedding.weight",), Scope.MTP, block=Block.MTP_APART
+        ("mtp.layers.*.enorm.weight",), ("mtp.pre_fc_norm_embedding.weight",), Scope.MTP, block=LayerStack.MTP_APART
     ),
-    WeightMapping(("mtp.layers.*.hnorm.weight",), ("mtp.pre_fc_norm_hidden.weight",), Scope.MTP, block=Block.MTP_APART),
+    WeightMapping(
+        ("mtp.layers.*.hnorm.weight",), ("mtp.pre_fc_norm_hidden.weight",), Scope.MTP, block=LayerStack.MTP_APART
+    ),
     # [H, 2H]: the embedding's columns, then the hidden state's, in both.
     WeightMapping(
         ("mtp.layers.*.eh_proj.weight",),
@@ -94,9 +96,11 @@ _MTP_ONLY = (
         Scope.MTP,
         COLUMN,
         Role.HIGH_PRECISION,
-        block=Block.MTP_APART,
+        block=LayerStack.MTP_APART,
     ),
-    WeightMapping(("mtp.layers.*.final_layernorm.weight",), ("mtp.norm.weight",), Scope.MTP, block=Block.MTP_APART),
+    WeightMapping(
+        ("mtp.layers.*.final_layernorm.weight",), ("mtp.norm.weight",), Scope.MTP, block=LayerStack.MTP_APART
+    ),
 )
 
 
@@ -110,4 +114,4 @@ def with_mtp(rows: Iterable[WeightMapping]) -> tuple[WeightMapping, ...]:
 def in_own_mtp(row: Row) -> Row:
     """A row of the decoder's layers for those of multi-token prediction, which have names of their own."""
     names = (name.replace("model.layers.", "mtp.layers.", 1) for name in row.hf)
-    return replace(in_mtp(row), hf=tuple(names), block=Block.MTP_APART)
+    return replace(in_mtp(row), hf=tuple(names), block=LayerStack.MTP_APART)

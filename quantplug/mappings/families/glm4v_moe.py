@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from quantplug.mappings.families.glm4_moe import GLM4_MOE
 from quantplug.mappings.families.vision_language import below_model, vision_language
-from quantplug.mappings.table import Block
+from quantplug.mappings.table import LayerStack
 
 _LANGUAGE = replace(
     GLM4_MOE,
-    mappings=tuple(replace(row, duplicates=()) for row in GLM4_MOE.mappings if row.block is Block.DECODER),
+    mappings=tuple(replace(row, duplicates=()) for row in GLM4_MOE.mappings if row.block is LayerStack.DECODER),
 )
 
 GLM4V_MOE = vision_language(

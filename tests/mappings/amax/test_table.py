@@ -19,7 +19,7 @@ from quantplug.mappings.amax import (
 from quantplug.mappings.families import FAMILIES
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.layouts import GATED, IDENTITY, Layout, ModelDimensions
-from quantplug.mappings.table import Block, ParamKey, Role, Scope
+from quantplug.mappings.table import LayerStack, ParamKey, Role, Scope
 
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 1), mtp_layers=1)
 EXPERTS = "decoder.layers.*.mlp.experts"
@@ -34,7 +34,7 @@ class Row:
     scope: Scope = Scope.LAYER
     layout: Layout = IDENTITY
     role: Role = Role.LINEAR
-    block: Block = Block.DECODER
+    block: LayerStack = LayerStack.DECODER
 
 
 FUSED_FC1 = Row((f"{EXPERTS}.linear_fc1.weight*",), ("model.layers.*.mlp.experts.gate_up_proj",), Scope.EXPERT)
@@ -146,7 +146,7 @@ def test_layers_of_multi_token_prediction_are_counted_on_after_the_decoder() -> 
     row = Row(
         ("mtp.layers.*.transformer_layer.mlp.linear_fc2.weight",),
         ("model.layers.*.mlp.down_proj.weight",),
-        block=Block.MTP,
+        block=LayerStack.MTP,
     )
     (found,) = convert_to_amax_map([row]).mappings
     amaxes = found.to_hf(ParamKey(found.megatron[0], 0), torch.tensor(3.0), DIMS)

@@ -27,7 +27,7 @@ from quantplug.mappings.amax import (
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.layouts import IDENTITY, ModelDimensions
-from quantplug.mappings.table import Block, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.table import LayerStack, ParamKey, Role, Scope, WeightMapping
 
 DIMS = ModelDimensions(3, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 2))
 FUSED = tuple(
@@ -158,7 +158,7 @@ def test_layers_of_multi_token_prediction_keep_their_number_on_every_stage() -> 
         ("model.layers.*.mlp.down_proj.weight",),
         Scope.LAYER,
         role=Role.LINEAR,
-        block=Block.MTP,
+        block=LayerStack.MTP,
     )
     rows, dims = convert_to_amax_map([weight]).mappings, replace(DIMS, mtp_layers=1)
     name = "mtp.layers.0.transformer_layer.mlp.linear_fc2.weight_quantizer._amax"
