@@ -11,7 +11,6 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.slow
 def test_amaxes_of_every_layout_go_to_hugging_face_and_come_back_bit_for_bit(tiny_qwen3_moe_dir: Path) -> None:
     run = run_ranks(2, HERE / "amax_worker.py", tiny_qwen3_moe_dir)
     assert run.ok, run.output[-9000:]

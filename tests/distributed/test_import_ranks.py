@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 SCRIPT = Path(__file__).with_name("import_ranks.py")
 LAYOUTS = ["2-1-2-1", "2-2-2-1-2", "2-1-2-2"]  # tp-pp-ep-etp, and virtual stages
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.distributed.mortal_ranks import (
     start_ranks,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # What an export calls at moments that matter.
 MANIFEST = "quantplug.export.files.staging.write_atomically"

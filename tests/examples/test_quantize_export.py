@@ -58,6 +58,7 @@ def quantize_and_export(run: Run, source: Path, work: Path, *options: str) -> Pa
     return work / "out"
 
 
+@pytest.mark.slow
 def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
     exported = read(quantize_and_export(by_torchrun, source, tmp_path, "--export-quant-cfg", "nvfp4", "--weight-only"))

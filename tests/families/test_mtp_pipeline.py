@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 
 def run_example(name: str, stages: int, *arguments: object) -> None:
