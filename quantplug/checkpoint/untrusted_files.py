@@ -101,6 +101,9 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         raise unreadable(path, f"has more than {MOST_JSON_BYTES} bytes")
     try:
         value = json.loads(content)
+        if b"\\ud" in content.lower():
+            # Half of a surrogate pair, which JSON can spell and no file can hold; the error is a ValueError.
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise unreadable(path, "is not JSON that can be read: it nests too deep") from error
     except ValueError as error:  # UnicodeDecodeError is one, too.

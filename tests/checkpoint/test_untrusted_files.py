@@ -146,6 +146,7 @@ BAD_JSON = {
     "a list": b"[]",
     "a number": b"7",
     "a number of five thousand digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "half of a surrogate pair": b'{"a": "\\uDC80"}',
     "200,000 lists in one another": b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     "200 objects in one another": b'{"a":' * 200 + b"1" + b"}" * 200,
 }
