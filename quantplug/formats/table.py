@@ -21,9 +21,10 @@ FP8 in blocks of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A val
 block. Activations are quantized at run time, so there is no `input_scale`.
 
     weight        F8_E4M3  [out, in]
-    weight_scale  F32      [out/128, in/128]   amax of the block / 448; DeepSeek's files call it weight_scale_inv
+    weight_scale  F32      [ceil(out/128), ceil(in/128)]   amax of the block / 448; in DeepSeek's files weight_scale_inv
 
-Both features must be multiples of 128: servers cut merged and sharded weights at block borders.
+The last blocks may be partial, as in DeepSeek-V3's own files (`kv_a_proj_with_mqa` has 576 rows). Where servers merge
+linears or cut them they need whole blocks, which is for the plan of an export to know, not for the numerics.
 """
 
 from quantplug.formats.block_format import BlockFormat

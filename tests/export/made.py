@@ -4,14 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.megatron.build import LayerSpec
 from tests.export.checkpoints import load, one_rank, quantize
 
-# FP8 in 128x128 blocks needs multiples of 128 everywhere but in the vocabulary.
+# Every linear divides into 128x128 blocks.
 BLOCK_SIZES = {
     "vocab_size": 523,
     "hidden_size": 256,
@@ -22,6 +30,26 @@ BLOCK_SIZES = {
     "max_position_embeddings": 128,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+# Latent attention as DeepSeek-V3's, whose 576 rows of `kv_a_proj_with_mqa` end in half a block: here it has 192. With a
+# hidden size of 320, the last blocks of most linears are partial along one axis.
+LATENT_BLOCKS = {
+    **BLOCK_SIZES,
+    "hidden_size": 320,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 48,
+    "num_nextn_predict_layers": 0,
+}
 
 
 def _random(model: PreTrainedModel, directory: Path) -> Path:
@@ -34,7 +62,11 @@ def _random(model: PreTrainedModel, directory: Path) -> Path:
             else:
                 rows, columns = (1.4 ** (torch.arange(size) / 128) for size in parameter.shape[-2:])
                 parameter.copy_(0.03 * torch.randn(parameter.shape) * rows[:, None] * columns**0.3)
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # FP32 in published checkpoints.
+            buffer.data = torch.rand(buffer.shape)
+    model.save_pretrained(directory)
     return directory
 
 
@@ -54,6 +86,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "wide_moe_blocks": lambda path: _random(
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**BLOCK_SIZES, **MOE, head_dim=128, moe_intermediate_size=256)), path
     ),
+    "latent_blocks": lambda path: _random(DeepseekV3ForCausalLM(DeepseekV3Config(**LATENT_BLOCKS)), path),
     "dense_blocks": lambda path: _random(Qwen3ForCausalLM(Qwen3Config(**BLOCK_SIZES, head_dim=128)), path),
 }
 

@@ -3,6 +3,7 @@
 Every family is held to the bytes of the way through Megatron-Core in tests/families/test_model_free.py.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ def edited(source: Path, target: Path, tensors: dict[str, torch.Tensor | None], 
     return target
 
 
-@pytest.mark.parametrize("name", ["moe_blocks", "dense_blocks"])
+@pytest.mark.parametrize("name", ["moe_blocks", "dense_blocks", "latent_blocks"])
 def test_blocks_are_those_of_the_way_through_megatron(
     name: str, sources: Sources, exports: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -53,6 +54,22 @@ def test_blocks_are_those_of_the_way_through_megatron(
     found = read(result.directory)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not same_bytes(found[name], expected[name])] == []
+
+
+def test_partial_last_blocks_have_scales_of_their_own_and_verify_reads_them(sources: Sources, tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published, whose 576 rows of `kv_a_proj_with_mqa` end in half a block."""
+    quantize_checkpoint(sources("latent_blocks"), tmp_path / "out", "fp8_blockwise")
+    name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
+    source, found = read(sources("latent_blocks"))[name].float(), read(tmp_path / "out")
+    codes, scales = found[name].float(), found[f"{name}_scale_inv"]
+    assert (codes.shape, scales.shape) == ((192, 320), (2, 3))
+    for row, column in itertools.product(range(2), range(3)):
+        block = (slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128))
+        assert scales[row, column] == source[block].abs().max() / 448
+        # Half a step of E4M3: 3 bits of mantissa, and below 2^-6 steps of 2^-9.
+        error = (codes[block] * scales[row, column] - source[block]).abs()
+        assert (error <= (source[block].abs() / 16).clamp(min=scales[row, column] * 2.0**-10)).all()
+    assert verify_checkpoint(tmp_path / "out", sources("latent_blocks")).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

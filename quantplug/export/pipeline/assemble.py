@@ -54,8 +54,9 @@ def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[
 
 
 def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> Iterator[TensorRows]:
-    # A tensor of block scales has fewer rows than the part.
-    first = row * tensor.shape[0] // (piece.stop - piece.start)
+    # A tensor of block scales has fewer rows than the part, of which the last may stand for a partial block. Pieces
+    # begin at block borders, where rounding down the share of all rows gives the number of the block.
+    first = row * spec.shape[0] // piece.output.shape[0]
     left = spec.shape[0] - first  # WriterThread them there are only Megatron's padding rows of the vocabulary.
     if left > 0:
         yield TensorRows(spec.name, first, tensor[:left].contiguous())

@@ -15,9 +15,9 @@ import torch
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.plan.check_quantizers import check_calibrated, check_quantizers
 from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
+from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.ownership import Assignment, assign, in_order
-from quantplug.export.plan.scale_groups import group_names, with_shared_amaxes
 from quantplug.export.plan.slices import must_gather_first
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
 from quantplug.findings import Findings
@@ -63,7 +63,8 @@ def build_plan(
     Raises:
         ArgumentError: A type or size that cannot be written.
         MappingError: Parameters unknown, missing, or there twice.
-        ShapeError: A shape disagrees with the checkpoint, or does not divide as its format needs.
+        ShapeError: A shape disagrees with the checkpoint, does not divide as its format needs, or has a block where
+            servers merge or cut.
         UnsupportedQuantizationError: Quantizers that cannot be written.
         CalibrationError: Enabled quantizers without amax.
     """
@@ -77,6 +78,8 @@ def build_plan(
     written = _rows_written(mapped, dialect)
     groups = group_names(mapped, written, dims)
     mapped = with_shared_amaxes(mapped, groups, findings)
+    if scheme is not None:
+        check_block_borders(mapped, written, groups, scheme.weight, dims, findings)
     if request.calibrated:
         check_calibrated(mapped, findings)
     findings.raise_if_any()

@@ -101,7 +101,9 @@ def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
 
 def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def pack(bands: Array, scales: Array, codes: Array) -> None:
-        loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, _in_squares(codes))
+        squares = _in_squares(codes)
+        loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, squares)
+        _copy_back(squares, codes)
 
     bands = (_bands(_bits(weight), of_weight) for weight, of_weight in zip(weights, encoded.of_each(), strict=True))
     run_each(pack, chain.from_iterable(bands))
@@ -109,7 +111,9 @@ def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
 
 def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
     def unpack(bands: Array, scales: Array, codes: Array) -> None:
-        loops.unpack_fp8_block(_in_squares(codes), scales, _e4m3_values(), _in_squares(bands))
+        squares = _in_squares(bands)
+        loops.unpack_fp8_block(_in_squares(codes), scales, _e4m3_values(), squares)
+        _copy_back(squares, bands)
 
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         run_each(unpack, _bands(of_values.numpy(), of_weight))
@@ -186,8 +190,21 @@ def _bands(weight: Array, encoded: Encoded) -> Iterator[tuple[Array, Array, Arra
 
 
 def _in_squares(rows: Array) -> Array:
-    """[n, in] as [n/128, 128, in/128, 128]."""
+    """[n, in] as [bands, 128, squares, 128]: a view, or a copy filled up with zeros where the last squares are partial.
+
+    The loops then know every size, which lets LLVM make vector instructions of them; and zeros change no amax.
+    """
+    missing = [-size % FP8_BLOCK_SIDE for size in rows.shape]
+    if any(missing):
+        rows = np.pad(rows, [(0, size) for size in missing])
     return rows.reshape(len(rows) // FP8_BLOCK_SIDE, FP8_BLOCK_SIDE, -1, FP8_BLOCK_SIDE)
+
+
+def _copy_back(squares: Array, rows: Array) -> None:
+    """Puts what was written into a copy that `_in_squares` has made where it belongs."""
+    if not np.may_share_memory(squares, rows):
+        height, width = rows.shape
+        rows[:] = squares.reshape(len(squares) * FP8_BLOCK_SIDE, -1)[:height, :width]
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from quantplug.formats.constants import FP8_BLOCK_SIDE
 from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import reference, triton_loops
 from quantplug.formats.kernels.protocol import Encoded, Loops
@@ -108,15 +109,19 @@ def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
 
 def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     first, block_scales = weights[0].detach(), encoded.block_scales
-    squares = block_scales.numel() // len(weights)
+    rows, columns = first.shape
+    squares = block_scales[0].numel()
     with _on(first):
         triton_loops.pack_fp8_block[(squares, len(weights))](
             _source(weights),
             *first.stride(),
             encoded.codes.view(torch.uint8),
             block_scales,
-            first.shape[1],
+            rows,
+            columns,
+            block_scales.shape[-1],
             squares,
+            PARTIAL=_has_partial_squares(rows, columns),
             **_kind(weights),
             num_warps=_SQUARE_WARPS,
         )
@@ -124,15 +129,22 @@ def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
 
 def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
-        block_scales = of_weight.block_scales
+        rows, columns = of_values.shape
         with _on(values):
-            triton_loops.unpack_fp8_block[(block_scales.numel(),)](
+            triton_loops.unpack_fp8_block[(of_weight.block_scales.numel(),)](
                 of_weight.codes.view(torch.uint8),
-                block_scales,
+                of_weight.block_scales,
                 of_values,
-                of_values.shape[1],
+                rows,
+                columns,
+                of_weight.block_scales.shape[-1],
+                PARTIAL=_has_partial_squares(rows, columns),
                 num_warps=_SQUARE_WARPS,
             )
+
+
+def _has_partial_squares(rows: int, columns: int) -> bool:
+    return rows % FP8_BLOCK_SIDE != 0 or columns % FP8_BLOCK_SIDE != 0
 
 
 _LOOPS: Mapping[Encoding, Loops] = {

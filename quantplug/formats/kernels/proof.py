@@ -54,7 +54,8 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     for amax in _SQUARE_AMAXES:
         clipped = torch.where(weight.abs() <= amax, weight, 0)
         clipped[::FP8_BLOCK_SIDE, ::FP8_BLOCK_SIDE] = amax
-        yield partial(_packed, FP8_BLOCK_ENCODING, clipped, None)
+        for part in (clipped, clipped[:-1, :-3]):  # Of whole squares, and of partial ones at both edges.
+            yield partial(_packed, FP8_BLOCK_ENCODING, part, None)
 
 
 def _packed(

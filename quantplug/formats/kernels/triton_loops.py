@@ -163,32 +163,58 @@ def pack_fp8_block(
     column_stride: tl.tensor,
     codes: tl.tensor,
     block_scales: tl.tensor,
+    rows: tl.tensor,
     columns: tl.tensor,
+    squares_a_row: tl.tensor,
     squares: tl.tensor,
+    PARTIAL: tl.constexpr,
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
-    """One square of 128 x 128 elements a program."""
+    """One square of 128 x 128 elements a program; with PARTIAL the last ones may reach beyond the weight."""
     number, square = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    row, column = _in_square(square, columns)
+    row, column = _in_square(square, squares_a_row)
     weight = _weight(weights, number, ELEMENT, ALIGNED)
-    values = _fp32(tl.load(weight + row * row_stride + column * column_stride))
+    places, codes = row * columns + column, codes + number * rows * columns
+    # A mask asks for an address of its own for each element: whole squares are read and written without.
+    if PARTIAL:
+        is_there = (row < rows) & (column < columns)
+        read = tl.load(weight + row * row_stride + column * column_stride, mask=is_there, other=0.0)
+    else:
+        read = tl.load(weight + row * row_stride + column * column_stride)
+    values = _fp32(read)
     magnitudes = values.to(tl.int32, bitcast=True) & _MAGNITUDE
     scale = _square_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True))
     tl.store(block_scales + number * squares + square, scale)
-    places = number * squares * (_SIDE * _SIDE) + row * columns + column
     code = _e4m3(values, scale, weight.dtype.element_ty != tl.float32)
-    tl.store(codes + places, code.to(tl.uint8))
+    if PARTIAL:
+        tl.store(codes + places, code.to(tl.uint8), mask=is_there)
+    else:
+        tl.store(codes + places, code.to(tl.uint8))
 
 
 @triton.jit
-def unpack_fp8_block(codes: tl.tensor, block_scales: tl.tensor, values: tl.tensor, columns: tl.tensor) -> None:
-    """One square of 128 x 128 elements a program."""
+def unpack_fp8_block(
+    codes: tl.tensor,
+    block_scales: tl.tensor,
+    values: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    squares_a_row: tl.tensor,
+    PARTIAL: tl.constexpr,
+) -> None:
+    """One square of 128 x 128 elements a program; with PARTIAL the last ones may reach beyond the weight."""
     square = tl.program_id(0).to(tl.int64)
-    row, column = _in_square(square, columns)
+    row, column = _in_square(square, squares_a_row)
     places = row * columns + column
-    code = tl.load(codes + places).to(tl.int32)
-    tl.store(values + places, _e4m3_value(code) * tl.load(block_scales + square))
+    scale = tl.load(block_scales + square)
+    if PARTIAL:
+        is_there = (row < rows) & (column < columns)
+        code = tl.load(codes + places, mask=is_there, other=0).to(tl.int32)
+        tl.store(values + places, _e4m3_value(code) * scale, mask=is_there)
+    else:
+        code = tl.load(codes + places).to(tl.int32)
+        tl.store(values + places, _e4m3_value(code) * scale)
 
 
 @triton.jit
@@ -222,9 +248,8 @@ def _values(
 
 
 @triton.jit
-def _in_square(square: tl.tensor, columns: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _in_square(square: tl.tensor, squares_a_row: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Row numbers [128, 1] and column numbers [1, 128] of a square of a weight."""
-    squares_a_row = columns // _SIDE
     row = (square // squares_a_row) * _SIDE + tl.arange(0, _SIDE)
     column = (square % squares_a_row) * _SIDE + tl.arange(0, _SIDE)
     return row[:, None], column[None, :]

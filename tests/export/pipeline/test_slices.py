@@ -105,9 +105,12 @@ def cases(draw):
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
     scheme = draw(st.sampled_from(sorted(STATES)))
     ranks = draw(st.sampled_from([1, 2, 4]))
-    unit = 128 if scheme == "fp8_block" else 16
-    columns = draw(st.sampled_from([1, 3, 4])) * unit
-    rows = draw(st.sampled_from([4, 12])) * (unit if scheme == "fp8_block" else 4)
+    # In blocks of 128 x 128 the last ones may be partial; but of rows that are put below others, whole blocks.
+    blocks = scheme == "fp8_block"
+    columns = draw(st.sampled_from([48, 128, 320, 512])) if blocks else draw(st.sampled_from([1, 3, 4])) * 16
+    rows = draw(st.sampled_from([4, 12])) * (128 if blocks and layout == "gated" else 4)
+    if blocks and layout in ("column", "row"):
+        rows = draw(st.sampled_from([4, 64, 192, 256, 576, 1024]))
     groups = draw(st.sampled_from([1, 2, 4]))
     head_dim = 128 if scheme == "fp8_block" else draw(st.sampled_from([4, 12, 48]))
     if layout == "row":

@@ -249,7 +249,8 @@ def test_a_zero_amax_is_a_dead_expert_for_a_weight_and_an_error_for_an_input():
 def test_shapes_that_do_not_divide_name_the_divisor():
     with pytest.raises(ShapeError, match="128") as caught:
         plan(weights(quantizer=FP8_BLOCK))
-    assert len({offender.parameter for offender in caught.value.offenders}) == 2 * (2 + 8 * 2)
+    # But the output projection, 160 x 192, is merged with nothing: its last blocks may be partial.
+    assert len({offender.parameter for offender in caught.value.offenders}) == 2 * (1 + 8 * 2)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def quantized_by(
         ("tied", "w8a16_fp8"),
         ("moe", "w8a16_fp8"),
         ("moe_blocks", "fp8_blockwise"),
+        ("latent_blocks", "fp8_blockwise"),
     ],
 )
 def test_a_model_without_quantizers_streams_what_a_calibrated_one_exports(
@@ -276,7 +277,7 @@ FUNCTION = {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}
         ({"quant_format": "w8a16_fp8", "receiver_ranks": [1]}, TopologyError, r"receiver_ranks on rank 0: is \[1\]"),
         ({"quant_format": "w8a16_fp8", "receiver_ranks": []}, TopologyError, r"is \[\]"),
         ({"quant_format": "w8a16_fp8", "receiver_ranks": [0, 0]}, TopologyError, r"is \[0, 0\]"),
-        ({"quant_format": "fp8_blockwise"}, QuantplugError, "is not a multiple of the block size 128"),
+        ({"quant_format": "fp8_blockwise"}, QuantplugError, "end inside a block of 128 rows, and servers merge"),
         ({"quant_fn": three}, UnsupportedQuantizationError, "does not return two tensors"),
         ({"quant_fn": fails}, UnsupportedQuantizationError, "raised ValueError .*no kernel for this GPU"),
         ({**FUNCTION, "quantization_checker": forgetful}, UnsupportedQuantizationError, "raised KeyError"),

@@ -114,6 +114,16 @@ def test_fp8_block_of_every_value_up_to_its_amax(dtype: torch.dtype, tmp_path: P
     assert_interpreted_as_the_reference(calls, tmp_path)
 
 
+def test_fp8_block_with_partial_squares_at_the_edges(tmp_path: Path) -> None:
+    weight = heavy_tailed((131, 200), torch.bfloat16)
+    views = [weight, weight.t(), weight[:, :1], weight[:1], torch.cat((weight, weight), 1)[:, :129]]
+    calls = [fp8_block(view) for view in views] + [packing("FP8_BLOCK_ENCODING", [weight[2:], weight[:-2]], (1.0, 1.0))]
+    codes = torch.arange(256, dtype=torch.uint8)[:200].expand(2, 131, 200).contiguous().view(torch.float8_e4m3fn)
+    squares = torch.tensor([[[1.0, -2.0], [1 / 3, 3e38]]]).repeat(2, 1, 1)
+    calls.append(Call("unpack", "FP8_BLOCK_ENCODING", [torch.zeros(2, 131, 200)], (codes, squares)))
+    assert_interpreted_as_the_reference(calls, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes_strides_and_what_is_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
     weight = heavy_tailed((97, 160), dtype)
@@ -163,11 +173,12 @@ TARGETS = [("*bf16", 80), *((weight, 90) for weight in WEIGHTS), ("*bf16", 100)]
 STRIDES = {"row_stride": "i32", "column_stride": "i32"}
 NVFP4 = {"weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8", "blocks_a_row": "i32", "blocks": "i32"}
 FP8 = {"columns": "i32", "elements": "i32", "weight_scale": "*fp32", "codes": "*u8"}
-FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "columns": "i32", "squares": "i32"}
+SQUARES = {"rows": "i32", "columns": "i32", "squares_a_row": "i32"}
+FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "squares": "i32"} | SQUARES
 OF_A_WEIGHT: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "pack_nvfp4": (STRIDES | NVFP4, {"ROWS": False, "BLOCKS": 128}),
     "pack_fp8": (STRIDES | FP8, {"ROWS": False, "TILE": 4096}),
-    "pack_fp8_block": (STRIDES | FP8_BLOCK, {}),
+    "pack_fp8_block": (STRIDES | FP8_BLOCK, {"PARTIAL": False}),
 }
 OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "unpack_nvfp4": (
@@ -178,7 +189,7 @@ OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         {"codes": "*u8", "weight_scale": "*fp32", "values": "*fp32", "elements": "i32"},
         {"TILE": 4096},
     ),
-    "unpack_fp8_block": ({"codes": "*u8", "block_scales": "*fp32", "values": "*fp32", "columns": "i32"}, {}),
+    "unpack_fp8_block": ({"codes": "*u8", "block_scales": "*fp32", "values": "*fp32"} | SQUARES, {"PARTIAL": False}),
 }
 
 

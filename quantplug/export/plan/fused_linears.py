@@ -1,0 +1,163 @@
+"""Linears that servers fuse into one: what they share, and where their blocks of scales must end.
+
+They share one amax, and so one `weight_scale_2` and one `input_scale`. The parts of one Megatron weight (q, k and v;
+gate and up) do anyway; several Megatron weights, such as the two down projections of multi-latent attention, do where a
+row's `scale_group` names them.
+
+The last blocks of a weight by itself may be partial. Where linears are put below one another to become one, a block in
+the middle would belong to two of them, and the merged table of scales has no row for that: vLLM 0.33 asks that of a
+merged linear all sizes but the last are multiples of the block's rows (`validate_fp8_block_shape` in
+quantization/utils/fp8_utils.py). The width of routed experts must be one in any case (`Fp8MoEMethod` in
+quantization/fp8.py).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from quantplug.errors import ShapeError, UnsupportedQuantizationError
+from quantplug.export.plan.match import Mapped
+from quantplug.export.plan.types import QuantizerState, WholeWeight
+from quantplug.findings import Findings, Kind
+from quantplug.formats import WeightFormat
+from quantplug.mappings.layouts import ModelDimensions, layout_shapes
+from quantplug.mappings.table import ParamKey, WeightMapping
+
+_PARTIAL = Kind(
+    UnsupportedQuantizationError,
+    "Only some weights of a group are quantized, and servers fuse the group into one linear.",
+    "Enable or disable the weight quantizers of the whole group together.",
+)
+_BORDER = Kind(
+    ShapeError,
+    "Blocks of scales do not end where servers merge linears, or share out experts.",
+    "Choose a format whose block size divides them, or disable the quantizers of all linears that are named here.",
+)
+
+
+def group_names(
+    mapped: Mapped, written: Mapping[ParamKey, WeightMapping], dims: ModelDimensions
+) -> dict[ParamKey, str]:
+    """The scale group of every weight that has one, by the row that it is written by."""
+    named = ((whole.key, written[whole.key].group(whole.key, dims)) for whole, _ in mapped)
+    return {key: group for key, group in named if group is not None}
+
+
+def with_shared_amaxes(mapped: Mapped, groups: Mapping[ParamKey, str], findings: Findings) -> Mapped:
+    """The weights with the largest amax of their group; a group quantized in part goes into `findings`."""
+    members: defaultdict[str, list[WholeWeight]] = defaultdict(list)
+    for whole, _ in mapped:
+        if whole.key in groups:
+            members[groups[whole.key]].append(whole)
+    weights = {group: _largest([whole.weight for whole in wholes]) for group, wholes in members.items()}
+    activations = {group: _largest([whole.activation for whole in wholes]) for group, wholes in members.items()}
+    for group, wholes in members.items():
+        plain = [whole for whole in wholes if whole.weight is None]
+        for whole in plain if len(plain) < len(wholes) else ():
+            findings.add_weight(_PARTIAL, whole, f"unquantized, others of {group} are")
+    return [
+        (
+            replace(
+                whole,
+                weight=_with_amax(whole.weight, weights.get(groups.get(whole.key, ""))),
+                activation=_with_amax(whole.activation, activations.get(groups.get(whole.key, ""))),
+            ),
+            mapping,
+        )
+        for whole, mapping in mapped
+    ]
+
+
+def _largest(states: Sequence[QuantizerState | None]) -> float | None:
+    """The largest amax that can be used; what cannot be used is found by the check of the calibration."""
+    amaxes = [state.amax for state in states if state is not None and state.amax is not None]
+    return max((amax for amax in amaxes if math.isfinite(amax)), default=None)
+
+
+def _with_amax(state: QuantizerState | None, largest: float | None) -> QuantizerState | None:
+    usable = state is not None and state.amax is not None and math.isfinite(state.amax) and state.amax >= 0
+    return replace(state, amax=largest) if state is not None and usable and largest is not None else state
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A packed part of a weight, by its name on disk and its shape [out, in]."""
+
+    whole: WholeWeight
+    name: str
+    shape: tuple[int, ...]
+
+
+def check_block_borders(
+    mapped: Mapped,
+    written: Mapping[ParamKey, WeightMapping],
+    groups: Mapping[ParamKey, str],
+    packing: WeightFormat,
+    dims: ModelDimensions,
+    findings: Findings,
+) -> None:
+    """Quantized weights whose blocks a server would cut go into `findings`, with all that they are merged with.
+
+    Args:
+        written: The row by which each weight is written.
+        groups: Names of the linears that servers make of several weights, by weight.
+    """
+    rows, _ = packing.cut_steps
+    for merged in _merged_linears(mapped, written, groups, dims):
+        *inner, _ = merged
+        cut = [part for part in inner if rows is not None and part.shape[0] % rows]
+        for whole in {part.whole.key: part.whole for part in merged}.values() if cut else ():
+            findings.add_weight(_BORDER, whole, _merged_reason(packing, cut[0], merged))
+    for whole, _ in mapped:
+        if whole.weight is not None and whole.key.expert is not None:
+            _check_width(whole, written[whole.key], packing, dims, findings)
+
+
+def _merged_linears(
+    mapped: Mapped, written: Mapping[ParamKey, WeightMapping], groups: Mapping[ParamKey, str], dims: ModelDimensions
+) -> Iterator[Sequence[_Part]]:
+    """The packed parts of each linear that a server makes, in the order in which it puts them below one another.
+
+    They are the parts of one Megatron weight (q, k and v; gate and up), but where its row says otherwise, and those of
+    a group of weights, whose order is that of the table. Experts have a rule of their own, which holds for all parts.
+    """
+    linears: defaultdict[tuple[ParamKey | str, str | None], list[_Part]] = defaultdict(list)
+    for whole, _ in mapped:
+        row = written[whole.key]
+        if whole.weight is None or whole.key.expert is not None:
+            continue
+        shapes = layout_shapes(whole.shape, row.layout, dims)
+        for pattern, name, shape in zip(row.hf, row.hf_names(whole.key, dims), shapes, strict=True):
+            if pattern not in row.high_precision:
+                merged = next((linear.name for linear in row.merged if pattern in linear.parts), None)
+                linears[groups.get(whole.key, whole.key), merged].append(_Part(whole, name, shape))
+    return iter(linears.values())
+
+
+def _merged_reason(packing: WeightFormat, cut: _Part, merged: Sequence[_Part]) -> str:
+    others = ", ".join(_short(part) for part in merged if part is not cut)
+    rows, _ = packing.cut_steps
+    return (
+        f"{packing.name}: out_features {cut.shape[0]} of {_short(cut)} end inside a block of {rows} rows, "
+        f"and servers merge it with {others}"
+    )
+
+
+def _short(part: _Part) -> str:
+    return part.name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _check_width(
+    whole: WholeWeight, row: WeightMapping, packing: WeightFormat, dims: ModelDimensions, findings: Findings
+) -> None:
+    """An expert's width lies along the axis that its layout shards."""
+    axis = row.layout.shard_axis
+    step = None if axis is None else packing.cut_steps[axis]
+    if axis is None or step is None:
+        return
+    for shape in layout_shapes(whole.shape, row.layout, dims):
+        if shape[axis] % step:
+            reason = f"{packing.name}: the width {shape[axis]} of an expert ends inside a block of {step}"
+            findings.add_weight(_BORDER, whole, reason)
+            return
