@@ -26,6 +26,7 @@ benchlong: setup  ## Whole exports, on CPUs, against ModelOpt's own and against 
 	OMP_NUM_THREADS=2 $(bin)/python benchmarks/model_free.py --layers 1 --layers 4 --record
 	OMP_NUM_THREADS=2 $(bin)/python benchmarks/overlap.py --record
 	OMP_NUM_THREADS=1 $(bin)/python benchmarks/verify_scale.py --record
+	OMP_NUM_THREADS=2 $(bin)/python benchmarks/verify_source.py --record
 	$(bin)/python benchmarks/end_to_end.py --record
 
 lint: setup  ## ruff, as a linter and as a format check.

@@ -8,12 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantplug.verify import (
+    names,
     rules_architecture,
     rules_config,
     rules_excludes,
     rules_groups,
     rules_model,
     rules_modules,
+    settings,
+    side_files,
+    tied_head,
     values,
 )
 from quantplug.verify import (
@@ -109,8 +113,13 @@ def _judge(
 
     read, value_findings = values.read_values(inventory, on_bytes)
     findings += [*value_findings, *values.shared_scales(inventory, read)]
+    export = inventory.checkpoint
+    findings += tied_head.lost_head(export.config, export, "the export")
     if original is None:
         return []
+    findings += [*settings.settings(export, original), *side_files.side_files(export.directory, original.directory)]
+    if not any(names.last(module) == "lm_head" for module in inventory.modules):
+        findings += tied_head.lost_head(export.config, original, "the source")
     errors, compare_findings = source_rules.compare(inventory, original, source_experts, on_bytes)
     findings.extend(compare_findings)
     return errors

@@ -5,10 +5,10 @@ Nothing here trusts the files. What cannot be read becomes a finding and is left
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from quantplug.verify.report import Finding, error, warning
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 4 * 1024 * 1024  # of stored bytes; small, so that what is made of them stays in the cache
+
+_MOST_MAPPED = 64 * 1024 * 1024  # bytes read of mapped files until they are let go
+_MOST_OPEN = 64  # shards at a time: a process may have 1,024 files open
 
 # safetensors' names of the types whose values we read; sizes in bytes.
 ITEM_BYTES = {
@@ -66,7 +69,8 @@ class Checkpoint:
     config: Json
     hf_quant_config: Json | None
     tensors: Mapping[str, TensorInfo]
-    _open: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, compare=False, repr=False)
+    _touched: list[int] = field(default_factory=lambda: [0], compare=False, repr=False)
     _shards: dict[str, safe_open] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
@@ -76,7 +80,7 @@ class Checkpoint:
             UnreadableTensorError: The shard cannot give it.
         """
         try:
-            return self._shard(name).get_tensor(self.tensors[name].stored)
+            return self._touch(self._shard(name).get_tensor(self.tensors[name].stored))
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
             raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
 
@@ -87,7 +91,7 @@ class Checkpoint:
     def part(self, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
         """What an index along the first axes of a tensor says; raises as `read`."""
         try:
-            return self._shard(name).get_slice(self.tensors[name].stored)[index]
+            return self._touch(self._shard(name).get_slice(self.tensors[name].stored)[index])
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
             raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
 
@@ -103,12 +107,26 @@ class Checkpoint:
 
     def _shard(self, name: str) -> safe_open:
         shard = self.tensors[name].shard
-        if shard not in self._shards:
-            self._shards[shard] = self._open.enter_context(safe_open(self.directory / shard, framework="pt"))
-        return self._shards[shard]
+        with self._lock:
+            if shard not in self._shards:
+                if len(self._shards) >= _MOST_OPEN:
+                    self._shards.clear()
+                self._shards[shard] = safe_open(self.directory / shard, framework="pt")
+            return self._shards[shard]
+
+    def _touch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Lets go of files of which much was read: their pages count as this process's memory while they are mapped.
+
+        What tensors in use lie in is theirs until they go.
+        """
+        with self._lock:
+            self._touched[0] += tensor.nbytes
+            if self._touched[0] > _MOST_MAPPED:
+                self._shards.clear()
+                self._touched[0] = 0
+        return tensor
 
     def close(self) -> None:
-        self._open.close()
         self._shards.clear()
 
 

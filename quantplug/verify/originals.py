@@ -1,4 +1,4 @@
-"""The weights of a source in FP32, a few rows [out, in] at a time.
+"""The weights of a source, a few rows [out, in] at a time, in FP32 or as they are stored.
 
 Floating-point tensors, GPT-OSS's own MXFP4, and FP8 in blocks as DeepSeek-V3 is published.
 """
@@ -35,9 +35,9 @@ class PlainOriginal:
         return self.info.shape
 
     def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
-        """FP32 rows [first, last) of one weight."""
+        """Rows [first, last) of one weight, in the type they are stored in."""
         module, suffix = names.split(self.info.name)
-        return Matrix(self.source, module, expert, self.transposed).rows(suffix, first, last).float()
+        return Matrix(self.source, module, expert, self.transposed).rows(suffix, first, last)
 
     def step(self, columns: int) -> int:
         """How many rows of so many columns are read at a time."""
@@ -178,7 +178,7 @@ class PartOriginal:
         return self.part.shape
 
     def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
-        """FP32 rows [first, last) of the part."""
+        """Rows [first, last) of the part, in the type of the whole."""
         above = self.part.place * self.shape[0]
         return self.all_experts.rows(self.part.expert, above + first, above + last)
 

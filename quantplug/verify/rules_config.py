@@ -144,6 +144,16 @@ def weight_only(inventory: Inventory) -> Iterator[Finding]:
         yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups", message)
 
 
+def status(inventory: Inventory) -> Iterator[Finding]:
+    """compressed-tensors: `frozen` and all before it mean that the weights on disk are not quantized yet."""
+    found = _quantization_config(inventory).get("quantization_status")
+    if inventory.scheme.method == "compressed-tensors" and found not in (None, "compressed"):
+        message = (
+            f"quantization_status is {_short(found)}: transformers reads packed weights only where it is 'compressed'"
+        )
+        yield error(Check.STATUS, CONFIG, message)
+
+
 def mixed(inventory: Inventory) -> Iterator[Finding]:
     """What vLLM and SGLang both take as MIXED_PRECISION."""
     config = _quantization_config(inventory)
@@ -173,4 +183,4 @@ def mixed(inventory: Inventory) -> Iterator[Finding]:
             yield error(Check.MIXED, name, "listed in quantized_layers, but no module on disk has that name")
 
 
-RULES = (algo, fp8_config, config_agreement, group_size, weight_only, mixed)
+RULES = (algo, fp8_config, config_agreement, group_size, weight_only, status, mixed)

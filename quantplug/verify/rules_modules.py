@@ -122,6 +122,21 @@ def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:
             yield error(Check.KV_SCALES, name, f"{info.dtype} {list(info.shape)}, expected an F32 scalar")
 
 
+def scalar_shape(inventory: Inventory) -> Iterator[Finding]:
+    """ModelOpt's per-tensor scales have no axes; said once for each kind."""
+    if inventory.scheme.method != "modelopt":
+        return
+    found: dict[str, list[str]] = {}
+    for module in inventory.quantized:
+        for suffix in module.layout.scalars if module.layout is not None else ():
+            info = module.tensors.get(suffix)
+            if info is not None and info.shape == (1,):
+                found.setdefault(f"{names.kind(module.name)}.{suffix}", []).append(info.name)
+    for kind, tensors in found.items():
+        message = f"{len(tensors)} tensors have the shape [1], ModelOpt's have []: a server that copies a scalar stops"
+        yield warning(Check.SCALAR_SHAPE, kind, message)
+
+
 def unjudged(inventory: Inventory) -> Iterator[Finding]:
     """Formats and names that this checker does not know: said once each, since nothing was proved about them."""
     formats: dict[str, list[str]] = {}
@@ -164,4 +179,4 @@ def taken_apart(inventory: Inventory) -> Iterator[Finding]:
             return
 
 
-RULES = (coverage, layout, alignment, kv_cache, unjudged, transformers_reader, taken_apart)
+RULES = (coverage, layout, alignment, scalar_shape, kv_cache, unjudged, transformers_reader, taken_apart)

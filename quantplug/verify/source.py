@@ -5,17 +5,22 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from quantplug.verify import bounds, decode, names, originals
+from quantplug.verify import bounds, names, originals
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
-from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, Fp8Layout, Nvfp4Layout, is_plain
+from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, is_plain
 from quantplug.verify.matrices import Matrix
+from quantplug.verify.measure import Meter, meter_for
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.originals import ExpertPart, Original
 from quantplug.verify.report import Finding, Size, TensorError, error, warning
+from quantplug.verify.threads import in_threads
+from quantplug.verify.tied_head import is_tied
+from quantplug.verify.untrusted import as_object, as_text
 
 OnBytes = Callable[[int], None]
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,16 +42,35 @@ def compare(
         *_extra(inventory, source, {part.name for p in apart.values() for part in p}),
     ]
     measured: list[TensorError] = []
-    for info in source.tensors.values():
-        try:
-            for part in apart[info.name]:
-                findings.extend(_part(inventory, part, source, measured))
-            if not apart[info.name]:
-                findings.extend(_one(inventory, source, info, measured))
-        except UnreadableTensorError as problem:
-            findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
+    meter = meter_for(bytes_to_read(source))
+
+    def judged(info: TensorInfo) -> tuple[list[TensorError], list[Finding]]:
+        errors: list[TensorError] = []
+        return errors, list(_tensor(inventory, source, info, apart[info.name], meter, errors))
+
+    for info, (errors, found) in in_threads(judged, source.tensors.values()):
+        measured.extend(errors)
+        findings.extend(found)
         on_bytes(info.nbytes)
     return measured, findings
+
+
+def _tensor(
+    inventory: Inventory,
+    source: Checkpoint,
+    info: TensorInfo,
+    apart: Collection[ExpertPart],
+    meter: Meter,
+    measured: list[TensorError],
+) -> Iterator[Finding]:
+    """All findings on one tensor of the source."""
+    try:
+        for part in apart:
+            yield from _part(inventory, part, source, meter, measured)
+        if not apart:
+            yield from _one(inventory, source, info, meter, measured)
+    except UnreadableTensorError as problem:
+        yield error(Check.FILES, info.name, f"its data cannot be read: {problem}")
 
 
 def _source_findings(source: Checkpoint) -> Iterator[Finding]:
@@ -77,7 +101,9 @@ def _apart(inventory: Inventory, experts: FusedExperts, info: TensorInfo) -> tup
     )
 
 
-def _part(inventory: Inventory, part: ExpertPart, source: Checkpoint, measured: list[TensorError]) -> Iterator[Finding]:
+def _part(
+    inventory: Inventory, part: ExpertPart, source: Checkpoint, meter: Meter, measured: list[TensorError]
+) -> Iterator[Finding]:
     """A tensor of one expert, against its share of the source's tensor of all."""
     module = inventory.modules.get(names.split(part.name)[0])
     target = inventory.checkpoint.tensors.get(part.name)
@@ -90,7 +116,7 @@ def _part(inventory: Inventory, part: ExpertPart, source: Checkpoint, measured: 
     elif not module.quantized:
         yield from _decoded(inventory, original, target, module)
     elif module.sound:
-        yield from _quantized(inventory, original, module, measured)
+        yield from _quantized(inventory, original, module, meter, measured)
 
 
 def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> Iterator[Finding]:
@@ -106,13 +132,14 @@ def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> 
             yield error(Check.SOURCE_NAMES, name, "not in the source")
 
 
-def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: list[TensorError]) -> Iterator[Finding]:
+def _one(
+    inventory: Inventory, source: Checkpoint, info: TensorInfo, meter: Meter, measured: list[TensorError]
+) -> Iterator[Finding]:
     if originals.is_read_with_another(source, info):
         return
     target = inventory.checkpoint.tensors.get(_target(inventory, info))
     if target is None:
-        tied = inventory.checkpoint.config.get("tie_word_embeddings") is True
-        if not (tied and names.is_head(names.split(info.name)[0])):
+        if not (is_tied(inventory.checkpoint.config) and names.is_head(names.split(info.name)[0])):
             yield error(Check.SOURCE_NAMES, info.name, "in the source, but not in the export")
         return
     module = inventory.modules[names.split(target.name)[0]]
@@ -124,16 +151,29 @@ def _one(inventory: Inventory, source: Checkpoint, info: TensorInfo, measured: l
         elif not module.quantized:
             yield from _decoded(inventory, original, target, module)
         elif module.sound:
-            yield from _quantized(inventory, original, module, measured)
+            yield from _quantized(inventory, original, module, meter, measured)
     elif info.dtype != target.dtype and (_is_passthrough(inventory, info) or not (is_plain(info) and is_plain(target))):
         yield error(Check.SOURCE_VALUES, info.name, f"is {target.dtype}, in the source {info.dtype}")
     elif info.dtype not in ITEM_BYTES:
         yield error(Check.NOT_JUDGED, info.name, f"not judged: dtype {info.dtype}")
+    elif _is_narrowed(inventory, info, target):
+        message = f"is {target.dtype}, in the source {info.dtype}, and config.json does not name that type"
+        yield error(Check.SOURCE_VALUES, info.name, message)
     elif target.shape != info.shape:
         yield error(Check.SOURCE_NAMES, info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
     elif differing := _differing(inventory.checkpoint, source, info.name):
         message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
         yield error(Check.SOURCE_VALUES, info.name, message)
+
+
+def _is_narrowed(inventory: Inventory, info: TensorInfo, target: TensorInfo) -> bool:
+    """A tensor by itself in a type that does not hold the source's values: neither what the model is in, nor wider."""
+    if info.dtype == target.dtype or target.dtype in ("F32", "F64"):
+        return False
+    config = inventory.checkpoint.config
+    named = (config.get("dtype"), config.get("torch_dtype"), as_object(config.get("text_config")).get("dtype"))
+    types = {as_text(name).removeprefix("torch.") for name in named if name}
+    return bool(types) and _TORCH_NAMES.get(target.dtype) not in types
 
 
 def _is_passthrough(inventory: Inventory, info: TensorInfo) -> bool:
@@ -190,7 +230,7 @@ def _chunks(original: Original, weight: Matrix, rows: int, columns: int) -> Iter
 
 
 def _quantized(
-    inventory: Inventory, original: Original, module: Module, measured: list[TensorError]
+    inventory: Inventory, original: Original, module: Module, meter: Meter, measured: list[TensorError]
 ) -> Iterator[Finding]:
     layout, codes = module.layout, module.codes
     assert layout is not None
@@ -202,38 +242,11 @@ def _quantized(
         yield error(Check.SOURCE_NAMES, original.info.name, message)
         return
     for weight in _weights(inventory, module):
-        total = bounds.ErrorSum()
-        for first, values in _chunks(original, weight, rows, columns):
-            if isinstance(layout, Nvfp4Layout):
-                _add_nvfp4(total, weight, layout, first, values)
-            else:
-                _add_fp8(total, weight, layout, first, values)
+        total = meter.measure(original, weight, layout, rows, columns)
         tensor = f"{module.name}.weight" if weight.expert is None else f"{module.name}[{weight.expert}]"
         result = _tensor_error(tensor, names.kind(module.name), layout.name, total)
         measured.append(result)
         yield from _bound_findings(result, total)
-
-
-def _add_nvfp4(total: bounds.ErrorSum, weight: Matrix, layout: Nvfp4Layout, first: int, original: torch.Tensor) -> None:
-    last = first + original.shape[0]
-    packed = weight.rows(layout.codes, first, last)
-    scales = weight.rows("weight_scale", first, last).view(torch.uint8)
-    stored = weight.scales(layout.tensor_scale)
-    tensor_scale = stored.reciprocal() if layout.reciprocal else stored
-    bounds.add_nvfp4(total, decode.decode_nvfp4(packed, scales, tensor_scale), original, tensor_scale)
-
-
-def _add_fp8(total: bounds.ErrorSum, weight: Matrix, layout: Fp8Layout, first: int, original: torch.Tensor) -> None:
-    rows, columns = original.shape
-    codes = weight.rows(layout.codes, first, first + rows).view(torch.uint8)
-    scale = weight.scales(layout.scale).float()
-    if layout.block is None:
-        scale = scale.reshape(1, 1)
-    elif layout.per_row:
-        scale = scale.reshape(-1, 1)[first : first + rows]
-    else:
-        scale = decode.spread_blocks(scale, first, rows, columns, layout.block)
-    bounds.add_fp8(total, decode.decode_e4m3(codes) * scale, original, scale)
 
 
 def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> TensorError:
@@ -262,12 +275,20 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
         yield error(Check.ERROR_BOUND, result.name, message)
     elif total.lost or total.broken_rows:
         yield error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
+    elif total.off or total.off_rows:
+        yield error(Check.GAIN, result.name, _off_message(total))
     elif total.beyond:
         message = (
             f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
             "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
         )
         yield warning(Check.VALUE_BOUND, result.name, message)
+
+
+def _off_message(total: bounds.ErrorSum) -> str:
+    whole = f"decoded weights are {total.gain:.4f} times the source's" if total.off else ""
+    rows = f"{total.off_rows} rows are too large or too small as a whole" if total.off_rows else ""
+    return f"{'; '.join(filter(None, (whole, rows)))}: no rounding gives that, so a scale is wrong"
 
 
 def _lost_message(result: TensorError, total: bounds.ErrorSum) -> str:

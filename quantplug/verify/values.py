@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quantplug.verify.checkpoint import PLAIN_FLOATS, UnreadableTensorError
+from quantplug.verify.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.layouts import Nvfp4Layout
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.names import FusedGroup, kind, last, split
 from quantplug.verify.report import Finding, error, note, ranges, warning
+from quantplug.verify.threads import in_threads
 
 # Suffixes of floating-point scales: a multiplier or divisor that must be above zero.
 _POSITIVE = frozenset({
@@ -37,6 +38,14 @@ class Values:
     scalars: dict[str, float] = field(default_factory=dict)
     block_scales: dict[str, BlockScaleCount] = field(default_factory=dict)
 
+    def add(self, other: "Values") -> None:
+        self.scalars |= other.scalars
+        for name, count in other.block_scales.items():
+            total = self.block_scales.setdefault(name, BlockScaleCount())
+            total.scales += count.scales
+            total.subnormal += count.subnormal
+            total.tensors += count.tensors
+
 
 def bytes_to_read(inventory: Inventory) -> int:
     return sum(info.nbytes for info in inventory.checkpoint.tensors.values() if info.dtype in _READ_DTYPES)
@@ -46,13 +55,18 @@ def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[F
     """All findings on single values, and what the rules on several tensors need."""
     values = Values()
     findings: list[Finding] = []
-    for info in inventory.checkpoint.tensors.values():
-        if info.dtype not in _READ_DTYPES:
-            continue
+    read = (info for info in inventory.checkpoint.tensors.values() if info.dtype in _READ_DTYPES)
+
+    def judged(info: TensorInfo) -> tuple[Values, list[Finding]]:
+        own = Values()
         try:
-            findings.extend(_tensor(inventory, info.name, values))
+            return own, list(_tensor(inventory, info.name, own))
         except UnreadableTensorError as problem:
-            findings.append(error(Check.FILES, info.name, f"its data cannot be read: {problem}"))
+            return own, [error(Check.FILES, info.name, f"its data cannot be read: {problem}")]
+
+    for info, (own, found) in in_threads(judged, read):
+        values.add(own)
+        findings.extend(found)
         on_bytes(info.nbytes)
     findings.extend(_subnormal_findings(values))
     return values, findings
@@ -62,12 +76,13 @@ def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding
     info = inventory.checkpoint.tensors[name]
     module, suffix = split(name)
     is_scale, fused = suffix in _POSITIVE, inventory.modules[module].transposed is not None
-    bad = low = 0
+    bad = low = tiny = 0
     spoiled: set[int] = set()
     for first, chunk in inventory.checkpoint.chunks(name):
         if info.dtype in PLAIN_FLOATS:
             broken = ~torch.isfinite(chunk)
             low += int((chunk <= 0).sum()) if is_scale else 0
+            tiny += _count_tiny(chunk) if is_scale else 0
             if chunk.numel() == 1:
                 values.scalars[name] = float(chunk)
         else:
@@ -86,6 +101,17 @@ def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding
     if low:
         what = "below zero" if info.dtype == "F8_E4M3" else "zero or below"
         yield error(Check.SCALE_RANGE, name, f"{low} scales are {what}")
+    if tiny:
+        message = (
+            f"{tiny} scales are below 2^-126 or above 2^126: a GPU flushes them, or what is divided by them, to zero"
+        )
+        yield error(Check.TINY_SCALES, name, f"{message}, or it overflows, and NaN spreads through the batch")
+
+
+def _count_tiny(scales: torch.Tensor) -> int:
+    """Scales that are subnormal in FP32, or whose inverse is: kernels compute with both, and GPUs flush subnormals."""
+    values = scales.double()
+    return int((((values > 0) & (values < 2.0**-126)) | ((values > 2.0**126) & torch.isfinite(values))).sum())
 
 
 def _non_finite_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:

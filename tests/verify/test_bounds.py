@@ -16,7 +16,9 @@ def nvfp4_error(weight: torch.Tensor, tensor_scale: torch.Tensor | None = None) 
     """Packs by ModelOpt, decodes, and sums up."""
     packed, scales, used = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=tensor_scale)
     total = bounds.ErrorSum()
-    bounds.add_nvfp4(total, decode.decode_nvfp4(packed._quantized_data, scales.view(torch.uint8), used), weight, used)
+    total.add(
+        bounds.nvfp4_sums(decode.decode_nvfp4(packed._quantized_data, scales.view(torch.uint8), used), weight, used)
+    )
     return total
 
 
@@ -49,7 +51,7 @@ def test_rounding_stays_within_the_fp8_bound(weight: torch.Tensor, scale: float)
     if float(weight.abs().max()) > 448 * float(factor):
         return
     total = bounds.ErrorSum()
-    bounds.add_fp8(total, decode.decode_e4m3(codes.view(torch.uint8)) * factor, weight.bfloat16().float(), factor)
+    total.add(bounds.fp8_sums(decode.decode_e4m3(codes.view(torch.uint8)) * factor, weight.bfloat16().float(), factor))
     assert total.squared_error <= total.squared_bound * bounds.SLACK**2
     assert (total.beyond, total.lost, total.broken_rows) == (0, 0, 0)
 
@@ -67,7 +69,7 @@ def test_the_worst_block_comes_close_to_the_bound() -> None:
 
 def test_a_zero_block_must_be_zero() -> None:
     total = bounds.ErrorSum()
-    bounds.add_nvfp4(total, torch.full((1, 16), 1e-30), torch.zeros(1, 16), torch.ones(1))
+    total.add(bounds.nvfp4_sums(torch.full((1, 16), 1e-30), torch.zeros(1, 16), torch.ones(1)))
     assert total.squared_bound == 0
     assert total.squared_error > 0
     assert total.beyond == 16
@@ -81,7 +83,7 @@ def test_a_block_is_lost_from_the_smallest_scale_on(magnitude: float, lost: int)
     weight[1] = magnitude
     decoded = torch.cat([weight[:1], torch.zeros(1, 16)])
     total = bounds.ErrorSum()
-    bounds.add_nvfp4(total, decoded, weight, torch.ones(1))
+    total.add(bounds.nvfp4_sums(decoded, weight, torch.ones(1)))
     assert total.lost == lost
 
 
@@ -92,5 +94,5 @@ def test_a_part_of_an_fp8_row_is_lost_from_the_smallest_code_on(magnitude: float
     weight[1] = magnitude
     decoded = torch.cat([weight[:1], torch.zeros(1, 160)])
     total = bounds.ErrorSum()
-    bounds.add_fp8(total, decoded, weight, torch.ones(1, 1))
+    total.add(bounds.fp8_sums(decoded, weight, torch.ones(1, 1)))
     assert total.lost == lost

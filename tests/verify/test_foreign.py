@@ -2,6 +2,7 @@
 """Checkpoints of other tools: compressed-tensors' own compressors, DeepSeek's block FP8, ModelOpt's mixed precision."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def write(directory: Path, source: Path, tensors: Tensors, quantization: dict[st
     directory.mkdir()
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
     (directory / "config.json").write_text(json.dumps(config))
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

@@ -1,0 +1,176 @@
+"""The sums of `bounds.py` as compiled loops: one pass over the bytes, without the interpreter's lock.
+
+They share nothing with the packers' loops but numba: values come from the tables of `decode.py`. Importing needs numba
+and NumPy, compiling takes a second or two a loop, so `bounds.py` is used for small models, and where these are missing.
+
+The original arrives as FP32 values, or as the bits of BF16 in uint16, for which NumPy has no type. Sums are FP64 and
+may be taken in any order ("reassoc"), which makes vector instructions of them; products are rounded to FP32 as readers
+do.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import config, njit, types
+from numba.extending import overload
+
+from quantplug.verify import bounds
+from quantplug.verify.decode import E2M1_VALUES, E4M3_VALUES, NVFP4_BLOCK
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set: these loops are nothing without their machine code")
+
+Array = np.ndarray[Any, Any]
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
+
+_E2M1, _E4M3 = E2M1_VALUES.numpy(), E4M3_VALUES.numpy()
+_SMALLEST_NORMAL, _SMALLEST = np.float32(bounds.E4M3_SMALLEST_NORMAL), np.float32(bounds.E4M3_SMALLEST)
+_BLOCK_BOUND_2 = bounds.NVFP4_BLOCK_BOUND**2
+_VALUE_BOUND = np.float32(bounds.NVFP4_VALUE_BOUND * bounds.SLACK)
+_SLACK = np.float32(bounds.SLACK)
+_RELATIVE, _ABSOLUTE = np.float32(bounds.FP8_RELATIVE_BOUND), np.float32(bounds.FP8_ABSOLUTE_BOUND)
+_REBIAS, _NAN = np.float32(2.0**120), np.float32(np.nan)
+_SEGMENT = bounds.FP8_SEGMENT
+
+# Columns of the sums of a row; `bounds.RowSums` names them.
+ERROR, NORM, BOUND, DOT, QUARTIC, LARGEST_ERROR, AMAX, BEYOND, LOST = range(9)
+COLUMNS = 9
+
+
+def _fp32(bits: Any) -> Any:
+    """FP32 value of an element of the original; numba takes the overload that fits its type."""
+
+
+@overload(_fp32, strict=False)
+def _fp32_of_type(bits: Any) -> Any:
+    if bits == types.uint16:
+        return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+    return lambda bits: bits
+
+
+@njit(**_OPTIONS)
+def nvfp4(packed: Array, scales: Array, tensor_scale: Any, original: Array, sums: Array) -> None:
+    """Fills the sums [rows, COLUMNS] of `packed` [rows, columns / 2] and E4M3 bytes `scales` [rows, columns / 16]."""
+    values = np.empty(NVFP4_BLOCK, np.float32)
+    decoded = np.empty(NVFP4_BLOCK, np.float32)
+    for row in range(packed.shape[0]):
+        error = norm = bound = dot = quartic = 0.0
+        beyond = lost = 0
+        largest = row_amax = np.float32(0)
+        for block in range(scales.shape[1]):
+            scale = np.float32(_E4M3[scales[row, block]] * tensor_scale)
+            for pair in range(NVFP4_BLOCK // 2):
+                byte = packed[row, block * (NVFP4_BLOCK // 2) + pair]
+                decoded[2 * pair] = np.float32(_E2M1[byte & 15] * scale)
+                decoded[2 * pair + 1] = np.float32(_E2M1[byte >> 4] * scale)
+            amax = np.float32(0)
+            for place in range(NVFP4_BLOCK):
+                values[place] = _fp32(original[row, block * NVFP4_BLOCK + place])
+                amax = max(amax, abs(values[place]))
+            block_norm = 0.0
+            worst = np.float32(0)
+            zeros = part_beyond = np.int32(0)
+            asked = np.float32(amax / np.float32(np.float32(6) * abs(tensor_scale)))
+            normal = asked >= _SMALLEST_NORMAL
+            allowed = np.float32((_VALUE_BOUND if normal else _SLACK) * amax)
+            for place in range(NVFP4_BLOCK):
+                difference = abs(np.float32(decoded[place] - values[place]))
+                error += np.float64(difference) * np.float64(difference)
+                block_norm += np.float64(values[place]) * np.float64(values[place])
+                dot += np.float64(values[place]) * np.float64(decoded[place])
+                worst = max(worst, difference)
+                part_beyond += np.int32(difference > allowed)
+                zeros += np.int32(decoded[place] == 0)
+            beyond += int(part_beyond)
+            norm += block_norm
+            quartic += block_norm * block_norm
+            bound += block_norm * (_BLOCK_BOUND_2 if normal else 1.0)
+            lost += int(asked >= _SMALLEST and zeros == NVFP4_BLOCK)
+            largest, row_amax = max(largest, worst), max(row_amax, amax)
+        _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
+
+
+@njit(**_OPTIONS)
+def _e4m3(code: Any) -> Any:
+    """Value of an E4M3 byte without a table, which would not become vector instructions.
+
+    Exponent and mantissa, moved to where FP32 has them, are the value with FP32's bias in place of 7: 2^-120 of it,
+    below the smallest normal too.
+    """
+    magnitude = np.uint32(code) & np.uint32(0x7F)
+    value = np.uint32(magnitude << np.uint32(20)).view(np.float32) * _REBIAS
+    value = _NAN if magnitude == np.uint32(0x7F) else value
+    return -value if code >= 128 else value
+
+
+@njit(**_OPTIONS)
+def fp8(
+    codes: Array, scales: Array, first_row: int, block_rows: int, block_columns: int, original: Array, sums: Array
+) -> None:
+    """Fills the sums of E4M3 bytes `codes` [rows, columns], with one scale for each block of the whole weight.
+
+    Args:
+        first_row: Row of the weight at which these begin.
+        scales: FP32 [block rows, block columns].
+        block_columns: A multiple of 16, or more than the weight has.
+    """
+    columns = codes.shape[1]
+    values = np.empty(NVFP4_BLOCK, np.float32)
+    decoded = np.empty(NVFP4_BLOCK, np.float32)
+    for row in range(codes.shape[0]):
+        error = norm = bound = dot = quartic = 0.0
+        beyond = lost = 0
+        largest = row_amax = np.float32(0)
+        row_scales = scales[(first_row + row) // block_rows]
+        for segment in range(0, columns, _SEGMENT):
+            held = 0
+            filled = np.float32(0)
+            for start in range(segment, min(segment + _SEGMENT, columns), NVFP4_BLOCK):
+                scale = row_scales[start // block_columns]
+                width = min(NVFP4_BLOCK, columns - start)
+                for place in range(width):
+                    values[place] = _fp32(original[row, start + place])
+                    decoded[place] = np.float32(_e4m3(codes[row, start + place]) * scale)
+                for place in range(width, NVFP4_BLOCK):
+                    values[place] = decoded[place] = 0
+                part_norm = part_bound = 0.0
+                part_beyond = np.int32(0)
+                amax = worst = np.float32(0)
+                for place in range(NVFP4_BLOCK):
+                    value, difference = values[place], abs(np.float32(decoded[place] - values[place]))
+                    magnitude = abs(value)
+                    absolute = np.float32(0) if value == 0 else np.float32(_ABSOLUTE * scale)
+                    allowed = np.float32(np.float32(magnitude * _RELATIVE) + absolute)
+                    error += np.float64(difference) * np.float64(difference)
+                    part_norm += np.float64(value) * np.float64(value)
+                    part_bound += np.float64(allowed) * np.float64(allowed)
+                    dot += np.float64(value) * np.float64(decoded[place])
+                    part_beyond += np.int32(difference > np.float32(allowed * _SLACK))
+                    worst, amax = max(worst, difference), max(amax, magnitude)
+                    filled = max(filled, abs(decoded[place]))
+                norm += part_norm
+                bound += part_bound
+                quartic += part_norm * part_norm
+                beyond += int(part_beyond)
+                largest, row_amax = max(largest, worst), max(row_amax, amax)
+                # In units of the scale, which differs from block to block of the weight.
+                held += int(amax >= np.float32(_SMALLEST * scale) and amax > 0)
+            lost += int(held > 0 and filled == 0)
+        _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
+
+
+@njit(**_OPTIONS)
+def _store(
+    sums: Array,
+    error: Any,
+    norm: Any,
+    bound: Any,
+    dot: Any,
+    quartic: Any,
+    largest: Any,
+    amax: Any,
+    beyond: Any,
+    lost: Any,
+) -> None:
+    sums[ERROR], sums[NORM], sums[BOUND], sums[DOT], sums[QUARTIC] = error, norm, bound, dot, quartic
+    sums[LARGEST_ERROR], sums[AMAX], sums[BEYOND], sums[LOST] = largest, amax, beyond, lost

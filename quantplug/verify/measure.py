@@ -1,0 +1,167 @@
+"""The sums over some rows of one quantized weight against its original, by compiled loops or by PyTorch."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from quantplug.verify import bounds, decode, rounding
+from quantplug.verify.bounds import ErrorSum, GainBound, RowSums
+from quantplug.verify.layouts import Layout, Nvfp4Layout
+from quantplug.verify.matrices import Matrix
+from quantplug.verify.originals import Original
+
+_WORTH_COMPILING = 2**28  # bytes of a source; PyTorch is through with fewer before a loop is compiled
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a quantized weight.
+
+    Attributes:
+        codes: U8 [rows, columns] of E4M3, or [rows, columns / 2] of pairs of E2M1.
+        block_scales: U8 of E4M3 [rows, columns / 16]; None for FP8.
+        scales: FP32; of NVFP4 the multiplier `weight_scale_2`, of FP8 one a block of the whole weight.
+        block: Rows and columns that share one of the FP8 scales.
+        first: Row of the weight at which these begin.
+    """
+
+    codes: torch.Tensor
+    block_scales: torch.Tensor | None
+    scales: torch.Tensor
+    block: tuple[int, int]
+    first: int
+
+    @property
+    def has_even_blocks(self) -> bool:
+        """No 16 columns, counted from the first, have two FP8 scales: what the compiled loops take."""
+        return self.block_scales is not None or self.block[1] % decode.NVFP4_BLOCK == 0
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """FP8 scales [rows, columns]."""
+        rows, columns = self.codes.shape
+        return decode.spread_blocks(self.scales, self.first, rows, columns, self.block)
+
+    def decoded(self) -> torch.Tensor:
+        """FP32 values [rows, columns]."""
+        if self.block_scales is None:
+            return decode.decode_e4m3(self.codes) * self.spread
+        return decode.decode_nvfp4(self.codes, self.block_scales, self.scales)
+
+    def nearest(self, original: torch.Tensor) -> torch.Tensor:
+        """What round to nearest gives of the FP32 original, with the scales that are not of single blocks of 16."""
+        if self.block_scales is None:
+            return rounding.nearest_fp8(original, self.spread)
+        return rounding.nearest_nvfp4(original, self.scales)
+
+
+def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> Rows:
+    codes = weight.rows(layout.codes, first, last).view(torch.uint8)
+    if isinstance(layout, Nvfp4Layout):
+        stored = weight.scales(layout.tensor_scale)
+        scale = stored.reciprocal() if layout.reciprocal else stored
+        return Rows(codes, weight.rows("weight_scale", first, last).view(torch.uint8), scale, (1, 1), first)
+    scales = weight.scales(layout.scale).float()
+    everything = 2**40  # more than any side of a weight
+    if layout.block is None:
+        return Rows(codes, None, scales.reshape(1, 1), (everything, everything), first)
+    if layout.per_row:
+        return Rows(codes, None, scales.reshape(-1, 1), (1, everything), first)
+    return Rows(codes, None, scales, layout.block, first)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures weights.
+
+    Attributes:
+        loops: The compiled ones; None for PyTorch, with the same results.
+    """
+
+    loops: ModuleType | None
+
+    def measure(self, original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> ErrorSum:
+        """All sums of a weight [rows, columns]; reads some rows at a time."""
+        gain = bounds.NVFP4_GAIN if isinstance(layout, Nvfp4Layout) else bounds.FP8_GAIN
+        total, step = ErrorSum(), original.step(columns)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
+            sums = self.sums(packed, values)
+            total.add(sums)
+            total.off_rows += _off_rows(sums, packed, values, gain)
+        if total.off_gain(gain):
+            nearest = sum(_nearest_dot(original, weight, layout, rows, columns))
+            total.off = abs(total.dot - nearest) > gain.base * total.squared_norm
+        return total
+
+    def sums(self, packed: Rows, original: torch.Tensor) -> RowSums:
+        """Of rows of the original in any floating-point type."""
+        if self.loops is not None and packed.has_even_blocks:
+            return _compiled_sums(self.loops, packed, original)
+        values = original.float()
+        if packed.block_scales is None:
+            return bounds.fp8_sums(packed.decoded(), values, packed.spread)
+        return bounds.nvfp4_sums(packed.decoded(), values, packed.scales)
+
+
+def meter_for(source_bytes: int) -> Meter:
+    """Compiled loops where there is enough to do, and numba is there."""
+    return Meter(compiled_loops() if source_bytes >= _WORTH_COMPILING else None)
+
+
+def compiled_loops() -> ModuleType | None:
+    """The loops; None without numba or NumPy."""
+    try:
+        from quantplug.verify import loops  # The checker itself needs torch and safetensors alone.
+    except ImportError:
+        return None
+    return loops
+
+
+def _compiled_sums(loops: ModuleType, packed: Rows, original: torch.Tensor) -> RowSums:
+    rows = original.shape[0]
+    bits = original.view(torch.uint16) if original.dtype == torch.bfloat16 else original.float()
+    sums = torch.empty(rows, loops.COLUMNS, dtype=torch.float64)
+    values = bits.contiguous().numpy()
+    codes = packed.codes.contiguous().numpy()
+    if packed.block_scales is None:
+        loops.fp8(codes, packed.scales.contiguous().numpy(), packed.first, *packed.block, values, sums.numpy())
+    else:
+        scale = packed.scales.reshape(()).numpy()[()]
+        loops.nvfp4(codes, packed.block_scales.contiguous().numpy(), scale, values, sums.numpy())
+    return RowSums(
+        error=sums[:, loops.ERROR],
+        norm=sums[:, loops.NORM],
+        bound=sums[:, loops.BOUND],
+        dot=sums[:, loops.DOT],
+        quartic=sums[:, loops.QUARTIC],
+        largest_error=sums[:, loops.LARGEST_ERROR],
+        amax=sums[:, loops.AMAX],
+        beyond=sums[:, loops.BEYOND],
+        lost=sums[:, loops.LOST],
+        values=original.shape[1],
+    )
+
+
+def _off_rows(sums: RowSums, packed: Rows, original: torch.Tensor, gain: GainBound) -> int:
+    """How many rows have a gain that chance does not give, nor round to nearest of these very values."""
+    off = sums.off_gain(gain)
+    if not off.any():
+        return 0
+    values = original.float()
+    nearest = (packed.nearest(values).double() * values.double()).sum(dim=1)
+    return int((off & ((sums.dot - nearest).abs() > gain.base * sums.norm)).sum())
+
+
+def _nearest_dot(original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> list[float]:
+    """Products of what round to nearest gives and the original, chunk by chunk."""
+    step = original.step(columns)
+    dots = []
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        values = original.rows(weight.expert, first, last).float()
+        nearest = read_rows(weight, layout, first, last).nearest(values)
+        dots.append(float((nearest.double() * values.double()).sum()))
+    return dots

@@ -1,0 +1,30 @@
+"""Round to nearest of this checker's own, for weights whose gain is suspicious: what a plain packer would have given.
+
+By the definitions of the formats (see `decode.py`), and nothing else; ties may go either way, which no gain shows.
+"""
+
+import torch
+
+from quantplug.verify import decode
+
+_MAGNITUDES = decode.E2M1_VALUES[:8]
+_HALFWAY = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
+_E4M3_LARGEST = 448.0
+
+
+def nearest_nvfp4(original: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """FP32 values of rows [rows, columns] in NVFP4 with this `weight_scale_2`."""
+    blocks = original.view(original.shape[0], -1, decode.NVFP4_BLOCK)
+    scale = tensor_scale.reshape(())
+    block_scales = _e4m3(blocks.abs().amax(dim=-1, keepdim=True) / (6 * scale)) * scale
+    codes = torch.bucketize(torch.where(block_scales > 0, blocks.abs() / block_scales, 0.0), _HALFWAY)
+    return (_MAGNITUDES[codes] * block_scales * blocks.sign()).view_as(original)
+
+
+def nearest_fp8(original: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """FP32 values of rows in E4M3 with scales that broadcast to them."""
+    return _e4m3(original / scale) * scale
+
+
+def _e4m3(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).float()

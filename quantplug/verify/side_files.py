@@ -1,0 +1,125 @@
+"""Holds the files beside the weights against the source's: tokenizer, templates, processors, generation defaults."""
+
+import filecmp
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantplug.verify.checks import Check
+from quantplug.verify.report import Finding, error, warning
+from quantplug.verify.settings import same
+from quantplug.verify.untrusted import as_object, as_text
+
+# Files that decide what tokens a text, or what values an image, becomes.
+_BY_CONTENT = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "tiktoken.model",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+_TOKENIZER_FILES = frozenset(_BY_CONTENT[:6])
+_MOST_BYTES = 256 * 2**20  # of a JSON file that is read; the largest tokenizer known to us has 35 MB
+_GENERATION = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# What a newer transformers writes otherwise, and no server reads from here.
+_NOT_READ = {
+    "tokenizer.json": frozenset({"version", "padding", "truncation"}),
+    _GENERATION: frozenset({"transformers_version", "_from_model_config"}),
+}
+# Of tokenizer_config.json: what changes the tokens of a text. The rest differs with the version that wrote it.
+_DECIDING = frozenset({
+    "add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "pad_token", "unk_token", "legacy",
+    "split_special_tokens",
+})  # fmt: skip
+
+
+def side_files(export: Path, source: Path) -> Iterator[Finding]:
+    """Files of the source that the export lacks, or has with another content."""
+    for name in _BY_CONTENT:
+        if not (source / name).is_file():
+            continue
+        if not (export / name).is_file():
+            # `tokenizer.json` holds all that the older files say, so a tool may leave these out.
+            held = name in _TOKENIZER_FILES and name != "tokenizer.json" and (export / "tokenizer.json").is_file()
+            if not held:
+                yield error(
+                    Check.SIDE_FILES, name, "in the source, but not in the export: servers cannot read a text so"
+                )
+        elif not _alike(export / name, source / name, lambda value: value):
+            yield error(Check.SIDE_FILES, name, "is not the source's: servers make other tokens of a text")
+    yield from _tokenizer_config(export, source)
+    yield from _chat_template(export, source)
+    yield from _generation(export, source)
+
+
+def _tokenizer_config(export: Path, source: Path) -> Iterator[Finding]:
+    here, there = _object(export / _TOKENIZER_CONFIG), _object(source / _TOKENIZER_CONFIG)
+    if here and there:
+        for key in sorted(_DECIDING):
+            if not same(_text_of(here.get(key)), _text_of(there.get(key))):
+                message = f"{key} is {here.get(key)!r:.80}, in the source {there.get(key)!r:.80}"
+                yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, message)
+    elif there:
+        yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, "in the source, but not in the export")
+
+
+def _text_of(token: Any) -> Any:
+    """Of a special token, which is text, or an object with its `content`."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _chat_template(export: Path, source: Path) -> Iterator[Finding]:
+    here, there = _template(export), _template(source)
+    if there and here != there:
+        found = "is not the source's" if here else "in the source, but not in the export"
+        yield error(Check.SIDE_FILES, "chat template", f"{found}: servers give the model other prompts")
+
+
+def _template(directory: Path) -> str:
+    """From whichever of the three places has it; a list of named ones as its JSON."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file() and jinja.stat().st_size <= _MOST_BYTES:
+        return jinja.read_bytes().decode("utf-8", "replace").strip()
+    for name in ("chat_template.json", _TOKENIZER_CONFIG):
+        template = _object(directory / name).get("chat_template")
+        if template:
+            return as_text(template).strip() or json.dumps(template, sort_keys=True)
+    return ""
+
+
+def _generation(export: Path, source: Path) -> Iterator[Finding]:
+    if not (source / _GENERATION).is_file():
+        return
+    if not (export / _GENERATION).is_file():
+        message = "in the source, but not in the export: servers sample otherwise, and may not know where to stop"
+        yield warning(Check.SIDE_FILES, _GENERATION, message)
+    elif not _alike(export / _GENERATION, source / _GENERATION, _said):
+        yield error(Check.SIDE_FILES, _GENERATION, "is not the source's: servers sample, or stop, otherwise")
+
+
+def _said(value: Any) -> Any:
+    """Without what says nothing."""
+    return {key: item for key, item in as_object(value).items() if item is not None}
+
+
+def _alike(ours: Path, theirs: Path, simplify: Callable[[Any], Any]) -> bool:
+    """The same bytes, or the same JSON."""
+    try:
+        if filecmp.cmp(ours, theirs, shallow=False):
+            return True
+    except OSError:
+        return False
+    ignored = _NOT_READ.get(ours.name, frozenset())
+    here, there = (
+        {key: value for key, value in _object(path).items() if key not in ignored} for path in (ours, theirs)
+    )
+    return bool(there) and simplify(here) == simplify(there)
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file; empty where there is none that can be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return {}
+        return as_object(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return {}

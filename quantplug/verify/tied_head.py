@@ -1,0 +1,74 @@
+"""The output layer of a model whose config ties it to the embedding: readers then compute with the embedding.
+
+A head that is there and differs is lost without a word, so it is held against the embedding, row by row.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from quantplug.verify import names
+from quantplug.verify.checkpoint import Checkpoint, UnreadableTensorError
+from quantplug.verify.checks import Check
+from quantplug.verify.report import Finding, error
+from quantplug.verify.untrusted import Json, as_object
+
+
+def is_tied(config: Json) -> bool:
+    """Whether readers take the embedding as the head: by any value that Python takes as true."""
+    for holder in (config, as_object(config.get("text_config"))):
+        if holder.get("tie_word_embeddings") is not None:
+            return bool(holder["tie_word_embeddings"])
+    return False
+
+
+def lost_head(config: Json, holder: Checkpoint, where: str) -> Iterator[Finding]:
+    """An error for a head in `holder` that differs from the embedding there, though `config` ties them.
+
+    Args:
+        holder: The checkpoint that has the head: the source's, or the export itself.
+        where: What to call it.
+    """
+    if not is_tied(config):
+        return
+    for head, embedding in _pairs(holder):
+        try:
+            row = first_differing_row(holder, head, embedding)
+        except UnreadableTensorError as problem:
+            yield error(Check.FILES, head, f"its data cannot be read: {problem}")
+            continue
+        if row is not None:
+            message = (
+                f"differs from {embedding} in {where}, first in row {row}, but config.json ties them: readers "
+                "compute with the embedding; set tie_word_embeddings to false and keep the head"
+            )
+            yield error(Check.TIED_HEAD, head, message)
+
+
+def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Each `lm_head.weight` with the embedding of tokens."""
+    modules = {name: names.split(name) for name in checkpoint.tensors}
+    embeddings = [
+        name for name, (module, suffix) in modules.items() if suffix == "weight" and names.is_embedding(module)
+    ]
+    heads = (
+        name for name, (module, suffix) in modules.items() if suffix == "weight" and names.last(module) == "lm_head"
+    )
+    yield from ((head, embeddings[0]) for head in heads if embeddings)
+
+
+def first_differing_row(checkpoint: Checkpoint, head: str, embedding: str) -> int | None:
+    """The first row in which two matrices differ by value; None where all are equal.
+
+    Of different shapes, the first row that one has and the other has not, or 0.
+    """
+    ours, theirs = checkpoint.tensors[head].shape, checkpoint.tensors[embedding].shape
+    if ours[1:] != theirs[1:] or not ours:
+        return 0
+    for first, rows in checkpoint.chunks(head):
+        last = min(first + rows.shape[0], theirs[0])
+        other = checkpoint.rows(embedding, first, last)
+        differing = (rows[: last - first].double() != other.double()).flatten(1).any(dim=1)
+        if differing.any():
+            return first + int(torch.nonzero(differing)[0])
+    return min(ours[0], theirs[0]) if ours[0] != theirs[0] else None

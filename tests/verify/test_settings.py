@@ -1,0 +1,95 @@
+# ruff: noqa: E501 (tables: one case a line)
+"""Settings of config.json against the source's: whatever decides what is computed, in whichever spelling."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantplug.verify import Severity
+from quantplug.verify.checkpoint import Checkpoint, TensorInfo
+from quantplug.verify.settings import settings
+
+SOURCE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16", "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "num_experts_per_tok": 8, "norm_topk_prob": True, "rope_theta": 1000000.0, "rope_scaling": None,
+    "sliding_window": None, "use_cache": True, "transformers_version": "4.51.0", "routed_scaling_factor": 2.5,
+    "text_config": {"hidden_size": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 10000},
+}  # fmt: skip
+
+
+def found(config: dict[str, Any], source: dict[str, Any] = SOURCE, dtype: str = "BF16") -> dict[str, str]:
+    tensors = {"w": TensorInfo("w", dtype, (2, 2), "model.safetensors", "w")}
+    export, original = Checkpoint(Path(), config, None, tensors), Checkpoint(Path(), source, None, {})
+    return {finding.subject.removeprefix("config.json "): finding.severity for finding in settings(export, original)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"rms_norm_eps": 0.5}, "rms_norm_eps"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok"),
+        ({"norm_topk_prob": False}, "norm_topk_prob"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob"),
+        ({"rope_theta": 5}, "rope.rope_theta"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"torch_dtype": "float16"}, "dtype"),
+        ({"sliding_window": 4}, "sliding_window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"routed_scaling_factor": 1.0}, "routed_scaling_factor"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "architectures"),
+        ({"a_setting_of_tomorrow": 1}, ""),
+        (
+            {"text_config": SOURCE["text_config"] | {"rope_scaling": {"type": "yarn", "factor": 8.0}}},
+            "text_config.rope.factor",
+        ),
+        ({"text_config": {}}, "text_config.hidden_size"),
+    ],
+)
+def test_what_differs_is_found(changed: dict[str, Any], name: str) -> None:
+    subjects = found(SOURCE | changed)
+    if name:
+        assert subjects[name] == Severity.ERROR
+    else:
+        assert subjects == {"config.json": Severity.WARNING}
+
+
+def test_what_is_missing_is_found() -> None:
+    for key in ("rms_norm_eps", "num_experts_per_tok", "rope_theta", "hidden_act"):
+        subjects = found({name: value for name, value in SOURCE.items() if name != key})
+        assert len(subjects) == 1
+        assert Severity.ERROR in subjects.values()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"quantization_config": {"quant_method": "modelopt"}},
+        {"use_cache": False, "transformers_version": "5.24.0", "_name_or_path": "x"},
+        {"rms_norm_eps": 0.000001, "num_experts_per_tok": 8.0},
+        {"layer_types": ["full_attention"] * 4, "mlp_bias": False, "num_nextn_predict_layers": 0},
+    ],
+)
+def test_what_may_differ_is_not(changed: dict[str, Any]) -> None:
+    assert found(SOURCE | changed) == {}
+
+
+def test_both_spellings_of_rotary_embeddings_and_of_the_type() -> None:
+    new = {key: value for key, value in SOURCE.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    new["text_config"] = {"hidden_size": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 1e4}}
+    new["dtype"] = "torch.bfloat16"
+    assert found(new) == {}
+    assert found(SOURCE, new) == {}
+    new["rope_parameters"]["rope_theta"] = 1e5
+    assert found(new) == {"rope.rope_theta": Severity.ERROR}
+
+
+def test_an_export_cast_as_a_whole_says_so() -> None:
+    assert found(SOURCE | {"torch_dtype": "float16"}, dtype="F16") == {}
+
+
+def test_a_count_of_mtp_layers_that_the_source_has_not() -> None:
+    counted = SOURCE | {"num_nextn_predict_layers": 1}
+    assert found(SOURCE | {"num_nextn_predict_layers": 0}, counted) == {}
+    assert found(SOURCE | {"num_nextn_predict_layers": 2}, counted) == {"num_nextn_predict_layers": Severity.ERROR}

@@ -1,0 +1,75 @@
+"""The files beside the weights against the source's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantplug.verify import Severity
+from quantplug.verify.side_files import side_files
+
+FILES: dict[str, Any] = {
+    "tokenizer.json": {"version": "1.0", "model": {"vocab": {"a": 0}}, "padding": None},
+    "tokenizer_config.json": {"eos_token": "<e>", "add_bos_token": False, "chat_template": "{{ a }}"},
+    "generation_config.json": {"eos_token_id": [1, 2], "temperature": 0.6, "transformers_version": "4"},
+    "merges.txt": "a b\n",
+    "preprocessor_config.json": {"size": 224},
+}
+
+
+def write(directory: Path, files: dict[str, Any]) -> Path:
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return directory
+
+
+def found(tmp_path: Path, changed: dict[str, Any]) -> dict[str, Severity]:
+    """Findings where these files are changed; None removes one."""
+    files = {name: content for name, content in (FILES | changed).items() if content is not None}
+    findings = side_files(write(tmp_path / "export", files), write(tmp_path / "source", FILES))
+    return {finding.subject: finding.severity for finding in findings}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"tokenizer.json": {"model": {"vocab": {"b": 0}}}}, {"tokenizer.json": Severity.ERROR}),
+        ({"tokenizer.json": None}, {"tokenizer.json": Severity.ERROR, "merges.txt": None}),
+        ({"tokenizer.json": "{"}, {"tokenizer.json": Severity.ERROR}),
+        (
+            {"tokenizer_config.json": FILES["tokenizer_config.json"] | {"eos_token": "<f>"}},
+            {"tokenizer_config.json": Severity.ERROR},
+        ),
+        (
+            {"tokenizer_config.json": FILES["tokenizer_config.json"] | {"chat_template": "{{ b }}"}},
+            {"chat template": Severity.ERROR},
+        ),
+        ({"chat_template.jinja": "{{ b }}"}, {"chat template": Severity.ERROR}),
+        ({"generation_config.json": {"eos_token_id": 1}}, {"generation_config.json": Severity.ERROR}),
+        ({"generation_config.json": None}, {"generation_config.json": Severity.WARNING}),
+        ({"preprocessor_config.json": {"size": 225}}, {"preprocessor_config.json": Severity.ERROR}),
+        ({"preprocessor_config.json": None}, {"preprocessor_config.json": Severity.ERROR}),
+        ({"merges.txt": "b a\n"}, {"merges.txt": Severity.ERROR}),
+    ],
+)
+def test_what_differs_is_found(tmp_path: Path, changed: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found(tmp_path, changed) == {name: severity for name, severity in expected.items() if severity}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"tokenizer.json": {"model": {"vocab": {"a": 0}}, "version": "1.1", "truncation": None}},
+        {
+            "tokenizer_config.json": {"eos_token": {"content": "<e>", "lstrip": False}, "add_bos_token": False},
+            "chat_template.jinja": "{{ a }}\n",
+        },
+        {"generation_config.json": {"eos_token_id": [1, 2], "temperature": 0.6, "top_k": None}},
+        {"merges.txt": None},
+    ],
+)
+def test_the_same_in_another_form_is_not(tmp_path: Path, changed: dict[str, Any]) -> None:
+    assert found(tmp_path, changed) == {}
