@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantplug.checkpoint.untrusted_json import Json, as_object
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
-from quantplug.verify.untrusted import Json, as_object
 
 # What tools write for themselves, and what only training or generation through transformers reads.
 MAY_DIFFER = frozenset({

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantplug.checkpoint.untrusted_files import file_problem
+from quantplug.checkpoint.untrusted_json import as_object, as_text
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
 from quantplug.verify.settings import same
-from quantplug.verify.untrusted import as_object, as_text
 
 # Files that decide what tokens a text, or what values an image, becomes.
 _BY_CONTENT = (
@@ -35,11 +36,11 @@ _DECIDING = frozenset({
 def side_files(export: Path, source: Path) -> Iterator[Finding]:
     """Files of the source that the export lacks, or has with another content."""
     for name in _BY_CONTENT:
-        if not (source / name).is_file():
+        if not _is_read(source / name):
             continue
-        if not (export / name).is_file():
+        if not _is_read(export / name):
             # `tokenizer.json` holds all that the older files say, so a tool may leave these out.
-            held = name in _TOKENIZER_FILES and name != "tokenizer.json" and (export / "tokenizer.json").is_file()
+            held = name in _TOKENIZER_FILES and name != "tokenizer.json" and _is_read(export / "tokenizer.json")
             if not held:
                 yield error(
                     Check.SIDE_FILES, name, "in the source, but not in the export: servers cannot read a text so"
@@ -77,7 +78,7 @@ def _chat_template(export: Path, source: Path) -> Iterator[Finding]:
 def _template(directory: Path) -> str:
     """From whichever of the three places has it; a list of named ones as its JSON."""
     jinja = directory / "chat_template.jinja"
-    if jinja.is_file() and jinja.stat().st_size <= _MOST_BYTES:
+    if _is_read(jinja) and jinja.stat().st_size <= _MOST_BYTES:
         return jinja.read_bytes().decode("utf-8", "replace").strip()
     for name in ("chat_template.json", _TOKENIZER_CONFIG):
         template = _object(directory / name).get("chat_template")
@@ -87,9 +88,9 @@ def _template(directory: Path) -> str:
 
 
 def _generation(export: Path, source: Path) -> Iterator[Finding]:
-    if not (source / _GENERATION).is_file():
+    if not _is_read(source / _GENERATION):
         return
-    if not (export / _GENERATION).is_file():
+    if not _is_read(export / _GENERATION):
         message = "in the source, but not in the export: servers sample otherwise, and may not know where to stop"
         yield warning(Check.SIDE_FILES, _GENERATION, message)
     elif not _alike(export / _GENERATION, source / _GENERATION, _said):
@@ -118,8 +119,13 @@ def _alike(ours: Path, theirs: Path, simplify: Callable[[Any], Any]) -> bool:
 def _object(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file; empty where there is none that can be read."""
     try:
-        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        if not _is_read(path) or path.stat().st_size > _MOST_BYTES:
             return {}
         return as_object(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _is_read(path: Path) -> bool:
+    """Whether it is a regular file that does not lie outside of its directory."""
+    return file_problem(path.parent, path.name) is None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
+from quantplug.checkpoint.untrusted_json import as_object, as_text
 from quantplug.verify import bounds, names, originals
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
@@ -17,7 +18,6 @@ from quantplug.verify.originals import ExpertPart, Original
 from quantplug.verify.report import Finding, Size, TensorError, error, warning
 from quantplug.verify.threads import in_threads
 from quantplug.verify.tied_head import is_tied
-from quantplug.verify.untrusted import as_object, as_text
 
 OnBytes = Callable[[int], None]
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}

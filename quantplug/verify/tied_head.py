@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
+from quantplug.checkpoint.untrusted_json import Json, as_object
 from quantplug.verify import names
 from quantplug.verify.checkpoint import Checkpoint, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error
-from quantplug.verify.untrusted import Json, as_object
 
 
 def is_tied(config: Json) -> bool:
