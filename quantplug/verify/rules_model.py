@@ -9,6 +9,7 @@ from quantplug.verify.layouts import Fp8Layout
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, ranges, warning
 
+_MOST_LISTED = 100_000
 _SERVING_TP = (2, 4, 8)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -29,10 +30,10 @@ def experts(inventory: Inventory) -> Iterator[Finding]:
     for prefix, members in inventory.mixtures.items():
         if count is None:
             yield warning(Check.EXPERTS, prefix, "config.json has no number of experts to hold this against")
-        wanted = set(range(count)) if count is not None else set(members)
-        if missing := sorted(wanted - members.keys()):
-            yield error(Check.EXPERTS, prefix, f"experts missing: {ranges(missing)} of {len(wanted)}")
-        if extra := sorted(members.keys() - wanted):
+        # A hostile config counts 2^31 experts: they are not listed, but for the first of those that lack.
+        if count is not None and (missing := [it for it in range(min(count, _MOST_LISTED)) if it not in members]):
+            yield error(Check.EXPERTS, prefix, f"experts missing: {ranges(missing)} of {count}")
+        if count is not None and (extra := sorted(it for it in members if it >= count)):
             yield error(Check.EXPERTS, prefix, f"experts beyond the {count} of config.json: {ranges(extra)}")
         yield from _incomplete(prefix, members)
     yield from _in_one_tensor(inventory, count)
@@ -96,7 +97,7 @@ def layers(inventory: Inventory) -> Iterator[Finding]:
 
 def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> Iterator[Finding]:
     for stack, ids in stacks.items():
-        absent = [index for index in range(min(count, 100_000)) if index not in ids]
+        absent = [index for index in range(min(count, _MOST_LISTED)) if index not in ids]
         if absent:
             yield error(Check.LAYERS, stack, f"layers missing: {ranges(absent)} of {count}")
         if extra := sorted(index for index in ids if index >= count + drafts):

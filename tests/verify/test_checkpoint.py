@@ -237,3 +237,12 @@ def test_a_float_tensor_in_an_exotic_dtype(open_copy: Callable[[str], Any], pris
     found = {(str(finding.check), finding.subject) for finding in report.findings}
     assert ("source-values", "model.norm.weight") in found
     assert ("not-judged", "model.layers.1.input_layernorm.weight") in found
+
+
+def test_a_config_that_counts_billions_of_experts_is_judged_all_the_same(tmp_path: Path) -> None:
+    tensors = {f"model.layers.0.mlp.experts.{index}.up_proj.weight": torch.zeros(2, 2) for index in range(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 1, "num_experts": 2**31}))
+    (finding,) = [it for it in verify_checkpoint(tmp_path).findings if it.check == "experts"]
+    assert finding.message.startswith("experts missing: 2, 3, 4")
+    assert finding.message.endswith(f"of {2**31}")
