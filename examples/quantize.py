@@ -114,7 +114,9 @@ def main(
         forward_loop = calibration_loop(source.directory, data, trust_remote_code) if scheme.has_input_scale else None
         policy = CalibrationPolicy(expert_weights, cold_experts)
         quantize_mtp = mtp is MultiTokenPrediction.QUANTIZED
-        config = quant_cfg(scheme.format, family, family.dimensions(source.values), quantize_mtp=quantize_mtp)
+        config = quant_cfg(
+            scheme.format, source.directory, quantize_mtp=quantize_mtp, trust_remote_code=trust_remote_code
+        )
         record = quantize(model, source.directory, config, forward_loop, policy, bars)
 
         statistics = gather_statistics(model, record)

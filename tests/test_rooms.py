@@ -18,6 +18,7 @@ ROWS = (
     ("calibration",),
     ("checkpoint",),
     ("megatron",),
+    ("selection",),
     ("mappings", "formats"),
     ("findings",),
     ("atomic", "errors", "lazy", "progress", "topology"),

@@ -25,6 +25,7 @@ from quantplug.mappings.table import Family
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
+from quantplug.selection import LeaveOut, by_rules
 from quantplug.topology import ParallelTopology
 
 
@@ -59,6 +60,7 @@ def plan_export(
     calibrated: bool = True,
     with_passthrough: bool = True,
     requantize: Requantize | None = None,
+    leave_out: LeaveOut = by_rules,
 ) -> PlannedExport:
     """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
 
@@ -69,6 +71,7 @@ def plan_export(
             what cannot be exported is refused before calibration is paid for.
         with_passthrough: Whether tensors of the source that Megatron's model does not hold are planned too.
         requantize: Quantizers to plan with in place of the model's own, which are not looked at then.
+        leave_out: How the caller leaves weights out, for the advice of errors.
     """
     topology = current_topology()
     source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
@@ -98,6 +101,7 @@ def plan_export(
         source_types={name: tensor.dtype for name, tensor in stored.items()},
         unclaimed=unclaimed,
         calibrated=calibrated,
+        leave_out=leave_out,
     )
     plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")

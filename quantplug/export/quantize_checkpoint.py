@@ -24,7 +24,6 @@ from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
-from quantplug.export.plan.exclude import chosen_weights
 from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint import source_weights
@@ -36,6 +35,7 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family, ParamKey
 from quantplug.progress import Progress, silent
+from quantplug.selection import Policy, by_exclude, decide, excluding, quantized
 
 __all__ = ["QuantFormat", "quantize_checkpoint"]
 
@@ -97,14 +97,15 @@ def quantize_checkpoint(
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
         weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
         check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
-        chosen = chosen_weights(
-            weights, model.family, model.dims, exclude, bits=scheme.weight_bits, quantize_mtp=quantize_mtp
-        )
+        policy = Policy(scheme.weight_bits, quantize_mtp)
+        decisions = decide((weight.key for weight in weights), model.family, policy)
+        chosen = frozenset(quantized(excluding(decisions, exclude, model.family, model.dims)))
         request = ExportRequest(
             tied_embeddings=model.tied,
             dtype=None,
             max_shard_size=max_shard_size,
             reference={name: header.shape for name, header in checkpoint.tensors.items()},
+            leave_out=by_exclude,
         )
         planner = _Planner(model, weights, chosen, scheme.weight, request)
         rows = CheckpointSource(checkpoint, model.dims)

@@ -19,42 +19,9 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuanti
 from torch import nn
 
 from quantplug.errors import MappingError, Offender
-from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Role
 
 # What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
 _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_proj\.|\.experts\.\*)\w+_quantizer")
-
-
-# ModelOpt's stock configs leave multi-token prediction in high precision by this rule.
-MTP_OFF = "mtp.*"
-
-
-def rules_for_high_precision(family: Family, dims: ModelDimensions, bits: int = 8) -> list[dict[str, Any]]:
-    """Rules to append to a `quant_cfg` that enables every linear: off are those that servers load in high precision.
-
-    Only for what a model of these sizes has, and for weights of modules: a rule that matches nothing is refused.
-
-    Args:
-        bits: Of the format. In fewer than 8, MLA's `kv_b_proj` is kept too.
-    """
-    return [
-        {"quantizer_name": f"*{row.megatron[0].removesuffix('weight')}*_quantizer", "enable": False}
-        for row in family.mappings
-        if (row.role is Role.HIGH_PRECISION or row.min_bits > bits) and row.megatron[0].endswith(".weight")
-        if any(True for _ in row.keys(dims))
-    ]
-
-
-def with_mtp_quantized(quant_cfg: Sequence[Mapping[str, Any]], family: Family, dims: ModelDimensions) -> list[Any]:
-    """A stock `quant_cfg` that quantizes the layers of multi-token prediction like those of the decoder.
-
-    As it is where the model has none. Else without ModelOpt's rule that leaves them out, and with
-    `rules_for_high_precision`.
-    """
-    if not any(row.block.is_mtp and any(True for _ in row.keys(dims)) for row in family.mappings):
-        return list(quant_cfg)
-    return [*(rule for rule in quant_cfg if rule["quantizer_name"] != MTP_OFF), *rules_for_high_precision(family, dims)]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron.build import LayerSpec, build_model
 from quantplug.megatron.parallel import initialize_parallel
 from quantplug.megatron.parameters import LanguageModel
+from quantplug.plugins import quant_cfg  # and registers the wrappers
 
 INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
 
@@ -71,9 +71,12 @@ def load(source: Path, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE, **s
     return model
 
 
-def quantize(model: LanguageModel, scheme: str) -> LanguageModel:
-    """Quantizes with calibrated weights, and input amaxes set by hand: a forward of TE's modules needs a GPU."""
-    mtq.quantize(model, SCHEMES[scheme])
+def quantize(model: LanguageModel, scheme: str, source: Path | None = None) -> LanguageModel:
+    """Quantizes with calibrated weights, and input amaxes set by hand: a forward of TE's modules needs a GPU.
+
+    By ModelOpt's own config; or by ours, which knows what the model of a source keeps.
+    """
+    mtq.quantize(model, SCHEMES[scheme] if source is None else quant_cfg(scheme, source))
     for name, module in model.named_modules():
         if name.endswith(".input_quantizer") and module.is_enabled:
             module.amax = torch.tensor(input_amax(name.removesuffix(".input_quantizer")))

@@ -31,7 +31,9 @@ def export(made_once: MadeOnce, checkpoint: Callable[[str], Path]) -> Callable[.
         def make_export(directory: Path) -> None:
             with one_rank():
                 model = load(checkpoint(name))
-                export_mcore_gpt_to_hf(quantize(model, scheme) if scheme else model, checkpoint(name), directory)
+                if scheme:
+                    quantize(model, scheme, checkpoint(name))
+                export_mcore_gpt_to_hf(model, checkpoint(name), directory)
 
         return made_once(f"family_{name}_{scheme}", make_export)
 

@@ -24,12 +24,11 @@ from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from quantplug.megatron.parameters import iter_parameters
-from quantplug.plugins.rules import with_mtp_quantized
+from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint
 from quantplug.verify.report import Severity
 from tests.export.checkpoints import build, load, one_rank, quantize, read, same_bytes
 from tests.families.cases import CASES, DELTA, Tensors, save
-from tests.families.test_families import family_of
 from tests.ranks import run_ranks
 
 Checkpoint = Callable[[str], Path]
@@ -294,8 +293,7 @@ def test_calibration_with_data_reaches_every_linear(checkpoint: Checkpoint, tmp_
 
     with one_rank():
         model = load(source, LayerSpec.LOCAL)
-        rules = with_mtp_quantized(mtq.NVFP4_DEFAULT_CFG["quant_cfg"], *family_of(source))
-        mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        mtq.quantize(model, {**quant_cfg("nvfp4", source, quantize_mtp=True), "algorithm": None})
         calibrate(model, forward, CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
         export_mcore_gpt_to_hf(model, source, tmp_path / "out")
     exported = read(tmp_path / "out")

@@ -1,44 +1,50 @@
-"""Every family without a model: the same bytes as by way of Megatron-Core."""
+"""Every family in every way: from a checkpoint, from a live model to files, and as a stream, in the same bytes."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import modelopt.torch.quantization as mtq
 import pytest
+import torch
 
-from quantplug import export_mcore_gpt_to_hf
+from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family
-from quantplug.plugins.rules import rules_for_high_precision
 from quantplug.verify import verify_checkpoint
-from tests.export.checkpoints import SCHEMES, load, one_rank, read, same_bytes
+from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
 
 # Hidden 160 and expert width 96 do not divide by 128: FP8 in blocks has a checkpoint of its own in tests/export.
 FORMATS = ("w4a16_nvfp4", "w8a16_fp8")
 
 
-def by_megatron(source: Path, scheme: str, out: Path) -> Path:
-    """As the examples quantize: what servers load in high precision stays so, and multi-token prediction."""
-    config = read_source_config(source)
-    family = find_family(config.architecture)
-    rules = rules_for_high_precision(family, family.dimensions(config.values), bits=4 if "nvfp4" in scheme else 8)
+def by_megatron(source: Path, format_name: str, out: Path) -> dict[str, torch.Tensor]:
+    """Streamed from a model that was never quantized; then the same model is quantized, and exported to files."""
     with one_rank():
-        model = mtq.quantize(load(source), {**SCHEMES[scheme], "quant_cfg": [*SCHEMES[scheme]["quant_cfg"], *rules]})
-        export_mcore_gpt_to_hf(model, source, out)
-    return out
+        model = load(source)
+        streamed = dict(export_hf_weights_quant(model, source, quant_format=format_name))
+        export_mcore_gpt_to_hf(quantize(model, format_name, source), source, out)
+    return streamed
+
+
+def of_megatron(tensors: dict[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+    """Without what Megatron's model does not hold, which a receiver of a stream has already."""
+    passthrough = find_family(read_source_config(source).architecture).passthrough
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(passthrough)}
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_the_bytes_are_those_of_the_way_through_megatron(
+def test_the_bytes_are_the_same_in_every_way(
     family: str, format_name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out, exported = tmp_path / "out", tmp_path / "by_megatron"
     result = quantize_checkpoint(checkpoint(family), out, format_name)
-    exported = by_megatron(checkpoint(family), format_name, tmp_path / "by_megatron")
+    streamed = by_megatron(checkpoint(family), format_name, exported)
     expected, found = read(exported), read(out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not same_bytes(found[name], expected[name])] == []
+    received = of_megatron(expected, checkpoint(family))
+    assert streamed.keys() == received.keys()
+    assert [name for name in received if not same_bytes(streamed[name], received[name])] == []
     assert {path.name for path in out.iterdir()} == {path.name for path in exported.iterdir()}
     for path in exported.glob("*.json"):
         assert (out / path.name).read_text() == path.read_text(), path.name

@@ -1,6 +1,5 @@
 """Layers of multi-token prediction: never dropped, quantized or left as they are by choice."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,21 +11,17 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.run import calibrate
 from quantplug.calibration.statistics import StatisticsRow
-from quantplug.errors import CalibrationError, MappingError, SourceError, UnsupportedQuantizationError
-from quantplug.mappings.families import find_family
-from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family
+from quantplug.errors import CalibrationError, MappingError, SourceError
 from quantplug.megatron import cpu
 from quantplug.megatron.build import LayerSpec
 from quantplug.megatron.mtp import without_labels
-from quantplug.plugins.rules import MTP_OFF, rules_for_high_precision, with_mtp_quantized
+from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint
 from quantplug.verify.checks import Check
 from tests.export.checkpoints import build, load, one_rank, read, same_bytes
@@ -53,12 +48,6 @@ def changed(
 def without_layer(tensors: dict[str, torch.Tensor]) -> None:
     for name in [name for name in tensors if name.startswith("model.layers.3.")]:
         del tensors[name]
-
-
-def family_of(source: Path) -> tuple[Family, ModelDimensions]:
-    config = AutoConfig.from_pretrained(source).to_dict()
-    family = find_family(config["architectures"][0])
-    return family, family.dimensions(config)
 
 
 def refused(error: type[Exception], source: Path) -> str:
@@ -117,15 +106,15 @@ def test_a_model_without_the_promised_layer_is_not_exported(checkpoint: Checkpoi
             export_mcore_gpt_to_hf(model, checkpoint("glm4_moe"), tmp_path / "out")
 
 
-def quantized(source: Path, quant_cfg: list[dict[str, object]], out: Path) -> None:
+def quantized(source: Path, config: dict[str, object], out: Path) -> None:
     with one_rank():
-        model = mtq.quantize(load(source), {"quant_cfg": quant_cfg, "algorithm": "max"})
+        model = mtq.quantize(load(source), config)
         export_mcore_gpt_to_hf(model, source, out)
 
 
 @pytest.mark.parametrize("name", WITH_MTP)
 def test_stock_configs_leave_it_in_high_precision(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    quantized(checkpoint(name), mtq.W4A16_NVFP4_CFG["quant_cfg"], tmp_path / "out")
+    quantized(checkpoint(name), quant_cfg("w4a16_nvfp4", checkpoint(name)), tmp_path / "out")
     original, exported = read(checkpoint(name)), read(tmp_path / "out")
     layer = [tensor for tensor in original if tensor.startswith("model.layers.3.")]
     assert all(same_bytes(exported[tensor], original[tensor]) for tensor in layer)
@@ -142,8 +131,8 @@ def test_stock_configs_leave_it_in_high_precision(name: str, checkpoint: Checkpo
 
 @pytest.mark.parametrize("name", WITH_MTP)
 def test_it_is_quantized_by_choice_but_for_its_projection(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    quant_cfg = with_mtp_quantized(mtq.W4A16_NVFP4_CFG["quant_cfg"], *family_of(checkpoint(name)))
-    quantized(checkpoint(name), quant_cfg, tmp_path / "out")
+    config = quant_cfg("w4a16_nvfp4", checkpoint(name), quantize_mtp=True)
+    quantized(checkpoint(name), config, tmp_path / "out")
     exported = read(tmp_path / "out")
     linears = [f"{module}.weight" for module in ("model.layers.3.self_attn.o_proj", EXPERT.removesuffix(".weight"))]
     assert all(exported[linear].dtype == torch.uint8 for linear in linears)
@@ -151,29 +140,32 @@ def test_it_is_quantized_by_choice_but_for_its_projection(name: str, checkpoint:
     assert verify_checkpoint(tmp_path / "out", checkpoint(name)).ok
 
 
-def test_its_projection_quantized_is_refused_with_the_rule_to_append(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    quant_cfg = [rule for rule in mtq.W4A16_NVFP4_CFG["quant_cfg"] if rule["quantizer_name"] != MTP_OFF]
-    with pytest.raises(UnsupportedQuantizationError, match=r"(?s)mtp\.layers\.0\.eh_proj\.weight.*'\*eh_proj\*'"):
-        quantized(checkpoint("glm4_moe"), quant_cfg, tmp_path / "out")
+def names(source: Path, format_name: str, **asked: bool) -> list[object]:
+    """The quantizers that a config of ours names and ModelOpt's own does not, by the name of the format."""
+    stock = {rule["quantizer_name"] for rule in mtq.W4A16_NVFP4_CFG["quant_cfg"]}
+    rules = quant_cfg(format_name, source, **asked)["quant_cfg"]
+    return [rule["quantizer_name"] for rule in rules if rule["quantizer_name"] not in {*stock, "*input_quantizer"}]
 
 
 def test_kv_b_proj_is_kept_in_four_bits(checkpoint: Checkpoint) -> None:
     """SGLang reads its weight as values, whatever the format."""
-    names = [rule["quantizer_name"] for rule in rules_for_high_precision(*family_of(checkpoint("deepseek_v3")), bits=4)]
-    assert names == [
-        "*decoder.layers.*.self_attention.linear_kv_up_proj.*_quantizer",
-        "*mtp.layers.*.eh_proj.*_quantizer",
-        "*mtp.layers.*.transformer_layer.self_attention.linear_kv_up_proj.*_quantizer",
+    projection = "*mtp.layers.*.eh_proj.*_quantizer*"
+    assert names(checkpoint("deepseek_v3"), "nvfp4") == [
+        "*decoder.layers.*.self_attention.linear_kv_up_proj.*_quantizer*",
+        projection,
+        "*mtp.layers.*.transformer_layer.self_attention.linear_kv_up_proj.*_quantizer*",
     ]
+    assert names(checkpoint("deepseek_v3"), "fp8") == [projection]
 
 
 def test_rules_are_for_what_a_model_has(checkpoint: Checkpoint) -> None:
-    stock = copy.deepcopy(mtq.W4A16_NVFP4_CFG["quant_cfg"])
-    assert rules_for_high_precision(*family_of(checkpoint("glm4_moe_air"))) == []
-    assert with_mtp_quantized(stock, *family_of(checkpoint("glm4_moe_air"))) == stock
-    assert rules_for_high_precision(*family_of(checkpoint("glm4_moe"))) == [
-        {"quantizer_name": "*mtp.layers.*.eh_proj.*_quantizer", "enable": False}
-    ]
+    plain, with_mtp = checkpoint("glm4_moe_air"), checkpoint("glm4_moe")
+    assert quant_cfg("w4a16_nvfp4", plain) == quant_cfg("w4a16_nvfp4", plain, quantize_mtp=True) == mtq.W4A16_NVFP4_CFG
+    assert names(with_mtp, "w4a16_nvfp4") == ["*mtp.layers.*.eh_proj.*_quantizer*"]
+    off = {rule["quantizer_name"] for rule in quant_cfg("w4a16_nvfp4", with_mtp)["quant_cfg"]}
+    assert off - {
+        rule["quantizer_name"] for rule in quant_cfg("w4a16_nvfp4", with_mtp, quantize_mtp=True)["quant_cfg"]
+    } == {"mtp.*"}
 
 
 def test_correction_biases_are_never_rounded(checkpoint: Checkpoint) -> None:
@@ -198,8 +190,7 @@ def test_calibration_reaches_it_without_labels(name: str, checkpoint: Checkpoint
     tokens = torch.arange(48).view(2, 24) * 7 % 500
     with one_rank():
         model = load(checkpoint(name), LayerSpec.LOCAL, dtype=torch.float32)
-        rules = with_mtp_quantized(mtq.FP8_DEFAULT_CFG["quant_cfg"], *family_of(checkpoint(name)))
-        mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        mtq.quantize(model, {**quant_cfg("fp8", checkpoint(name), quantize_mtp=True), "algorithm": None})
         calibrate(model, lambda chunk: forward(chunk, tokens), CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
         inputs = {
             name: module.amax
@@ -228,8 +219,7 @@ def test_tokens_of_its_experts_are_counted(checkpoint: Checkpoint) -> None:
     tokens = torch.arange(48).view(2, 24) * 7 % 500
     with one_rank():
         model = load(checkpoint("glm4_moe"), LayerSpec.LOCAL, dtype=torch.float32)
-        rules = with_mtp_quantized(mtq.FP8_DEFAULT_CFG["quant_cfg"], *family_of(checkpoint("glm4_moe")))
-        mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        mtq.quantize(model, {**quant_cfg("fp8", checkpoint("glm4_moe"), quantize_mtp=True), "algorithm": None})
         policy = CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX)
         record = calibrate(model, lambda chunk: forward(chunk, tokens), policy)
         rows = gather_statistics(model, record).rows

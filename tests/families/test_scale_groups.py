@@ -6,16 +6,14 @@ from pathlib import Path
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from transformers import AutoConfig
 
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.errors import WeightError
 from quantplug.export.live_plan import plan_export
 from quantplug.export.pipeline.amaxes import amaxes_of_wholes
 from quantplug.export.pipeline.prescan import prescan
-from quantplug.mappings.families import find_family
 from quantplug.mappings.table import ParamKey
-from quantplug.plugins.rules import with_mtp_quantized
+from quantplug.plugins import quant_cfg
 from tests.export.checkpoints import load, one_rank, read, same_bytes
 
 Checkpoint = Callable[[str], Path]
@@ -26,10 +24,7 @@ NAMES = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 
 def everything(source: Path) -> dict[str, object]:
     """A config that quantizes the MTP layer too."""
-    config = AutoConfig.from_pretrained(source).to_dict()
-    family = find_family(config["architectures"][0])
-    rules = with_mtp_quantized(mtq.W4A16_NVFP4_CFG["quant_cfg"], family, family.dimensions(config))
-    return {"quant_cfg": rules, "algorithm": "max"}
+    return quant_cfg("w4a16_nvfp4", source, quantize_mtp=True)
 
 
 def test_current_amaxes_are_those_of_the_group(checkpoint: Checkpoint) -> None:
@@ -62,7 +57,9 @@ def test_a_stream_has_the_bytes_of_an_export(checkpoint: Checkpoint, tmp_path: P
     """Shared scales, copies of the embedding and the head, the plain projection of the MTP layer: all alike."""
     with one_rank():
         plain = load(checkpoint(SOURCE))
-        streamed = dict(export_hf_weights_quant(plain, checkpoint(SOURCE), quant_format="w4a16_nvfp4"))
+        streamed = dict(
+            export_hf_weights_quant(plain, checkpoint(SOURCE), quant_format="w4a16_nvfp4", quantize_mtp=True)
+        )
         model = mtq.quantize(load(checkpoint(SOURCE)), everything(checkpoint(SOURCE)))
         export_mcore_gpt_to_hf(model, checkpoint(SOURCE), tmp_path / "out")
     exported = read(tmp_path / "out")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from quantplug.errors import ArgumentError, Offender
-from quantplug.export.plan.check_quantizers import check_calibrated, check_quantizers
+from quantplug.export.plan.check_quantizers import check_calibrated, check_quantizers, check_shapes
 from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
@@ -25,6 +25,7 @@ from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
+from quantplug.selection import LeaveOut, by_rules
 
 MAX_SHARD_SIZE = 5 * 10**9
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,6 +44,7 @@ class ExportRequest:
         source_types: Their types.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
         calibrated: Whether calibration is over; before it, no amax is asked for.
+        leave_out: How a user leaves weights out, for the advice of errors.
     """
 
     tied_embeddings: bool = False
@@ -53,6 +55,7 @@ class ExportRequest:
     source_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     unclaimed: Sequence[str] = ()
     calibrated: bool = True
+    leave_out: LeaveOut = by_rules
 
 
 def build_plan(
@@ -74,6 +77,7 @@ def build_plan(
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
     scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
+    check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
     dialect = dialect_for(scheme) if scheme else None
     written = _rows_written(mapped, dialect)
     groups = group_names(mapped, written, dims)

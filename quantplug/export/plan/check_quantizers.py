@@ -9,15 +9,12 @@ from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import Scheme
+from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role
+from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rule
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
-_KEPT = Kind(
-    UnsupportedQuantizationError,
-    "Quantizers are enabled where servers load high precision.",
-    "Append a rule that disables them to quant_cfg, such as {'quantizer_name': '*output_layer*', 'enable': False}, "
-    "'*router*', '*conv1d*' or '*eh_proj*'.",
-)
+_ANY_BITS = 16
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled that no part of the checkpoint expresses.",
@@ -38,12 +35,7 @@ _UNCALIBRATED = Kind(
     "Quantizers are enabled but hold no usable amax.",
     "Run mtq.quantize: weights need no data, inputs a forward loop that reaches every expert; or quantize weight-only.",
 )
-_DIVISOR = Kind(
-    ShapeError,
-    "Weights do not divide as their format needs.",
-    "Choose a format whose block size divides them, or leave these linears in high precision: disable their "
-    "quantizers, or exclude these modules where there is no model.",
-)
+_DIVISOR = "Weights do not divide as their format needs."
 
 
 def check_quantizers(
@@ -53,23 +45,20 @@ def check_quantizers(
     for name in unclaimed:
         findings.add(_UNCLAIMED, name, "is enabled")
     by_scheme: dict[Scheme, list[WholeWeight]] = {}
+    against_policy: list[tuple[WholeWeight, Kept]] = []
     for whole, mapping in mapped:
         if whole.weight is None:
             if whole.activation is not None:
                 findings.add_weight(_SETTING, whole, "its input quantizer is enabled, its weight quantizer is not")
             continue
-        if mapping.role is not Role.LINEAR:
-            findings.add_weight(_KEPT, whole, f"enabled for the {mapping.role.value}")
-            continue
-        scheme = _scheme(whole, whole.weight, findings)
-        if scheme is not None:
+        scheme = _scheme(whole, whole.weight, findings) if mapping.role is Role.LINEAR else None
+        # Layers of multi-token prediction are quantized where a config of the user's has enabled their quantizers.
+        kept = Policy(scheme.weight_bits if scheme else _ANY_BITS, quantize_mtp=True).why_kept(mapping)
+        if kept is not None:
+            against_policy.append((whole, kept))
+        elif scheme is not None:
             by_scheme.setdefault(scheme, []).append(whole)
-            packed = [
-                shape
-                for name, shape in zip(mapping.hf, shapes[whole.key], strict=True)
-                if name not in mapping.high_precision
-            ]
-            _check_shapes(whole, scheme, packed, findings)
+    _refuse_against_policy(against_policy, findings)
     _check_experts(mapped, findings)
     _check_uniform(by_scheme, findings)
     return next(iter(by_scheme), None)
@@ -98,11 +87,43 @@ def _scheme(whole: WholeWeight, weight: QuantizerState, findings: Findings) -> S
     return None
 
 
-def _check_shapes(whole: WholeWeight, scheme: Scheme, shapes: Sequence[tuple[int, ...]], findings: Findings) -> None:
-    for shape in shapes:
-        problem = scheme.weight.problem(shape)
-        if problem is not None:
-            findings.add_weight(_DIVISOR, whole, f"{scheme.weight.name}: {problem}")
+def _refuse_against_policy(against_policy: Sequence[tuple[WholeWeight, Kept]], findings: Findings) -> None:
+    """Quantizers that are enabled for what the policy keeps, with the very rules that turn them off."""
+    modules = dict.fromkeys(whole.key.module for whole, _ in against_policy)
+    rules = ", ".join(str(quantizer_rule(module)) for module in modules)
+    kind = Kind(
+        UnsupportedQuantizationError,
+        "Quantizers are enabled where servers load high precision.",
+        f"Append to quant_cfg, as quantplug.plugins.quant_cfg does for you: {rules}.",
+    )
+    for whole, kept in against_policy:
+        findings.add_weight(kind, whole, f"enabled for the {kept.words}")
+
+
+def check_shapes(
+    mapped: Mapped,
+    shapes: Mapping[ParamKey, tuple[tuple[int, ...], ...]],
+    scheme: Scheme | None,
+    dims: ModelDimensions,
+    leave_out: LeaveOut,
+    findings: Findings,
+) -> None:
+    """Whether the packed parts of quantized weights divide as the scheme needs; and what to leave out where not."""
+    rows = {whole.key: mapping for whole, mapping in mapped if whole.weight is not None and mapping.role is Role.LINEAR}
+    uneven: list[tuple[WholeWeight, str]] = []
+    for whole, mapping in mapped if scheme else ():
+        if scheme is None or whole.key not in rows:
+            continue
+        for name, shape in zip(mapping.hf, shapes[whole.key], strict=True):
+            problem = None if name in mapping.high_precision else scheme.weight.problem(shape)
+            if problem is not None:
+                uneven.append((whole, problem))
+    if not uneven or scheme is None:
+        return
+    way_out = leave_out([whole.key for whole, _ in uneven], rows, dims)
+    kind = Kind(ShapeError, _DIVISOR, f"Choose a format whose block size divides them. Or: {way_out}")
+    for whole, problem in uneven:
+        findings.add_weight(kind, whole, f"{scheme.weight.name}: {problem}")
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:

@@ -120,12 +120,14 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model it was built from.
         quantization_checker: Whether to quantize a weight, by its global Megatron name, such as
             `decoder.layers.3.mlp.experts.linear_fc1.weight69`; None for all linears. Each rank is asked for its own
-            weights; answers must agree, and be alike for all experts of a layer. With `quant_fn` it is asked for the
+            weights; answers must agree, and be alike for all experts of a layer. It may leave linears out, not take in
+            what servers load in high precision. With `quant_fn` it is asked for the
             embedding and the output layer too; for routers and norms never.
         quant_fn: (weight [out, in], quant_block_size) to (codes, scale).
         quant_block_size: Rows and columns of a block of `quant_fn`; None if it has no blocks.
         quant_format: w4a16_nvfp4, w8a16_fp8, fp8_blockwise: by the amaxes of the weights alone. as_quantized: as the
             model's ModelOpt quantizers say, with the amaxes that they hold.
+        quantize_mtp: Whether linears of multi-token prediction are quantized too; they are kept in any case.
         scale_suffix: What a scale of `quant_fn` is called: this behind the weight's name.
         dtype: Type of tensors that are not quantized.
         moe_router_dtype: Type of the routers, None for `dtype`.

@@ -1,13 +1,14 @@
 """Which weights a caller's `quantization_checker` wants quantized: asked where they are, agreed by all ranks."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from quantplug.errors import Offender, UnsupportedQuantizationError
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none, gather_objects
+from quantplug.selection import Kept, Reason
 
 QuantizationChecker = Callable[[str], bool]
 """Sees a global Megatron name such as `decoder.layers.3.mlp.experts.linear_fc1.weight69`; whether to quantize it."""
@@ -22,6 +23,34 @@ _EXPERTS = Kind(
     "quantization_checker answers differently for experts of one layer, which servers load alike.",
     "Let it answer alike for all experts of a layer, whatever rank holds them.",
 )
+
+_WIDENS = Kind(
+    UnsupportedQuantizationError,
+    "quantization_checker wants weights quantized that servers load in high precision.",
+    "Let it answer False for them.",
+)
+_WIDENS_MTP = Kind(
+    UnsupportedQuantizationError,
+    "quantization_checker wants layers of multi-token prediction quantized, which are kept unless that is asked for.",
+    "Pass quantize_mtp=True, or let it answer False for them.",
+)
+
+
+def refuse_widened(kept: Mapping[ParamKey, Kept]) -> None:
+    """Refuses a checker that wants quantized what the policy keeps.
+
+    Args:
+        kept: Weights that it wants, and why they are kept.
+
+    Raises:
+        UnsupportedQuantizationError: There are some.
+    """
+    findings = Findings()
+    for key, why in kept.items():
+        findings.add(
+            _WIDENS_MTP if why.reason is Reason.MTP else _WIDENS, key.name, f"yes for a {why.words}", key.expert
+        )
+    findings.raise_if_any()
 
 
 def chosen_weights(weights: Sequence[WholeWeight], checker: QuantizationChecker, rank: int) -> frozenset[ParamKey]:

@@ -1,7 +1,7 @@
 """What a stream will send: the plan of an export to disk, with the caller's quantization in place of the model's."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,14 +9,15 @@ import torch
 from quantplug.export.live_plan import PlannedExport, plan_export
 from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
-from quantplug.export.stream.checker import chosen_weights
+from quantplug.export.stream.checker import chosen_weights, refuse_widened
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
 from quantplug.export.stream.request import AS_QUANTIZED, OwnQuantizers, StreamRequest
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import SCHEMES
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Role
+from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
+from quantplug.selection import Kept, Policy, by_checker, by_rules, decide
 from quantplug.topology import ParallelTopology
 
 
@@ -74,6 +75,7 @@ def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device:
         trust_remote_code=request.trust_remote_code,
         calibrated=request.named_format is AS_QUANTIZED,
         with_passthrough=False,  # A receiver has what never changes.
+        leave_out=by_rules if request.named_format is AS_QUANTIZED else by_checker,
         requantize=None
         if request.named_format is AS_QUANTIZED
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
@@ -102,18 +104,35 @@ def _requantized(
     plain = [replace(weight, weight=None, activation=None) for weight in weights]
     if request.named_format is None or isinstance(request.named_format, OwnQuantizers):
         return plain
-    packing = SCHEMES[request.named_format].weight
-    table = family.by_megatron()
-    linears = [
-        weight for weight in plain if weight.key.module in table and table[weight.key.module].role is Role.LINEAR
-    ]
-    chosen = {weight.key for weight in linears}
-    if request.quantization_checker is not None:
-        chosen &= chosen_weights(linears, request.quantization_checker, rank)
+    scheme = SCHEMES[request.named_format]
+    policy = Policy(scheme.weight_bits, request.quantize_mtp)
+    decisions = decide((weight.key for weight in plain), family, policy)
+    linears = {key: it for key, it in decisions.items() if it.row.role is Role.LINEAR}
+    asked = [weight for weight in plain if weight.key in linears]
+    chosen = _chosen(asked, lambda weight: linears[weight.key].kept, request, rank)
     return [
-        replace(weight, weight=quantizer_for(packing, weight.key.name)) if weight.key in chosen else weight
+        replace(weight, weight=quantizer_for(scheme.weight, weight.key.name)) if weight.key in chosen else weight
         for weight in plain
     ]
+
+
+def _chosen(
+    asked: Sequence[WholeWeight],
+    why_kept: Callable[[WholeWeight], Kept | None],
+    request: StreamRequest,
+    rank: int,
+) -> frozenset[ParamKey]:
+    """Of some weights those that are quantized: what the checker wants, which may be less than the policy, never more.
+
+    Without a checker nobody has asked for what the policy keeps, so that it simply stays as it is.
+    """
+    checker = request.quantization_checker
+    wanted = None if checker is None else chosen_weights(asked, checker, rank)
+    weights = [weight for weight in asked if wanted is None or weight.key in wanted]
+    kept = all_or_none(lambda: {weight.key: found for weight in weights if (found := why_kept(weight)) is not None})
+    if checker is not None:
+        refuse_widened(kept)
+    return frozenset(weight.key for weight in weights) - kept.keys()
 
 
 def _with_quant_fn(
@@ -126,14 +145,20 @@ def _with_quant_fn(
 ) -> tuple[ExportTask, ...]:
     """The tasks of plain weights, those that are wanted quantized by the caller's function."""
     askable = (Role.LINEAR,) if request.quantization_checker is None else (Role.LINEAR, Role.VOCABULARY)
-    weights = [task.source for task in tasks if task.mapping.role in askable]
-    chosen = frozenset(weight.key for weight in weights)
-    if request.quantization_checker is not None:
-        chosen = chosen_weights(weights, request.quantization_checker, rank)
+    by_key = {task.source.key: task for task in tasks if task.mapping.role in askable}
     functions = {
         dtype: QuantFunction(quant_fn, request.quant_block_size, dtype, device)
-        for dtype in {weight.dtype for weight in weights}
+        for dtype in {task.source.dtype for task in by_key.values()}
     }
+
+    def why_kept(weight: WholeWeight) -> Kept | None:
+        task = by_key[weight.key]
+        if task.mapping.role is Role.VOCABULARY:
+            return None  # Whoever brings a function has a reader of his own, and has asked for it by name.
+        bits = functions[weight.dtype].weight_bits(task.outputs[0].shape)
+        return Policy(bits, request.quantize_mtp).why_kept(task.mapping)
+
+    chosen = _chosen([task.source for task in by_key.values()], why_kept, request, rank)
     return all_or_none(
         lambda: tuple(
             _task_with(task, functions[task.source.dtype], request.scale_suffix, dims)

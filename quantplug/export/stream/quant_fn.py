@@ -48,6 +48,11 @@ class QuantFunction:
     def name(self) -> str:
         return "quant_fn"
 
+    def weight_bits(self, shape: tuple[int, ...]) -> int:
+        """Bits of a code, scales apart, that the function makes of a weight of this shape."""
+        codes, _ = self.outputs(shape)
+        return math.ceil(8 * codes.nbytes / math.prod(shape))
+
     def problem(self, shape: tuple[int, ...]) -> str | None:
         return None if len(shape) == 2 and all(shape) else f"shape {list(shape)} is not [out_features, in_features]"
 

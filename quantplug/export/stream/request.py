@@ -57,6 +57,7 @@ class StreamRequest:
     quant_block_size: tuple[int, int] | None = None
     _: KW_ONLY
     quant_format: QuantFormat | OwnQuantizers | str | None = None
+    quantize_mtp: bool = False
     scale_suffix: str = SCALE_SUFFIX
     dtype: torch.dtype = torch.bfloat16
     moe_router_dtype: torch.dtype | None = None
@@ -127,6 +128,8 @@ class StreamRequest:
             found.append(("quant_block_size", f"is {self.quant_block_size!r}, not (rows, columns)"))
         if self.named_format is AS_QUANTIZED and self.quantization_checker is not None:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
+        if self.named_format is AS_QUANTIZED and self.quantize_mtp:
+            found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
         if not self.scale_suffix or self.scale_suffix.endswith(INPUT_SCALE.name):
             found.append(("scale_suffix", f"is {self.scale_suffix!r}, which is empty or that of an input scale"))
         return found

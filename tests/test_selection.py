@@ -1,14 +1,15 @@
-"""Names and patterns of modules that stay as they are."""
+"""The one policy of what is quantized, and what to leave out together."""
+
+import shlex
+from dataclasses import replace
 
 import pytest
-import torch
 
 from quantplug.errors import MappingError, QuantplugError, UnsupportedQuantizationError
-from quantplug.export.plan.exclude import chosen_weights
-from quantplug.export.plan.types import WholeWeight
 from quantplug.mappings.families import find_family
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.layouts import ModelDimensions, Option
 from quantplug.mappings.table import Family, ParamKey
+from quantplug.selection import Policy, Reason, by_checker, by_exclude, by_rules, decide, excluding, quantized
 from tests.export.refusals import offenders
 
 MOE = ModelDimensions(2, 160, 4, 2, 48, vocab_size=523, num_experts=3, moe_layers=(0, 1))
@@ -17,8 +18,8 @@ EXPERTS = "model.layers.0.mlp.experts"
 
 
 def chosen(family: Family, *exclude: str) -> frozenset[ParamKey]:
-    weights = [WholeWeight(key, (1, 1), torch.bfloat16) for _, key in family.expected(MOE)]
-    return chosen_weights(weights, family, MOE, exclude)
+    decisions = decide((key for _, key in family.expected(MOE)), family, Policy(weight_bits=4))
+    return frozenset(quantized(excluding(decisions, exclude, family, MOE)))
 
 
 def left_out(family: Family, *exclude: str) -> set[str]:
@@ -72,7 +73,7 @@ def test_what_stays_in_any_case_may_be_named(name: str) -> None:
             {(f"model.layers.1.self_attn.{name}_proj", None) for name in "qv"},
         ),
         (QWEN3_MOE, [f"{EXPERTS}.*.gate_proj"], UnsupportedQuantizationError, {(f"{EXPERTS}.1.up_proj", 1)}),
-        (QWEN3_MOE, [f"{EXPERTS}.0.*"], UnsupportedQuantizationError, {(f"{EXPERTS}.2.down_proj.weight", 2)}),
+        (QWEN3_MOE, [f"{EXPERTS}.0.*"], UnsupportedQuantizationError, {(f"{EXPERTS}.2.down_proj", 2)}),
         (QWEN3_MOE, [f"{EXPERTS}.*.down_proj"], UnsupportedQuantizationError, set()),
         (GPT_OSS, [f"{EXPERTS}.down_proj"], UnsupportedQuantizationError, {(f"{EXPERTS}.gate_up_proj", 1)}),
         (QWEN3_MOE, ["*"], UnsupportedQuantizationError, {("exclude", None)}),
@@ -86,3 +87,45 @@ def test_what_cannot_be_excluded_is_named(
     assert type(caught.value) is kind
     assert caught.value.remedy
     assert named <= offenders(caught)
+
+
+@pytest.mark.parametrize(
+    ("family", "exclude", "advised"),
+    [
+        (
+            QWEN3_MOE,
+            ["model.layers.1.self_attn.k_proj"],
+            [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"],
+        ),
+        (QWEN3_MOE, ["*.q_proj"], [f"model.layers.*.self_attn.{name}_proj" for name in "qkv"]),
+        (QWEN3_MOE, [f"{EXPERTS}.2.up_proj"], [f"{EXPERTS}.*"]),
+        (QWEN3_MOE, ["*.experts.1.*"], ["model.layers.*.mlp.experts.*"]),
+        (GPT_OSS, [f"{EXPERTS}.down_proj"], [EXPERTS]),
+    ],
+)
+def test_the_advice_is_all_that_is_fused_and_no_more(family: Family, exclude: list[str], advised: list[str]) -> None:
+    with pytest.raises(UnsupportedQuantizationError) as caught:
+        chosen(family, *exclude)
+    words = shlex.split(caught.value.remedy)
+    assert [word for word in words if word.startswith("model.")] == advised
+    assert words.count("--exclude") == len(advised)
+
+
+def test_a_format_that_fits_no_linear_is_not_advised_with_excludes() -> None:
+    rows = quantized(decide((key for _, key in QWEN3_MOE.expected(MOE)), QWEN3_MOE, Policy(weight_bits=4)))
+    for advice in (by_exclude, by_rules, by_checker):
+        assert advice(rows, rows, MOE).startswith("Choose another format")
+
+
+def test_every_decision_says_why() -> None:
+    """What is not quantized, by Megatron's name, and the reason: data of the rows, whatever the architecture."""
+    family = find_family("DeepseekV3ForCausalLM")
+    dims = replace(MOE, mtp_layers=1, options=frozenset({Option.QUERY_LATENT}))
+    decisions = decide((key for _, key in family.expected(dims)), family, Policy(weight_bits=4))
+    reasons = {key.module.rpartition("layers.*.")[2]: it.kept and it.kept.reason for key, it in decisions.items()}
+    assert reasons["self_attention.linear_kv_up_proj.weight"] is Reason.BITS
+    assert reasons["self_attention.linear_kv_down_proj.weight"] is None
+    assert reasons["eh_proj.weight"] is Reason.ROLE
+    assert reasons["transformer_layer.mlp.experts.linear_fc1.weight*"] is Reason.MTP
+    assert reasons["transformer_layer.self_attention.linear_kv_up_proj.weight"] is Reason.BITS
+    assert all(it.kept is None or it.kept.words for it in decisions.values())

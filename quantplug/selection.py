@@ -1,0 +1,276 @@
+"""Which linears of a model are quantized in a format, which are not, and why: the one policy that every way asks.
+
+What servers can read is data of a family's rows: their role, the fewest bits (`min_bits`), what they fuse. A user may
+ask for less, by excluding modules, or for multi-token prediction, which is kept otherwise, as ModelOpt's own configs
+keep it. Nothing here knows an architecture by name, a tensor's values or a rank.
+
+Weights that a server fuses into one linear or loads alike (experts of a layer, a scale group) are quantized together or
+not at all. So a user who must leave one out is told all that goes with it, in the words of the way that he came by.
+"""
+
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from quantplug.errors import MappingError, UnsupportedQuantizationError
+from quantplug.findings import Findings, Kind, nearest
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey, Role, WeightMapping
+
+Rows = Mapping[ParamKey, WeightMapping]
+"""Weights with their rows."""
+
+LeaveOut = Callable[[Iterable[ParamKey], Rows, ModelDimensions], str]
+"""Says how to leave weights out, given all that are quantized: one function for every way to quantize."""
+
+_UNMATCHED = Kind(
+    MappingError,
+    "Patterns of exclude match no linear of the model.",
+    "Use names of modules as the checkpoint spells them, such as model.layers.0.mlp.down_proj, or model.layers.0.*.",
+)
+_NOTHING = Kind(
+    UnsupportedQuantizationError, "No linear is left to quantize.", "Exclude fewer modules; a plain copy needs no tool."
+)
+
+
+class Reason(Enum):
+    """Why a weight of a matrix product is not quantized."""
+
+    ROLE = "what it is to the model"
+    BITS = "too few bits for some server"
+    MTP = "multi-token prediction"
+    EXCLUDED = "excluded by the user"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """That a weight stays in high precision.
+
+    Attributes:
+        words: The reason in full, for tables and messages.
+    """
+
+    reason: Reason
+    words: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is asked for, as far as it concerns which rows of a table are quantized.
+
+    Attributes:
+        weight_bits: Bits of a code of the format.
+        quantize_mtp: Whether layers of multi-token prediction are quantized too.
+    """
+
+    weight_bits: int
+    quantize_mtp: bool = False
+
+    def why_kept(self, row: WeightMapping) -> Kept | None:
+        """Why weights of a row stay in high precision; None where they are quantized."""
+        if row.role is not Role.LINEAR:
+            return Kept(Reason.ROLE, row.role.value)
+        if row.min_bits > self.weight_bits:
+            return Kept(Reason.BITS, f"linear weight that not every server reads in {self.weight_bits} bits")
+        if row.block.is_mtp and not self.quantize_mtp:
+            return Kept(Reason.MTP, "linear weight of multi-token prediction, kept unless quantize_mtp asks for it")
+        return None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one weight of a matrix product.
+
+    Attributes:
+        kept: Why it stays in high precision; None where it is quantized.
+    """
+
+    row: WeightMapping
+    kept: Kept | None
+
+
+Decisions = Mapping[ParamKey, Decision]
+
+
+def decide(keys: Iterable[ParamKey], family: Family, policy: Policy) -> Decisions:
+    """The decision on every weight of a matrix product that the table knows."""
+    table = family.by_megatron()
+    rows = {key: table[key.module] for key in keys if key.module in table}
+    return {key: Decision(row, policy.why_kept(row)) for key, row in rows.items() if row.role.multiplies}
+
+
+def quantized(decisions: Decisions) -> dict[ParamKey, WeightMapping]:
+    """The weights that are quantized, with their rows."""
+    return {key: decision.row for key, decision in decisions.items() if decision.kept is None}
+
+
+def excluding(decisions: Decisions, exclude: Sequence[str], family: Family, dims: ModelDimensions) -> Decisions:
+    """The decisions, less what a user leaves out.
+
+    Args:
+        exclude: Exact names or shell patterns of modules as the checkpoint spells them.
+
+    Raises:
+        MappingError: A pattern matches no module with a matrix product.
+        UnsupportedQuantizationError: A pattern parts q, k and v, gate and up or experts of a layer, and what to exclude
+            with them; or nothing is left.
+    """
+    findings, rows = Findings(), quantized(decisions)
+    spelled = {key: list(_spellings(decision.row, key, dims)) for key, decision in decisions.items()}
+    known = {name.removesuffix(".weight") for name in family.tied}
+    known.update(name for parts in spelled.values() for names in parts for name in names)
+    for pattern in dict.fromkeys(exclude):
+        if not _matches(pattern, known):
+            findings.add(_UNMATCHED, pattern, f"matches nothing{nearest(pattern, known)}")
+    found = {key: [any(_matches(pattern, names) for pattern in exclude) for names in spelled[key]] for key in rows}
+    touched = {key for key, row in rows.items() if any(found[key][part] for part in _packed_parts(row))}
+    _refuse_parted(touched, rows, found, dims, findings)
+    if rows.keys() <= touched:
+        findings.add(_NOTHING, "exclude", f"matches all {len(rows)} weights")
+    findings.raise_if_any()
+    left_out = Kept(Reason.EXCLUDED, "excluded")
+    return {key: replace(it, kept=left_out) if key in touched else it for key, it in decisions.items()}
+
+
+def fused_with(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> frozenset[ParamKey]:
+    """The weights with all that servers load as they load these: experts of their layers, and their scale groups."""
+    groups: defaultdict[str, set[ParamKey]] = defaultdict(set)
+    for key, row in rows.items():
+        for group in _groups(key, row, dims):
+            groups[group].add(key)
+    found, todo = set(keys), list(keys)
+    while todo:
+        key = todo.pop()
+        for group in _groups(key, rows[key], dims):
+            # Each group is taken once: of 256 experts the first brings all.
+            new = groups.pop(group, set()) - found
+            found |= new
+            todo += new
+    return frozenset(found)
+
+
+def exclude_patterns(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> tuple[str, ...]:
+    """The least that leaves these weights out without parting what is fused, as `exclude` takes it.
+
+    A pattern for all layers stands where it hits no other quantized weight; else every layer is named.
+    """
+    wanted = fused_with(keys, rows, dims)
+    others = [
+        name for key, row in rows.items() if key not in wanted for part in _spellings(row, key, dims) for name in part
+    ]
+    fits: dict[str, bool] = {}
+    patterns: dict[str, None] = {}
+    for key in sorted(wanted):
+        for general, exact in _modules(rows[key], key, dims):
+            if general not in fits:
+                fits[general] = not any(fnmatchcase(name, general) for name in others)
+            patterns[general if fits[general] else exact] = None
+    return tuple(patterns)
+
+
+def quantizer_rule(module: str) -> dict[str, object]:
+    """The rule of a `quant_cfg` that turns a weight's quantizers off, by its name in Megatron or a pattern of it."""
+    return {"quantizer_name": f"*{module.rpartition('.')[0]}.*_quantizer*", "enable": False}
+
+
+def by_exclude(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
+    """For `quantplug quantize` and its function in Python."""
+    patterns = exclude_patterns(keys, rows, dims)
+    if rows.keys() <= fused_with(keys, rows, dims):
+        return "Choose another format: no linear would be left in this one."
+    options = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
+    return f"Leave out these and what servers fuse with them: add {options}"
+
+
+def by_rules(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
+    """For a model whose quantizers a `quant_cfg` has placed."""
+    wanted = fused_with(keys, rows, dims)
+    if rows.keys() <= wanted:
+        return "Choose another format: no linear would be left in this one."
+    left = {key.module for key in rows.keys() - wanted}
+    modules = dict.fromkeys(key.module if key.module not in left else _of_layer(key) for key in sorted(wanted))
+    return f"Append to quant_cfg: {', '.join(str(quantizer_rule(module)) for module in modules)}."
+
+
+def by_checker(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
+    """For a stream."""
+    wanted = fused_with(keys, rows, dims)
+    if rows.keys() <= wanted:
+        return "Choose another format: no linear would be left in this one."
+    left = {key.module for key in rows.keys() - wanted}
+    names = dict.fromkeys(key.module if key.module not in left else _of_layer(key) for key in sorted(wanted))
+    return f"Let quantization_checker answer False for {', '.join(names)}."
+
+
+def _of_layer(key: ParamKey) -> str:
+    """All experts of its layer, or itself."""
+    return replace(key, expert=None).name
+
+
+def _refuse_parted(
+    touched: set[ParamKey],
+    rows: Rows,
+    found: Mapping[ParamKey, Sequence[bool]],
+    dims: ModelDimensions,
+    findings: Findings,
+) -> None:
+    """What is excluded in part: some linears that one weight stands for, or some weights of those loaded alike."""
+    together = fused_with(touched, rows, dims)
+    parted: list[tuple[ParamKey, str, str]] = []
+    for key in sorted(together):
+        row, names = rows[key], rows[key].hf_names(key, dims)
+        missing = [names[part] for part in _packed_parts(row) if not found[key][part]]
+        excluded = [names[part] for part in _packed_parts(row) if found[key][part]]
+        reason = (
+            f"is not excluded, {excluded[0]} is" if excluded else "is not excluded, others that servers load alike are"
+        )
+        parted += [(key, name, reason.replace(".weight", "")) for name in missing]
+    if not parted:
+        return
+    kind = Kind(
+        UnsupportedQuantizationError,
+        "Only some linears are excluded of those that servers fuse into one, or load alike.",
+        f"Exclude none of them, or all. {by_exclude(touched, rows, dims)}",
+    )
+    for key, name, reason in parted:
+        findings.add(kind, name.removesuffix(".weight"), reason, key.expert)
+
+
+def _groups(key: ParamKey, row: WeightMapping, dims: ModelDimensions) -> Iterator[str]:
+    """Names of what a weight is loaded alike with."""
+    if key.expert is not None:
+        yield f"experts of {key.stack} layer {key.layer}"
+    group = row.group(key, dims)
+    if group is not None:
+        yield group
+
+
+def _packed_parts(row: WeightMapping) -> list[int]:
+    """Which parts are packed where the weight is quantized."""
+    return [part for part, name in enumerate(row.hf) if name not in row.high_precision]
+
+
+def _spellings(row: WeightMapping, key: ParamKey, dims: ModelDimensions) -> Iterator[tuple[str, ...]]:
+    """Of every part the names that it may be excluded by: its module's; for experts in one tensor also the tensor's."""
+    for name in row.hf_names(key, dims):
+        fused = row.placement(key, dims) is not None
+        yield (name, name.rpartition(".")[0]) if fused else (name.removesuffix(".weight"),)
+
+
+def _modules(row: WeightMapping, key: ParamKey, dims: ModelDimensions) -> Iterator[tuple[str, str]]:
+    """What excludes a weight: a pattern for all layers, and for its own; for an expert, all experts of the layer."""
+    experts = row.experts_module(key, dims)
+    if experts is None:
+        for part in _packed_parts(row):
+            yield row.hf[part].removesuffix(".weight"), row.hf_names(key, dims)[part].removesuffix(".weight")
+    elif row.placement(key, dims) is not None:
+        yield row.hf[0].rpartition(".")[0], experts
+    else:
+        yield f"{row.hf[0].rpartition('.*')[0]}.*", f"{experts}.*"
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)

@@ -1,0 +1,171 @@
+"""The policy of what is quantized where models meet it: refused by name, and the advice works when it is followed."""
+
+import ast
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+
+from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
+from quantplug.errors import ShapeError, UnsupportedQuantizationError
+from quantplug.export.live_plan import plan_export
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.plugins import quant_cfg
+from quantplug.verify import verify_checkpoint
+from tests.export.blockwise import blockwise_fp8
+from tests.export.checkpoints import load, one_rank, read, same_bytes
+from tests.families.cases import CASES, save
+
+Checkpoint = Callable[[str], Path]
+
+# What some server cannot read in four bits, or in any format, and ModelOpt's own config quantizes.
+KEPT = {
+    "deepseek_v3": "decoder.layers.1.self_attention.linear_kv_up_proj.weight",
+    "llama4_text": "decoder.layers.0.self_attention.linear_qkv.weight",
+    "nemotron_h_latent": "decoder.layers.0.mlp.fc1_latent_proj.weight",
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_quantizer_against_the_policy_is_refused_with_rules_that_work(
+    name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, stock = checkpoint(name), mtq.W4A16_NVFP4_CFG
+    with one_rank():
+        model = mtq.quantize(load(source), stock)
+        with pytest.raises(UnsupportedQuantizationError) as caught:
+            export_mcore_gpt_to_hf(model, source, tmp_path / "out")
+        assert KEPT[name] in {offender.parameter for offender in caught.value.offenders}
+        rules = rules_of(caught.value.remedy)
+        followed = mtq.quantize(load(source), {**stock, "quant_cfg": [*stock["quant_cfg"], *rules]})
+        export_mcore_gpt_to_hf(followed, source, tmp_path / "out")
+    quantize_checkpoint(source, tmp_path / "expected", "w4a16_nvfp4")
+    expected, exported = read(tmp_path / "expected"), read(tmp_path / "out")
+    assert exported.keys() == expected.keys()
+    assert [weight for weight in expected if not same_bytes(exported[weight], expected[weight])] == []
+
+
+def options(remedy: str) -> list[str]:
+    """What a remedy says to add on the command line."""
+    words = shlex.split(remedy)
+    return [pattern for option, pattern in pairwise(words) if option == "--exclude"]
+
+
+@pytest.mark.parametrize(
+    ("name", "exclude"),
+    [
+        ("qwen3", ["model.layers.0.self_attn.k_proj"]),
+        ("qwen3", ["*.gate_proj"]),
+        ("qwen3_moe", ["model.layers.0.mlp.experts.3.down_proj"]),
+        ("qwen3_moe", ["*.experts.0.*", "*.v_proj"]),
+        ("gpt_oss", ["model.layers.1.mlp.experts.down_proj"]),
+        ("deepseek_v3", ["model.layers.2.self_attn.q_a_proj"]),
+        ("deepseek_v3", ["*.kv_a_proj_with_mqa", "model.layers.1.mlp.experts.1.up_proj"]),
+    ],
+)
+def test_the_advice_on_what_was_excluded_in_part_works(
+    name: str, exclude: list[str], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedQuantizationError) as caught:
+        quantize_checkpoint(checkpoint(name), tmp_path / "out", "w4a16_nvfp4", exclude=exclude)
+    advised = options(caught.value.remedy)
+    assert advised
+    quantize_checkpoint(checkpoint(name), tmp_path / "out", "w4a16_nvfp4", exclude=[*exclude, *advised])
+    assert verify_checkpoint(tmp_path / "out", checkpoint(name)).ok
+
+
+# Sizes of some linears that do not divide by the 16 columns of a block.
+UNEVEN: dict[str, dict[str, int]] = {
+    "qwen3": {"intermediate_size": 216},
+    "qwen3_moe": {"moe_intermediate_size": 104},
+    "deepseek_v3": {"q_lora_rank": 104, "moe_intermediate_size": 104},
+}
+
+
+def uneven(name: str, directory: Path) -> Path:
+    case = CASES[name]
+    config = type(case.config)(**{**case.config.to_dict(), **UNEVEN[name]})
+    return save(replace(case, config=config), directory)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_the_advice_on_sizes_that_do_not_divide_works_without_a_model(name: str, tmp_path: Path) -> None:
+    source = uneven(name, tmp_path / "source")
+    with pytest.raises(ShapeError) as caught:
+        quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    advised = options(caught.value.remedy)
+    assert all(pattern.startswith("model.layers.*.") for pattern in advised)
+    quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4", exclude=advised)
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def rules_of(remedy: str) -> list[dict[str, object]]:
+    """The rules that a remedy says to append."""
+    return [ast.literal_eval(rule) for rule in re.findall(r"\{[^}]*\}", remedy)]
+
+
+def test_the_advice_on_sizes_that_do_not_divide_works_with_a_model(tmp_path: Path) -> None:
+    """Of experts too, whose quantizers have a number behind their name."""
+    source = uneven("qwen3_moe", tmp_path / "source")
+    config = quant_cfg("w4a16_nvfp4", source)
+    with one_rank():
+        model = mtq.quantize(load(source), {**config, "algorithm": None})
+        with pytest.raises(ShapeError) as caught:
+            plan_export(model, source, calibrated=False)
+        rules = rules_of(caught.value.remedy)
+        followed = mtq.quantize(load(source), {**config, "quant_cfg": [*config["quant_cfg"], *rules]})
+        export_mcore_gpt_to_hf(followed, source, tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def kept_of(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Which of DeepSeek-V3's projections that are kept in four bits, or of multi-token prediction, are plain."""
+    names = ("model.layers.1.self_attn.kv_b_proj", "model.layers.3.self_attn.o_proj", "model.layers.3.eh_proj")
+    return {name.rpartition(".")[2] for name in names if tensors[f"{name}.weight"].dtype == torch.bfloat16}
+
+
+def half_bytes(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands for a function of the caller's that makes four bits of a value."""
+    return weight[:, ::2].to(torch.uint8), torch.ones(())
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"quant_format": "w4a16_nvfp4"}, {"kv_b_proj", "o_proj", "eh_proj"}),
+        ({"quant_format": "w8a16_fp8"}, {"o_proj", "eh_proj"}),
+        ({"quant_format": "w8a16_fp8", "quantize_mtp": True}, {"eh_proj"}),
+        ({"quant_fn": half_bytes}, {"kv_b_proj", "o_proj", "eh_proj"}),
+        ({"quant_fn": half_bytes, "quantize_mtp": True}, {"kv_b_proj", "eh_proj"}),
+        ({"quant_fn": blockwise_fp8, "quant_block_size": (16, 32)}, {"o_proj", "eh_proj"}),
+        (
+            {"quant_format": "w4a16_nvfp4", "quantization_checker": lambda name: ".mlp." in name and "mtp" not in name},
+            {"kv_b_proj", "o_proj", "eh_proj"},
+        ),
+    ],
+)
+def test_a_stream_keeps_what_the_policy_keeps(asked: dict[str, Any], kept: set[str], checkpoint: Checkpoint) -> None:
+    with one_rank():
+        streamed = dict(export_hf_weights_quant(load(checkpoint("deepseek_v3")), checkpoint("deepseek_v3"), **asked))
+    assert kept_of(streamed) == kept
+
+
+@pytest.mark.parametrize("way", [{"quant_format": "w4a16_nvfp4"}, {"quant_fn": half_bytes}])
+def test_a_checker_cannot_widen_the_policy(way: dict[str, Any], checkpoint: Checkpoint) -> None:
+    source, kept = checkpoint("deepseek_v3"), KEPT["deepseek_v3"]
+    with one_rank():
+        model = load(source)
+        with pytest.raises(UnsupportedQuantizationError) as caught:
+            export_hf_weights_quant(model, source, lambda name: "embed" not in name, **way)
+        named = {offender.parameter for offender in caught.value.offenders}
+        assert {kept, "mtp.layers.0.transformer_layer.self_attention.linear_proj.weight"} <= named
+        assert "quantize_mtp=True" in caught.value.remedy
+        with pytest.raises(UnsupportedQuantizationError, match=re.escape(kept)):
+            export_hf_weights_quant(model, source, lambda name: "linear_kv_up" in name, **way, quantize_mtp=True)
