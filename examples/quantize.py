@@ -31,7 +31,6 @@ from quantplug.errors import CalibrationError, Offender
 from quantplug.export.files.staging import check_destination
 from quantplug.export.live_plan import plan_export
 from quantplug.formats.names import SCHEMES, QuantFormat, Scheme, without_input_scale
-from quantplug.mappings.families import find_family
 from quantplug.megatron.build import build_model
 from quantplug.megatron.checkpoint import save_checkpoint
 from quantplug.megatron.cpu import has_cuda
@@ -96,7 +95,6 @@ def main(
     with user_errors():
         check_destination(megatron_save_path)
         source = read_source_config(resolve_source(hf_model_id), trust_remote_code)
-        family = find_family(source.architecture)
         scheme = SCHEMES[export_quant_cfg]
         if weight_only:
             scheme = without_input_scale(scheme)

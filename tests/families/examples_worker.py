@@ -14,6 +14,9 @@ import export  # noqa: E402
 import quantize  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
+from quantplug.checkpoint.source_config import read_source_config  # noqa: E402
+from quantplug.mappings.families import find_family  # noqa: E402
+
 # The ranks go on with the next family: only the model parallel groups end with an example.
 quantize.destroy_parallel = export.destroy_parallel = parallel_state.destroy_model_parallel
 
@@ -40,14 +43,14 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
 
 def has_mamba(source: Path) -> bool:
     """Whether it has mixers; tests/distributed and test_delta.py load checkpoints of other decoders at other sizes."""
-    config = quantize.read_source_config(source)
-    return quantize.find_family(config.architecture).dimensions(config.values).mamba is not None
+    config = read_source_config(source)
+    return find_family(config.architecture).dimensions(config.values).mamba is not None
 
 
 def has_experts(source: Path, ep: int) -> int:
     """The EP size; 1 for a dense model."""
-    config = quantize.read_source_config(source)
-    return ep if quantize.find_family(config.architecture).dimensions(config.values).num_experts else 1
+    config = read_source_config(source)
+    return ep if find_family(config.architecture).dimensions(config.values).num_experts else 1
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ _DIVISOR = "Weights do not divide as their format needs."
 def check_quantizers(
     mapped: Mapped, shapes: Mapping[ParamKey, tuple[tuple[int, ...], ...]], unclaimed: Sequence[str], findings: Findings
 ) -> Scheme | None:
-    """The scheme of all quantized weights, None if there are none; what cannot be written goes into `findings`."""
+    """The scheme of all quantized weights, None if there is not one; what cannot be written goes into `findings`."""
     for name in unclaimed:
         findings.add(_UNCLAIMED, name, "is enabled")
     by_scheme: dict[Scheme, list[WholeWeight]] = {}
@@ -61,7 +61,7 @@ def check_quantizers(
     _refuse_against_policy(against_policy, findings)
     _check_experts(mapped, findings)
     _check_uniform(by_scheme, findings)
-    return next(iter(by_scheme), None)
+    return next(iter(by_scheme)) if len(by_scheme) == 1 else None
 
 
 def check_calibrated(mapped: Mapped, findings: Findings) -> None:
