@@ -1,0 +1,53 @@
+"""What the documents name exists: modules, what is in them, files, and other documents."""
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = [ROOT, ROOT / "quantplug", ROOT / "tests"]
+# Files of other projects, as documents cite them.
+FOREIGN = ("modelopt/", "quantization/")
+
+
+def is_there(dotted: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    if dotted == "quantplug":
+        return True
+    module, _, name = dotted.rpartition(".")
+    try:
+        if find_spec(dotted) is not None:
+            return True
+    except ModuleNotFoundError:
+        pass
+    return is_there(module) and hasattr(import_module(module), name)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_dotted_names_are_there(document: Path) -> None:
+    names = set(re.findall(r"\bquantplug(?:\.[A-Za-z_]\w*)+", document.read_text()))
+
+    assert [name for name in sorted(names) if not is_there(name)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_are_there(document: Path) -> None:
+    """Paths in backticks that end in `.py`, `.sh` or a slash: from the root, the package or the tests."""
+    paths = set(re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.(?:py|sh))?)`", document.read_text()))
+
+    own = [path for path in sorted(paths) if not path.startswith(FOREIGN)]
+    missing = [path for path in own if not any((room / path).exists() for room in ROOMS)]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text())
+    local = [target for target in targets if "://" not in target]
+
+    assert [target for target in local if not (document.parent / target).exists()] == []
