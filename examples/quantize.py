@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -20,22 +20,9 @@ from console import StageBars, out, say, user_errors
 from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calibration_forward_loop
 from transformers import AutoTokenizer
 
-from quantplug import import_mcore_gpt_from_hf
-from quantplug.calibration.collect import gather_statistics
-from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
-from quantplug.calibration.render import print_statistics
-from quantplug.calibration.run import CalibrationRecord, calibrate
-from quantplug.checkpoint.reader import resolve_source
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
+import quantplug
+from quantplug import QuantFormat, calibration
 from quantplug.errors import CalibrationError, Offender
-from quantplug.export.files.staging import check_destination
-from quantplug.export.live_plan import plan_export
-from quantplug.formats.names import SCHEMES, QuantFormat, Scheme, without_input_scale
-from quantplug.megatron.build import build_model
-from quantplug.megatron.checkpoint import save_checkpoint
-from quantplug.megatron.cpu import has_cuda
-from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
-from quantplug.plugins import quant_cfg  # and registers our wrappers with ModelOpt
 
 
 class MultiTokenPrediction(StrEnum):
@@ -80,11 +67,12 @@ def main(
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     expert_weights: Annotated[
-        ExpertWeights, typer.Option(help="One amax for each expert's weight, or one for all experts of a layer.")
-    ] = ExpertWeights.PER_EXPERT,
+        calibration.ExpertWeights,
+        typer.Option(help="One amax for each expert's weight, or one for all experts of a layer."),
+    ] = calibration.ExpertWeights.PER_EXPERT,
     cold_experts: Annotated[
-        ColdExperts, typer.Option(help="What becomes of an expert that saw no calibration token.")
-    ] = ColdExperts.ERROR,
+        calibration.ColdExperts, typer.Option(help="What becomes of an expert that saw no calibration token.")
+    ] = calibration.ColdExperts.ERROR,
     mtp: Annotated[
         MultiTokenPrediction,
         typer.Option(help="Keep the layers of multi-token prediction in 16 bits, or quantize them as the rest."),
@@ -93,69 +81,58 @@ def main(
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
     with user_errors():
-        check_destination(megatron_save_path)
-        source = read_source_config(resolve_source(hf_model_id), trust_remote_code)
-        scheme = SCHEMES[export_quant_cfg]
-        if weight_only:
-            scheme = without_input_scale(scheme)
-        if scheme.has_input_scale:
-            require_gpu(scheme)
-        topology = initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        quantplug.check_destination(megatron_save_path)
+        quant_format = export_quant_cfg.weight_only if weight_only else export_quant_cfg
+        if quant_format.needs_data:
+            require_gpu(quant_format)
+        topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         say(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}")
 
         bars = StageBars()
-        model = build_model(megatron_config(source), dtype=source.dtype)
-        import_mcore_gpt_from_hf(model, source.directory, trust_remote_code=trust_remote_code, progress=bars)
-
-        say(f"Quantizing with {scheme.format} ...")
-        data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
-        forward_loop = calibration_loop(source.directory, data, trust_remote_code) if scheme.has_input_scale else None
-        policy = CalibrationPolicy(expert_weights, cold_experts)
-        quantize_mtp = mtp is MultiTokenPrediction.QUANTIZED
-        config = quant_cfg(
-            scheme.format, source.directory, quantize_mtp=quantize_mtp, trust_remote_code=trust_remote_code
+        model = quantplug.build_model(
+            hf_model_id, import_weights=True, trust_remote_code=trust_remote_code, progress=bars
         )
-        record = quantize(model, source.directory, config, forward_loop, policy, bars)
 
-        statistics = gather_statistics(model, record)
+        say(f"Quantizing with {quant_format} ...")
+        data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
+        forward_loop = calibration_loop(hf_model_id, data, trust_remote_code) if quant_format.needs_data else None
+        policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
+        config = quantplug.quant_cfg(
+            quant_format,
+            hf_model_id,
+            quantize_mtp=mtp is MultiTokenPrediction.QUANTIZED,
+            trust_remote_code=trust_remote_code,
+        )
+        mtq.quantize(model, {**config, "algorithm": None})
+        # What cannot be exported is refused before calibration is paid for.
+        quantplug.plan_export(model, hf_model_id, trust_remote_code=trust_remote_code, calibrated=False)
+        record = quantplug.calibrate(model, forward_loop, policy, progress=bars)
+
+        statistics = calibration.gather_statistics(model, record)
         if topology.rank == 0:
-            print_statistics(statistics, out)
-        about = {"hf_model_id": hf_model_id, "quant_format": scheme.format.value}
-        save_checkpoint(model, megatron_save_path, extra=about)
+            calibration.print_statistics(statistics, out)
+        about = {"hf_model_id": hf_model_id, "quant_format": quant_format.value}
+        quantplug.save_checkpoint(model, megatron_save_path, extra=about)
         say(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")
         if stats_json is not None and topology.rank == 0:
             statistics.save(stats_json)
-        destroy_parallel()
+        quantplug.destroy_parallel()
 
 
-def quantize(
-    model: torch.nn.Module,
-    source: Path,
-    config: dict[str, Any],
-    forward_loop: Callable[[torch.nn.Module], None] | None,
-    policy: CalibrationPolicy,
-    bars: StageBars,
-) -> CalibrationRecord:
-    """Places the quantizers, checks that what they say can be exported, and only then calibrates."""
-    mtq.quantize(model, {**config, "algorithm": None})
-    plan_export(model, source, calibrated=False)
-    return calibrate(model, forward_loop, policy, progress=bars)
-
-
-def calibration_loop(source: Path, data: CalibrationData, trust_remote_code: bool) -> Callable[[torch.nn.Module], None]:
+def calibration_loop(source: str, data: CalibrationData, trust_remote_code: bool) -> Callable[[torch.nn.Module], None]:
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     return get_megatron_calibration_forward_loop(
         tokenizer, dataset_name=data.dataset, num_samples=data.samples, seq_length=data.length, pack=True
     )
 
 
-def require_gpu(scheme: Scheme) -> None:
+def require_gpu(quant_format: QuantFormat) -> None:
     """Raises CalibrationError where activations would have to be calibrated without a GPU."""
-    if not has_cuda():
+    if not torch.cuda.is_available():
         raise CalibrationError(
             "Calibrating activations takes a GPU: Transformer Engine has no forward without one.",
-            [Offender("--export-quant-cfg", f"{scheme.format} quantizes activations")],
-            f"Use {without_input_scale(scheme).format} (or add --weight-only), or run on a machine with a GPU.",
+            [Offender("--export-quant-cfg", f"{quant_format} quantizes activations")],
+            f"Use {quant_format.weight_only} (or add --weight-only), or run on a machine with a GPU.",
         )
 
 

@@ -3,11 +3,11 @@
 Importing this package needs torch and safetensors alone. The names below are looked up when they are first used, and
 only then does one that works on a live model import Megatron-Core.
 
-With a model: `initialize_parallel`, `build_model`, `calibrate`, `plan_export`, `save_checkpoint` and `load_checkpoint`,
-`import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or `plan_stream`. Without
-one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` has the names of all formats, `WeightAmax` what
-becomes of weights that have grown since calibration, `errors` all that is raised. `quantplug.calibration`,
-`quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
+With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `calibrate`, `plan_export`, `save_checkpoint` and
+`load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or
+`plan_stream`. Without one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` has the names of all formats,
+`WeightAmax` what becomes of weights that have grown since calibration, `errors` all that is raised.
+`quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
 
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ __all__ = [
     "load_checkpoint",
     "plan_export",
     "plan_stream",
+    "quant_cfg",
     "quantize_checkpoint",
     "register_family",
     "save_checkpoint",
@@ -57,6 +58,7 @@ _HOMES = {
     "load_checkpoint": "quantplug.megatron.checkpoint",
     "plan_export": "quantplug.export.live_plan",
     "plan_stream": "quantplug.export.stream.api",
+    "quant_cfg": "quantplug.plugins.configs",
     "quantize_checkpoint": "quantplug.export.quantize_checkpoint",
     "register_family": "quantplug.mappings.families",
     "save_checkpoint": "quantplug.megatron.checkpoint",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from quantplug.megatron.build import LayerSpec
     from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
     from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
+    from quantplug.plugins.configs import quant_cfg
     from quantplug.verify import verify_checkpoint
 else:
     __getattr__ = attributes_from(__name__, _HOMES)

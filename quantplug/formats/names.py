@@ -24,6 +24,16 @@ class QuantFormat(StrEnum):
     W8A16_FP8 = "w8a16_fp8"
     FP8_BLOCKWISE = "fp8_blockwise"
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations are quantized by scales that only calibration with data can give."""
+        return SCHEMES[self].has_input_scale
+
+    @property
+    def weight_only(self) -> "QuantFormat":
+        """The format of the same weights that needs no data: itself where it needs none."""
+        return without_input_scale(SCHEMES[self]).format
+
 
 class Activations(Enum):
     """How the inputs of quantized linears are read by a server."""

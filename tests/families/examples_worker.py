@@ -14,11 +14,12 @@ import export  # noqa: E402
 import quantize  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
+import quantplug  # noqa: E402
 from quantplug.checkpoint.source_config import read_source_config  # noqa: E402
 from quantplug.mappings.families import find_family  # noqa: E402
 
 # The ranks go on with the next family: only the model parallel groups end with an example.
-quantize.destroy_parallel = export.destroy_parallel = parallel_state.destroy_model_parallel
+quantplug.destroy_parallel = parallel_state.destroy_model_parallel
 
 
 def main(work: Path, tp: int, ep: int, families: list[str]) -> None:

@@ -66,3 +66,10 @@ def test_the_same_weights_without_data(name: str, instead: str) -> None:
 def test_an_unknown_name_is_refused_with_those_that_are_known(name: str) -> None:
     with pytest.raises(ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise"):
         scheme_named(name, "quant_format")
+
+
+def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_does_not() -> None:
+    assert [name for name in QuantFormat if name.needs_data] == ["nvfp4", "fp8"]
+    assert [name.weight_only for name in QuantFormat] == [
+        "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise",
+    ]  # fmt: skip
