@@ -89,6 +89,8 @@ def _reason_against(directory: Path, name: str, code: bool) -> str | None:
         return None if code else "is code, which is carried where it is trusted"
     if path.name.startswith("."):
         return "is hidden"
+    if not path.name.isprintable():
+        return "has control codes in its name"
     if path.name.endswith(".index.json"):
         return "is an index of weights that are not carried"
     if path.suffix in _SUFFIXES or path.name.upper().startswith(_TEXTS):

@@ -94,3 +94,8 @@ def test_what_should_be_carried_and_cannot_be_is_named_before_anything_is_packed
         (str(source / "merges.txt"), "does not exist"),
         (str(source / "tokenizer.json"), "is a named pipe, not a file"),
     ]
+
+
+def test_a_name_that_a_terminal_would_obey_is_not_spread(source: Path) -> None:
+    (source / "notes\x1b[31m.txt").touch()
+    assert choose_side_files(source, code=False).left_out["notes\x1b[31m.txt"] == "has control codes in its name"
