@@ -31,16 +31,19 @@ for a packer that flushes ties or divides in BF16.
 
 None of this sees a scale that is a little too large: all weights 15 % too large stay within 0.1929. The gain does,
 <decoded, original> / <original, original>. Rounding errors have no common sign, so it is near 1: 0.993 to 1.002 for
-NVFP4 by max, scale search and GPTQ, 0.998 to 1.001 for FP8, on trained weights. Allowed is 1 +- `base`, and beyond it:
+NVFP4 by max, scale search and GPTQ, 0.998 to 1.001 for FP8, on trained weights. What is further from 1 than `base` is
+suspicious, beyond:
 
 - what is left to chance: the rounding of an E4M3 scale, or value, makes a block of 16 up to 2^-4 larger or smaller. The
   gain of n blocks of equal norm then has a standard deviation of less than 2^-4 / sqrt(n); of other blocks n is (sum of
-  squared norms)^2 / (sum of their squares). Four of these are allowed.
+  squared norms)^2 / (sum of their squares). Two of these are allowed for a weight, which has many blocks, and four for
+  a row, of which a weight has so many that one of them is far off.
 - the share of the squared norm in blocks that a format holds badly (`squared_bound` beyond what well held blocks have):
   all of it may be lost.
 
 Values that are few, such as those of a source that was quantized before, have common errors; what is suspicious is
-therefore rounded anew here, and only a gain that this does not give either is an error.
+therefore rounded anew here, and an error is only a gain that differs from what this gives by more than `decisive`. That
+is more than the ways of rounding differ by, and less than the 2 % of a scale that is a little off.
 """
 
 import math
@@ -69,20 +72,26 @@ class GainBound:
     Attributes:
         base: Systematic part.
         relative: Largest error of a well held block over its norm.
+        deviations: How many standard deviations are left to chance.
+        decisive: Difference from the gain of the same values rounded anew that is an error.
     """
 
     base: float
     relative: float
+    deviations: float
+    decisive: float
 
     def allowed(self, norm: torch.Tensor, bound: torch.Tensor, quartic: torch.Tensor) -> torch.Tensor:
         """FP64, of sums of any shape."""
-        chance = 4 * E4M3_ROUNDING * quartic.sqrt() / norm
+        chance = self.deviations * E4M3_ROUNDING * quartic.sqrt() / norm
         badly_held = (bound / norm - self.relative**2).clamp(min=0)
         return self.base + chance + badly_held
 
 
-NVFP4_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND)
-FP8_GAIN = GainBound(0.01, FP8_RELATIVE_BOUND)
+NVFP4_GAIN = GainBound(0.008, NVFP4_BLOCK_BOUND, deviations=2, decisive=0.012)
+NVFP4_ROW_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND, deviations=4, decisive=0.03)
+FP8_GAIN = GainBound(0.006, FP8_RELATIVE_BOUND, deviations=2, decisive=0.008)
+FP8_ROW_GAIN = GainBound(0.01, FP8_RELATIVE_BOUND, deviations=4, decisive=0.01)
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,19 @@ class Meter:
 
     def measure(self, original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> ErrorSum:
         """All sums of a weight [rows, columns]; reads some rows at a time."""
-        gain = bounds.NVFP4_GAIN if isinstance(layout, Nvfp4Layout) else bounds.FP8_GAIN
+        is_nvfp4 = isinstance(layout, Nvfp4Layout)
+        gain = bounds.NVFP4_GAIN if is_nvfp4 else bounds.FP8_GAIN
+        row_gain = bounds.NVFP4_ROW_GAIN if is_nvfp4 else bounds.FP8_ROW_GAIN
         total, step = ErrorSum(), original.step(columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
             sums = self.sums(packed, values)
             total.add(sums)
-            total.off_rows += _off_rows(sums, packed, values, gain)
+            total.off_rows += _off_rows(sums, packed, values, row_gain)
         if total.off_gain(gain):
             nearest = sum(_nearest_dot(original, weight, layout, rows, columns))
-            total.off = abs(total.dot - nearest) > gain.base * total.squared_norm
+            total.off = abs(total.dot - nearest) > gain.decisive * total.squared_norm
         return total
 
     def sums(self, packed: Rows, original: torch.Tensor) -> RowSums:
@@ -152,7 +154,7 @@ def _off_rows(sums: RowSums, packed: Rows, original: torch.Tensor, gain: GainBou
         return 0
     values = original.float()
     nearest = (packed.nearest(values).double() * values.double()).sum(dim=1)
-    return int((off & ((sums.dot - nearest).abs() > gain.base * sums.norm)).sum())
+    return int((off & ((sums.dot - nearest).abs() > gain.decisive * sums.norm)).sum())
 
 
 def _nearest_dot(original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> list[float]:

@@ -166,6 +166,16 @@ def test_the_reciprocal_is_taken(compressed: Callable[..., Path], pristine: dict
     assert "error-bound" in fired(verify_checkpoint(directory, pristine["source"]))
 
 
+@pytest.mark.parametrize(
+    ("status", "checks"),
+    [("compressed", set()), ("frozen", {"quantization-status"}), ("calibration", {"quantization-status"})],
+)
+def test_weights_that_the_config_says_are_not_packed_yet(
+    compressed: Callable[..., Path], status: str, checks: set[str]
+) -> None:
+    assert fired(verify_checkpoint(compressed("FP8", quantization_status=status))) == checks
+
+
 def test_compressed_tensors_of_another_format(compressed: Callable[..., Path]) -> None:
     report = verify_checkpoint(
         compressed("FP8", config_groups={"group_0": {"targets": ["Linear"], "format": "pack-quantized"}})

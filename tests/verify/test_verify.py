@@ -236,6 +236,14 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("zero KV scale", "fp8", scale(f"{ATTENTION}.k_proj.k_scale", 0), {"scale-range"}, f"{ATTENTION}.k_proj.k_scale"),
     ("KV scale of another dtype", "fp8", store(f"{ATTENTION}.v_proj.v_scale", lambda t: t.bfloat16()), {"kv-scales"}, f"{ATTENTION}.v_proj.v_scale"),
     ("KV scale nobody speaks of", "nvfp4", lambda s: s.tensors.update({f"{ATTENTION}.k_proj.k_scale": torch.tensor(1.0)}), {"kv-scales"}, f"{ATTENTION}.k_proj.k_scale"),
+    ("subnormal input scale", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**-127)), {"tiny-scales"}, f"{EXPERT}.down_proj.input_scale"),
+    ("input scale of a subnormal inverse", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**127)), {"tiny-scales"}, f"{EXPERT}.down_proj.input_scale"),
+    ("subnormal tensor scale", "w4a16", store(f"{EXPERT}.down_proj.weight_scale_2", lambda t: t.new_tensor(1e-40)), {"tiny-scales"}, f"{EXPERT}.down_proj.weight_scale_2"),
+    ("subnormal FP8 scale", "fp8", store(f"{EXPERT}.down_proj.weight_scale", lambda t: t.new_tensor(1e-40)), {"tiny-scales"}, f"{EXPERT}.down_proj.weight_scale"),
+    ("the smallest normal scale is fine", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**-126)), set(), ""),
+    ("the largest scale with a normal inverse is fine", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**126)), set(), ""),
+    ("scalar with an axis", "nvfp4", store(f"{ATTENTION}.o_proj.weight_scale_2", lambda t: t.reshape(1)), {"scalar-shape"}, "self_attn.o_proj.weight_scale_2"),
+    ("input scale with an axis", "fp8", store(f"{ATTENTION}.o_proj.input_scale", lambda t: t.reshape(1)), {"scalar-shape"}, "self_attn.o_proj.input_scale"),
     ("fused experts", "w4a16", fused_experts, {"names"}, "model.layers.1.mlp.experts.gate_up_proj"),
 ]  # fmt: skip
 
@@ -353,6 +361,31 @@ def test_rows_of_block_scales_out_of_place(open_copy: Callable[[str], Any], tmp_
     surgery.close()
     assert fired(verify_checkpoint(surgery.directory)) == set()
     assert fired(verify_checkpoint(surgery.directory, source.directory)) == {"error-bound"}
+
+
+@pytest.mark.parametrize("factor", [0.95, 0.98, 1.0, 1.02, 1.05])
+@pytest.mark.parametrize(("name", "suffix"), [("nvfp4", "weight_scale_2"), ("fp8", "weight_scale")])
+def test_a_scale_that_is_a_little_off_is_found(
+    open_copy: Callable[[str], Any], pristine: dict[str, Path], name: str, suffix: str, factor: float
+) -> None:
+    """No single value is beyond what rounding gives it, yet all of them are too large, or too small."""
+    surgery = open_copy(name)
+    scale(f"{EXPERT}.down_proj.{suffix}", factor)(surgery)
+    surgery.close()
+    report = verify_checkpoint(surgery.directory, pristine["source"])
+    errors = {(str(f.check), f.subject) for f in report.findings if f.severity is Severity.ERROR}
+    assert errors == ({("gain", f"{EXPERT}.down_proj.weight")} if factor != 1 else set())
+
+
+@pytest.mark.parametrize(("dtype", "checks"), [(torch.float16, {"source-values"}), (torch.float32, set())])
+def test_a_plain_tensor_is_not_narrowed(
+    open_copy: Callable[[str], Any], pristine: dict[str, Path], dtype: torch.dtype, checks: set[str]
+) -> None:
+    """FP16 cannot hold all that BF16 holds, even where it happens to hold these values; FP32 can."""
+    surgery = open_copy("nvfp4")
+    store("model.norm.weight", lambda tensor: tensor.to(dtype))(surgery)
+    surgery.close()
+    assert fired(verify_checkpoint(surgery.directory, pristine["source"])) == checks
 
 
 def zero(surgery: Any, codes: int) -> None:
