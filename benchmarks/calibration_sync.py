@@ -26,7 +26,7 @@ from results import LOAD, write_section
 import quantplug.plugins  # registers our wrappers with ModelOpt  # noqa: F401
 from quantplug.calibration.run import max_calibrate
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 REPEATS = 15

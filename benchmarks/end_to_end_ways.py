@@ -50,7 +50,7 @@ def by_modelopt(source: Path, out: Path) -> Figures:
     name_hybrid_model()
     from modelopt.torch.export.unified_export_megatron import export_mcore_gpt_to_hf
 
-    from quantplug.megatron.build import LayerSpec
+    from quantplug.megatron.models.build import LayerSpec
 
     model = quantized_model(source, LayerSpec.LOCAL)
     assert "quantplug.plugins" not in sys.modules, "ModelOpt is to run with its own wrappers alone"
@@ -73,7 +73,7 @@ def by_quantplug(source: Path, out: Path) -> Figures:
     """Of the same weights, with the experts of a layer as one grouped linear of Transformer Engine (TEGroupedMLP)."""
     import quantplug.plugins  # noqa: F401  # registers the wrappers
     from quantplug import export_mcore_gpt_to_hf
-    from quantplug.megatron.build import LayerSpec
+    from quantplug.megatron.models.build import LayerSpec
 
     model = quantized_model(source, LayerSpec.TRANSFORMER_ENGINE)
     return measured(lambda: export_mcore_gpt_to_hf(model, source, export_dir=out))
@@ -91,7 +91,7 @@ def quantized_model(source: Path, layer_spec: StrEnum) -> torch.nn.Module:
 
     from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
     from quantplug.mappings.families import find_family
-    from quantplug.megatron.build import build_model
+    from quantplug.megatron.models.build import build_model
     from quantplug.megatron.parallel import initialize_parallel
 
     initialize_parallel()

@@ -33,7 +33,7 @@ from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.stream.api import plan_stream
 from quantplug.formats import NVFP4
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_model
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 MIB = 2**20

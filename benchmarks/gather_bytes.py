@@ -29,7 +29,7 @@ from transformers import Qwen3MoeConfig
 from quantplug.export.stream.api import StreamPlan, plan_stream
 from quantplug.formats import FP8, NVFP4, WeightFormat
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_model
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 
 FORMATS: dict[str, WeightFormat] = {"w8a16_fp8": FP8, "w4a16_nvfp4": NVFP4}

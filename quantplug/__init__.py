@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LayerSpec": "quantplug.megatron.build",
+    "LayerSpec": "quantplug.megatron.models.build",
     "QuantFormat": "quantplug.formats.names",
     "WeightAmax": "quantplug.export.pipeline.amaxes",
     "build_model": "quantplug.import_hf.new_model",
@@ -55,13 +55,13 @@ _HOMES = {
     "export_mcore_gpt_to_hf": "quantplug.export.to_disk",
     "import_mcore_gpt_from_hf": "quantplug.import_hf.to_model",
     "initialize_parallel": "quantplug.megatron.parallel",
-    "load_checkpoint": "quantplug.megatron.checkpoint",
+    "load_checkpoint": "quantplug.megatron.checkpoint.save_load",
     "plan_export": "quantplug.export.live_plan",
     "plan_stream": "quantplug.export.stream.api",
     "quant_cfg": "quantplug.plugins.configs",
     "quantize_checkpoint": "quantplug.export.quantize_checkpoint",
     "register_family": "quantplug.mappings.families",
-    "save_checkpoint": "quantplug.megatron.checkpoint",
+    "save_checkpoint": "quantplug.megatron.checkpoint.save_load",
     "verify_checkpoint": "quantplug.verify",
 }
 
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from quantplug.import_hf.new_model import build_model
     from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
     from quantplug.mappings.families import register_family
-    from quantplug.megatron.build import LayerSpec
-    from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+    from quantplug.megatron.checkpoint.save_load import load_checkpoint, save_checkpoint
+    from quantplug.megatron.models.build import LayerSpec
     from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
     from quantplug.plugins.configs import quant_cfg
     from quantplug.verify import verify_checkpoint

@@ -148,7 +148,7 @@ def sources(made_once: MadeOnce, request: pytest.FixtureRequest) -> Callable[[st
 @pytest.fixture(scope="session")
 def exports(made_once: MadeOnce, sources: Callable[[str], Path]) -> Callable[..., Path]:
     """Quantized exports by source and scheme, made when first asked for. Nobody may change them."""
-    from quantplug.megatron.build import LayerSpec
+    from quantplug.megatron.models.build import LayerSpec
     from tests.export.made import make_export
 
     def export(name: str, scheme: str, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE) -> Path:

@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from quantplug.megatron import cpu
-from quantplug.megatron.mtp import without_labels
+from quantplug.megatron.models.mtp import without_labels
 from quantplug.megatron.parameters import LanguageModel
 
 VOCABULARY = 523

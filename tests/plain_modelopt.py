@@ -29,7 +29,7 @@ from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 from torch import nn
 
 from quantplug.megatron import cpu
-from quantplug.megatron.checkpoint_files import results_within_process
+from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from tests.plugins.configs import BLOCKWISE, WEIGHT_ONLY_FP8
 from tests.plugins.tiny_model import DENSE, grouped_linears, tiny_model

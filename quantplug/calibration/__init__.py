@@ -33,17 +33,17 @@ _HOMES = {
     "StatisticsRow": "quantplug.calibration.statistics",
     "calibrate": "quantplug.calibration.run",
     "gather_statistics": "quantplug.calibration.collect",
-    "print_statistics": "quantplug.calibration.render",
-    "save_plot": "quantplug.calibration.plots",
+    "print_statistics": "quantplug.calibration.show.render",
+    "save_plot": "quantplug.calibration.show.plots",
 }
 
 # Type checkers read the imports; at run time each name is looked up when it is first used.
 if TYPE_CHECKING:
     from quantplug.calibration.collect import gather_statistics
-    from quantplug.calibration.plots import save_plot
     from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertWeights
-    from quantplug.calibration.render import print_statistics
     from quantplug.calibration.run import CalibrationRecord, calibrate
+    from quantplug.calibration.show.plots import save_plot
+    from quantplug.calibration.show.render import print_statistics
     from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 else:
     __getattr__ = attributes_from(__name__, _HOMES)

@@ -14,7 +14,7 @@ from quantplug.calibration.run import CalibrationRecord
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none
-from quantplug.megatron.checkpoint_layouts import FanOut
+from quantplug.megatron.checkpoint.layouts import FanOut
 from quantplug.megatron.parameters import LanguageModel, MegatronParameter, iter_parameters, model_chunks
 
 _EXPERTS = ".mlp.experts."

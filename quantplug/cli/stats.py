@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.calibration.render import print_statistics
+from quantplug.calibration.show.render import print_statistics
 from quantplug.calibration.statistics import CalibrationTable
 from quantplug.cli.terminal import exit_with, user_errors
 
@@ -30,7 +30,7 @@ def stats(
 
 def _save_plot(table: CalibrationTable, path: Path) -> None:
     try:
-        from quantplug.calibration.plots import save_plot  # An extra: all else works without matplotlib.
+        from quantplug.calibration.show.plots import save_plot  # An extra: all else works without matplotlib.
     except ModuleNotFoundError as missing:
         exit_with(f'--plot draws with matplotlib: {missing}.\nWhat to do: pip install "quantplug[plots]"', missing)
     save_plot(table, path)

@@ -10,9 +10,9 @@ from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.errors import Offender, TopologyError
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
-from quantplug.megatron import build
 from quantplug.megatron.agreement import all_or_none
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models import build
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.progress import Progress

@@ -17,7 +17,7 @@ from megatron.core.ssm import gated_delta_net, mamba_mixer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 
-from quantplug.megatron import mamba_reference
+from quantplug.megatron.models import mamba_reference
 
 
 def has_cuda() -> bool:

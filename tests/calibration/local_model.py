@@ -10,7 +10,7 @@ from torch import nn
 from quantplug.calibration.tokens import expert_layers
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 
 
 def build(checkpoint: Path, layer_spec: LayerSpec = LayerSpec.LOCAL) -> GPTModel:

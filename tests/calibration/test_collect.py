@@ -10,7 +10,7 @@ import quantplug.plugins  # noqa: F401  # registers our wrappers with ModelOpt
 from quantplug.calibration.collect import collect_statistics
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

@@ -11,7 +11,7 @@ from torch import nn
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug.calibration.run import calibrate
 from quantplug.errors import Offender, WeightError
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.calibration.local_model import build
 
 

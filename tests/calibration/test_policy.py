@@ -14,7 +14,7 @@ from quantplug.calibration.policy import CalibrationPolicy, ColdExperts, ExpertW
 from quantplug.calibration.run import calibrate
 from quantplug.calibration.statistics import AmaxSource, StatisticsRow
 from quantplug.errors import CalibrationError, UnsupportedQuantizationError
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.calibration.local_model import build, run, send_everything_to
 
 pytestmark = pytest.mark.usefixtures("single_rank")

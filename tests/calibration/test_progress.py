@@ -9,7 +9,7 @@ from torch import nn
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug.calibration.run import calibrate
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.calibration.local_model import build, run
 
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -14,7 +14,7 @@ from quantplug.calibration.run import calibrate
 from quantplug.calibration.shared_amax import Axis, QuantizerRole, plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.errors import CalibrationError
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.plugins.max_calibration import MODE
 from tests.calibration.local_model import build, run
 

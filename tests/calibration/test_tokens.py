@@ -6,7 +6,7 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import nn
 
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.calibration.local_model import build, run, send_everything_to
 
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -52,7 +52,7 @@ def test_stats_draws_a_plot_beside_the_table(saved: Path, tmp_path: Path) -> Non
 def test_without_matplotlib_a_plot_says_how_to_get_it(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "quantplug.calibration.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "quantplug.calibration.show.plots", raising=False)
     for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # How Python spells a module that cannot be imported.

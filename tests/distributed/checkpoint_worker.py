@@ -15,7 +15,7 @@ from torch import nn
 
 import quantplug.plugins  # noqa: F401
 from quantplug.errors import QuantplugError, ShapeError, UnsupportedQuantizationError
-from quantplug.megatron.checkpoint import LoadReport, load_checkpoint, save_checkpoint
+from quantplug.megatron.checkpoint.save_load import LoadReport, load_checkpoint, save_checkpoint
 from quantplug.megatron.parallel import current_topology, initialize_parallel
 from quantplug.topology import ParallelTopology
 from tests.plugins.configs import BLOCKWISE, WEIGHT_ONLY_FP8

@@ -24,7 +24,7 @@ from quantplug.export.files import write_rounds as work
 from quantplug.export.pipeline.buckets import make_rounds
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import MegatronConfig
-from quantplug.megatron.build import build_model
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import initialize_parallel
 
 SMALL_BUCKET_BYTES = 100_000  # So that even this model's weights are cut into pieces, and make many rounds.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from quantplug.errors import QuantplugError
-from quantplug.megatron.checkpoint import save_checkpoint
+from quantplug.megatron.checkpoint.save_load import save_checkpoint
 from quantplug.megatron.parallel import initialize_parallel
 from tests.plugins.tiny_model import tiny_model
 
@@ -32,7 +32,7 @@ def fault(name: str) -> Iterator[None]:
         if name == "overlap" and rank == 1:
             patch.setattr(TransformerLayer, "sharded_state_dict", with_two_main_replicas())
         if name == "full_at_the_end" and rank == 0:
-            patch.setattr("quantplug.megatron.checkpoint_files.write_atomically", full)
+            patch.setattr("quantplug.megatron.checkpoint.files.write_atomically", full)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if name == "full" and rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

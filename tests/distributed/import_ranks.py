@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import build_model
-from quantplug.megatron.checkpoint_files import results_within_process
+from quantplug.megatron.checkpoint.files import results_within_process
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from quantplug.megatron.parameters import iter_parameters
 

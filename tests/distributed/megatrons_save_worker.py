@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 
 import quantplug.plugins  # noqa: F401
 from quantplug.megatron import cpu
-from quantplug.megatron.checkpoint_files import results_within_process
+from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.parallel import initialize_parallel
 from tests.plugins.tiny_model import tiny_model
 

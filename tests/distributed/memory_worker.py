@@ -16,7 +16,7 @@ from quantplug.export.files import write_rounds as work
 from quantplug.export.pipeline.buckets import make_rounds
 from quantplug.export.stream.api import plan_stream
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_model
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from tests.export.live_bytes import LiveBytes
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import quantplug.plugins  # noqa: F401
-from quantplug.megatron.checkpoint import load_checkpoint
+from quantplug.megatron.checkpoint.save_load import load_checkpoint
 from quantplug.megatron.parallel import initialize_parallel
 from tests.distributed.checkpoint_worker import Key, block_shard, gathered, quantizers, relayout
 from tests.plugins.tiny_model import EXPERTS, tiny_model

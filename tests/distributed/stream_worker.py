@@ -18,7 +18,7 @@ from quantplug import QuantplugError, export_hf_weights_quant, import_mcore_gpt_
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.stream.api import StreamPlan, plan_stream
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_model
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from tests.export.blockwise import blockwise_fp8
 

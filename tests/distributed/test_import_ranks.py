@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import build_model
+from quantplug.megatron.models.build import build_model
 from quantplug.topology import Shard, ShardAxis
 from tests.ranks import run_ranks
 

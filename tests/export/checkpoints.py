@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 from quantplug.megatron.parallel import initialize_parallel
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.plugins import quant_cfg  # and registers the wrappers

@@ -16,7 +16,7 @@ from transformers import (
 
 from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.export.checkpoints import load, one_rank, quantize
 
 # Every linear divides into 128x128 blocks.

@@ -17,7 +17,7 @@ from quantplug.cli import app
 from quantplug.errors import QuantplugError
 from quantplug.export.live_plan import plan_export
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.export.checkpoints import SCHEMES, load, quantize, raw, read, same_bytes
 
 pytestmark = pytest.mark.usefixtures("single_rank")

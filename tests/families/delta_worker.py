@@ -16,8 +16,8 @@ from quantplug import export_mcore_gpt_to_hf
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import CheckpointError, UnsupportedQuantizationError
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import build_model
-from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+from quantplug.megatron.checkpoint.save_load import load_checkpoint, save_checkpoint
+from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import initialize_parallel
 from tests.export.checkpoints import load
 

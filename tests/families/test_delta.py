@@ -22,7 +22,7 @@ from quantplug.calibration.run import calibrate
 from quantplug.errors import MappingError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parameters import iter_parameters
 from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parameters import iter_parameters
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, load, one_rank, read, same_bytes

@@ -19,8 +19,8 @@ from quantplug.calibration.run import calibrate
 from quantplug.calibration.statistics import StatisticsRow
 from quantplug.errors import CalibrationError, MappingError, SourceError
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec
-from quantplug.megatron.mtp import without_labels
+from quantplug.megatron.models.build import LayerSpec
+from quantplug.megatron.models.mtp import without_labels
 from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint
 from quantplug.verify.checks import Check

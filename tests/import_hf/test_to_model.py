@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from quantplug.errors import MappingError, ShapeError, SourceError, UnsupportedModelError
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 from quantplug.megatron.parameters import iter_parameters
 from tests.logits import megatron_logits, transformers_logits
 

@@ -14,7 +14,7 @@ from quantplug.mappings.families import FAMILIES, find_family
 from quantplug.mappings.families.llama import LLAMA
 from quantplug.mappings.family_check import problems
 from quantplug.mappings.table import Scope, WeightMapping
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, one_rank, quantize
 from tests.families.cases import DECODER, draw

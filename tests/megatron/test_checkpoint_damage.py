@@ -13,7 +13,7 @@ import torch
 
 import quantplug.plugins  # noqa: F401
 from quantplug.errors import CheckpointError
-from quantplug.megatron.checkpoint import load_checkpoint, save_checkpoint
+from quantplug.megatron.checkpoint.save_load import load_checkpoint, save_checkpoint
 from tests.export.checkpoints import one_rank
 from tests.plugins.tiny_model import tiny_model
 

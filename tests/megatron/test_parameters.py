@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from quantplug.errors import UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 from quantplug.megatron.parameters import iter_parameters, model_chunks
 
 pytestmark = pytest.mark.usefixtures("single_rank")

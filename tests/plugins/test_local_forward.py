@@ -19,7 +19,7 @@ from quantplug import import_mcore_gpt_from_hf
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
-from quantplug.megatron.build import LayerSpec, build_model
+from quantplug.megatron.models.build import LayerSpec, build_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

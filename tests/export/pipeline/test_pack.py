@@ -11,7 +11,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
 from examples.make_tiny_model import ZERO_EXPERT
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.export.checkpoints import (
     files_of,
     group_amaxes,

@@ -16,7 +16,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
 from quantplug.export.plan.dialects import CompressedTensorsDialect
 from quantplug.export.plan.types import QuantConfig
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import linear_weights, load, quantize, read
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits, transformers_model

@@ -16,7 +16,7 @@ from quantplug.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import NVFP4_16, edited_source, offenders, refused, rules
 

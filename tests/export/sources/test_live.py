@@ -9,7 +9,7 @@ import pytest
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.sources.live import live_weights
-from quantplug.megatron.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import FC1, expert_quantizer, refused
 

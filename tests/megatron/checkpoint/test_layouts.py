@@ -11,7 +11,7 @@ import quantplug.plugins  # noqa: F401
 from quantplug.calibration.collect import collect_statistics
 from quantplug.calibration.statistics import AmaxSource
 from quantplug.errors import CheckpointError
-from quantplug.megatron.checkpoint import LoadReport, load_checkpoint
+from quantplug.megatron.checkpoint.save_load import LoadReport, load_checkpoint
 from tests.plugins.tiny_model import DENSE, grouped_linears, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from quantplug.calibration.render import print_statistics, summary
+from quantplug.calibration.show.render import print_statistics, summary
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.table import ParamKey
 

@@ -1,4 +1,4 @@
-from quantplug.calibration.grids import expert_grids, label, layer_rows
+from quantplug.calibration.show.grids import expert_grids, label, layer_rows
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.mappings.table import ParamKey
 

@@ -40,7 +40,7 @@ from torch import nn
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none
-from quantplug.megatron.checkpoint_files import (
+from quantplug.megatron.checkpoint.files import (
     DAMAGE,
     MODELOPT_STATE,
     damage_named,
@@ -49,8 +49,8 @@ from quantplug.megatron.checkpoint_files import (
     require_undamaged,
     write_directory,
 )
-from quantplug.megatron.checkpoint_keys import Keys, keys_on_disk, require_same_keys, settings_on_disk
-from quantplug.megatron.checkpoint_layouts import (
+from quantplug.megatron.checkpoint.keys import Keys, keys_on_disk, require_same_keys, settings_on_disk
+from quantplug.megatron.checkpoint.layouts import (
     FanOut,
     fan_outs,
     find_displaced,

@@ -16,17 +16,17 @@ from torch.nn import functional
 from quantplug.errors import Offender, TopologyError
 from quantplug.mappings.table import Activation, MegatronConfig, ModelKind
 from quantplug.megatron import cpu
-from quantplug.megatron.delta_net import (
+from quantplug.megatron.models.delta_net import (
     block_with_delta_nets,
     has_delta_nets,
     weights_in_fp32,
     with_zero_centred_norms,
 )
-from quantplug.megatron.hybrid_model import hybrid_model, single_precision
-from quantplug.megatron.latent_attention import use_local_core
+from quantplug.megatron.models.hybrid_model import hybrid_model, single_precision
+from quantplug.megatron.models.latent_attention import use_local_core
+from quantplug.megatron.models.unit_norm import add_unit_norms
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import LanguageModel
-from quantplug.megatron.unit_norm import add_unit_norms
 from quantplug.topology import ParallelTopology
 
 

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from quantplug.errors import CheckpointError, Offender
-from quantplug.megatron.checkpoint_keys import Keys, built_entries
+from quantplug.megatron.checkpoint.keys import Keys, built_entries
 
 WHOLE = "amaxes of another layout"
 """Beside the model chunks of a sharded state: key on disk to the whole tensor there."""

@@ -17,8 +17,8 @@ from torch import nn
 import quantplug.plugins  # noqa: F401
 from quantplug.errors import CheckpointError, DestinationError
 from quantplug.megatron import cpu
-from quantplug.megatron.checkpoint import LoadReport, load_checkpoint, read_extra, save_checkpoint
-from quantplug.megatron.checkpoint_files import results_within_process
+from quantplug.megatron.checkpoint.files import results_within_process
+from quantplug.megatron.checkpoint.save_load import LoadReport, load_checkpoint, read_extra, save_checkpoint
 from tests.plugins.configs import BLOCKWISE, PER_TENSOR
 from tests.plugins.tiny_model import DENSE, tiny_model
 
@@ -146,7 +146,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("quantplug.megatron.checkpoint_files.write_atomically", full)
+    monkeypatch.setattr("quantplug.megatron.checkpoint.files.write_atomically", full)
     with pytest.raises(CheckpointError, match="no space"):
         save_checkpoint(tiny_model(), tmp_path / "q", extra={})
     assert list(tmp_path.iterdir()) == []

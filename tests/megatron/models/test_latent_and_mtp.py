@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from quantplug.errors import TopologyError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import Family, MegatronConfig
-from quantplug.megatron.build import LayerSpec, build_model, check_divisible
+from quantplug.megatron.models.build import LayerSpec, build_model, check_divisible
 from quantplug.megatron.parameters import iter_parameters
 from quantplug.topology import ParallelTopology
 from tests.families.cases import CASES

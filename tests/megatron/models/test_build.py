@@ -9,7 +9,7 @@ from transformers import AutoConfig, Qwen2MoeConfig
 
 from quantplug.errors import TopologyError
 from quantplug.mappings.families import find_family
-from quantplug.megatron.build import LayerSpec, build_model, check_divisible
+from quantplug.megatron.models.build import LayerSpec, build_model, check_divisible
 from quantplug.topology import ParallelTopology
 
 

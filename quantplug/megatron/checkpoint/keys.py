@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron.agreement import all_or_none, union
-from quantplug.megatron.checkpoint_files import damage_named
+from quantplug.megatron.checkpoint.files import damage_named
 
 Shape: TypeAlias = tuple[int, ...] | None
 """Global shape of a tensor; None where there is none to compare (an object, a vocabulary padded for another TP)."""

@@ -9,9 +9,10 @@ from transformers.models.nemotron_h.modeling_nemotron_h import Zamba2RMSNormGate
 
 from quantplug.errors import TopologyError, UnsupportedModelError
 from quantplug.mappings.families import find_family
-from quantplug.megatron import build, cpu, hybrid_model, parameters
-from quantplug.megatron.build import LayerSpec, build_model, check_divisible
-from quantplug.megatron.mamba_reference import GatedGroupNorm
+from quantplug.megatron import cpu, parameters
+from quantplug.megatron.models import build, hybrid_model
+from quantplug.megatron.models.build import LayerSpec, build_model, check_divisible
+from quantplug.megatron.models.mamba_reference import GatedGroupNorm
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 from tests.families import hybrid_cases as hybrid

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from quantplug.atomic import write_atomically
-from quantplug.calibration.grids import ExpertGrid, expert_grids, label, layer_rows
+from quantplug.calibration.show.grids import ExpertGrid, expert_grids, label, layer_rows
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import DestinationError, Offender, SourceError
 

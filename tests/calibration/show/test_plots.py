@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from quantplug.calibration.plots import DOTS_PER_INCH, MARKS, Mark, save_plot, statistics_figure
+from quantplug.calibration.show.plots import DOTS_PER_INCH, MARKS, Mark, save_plot, statistics_figure
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import DestinationError, SourceError
 from quantplug.mappings.table import ParamKey

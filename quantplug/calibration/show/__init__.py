@@ -1,0 +1,1 @@
+"""The statistics of a calibration for people: tables and plots."""

@@ -1,0 +1,1 @@
+"""Megatron checkpoints of quantized models: saved at any layout, loaded at any other."""
