@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.untrusted_files import read_json
+from quantplug.checkpoint.untrusted.files import read_json
 from quantplug.errors import Offender, SourceError
 
 CONFIG_FILE = "config.json"

@@ -11,8 +11,8 @@ from typing import Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantplug.checkpoint.safetensors_dtypes import DTYPES
-from quantplug.checkpoint.untrusted_files import file_problem, name_problem, read_json
+from quantplug.checkpoint.safetensors.dtypes import DTYPES
+from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
 from quantplug.errors import Offender, SourceError
 
 SINGLE_FILE = "model.safetensors"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.reader import INDEX_FILE, weight_files
-from quantplug.checkpoint.untrusted_files import OUTSIDE, file_problem
+from quantplug.checkpoint.untrusted.files import OUTSIDE, file_problem
 from quantplug.errors import Offender, SourceError
 
 QUANT_CONFIG_FILE = "hf_quant_config.json"

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
-from quantplug.checkpoint.model_sizes import read_dimensions
+from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import MegatronConfig
 

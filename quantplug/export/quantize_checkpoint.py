@@ -14,10 +14,10 @@ import torch
 from quantplug.checkpoint.config_file import architecture_of, read_config_file, refuse_own_code, ties_embeddings
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.duplicates import check_duplicates
-from quantplug.checkpoint.model_sizes import read_dimensions
-from quantplug.checkpoint.plain import open_plain, refuse_quantized
+from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import SourceError
 from quantplug.export.files.finish import Beside, ExportResult, finish, result_of
 from quantplug.export.files.staging import Staging, check_destination

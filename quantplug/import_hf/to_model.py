@@ -7,7 +7,7 @@ import torch
 
 from quantplug.checkpoint.config_file import ties_embeddings
 from quantplug.checkpoint.duplicates import check_duplicates
-from quantplug.checkpoint.plain import open_plain, refuse_quantized
+from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.findings import Findings

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantplug.checkpoint.reader import open_safetensors, weight_files
-from quantplug.checkpoint.untrusted_files import read_json
-from quantplug.checkpoint.untrusted_json import Json, as_count, as_object
+from quantplug.checkpoint.untrusted.files import read_json
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
 from quantplug.errors import SourceError
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from quantplug.checkpoint.model_sizes import read_dimensions
-from quantplug.checkpoint.untrusted_json import Json, as_texts
+from quantplug.checkpoint.untrusted.json_reader import Json, as_texts
+from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import SourceError, UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.checkpoint.untrusted_json import Json, as_count, as_object
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
 from quantplug.verify import decode, names
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, rows_at_a_time
 from quantplug.verify.layouts import is_plain

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from quantplug.checkpoint.untrusted_json import Json, as_count, as_object, as_text, is_texts
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, is_texts
 from quantplug.verify.checks import Check
 from quantplug.verify.modules import Inventory
 from quantplug.verify.report import Finding, error

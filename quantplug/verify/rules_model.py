@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from quantplug.checkpoint.untrusted_json import as_count, as_object
+from quantplug.checkpoint.untrusted.json_reader import as_count, as_object
 from quantplug.verify import names
 from quantplug.verify.checks import Check
 from quantplug.verify.layouts import Fp8Layout

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from quantplug.checkpoint.untrusted_json import Json, as_count, as_object, as_text, as_texts
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt

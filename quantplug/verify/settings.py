@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quantplug.checkpoint.untrusted_json import Json, as_object
+from quantplug.checkpoint.untrusted.json_reader import Json, as_object
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.untrusted_files import file_problem
-from quantplug.checkpoint.untrusted_json import as_object, as_text
+from quantplug.checkpoint.untrusted.files import file_problem
+from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
 from quantplug.verify.settings import same

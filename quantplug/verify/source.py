@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from quantplug.checkpoint.untrusted_json import as_object, as_text
+from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.verify import bounds, names, originals
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from quantplug.checkpoint.untrusted_json import Json, as_object
+from quantplug.checkpoint.untrusted.json_reader import Json, as_object
 from quantplug.verify import names
 from quantplug.verify.checkpoint import Checkpoint, UnreadableTensorError
 from quantplug.verify.checks import Check

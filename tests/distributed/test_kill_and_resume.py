@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 # What an export calls at moments that matter.
 MANIFEST = "quantplug.export.files.staging.write_atomically"
 EXCHANGE = "quantplug.export.pipeline.gather.PackedBucket.exchange"
-ON_DISK = "quantplug.checkpoint.safetensors_writer.finish_file"
-FILE_DONE = "quantplug.checkpoint.safetensors_writer.sync_directory"
+ON_DISK = "quantplug.checkpoint.safetensors.writer.finish_file"
+FILE_DONE = "quantplug.checkpoint.safetensors.writer.sync_directory"
 INDEX = "quantplug.export.files.finish.write_index"
 INDEX_FILE = "quantplug.export.files.index.write_json"
 RENAME = "quantplug.export.files.staging.publish_directory"

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from torch import nn
 
-from quantplug.checkpoint.safetensors_writer import SafetensorsFile
+from quantplug.checkpoint.safetensors.writer import SafetensorsFile
 from tests.distributed.export_worker import SMALL_BUCKET_BYTES
 from tests.distributed.mortal_ranks import (
     EXPORTED,
@@ -32,7 +32,7 @@ MAKE_ALL = "quantplug.export.files.sink.FileSink.make_shared"
 NAME = "quantplug.export.files.sink.name_file"
 EXPERT = "quantplug.export.pipeline.assemble._of_expert"  # Before one expert's rows of a tensor are written.
 # What a rank writes of a file is all written.
-PART_DONE = "quantplug.checkpoint.safetensors_writer.SafetensorsFile._finish"
+PART_DONE = "quantplug.checkpoint.safetensors.writer.SafetensorsFile._finish"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from quantplug.atomic import finish_file, sync_directory
 from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
-from quantplug.checkpoint.untrusted_files import open_file
+from quantplug.checkpoint.untrusted.files import open_file
 from quantplug.export.files.index import write_json
 from quantplug.export.plan.types import QuantConfig
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from quantplug.checkpoint.safetensors_writer import SafetensorsFile, make_file, name_file
+from quantplug.checkpoint.safetensors.writer import SafetensorsFile, make_file, name_file
 from quantplug.export.files.marks import leave_mark
 from quantplug.export.plan.types import ExportPlan, ShardFile, TensorRows
 from quantplug.formats import TensorSpec

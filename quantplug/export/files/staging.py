@@ -14,7 +14,7 @@ from pathlib import Path
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.checkpoint.lock import take_lock
 from quantplug.checkpoint.reader import INDEX_FILE
-from quantplug.checkpoint.safetensors_writer import file_size
+from quantplug.checkpoint.safetensors.writer import file_size
 from quantplug.errors import DestinationError, Offender, QuantplugError
 from quantplug.export.files.marks import is_as_marked
 from quantplug.export.plan.types import ShardFile

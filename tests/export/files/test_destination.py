@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.checkpoint import safetensors_writer
+from quantplug.checkpoint.safetensors import writer as safetensors_writer
 from quantplug.errors import DestinationError, WriteError
 from quantplug.export.files import config_files as hf_config
 from quantplug.export.files import index, staging

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantplug.checkpoint.safetensors_writer import SafetensorsFile, file_size
+from quantplug.checkpoint.safetensors.writer import SafetensorsFile, file_size
 from quantplug.formats import TensorSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.checkpoint.mxfp4_source import MXFP4Checkpoint
+from quantplug.checkpoint.encoded.mxfp4_source import MXFP4Checkpoint
 from quantplug.errors import SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import build, one_rank, quantize, read, same_bytes

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quantplug.checkpoint.untrusted_json import Json, as_count, as_object
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
 from quantplug.errors import Offender, SourceError, UnsupportedModelError
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Scope, SizeSetting

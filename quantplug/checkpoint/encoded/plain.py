@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from quantplug.checkpoint.config_file import CONFIG_FILE
-from quantplug.checkpoint.fp8_source import METHOD as FP8
-from quantplug.checkpoint.fp8_source import BlockSize, FP8Checkpoint
-from quantplug.checkpoint.mxfp4_source import METHOD as MXFP4
-from quantplug.checkpoint.mxfp4_source import MXFP4Checkpoint
+from quantplug.checkpoint.encoded.fp8_source import METHOD as FP8
+from quantplug.checkpoint.encoded.fp8_source import BlockSize, FP8Checkpoint
+from quantplug.checkpoint.encoded.mxfp4_source import METHOD as MXFP4
+from quantplug.checkpoint.encoded.mxfp4_source import MXFP4Checkpoint
 from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.errors import Offender, SourceError
 

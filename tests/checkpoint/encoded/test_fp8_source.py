@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.checkpoint.fp8_source import FP8Checkpoint
+from quantplug.checkpoint.encoded.fp8_source import FP8Checkpoint
 from quantplug.errors import SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import verify_checkpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quantplug.atomic import finish_file, sync_directory
-from quantplug.checkpoint.safetensors_dtypes import NAMES
+from quantplug.checkpoint.safetensors.dtypes import NAMES
 from quantplug.formats import TensorSpec
 
 _HEADER_ALIGNMENT = 8

@@ -1,0 +1,1 @@
+"""safetensors files, written row by row."""

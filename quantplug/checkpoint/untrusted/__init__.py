@@ -1,0 +1,1 @@
+"""Directories by others' hands: what of them is read at all, and how much."""
