@@ -17,7 +17,9 @@ class Surgery:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tensors: dict[str, torch.Tensor] = load_file(directory / "model.safetensors")
+        self.tensors: dict[str, torch.Tensor] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            self.tensors |= load_file(path)
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         path = directory / "hf_quant_config.json"
         self.hf_quant_config: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
@@ -66,7 +68,7 @@ class Surgery:
         if shards == 1:
             save_file(self.tensors, self.directory / "model.safetensors", metadata={"format": "pt"})
             return
-        (self.directory / "model.safetensors").unlink()
+        (self.directory / "model.safetensors").unlink(missing_ok=True)
         names = sorted(self.tensors)
         weight_map = {}
         for index in range(shards):
