@@ -7,12 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d{1,9})\.(?P<projection>[^.]+)$")
 _LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
-# Of a language model, by itself or inside a vision-language model, or of its layers of multi-token prediction.
-# Nemotron-H has `backbone` for `model`.
-_STACK = re.compile(r"^(?:mtp\.|(?:(?:model|backbone)\.)?(?:language_model\.)?(?:model\.)?)(?:layers\.)?")
 _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project|connector")
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -39,11 +35,6 @@ def split(tensor: str) -> tuple[str, str]:
     """(module, suffix) of a tensor's name."""
     module, _, suffix = tensor.rpartition(".")
     return module, suffix
-
-
-def kind(tensor: str) -> str:
-    """The name without layer and expert numbers and without the leading stack: `mlp.experts.gate_proj.weight`."""
-    return _STACK.sub("", _NUMBER.sub("", tensor))
 
 
 def last(module: str) -> str:

@@ -6,6 +6,8 @@ Whole layers and experts that are missing or too many are told by `rules_model.p
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from quantplug.mappings.shapes.expected import Shape, expected_shape, fits
+from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.mappings.table import LayerStack
 from quantplug.verify import names
 from quantplug.verify.checks import Check
@@ -13,7 +15,6 @@ from quantplug.verify.known import KnownArchitecture
 from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error
-from quantplug.verify.shapes import Shape, expected_shape, fits
 
 _WEIGHTS = ("weight", "weight_packed")
 
@@ -85,7 +86,7 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         if "weight" in suffixes and not _has_weight(module) and not _told_elsewhere(inventory, found, name):
             absent.add("weight")
         for suffix in sorted(absent):
-            missing.setdefault(f"{names.kind(name)}.{suffix}", []).append(f"{name}.{suffix}")
+            missing.setdefault(f"{kind_of(name)}.{suffix}", []).append(f"{name}.{suffix}")
     for absent_alike in missing.values():
         message = f"missing: {found.known.name} has it{_others(absent_alike)}"
         yield error(Check.ARCHITECTURE, absent_alike[0], message)
@@ -134,7 +135,7 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
             continue
         strange = module.tensors.keys() - known - own if own is not None else module.tensors.keys()
         if strange and not _beyond(module.name, found) and not module.name.endswith(".experts"):
-            extra.setdefault(names.kind(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
+            extra.setdefault(kind_of(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
     for strangers in extra.values():
         message = f"no weight of {found.known.name}: readers drop it, or stop{_others(strangers)}"
         yield error(Check.ARCHITECTURE, strangers[0].removeprefix("."), message)
@@ -154,7 +155,7 @@ def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         if module is None:
             continue
         for suffix in sorted(suffixes):
-            kind, shape = names.kind(f"{name}.{suffix}"), _shape(module, suffix)
+            kind, shape = kind_of(f"{name}.{suffix}"), _shape(module, suffix)
             wanted = expected_shape(kind, found.known.dims)
             if shape is None or wanted is None:
                 continue

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from quantplug.checkpoint.untrusted.json_reader import as_count, as_object
+from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify import names
 from quantplug.verify.checks import Check
 from quantplug.verify.layouts import Fp8Layout
@@ -164,9 +165,9 @@ def serving_tp(inventory: Inventory) -> Iterator[Finding]:
     """Which tensor-parallel sizes of a server cut blocks: one line for each kind of module and shape."""
     seen: set[tuple[str, tuple[int, ...]]] = set()
     for module in inventory.quantized:
-        if module.codes is None or module.layout is None or (names.kind(module.name), module.codes.shape) in seen:
+        if module.codes is None or module.layout is None or (kind_of(module.name), module.codes.shape) in seen:
             continue
-        seen.add((names.kind(module.name), module.codes.shape))
+        seen.add((kind_of(module.name), module.codes.shape))
         name = names.last(module.name)
         if name in names.ROW_PARALLEL:
             columns = module.layout.columns(module.codes)
@@ -185,7 +186,7 @@ def _cut(module: Module, axis: str, size: int, block: int) -> Iterator[Finding]:
     cuts = [f"TP={tp}: {size / tp:g}" for tp in _SERVING_TP if size % (tp * block)]
     if block > 1 and cuts:
         message = f"{axis} {size} of a rank is no multiple of the block of {block} at {', '.join(cuts)}"
-        yield warning(Check.SERVING_TP, names.kind(module.name), message)
+        yield warning(Check.SERVING_TP, kind_of(module.name), message)
 
 
 RULES = (experts, layers, one_algo, merged_blocks, serving_tp)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify import names
 from quantplug.verify.checkpoint import ITEM_BYTES
 from quantplug.verify.checks import Check
@@ -131,7 +132,7 @@ def scalar_shape(inventory: Inventory) -> Iterator[Finding]:
         for suffix in module.layout.scalars if module.layout is not None else ():
             info = module.tensors.get(suffix)
             if info is not None and info.shape == (1,):
-                found.setdefault(f"{names.kind(module.name)}.{suffix}", []).append(info.name)
+                found.setdefault(f"{kind_of(module.name)}.{suffix}", []).append(info.name)
     for kind, tensors in found.items():
         message = f"{len(tensors)} tensors have the shape [1], ModelOpt's have []: a server that copies a scalar stops"
         yield warning(Check.SCALAR_SHAPE, kind, message)
@@ -175,7 +176,7 @@ def taken_apart(inventory: Inventory) -> Iterator[Finding]:
     for module in inventory.quantized:
         if names.last(module.name) == names.TAKEN_APART and isinstance(module.layout, Nvfp4Layout):
             message = "in FP4: vLLM unpacks it, SGLang would read the packed bytes as weights; keep it or use FP8"
-            yield warning(Check.SERVING_KV_B, names.kind(module.name), message)
+            yield warning(Check.SERVING_KV_B, kind_of(module.name), message)
             return
 
 

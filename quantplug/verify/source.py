@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
+from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify import bounds, names, originals
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
@@ -244,7 +245,7 @@ def _quantized(
     for weight in _weights(inventory, module):
         total = meter.measure(original, weight, layout, rows, columns)
         tensor = f"{module.name}.weight" if weight.expert is None else f"{module.name}[{weight.expert}]"
-        result = _tensor_error(tensor, names.kind(module.name), layout.name, total)
+        result = _tensor_error(tensor, kind_of(module.name), layout.name, total)
         measured.append(result)
         yield from _bound_findings(result, total)
 
@@ -310,6 +311,6 @@ def sizes(export: Checkpoint, source: Checkpoint | None) -> Iterator[Size]:
 def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
     found: dict[str, int] = {}
     for info in checkpoint.tensors.values():
-        module = names.kind(names.split(info.name)[0] or info.name)
+        module = kind_of(names.split(info.name)[0] or info.name)
         found[module] = found.get(module, 0) + info.nbytes
     return found

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.layouts import Nvfp4Layout
 from quantplug.verify.modules import Inventory, Module
-from quantplug.verify.names import FusedGroup, kind, last, split
+from quantplug.verify.names import FusedGroup, last, split
 from quantplug.verify.report import Finding, error, note, ranges, warning
 from quantplug.verify.threads import in_threads
 
@@ -122,7 +123,7 @@ def _non_finite_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:
 
 def _count_subnormal(values: Values, module: Module, codes: torch.Tensor) -> None:
     """E4M3 codes 1 to 7 have exponent 0: below 2^-6."""
-    count = values.block_scales.setdefault(kind(module.name), BlockScaleCount())
+    count = values.block_scales.setdefault(kind_of(module.name), BlockScaleCount())
     subnormal = int(((codes >= 1) & (codes <= 7)).sum())
     count.scales += codes.numel()
     count.subnormal += subnormal
@@ -156,7 +157,7 @@ def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
                 shown = ", ".join(f"{last(name)} {value:.9g}" for name, value in found.items() if value is not None)
                 yield error(Check.SHARED_SCALES, group.parent, f"{suffix} differs: {shown}; {_consequence(group)}")
             else:
-                key = f"{kind(group.fused)}.{suffix}"
+                key = f"{kind_of(group.fused)}.{suffix}"
                 differing_fp8[key] = differing_fp8.get(key, 0) + 1
     for key, count in differing_fp8.items():
         yield note(Check.SHARED_SCALES, key, f"{count} groups with different scales: servers requantize to the largest")

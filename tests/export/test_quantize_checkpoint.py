@@ -267,6 +267,26 @@ def test_a_source_that_is_not_what_it_says_is_refused(
     assert named in str(caught.value)
 
 
+def test_plain_tensors_are_held_against_the_config(sources: Sources, tmp_path: Path) -> None:
+    """Those of a pruned model whose config was edited, and others that only readers would find."""
+    layer = "model.layers.0."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{layer}mlp.gate.weight": (8, 160),
+        f"{layer}self_attn.q_norm.weight": (64,),
+        f"{layer}self_attn.k_norm.weight": (1, 32),
+        f"{layer}input_layernorm.weight": (1, 160),
+        "model.norm.weight": (128,),
+        "lm_head.weight": (300, 160),
+    }
+    wrong: dict[str, torch.Tensor | None] = {
+        name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()
+    }
+    source = edited(sources("moe"), tmp_path / "in", wrong)
+    with refused(ShapeError, tmp_path) as caught:
+        quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert {name for name, _ in offenders(caught)} == shapes.keys()
+
+
 def test_sizes_that_do_not_divide_are_named_as_in_the_checkpoint(sources: Sources, tmp_path: Path) -> None:
     with refused(ShapeError, tmp_path) as caught:
         quantize_checkpoint(sources("moe"), tmp_path / "out", "fp8_blockwise")

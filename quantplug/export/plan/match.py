@@ -6,7 +6,9 @@ from quantplug.errors import MappingError, ShapeError
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
-from quantplug.mappings.table import Family, ParamKey, Scope, WeightMapping
+from quantplug.mappings.shapes.expected import expected_shape, fits
+from quantplug.mappings.shapes.kinds import kind_of
+from quantplug.mappings.table import Family, ParamKey, WeightMapping
 
 _SAME_MODEL = (
     "Check that the Hugging Face config is that of this model, and that the model holds all layers and experts."
@@ -89,26 +91,14 @@ def part_shapes(
     shapes = layout_shapes(weight.shape, mapping.layout, dims)
     placement = mapping.placement(weight.key, dims)
     for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
-        expected = _with_mlp_width(shape, mapping, dims)
+        # Of what Megatron's model has not, the config says nothing that we read.
+        expected = None if mapping.role.is_passthrough else expected_shape(kind_of(name), dims)
         stored = placement.stored_shape(shape) if placement else shape
-        if shape != expected:
-            reason = f"gives {name} of shape {list(shape)}, the config says {list(expected)}"
+        if expected is not None and not fits(shape, expected):
+            said = ", ".join("any" if size is None else str(size) for size in expected)
+            reason = f"gives {name} of shape {list(shape)}, the config says [{said}]"
             findings.add_weight(_SHAPE, weight, reason)
         elif reference.get(name, stored) != stored:
             reason = f"gives {name} of shape {list(stored)}, the checkpoint has {list(reference[name])}"
             findings.add_weight(_SHAPE, weight, reason)
     return shapes
-
-
-def _with_mlp_width(shape: tuple[int, ...], mapping: WeightMapping, dims: ModelDimensions) -> tuple[int, ...]:
-    """The shape of a part with the config's feed-forward width, which lies along the axis that its layout shards."""
-    widths = {
-        Scope.DENSE_LAYER: dims.mlp_width,
-        Scope.EXPERT: dims.expert_width,
-        Scope.MOE_LAYER: dims.shared_width,
-    }
-    width = widths.get(mapping.scope)
-    axis = mapping.layout.shard_axis
-    if width is None or axis is None:
-        return shape
-    return (*shape[:axis], width * mapping.layout.widths(), *shape[axis + 1 :])

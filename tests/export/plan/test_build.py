@@ -23,10 +23,10 @@ SHAPES = {
     "linear_fc1.weight": (192, 160),
     "linear_fc2.weight": (160, 96),
     "router.weight": (8, 160),
-    "layernorm.weight": (160,),
-    "layer_norm_weight": (160,),
     "q_layernorm.weight": (48,),
     "k_layernorm.weight": (48,),
+    "layernorm.weight": (160,),
+    "layer_norm_weight": (160,),
 }
 NVFP4 = QuantizerState("", (2, 1), ((-1, 16),), (4, 3), dynamic_blocks=True, amax=0.5)
 FP8 = QuantizerState("", (4, 3), amax=0.5)

@@ -1,4 +1,4 @@
-"""Shapes of what layers of hybrid decoders have, by kind of tensor (`names.kind`).
+"""Shapes of what layers of hybrid decoders have, by kind of tensor (`kinds.kind_of`).
 
 Nemotron-H names every layer's one module `mixer`, whatever it is.
 """

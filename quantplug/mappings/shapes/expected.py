@@ -1,10 +1,10 @@
-"""Shapes that follow from the sizes in config.json, by kind of tensor (`names.kind`)."""
+"""Shapes that follow from the sizes in config.json, by kind of tensor (`kinds.kind_of`)."""
 
 from collections.abc import Callable, Mapping
 
 from quantplug.mappings.layouts import ModelDimensions, Option
-from quantplug.verify.delta_shapes import DELTA_SHAPES
-from quantplug.verify.hybrid_shapes import HYBRID_SHAPES
+from quantplug.mappings.shapes.delta import DELTA_SHAPES
+from quantplug.mappings.shapes.hybrid import HYBRID_SHAPES
 
 Shape = tuple[int | None, ...]  # None: not said by the config
 

@@ -1,0 +1,13 @@
+"""What kind of tensor a Hugging Face name names, whichever layer, expert and stack it is of."""
+
+import re
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+# Of a language model, by itself or inside a vision-language model, or of its layers of multi-token prediction.
+# Nemotron-H has `backbone` for `model`.
+_STACK = re.compile(r"^(?:mtp\.|(?:(?:model|backbone)\.)?(?:language_model\.)?(?:model\.)?)(?:layers\.)?")
+
+
+def kind_of(tensor: str) -> str:
+    """The name without layer and expert numbers and without the leading stack: `mlp.experts.gate_proj.weight`."""
+    return _STACK.sub("", _NUMBER.sub("", tensor))
