@@ -133,7 +133,11 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         own = found.modules.get(module.name) or found.copies.get(module.name)
         if own is None and f"{module.name}.".startswith(found.known.family.passthrough):
             continue
-        strange = module.tensors.keys() - known - own if own is not None else module.tensors.keys()
+        if own is not None:
+            strange = module.tensors.keys() - known - own
+        else:  # An attention has no weight of its own, but may have the scales of its cache.
+            attends = f"{module.name}.k_proj" in found.modules
+            strange = module.tensors.keys() - (KV_SUFFIXES if attends else set())
         if strange and not _beyond(module.name, found) and not module.name.endswith(".experts"):
             extra.setdefault(kind_of(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
     for strangers in extra.values():

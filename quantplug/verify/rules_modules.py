@@ -106,20 +106,26 @@ def kv_cache(inventory: Inventory) -> Iterator[Finding]:
         yield error(Check.NOT_JUDGED, "kv_cache_scheme", f"not judged: KV cache in {claimed}")
     if claimed != "FP8":
         return
+    if not present:
+        message = "FP8 without scales: servers cast keys and values with a scale of 1.0"
+        yield note(Check.KV_SCALES, "kv_cache_scheme", message)
+        return
     for name in inventory.modules:
         if names.last(name) == "k_proj" and names.layer(name) is not None:
             yield from _kv_scales(inventory, name.rpartition(".")[0])
 
 
 def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:
-    """ModelOpt puts the scales below k_proj and v_proj, compressed-tensors beside them."""
-    below = inventory.scheme.method == "modelopt"
+    """ModelOpt puts the scales below k_proj and v_proj, compressed-tensors beside them; servers read both."""
+    is_modelopt, tensors = inventory.scheme.method == "modelopt", inventory.checkpoint.tensors
     for letter in "kv":
-        name = f"{attention}.{letter}_proj.{letter}_scale" if below else f"{attention}.{letter}_scale"
-        info = inventory.checkpoint.tensors.get(name)
+        below, beside = f"{attention}.{letter}_proj.{letter}_scale", f"{attention}.{letter}_scale"
+        own, other = (below, beside) if is_modelopt else (beside, below)
+        name = own if own in tensors or other not in tensors else other
+        info = tensors.get(name)
         if info is None:
-            yield error(Check.KV_SCALES, name, "missing: servers fall back to a scale of 1.0")
-        elif info.shape not in ((), (1,)) or (below and info.dtype != "F32") or not is_plain(info):
+            yield error(Check.KV_SCALES, name, "missing, and others are there: servers fall back to a scale of 1.0")
+        elif info.shape not in ((), (1,)) or (is_modelopt and info.dtype != "F32") or not is_plain(info):
             yield error(Check.KV_SCALES, name, f"{info.dtype} {list(info.shape)}, expected an F32 scalar")
 
 

@@ -176,6 +176,25 @@ def test_weights_that_the_config_says_are_not_packed_yet(
     assert fired(verify_checkpoint(compressed("FP8", quantization_status=status))) == checks
 
 
+@pytest.mark.parametrize("place", ["", "{}_proj."])
+@pytest.mark.parametrize("scale", [torch.ones(1).bfloat16(), torch.tensor(1.0)], ids=["BF16 [1]", "F32 []"])
+def test_kv_scales_as_llm_compressor_writes_them(
+    compressed: Callable[..., Path], scale: torch.Tensor, place: str
+) -> None:
+    def add(tensors: Tensors) -> None:
+        for layer in range(3):
+            for letter in "kv":
+                name = f"model.layers.{layer}.self_attn.{place.format(letter)}{letter}_scale"
+                tensors[name] = scale.clone()
+
+    kv_cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    assert fired(verify_checkpoint(compressed("FP8", add, kv_cache_scheme=kv_cache))) == set()
+
+
+def test_a_kv_cache_that_is_cast_has_no_scales(compressed: Callable[..., Path]) -> None:
+    assert fired(verify_checkpoint(compressed("FP8", kv_cache_scheme={"num_bits": 8, "type": "float"}))) == set()
+
+
 def test_compressed_tensors_of_another_format(compressed: Callable[..., Path]) -> None:
     report = verify_checkpoint(
         compressed("FP8", config_groups={"group_0": {"targets": ["Linear"], "format": "pack-quantized"}})

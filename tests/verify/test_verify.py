@@ -136,6 +136,12 @@ def fused_experts(s: Any) -> None:
     s.tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.ones(4, 8, 8)
 
 
+def beside_projections(s: Any) -> None:
+    """The other spelling of KV scales, compressed-tensors'."""
+    for name in [name for name in s.tensors if name.endswith(("k_scale", "v_scale"))]:
+        s.tensors[name.replace("k_proj.", "").replace("v_proj.", "")] = s.tensors.pop(name)
+
+
 def parent_name(s: Any) -> None:
     """All of one attention is plain, excluded by the name of its parent."""
     for part in "qkvo":
@@ -244,6 +250,9 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("the largest scale with a normal inverse is fine", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**126)), set(), ""),
     ("scalar with an axis", "nvfp4", store(f"{ATTENTION}.o_proj.weight_scale_2", lambda t: t.reshape(1)), {"scalar-shape"}, "self_attn.o_proj.weight_scale_2"),
     ("input scale with an axis", "fp8", store(f"{ATTENTION}.o_proj.input_scale", lambda t: t.reshape(1)), {"scalar-shape"}, "self_attn.o_proj.input_scale"),
+    ("a KV cache that is cast has no scale", "fp8", lambda s: s.drop("k_scale") or s.drop("v_scale"), set(), ""),
+    ("KV scales beside the projections", "fp8", beside_projections, set(), ""),
+    ("KV scales of one axis", "fp8", store(f"{ATTENTION}.v_proj.v_scale", lambda t: t.reshape(1)), set(), ""),
     ("fused experts", "w4a16", fused_experts, {"names"}, "model.layers.1.mlp.experts.gate_up_proj"),
 ]  # fmt: skip
 
