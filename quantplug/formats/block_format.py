@@ -19,8 +19,10 @@ class BlockFormat:
     """A `WeightFormat` of codes and scales; `table` holds those that there are.
 
     Attributes:
+        name: Short name for tables and messages.
         encoding: What a value is made of.
-        scales: What the format calls its scales: that of a block, then that of the tensor, as far as it has them.
+        scales: Suffixes of the scales' names: the one of the blocks, then the one of the tensor. A format with one kind
+            of scale has one.
         static_activations: Whether activations are quantized by a scale that calibration has found.
     """
 
@@ -39,6 +41,7 @@ class BlockFormat:
     def outputs(self, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         rows, columns = shape
         encoding = self.encoding
+        # Codes, block scales, tensor scale: in this order they are written, and allocated by `pack_group`.
         specs = [TensorSpec(_CODES, (rows, columns // encoding.code.in_a_byte), encoding.code.dtype)]
         if self._block_scale is not None:
             blocks = encoding.block.count((rows, columns))
@@ -55,6 +58,7 @@ class BlockFormat:
 
     def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
         first = weights[0]
+        # One allocation a name for the whole group: on a GPU one launch then fills the tensors of all its weights.
         tensors = empty_groups(self.outputs(tuple(first.shape)), len(weights), first.device)
         if self._tensor_scale is not None:
             # On the weights' device: CUDA takes a divisor on the CPU for a Python number, and multiplies.
@@ -63,6 +67,7 @@ class BlockFormat:
         return PackedWeight.of_group(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
+        # Kernels know groups only, and one weight is a group of one.
         group = {name: tensor.unsqueeze(0) for name, tensor in packed.tensors.items()}
         codes = group[_CODES]
         columns = codes.shape[-1] * self.encoding.code.in_a_byte
@@ -75,6 +80,7 @@ class BlockFormat:
             raise NotImplementedError(f"{self.name} has no static activations: check static_activations first")
         return scale_from_amax(amax.reshape(()), self.encoding.largest)
 
+    # With one kind of scale `scales` has one name, which is its first and its last.
     @property
     def _block_scale(self) -> str | None:
         return self.scales[0] if self.encoding.has_block_scales else None
@@ -84,7 +90,7 @@ class BlockFormat:
         return self.scales[-1] if self.encoding.has_tensor_scale else None
 
     def _encoded(self, tensors: Mapping[str, torch.Tensor]) -> Encoded:
-        """The tensors of a group by what kernels call them."""
+        """The tensors of a group, from their names on disk to what kernels call them; scales it lacks are None."""
         block_scales = None if self._block_scale is None else tensors[self._block_scale]
         tensor_scales = None if self._tensor_scale is None else tensors[self._tensor_scale]
         return Encoded(tensors[_CODES], block_scales, tensor_scales)

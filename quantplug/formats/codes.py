@@ -36,9 +36,11 @@ class Code:
 
 def saturate_to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """Rounds FP32 to E4M3, ties to even; magnitudes above 448 become 448 where a plain cast makes NaN of them."""
+    # E4M3 has no Inf to overflow to (OCP OFP8 v1.0), so saturation is the caller's. A NaN passes the clamp as NaN.
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+# PyTorch cannot compute with a 4-bit float, so its codes are made as integers and kept in uint8, two to a byte.
 def _e2m1_pairs(values: torch.Tensor) -> torch.Tensor:
     return e2m1.pack_pairs(e2m1.encode(values))
 
@@ -48,6 +50,7 @@ def _of_e2m1_pairs(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    # Exact: every E4M3 value, subnormals included, is a normal FP32 value.
     return codes.float()
 
 

@@ -24,7 +24,7 @@ class Block:
     columns: int | None
 
     def count(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Blocks of a weight of this shape, below each other and side by side; the last ones may be partial."""
+        """How many blocks a weight [out, in] has, below each other and side by side; the last ones may be partial."""
         return ceil(shape[0] / (self.rows or shape[0])), ceil(shape[1] / (self.columns or shape[1]))
 
 
@@ -39,7 +39,9 @@ class Encoding:
     weights which servers fuse can share it, and slices of a weight have the one of the whole.
 
     Attributes:
-        scale: Of a block; of the tensor where that is the block.
+        code: What each element is stored as.
+        block: The elements that share one scale of type `scale`.
+        scale: How the scale of a block is stored; where the block is the whole tensor, how the scale of that is.
         levels: 1, or 2 where an FP32 scale of the tensor stands above those of its blocks.
         partial_blocks: Whether the last blocks of a row or column may be cut off by the edge of the weight.
     """
@@ -61,6 +63,7 @@ class Encoding:
     @property
     def largest(self) -> float:
         """What the scale of the tensor maps the amax to: the largest code, times the largest scale of a block."""
+        # NVFP4: 6 * 448, so that the block with the tensor's amax gets the largest E4M3 scale. FP8 has one level: 448.
         return self.code.largest * (self.scale.largest or 1.0 if self.levels == 2 else 1.0)
 
     @property
@@ -71,6 +74,7 @@ class Encoding:
         """
         rows, columns = self.block.rows or 1, self.block.columns
         if columns is None:
+            # All parts are given the amax that a scale of the whole tensor is made of: only bytes must not be cut.
             columns = None if self.has_block_scales else self.code.in_a_byte
         return rows, columns
 
@@ -78,6 +82,7 @@ class Encoding:
         """Why a weight of this shape cannot be packed, naming the divisor; None when it can."""
         if len(shape) != 2:
             return f"shape {list(shape)} is not [out_features, in_features]"
+        # A block may be partial, a byte may not: a row of codes ends with a whole one.
         rows, columns = (1, self.code.in_a_byte) if self.partial_blocks else (self.block.rows, self.block.columns)
         sizes = (("out_features", shape[0], rows or 1), ("in_features", shape[1], columns or self.code.in_a_byte))
         empty = [f"{axis} is 0" for axis, size, _ in sizes if size == 0]

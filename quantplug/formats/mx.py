@@ -18,7 +18,9 @@ def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     Exact: a code has one bit of mantissa, and its exponent is one of BF16's; only 4 and 6 times the largest scale
     overflow, to Inf. A scale of 255 is NaN.
     """
+    # The scale is uint8, and 0 to 254 less the bias needs a sign.
     exponents = scales.int() - E8M0_BIAS
     values = torch.ldexp(decode(unpack_pairs(blocks)), exponents[..., None])
+    # [..., K / 32, 32] until here: each scale stands beside its 32 values.
     values = values.masked_fill_((scales == E8M0_NAN)[..., None], torch.nan)
     return values.flatten(-2).to(torch.bfloat16)

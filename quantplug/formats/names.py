@@ -68,6 +68,8 @@ class Scheme:
         return self.activations is Activations.STATIC
 
 
+# NVFP4 activations get their block scales from the server at run time; what is calibrated is the FP32 scale above them.
+# No two rows have the same weights and the same answer to `has_input_scale`, which the look-ups below rely on.
 _ROWS = (
     Scheme(QuantFormat.W4A16_NVFP4, NVFP4, Activations.PLAIN),
     Scheme(QuantFormat.NVFP4, NVFP4, Activations.STATIC),

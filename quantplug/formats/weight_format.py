@@ -28,6 +28,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size of the data on disk and in memory."""
+        # An element of packed codes is a byte: two 4-bit codes are counted in the shape already.
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
@@ -35,7 +36,10 @@ class TensorSpec:
 
 
 def empty_groups(specs: Iterable[TensorSpec], count: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Contiguous tensors to be filled, by name: of so many weights, those of one name in one tensor [count, ...]."""
+    """Uninitialised contiguous tensors, by name, for the packed form of `count` weights of one shape.
+
+    The tensors of one name are one tensor [count, ...], whose first axis counts the weights.
+    """
     return {spec.name: torch.empty((count, *spec.shape), dtype=spec.dtype, device=device) for spec in specs}
 
 
@@ -51,7 +55,10 @@ class PackedWeight:
 
     @classmethod
     def of_group(cls, tensors: Mapping[str, torch.Tensor]) -> "list[PackedWeight]":
-        """Each of several from tensors [count, ...], of which they are views."""
+        """The weights of a group, from its tensors [count, ...].
+
+        Each is a view: the memory of the whole group lives as long as any one of them.
+        """
         return [cls(dict(zip(tensors, of_one, strict=True))) for of_one in zip(*tensors.values(), strict=True)]
 
 

@@ -19,6 +19,7 @@ from quantplug.formats.kernels.protocol import Encoded, Kernels
 
 __all__ = ["Encoded", "Kernels", "kernels_for"]
 
+# What checkpoints and models hold. Anything else, such as FP64, is rare enough for the reference.
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,11 @@ def kernels_for(weight: torch.Tensor) -> Kernels:
 
 @cache
 def _cpu_kernels() -> Kernels:
-    """Those of numba, which is imported with the first weight that is packed and not with quantplug."""
+    """The kernels compiled by numba where that is installed, else the reference.
+
+    numba is imported with the first weight that is packed and not with quantplug: readers of checkpoints need no numba,
+    and should not wait for its import.
+    """
     try:
         from quantplug.formats.kernels import cpu
     except ImportError:  # Not here, not for this version of Python or NumPy, or told not to compile.
@@ -45,9 +50,13 @@ def _cpu_kernels() -> Kernels:
     return cpu
 
 
+# Proved for each dtype and device: Triton compiles other code for each, and a host may hold GPUs of two kinds.
 @cache
 def _cuda_kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
-    """Those of Triton where they run and give the reference's bits, which the first weight of each kind finds out."""
+    """Triton's kernels where they run and give the reference's bits, else the reference.
+
+    The first weight of each dtype on each device finds that out; later ones are told from the cache.
+    """
     try:
         from triton.errors import TritonError
 

@@ -15,6 +15,8 @@ def fp32_row_chunks(weight: torch.Tensor, row_multiple: int = 1) -> Iterator[tor
         row_multiple: Every chunk but the last has a multiple of this many rows, so that no block is cut.
     """
     row_elements = weight.numel() // weight.shape[0]
+    # Whole steps of `row_multiple` rows, and one such step at least, however long the rows are.
     rows = CHUNK_ELEMENTS // (row_elements * row_multiple) * row_multiple
     for chunk in torch.split(weight.detach(), max(rows, row_multiple)):
+        # Of contiguous FP32 this copies nothing, and the caller gets the weight's own memory: hence for reading only.
         yield chunk.float().contiguous()

@@ -26,11 +26,14 @@ _PIECES_PER_THREAD = 4
 """So that a core that other work slows does not keep the others waiting for long."""
 
 # The integer type tells the loops which float its bits are.
+# NumPy has no BF16, so a weight is passed as its bits; no element is converted before the loop that needs it.
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def amax(weight: torch.Tensor) -> torch.Tensor:
+    # Without their signs the bits of floats are in the order of the magnitudes, and a NaN's above those of Inf: the
+    # maximum of the integers is the amax, and a NaN anywhere is not lost, as it would be in a comparison of floats.
     largest = max(run(lambda piece: int(loops.largest_magnitude(_flat(piece))), _pieces(_bits(weight))))
     return torch.tensor([largest], dtype=_BITS[weight.dtype]).view(weight.dtype)[0].float()
 
@@ -40,6 +43,7 @@ def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
     step = max(_piece_elements(rows) // rows.shape[1], 1)
     starts = range(0, len(rows), step)
     of_pieces = run(lambda start: loops.bit_sums(_contiguous(rows[start : start + step]), start), starts)
+    # The loop's sums wrap as signed 64-bit integers; modulo 2^64 they and Python's unbounded sum of them agree.
     by_row, by_column = (sum(sums) % 2**64 for sums in zip(*of_pieces, strict=True))
     return by_row, by_column
 
@@ -52,6 +56,8 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
     _loops(encoding).unpack(encoded, values)
 
 
+# The pieces of all weights of a group go to the threads at once: no thread waits for another between small weights.
+# A tensor's FP32 scale is handed over as a Python float, which holds it exactly; the loop makes FP32 of it again.
 def _pack_nvfp4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
         for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
@@ -101,6 +107,7 @@ def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
 
 def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def pack(bands: Array, scales: Array, codes: Array) -> None:
+        # The codes too: at partial squares the loop fills a padded copy, and only what lies in the weight is kept.
         squares = _in_squares(codes)
         loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, squares)
         _copy_back(squares, codes)
@@ -137,6 +144,7 @@ def _bits(weight: torch.Tensor) -> Array:
 
 
 def _bytes(tensor: torch.Tensor) -> Array:
+    """The memory of codes or E4M3 scales: NumPy has no FP8 types, and the loops make their bits themselves."""
     return tensor.view(torch.uint8).numpy()
 
 
@@ -145,7 +153,8 @@ def _flat(piece: Array) -> Array:
 
 
 def _contiguous(piece: Array) -> Array:
-    """The piece itself, or a copy."""
+    """The piece itself where it is contiguous, else a copy of it, whatever its strides."""
+    # Neighbours of a row lie apart, as in a transposed view, and NumPy's own copy would miss the cache at each.
     if piece.ndim != 2 or piece.strides[0] >= piece.strides[1]:
         return np.ascontiguousarray(piece)
     copy = np.empty(piece.shape, piece.dtype)
@@ -155,6 +164,7 @@ def _contiguous(piece: Array) -> Array:
 
 def _pieces(weight: Array) -> list[Array]:
     """The weight in row-major order: flat pieces where it is contiguous, some rows each where it is not."""
+    # Neither kind cuts a block of 16: flat pieces are multiples of `_PIECE`, and a row is a whole number of blocks.
     rows = weight.reshape(-1, 1) if weight.flags.c_contiguous else weight
     step = max(_piece_elements(weight) * len(rows) // rows.size, 1)
     return [rows[start : start + step] for start in range(0, len(rows), step)]
@@ -162,6 +172,7 @@ def _pieces(weight: Array) -> list[Array]:
 
 def _piece_elements(weight: Array) -> int:
     """How many elements of a weight a thread takes at once."""
+    # Each piece of these is copied first, and a larger copy would not stay in the cache.
     if not weight.flags.c_contiguous:
         return _PIECE
     # Starting a loop takes the interpreter's lock: few pieces a thread, however large the weight.
@@ -201,12 +212,16 @@ def _in_squares(rows: Array) -> Array:
 
 
 def _copy_back(squares: Array, rows: Array) -> None:
-    """Puts what was written into a copy that `_in_squares` has made where it belongs."""
+    """Copies what a loop wrote into `squares` to `rows`, without the padding, where `_in_squares` had to copy.
+
+    Where it has made a view the values are in `rows` already.
+    """
     if not np.may_share_memory(squares, rows):
         height, width = rows.shape
         rows[:] = squares.reshape(len(squares) * FP8_BLOCK_SIDE, -1)[:height, :width]
 
 
+# Tables of all codes' values, made by the decoders that the reference uses, so that they cannot differ from it.
 @cache
 def _e2m1_values() -> Array:
     return e2m1.decode(torch.arange(16, dtype=torch.uint8)).numpy()

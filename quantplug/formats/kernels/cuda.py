@@ -27,11 +27,13 @@ _SQUARE_WARPS = 8
 _ALIGNMENT = 16
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
+# Sums of integers are the same in any order, so the reference gives its own bits on a GPU too.
 bit_sums = reference.bit_sums
 
 
 def amax(weight: torch.Tensor) -> torch.Tensor:
     rows = _rows(weight)
+    # FP32 bits as an integer, 0 being those of 0.0: programs add to their maximum in any order, with one result.
     largest = torch.zeros((), dtype=torch.int32, device=weight.device)
     with _on(weight):
         triton_loops.amax[(triton.cdiv(rows.numel(), _TILE),)](
@@ -82,6 +84,7 @@ def _unpack_nvfp4(encoded: Encoded, values: torch.Tensor) -> None:
 
 
 def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    # This list also keeps the copies that `_rows` may make alive: `_source` holds addresses, not tensors.
     rows = [_rows(weight) for weight in weights]
     first, elements = rows[0], rows[0].numel()
     with _on(first):
@@ -160,7 +163,10 @@ def _loops(encoding: Encoding) -> Loops:
 
 
 def _on(tensor: torch.Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, whichever the tensors are on."""
+    """Makes the tensor's GPU the current one: Triton launches there, whichever GPU the tensors are on.
+
+    -1 changes nothing, which is for tensors on the CPU under Triton's interpreter.
+    """
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
 
 
@@ -171,14 +177,16 @@ def _rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _source(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weight, or the addresses of several."""
+    """The weight itself, or an int64 tensor of the addresses of several."""
     if len(weights) == 1:
         return weights[0].detach()
+    # Experts are parameters of their own, at addresses of their own. Copying them together would double their memory.
     return torch.tensor([weight.data_ptr() for weight in weights], device=weights[0].device)
 
 
 def _kind(weights: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """What a loop must know of a source."""
+    """What a loop must be told, when it is compiled, to read what `_source` gives."""
+    # Of a tensor Triton finds dtype and alignment out itself; of addresses in a table it knows neither.
     if len(weights) == 1:
         return {"ELEMENT": None, "ALIGNED": False}
     is_aligned = all(weight.data_ptr() % _ALIGNMENT == 0 for weight in weights)

@@ -44,6 +44,7 @@ _F32_SIGN = np.uint32(0x80000000)
 _F32_EXPONENT = np.uint32(0x7F800000)
 _F32_MANTISSA_BITS = 23
 
+# 1.0 is E2M1's smallest normal magnitude (exponent bias 1), 2^-6 is E4M3's (bias 7).
 # Codes as (mantissa bits, FP32 bits of the smallest normal magnitude, largest magnitude).
 _E2M1_MANTISSA, _E2M1_NORMAL, _E2M1_LARGEST = 1, np.uint32(0x3F800000), np.float32(E2M1_MAX)
 _E4M3_MANTISSA, _E4M3_NORMAL, _E4M3_LARGEST = 3, np.uint32(0x3C800000), np.float32(E4M3_MAX)
@@ -104,15 +105,18 @@ def _rounded(magnitude: Any, mantissa_bits: Any, smallest_normal: Any) -> Any:
     bits = np.float32(magnitude).view(np.uint32)
     binade = np.uint32(max(np.uint32(bits & _F32_EXPONENT), smallest_normal))
     rounder = np.uint32(binade + np.uint32(shift << np.uint32(_F32_MANTISSA_BITS))).view(np.float32)
+    # FP32 addition rounds to nearest, ties to even, and the format's own even codes are those of an even step count.
     total = np.float32(np.float32(magnitude) + rounder)
+    # 2^(m + 1) of them are the first code of the next binade: rounding up carries into the exponent by itself.
     steps = np.uint32(total.view(np.uint32) & np.uint32((4 << mantissa_bits) - 1))
     return np.uint32(steps + np.uint32(np.uint32(binade - smallest_normal) >> shift)), np.float32(total - rounder)
 
 
 @njit(**_OPTIONS)
 def _e2m1(quotient: Any) -> Any:
-    """As `e2m1.encode`: also code 0 for -0.0 and NaN."""
+    """The E2M1 code of an FP32 quotient, as `e2m1.encode` gives it: also code 0 for -0.0 and NaN."""
     magnitude = np.float32(abs(quotient))
+    # A comparison with NaN is false, so NaN becomes the largest magnitude here and is told apart by the last line.
     magnitude = magnitude if magnitude < _E2M1_LARGEST else _E2M1_LARGEST
     code, _ = _rounded(magnitude, _E2M1_MANTISSA, _E2M1_NORMAL)
     signed = np.uint32(code | (_E2M1_SIGN if quotient < np.float32(0) else np.uint32(0)))
@@ -121,7 +125,7 @@ def _e2m1(quotient: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _e4m3(quotient: Any) -> Any:
-    """As `codes.saturate_to_e4m3`."""
+    """The E4M3 code of an FP32 quotient, as `codes.saturate_to_e4m3` gives it: the sign bit is kept, of -0.0 too."""
     bits = np.float32(quotient).view(np.uint32)
     magnitude = np.float32(abs(quotient))
     magnitude = magnitude if magnitude < _E4M3_LARGEST else _E4M3_LARGEST
@@ -150,24 +154,27 @@ def _nvfp4_block_amax(weight: Array, longer: Array, shorter: Array, amax: Array)
 
 @njit(**_OPTIONS)
 def _nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> None:
-    """From the amax of each block, in `scales`, to its E4M3 scale, and to what its elements are divided by."""
+    """Writes each block's E4M3 scale, and replaces its FP32 amax in `scales` by what its elements are divided by."""
     largest = np.float32(_E2M1_LARGEST * weight_scale_2)
     for i in range(scales.size):
+        # The order of `scale_types._e4m3_scales`: 0 becomes 1 before the clamp, which would make 2^-9 of it.
         scale = np.float32(scales[i] / largest)
         scale = _ZERO_AMAX_SCALE if scale == np.float32(0) else scale
         scale = _SMALLEST_BLOCK_SCALE if scale < _SMALLEST_BLOCK_SCALE else scale
         saturated = scale if scale < _E4M3_LARGEST else _E4M3_LARGEST
         code, value = _rounded(saturated, _E4M3_MANTISSA, _E4M3_NORMAL)
+        # NaN has become 448 by the comparisons above: code and divisor are NaN again, so that no decoder finds numbers.
         block_scales[i] = np.uint8(code if scale == scale else _E4M3_NAN)
         scales[i] = np.float32((value if scale == scale else scale) * weight_scale_2)
 
 
 @njit(**_OPTIONS)
 def _nvfp4_codes(blocks: Array, scales: Array, codes: Array) -> None:
-    """One code a byte of blocks [n, 16]."""
+    """Fills `codes` [n, 16] with one code a byte, from the bits of blocks [n, 16] and their divisors [n]."""
     for block in range(scales.size):
         scale = scales[block]
         for i in range(NVFP4_BLOCK):
+            # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
             codes[block, i] = _e2m1(np.float32(_fp32(blocks[block, i]) / scale))
 
 
@@ -175,6 +182,7 @@ def _nvfp4_codes(blocks: Array, scales: Array, codes: Array) -> None:
 def pack_nvfp4(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
     """Bits of n elements to n/2 bytes of codes and n/16 bytes of E4M3 scales."""
     scale_2 = np.float32(weight_scale_2)
+    # One step after another over a tile: each is a loop simple enough to become vector instructions.
     longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
     scales, codes = np.empty(_TILE // NVFP4_BLOCK, np.float32), np.empty(_TILE, np.uint8)
     pairs = codes.view(np.uint16)
@@ -199,6 +207,7 @@ def unpack_nvfp4(
     scale_2 = np.float32(weight_scale_2)
     pairs, values = packed.reshape(-1, NVFP4_BLOCK // 2), out.reshape(-1, NVFP4_BLOCK // 2, 2)
     for block in range(block_scales.size):
+        # Both scales first, then the code: another order of the FP32 products would give other last bits.
         scale = np.float32(e4m3[block_scales[block]] * scale_2)
         for i in range(NVFP4_BLOCK // 2):
             pair = pairs[block, i]
@@ -241,6 +250,7 @@ def bit_sums(rows: Array, first: int) -> Any:
     """The sums of `Kernels.bit_sums` of rows [n, columns] of signed integers, the first of which has number `first`."""
     by_row, of_columns = np.int64(0), np.zeros(rows.shape[1], np.int64)
     for i in range(rows.shape[0]):
+        # Weighted once a row and once a column, so that the inner loop only adds; int64 wraps, which is the modulus.
         of_row = np.int64(0)
         for j in range(rows.shape[1]):
             bits = np.int64(rows[i, j])
@@ -271,13 +281,14 @@ def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> No
 
 @njit(**_OPTIONS)
 def _square_scale(bands: Array, band: int, block: int) -> Any:
-    """As `scale_from_amax` of one block of [bands, 128, blocks, 128]."""
+    """The FP32 scale of one square of [bands, 128, blocks, 128], as `scale_from_amax` gives it of the square's amax."""
     largest = _magnitude(bands[band, 0, block, 0])
     for row in range(FP8_BLOCK_SIDE):
         for i in range(FP8_BLOCK_SIDE):
             largest = max(largest, _magnitude(bands[band, row, block, i]))
     amax = _fp32(largest)
     scale = np.float32(amax / _E4M3_LARGEST)
+    # NaN is not below the smallest, and stays NaN.
     scale = _SMALLEST_SCALE if scale < _SMALLEST_SCALE else scale
     return _ZERO_AMAX_SCALE if amax == np.float32(0) else scale
 
@@ -298,6 +309,7 @@ def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
 def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8_block` in FP32."""
     for band in range(block_scales.shape[0]):
+        # Row by row across all squares of a band, which is the order in memory.
         for row in range(FP8_BLOCK_SIDE):
             for block in range(block_scales.shape[1]):
                 for i in range(FP8_BLOCK_SIDE):

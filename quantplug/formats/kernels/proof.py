@@ -19,6 +19,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 _SCALES = (1.0, 7.0, 61.0, 7.0 * 2.0**-60, 1 / 3)
 """Under the first ones, of few bits, many quotients are ties, which no product with a reciprocal of 7 or 61 hits."""
 
+# Scales of 1, of few bits, of many, and one that is raised to the smallest normal FP32 (0 in FP16, which gets 1).
 _SQUARE_AMAXES = (448.0, 21.0, 0.29, 2.0**-140)
 _SIDE = 256
 
@@ -32,6 +33,7 @@ Work = Callable[[Kernels], Sequence[torch.Tensor]]
 def gives_the_bits_of_the_reference(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether they do, for every upper 16 bits that a finite element of this type can have."""
     return all(
+        # As bytes: of floats, NaN would differ from itself and -0.0 equal 0.0.
         torch.equal(made.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
         for work in _works(_trial_weight(dtype, device))
         for made, expected in zip(work(kernels), work(reference), strict=True)
@@ -40,6 +42,7 @@ def gives_the_bits_of_the_reference(kernels: Kernels, dtype: torch.dtype, device
 
 def _trial_weight(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[512, 256]: every value twice, the second time of FP32 with lower bits that are not 0."""
+    # 256^2 is 2^16, and multiples of an odd stride visit every one of the 2^16 patterns once.
     patterns = torch.arange(_SIDE**2) * _STRIDES[dtype] % _SIDE**2
     lower = torch.tensor([1, 0x7FFF, 0x8000, 0xFFFF]).repeat(_SIDE**2 // 4)
     patterns = torch.cat((patterns << 16, patterns << 16 | lower)) if dtype.itemsize == 4 else patterns.repeat(2)
@@ -52,6 +55,7 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     for encoding, scale in product((NVFP4_ENCODING, FP8_ENCODING), _SCALES):
         yield partial(_packed, encoding, weight, weight.new_tensor([scale, scale * 8], dtype=torch.float32))
     for amax in _SQUARE_AMAXES:
+        # No element is above the amax, and the first of each square is it: all squares have the scale that is tried.
         clipped = torch.where(weight.abs() <= amax, weight, 0)
         clipped[::FP8_BLOCK_SIDE, ::FP8_BLOCK_SIDE] = amax
         for part in (clipped, clipped[:-1, :-3]):  # Of whole squares, and of partial ones at both edges.
@@ -61,7 +65,10 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
 def _packed(
     encoding: Encoding, weight: torch.Tensor, tensor_scales: torch.Tensor | None, kernels: Kernels
 ) -> Sequence[torch.Tensor]:
-    """A group of two, one weight with other strides, and its values."""
+    """What kernels fill for a group of two, for one weight with other strides, and for the values of that one.
+
+    These are the three ways in which a loop is compiled: addresses in a table, a tensor with strides, and unpacking.
+    """
     group, one = _empty(encoding, weight, 2), _empty(encoding, weight, 1)
     if tensor_scales is not None:
         group, one = replace(group, whole=tensor_scales), replace(one, whole=tensor_scales[:1])
@@ -74,6 +81,7 @@ def _packed(
 
 
 def _empty(encoding: Encoding, weight: torch.Tensor, count: int) -> Encoded:
+    """Tensors to be filled for so many weights like this one, without the tensors' scales."""
     rows, columns = weight.shape
     codes = weight.new_empty((count, rows, columns // encoding.code.in_a_byte), dtype=encoding.code.dtype)
     if not encoding.has_block_scales:

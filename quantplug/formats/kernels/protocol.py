@@ -28,6 +28,7 @@ class Encoded:
 
     def of_each(self) -> Iterator["Encoded"]:
         """Each weight by itself: views without the first axis."""
+        # `repeat` has no end, so the zip ends with the codes.
         blocks = repeat(None) if self.blocks is None else self.blocks
         whole = repeat(None) if self.whole is None else self.whole
         return (Encoded(*of_one) for of_one in zip(self.codes, blocks, whole, strict=False))
@@ -60,14 +61,18 @@ class Kernels(Protocol):
         """Of the bits of a non-empty tensor of at least one dimension: two numbers that see any one of them change.
 
         As signed integers, those of row i are taken 2i + 1 times in the first sum and those of column j 2j + 1 times in
-        the second, modulo 2^64; a row is all that has one index in the first dimension.
+        the second, modulo 2^64; a row is all that has one index in the first dimension. An odd number has an inverse
+        modulo 2^64, so what a single element changes by, times 2i + 1, is never 0.
         """
 
     def pack(self, encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
-        """Fills the codes and block scales of `encoded`, by its scales of the tensors where there are such."""
+        """Fills the codes and the block scales of `encoded`.
+
+        Where the encoding has a scale of the whole tensor, `encoded.whole` holds it already and is only read.
+        """
 
     def unpack(self, encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
-        """Fills `values` [count, out, in], FP32."""
+        """Fills `values` [count, out, in], FP32, with what a reader of `encoded` computes."""
 
 
 class Loops(NamedTuple):

@@ -12,6 +12,7 @@ from quantplug.formats.encoding import Block, Encoding
 from quantplug.formats.kernels.chunks import CHUNK_ELEMENTS, fp32_row_chunks
 from quantplug.formats.kernels.protocol import Encoded, Loops
 
+# Integers as wide as an element, whatever its type: sums of bits are exact, where sums of floats depend on their order.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,8 +55,10 @@ def _pack_one(encoding: Encoding, weight: torch.Tensor, encoded: Encoded) -> Non
     encode, block_rows = encoding.code.encode, encoding.block.rows or 1
     for rows, values in _numbered(fp32_row_chunks(weight, row_multiple=block_rows)):
         if encoded.blocks is None:
+            # By a scalar tensor on the weight's device: by a Python number CUDA would multiply with the reciprocal.
             encoded.codes[rows] = encode(values / encoded.tensor_scales)
             continue
+        # [blocks below each other, rows of one, blocks side by side, columns of one]: axes 1 and 3 are within a block.
         blocks = _in_blocks(values, encoding.block)
         scales = encoded.block_scales[_in_steps(rows, block_rows)]
         scales.copy_(encoding.scale.from_amax(blocks.abs().amax((1, 3)), _largest(encoding, encoded)))
@@ -77,7 +80,10 @@ def _unpack_one(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> N
 
 
 def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:
-    """What the amax of a block is mapped to, where the scale of the tensor is taken apart: an FP32 scalar."""
+    """The FP32 scalar by which a block's amax is divided to give its scale.
+
+    It is the largest code, times the scale of the tensor where there is one, which is a part of every value already.
+    """
     largest = torch.full((), encoding.code.largest, device=encoded.codes.device)
     return largest if encoded.whole is None else largest * encoded.whole
 
@@ -85,12 +91,14 @@ def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:
 def _multipliers(scales: torch.Tensor, encoded: Encoded) -> torch.Tensor:
     """What the values of codes are multiplied with, block by block [n, 1, m, 1]."""
     multipliers = scales.float()
+    # The two scales are multiplied before any code is: FP32 products in another order differ in their last bits.
     if encoded.whole is not None:
         multipliers = multipliers * encoded.whole
     return multipliers[:, None, :, None]
 
 
 def _weighted(sums: torch.Tensor) -> int:
+    """The sum of int64 sums, number i taken 2i + 1 times, modulo 2^64: int64 wraps on every device."""
     places = torch.arange(1, sums.numel() + 1, device=sums.device) * 2 - 1
     return int((sums * places).sum()) % 2**64
 
@@ -124,6 +132,7 @@ def _in_blocks(rows: torch.Tensor, block: Block) -> torch.Tensor:
     count, columns = rows.shape
     height, width = block.rows or 1, block.columns or columns
     missing = (-count % height, -columns % width)
+    # The fill lies at the right and the lower edge, so no value changes its block.
     if any(missing):
         rows = torch.nn.functional.pad(rows, (0, missing[1], 0, missing[0]))
     return rows.view(rows.shape[0] // height, height, rows.shape[1] // width, width)

@@ -21,7 +21,11 @@ def run(loop: Callable[..., Result], *pieces: Iterable[Any]) -> list[Result]:
 
 
 def run_each(loop: Callable[..., Result], rows: Iterable[tuple[Any, ...]]) -> list[Result]:
-    """As `run`, of rows of pieces."""
+    """Calls the loop with each row of arguments, on the threads that `run` uses; results in order.
+
+    Raises:
+        Exception: Whatever a call has raised, once no thread works on the pieces any more.
+    """
     calls = list(rows)
     results: dict[int, Result] = {}
     waiting = iter(enumerate(calls))  # Each thread takes the next: the interpreter lets one at a time.
@@ -30,17 +34,20 @@ def run_each(loop: Callable[..., Result], rows: Iterable[tuple[Any, ...]]) -> li
         for number, arguments in waiting:
             results[number] = loop(*arguments)
 
+    # The calling thread works too, so one helper fewer than PyTorch would use, and none for a single piece.
     helpers = min(torch.get_num_threads(), len(calls)) - 1
     helping = [_pool(torch.get_num_threads()).submit(work) for _ in range(helpers)]
     try:
         work()
     finally:
+        # Also when this thread's call has raised: helpers still write to memory that the caller is about to free.
         wait(helping)
     for helper in helping:
         helper.result()
     return [results[number] for number in range(len(calls))]
 
 
+# Kept, because starting threads takes longer than a small weight. One pool for each number that `set_num_threads` sets.
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="quantplug")

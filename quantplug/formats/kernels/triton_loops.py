@@ -60,6 +60,7 @@ def amax(
     TILE: tl.constexpr,
 ) -> None:
     """Raises `largest`, FP32 bits, to those of the largest magnitude: as integers, NaN is above all numbers."""
+    # int64 in every loop here: a weight, and a group of them all the more, may have more than 2^31 elements.
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     values = _values(weight, index, elements, row_stride, column_stride, columns, ROWS)
     tl.atomic_max(largest, tl.max(values.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=0))
@@ -84,6 +85,7 @@ def pack_nvfp4(
     number = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_there = block < blocks
+    # A block never reaches over the end of a row, so one mask of blocks is enough for its 16 elements.
     element = tl.arange(0, _ELEMENTS)[None, :]
     if ROWS:
         column = (block % blocks_a_row)[:, None] * _ELEMENTS + element
@@ -101,6 +103,7 @@ def pack_nvfp4(
     divisor = (scale * scale_2)[:, None]
     is_ordinary = (scale_2 >= _LEAST_SCALE_2) & (scale_2 <= _LARGEST_SCALE_2)
     quotient = _quotient(values, divisor, _E2M1_LARGEST, is_ordinary, weight.dtype.element_ty != tl.float32)
+    # Neighbours [.., 8, 2] become the nibbles of one byte: `low` holds the even columns.
     low, high = tl.split(tl.reshape(_e2m1(quotient), (BLOCKS, _ELEMENTS // 2, 2)))
     pairs = (number * blocks + block)[:, None] * (_ELEMENTS // 2) + tl.arange(0, _ELEMENTS // 2)[None, :]
     tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
@@ -119,6 +122,7 @@ def unpack_nvfp4(
     is_there = block < blocks
     pairs = block[:, None] * (_ELEMENTS // 2) + tl.arange(0, _ELEMENTS // 2)[None, :]
     pair = tl.load(codes + pairs, mask=is_there[:, None], other=0).to(tl.int32)
+    # Both scales first, then the code, as in the reference: FP32 products in another order differ in their last bits.
     scale = _e4m3_value(tl.load(block_scales + block, mask=is_there, other=0).to(tl.int32)) * tl.load(weight_scale_2)
     code = tl.reshape(tl.join(pair & 0xF, pair >> 4), (BLOCKS, _ELEMENTS))
     places = block[:, None] * _ELEMENTS + tl.arange(0, _ELEMENTS)[None, :]
@@ -266,9 +270,10 @@ def _fp32(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _block_scale(amax: tl.tensor, scale_2: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """E4M3 code and value of what maps the amax to 6."""
+    """E4M3 code and value of the scale that maps the amax of a block to 6, for blocks [n] of one weight."""
     scale = tl.div_rn(amax, scale_2 * _E2M1_LARGEST)
     is_nan = scale != scale
+    # The order of `scale_types._e4m3_scales`. A comparison with NaN is false, so NaN is remembered and put back.
     scale = tl.where(scale == 0, _ZERO_AMAX_SCALE, scale)
     scale = tl.where(scale > _E4M3_SMALLEST, scale, _E4M3_SMALLEST)
     scale = tl.where(scale < _E4M3_LARGEST, scale, _E4M3_LARGEST)
@@ -278,7 +283,8 @@ def _block_scale(amax: tl.tensor, scale_2: tl.tensor) -> tuple[tl.tensor, tl.ten
 
 @triton.jit
 def _square_scale(amax: tl.tensor) -> tl.tensor:
-    """As `scale_from_amax`."""
+    """The FP32 scale of a square's amax, as `scale_from_amax` gives it."""
+    # A divisor that is a tensor: by a constant the compiler multiplies with its reciprocal.
     scale = tl.div_rn(amax, tl.full((), _E4M3_LARGEST, tl.float32))
     scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
     return tl.where(amax == 0, _ZERO_AMAX_SCALE, scale)
@@ -304,6 +310,7 @@ def _quotient(
             most = divisor * largest
             clamped = tl.clamp(values, most * -1, most, propagate_nan=tl.PropagateNan.ALL)
             product = clamped * reciprocal
+            # An FMA rounds once, at its end: this is what the product leaves over, and is still to be divided.
             left = tl.fma(product, divisor * -1, clamped)
             quotient = tl.fma(left, reciprocal, product)
         else:
@@ -315,6 +322,7 @@ def _quotient(
 
 @triton.jit
 def _saturated(quotient: tl.tensor, largest: tl.tensor) -> tl.tensor:
+    # Without being told to, a GPU's minimum and maximum drop NaN, and a broken weight would become a finite one.
     return tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -357,6 +365,7 @@ def _e2m1_value(code: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _e4m3_value(code: tl.tensor) -> tl.tensor:
+    """FP32 value of an E4M3 code in the lower eight bits, without an instruction that converts FP8."""
     magnitude = ((code & 0x7F) << _E4M3_SHIFT).to(tl.float32, bitcast=True) * _E4M3_BIAS
     magnitude = tl.where((code & 0x7F) == _E4M3_NAN, float("nan"), magnitude)
     return _signed(magnitude, (code & _E4M3_SIGN) << _E4M3_SIGN_SHIFT)
