@@ -51,8 +51,11 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             continue
         if theirs is _ABSENT and last not in _SWITCHES:
             added.append(f"{name} {_short(ours)}")
-        elif last == "tie_word_embeddings" and _ABSENT in (ours, theirs):
-            continue  # by default it depends on the architecture; whether the head is there is told by the tensors
+        elif last == "tie_word_embeddings" and (_ABSENT in (ours, theirs) or _repeats_the_top(name, ours, here)):
+            # By default it depends on the architecture, and transformers 5 reads it at the top alone: an export writes
+            # the same for the language model inside, where a source may hold a default that nothing reads. Whether the
+            # head is there is told by the tensors.
+            continue
         else:
             yield error(Check.SETTINGS, f"config.json {name}", f"is {_short(ours)}, in the source {_short(theirs)}")
     if added:
@@ -60,6 +63,12 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             f"{len(added)} settings are not in the source's: {', '.join(added[:6])}: right where they are defaults"
         )
         yield warning(Check.SETTINGS, "config.json", message)
+
+
+def _repeats_the_top(name: str, value: Any, settings_here: Mapping[str, Any]) -> bool:
+    """Whether a setting of a model inside another has the value that the whole model has, which is compared too."""
+    _, _, last = name.rpartition(".")
+    return name != last and same(value, settings_here.get(last, _ABSENT))
 
 
 def _flat(config: Json, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

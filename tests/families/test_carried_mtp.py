@@ -24,7 +24,7 @@ def config_alone(source: Path, to: Path) -> Path:
 
 def exported(source: Path, settings: Path, out: Path) -> Path:
     with one_rank():
-        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), settings, out)
+        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4", source), settings, out)
     return out
 
 

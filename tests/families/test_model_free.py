@@ -28,7 +28,10 @@ def by_megatron(source: Path, format_name: str, out: Path) -> dict[str, torch.Te
 
 def of_megatron(tensors: dict[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
     """Without what Megatron's model does not hold, which a receiver of a stream has already."""
-    passthrough = find_family(read_source_config(source).architecture).passthrough
+    config = read_source_config(source)
+    family = find_family(config.architecture)
+    has_mtp = family.dimensions(config.values).mtp_layers > 0  # Then the table expects these layers: Megatron has them.
+    passthrough = tuple(start for start in family.passthrough if not (has_mtp and start == "mtp."))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(passthrough)}
 
 

@@ -242,10 +242,12 @@ def test_a_file_system_without_locks(
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(code, os.strerror(code))
 
+    source = sources("dense")  # Before: what is made once for all tests is made under a lock.
+    model = load(source)
     monkeypatch.setattr(fcntl, "flock", flock)
     kind = WriteError if code == errno.EIO else DestinationError
     with refused(kind, tmp_path) as caught:
-        export_mcore_gpt_to_hf(load(sources("dense")), sources("dense"), export_dir=tmp_path / "new" / "out")
+        export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "new" / "out")
     (offender,) = caught.value.offenders
     assert os.strerror(code) in offender.reason
     if code != errno.EIO:
