@@ -41,6 +41,7 @@ def gather_statistics(
         TopologyError: Megatron's parallel groups are not initialized.
     """
     mine = all_or_none(lambda: collect_statistics(model, record, fan_outs))
+    # Places for all ranks, which the gather fills.
     tables = [mine]
     if dist.is_initialized() and dist.get_world_size() > 1:
         tables *= dist.get_world_size()
@@ -81,15 +82,20 @@ def collect_statistics(
 
 
 def _record_layer(key: ParamKey, num_layers: int) -> int | None:
-    """The layer by which a record knows it: those of multi-token prediction are counted on after the decoder's."""
+    """The number under which a `CalibrationRecord` has the layer of a key; None outside of layers.
+
+    A key counts the layers of multi-token prediction from 0, a record goes on counting after the decoder's.
+    """
     return key.layer if key.layer is None or key.stack != "mtp" else num_layers + key.layer
 
 
 def _with_tokens(row: StatisticsRow, record: CalibrationRecord, num_layers: int) -> StatisticsRow:
     layer, expert = _record_layer(row.key, num_layers), row.key.expert
     tokens = None if layer is None else record.tokens.get(layer)
+    # Shared experts and dense layers see every token; only routed ones are counted.
     if tokens is None or expert is None or _EXPERTS not in row.key.module:
         return row
+    # The record is about inputs: a weight has its own amax whether a token came by or not.
     is_fallback = row.source is AmaxSource.CALIBRATED and ".weight" not in row.key.module
     source = AmaxSource.FALLBACK if is_fallback and (layer, expert) in record.fallback else row.source
     return replace(row, source=source, tokens=tokens.by_expert[expert], coverage=tokens.coverage(expert))
@@ -103,6 +109,8 @@ def _fanned_out(fan_outs: Sequence[FanOut], chunk: int) -> frozenset[str]:
 def _rows(chunk: LanguageModel, record: CalibrationRecord, fanned_out: frozenset[str]) -> Iterator[StatisticsRow]:
     shared = {chunk.get_submodule(name) for name in fanned_out}
     parameters = list(iter_parameters(chunk))
+    # A quantizer knows its weight, and not what the weight is called on other ranks: the tensor itself leads to the
+    # key.
     by_tensor = {id(parameter.tensor): parameter for parameter in parameters}
     modules = _module_keys(parameters)
     of_weights: set[TensorQuantizer] = set()
@@ -117,6 +125,8 @@ def _rows(chunk: LanguageModel, record: CalibrationRecord, fanned_out: frozenset
         elif isinstance(module, TensorQuantizer) and module.is_enabled and module not in of_weights:
             key = _key(name, modules)
             yield _activation_row(key, module)
+            # All local experts of a grouped linear share this quantizer. A row of its own says of a cold one whose amax
+            # it has.
             if isinstance(chunk.get_submodule(name.rpartition(".")[0]), GroupedLinear):
                 for layer, expert in sorted(record.fallback):
                     if layer == _record_layer(key, chunk.config.num_layers):
@@ -131,6 +141,8 @@ def _weight_row(parameter: MegatronParameter, quantizers: Sequence[TensorQuantiz
     if not enabled:
         return StatisticsRow(parameter.key, tuple(shape), None, AmaxSource.DISABLED)
     source, amax = _amax(enabled)
+    # Exactly equal, in FP32: a reduced or searched amax is another number. Of a tensor parallel weight only the shard
+    # that has the maximum says so, and merging the ranks' tables prefers its word.
     if amax is not None and amax == float(parameter.tensor.detach().abs().max()):
         source = AmaxSource.WEIGHT
     return StatisticsRow(parameter.key, tuple(shape), amax, source)
@@ -160,6 +172,7 @@ def _module_keys(parameters: Sequence[MegatronParameter]) -> dict[str, ParamKey]
     for parameter in parameters:
         local, pattern = parameter.local_name.split("."), parameter.key.module.split(".")
         for depth in range(1, len(local)):
+            # In a pattern the first * stands for the layer, the second for the expert.
             ids = pattern[:depth].count("*")
             layer = parameter.key.layer if ids > 0 else None
             expert = parameter.key.expert if ids > 1 else None

@@ -64,6 +64,7 @@ def refuse_weight_only_fallback(layers: Iterable[ExpertLayer]) -> None:
 def _needs_input_scale(layer: ExpertLayer, leaf: TensorQuantizer) -> str | None:
     if layer.is_grouped:
         return "is one input quantizer for all local experts"
+    # (exponent bits, mantissa bits), as ModelOpt writes formats: E4M3 and E2M1.
     if leaf.num_bits in (_FP8, _FP4):
         return "its format needs an input_scale of every expert"
     return None
@@ -74,6 +75,7 @@ def cold_experts(
 ) -> Iterator[tuple[ExpertLayer, LayerTokens, int]]:
     """Every expert, by global id, that saw no token in a layer whose experts quantize their inputs statically."""
     for layer, counted in zip(layers, tokens, strict=True):
+        # Where inputs are not quantized nothing is missing of an expert that saw no token.
         if any(True for _ in layer.activation_quantizers()):
             yield from ((layer, counted, expert) for expert, count in enumerate(counted.by_expert) if not count)
 
@@ -91,6 +93,7 @@ def apply_to_cold_experts(
     Raises:
         CalibrationError: Under `error`: names every cold expert of the layers that this rank holds.
     """
+    # The tokens are those of all ranks, so every rank that holds the layer comes to the same list.
     cold = list(cold_experts(layers, tokens))
     match policy:
         case ColdExperts.ERROR:
@@ -121,5 +124,6 @@ def _leave_inputs(expert: nn.Module | None) -> None:
     for name, module in expert.named_modules() if expert is not None else ():
         if name.endswith("input_quantizer"):
             for leaf in filter(needs_amax, leaf_quantizers(module)):
+                # A disabled quantizer with an amax would still be saved and shown as if its inputs were quantized.
                 leaf.reset_amax()
                 leaf.disable()

@@ -15,6 +15,7 @@ def reporting(chunks: Sequence[nn.Module], progress: Progress) -> Iterator[None]
 
     Forwards of calibration data, which pass the same quantizers again, are not counted.
     """
+    # Emptied as they report: what is no longer in it is passed again by data, and adds nothing.
     waiting = {quantizer for _, _, quantizer in weights_to_calibrate(chunks)}
     total = len(waiting)
 

@@ -29,6 +29,7 @@ def weights_to_calibrate(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, tor
     for chunk in chunks:
         for prefix, module in chunk.named_modules():
             if isinstance(module, QuantModule):
+                # Quantizers come with tensors, not names; those of a grouped linear have a tensor for each expert.
                 names = {id(weight): name for name, weight in module.named_parameters(prefix, recurse=False)}
                 for weight, quantizer in module.iter_weights_for_calibration():
                     if any(map(needs_amax, leaf_quantizers(quantizer))):

@@ -28,6 +28,8 @@ from quantplug.progress import Progress
 Model = nn.Module | Sequence[nn.Module]
 ForwardLoop = Callable[[Any], None]
 
+# ModelOpt's own synchronization gathers objects for every quantizer and group (model_calib.py, `max_calibrate`), which
+# grows with layers times experts. `synchronize` does it in one bucket an axis.
 _COLLECT = {"method": "max", "distributed_sync": False}
 
 
@@ -117,25 +119,36 @@ def _calibrate(
     *,
     strict: bool,
 ) -> CalibrationRecord:
+    # ModelOpt would stop at the first NaN, on the rank that has it, while the others went on into a collective.
     all_or_none(lambda: require_finite_weights(chunks))
     layers = expert_layers(chunks)
     with_data = forward_loop is not None
+    # Known before any data has run, and so said before the data has cost an hour.
     if with_data and policy.cold_experts is ColdExperts.WEIGHT_ONLY_FALLBACK:
         all_or_none(lambda: refuse_weight_only_fallback(layers))
     counter = TokenCounter(layers)
+    # Without labels, since Megatron asks for them wherever it predicts several tokens, and calibration data has none.
     with counter.counting() if with_data else nullcontext(), without_labels(chunks):
         all_or_none(lambda: collect(forward_loop))
+    # Summed over ranks first: an expert that is cold on this rank's data may have seen another's.
     tokens = counter.reduced() if with_data else []
     fallback: frozenset[tuple[int, int]] = frozenset()
     if with_data:
         fallback = all_or_none(lambda: apply_to_cold_experts(policy.cold_experts, layers, tokens))
+    # After the policy, which may have turned quantizers off: these must not wait for an amax.
     plan = all_or_none(lambda: plan_reductions(chunks, policy.expert_weights))
     synchronize(plan, require_activations=strict and with_data)
     return CalibrationRecord({counted.layer: counted for counted in tokens}, fallback)
 
 
 def _collect(chunks: Sequence[nn.Module], run: Callable[[], None] | None) -> None:
-    """ModelOpt's collection of every chunk at once: each one's data is what runs while the next ones collect."""
+    """Runs ModelOpt's collection in all chunks at the same time. Forwards of `run` are what they collect from.
+
+    Args:
+        run: Runs the calibration data once through the whole model; None calibrates the weights alone.
+    """
+    # Under virtual pipelining one forward runs through all chunks, and ModelOpt collects in one model during one call.
+    # So the call of the next chunk is nested in the data of this one, and the innermost runs the real data.
     first, *rest = chunks
 
     def forward(_: nn.Module) -> None:
@@ -144,6 +157,7 @@ def _collect(chunks: Sequence[nn.Module], run: Callable[[], None] | None) -> Non
         elif run is not None:
             run()
 
+    # Weights alone need no forward, and so no nesting.
     if run is None:
         for chunk in chunks:
             mtq.calibrate(chunk, _COLLECT)

@@ -90,15 +90,22 @@ def plan_reductions(chunks: Sequence[nn.Module], expert_weights: ExpertWeights) 
             found = list(_amaxes_of(f"{index}.{name}", module, frozenset(here), families, expert_weights))
             if found:  # A module without any, such as ModelOpt's own wrapper of a dense MLP, joins no reduction.
                 _add_groups(groups, here, name)
+            # Members of one family have one name: their quantizers are put together under it.
             for amax in found:
                 known = amaxes.setdefault(amax.name, amax)
+                # `setdefault` gives back this very amax if the name is new.
                 if known is not amax:
                     amaxes[amax.name] = replace(known, leaves=known.leaves + amax.leaves)
     return ReductionPlan(tuple(amaxes.values()), groups)
 
 
 def _expert_families(index: int, chunk: nn.Module) -> dict[TensorQuantizer, str]:
-    """Every quantizer that has a counterpart in the other local experts, to the name that they have in common."""
+    """Quantizers that have a counterpart in every other local expert, each with the name that all of them share.
+
+    Args:
+        index: Number of the chunk, which the name begins with.
+        chunk: A virtual pipeline stage.
+    """
     families: dict[TensorQuantizer, str] = {}
     for name, module in chunk.named_modules():
         if isinstance(module, SequentialMLP):
@@ -130,9 +137,12 @@ def _amaxes_of(
             if not needs_amax(leaf):
                 continue
             own, family = f"{name}.{child_name}.{number}", families.get(leaf)
+            # Shards that hold different blocks or channels have different amaxes, and nothing to reduce.
             over = axes if _whole_over_tensor(module, child_name, leaf) else axes - {Axis.TENSOR, Axis.EXPERT_TENSOR}
             if is_weight and expert_weights is ExpertWeights.SHARED:
                 yield SharedAmax(family or own, QuantizerRole.WEIGHT, (leaf,), over, dtype)
+            # Over EXPERT lie other experts, not copies of this one. Their maximum would coarsen every expert with small
+            # weights.
             elif is_weight:
                 yield SharedAmax(own, QuantizerRole.WEIGHT, (leaf,), over - {Axis.EXPERT}, dtype)
             else:
@@ -142,18 +152,24 @@ def _amaxes_of(
 
 def _whole_over_tensor(module: QuantModule, child_name: str, leaf: TensorQuantizer) -> bool:
     """Whether the amax of every tensor parallel rank is of the same whole: the tensor, or the same channels."""
+    # One number for the tensor, or none yet, for data may still be missing on this rank alone.
     if leaf.amax is None or leaf.amax.numel() == 1:
         return True
     column, row = is_quantized_column_parallel_linear(module), is_quantized_row_parallel_linear(module)
+    # Column parallel ranks hold different rows, so no row's amax is on two of them. Row parallel ranks hold pieces of
+    # every row: the amax of a row is the largest of them, but a block lies within one rank.
     if child_name == "weight_quantizer":
         is_per_row = leaf.block_sizes is None and leaf.amax.ndim == 2 and leaf.amax.shape[1] == 1
         return is_per_row if row else not column
+    # A column parallel layer takes the whole input and gives a share of the output; a row parallel one the reverse.
     return not row if child_name == "input_quantizer" else not column
 
 
 def _axes(module: QuantModule) -> dict[Axis, DistributedProcessGroup]:
-    """The groups of a module; those of one rank and those it does not have left out, but for the experts'."""
+    """The axes over which a module is spread, with their groups; those that it does not have are left out."""
     state = module.parallel_state
+    # ModelOpt gives the experts' modules the groups of experts in the same places (QuantModule.parallel_state), so that
+    # here only the axis tells them apart.
     is_expert = state.expert_model_parallel_group.is_initialized()
     data = Axis.EXPERT_DATA if is_expert else Axis.DATA
     named = {
@@ -170,6 +186,7 @@ def _add_groups(
     for axis, group in here.items():
         if group.world_size() == 1:
             continue
+        # One bucket an axis goes over one group, so all modules must mean the same ranks by it.
         known = groups.setdefault(axis, group.group)
         ranks, other = dist.get_process_group_ranks(known), dist.get_process_group_ranks(group.group)
         if ranks != other:

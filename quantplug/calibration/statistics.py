@@ -102,6 +102,7 @@ class CalibrationTable:
 
     def to_json(self) -> str:
         """The table as JSON text; an amax that is no finite number as "nan" or "inf"."""
+        # JSON has no NaN and no infinity; Python would write words that other readers refuse.
         document = {"schema_version": SCHEMA_VERSION, "rows": [_row_to_json(row) for row in self.rows]}
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
@@ -117,6 +118,7 @@ class CalibrationTable:
         """
         rows: list[StatisticsRow] = []
         offenders: list[Offender] = []
+        # All rows are read before any is refused, so that a file is mended in one go.
         for index, entry in enumerate(_entries(text, origin)):
             try:
                 rows.append(_row_from_json(entry))
@@ -165,6 +167,7 @@ def _combined(rows: list[StatisticsRow]) -> StatisticsRow:
     amaxes = [row.amax for row in rows if row.amax is not None]
     # max() alone would lose a NaN that does not come first.
     largest = math.nan if any(map(math.isnan, amaxes)) else max(amaxes, default=None)
+    # Ranks count together, so every rank that counted has the same numbers (`_check_agreement`).
     counted = next((row for row in rows if row.tokens is not None), rows[0])
     amax = largest if source in HAS_AMAX else None
     return StatisticsRow(rows[0].key, rows[0].shape, amax, source, counted.tokens, counted.coverage)
@@ -173,6 +176,7 @@ def _combined(rows: list[StatisticsRow]) -> StatisticsRow:
 def _ordered(rows: Iterable[StatisticsRow]) -> list[StatisticsRow]:
     """By layer; within one by module, in the order in which modules were first met; then by expert."""
     rows = list(rows)
+    # The order of first meeting is that of the model's own modules, which reads better than the alphabet's.
     modules = {module: index for index, module in enumerate(dict.fromkeys(row.key.module for row in rows))}
 
     def position(row: StatisticsRow) -> tuple[int, int, int]:
@@ -213,6 +217,7 @@ def _entries(text: str, origin: str) -> list[Any]:
 
 def _row_from_json(entry: Any) -> StatisticsRow:
     key = ParamKey(str(entry["module"]), _id(entry["layer"]), _id(entry["expert"]))
+    # Said twice in the file: the name is for people, module and ids are what is read. Edited by hand they may differ.
     if entry["parameter"] != key.name:
         raise ValueError(f"parameter {entry['parameter']!r} is not {key.name!r}")
     amax = None if entry["amax"] is None else float(entry["amax"])

@@ -46,7 +46,9 @@ def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
     values, offenders = [], []
     for amax in plan.amaxes:
         found = [leaf.amax.detach().float().flatten() for leaf in amax.leaves if leaf.amax is not None]
+        # All quantizers of one amax have the same shape here, as they are of one kind of module in one layer.
         value = torch.stack(found).amax(0) if found else torch.full((1,), _NONE_YET)
+        # ModelOpt calibrates a weight from the weight itself, without data: one without an amax was passed over.
         if len(found) < len(amax.leaves) and amax.role is QuantizerRole.WEIGHT:
             offenders.append(_offender(amax, "has a weight, and yet no amax"))
         elif found and not bool(((value >= 0) & value.isfinite()).all()):
@@ -54,6 +56,7 @@ def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
         values.append(value)
     if offenders:
         raise CalibrationError("Calibration did not give every quantizer an amax.", offenders, _REMEDY)
+    # On one rank there is nothing to reduce, and static blocks are right as they are.
     if plan.groups:
         _refuse_static_blocks(plan.amaxes)
     return values
@@ -74,6 +77,7 @@ def _agree_on_layout(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> None
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
     device = _device(None)
+    # An all-reduce of buckets of different lengths hangs, or mixes amaxes that do not belong together, without a word.
     mine = torch.tensor([_digest(plan, local, axis) for axis in Axis], dtype=torch.int64, device=device)
     everyone = torch.empty(dist.get_world_size() * len(Axis), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(everyone, mine)
@@ -81,12 +85,13 @@ def _agree_on_layout(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> None
 
 
 def _digest(plan: ReductionPlan, local: Sequence[torch.Tensor], axis: Axis) -> int:
-    """Of the names and sizes in the bucket of one axis, and of its ranks."""
+    """A hash of what this rank would reduce over one axis: names and sizes in order, and the ranks; 0 for nothing."""
     if axis not in plan.groups:
         return 0
     lines = [str(dist.get_process_group_ranks(plan.groups[axis]))]
     pairs = zip(plan.amaxes, local, strict=True)
     lines += [f"{amax.name} {value.numel()}" for amax, value in pairs if axis in amax.axes]
+    # Seven bytes, so that the number fits a signed 64-bit integer whatever its first bit is.
     return int.from_bytes(hashlib.blake2b("\n".join(lines).encode(), digest_size=7).digest(), "big")
 
 
@@ -105,6 +110,7 @@ def _check_layout(plan: ReductionPlan, everyone: torch.Tensor, mine: torch.Tenso
 
 def _reduced(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     values = list(local)
+    # Every rank goes through the axes in the same order, so that no two wait for each other in different groups.
     for axis in Axis:
         members = [index for index, amax in enumerate(plan.amaxes) if axis in amax.axes]
         if axis not in plan.groups or not members:
@@ -114,6 +120,7 @@ def _reduced(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> list[torch.T
         dist.all_reduce(bucket, op=dist.ReduceOp.MAX, group=plan.groups[axis])
         parts = bucket.split([values[index].numel() for index in members])
         for index, part in zip(members, parts, strict=True):
+            # The next axis reduces what this one gave, which makes the maximum over the product of both.
             values[index] = part
     return values
 
@@ -123,9 +130,12 @@ def _require_all(
 ) -> None:
     offenders = []
     for amax, before, after in zip(amaxes, local, reduced, strict=True):
+        # Still the mark of none yet: no rank had one.
         if bool((after < 0).any()):
             if activations:
                 offenders.append(_offender(amax, "saw no data on any rank"))
+        # A dense layer runs on all ranks or on none: the forward loop has not run everywhere. Of experts it is no
+        # surprise.
         elif bool((before < 0).any()) and amax.role is QuantizerRole.ACTIVATION:
             offenders.append(_offender(amax, "saw no data on this rank, but on others"))
     if offenders:
@@ -135,6 +145,8 @@ def _require_all(
 def _write(amax: SharedAmax, value: torch.Tensor) -> None:
     if bool((value < 0).any()):
         return
+    # A quantizer that had none takes the shape of its peers; without any on this rank the amax is of the whole tensor,
+    # [].
     shape = next((leaf.amax.shape for leaf in amax.leaves if leaf.amax is not None), torch.Size())
     for leaf in amax.leaves:
         known = leaf.amax

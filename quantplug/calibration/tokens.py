@@ -100,7 +100,7 @@ def expert_layers(chunks: Sequence[nn.Module]) -> list[ExpertLayer]:
 
 
 def _layers(block: TransformerBlock | MultiTokenPredictionBlock) -> Iterator[tuple[str, TransformerLayer]]:
-    """The transformer layers of a block, with their global names."""
+    """The transformer layers of a block with their global names; of a layer for MTP the one that it contains."""
     for layer in block.layers:
         name = f"layers.{layer.layer_number - 1}"
         if isinstance(layer, MultiTokenPredictionLayer):
@@ -121,11 +121,13 @@ class TokenCounter:
     def counting(self) -> Iterator[None]:
         """Counts every forward of the experts inside."""
         with ExitStack() as hooks:
+            # Before the forward of the experts: what arrives is counted, whatever the modules make of it.
             for index, layer in enumerate(self.layers):
                 hooks.callback(layer.module.experts.register_forward_pre_hook(self._hook(index)).remove)
             yield
 
     def _hook(self, index: int) -> Any:
+        # Megatron calls experts as (hidden states, tokens per local expert, probabilities), in this order.
         def count(experts: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             _, tokens_per_expert, _ = inputs
             self.local[index] += tokens_per_expert.to(self.local)
@@ -137,6 +139,7 @@ class TokenCounter:
         if not self.layers:
             return []
         counts = _over_all_ranks(self.local)
+        # Each TP rank dispatched the whole sequence, so every token has arrived once from each of them.
         if not self.layers[0].module.config.sequence_parallel:
             counts //= current_topology().tp
         return [LayerTokens(layer.layer, tuple(row)) for layer, row in zip(self.layers, counts.tolist(), strict=True)]
@@ -146,11 +149,13 @@ def _over_all_ranks(local: torch.Tensor) -> torch.Tensor:
     """[layers, local experts] of this rank to [layers, experts] of all; the ranks of a group hold the same layers."""
     data, expert = parallel_state.get_expert_data_parallel_group(), parallel_state.get_expert_model_parallel_group()
     device = torch.device("cuda") if dist.get_backend(expert) == dist.Backend.NCCL else local.device
+    # A copy, since the sum is made in place and what this rank counted must stay.
     counts = local.to(device, copy=True)
     if data.size() > 1:
         dist.all_reduce(counts, group=data)
     if expert.size() > 1:
         parts = [torch.empty_like(counts) for _ in range(expert.size())]
         dist.all_gather(parts, counts, group=expert)
+        # Expert parallel rank r holds the r-th run of global experts, so in order of rank the columns are global ids.
         counts = torch.cat(parts, dim=1)
     return counts.cpu()

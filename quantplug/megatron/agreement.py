@@ -32,9 +32,12 @@ def all_or_none(step: Callable[[], T]) -> T:
         if error is not None:
             raise error
         return result  # type: ignore[return-value]  # There is a result where there is no error.
+    # A rank whose step failed comes here too: the others are on their way into this reduction, and would wait in it for
+    # ever.
     failed = torch.tensor([int(error is not None)], dtype=torch.int32, device=agreement_device())
     with lost_ranks_named():
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        # All ranks read the same number, so all of them take part in the gather behind it, or none does.
         if failed.item():
             raise _one_error(error)
     return result  # type: ignore[return-value]
@@ -44,6 +47,7 @@ def union(flags: torch.Tensor) -> torch.Tensor:
     """Elementwise maximum over all ranks of a uint8 tensor of flags, on CPU. A collective: all ranks must call it."""
     if not _several_ranks():
         return flags
+    # A maximum of zeros and ones, since NCCL has no bitwise OR (torch.distributed.ReduceOp).
     everywhere = flags.to(agreement_device())
     with lost_ranks_named():
         dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
@@ -66,6 +70,7 @@ def require_same(mine: str, what: str, remedy: str) -> None:
     Raises:
         TopologyError: Names every rank that differs from the first.
     """
+    # Every rank sees all results and so comes to the same verdict: raising it needs no second agreement.
     results = gather_objects(mine)
     offenders = [
         Offender(what, "differs from that of rank 0", rank=rank)
@@ -86,6 +91,7 @@ def lost_ranks_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # What every backend of torch.distributed raises.
+        # Asked first, since the roll call takes the process group down, and neither is known after that.
         rank, world_size = dist.get_rank(), dist.get_world_size()
         clear_frames(error.__traceback__)  # They hold the process group, which ends only with its last reference.
         lost = _roll_call(rank, world_size)
@@ -110,6 +116,7 @@ def _roll_call(rank: int, world_size: int) -> list[int]:
         store.set(f"quantplug/heard/{rank}", "")
         if rank == 0:  # Which may host the store: the others must have heard all before it ends.
             _silent(store, [f"quantplug/heard/{peer}" for peer in range(world_size) if peer not in lost])
+    # The store itself is gone, and with it whoever hosted it.
     except RuntimeError:
         return [0]
     return lost
@@ -117,9 +124,11 @@ def _roll_call(rank: int, world_size: int) -> list[int]:
 
 def _silent(store: "torch._C._distributed_c10d.Store", keys: Sequence[str]) -> list[int]:
     """Places of the keys that nobody has set when the time of the roll call is over, one time for all of them."""
+    # One deadline for all keys: with three seconds for each, a thousand ranks that are gone would take most of an hour.
     end = time.monotonic() + _ROLL_CALL.total_seconds()
     silent = []
     for place, key in enumerate(keys):
+        # Never zero, which a store takes for no limit at all (c10d's Store::kNoTimeout).
         left = max(timedelta(seconds=end - time.monotonic()), timedelta(milliseconds=1))
         try:
             store.wait([key], left)
@@ -140,6 +149,7 @@ def _attempt(step: Callable[[], T]) -> tuple[T | None, QuantplugError | None]:
     except Exception as error:  # The others must not wait for this rank, whatever it is that ended its step.
         if not _several_ranks():
             raise
+        # Of our own kind from here on, so that the other ranks can be told of it like of any other failure.
         unforeseen = UnforeseenError(
             "A rank failed in a way that was not foreseen.",
             [Offender(type(error).__name__, str(error) or "without a word", rank=dist.get_rank())],
@@ -150,11 +160,17 @@ def _attempt(step: Callable[[], T]) -> tuple[T | None, QuantplugError | None]:
 
 
 def _one_error(error: QuantplugError | None) -> QuantplugError:
-    """The same error on every rank. A collective."""
+    """The error of the lowest failing rank, with the offenders of all that failed alike. A collective.
+
+    Args:
+        error: What this rank's step raised; None where it went well.
+    """
+    # Only what an error is made of travels, and each rank makes it anew: tracebacks and causes stay where they belong.
     mine = None if error is None else (type(error), error.problem, error.offenders, error.remedy)
     gathered: list[tuple[type[QuantplugError], str, tuple[Offender, ...], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     failures = [failure for failure in gathered if failure is not None]
+    # Gathered in order of rank, so the first failure is the same one on every rank.
     kind, problem, _, remedy = failures[0]
     # What every rank finds alike (a file that is missing) is said once, whatever rank says it.
     offenders: dict[tuple[str, str, int | None], Offender] = {}

@@ -22,6 +22,7 @@ from quantplug.megatron.models import mamba_reference
 
 def has_cuda() -> bool:
     """Whether this machine has a GPU, also while `torch.cuda.is_available` is being answered for."""
+    # The count is nothing that `_answers` replaces, so it stays true while the other questions are answered for.
     return torch.cuda.device_count() > 0
 
 
@@ -118,8 +119,10 @@ def _answers(*replacements: tuple[ModuleType | type, str, object]) -> Iterator[N
         if not has_cuda():
             for owner, name, answer in replacements:
                 if name in vars(owner):
+                    # The stack runs its callbacks backwards, and on an exception too: torch never goes on with one of
+                    # our answers.
                     stack.callback(setattr, owner, name, getattr(owner, name))
-                else:  # What an import that failed would have brought.
+                else:  # What a failed import would have brought, or a base class has: that is uncovered again.
                     stack.callback(delattr, owner, name)
                 setattr(owner, name, answer)
         yield

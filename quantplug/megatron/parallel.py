@@ -39,7 +39,10 @@ def current_topology() -> ParallelTopology:
 
 
 def process_groups() -> dict[ShardAxis, dist.ProcessGroup]:
-    """The groups of ranks that share the slices of a tensor, in slice order."""
+    """The groups of ranks that share the slices of a tensor, by the axis that cuts it.
+
+    The rank at position i of a group holds slice i.
+    """
     return {
         ShardAxis.TP: parallel_state.get_tensor_model_parallel_group(),
         ShardAxis.ETP: parallel_state.get_expert_tensor_parallel_group(),
@@ -47,7 +50,7 @@ def process_groups() -> dict[ShardAxis, dist.ProcessGroup]:
 
 
 def group_ranks() -> dict[ShardAxis, tuple[int, ...]]:
-    """Global ranks of this rank's groups, in slice order."""
+    """Global ranks of the groups that `process_groups` gives: the rank at position i of a tuple holds slice i."""
     return {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in process_groups().items()}
 
 
@@ -74,8 +77,10 @@ def initialize_parallel(
         TopologyError: The world size is not a multiple of `tp * pp`, or of `etp * ep * pp`.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    # Before any group is made, so that a refusal leaves nothing behind that would have to be taken down.
     check_sizes(world_size, tp=tp, pp=pp, ep=ep, etp=etp)
     if has_cuda():
+        # NCCL works on the current device. Without this all ranks of a node would use GPU 0, which NCCL refuses.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _initialize_process_group(backend or ("cpu:gloo,cuda:nccl" if has_cuda() else "gloo"))
@@ -86,6 +91,8 @@ def initialize_parallel(
         expert_tensor_parallel_size=etp,
     )
     if has_cuda():
+        # Tensor parallel layers draw from generators that this call names, and fail where they were never added
+        # (megatron.core.tensor_parallel.random).
         model_parallel_cuda_manual_seed(seed)
     return current_topology()
 
@@ -96,6 +103,7 @@ def destroy_parallel() -> None:
     For another layout on several ranks call only Megatron's `destroy_model_parallel` and then `initialize_parallel`:
     the process group is used again (gloo's rendezvous does not survive a second one in the same processes).
     """
+    # Megatron's groups are parts of the process group: it has to forget them while that still exists.
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -112,6 +120,7 @@ def check_sizes(world_size: int, *, tp: int, pp: int, ep: int, etp: int) -> None
     """
     sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp}
     offenders = [Offender(name, f"{size} is not a positive size") for name, size in sizes.items() if size < 1]
+    # Only of sizes that are positive: a zero has no remainder, and two negative ones would pass.
     products = {"tp * pp": tp * pp, "etp * ep * pp": etp * ep * pp}
     if not offenders:
         offenders = [

@@ -46,6 +46,7 @@ from quantplug.topology import ParallelTopology, Shard, ShardAxis
 LanguageModel: TypeAlias = GPTModel | MambaModel
 """What a model is, or each of its virtual pipeline stages."""
 
+# ModelOpt gives a module a subclass of the class that it had, so these hold for quantized layers as well.
 _GROUPED = (TEColumnParallelGroupedLinear, TERowParallelGroupedLinear)
 _COLUMN_PARALLEL = (
     ColumnParallelLinear,
@@ -155,11 +156,17 @@ def _walk(module: torch.nn.Module, location: _Location, topology: ParallelTopolo
 
 
 def _own_weights(module: torch.nn.Module, location: _Location) -> Iterator[tuple[str, torch.Tensor, _Location]]:
-    """The weights a module itself holds: name of its kind, tensor, location."""
+    """The weights that a module itself holds, not its children.
+
+    Yields:
+        Name in the module (`weight` for every `weight0`, `weight1`, ... of a grouped linear), tensor, location.
+    """
     own = dict(module.named_parameters(recurse=False))
     if isinstance(module, _GROUPED):
         yield from _grouped_weights(own, location)
         return
+    # No gradient moves it, so Megatron keeps it as a buffer. But it decides which experts a token goes to (DeepSeek-V3,
+    # arXiv 2412.19437, section 2.1.2), and a checkpoint without it routes wrongly.
     if isinstance(module, TopKRouter) and module.expert_bias is not None:
         own["expert_bias"] = module.expert_bias
     for name, tensor in own.items():
@@ -180,15 +187,20 @@ def _children(module: torch.nn.Module, location: _Location) -> Iterator[tuple[to
     if isinstance(module, _LEAVES):
         return
     if isinstance(module, SequentialMLP):
+        # Below `local_experts` modules are numbered from 0 on every rank; the global ids are those that the layer above
+        # told.
         experts = location.child("local_experts")
         for index, (expert, child) in enumerate(zip(location.experts, module.local_experts, strict=True)):
             yield child, replace(experts.child(str(index), "*"), expert=expert)
         return
     for name, child in module.named_children():
         if isinstance(module, torch.nn.ModuleList) and isinstance(child, _LAYERS):
+            # Megatron counts its layers from 1, and over all pipeline stages.
             yield child, replace(location.child(name, "*"), layer=child.layer_number - 1)
         elif isinstance(module, MoELayer) and child is module.experts:
             yield child, replace(location.child(name), experts=tuple(module.local_expert_indices))
+        # This norm is over the channels of this rank. Its type cannot be asked for: without mamba-ssm there is no such
+        # class.
         elif isinstance(module, MambaMixer) and child is module.norm:
             yield child, replace(location.child(name), is_cut=True)
         else:
@@ -204,6 +216,8 @@ def _shard(module: torch.nn.Module, name: str, location: _Location, topology: Pa
         dim = 0
     else:
         return None
+    # Routed experts have a tensor parallel size of their own. Shared experts stand beside them, not below, and are cut
+    # like the dense layers.
     axis = ShardAxis.ETP if location.experts else ShardAxis.TP
     index, count = topology.place_on(axis)
     return Shard(axis, dim, index, count) if count > 1 else None

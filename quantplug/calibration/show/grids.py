@@ -27,6 +27,7 @@ def expert_grids(table: CalibrationTable) -> list[ExpertGrid]:
     """One grid for each module that every expert has, in the order of the table."""
     grids = []
     for module, rows in _by_module(table.rows, lambda row: row.key.layer is not None and row.expert is not None):
+        # Neither is None here, which the predicate above has seen to and a type checker cannot know.
         cells = {(row.key.layer or 0, row.expert or 0): row for row in rows}
         layers, experts = (tuple(sorted({cell[axis] for cell in cells})) for axis in range(2))
         grids.append(ExpertGrid(module, layers, experts, cells))

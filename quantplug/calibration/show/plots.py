@@ -107,6 +107,7 @@ def save_plot(table: CalibrationTable, path: Path) -> None:
             [Offender(str(path), f"has suffix {path.suffix!r}")],
             f"Give a path that ends in {', '.join(FORMATS)}.",
         )
+    # Drawn in memory first, so that a failing draw leaves what was at the path.
     content = io.BytesIO()
     statistics_figure(table).savefig(content, format=suffix[1:], dpi=DOTS_PER_INCH)
     write_atomically(path, content.getvalue())
@@ -171,6 +172,7 @@ def figure_of(panels: Sequence[Panel]) -> Figure:
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     width, height = (max(sizes) for sizes in zip(*map(_size, panels), strict=True))
+    # A Figure of its own, not pyplot's: that keeps every figure alive, and chooses a backend that may want a display.
     figure = Figure(figsize=(columns * width, lines * height + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, place in zip(panels, axes, strict=False):
@@ -207,11 +209,13 @@ def _marks(panel: Panel) -> set[Mark]:
 
 def _draw_map(panel: HeatMap, axes: Axes) -> None:
     look: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    # Two images, one over the other: each leaves blank what the other one draws.
     values = np.ma.masked_invalid(panel.values)
     image = axes.imshow(values, norm=LogNorm(*_ends(values)), cmap="viridis", **look)
     if values.count():
         ends = image.get_clim()
         bar = axes.figure.colorbar(image, ax=axes, label=panel.unit, ticks=np.geomspace(*ends, 5), format="%.3g")
+        # A logarithmic scale's own ticks are powers of ten, of which a narrow range may have none.
         bar.minorticks_off()
     colors = ListedColormap([mark.value[1] for mark in MARKS])
     axes.imshow(np.ma.masked_invalid(panel.marks), cmap=colors, vmin=0, vmax=len(MARKS) - 1, **look)
@@ -261,6 +265,7 @@ def _ends(values: Any) -> tuple[float, float]:
     if not values.count():
         return 1.0, 10.0
     low, high = float(values.min()), float(values.max())
+    # Spread evenly to both sides, in ratios, as the scale is logarithmic.
     widen = math.sqrt(max(LEAST_RANGE / (high / low), 1.0))
     return low / widen, high * widen
 
@@ -279,4 +284,5 @@ def _values_of_ticks(ids: Sequence[int]) -> tuple[list[int], list[str]]:
 
 def _step(count: int) -> int:
     least = math.ceil(count / MOST_TICKS)
+    # The smallest round number that leaves no more than `MOST_TICKS`.
     return next(step for power in range(10) for base in (1, 2, 4, 5, 8) if (step := base * 10**power) >= least)

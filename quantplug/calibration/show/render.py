@@ -31,8 +31,10 @@ def print_statistics(table: CalibrationTable, console: Console) -> None:
     one the numbers go below them.
     """
     wide = wide_table(table)
+    # The measure of the table at more columns than it can need is how wide it wants to be.
     if not console.is_terminal:
         console.width = Measurement.get(console, console.options.update(max_width=10_000), wide).maximum
+    # An empty table measures what the other columns and their headings take.
     least = Measurement.get(console, console.options, wide_table(CalibrationTable(()))).minimum + LEAST_NAME_WIDTH
     console.print(wide if console.width >= least else narrow_table(table))
 
@@ -74,6 +76,7 @@ def summary(table: CalibrationTable) -> str:
     """How many quantizers there are of each source, and how many experts saw no token."""
     counts = Counter(row.source for row in table.rows)
     parts = [f"{counts[source]} {source.value}" for source in AmaxSource if counts[source]]
+    # By expert, not by row: an expert has several quantizers.
     cold = {(row.key.stack, row.key.layer, row.key.expert) for row in table.rows if row.is_cold}
     text = f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
     return text + (f"; {len(cold)} cold experts" if cold else "")

@@ -77,14 +77,17 @@ def write_directory(
     with cpu.checkpointing(), results_within_process():
         state = all_or_none(sharded_state)
         require_consistent(state)
+        # Beside its place, and so on the same file system: only there is a rename one step (rename(2)).
         partial = directory.with_name(f".{directory.name}.partial")
         try:
             all_or_none(lambda: _begin(partial))
             _write(state, partial)
             save_sharded_modelopt_state([first_chunk], str(partial))
+            # After the last file but `quantplug.json`, so that every file it lists has its final content.
             digests = _merged(gather_objects(all_or_none(lambda: _digests_of_own(partial))))
             text = json.dumps({**metadata, "files": digests}, indent=2)
             all_or_none(lambda: _finish(partial, directory, text))
+        # An interrupt too. One rank alone removes the tree; several would stumble over what another has just removed.
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -134,6 +137,7 @@ def _require_consistent(shards_of_all: list[list[object]]) -> None:
 
 def _write(state: ShardedStateDict, partial: Path) -> None:
     """Megatron lets all ranks know when the files of one cannot be written, but tells only the first one why."""
+    # Kept until all ranks have met: raised at once, it would carry every rank's reason on the first rank alone.
     failure: CheckpointException | None = None
     try:
         dist_checkpointing.save(state, str(partial), validate_access_integrity=False)
@@ -182,8 +186,11 @@ def _finish(partial: Path, directory: Path, metadata: str) -> None:
     if dist.get_rank() == 0:
         try:
             write_atomically(partial / METADATA_FILE, metadata)
+            # Content before the name: after a power cut a directory by the final name must not hold files without their
+            # data.
             for path in _tree(partial):
                 _sync(path)
+            # Takes the place of an empty directory, and fails where something has been put into it meanwhile.
             partial.replace(directory)
             _sync(directory.parent)
         except OSError as error:
@@ -210,6 +217,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
         CheckpointError: It is damaged.
     """
     path = directory / METADATA_FILE
+    # A link that leads nowhere is damage; only where there is nothing at all did somebody else write the checkpoint.
     if not os.path.lexists(path):
         return {}
     _require_files(directory, [METADATA_FILE])
@@ -233,12 +241,13 @@ def require_undamaged(directory: Path) -> None:
     all_or_none(lambda: _require_complete(directory))
     saved = all_or_none(lambda: read_metadata(directory)).get("files")
     digests: Digests = saved if isinstance(saved, dict) else {}
+    # Sorted, so that all ranks share out the same list and every file is hashed by exactly one of them.
     share = sorted(digests)[dist.get_rank() :: dist.get_world_size()]
     all_or_none(lambda: _require_as_saved(directory, {name: digests[name] for name in share}))
 
 
 def _require_complete(directory: Path) -> None:
-    """Whether every file is there, as long as its index says."""
+    """Refuses a checkpoint that lacks a file, or has one that is shorter than its index says. No collective."""
     parts = [directory, *([directory / MODELOPT_STATE] if (directory / MODELOPT_STATE).is_dir() else [])]
     for part in parts:
         _require_files(part, [_STATED_BACKEND, _COMMON])
@@ -246,8 +255,10 @@ def _require_complete(directory: Path) -> None:
             stated = json.loads((part / _STATED_BACKEND).read_bytes())
             if stated["sharded_backend"] != "torch_dist":
                 raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
+        # torch reads it with weights_only, which makes tensors and plain containers and runs nothing.
         with damage_named(part / _COMMON):
             dist_checkpointing.load_common_state_dict(str(part))
+        # The weights always have an index. ModelOpt's state need not: it may consist of common.pt alone.
         if part == directory or os.path.lexists(part / _PLACES):
             _require_stored(part)
 
@@ -257,17 +268,23 @@ def _require_stored(directory: Path) -> None:
     ends: dict[str, int] = {}
     with damage_named(directory / _PLACES):
         for place in FileSystemReader(directory).read_metadata().storage_data.values():
+            # Several pieces lie in one file, which is whole if it reaches to the end of the last one.
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     _require_files(directory, sorted(ends), ends)
 
 
 def _require_files(directory: Path, names: Sequence[str], least: Mapping[str, int] | None = None) -> None:
-    """Whether these are regular files of at least some sizes: opening a pipe would wait for ever."""
+    """Refuses names that are not regular files of at least some sizes: opening a pipe would wait for ever.
+
+    Args:
+        least: Name to the bytes that the file must have; 1 where it is not named.
+    """
     offenders = []
     for name in names:
         path = directory / name
         if not path.is_file():
             offenders.append(Offender(str(path), "is not a file" if os.path.lexists(path) else "is missing"))
+        # No file without a stated length is empty when it is written.
         elif path.stat().st_size < (least or {}).get(name, 1):
             offenders.append(Offender(str(path), f"is cut short: it has {path.stat().st_size} bytes"))
     if offenders:
@@ -278,6 +295,7 @@ def _require_as_saved(directory: Path, digests: Digests) -> None:
     offenders = []
     for name, saved in digests.items():
         path = directory / name
+        # The names come with the checkpoint. None of them may make us read outside of it.
         if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
             offenders.append(Offender(str(path), "is missing"))
         elif saved != _digest(path):
@@ -301,6 +319,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
 def said_of(error: BaseException) -> str:
     """One line of what a library says of damage."""
+    # torch's own text has every rank's traceback in it; the first reason alone is what a line can hold.
     if isinstance(error, CheckpointException):
         error = next((reason for reason, _ in error.failures.values()), error)
     return f"cannot be read: {type(error).__name__}: {error}"[:500]
@@ -321,7 +340,7 @@ def refuse_damaged(directory: Path, failure: BaseException | None) -> None:
 
 
 def _digests_of_own(directory: Path) -> dict[str, dict[str, object]]:
-    """Of the files that this rank wrote, `__<rank>_<number>.distcp`; rank 0 takes the others."""
+    """Digests of the files that this rank wrote, `__<rank>_<number>.distcp`; rank 0 takes all others as well."""
     rank = dist.get_rank()
     return {
         str(path.relative_to(directory)): _digest(path)
@@ -336,7 +355,7 @@ def _writer_of(path: Path) -> int:
 
 
 def _digest(path: Path) -> dict[str, object]:
-    """Read in pieces: a file may be larger than memory."""
+    """Size and SHA-256 of a file, read in pieces: it may be larger than memory."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

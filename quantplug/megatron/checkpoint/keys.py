@@ -54,8 +54,10 @@ def require_same_keys(state: ShardedStateDict, on_disk: Keys, *, weights_only: b
         CheckpointError: Names every key that only one of both has, and every shape that differs.
     """
     in_model = _keys(state)
+    # Sorted, so that a flag stands for the same key on every rank: only flags travel.
     wanted = sorted(on_disk)
     found = union(torch.tensor([key in in_model for key in wanted], dtype=torch.uint8))
+    # A rank holds a part of the model. Only a key that no rank holds is one too many.
     unclaimed = [key for key, claimed in zip(wanted, found.tolist(), strict=True) if not claimed]
     offenders = [*_missing(in_model, on_disk), *_misshapen(in_model, on_disk)]
     offenders += [Offender(key, "is in the checkpoint and not in the model") for key in unclaimed]
@@ -65,7 +67,12 @@ def require_same_keys(state: ShardedStateDict, on_disk: Keys, *, weights_only: b
 
 
 def settings_on_disk(settings: ShardedStateDict, on_disk: Keys) -> ShardedStateDict:
-    """Of the extra states of a model (chunk to name to entry), those that the checkpoint has."""
+    """The extra states of a model that the checkpoint has too: asking Megatron for another would end in its own error.
+
+    Args:
+        settings: Number of a chunk to name to entry.
+        on_disk: Keys of the checkpoint.
+    """
     return {
         chunk: {name: entry for name, entry in entries.items() if entry.unique_key in on_disk}
         for chunk, entries in settings.items()
@@ -103,15 +110,20 @@ def _misshapen(in_model: Keys, on_disk: Keys) -> Iterator[Offender]:
 
 def _keys(state: ShardedStateDict) -> Keys:
     entries = [built for entry in nested_values(state) for built in built_entries(entry)]
+    # One key stands for the objects of all shards; the unique one has the shard's place in it, as the index on disk
+    # has.
     return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key: _shape(entry) for entry in entries}
 
 
 def built_entries(entry: ShardedTensor | ShardedObject | ShardedTensorFactory) -> list[ShardedTensor | ShardedObject]:
     """What is on disk of an entry of a sharded state: itself, or the parts that a factory makes of it."""
+    # Such as a gated linear_fc1: one tensor in memory, and gate and up as two on disk.
     return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
 
 
 def _shape(entry: ShardedTensor | ShardedObject) -> Shape:
+    # Megatron sets this where the vocabulary is padded to a multiple of the TP size, which may be another when it
+    # loads.
     if isinstance(entry, ShardedObject) or entry.allow_shape_mismatch:
         return None
     return tuple(entry.global_shape)

@@ -78,19 +78,24 @@ class DisplacedAmax:
     def main_replica(self) -> bool:
         """Whether it is this rank that loads the tensor on disk; Megatron wants one such rank."""
         part = self.parts[0]
+        # Of the ranks that share the tensor: the first copy, with the first slice, and where it is of all experts,
+        # expert 0.
         return is_main_replica(part.replica_id) and not any(part.global_offset) and not self.expert
 
     def local(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's share of the tensor on disk, in the model's shape."""
         whole = whole.reshape(self.shape)
         if len(self.parts) == 1:
+            # A slice alone would keep the whole tensor in memory for as long as the model lives.
             return whole[_place(self.parts[0])].clone()
+        # Gate above up, each cut by itself: this rank's share of both is not one slice of the whole.
         shares = whole.chunk(len(self.parts))
         return torch.cat([share[_place(part)] for share, part in zip(shares, self.parts, strict=True)])
 
 
 def find_displaced(state: ShardedStateDict, on_disk: Keys, directory: Path) -> list[DisplacedAmax]:
     """The amaxes of this rank that the checkpoint has in ModelOpt's layouts; its files' metadata alone is read."""
+    # Layers of which the checkpoint has an amax for every expert: a shared one beside those is not theirs.
     per_expert = {_shared_key(key.removesuffix("_w").removesuffix("_v")) for key in on_disk}
     found = []
     for chunk, entries in state.items():
@@ -98,9 +103,11 @@ def find_displaced(state: ShardedStateDict, on_disk: Keys, directory: Path) -> l
             if isinstance(entry, ShardedObject) or not entry.key.endswith("_quantizer._amax"):
                 continue
             parts = tuple(built_entries(entry))
+            # Those that are where our own save puts them are loaded like any other tensor.
             if any(on_disk.get(part.key) != tuple(part.global_shape) for part in parts):
                 for key, expert in _candidates(entry, per_expert):
                     amax = DisplacedAmax(chunk, name, key, parts, expert)
+                    # The first place that fits is taken: an expert's own amax comes before that of all experts.
                     if _fits(amax, on_disk, directory):
                         found.append(amax)
                         break
@@ -115,9 +122,11 @@ def redirected(state: ShardedStateDict, displaced: Sequence[DisplacedAmax], on_d
         for chunk, entries in state.items()
     }
     whole: dict[str, ShardedTensor] = {}
+    # Several experts may share one key. The main replica comes first, so that it is the one that speaks for the key.
     for amax in sorted(displaced, key=lambda amax: not amax.main_replica):
         if amax.key not in whole:
             data = torch.empty(on_disk[amax.key] or (), dtype=amax.parts[0].dtype)
+            # No offsets: every rank loads the whole tensor, which is small, and cuts its share from it.
             replica = 0 if amax.main_replica else 1
             whole[amax.key] = ShardedTensor.from_rank_offsets(amax.key, data, replica_id=replica)
     return {**kept, WHOLE: whole}
@@ -130,7 +139,12 @@ def put_in_place(loaded: ShardedStateDict, displaced: Sequence[DisplacedAmax]) -
 
 
 def fan_outs(loaded: ShardedStateDict, displaced: Sequence[DisplacedAmax]) -> tuple[FanOut, ...]:
-    """What was given to several experts, in the order of the model."""
+    """The amaxes that were given to several experts, each with the experts and quantizers that got it here.
+
+    Args:
+        loaded: What Megatron loaded, with the whole tensors under `WHOLE`.
+        displaced: What `find_displaced` found, in the order of the model, which the result has too.
+    """
     given: dict[str, list[tuple[int, tuple[int, str]]]] = {}
     for amax in displaced:
         if amax.expert is not None:
@@ -152,6 +166,7 @@ def require_own_amax(loaded: ShardedStateDict, displaced: Sequence[DisplacedAmax
         if amax.expert is not None:
             value = loaded[amax.chunk][amax.name].float()
             largest = loaded[amax.chunk][_weight_name(amax.name)].float().abs().max()
+            # Asked this way round, a NaN on either side is refused as well.
             if not largest <= value:
                 reason = f"max|weight| is {largest:.4e}, and the one amax of all experts {value:.4e}"
                 offenders.append(Offender(amax.key, reason, amax.expert, rank))
@@ -185,6 +200,8 @@ def _fits(amax: DisplacedAmax, on_disk: Keys, directory: Path) -> bool:
     A gate and up that are not apart are in their order only where no tensor parallelism has sharded them.
     """
     shape = on_disk.get(amax.key)
+    # Axes of one element are a matter of taste of who wrote the amax, such as [1] and [] per
+    # tensor.
     if shape is None or _squeezed(shape) != _squeezed(amax.shape):
         return False
     return len(amax.parts) == 1 or _in_one_piece(amax.key, directory)

@@ -116,13 +116,18 @@ def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
             read.
     """
     chunks, directory = model_chunks(model), Path(directory)
+    # The cheapest question first: a wrong path ends here, before a file of many gigabytes is hashed.
     extra = all_or_none(lambda: read_extra(directory))
     with cpu.checkpointing():
         require_undamaged(directory)
         on_disk = all_or_none(lambda: keys_on_disk(directory))
+        # In three steps. A model has no places for amaxes before it has quantizers, nor places of the right shapes
+        # before these have their settings; a state dict made earlier would not ask for them.
         if (directory / MODELOPT_STATE).is_dir():
             all_or_none(lambda: _insert_quantizers(chunks, directory))
             state = all_or_none(lambda: _sharded_state(chunks))
+            # Before settings are loaded: of another model Megatron would find none of them, and say so in its own
+            # words.
             require_same_keys(state, on_disk, weights_only=True)
             _load_settings(chunks, settings_on_disk(_settings(state), on_disk), directory)
         return LoadReport(extra, _load_tensors(chunks, on_disk, directory))
@@ -152,6 +157,8 @@ def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
     Raises:
         CheckpointError: Megatron-Core 0.16 has no place for two copies of the embedding on one stage.
     """
+    # For MTP the last stage has an embedding of its own; with tied weights it has a second copy as output layer. Both
+    # would claim one key.
     twice = [
         Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer", rank=dist.get_rank())
         for chunk in chunks
@@ -165,13 +172,15 @@ def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
             "Use one pipeline stage; or build the model without multi-token prediction.",
         )
     return {
+        # With this every layer and expert has a key of its own. By default Megatron stacks layers in one tensor, and
+        # quantizers of different shapes cannot be stacked.
         str(number): chunk.sharded_state_dict(metadata={"singleton_local_shards": True})
         for number, chunk in enumerate(chunks)
     }
 
 
 def _settings(state: ShardedStateDict) -> ShardedStateDict:
-    """Of a sharded state, the modules' extra states: there ModelOpt keeps the settings of quantizers."""
+    """The modules' extra states in a sharded state: there ModelOpt keeps the settings of quantizers."""
     return {
         number: {name: entry for name, entry in entries.items() if isinstance(entry, ShardedObject)}
         for number, entries in state.items()
@@ -183,18 +192,21 @@ def _insert_quantizers(chunks: Sequence[LanguageModel], directory: Path) -> None
     with damage_named(directory / MODELOPT_STATE):
         common = dist_checkpointing.load_common_state_dict(str(directory / MODELOPT_STATE))
         for chunk in chunks:
+            # A caller may have restored ModelOpt's state himself; ModelOpt refuses to do it twice.
             if not mto.ModeloptStateManager.is_converted(chunk):
                 mto.restore_from_modelopt_state(chunk, copy.deepcopy(common))
 
 
 def _load_settings(chunks: Sequence[LanguageModel], settings: ShardedStateDict, directory: Path) -> None:
     """Gives the quantizers their settings, and placeholders of the right shapes for their amaxes."""
+    # Objects, not tensors: small, and every rank needs only those of the layers that it holds.
     loaded = _load(settings, directory)
     all_or_none(lambda: _require_settings(chunks, loaded))
 
     def give() -> None:
         with damage_named(directory):
             for number, chunk in enumerate(chunks):
+                # Extra states alone, and all weights are missing from them; those come in the second load.
                 chunk.load_state_dict(loaded[str(number)], strict=False)
 
     all_or_none(give)
@@ -241,6 +253,7 @@ def _load_tensors(chunks: Sequence[LanguageModel], on_disk: Keys, directory: Pat
     state = redirected(state, displaced, on_disk)
     require_same_keys(state, on_disk)
     loaded = _load(state, directory)
+    # Megatron reads into the live tensors. A refusal from here on leaves weights that have been read already.
     put_in_place(loaded, displaced)
     all_or_none(lambda: require_own_amax(loaded, displaced, dist.get_rank()))
     for number, chunk in enumerate(chunks):

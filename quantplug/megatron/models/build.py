@@ -82,12 +82,15 @@ def build_model(
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
+        # All weights are zeroed below and loaded after that: drawing random ones would be lost time.
         "perform_initialization": False,
         "use_cpu_initialization": not cpu.has_cuda(),
     }
     model = {
         **family_config.model,
         "vocab_size": padded_vocab_size(family_config.model["vocab_size"], topology.tp),
+        # The embedding is on the first chunk of the first stage (number 0, or None without virtual stages), the output
+        # layer on the last chunk of the last.
         "pre_process": topology.pp_rank == 0 and not virtual_stage,
         "post_process": topology.pp_rank == topology.pp - 1 and virtual_stage in (None, (virtual_stages or 1) - 1),
     }
@@ -105,6 +108,7 @@ def build_model(
             case ModelKind.MAMBA:
                 config.use_mamba_mem_eff_path = with_te  # Fused with the convolution, that path has no other way.
                 built = hybrid_model(config, model, with_te=with_te)
+    # A set of parameters: tensors hash by identity, so membership does not compare values.
     wide = {*weights_in_fp32(built), *single_precision(built)}
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
         parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype).zero_()
@@ -129,6 +133,7 @@ def _gpt_model(
     if config.multi_latent_attention and not with_te:
         use_local_core(block)
     if family_config.unit_norm_layers:
+        # The family names global layers, and the block has the layers of this stage alone.
         first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
         add_unit_norms(block, family_config.unit_norm_layers, first)
     # Made like the last layer, and beside it. Megatron itself would put it on every virtual stage of the last rank
@@ -140,6 +145,7 @@ def _gpt_model(
         mtp = with_zero_centred_norms(mtp)
     built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **arguments)
     if family_config.rope_scaling:
+        # GPTModel takes the factor of Llama 3.1's scaling as an argument, and none of the other three numbers.
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **family_config.rope_scaling)
     return built
@@ -160,9 +166,9 @@ def check_divisible(
     virtual_stages: int | None = None,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
 ) -> None:
-    """Refuses a model whose sizes do not divide over the ranks.
+    """Refuses a model whose sizes do not divide over the ranks. No collective.
 
-    Fewer query groups than TP ranks are spread over them, the same number of ranks to each.
+    Query groups may be fewer than TP ranks: then each group is held by the same number of ranks.
 
     Raises:
         TopologyError: Names every size at fault.
@@ -189,6 +195,7 @@ def check_divisible(
         for name, count, ranks in divisions
         if sizes.get(name) is not None and sizes[name] % count
     ]
+    # Where there are more ranks than groups, several ranks hold the same group; a rank never holds parts of two.
     groups = sizes["num_query_groups"]
     if max(groups, topology.tp) % min(groups, topology.tp):
         reason = f"{groups} and {topology.tp} TP ranks do not divide one another"

@@ -39,19 +39,27 @@ class ZeroCentredNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of [..., hidden_size], in the type of x."""
+        # The square of a BF16 activation, summed over thousands of entries, is too coarse in BF16.
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * (1.0 + self.weight.float())).to(x.dtype)
 
 
 def has_delta_nets(config: TransformerConfig) -> bool:
+    """Whether some layers of the model have a gated delta net in place of attention."""
     return config.experimental_attention_variant == "gated_delta_net"
 
 
 def block_with_delta_nets(
     config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage."""
+    """The specs of the layers of this pipeline stage, delta nets and attention as the config's pattern has them.
+
+    Args:
+        use_transformer_engine: Whether the layers are made of Transformer Engine's modules. If not,
+            `config.deterministic_mode` is turned on.
+        vp_stage: Which virtual stage; None without virtual pipelining.
+    """
     if use_transformer_engine:
         return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
     # FLA's kernels need a GPU; this chooses Megatron's own loop, and it is read as the model runs.
@@ -60,6 +68,7 @@ def block_with_delta_nets(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
     is_delta = get_linear_attention_pattern(config)[get_transformer_layer_offset(config, vp_stage=vp_stage) :]
+    # The pattern goes on to the last layer of the model, the block ends with the last one of this stage.
     layers = [_local_layer(spec, bool(delta)) for spec, delta in zip(block.layer_specs, is_delta, strict=False)]
     return replace(block, layer_specs=layers, layer_norm=ZeroCentredNorm)
 
@@ -86,6 +95,7 @@ def weights_in_fp32(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _local_layer(spec: ModuleSpec, is_delta: bool) -> ModuleSpec:
     norms = {"input_layernorm": ZeroCentredNorm, "pre_mlp_layernorm": ZeroCentredNorm}
+    # A layer of full attention has norms on queries and keys too, and these are zero-centred like the others.
     if not is_delta:
         attention = spec.submodules.self_attention
         attention = _with_submodules(attention, q_layernorm=ZeroCentredNorm, k_layernorm=ZeroCentredNorm)

@@ -34,11 +34,12 @@ from quantplug.errors import Offender, UnsupportedModelError
 
 
 def hybrid_model(config: TransformerConfig, arguments: Mapping[str, Any], *, with_te: bool) -> MambaModel:
-    """An empty model of this rank.
+    """Builds what this rank holds of a model; what its weights are is left open.
 
     Args:
-        arguments: Of `MambaModel`.
-        with_te: Whether of Transformer Engine's modules.
+        config: Megatron's settings of the layers.
+        arguments: The remaining arguments of `MambaModel`, by name: vocabulary, layer pattern, pipeline stage.
+        with_te: Whether the layers are made of Transformer Engine's modules, or of Megatron-Core's own.
 
     Raises:
         UnsupportedModelError: There is a GPU, and not the package whose kernels the mixers run on it.
@@ -53,17 +54,23 @@ def hybrid_model(config: TransformerConfig, arguments: Mapping[str, Any], *, wit
 
 
 def single_precision(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that Megatron keeps in FP32, whatever the type of the others, and the one that it adds in FP32."""
+    """The parameters of Mamba mixers that are FP32 whatever the type of the others.
+
+    Megatron keeps `A_log` and `D` in FP32; `dt_bias` it adds in FP32.
+    """
     for module in model.modules():
+        # The recurrence multiplies by exp(dt * -exp(A_log)) at every token: what rounding changes here grows with the
+        # length of the sequence.
         if isinstance(module, MambaMixer):
             yield from (module.A_log, module.D, module.dt_bias)
 
 
 class WholeLinear(nn.Module):
-    """A linear that every tensor parallel rank has whole, called as Megatron calls its own."""
+    """A linear that every tensor parallel rank has whole; it returns (output, bias) as Megatron's own do."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
+        # Megatron asks for the current device too; on a machine without a GPU `cpu.construction` answers it.
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
 
@@ -81,9 +88,12 @@ class LocalMambaStack(MambaStack):
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **settings: Any) -> None:
         super().__init__(config, submodules, **settings)
         if self.post_process:
+            # The base class has just made one of Transformer Engine's. The new one takes its place and its name, so
+            # that checkpoints have the same keys.
             self.final_norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
         if config.moe_latent_size is not None:
             hidden, latent, dtype = config.hidden_size, config.moe_latent_size, config.params_dtype
+            # A list, since the loop changes the tree that `modules` walks.
             for experts in [module for module in self.modules() if isinstance(module, MoELayer)]:
                 experts.fc1_latent_proj = WholeLinear(hidden, latent, dtype)
                 experts.fc2_latent_proj = WholeLinear(latent, hidden, dtype)
@@ -136,6 +146,7 @@ def _local_stack(config: TransformerConfig) -> ModuleSpec:
                 module=MoETransformerLayer,
                 submodules=TransformerLayerSubmodules(
                     pre_mlp_layernorm=WrappedTorchNorm,
+                    # The spec of a model without experts is never used, but Megatron asserts that there is a number.
                     mlp=get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts or 1),
                     mlp_bda=get_bias_dropout_add,
                 ),

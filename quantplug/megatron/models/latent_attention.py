@@ -20,6 +20,8 @@ class LatentDotProductAttention(DotProductAttention):
 
     def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        # The base class computed both from one width for all heads. The scale of the scores it did not compute: the
+        # latent layer hands that in (softmax_scale).
         self.hidden_size_per_attention_head = k_channels
         self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 

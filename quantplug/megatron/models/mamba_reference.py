@@ -39,6 +39,7 @@ class GatedGroupNorm(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        # The other order gives other values, and no caller asks for it.
         assert not norm_before_gate
         self.eps = eps
         self.group_size = group_size
@@ -46,6 +47,7 @@ class GatedGroupNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """[..., channels] of both to the same of the input's type; computed in FP32."""
+        # [..., groups, group_size]: groups never cross tensor parallel ranks, so the mean needs no reduction.
         gated = (x.float() * functional.silu(gate.float())).unflatten(-1, (-1, self.group_size))
         normalized = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
         return (normalized.flatten(-2) * self.weight.float()).to(x.dtype)
@@ -91,13 +93,16 @@ def scan(
     Returns:
         [batch, tokens, heads, head_dim] of the type of x; computed in FP32.
     """
+    # Consecutive heads share the B and C of a group, as query heads share keys and values.
     heads_of_a_group = x.shape[2] // B.shape[2]
+    # [batch, tokens, heads]: softplus keeps a step of time positive.
     step = functional.softplus(dt.float() + dt_bias)
     into, out_of = (matrix.float().repeat_interleave(heads_of_a_group, dim=2) for matrix in (B, C))
     state = torch.zeros(*x[:, 0].shape, B.shape[-1], device=x.device)  # [batch, heads, head_dim, state]
     outputs = []
     for token in range(x.shape[1]):
         here = x[:, token].float()
+        # A is negative and the step positive, so the state is multiplied by less than 1 and cannot grow without bound.
         decay = torch.exp(step[:, token] * A)[..., None, None]
         added = (step[:, token, :, None] * here)[..., None] * into[:, token, :, None, :]
         state = state * decay + added

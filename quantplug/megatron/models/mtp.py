@@ -20,6 +20,10 @@ def without_labels(chunks: Iterable[nn.Module]) -> Iterator[None]:
     models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, GPTModel)]
     with ExitStack() as stack:
         for model in models:
+            # Chunks may share one config. The callbacks run backwards, so the value from before the first change is the
+            # last one set.
             stack.callback(setattr, model.config, "mtp_num_layers", model.config.mtp_num_layers)
+            # Whether the block runs is decided by the model's own `mtp_process`; the config's number is read in a
+            # forward only where the loss is made of labels (GPTModel._postprocess).
             model.config.mtp_num_layers = None
         yield

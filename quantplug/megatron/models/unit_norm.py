@@ -21,7 +21,9 @@ def add_unit_norms(block: TransformerBlockSubmodules, layers: Container[int], fi
 
 
 def _with_unit_norm(spec: ModuleSpec) -> ModuleSpec:
-    """Layers of one kind share a spec."""
+    """A copy of the spec of a layer, with `L2Norm` on its queries and keys."""
+    # Megatron puts one and the same spec object at every layer of a kind: changed in place, all of them would get the
+    # norm.
     layer = copy.deepcopy(spec)
     attention: ModuleSpec = layer.submodules.self_attention
     attention.submodules.q_layernorm = attention.submodules.k_layernorm = L2Norm
