@@ -22,6 +22,7 @@ from quantplug.errors import SourceError
 from quantplug.export.files.finish import Beside, ExportResult, finish, result_of
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
+from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.scheme import quantizer_for
@@ -82,7 +83,7 @@ def quantize_checkpoint(
         ShapeError: A shape disagrees with the config, or does not divide as the format needs.
         UnsupportedQuantizationError: A format that quantizes activations by calibrated scales; or `exclude` parts what
             servers load alike, or leaves nothing to quantize.
-        WeightError: NaN or Inf in a weight.
+        WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     scheme = scheme_without_data(format, "format")
@@ -111,6 +112,7 @@ def quantize_checkpoint(
         rows = CheckpointSource(checkpoint, model.dims)
         found = prescan(planner.plan(None).tasks, rows, rank=0, progress=progress)
         plan = planner.plan(found.amaxes)
+        refuse_outliers(plan.tasks, found.typical, rows, rank=0)
         reading = Reading(unchanged_rows(rows, found.marks, rank=0), rows.bucket_bytes)
         staging = Staging(target, plan.digest, digest_of(found.marks), rank=0, world_size=1)
         try:

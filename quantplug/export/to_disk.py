@@ -13,6 +13,7 @@ from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.live_plan import plan_export
 from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weight_amax_policy
+from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import digest_of, prescan, refuse_diverged, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE
 from quantplug.export.sources.live import Model
@@ -70,7 +71,8 @@ def export_mcore_gpt_to_hf(
         ShapeError: The model is not the one that the config describes, or does not divide as its format needs.
         UnsupportedQuantizationError: Quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax, or weights that have grown beyond it.
-        WeightError: NaN or Inf in a weight, or copies on several ranks that differ.
+        WeightError: NaN or Inf in a weight, a value beside which most others would be packed to zero, or copies on
+            several ranks that differ.
     """
     destination, policy = Path(export_dir), weight_amax_policy(amax)
     topology = current_topology()
@@ -91,6 +93,7 @@ def export_mcore_gpt_to_hf(
     groups = process_groups()
     if policy is WeightAmax.REFRESH:
         plan = plan.with_amaxes(amaxes_of_wholes(plan.tasks, found.amaxes, groups))
+    all_or_none(lambda: refuse_outliers(plan.tasks, found.typical, weights, rank))
     beside = Beside(source.directory, source.raw, side_files)
     reading = Reading(unchanged_rows(weights, found.marks, rank), weights.bucket_bytes)
     staging = Staging(destination, plan.digest, digest_of(found.marks), rank, topology.world_size)

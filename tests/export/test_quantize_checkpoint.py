@@ -232,6 +232,28 @@ def test_nan_and_inf_name_every_tensor(value: float, sources: Sources, tmp_path:
     assert "[0, 3]" in str(caught.value)
 
 
+@pytest.mark.parametrize("format_name", ["w4a16_nvfp4", "w8a16_fp8"])
+def test_an_outlier_that_would_drown_its_weight_is_refused(format_name: str, sources: Sources, tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor | None] = {**load_file(sources("moe") / "model.safetensors")}
+    # Of random normal weights every block of 16 has an amax, and gate and up [96, 160] are scaled by one amax.
+    weight = tensors[UP]
+    assert weight is not None
+    weight[3, 7] = 3e38
+    source = edited(sources("moe"), tmp_path / "in", tensors)
+    with refused(WeightError, tmp_path) as caught:
+        quantize_checkpoint(source, tmp_path / "out", format_name)
+    (offender,) = caught.value.offenders
+    assert (offender.expert, "1919 of 1920 blocks" in offender.reason) == (2, True), offender
+
+
+def test_an_outlier_that_costs_no_block_is_taken(sources: Sources, tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor | None] = {**load_file(sources("moe") / "model.safetensors")}
+    weight = tensors[UP]
+    assert weight is not None
+    weight[3, 7] = 1000 * weight.abs().amax()
+    quantize_checkpoint(edited(sources("moe"), tmp_path / "in", tensors), tmp_path / "out", "w4a16_nvfp4")
+
+
 REFUSALS: list[tuple[dict[str, torch.Tensor | None], dict[str, object], type[QuantplugError], str]] = [
     ({UP: None}, {}, MappingError, UP),
     ({"model.layers.0.stray.weight": torch.zeros(2)}, {}, MappingError, "model.layers.0.stray.weight"),

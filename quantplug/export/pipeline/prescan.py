@@ -14,6 +14,7 @@ import torch
 from quantplug.errors import CalibrationError, SourceError, WeightError
 from quantplug.export.pipeline.amaxes import WeightAmax, has_grown
 from quantplug.export.pipeline.fingerprint import fingerprint
+from quantplug.export.pipeline.outliers import Typical, sampled_amax
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.source import Place, ReadRows, Source, place_of
 from quantplug.export.plan.types import ExportTask
@@ -65,10 +66,12 @@ class Prescan:
 
     Attributes:
         amaxes: max|weight| of what it has of each weight; of tensors that pass through, none.
+        typical: What blocks have in the middle, of weights that get one scale beside those of blocks.
     """
 
     amaxes: dict[ParamKey, float] = field(default_factory=dict)
     marks: Marks = field(default_factory=dict)
+    typical: Typical = field(default_factory=dict)
 
 
 def prescan(
@@ -96,12 +99,15 @@ def prescan(
     # All of them before the first is known: small results would settle between the copies of weights that are made for
     # a moment, and the heap grow with the model. And they are read in one go, so that a GPU is waited for once.
     largest = torch.zeros(len(mine), dtype=torch.float32, device=source.device)
+    sampled = torch.full_like(largest, torch.nan)
     done, total = 0, sum(_share(task) for task in mine)
-    for task, amax in zip(mine, largest.unbind(), strict=True):
+    for task, amax, typical in zip(mine, largest.unbind(), sampled.unbind(), strict=True):
         looked = 0
         for chunk in source.chunks(task):
             if chunk.rows.numel() and not task.mapping.role.is_passthrough:
                 torch.maximum(amax, weight_amax(chunk.rows).to(amax.device), out=amax)  # Lets a NaN through.
+            if (sample := sampled_amax(task, chunk.rows)) is not None:
+                torch.fmin(typical, sample.to(typical.device), out=typical)  # Lets no NaN through.
             if with_marks:
                 marks[chunk.place] = fingerprint(chunk.rows)
             looked += chunk.rows.nbytes
@@ -116,7 +122,7 @@ def prescan(
             _judge(task, found, source, policy, findings)
             amaxes[task.source.key] = found
     findings.raise_if_any()
-    return Prescan(amaxes, marks)
+    return Prescan(amaxes, marks, dict(zip((task.source.key for task in mine), sampled.tolist(), strict=True)))
 
 
 def _share(task: ExportTask) -> int:

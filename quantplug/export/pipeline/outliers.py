@@ -1,0 +1,74 @@
+"""Weights that one outlier would drown: the scale that it asks for leaves nothing of most other blocks.
+
+Scales of blocks are E4M3 numbers relative to the scale of the tensor, which its largest value sets: a block whose own
+largest value is less than 2^-10 / 448 of that gets a scale of 0, half the smallest E4M3 subnormal being rounded away.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from quantplug.errors import WeightError
+from quantplug.export.plan.source import Source
+from quantplug.export.plan.types import ExportTask
+from quantplug.findings import Findings, Kind
+from quantplug.formats.constants import E4M3_MAX, E4M3_SMALLEST_SUBNORMAL, NVFP4_BLOCK
+from quantplug.mappings.table import ParamKey
+
+_DROWNED = Kind(
+    WeightError,
+    "Most blocks of weights would be packed to zero, as single values are larger by far than all others.",
+    "Repair these values (they are most likely damaged), or leave these linears unquantized.",
+)
+_SAMPLED_ROWS = 16
+_LEAST = E4M3_SMALLEST_SUBNORMAL / 2 / E4M3_MAX
+"""Part of the tensor's amax below which the values of a block are packed to zero."""
+
+Typical = Mapping[ParamKey, float]
+"""Median of the amaxes of blocks in a few rows of a weight; NaN where it is not known."""
+
+
+def sampled_amax(task: ExportTask, rows: torch.Tensor) -> torch.Tensor | None:
+    """The median amax of blocks in a few of these rows, an FP32 scalar; None where no scale of the tensor is made."""
+    if not _has_tensor_scale(task) or not rows.numel() or rows.shape[-1] < NVFP4_BLOCK:
+        return None
+    amaxes = _block_amaxes(rows[:: -(-len(rows) // _SAMPLED_ROWS)])
+    return amaxes.masked_fill(amaxes == 0, torch.nan).nanmedian()
+
+
+def refuse_outliers(tasks: Sequence[ExportTask], typical: Typical, source: Source, rank: int) -> None:
+    """Refuses weights of which more than half of the blocks that are not zero would be packed to zero. No collective.
+
+    Reads again what the sample makes suspicious, and nothing else.
+
+    Args:
+        tasks: With the amaxes that they are packed by.
+
+    Raises:
+        WeightError: Names every weight, with the number of such blocks.
+    """
+    findings = Findings(rank)
+    for task in tasks:
+        if task.amax is None or not typical.get(task.source.key, torch.nan) < _LEAST * task.amax:
+            continue
+        lost = blocks = 0
+        for chunk in source.chunks(task):
+            amaxes = _block_amaxes(chunk.rows)
+            blocks += int(amaxes.count_nonzero())
+            lost += int(((amaxes > 0) & (amaxes < _LEAST * task.amax)).sum())
+        if 2 * lost > blocks:
+            reason = f"{lost} of {blocks} blocks of {NVFP4_BLOCK} would become zero beside a value of {task.amax:.6g}"
+            findings.add(_DROWNED, task.source.label, reason, task.source.key.expert)
+    findings.raise_if_any()
+
+
+def _has_tensor_scale(task: ExportTask) -> bool:
+    return task.format is not None and any(
+        not spec.shape for spec in task.format.outputs(task.outputs[0].shape) if spec.dtype is torch.float32
+    )
+
+
+def _block_amaxes(rows: torch.Tensor) -> torch.Tensor:
+    """FP32 [rows, blocks]; columns after the last whole block are left out."""
+    columns = rows.shape[-1] // NVFP4_BLOCK * NVFP4_BLOCK
+    return rows[..., :columns].unflatten(-1, (-1, NVFP4_BLOCK)).abs().amax(-1).float()
