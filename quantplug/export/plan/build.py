@@ -28,6 +28,8 @@ from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
 from quantplug.selection import LeaveOut, by_rules
 
 MAX_SHARD_SIZE = 5 * 10**9
+"""Bytes of one file unless a caller says otherwise: what a killed export has not finished of a file is written anew."""
+
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -41,7 +43,7 @@ class ExportRequest:
         router_dtype: Type of the routers on disk; None for `dtype`.
         max_shard_size: Largest size of one file in bytes; a larger weight gets a file of its own.
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
-        source_types: Their types.
+        source_types: Dtypes of these tensors, likewise.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
         calibrated: Whether calibration is over; before it, no amax is asked for.
         leave_out: How a user leaves weights out, for the advice of errors.
@@ -72,22 +74,28 @@ def build_plan(
         CalibrationError: Enabled quantizers without amax.
     """
     _check_request(request)
+    # Checks only note what they find. It is raised where the next step would rest on what is wrong, so that one run
+    # names every offender that can be known by then.
     findings = Findings()
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
+    # From here on shapes are known to be right, so that what follows may divide and cut them.
     scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
     check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
     dialect = dialect_for(scheme) if scheme else None
+    # Before the groups: experts in one tensor are one scale group, written one by one they are none.
     written = _rows_written(mapped, dialect)
     groups = group_names(mapped, written, dims)
     mapped = with_shared_amaxes(mapped, groups, findings)
     if scheme is not None:
         check_block_borders(mapped, written, groups, scheme.weight, dims, findings)
+    # A group's amax has replaced only usable ones: where one member has none, or a NaN, this still finds it.
     if request.calibrated:
         check_calibrated(mapped, findings)
     findings.raise_if_any()
 
+    # Nothing below refuses anything: it says who writes what, into which file and under which name.
     assigned = assign([weight for weight, _ in mapped])
     packing = _Packing(dims, request, scheme, dialect, groups, written)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
@@ -122,6 +130,7 @@ def _rows_written(mapped: Mapped, dialect: Dialect | None) -> dict[ParamKey, Wei
     if dialect is None:
         return rows
     packed = {key: row.when_packed(fused_is_read=dialect.fused_is_read) for key, row in rows.items()}
+    # vLLM and SGLang build one fused module for the experts of a layer, and take its tensors by one naming only.
     apart = any(weight.weight is not None and packed[weight.key] is not row for weight, row in mapped)
     return packed if apart else rows
 
@@ -131,6 +140,9 @@ class _Packing:
     """What is the same for all tasks of a plan.
 
     Attributes:
+        scheme: How quantized linears are packed; None for a plan without any.
+        dialect: How that is spelled on disk; None likewise.
+        groups: The scale group of every weight that is in one.
         written: The row by which each weight is written.
     """
 
@@ -147,8 +159,11 @@ class _Packing:
         quantized = weight.weight is not None and self.scheme is not None
         packing = self.scheme.weight if self.scheme and quantized else None
         stored, mapping = mapping, self.written[weight.key]
+        # The shapes are those of the stored row: gate and up in one tensor are one part, written one by one they are
+        # two.
         if mapping is not stored:
             shapes = layout_shapes(weight.shape, mapping.layout, self.dims)
+        # By the row that is written, which may place no expert where the stored one does.
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtype(weight, mapping)
         formats = [None if pattern in mapping.high_precision else packing for pattern in mapping.hf]
@@ -170,6 +185,8 @@ class _Packing:
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
             row_step=None if placement else 1 if packing is None else packing.cut_steps[0],
             outputs=outputs,
+            # A source may hold a copy for every MTP layer, or none: what is written follows it. Where nothing is known
+            # of its tensors, every copy is written.
             duplicates=tuple(
                 PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, packing, None), packing)
                 for name in mapping.duplicate_names(self.dims)
@@ -179,11 +196,14 @@ class _Packing:
         )
 
     def _plain_dtype(self, weight: WholeWeight, mapping: WeightMapping) -> torch.dtype:
+        # From checkpoint to checkpoint: every plain tensor keeps its own type, routers and norms too.
         if self.request.dtype is None:
             return weight.dtype
         if mapping.dtype is not None:
             return mapping.dtype
         if mapping.keep_source_dtype:
+            # The wider of the two: the decay of a delta net (A_log) that is FP32 in the source must not lose bits, nor
+            # one in BF16 be kept from the type that was asked for.
             (name,) = mapping.hf_names(weight.key, self.dims)
             return torch.promote_types(self.request.source_types.get(name, self.request.dtype), self.request.dtype)
         return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype
@@ -200,12 +220,16 @@ class _Packing:
             return (self._stored(TensorSpec(name, shape, plain), placement),)
         tensors = packing.outputs(shape)
         if self.scheme.has_input_scale:
+            # The last one, behind all that is packed from rows: assembling a piece looks for it there.
             tensors = (*tensors, INPUT_SCALE)
         stored = (self._stored(tensor, placement) for tensor in tensors)
         return tuple(self.dialect.spec(name, tensor) for tensor in stored)
 
     def _stored(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
-        """As it is stored with those of all experts; what has no axes (a scale of all experts) is stored once."""
+        """The tensor as it is on disk: of one expert's slice, the tensor of all experts that the slice is part of.
+
+        A scale without axes holds for all experts, and is stored once.
+        """
         if placement is None or not tensor.shape:
             return tensor
         return replace(tensor, shape=placement.stored_shape(tensor.shape))
@@ -226,6 +250,8 @@ def _excluded_modules(
     parts = [part for task in multiplying for part in task.all_outputs]
     plain = {part.name for part in parts if part.format is None and part.placement is None}
     names = {name.removesuffix(".weight") for name in (*plain, *family.tied)}
+    # What servers merge they look up by the name of the merged module, which is on no disk. It stays plain only if all
+    # that it is made of is plain.
     merged = (found for task in multiplying for found in task.mapping.merged_names(task.source.key, dims))
     names |= {name for name, merged_parts in merged if plain.issuperset(merged_parts)}
     experts = {task.mapping.experts_module(task.source.key, dims) for task in multiplying if task.format is None}
@@ -245,6 +271,7 @@ def _with_whole_layers(names: set[str], multiplying: Sequence[ExportTask], dims:
         layer = task.mapping.mtp_layer_module(task.source.key, dims)
         if layer is not None:
             quantized[layer] |= task.format is not None
+    # With the dot: in vLLM and SGLang a pattern `model.layers.1*` would hit layers 10 to 19 as well.
     plain = tuple(f"{layer}." for layer, is_quantized in quantized.items() if not is_quantized)
     return {name for name in names if not name.startswith(plain)} | {f"{layer}*" for layer in plain}
 
@@ -261,6 +288,7 @@ def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile,
         specs[task.unit] |= {spec.name: spec for part in task.all_outputs for spec in part.tensors}
     files: list[tuple[tuple[int, ...], list[str]]] = []
     for group in sorted({tuple(sorted(of_unit)) for of_unit in owners.values()}):
+        # As if a file were full, so that the first weight of a group begins a new one: a file has one set of owners.
         size = limit
         for unit, of_unit in owners.items():
             if tuple(sorted(of_unit)) != group:
@@ -273,14 +301,18 @@ def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile,
             size += nbytes
     count = len(files)
     return tuple(
+        # The names that transformers' save_pretrained gives.
         ShardFile(f"model-{number:05d}-of-{count:05d}.safetensors", group, tuple(names))
         for number, (group, names) in enumerate(files, start=1)
     )
 
 
 def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files: tuple[ShardFile, ...]) -> str:
+    """SHA-256, in hex, of all that decides which bytes are written, apart from the weights' own."""
     content = {
         "tensors": [
+            # repr gives every bit of a float back: an amax that differs in the last one makes other bytes, and finished
+            # files of an earlier run must then not be taken over.
             [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax)]
             for task in tasks
             for part in task.all_outputs

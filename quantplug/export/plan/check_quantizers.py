@@ -14,7 +14,7 @@ from quantplug.mappings.table import ParamKey, Role
 from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rule
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
-_ANY_BITS = 16
+_ANY_BITS = 16  # Where a weight's format is not known: enough for every row, so that the policy judges by role alone.
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled that no part of the checkpoint expresses.",
@@ -41,7 +41,10 @@ _DIVISOR = "Weights do not divide as their format needs."
 def check_quantizers(
     mapped: Mapped, shapes: Mapping[ParamKey, tuple[tuple[int, ...], ...]], unclaimed: Sequence[str], findings: Findings
 ) -> Scheme | None:
-    """The scheme of all quantized weights, None if there is not one; what cannot be written goes into `findings`."""
+    """The one scheme of all quantized weights; None if none is quantized, or they have several.
+
+    What cannot be written goes into `findings`.
+    """
     for name in unclaimed:
         findings.add(_UNCLAIMED, name, "is enabled")
     by_scheme: dict[Scheme, list[WholeWeight]] = {}
@@ -51,6 +54,8 @@ def check_quantizers(
             if whole.activation is not None:
                 findings.add_weight(_SETTING, whole, "its input quantizer is enabled, its weight quantizer is not")
             continue
+        # Settings are judged only where a format may pack the weight. Elsewhere the policy refuses the quantizer
+        # whatever it says, and a complaint about its settings would advise to change what must be turned off.
         scheme = _scheme(whole, whole.weight, findings) if mapping.role is Role.LINEAR else None
         # Layers of multi-token prediction are quantized where a config of the user's has enabled their quantizers.
         kept = Policy(scheme.weight_bits if scheme else _ANY_BITS, quantize_mtp=True).why_kept(mapping)
@@ -75,6 +80,7 @@ def check_calibrated(mapped: Mapped, findings: Findings) -> None:
                 continue
             if state.amax is None:
                 findings.add(_UNCALIBRATED, state.name, "has no amax", whole.key.expert, whole.rank)
+            # An all-zero weight packs to codes of 0 with a scale of 1, so that amax 0 is right for it.
             elif not math.isfinite(state.amax) or state.amax < 0 or (state.amax == 0 and not zero_allowed):
                 findings.add(_UNCALIBRATED, state.name, f"has amax {state.amax}", whole.key.expert, whole.rank)
 
@@ -108,7 +114,10 @@ def check_shapes(
     leave_out: LeaveOut,
     findings: Findings,
 ) -> None:
-    """Whether the packed parts of quantized weights divide as the scheme needs; and what to leave out where not."""
+    """Whether the packed parts of quantized weights divide as the scheme needs; else what to leave out.
+
+    Shapes are [out_features, in_features] of each part; what does not divide goes into `findings`.
+    """
     rows = {whole.key: mapping for whole, mapping in mapped if whole.weight is not None and mapping.role is Role.LINEAR}
     uneven: list[tuple[WholeWeight, str]] = []
     for whole, mapping in mapped if scheme else ():
@@ -127,6 +136,8 @@ def check_shapes(
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:
+    # By stack and layer, and in each by whether the weight is quantized. vLLM makes one FusedMoE of all experts of a
+    # layer, with one method: were one of them plain, all would be, and loading would fail.
     layers: dict[tuple[str, int | None], dict[bool, list[WholeWeight]]] = {}
     for whole, mapping in mapped:
         if whole.key.expert is not None and mapping.role is Role.LINEAR:

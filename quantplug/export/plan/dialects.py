@@ -35,7 +35,16 @@ PRODUCER = {"name": "modelopt", "version": f"quantplug-{__version__}"}
 
 @dataclass(frozen=True)
 class ModelOptDialect:
-    """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
+    """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars.
+
+    Attributes:
+        fused_is_read: Whether servers read all experts in one tensor, of any architecture, in this dialect.
+        reads_globs: Whether its list of plain modules may hold shell patterns.
+        algorithm: `quant_algo`, in the upper case that servers spell it in.
+        weights: Arguments of weight quantization in `config_groups`.
+        activations: Those of input quantization; None for formats that quantize weights alone.
+        group_size: Input features that share a block scale; None without blocks.
+    """
 
     fused_is_read: ClassVar[bool] = True
     reads_globs: ClassVar[bool] = True
@@ -58,6 +67,8 @@ class ModelOptDialect:
             "ignore": list(exclude_modules),
             "producer": PRODUCER,
         }
+        # TensorRT-LLM reads this file and vLLM and SGLang config.json, so that both must say the same. vLLM's reader of
+        # it wants kv_cache_quant_algo there, null too (modelopt.py).
         quantization: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None}
         if self.group_size is not None:
             quantization["group_size"] = self.group_size
@@ -83,6 +94,7 @@ class DeepSeekDialect:
     def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
         config_json = {
             "quant_method": "fp8",
+            # vLLM asks for this key (quantization/fp8.py).
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "weight_block_size": [128, 128],
@@ -110,6 +122,7 @@ class CompressedTensorsDialect:
     )
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        # compressed-tensors has scales of a whole tensor in one dimension, ModelOpt in none.
         return replace(tensor, name=stored_name(weight, tensor.name), shape=tensor.shape or (1,))
 
     def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
@@ -150,3 +163,4 @@ def dialect_for(scheme: Scheme) -> Dialect:
 
 
 INPUT_SCALE = TensorSpec("input_scale", (), torch.float32)
+"""The scale of a linear's input, amax / (largest value of the format), which is the last tensor of a quantized part."""

@@ -46,6 +46,8 @@ def group_names(
 
 def with_shared_amaxes(mapped: Mapped, groups: Mapping[ParamKey, str], findings: Findings) -> Mapped:
     """The weights with the largest amax of their group; a group quantized in part goes into `findings`."""
+    # Of fused linears vLLM and SGLang take the largest weight_scale_2, without scaling the blocks of the others anew,
+    # and TensorRT-LLM asserts that they are equal. With one amax for all of them every reader is right.
     members: defaultdict[str, list[WholeWeight]] = defaultdict(list)
     for whole, _ in mapped:
         if whole.key in groups:
@@ -76,6 +78,7 @@ def _largest(states: Sequence[QuantizerState | None]) -> float | None:
 
 
 def _with_amax(state: QuantizerState | None, largest: float | None) -> QuantizerState | None:
+    # What is missing, NaN or negative stays so, for the check of the calibration to name the very quantizer.
     usable = state is not None and state.amax is not None and math.isfinite(state.amax) and state.amax >= 0
     return replace(state, amax=largest) if state is not None and usable and largest is not None else state
 
@@ -105,8 +108,10 @@ def check_block_borders(
     """
     rows, _ = packing.cut_steps
     for merged in _merged_linears(mapped, written, groups, dims):
+        # The last one may end inside a block: nothing lies below it.
         *inner, _ = merged
         cut = [part for part in inner if rows is not None and part.shape[0] % rows]
+        # Each weight once, though several of its parts are merged.
         for whole in {part.whole.key: part.whole for part in merged}.values() if cut else ():
             findings.add_weight(_BORDER, whole, _merged_reason(packing, cut[0], merged))
     for whole, _ in mapped:

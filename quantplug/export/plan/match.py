@@ -29,6 +29,7 @@ def match_table(
 ) -> Mapped:
     """Every weight with its row, in writing order; what does not fit goes into `findings`."""
     table = family.by_megatron()
+    # By what a parameter stands for, not by its name: TE and local layer specs spell the same one differently.
     found: dict[Slot, tuple[WholeWeight, WeightMapping]] = {}
     expected = dict(_expected(family, dims, tied))
     for weight in weights:
@@ -47,6 +48,8 @@ def match_table(
     for slot, key in expected.items():
         if slot not in found:
             findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)
+    # Where every MTP layer is missing it is most often one setting, and the remedy above would send the user looking
+    # for lost layers.
     mtp = [slot for slot, key in expected.items() if table[key.module].block.is_mtp]
     if mtp and found.keys().isdisjoint(mtp):
         findings.add(_no_mtp(family.mtp_setting), family.mtp_setting, f"asks for {dims.mtp_layers}")
@@ -69,6 +72,7 @@ def _expected(family: Family, dims: ModelDimensions, tied: bool) -> list[tuple[S
 
 
 def _place(key: ParamKey) -> tuple[str, int]:
+    # Sorts as text: what is outside the layers, then `decoder`, then `mtp`.
     return ("", -1) if key.layer is None else (key.stack, key.layer)
 
 

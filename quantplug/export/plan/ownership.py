@@ -33,13 +33,18 @@ def assign(weights: Sequence[WholeWeight]) -> dict[ParamKey, Assignment]:
 
     A pure function of its input, so that all ranks come to the same result.
     """
+    # Bytes of work that each rank has been given so far.
     load: Counter[int] = Counter()
     assigned = {}
+    # The largest first, so that small ones are left to even out the loads (longest processing time first; Graham,
+    # 1969). Names break ties, as the order in which a rank lists its weights must not matter.
     for weight in sorted(weights, key=lambda weight: (-weight.nbytes, weight.key.name)):
+        # Of several copies any will do: all data parallel ranks take their part of the writing.
         candidates = [(load[rank], rank, ranks) for ranks in weight.replicas for rank in ranks]
         _, owner, ranks = min(candidates)
         assigned[weight.key] = Assignment(ranks, owner)
         load[owner] += weight.nbytes
+        # The owner writes all of it; every rank of the group packs and sends its slice. Counter.update adds.
         load.update(dict.fromkeys(ranks, weight.nbytes // len(ranks)))
     return assigned | _side_by_side(weights, assigned)
 
@@ -47,7 +52,7 @@ def assign(weights: Sequence[WholeWeight]) -> dict[ParamKey, Assignment]:
 def _side_by_side(
     weights: Sequence[WholeWeight], assigned: Mapping[ParamKey, Assignment]
 ) -> dict[ParamKey, Assignment]:
-    """Experts that the same ranks hold, dealt out anew so that those of one owner follow each other.
+    """Deals out anew the experts that the same ranks hold, so that those of one owner follow each other.
 
     They are alike, so that the balance stays; and where they lie in one tensor, an owner sends them in one piece.
     """

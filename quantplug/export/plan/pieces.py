@@ -53,6 +53,7 @@ def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[
     """The pieces of a weight, part by part, from the first row to the last."""
     for part, numbers in enumerate(_row_numbers(task, dims)):
         rows = len(numbers)
+        # Rows are counted in a slice, or in the whole part where slices are put together first.
         step = _rows_of_a_piece(task, part, rows, bucket_bytes // PIECES_IN_A_BUCKET)
         for start in range(0, max(rows, 1), step):  # A tensor without rows is one piece, so that it is written.
             stop = min(start + step, rows)
@@ -65,11 +66,15 @@ def rows_of(piece: Piece, slice_index: int, dims: ModelDimensions) -> torch.Tens
     rows = _row_numbers(piece.task, dims)[piece.part][piece.start : piece.stop]
     if not _straddles_rows(piece.task):
         return rows
+    # Megatron's rows are numbered slice after slice, all slices being equal: the quotient is the slice that holds a
+    # row, the remainder its place there.
     return rows[rows // _slice_rows(piece.task) == slice_index] % _slice_rows(piece.task)
 
 
 def first_row(piece: Piece, slice_index: int, dims: ModelDimensions) -> int:
     """Where in the whole part the rows begin that slice number `slice_index` packs of a piece."""
+    # Slices that lie below one another each bring the same rows of themselves, which are as far apart in the part as a
+    # slice is high.
     apart = piece.task.mapping.layout.shard_axis == 0 and not piece.task.gather_first
     return piece.start + (slice_index * len(_row_numbers(piece.task, dims)[piece.part]) if apart else 0)
 
@@ -83,6 +88,8 @@ def joined(piece: Piece, slices: list[torch.Tensor], dims: ModelDimensions) -> t
     rows = _row_numbers(piece.task, dims)[piece.part][piece.start : piece.stop].to(slices[0].device)
     whole = slices[0].new_empty((len(rows), *slices[0].shape[1:]))
     for slice_index, of_slice in enumerate(slices):
+        # A slice has sent its rows in the order of the piece (`rows_of`), so that they fill its places from first to
+        # last.
         whole[rows // _slice_rows(piece.task) == slice_index] = of_slice
     return whole
 
@@ -111,6 +118,7 @@ def _specs(task: ExportTask, part: int, rows: int) -> tuple[TensorSpec, ...]:
 def _rows_of_a_piece(task: ExportTask, part: int, rows: int, limit: int) -> int:
     if task.row_step is None or rows == 0:
         return max(rows, 1)
+    # Bytes a row, packed and in the source. The larger counts: a BF16 weight that is written in FP32 grows.
     output = sum(spec.nbytes for spec in task.outputs[part].tensors) // rows_in(task.outputs[part].shape)
     source = task.source.nbytes // rows_in(task.source.shape)
     # Where slices are packed apart and lie below one another, a row of the piece is a row of each.
@@ -120,6 +128,7 @@ def _rows_of_a_piece(task: ExportTask, part: int, rows: int, limit: int) -> int:
 
 def _in_flight(task: ExportTask, part: int, rows: int) -> int:
     """What the owner receives; twice that where one rank may have to send all of it too."""
+    # Rows that straddle slices may all lie in one of them: its rank then sends as much as the owner receives.
     times = 2 if _straddles_rows(task) else len(task.ranks)
     return sum(spec.nbytes for spec in _specs(task, part, rows)) * times
 
@@ -130,7 +139,7 @@ def rows_in(shape: tuple[int, ...]) -> int:
 
 
 def _straddles_rows(task: ExportTask) -> bool:
-    """Whether a piece is rows that lie in one slice or another, not in each."""
+    """Whether each row of a piece lies in one of the slices alone, rather than the same rows in every slice."""
     return task.gather_first and task.mapping.layout.shard_axis == 0
 
 
@@ -144,7 +153,11 @@ def _row_numbers(task: ExportTask, dims: ModelDimensions) -> tuple[torch.Tensor,
     return _numbers(task.mapping, rows, len(task.ranks) if _straddles_rows(task) else 1, dims)
 
 
+# All layers and experts of a row of the table share one result. Few are kept: for a vocabulary of 150,000 rows one is
+# 1.2 MB.
 @lru_cache(maxsize=32)
 def _numbers(mapping: WeightMapping, rows: int, slices: int, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+    # A layout moves rows and looks at no values. Run on row numbers instead of weights it says where each row of a part
+    # comes from, and no layout needs a second description of itself.
     layout, numbers = mapping.layout, torch.arange(rows * slices)
     return layout.split(layout.join(numbers.split(rows), dims) if slices > 1 else numbers, dims)

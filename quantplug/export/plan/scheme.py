@@ -21,8 +21,12 @@ class _Settings:
 
 
 _FORMATS: dict[_Settings, WeightFormat] = {
+    # mtq.NVFP4_DEFAULT_CFG, weights and inputs: E2M1 codes, an E4M3 scale for 16 input features, made anew from the
+    # block whenever a tensor is quantized, hence dynamic.
     _Settings((2, 1), ((-1, 16),), scale_bits=(4, 3), dynamic_blocks=True): NVFP4,
+    # mtq.FP8_DEFAULT_CFG: E4M3 with one scale a tensor.
     _Settings((4, 3)): FP8,
+    # mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG: an FP32 scale for each 128 x 128 of the weight.
     _Settings((4, 3), ((-2, 128), (-1, 128))): FP8_BLOCK,
 }
 
@@ -47,6 +51,8 @@ def scheme_for(weight: QuantizerState, activation: QuantizerState | None) -> Sch
     if packing is None:
         return f"no output format expresses its weight quantizer ({describe(weight)})"
     scheme = scheme_of(packing, has_input_scale=activation is not None)
+    # An input quantizer of another format than the weight's has no row either: `input_scale` is read by the format of
+    # the weight.
     if scheme is None or (activation is not None and weight_format(activation) != packing):
         described = "none" if activation is None else describe(activation)
         return f"its input quantizer ({described}) does not go with its {packing.name} weight"

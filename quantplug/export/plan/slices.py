@@ -35,10 +35,14 @@ def must_gather_first(
     """
     if slices == 1:
         return False
+    # For example query groups fewer than ranks, where Megatron cuts through a group, so that a slice has no whole
+    # heads.
     if not mapping.layout.cuts_cleanly(slices, dims):
         return True
     wholes = layout_shapes(shape, mapping.layout, dims)
     parts = layout_shapes(slice_shape(shape, slices, mapping), mapping.layout, dims)
+    # Where heads are whole, blocks may still be cut: those of 128 rows by slices of 192, those of 16 columns by
+    # row-parallel slices of 24. Plain parts have no blocks.
     return packing is not None and any(
         _cuts_a_block(part, whole, packing)
         for name, part, whole in zip(mapping.hf, parts, wholes, strict=True)
@@ -49,6 +53,8 @@ def must_gather_first(
 def _cuts_a_block(part: tuple[int, ...], whole: tuple[int, ...], packing: WeightFormat) -> bool:
     """Whether slices of this shape begin or end amid a block of the whole; along an axis that is not cut, none do."""
     return any(
+        # A part that is as large in the slice as in the whole is not cut along that axis; None is an axis that cannot
+        # be cut at all.
         size != of_whole and (step is None or size == 0 or size % step != 0)
         for size, of_whole, step in zip(part, whole, packing.cut_steps, strict=True)
     )

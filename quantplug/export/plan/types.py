@@ -86,6 +86,7 @@ class WholeWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     axis: ShardAxis | None = None
+    # A checkpoint on disk is one rank that holds everything.
     replicas: tuple[tuple[int, ...], ...] = ((0,),)
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
@@ -130,6 +131,7 @@ class PartOutput:
             return spec.nbytes
         if self.placement.is_shared(spec.shape):  # A scale of all experts is written with the first of them.
             return spec.nbytes if self.placement.expert == 0 else 0
+        # Experts of a tensor are slices of one size along its first axis.
         return spec.nbytes // self.placement.experts
 
 
@@ -184,12 +186,12 @@ class ExportTask:
 
 @dataclass(frozen=True)
 class TensorRows:
-    """TensorRows of an output tensor.
+    """Consecutive rows of an output tensor: what the pipeline hands to a sink.
 
     Attributes:
-        name: Of the tensor.
-        first: Number of the first of them; 0 for a tensor without axes.
-        data: [rows, ...], or a tensor without axes.
+        name: Name of the tensor on disk.
+        first: Index in the whole tensor of the first row; 0 for a tensor without axes.
+        data: The rows [rows, ...] in the tensor's own dtype, contiguous; or all of a tensor without axes.
     """
 
     name: str
@@ -251,6 +253,8 @@ class ExportPlan:
         tasks = tuple(
             replace(task, amax=amaxes[task.source.key]) if task.source.key in amaxes else task for task in self.tasks
         )
+        # The digest changes with the amaxes: files that an earlier run finished have scales of other ones, and a
+        # resumed export must not mix the two.
         known = sorted((key.name, amax) for key, amax in amaxes.items())
         digest = hashlib.sha256(f"{self.digest} {known}".encode()).hexdigest()
         return replace(self, tasks=tasks, digest=digest)

@@ -41,6 +41,7 @@ def source_weights(
     findings = Findings()
     aliases = family.tied if tied else {}
     expected = {(names, key.expert): key for names, key in family.expected(dims)}
+    # Raised before any header is looked up by name: what is missing would be a KeyError below.
     check_tensors(family, dims, tied, tensors, findings)
     findings.raise_if_any()
     table = family.by_megatron()
@@ -62,6 +63,7 @@ def _weight(
     findings: Findings,
 ) -> WholeWeight:
     headers = [tensors[name] for name in names]
+    # It goes out as it came in: no layout, and no type that would have to be one of ours.
     if mapping.role.is_passthrough:
         return WholeWeight(key, headers[0].shape, headers[0].dtype, source_names=names)
     placement = mapping.placement(key, dims)
@@ -84,6 +86,7 @@ def _merged_shape(parts: Sequence[tuple[int, ...]], layout: Layout, dims: ModelD
     Layouts rearrange rows alone: this one is run on their numbers.
     """
     tails = {part[1:] for part in parts}
+    # A tensor without axes has no rows to be numbered; parts of other widths cannot be put below one another.
     if not all(parts) or len(tails) > 1:
         return None
     try:

@@ -55,13 +55,19 @@ class CheckpointSource:
             return self._read_unfused(task, part)[rows]
         output = task.outputs[part]
         if output.placement is not None:
+            # One expert is one read, and is cut after it is turned: stored as [in, out] its rows are columns on disk.
             return output.placement.turned(self.checkpoint.read(output.name, (output.placement.expert,)))[rows]
         if not output.shape:
+            # Pieces are made of rows, and a scalar is one; assembling gives it back its shape.
             return self.checkpoint.read(output.name).reshape(1)
         return self.checkpoint.read(output.name, (rows,))
 
     def _read_unfused(self, task: ExportTask, part: int) -> torch.Tensor:
-        """A part of one expert, which the source holds in a tensor of all experts."""
+        """A part [out, in] of one expert, which the source holds in a tensor of all experts.
+
+        That tensor may hold gate and up together, where they are written as two: the one layout merges them, the other
+        splits them.
+        """
         placement = task.stored.placement(task.source.key, self.dims)
         assert placement is not None
         slices = [placement.turned(self.checkpoint.read(name, (placement.expert,))) for name in self._tensors_of(task)]

@@ -48,12 +48,15 @@ def live_weights(model: Model) -> LiveWeights:
     """
     parameters = list(iter_parameters(model))
     _refuse_compressed(parameters)
+    # By identity: parameters are known by Megatron's names, quantizers by the modules that ModelOpt has put in.
     names = {
         quantizer: name
         for chunk in model_chunks(model)
         for name, quantizer in chunk.named_modules()
         if isinstance(quantizer, (TensorQuantizer, SequentialQuantizer))
     }
+    # The tensor itself is what parameter and quantizer have in common. It lives as long as the model, so that its id
+    # stays its own.
     pairs = dict(_weights_with_quantizers(model))
     refs = []
     claimed: set[torch.nn.Module] = set()
@@ -61,6 +64,7 @@ def live_weights(model: Model) -> LiveWeights:
         if parameter.key.module == OUTPUT_LAYER and _is_tied(model):
             continue  # The last pipeline stage's copy of the embedding.
         quantizers = pairs.get(id(parameter.tensor), (None, None))
+        # With all that is inside: a grouped or sequential quantizer is a module of several.
         claimed.update(leaf for quantizer in quantizers if quantizer for leaf in quantizer.modules())
         weight, activation = (_state(names, quantizer) for quantizer in quantizers)
         refs.append(
@@ -69,11 +73,13 @@ def live_weights(model: Model) -> LiveWeights:
                 shape=tuple(parameter.tensor.shape),
                 dtype=parameter.tensor.dtype,
                 shard=parameter.shard,
+                # Shares the parameter's memory, and keeps what is made of it out of autograd.
                 load=parameter.tensor.detach,
                 weight=weight,
                 activation=activation,
             )
         )
+    # Such as those of attention's matrix products or of a KV cache: nothing that is written would carry their scales.
     unclaimed = [
         name
         for quantizer, name in names.items()
@@ -115,6 +121,7 @@ def _state(names: dict[torch.nn.Module, str], quantizer: Quantizer) -> Quantizer
         return QuantizerState(names[quantizer], num_bits=0, unsupported=("several quantizers in sequence",))
     if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
         return None
+    # ModelOpt keeps axes (integers) and settings (`type`, `scale_bits`) as keys of one dict.
     blocks = quantizer.block_sizes or {}
     num_bits = quantizer.num_bits
     return QuantizerState(

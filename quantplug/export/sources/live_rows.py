@@ -27,6 +27,7 @@ class LiveSource:
 
     @cached_property
     def device(self) -> torch.device:
+        # What passes through is in a file, and has no tensor to ask.
         live = (ref.load().device for ref in self.held.values() if ref.load is not not_here)
         return next(live, torch.device("cpu"))
 
@@ -63,7 +64,11 @@ class LiveSource:
 
 
 def slice_rows(piece: Piece, weight: torch.Tensor, slice_index: int, dims: ModelDimensions) -> torch.Tensor:
-    """What slice number `slice_index` of a weight, which is `weight`, has of a piece."""
+    """The rows of a piece that lie in `weight`, which is slice number `slice_index` of the task's weight.
+
+    Values are Hugging Face's, [rows, ...]: the weight's own memory where neither order nor values differ from
+    Megatron's.
+    """
     return piece.task.mapping.to_hf_values(_taken(weight, rows_of(piece, slice_index, dims)))
 
 
@@ -72,6 +77,8 @@ def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
     weight = ref.load()
     if task.mapping.layout.shard_axis != 0 or len(task.outputs) > 1:
         return weight
+    # Slices are equal, so that number i begins at row i times its height. The last ones may lie behind the vocabulary
+    # altogether: they have no rows, hence the 0.
     return weight[: max(0, task.outputs[0].shape[0] - _slice_index(ref) * weight.shape[0])]
 
 

@@ -44,6 +44,7 @@ def has_passthrough(source: SourceConfig, family: Family, dims: ModelDimensions)
     if family.needs_source(source.values):
         return True
     directory = source.directory
+    # Names of the table are none of these, though they may begin likewise.
     table = set(chain.from_iterable(names for names, _ in family.expected(dims)))
     found = {*stored_tensors(directory), *(weight_map(directory) or ())}
     return any(name.startswith(family.passthrough) for name in found - table)
@@ -72,6 +73,7 @@ def passthrough_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int
         family: Fitted to the source.
     """
     rows = [row for row in family.mappings if row.role.is_passthrough]
+    # In turn, so that all ranks share in reading and writing a vision tower.
     for row in rows[rank::ranks]:
         (name,) = row.megatron
         header = source.tensors[name]

@@ -56,6 +56,7 @@ class RankInventory:
 
 def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:
     """What all ranks hold, in order of rank. A collective, of metadata alone."""
+    # The way to load a weight is bound to the tensor: pickled, it would take all of the weight's data along.
     portable = replace(mine, refs=tuple(replace(ref, load=not_here) for ref in mine.refs))
     gathered = gather_objects(portable)
     return tuple(sorted(gathered, key=lambda inventory: inventory.rank))
@@ -81,6 +82,7 @@ def _whole(
     findings: Findings,
 ) -> WholeWeight | None:
     rank, first = next(iter(refs.items()))
+    # Slices of one weight differ in their index alone.
     layouts = {(ref.shape, ref.dtype, ref.shard and replace(ref.shard, index=0)) for ref in refs.values()}
     if len(layouts) > 1:
         findings.add(_SLICES, key.name, f"ranks hold {sorted(map(str, layouts))}", key.expert, rank)
@@ -89,6 +91,7 @@ def _whole(
     replicas: list[tuple[int, ...]] = [(rank,) for rank in refs]
     if first.shard is not None:
         shape[first.shard.dim] *= first.shard.count
+        # Every group once, in order of rank: data parallel copies are groups of their own, each with all slices.
         candidates = dict.fromkeys(groups[holder][first.shard.axis] for holder in refs)
         replicas = [ranks for ranks in candidates if _is_complete(ranks, refs)]
         if not replicas:
@@ -115,6 +118,8 @@ def _agreed(
     present = [state for state in states if state is not None]
     if not present:
         return None
+    # Amaxes differ between slices, as each rank has seen its own values; what a module is called on a rank says
+    # nothing.
     settings = {replace(state, amax=None) for state in present}
     if len(present) < len(states) or len({replace(state, name="") for state in settings}) > 1:
         findings.add(_DISAGREE, present[0].name, "differs between the ranks that hold it", key.expert, rank)
