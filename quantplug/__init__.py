@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from quantplug.plugins.configs import quant_cfg
     from quantplug.verify import verify_checkpoint
 else:
+    # In the branch that type checkers do not read, or they would take every misspelt name for one that exists.
     __getattr__ = attributes_from(__name__, _HOMES)
 
 

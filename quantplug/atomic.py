@@ -11,12 +11,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: The directory is missing or cannot be written; `path` is then as it was.
     """
+    # In the same directory: a rename is one step only within a file system, and the name is one that no other writer
+    # has.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+        # Content before the name: some file systems write the rename first, and a power cut would leave an empty file.
         finish_file(Path(temporary))
         os.replace(temporary, path)  # noqa: PTH105
+    # An interrupt must not leave the temporary file behind either.
     except BaseException:
         os.unlink(temporary)  # noqa: PTH108
         raise
@@ -24,6 +28,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def publish_directory(staging: Path, destination: Path) -> None:
     """Gives a finished directory its final name in one step; `destination` must be absent or an empty directory."""
+    # First what the directory holds, then the name, then the entry of the name in its parent.
     sync_directory(staging)
     staging.replace(destination)
     sync_directory(destination.parent)
@@ -49,6 +54,7 @@ def sync_directory(path: Path) -> None:
 
 
 def _umask() -> int:
+    # There is no way to read it but to set it. For that moment files that other threads make are open to all.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -31,6 +31,7 @@ class Offender:
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f" (expert {self.expert})"
+        # Names come from files of strangers, and an error is printed to a terminal.
         return f"{printable(self.parameter)}{expert} on rank {self.rank}: {printable(self.reason)}"
 
 
@@ -45,6 +46,7 @@ class QuantplugError(Exception):
 
     def __init__(self, problem: str, offenders: Sequence[Offender] = (), remedy: str = "") -> None:
         self.problem = problem
+        # Kept whole, for programs and for agreement between ranks; only the text is cut.
         self.offenders = tuple(offenders)
         self.remedy = remedy
         lines = [printable(problem), *(f"  - {offender}" for offender in self.offenders[:_MOST_SHOWN])]

@@ -17,6 +17,7 @@ def attributes_from(package: str, homes: Mapping[str, str]) -> Callable[[str], A
     """
 
     def get_attribute(name: str) -> Any:
+        # As Python words it for any module; `hasattr` and `from package import name` need this very type of error.
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(homes[name]), name)

@@ -8,6 +8,7 @@ def printable(text: str) -> str:
     and escape codes, line ends, marks that turn the direction of writing, and halves of surrogate pairs, which file
     names bring (PEP 383) and which no stream encodes.
     """
+    # Nearly all text is, and then nothing has to be looked at character by character.
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

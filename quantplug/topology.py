@@ -34,6 +34,7 @@ class ParallelTopology:
 
     def place_on(self, axis: ShardAxis) -> tuple[int, int]:
         """This rank's index in the group that cuts along `axis`, and the size of that group."""
+        # No default: mypy says so where an axis is added and has no place here.
         match axis:
             case ShardAxis.TP:
                 return self.tp_rank, self.tp

@@ -8,12 +8,15 @@ from rich.console import Console
 from quantplug import __version__
 from quantplug.cli import quantize, stats, verify
 
+# A traceback that a user sees is a bug to report: Python's own can be copied whole, typer's boxes are cut to the width
+# of the terminal.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
         Console().print(f"quantplug {__version__}", highlight=False)
+        # An eager option is worked off before commands are looked for, so that none needs to be given.
         raise typer.Exit
 
 

@@ -34,6 +34,7 @@ def quantize(
 
     Killed, it goes on where it was when the same command is run again. Exit status: 0, or 2 when it cannot be done.
     """
+    # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(), byte_bar() as bar:
         result = quantize_checkpoint(
@@ -51,11 +52,13 @@ def quantize(
 def _print_result(result: ExportResult, seconds: float, console: Console) -> None:
     """Prints what was written, how fast, and what of the source's other files went along."""
     files = "1 file" if result.shards == 1 else f"{result.shards} files"
+    # Speed is told in the bytes of the source: how many are written is a matter of the format.
     read = result.weight_bytes / _GIGABYTE
     said = (
         f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / _GIGABYTE:.3f} GB in {files}, to "
         f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
     )
+    # Not wrapped at the terminal's width: a path that is broken over two lines cannot be copied.
     console.print(plain(said), soft_wrap=True)
     for line in result.side_files.said():
         console.print(plain(line), soft_wrap=True)

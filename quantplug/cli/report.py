@@ -29,7 +29,9 @@ def _findings(report: VerifyReport, limit: int) -> Table:
     table.add_column("check", overflow="fold")
     table.add_column("what", overflow="fold", ratio=2)
     table.add_column("message", overflow="fold", ratio=3)
+    # Neighbours only: findings come sorted by severity and check (`verify_checkpoint`).
     for (severity, check), group in groupby(report.findings, key=lambda finding: (finding.severity, finding.check)):
+        # A broken checkpoint has the same finding for each of its tensors; the first few tell what is the matter.
         members = list(group)
         shown = members[:limit] if limit else members
         for finding in shown:
@@ -77,5 +79,6 @@ def _verdict(report: VerifyReport) -> Text:
     errors, warnings = report.count(Severity.ERROR), report.count(Severity.WARNING)
     text = Text("OK" if report.ok else "NOT OK", style="bold green" if report.ok else "bold red")
     text.append(f": {errors} errors, {warnings} warnings in {report.tensors} tensors (")
+    # Both were read from the checkpoint or typed by somebody: shown as they are, never as markup.
     text.append_text(plain(f"{report.quantization}) of {report.directory}"))
     return text

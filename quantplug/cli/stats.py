@@ -25,6 +25,7 @@ def stats(
         table = CalibrationTable.load(file)
         if plot is not None:
             _save_plot(table, plot)
+    # After the plot: nothing that looks like a result is printed where the exit status says that there is none.
     print_statistics(table, Console())
 
 

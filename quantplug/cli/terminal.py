@@ -29,6 +29,7 @@ def user_errors() -> Iterator[None]:
     """Prints an error that is the user's to mend on stderr, without a traceback, and exits with `USAGE_ERROR`."""
     try:
         yield
+    # What is left are bugs, whose traceback is wanted. An OSError says of its own accord what file it is about.
     except (QuantplugError, OSError) as problem:
         exit_with(str(problem), problem)
 
@@ -49,6 +50,7 @@ class ByteBar:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._progress.tasks[self._task].description != stage:
+            # Starts the clock anew as well: the speed of one stage says nothing about the time that the next one takes.
             self._progress.reset(self._task, description=stage, total=total)
         self._progress.update(self._task, completed=done, total=total)
 
@@ -64,6 +66,7 @@ def byte_bar() -> Iterator[ByteBar]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
+    # On stderr, so that results can be sent through a pipe, and gone when it is done.
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         yield ByteBar(progress)
 

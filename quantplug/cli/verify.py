@@ -28,6 +28,9 @@ def verify(
         with byte_bar() as bar:
             report = verify_checkpoint(directory, source, lambda done, total: bar("reading", done, total))
         if json is not None:
+            # Before the table is printed: where the file cannot be written, the exit status is 2 and nothing looks like
+            # a verdict.
             report.write_json(json)
     print_report(report, Console(), limit)
+    # 1 is a verdict, 2 that there is none: scripts must be able to tell a bad checkpoint from a mistyped path.
     raise typer.Exit(0 if report.ok else 1)

@@ -76,7 +76,9 @@ def build_model(
         TopologyError: `initialize_parallel` has not been called, or a size of the model does not divide over the ranks.
         MappingError, ShapeError: The weights are not those of the config.
     """
+    # Every rank reads the config itself. One that cannot, as on a node without the directory, ends all of them.
     source = all_or_none(lambda: _read(pretrained_model_name_or_path, import_weights, trust_remote_code))
+    # All ranks have the same sizes, so this is refused on all of them or on none.
     if virtual_stages is not None:
         _require_pipeline(current_topology())
     config = all_or_none(lambda: megatron_config(source))
@@ -84,10 +86,12 @@ def build_model(
         build.build_model(
             config,
             layer_spec=layer_spec,
+            # Without a word from the caller parameters have the type that the source has them in.
             dtype=dtype or source.dtype,
             virtual_stages=virtual_stages,
             virtual_stage=stage,
         )
+        # Megatron tells no virtual stages from the first of several by None and 0.
         for stage in ((None,) if virtual_stages is None else range(virtual_stages))
     ]
     if import_weights:
@@ -100,7 +104,13 @@ def _read(name_or_path: str | Path, weights: bool, trust_remote_code: bool) -> S
 
 
 def _require_pipeline(topology: ParallelTopology) -> None:
-    """Megatron gives each chunk all layers where there is one stage only: the model would be there several times."""
+    """Refuses virtual stages on one pipeline stage.
+
+    There Megatron gives each chunk all layers, so that the model would be there several times.
+
+    Raises:
+        TopologyError: The pipeline parallel size is 1.
+    """
     if topology.pp == 1:
         raise TopologyError(
             "Virtual pipeline stages need pipeline stages.",

@@ -44,9 +44,20 @@ def plan_import(
 ) -> tuple[ImportTask, ...]:
     """Matches every parameter of this rank with tensors of the checkpoint; what does not fit goes into `findings`.
 
+    No collective and no data: the same plan comes out for the same shapes.
+
     Args:
+        parameters: What this rank holds of the model.
+        tensors: The checkpoint's tensors by name.
+        family: The table of the architecture.
+        dims: Sizes of the model, from its config.
         tied: Whether the output layer shares the data of the embedding: its own tensor may then be absent.
+        findings: Where everything goes that does not fit; the caller raises it, together with what else is found.
+
+    Returns:
+        A task for each parameter that the table knows.
     """
+    # The table names every kind of layer of a family; only the config says which layer is of which kind.
     expected = {(names, key.expert): key for names, key in family.expected(dims)}
     aliases = family.tied if tied else {}
     table = family.by_megatron()
@@ -63,8 +74,11 @@ def plan_import(
             reason = f"a model of this config has no {', '.join(mapping.hf_names(key, dims))}"
             findings.add(_UNKNOWN_PARAMETER, key.name, reason, key.expert)
             continue
+        # The output layer of a tied model has no tensor of its own on disk: it is filled from the embedding's.
         sources = tuple(aliases.get(name, name) for name in mapping.hf_names(key, dims))
         slices = parameter.shard.count if parameter.shard else 1
+        # Where a slice of the merged tensor is merged from slices of its parts, a rank reads only those. Otherwise, as
+        # with fewer query groups than ranks, it reads the parts whole and cuts what they make.
         cleanly = mapping.layout.cuts_cleanly(slices, dims)
         task = ImportTask(parameter, mapping, sources, cleanly, mapping.placement(key, dims))
         _check_shapes(task, tensors, dims, findings)
@@ -80,6 +94,8 @@ def add_unused(
     Args:
         used: Sources of the tasks of all ranks, and names that are tied to one of them.
     """
+    # Tensors that no row of the table knows are found elsewhere (`check_tensors`); these are known, and nobody holds
+    # them: a chunk or a layer is missing from the model.
     unused = tensors.keys() - set(used)
     for names, key in family.expected(dims):
         for name in names:
@@ -88,7 +104,7 @@ def add_unused(
 
 
 def whole_shape(parameter: MegatronParameter) -> tuple[int, ...]:
-    """Shape of the parameter that this rank's tensor is a slice of."""
+    """Shape of the whole parameter, of which this rank's tensor is one of `shard.count` equal slices."""
     shape = list(parameter.tensor.shape)
     if parameter.shard is not None:
         shape[parameter.shard.dim] *= parameter.shard.count
@@ -100,6 +116,7 @@ def _check_shapes(
 ) -> None:
     parameter, layout = task.parameter, task.mapping.layout
     key, shape = parameter.key, whole_shape(parameter)
+    # A shape that the layout cannot take apart has no parts whose shapes could be compared.
     problem = layout.problem(shape, dims)
     if problem is not None:
         findings.add(_SHAPE, key.name, problem, key.expert)
@@ -115,10 +132,18 @@ Index = tuple[int | slice, ...]
 
 
 def part_index(task: ImportTask, stored: tuple[int, ...]) -> Index:
-    """What this rank reads of a stored tensor of that shape: its expert, and its slice along the sharded axis."""
+    """What this rank reads of a stored tensor: its expert, and its slice along the sharded axis.
+
+    Args:
+        stored: Shape of the tensor in the checkpoint.
+
+    Returns:
+        An index for every axis of it: an integer for that of experts, slices for all others.
+    """
     axis, rank = task.mapping.layout.shard_axis, len(stored)
     index: list[int | slice] = [slice(None)] * rank
     if task.placement is not None:
+        # Tensors of all experts have them on the first axis: [experts, ...]. An integer takes that axis away.
         index[0] = task.placement.expert
         axis = None if axis is None else task.placement.stored_axis(axis, rank - 1)
     if axis is not None:

@@ -57,6 +57,7 @@ def import_mcore_gpt_from_hf(
     family = find_family(config.architecture)
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
+    # From here to the end no parameter is written before all ranks have agreed that everything fits.
     with all_or_none(lambda: open_plain(config.directory, config.quantization)) as source:
         tied = ties_embeddings(config.values)
         if tied:
@@ -66,6 +67,8 @@ def import_mcore_gpt_from_hf(
         topology, copies = current_topology(), family.duplicates(dims, tied)
         all_or_none(lambda: check_duplicates(source, copies, topology.rank, topology.world_size))
 
+        # One agreement for all parameters: reading has no collectives, and one agreement each would cost as many as
+        # there are.
         def fill_all() -> None:
             for done, task in enumerate(tasks, start=1):
                 _fill(task, source, dims, _rounded_to(task, dtype, moe_router_dtype))
@@ -76,7 +79,7 @@ def import_mcore_gpt_from_hf(
 
 
 def _rounded_to(task: ImportTask, dtype: torch.dtype | None, router: torch.dtype | None) -> torch.dtype | None:
-    """What a parameter's values are rounded to on their way; None for that of the parameter."""
+    """The type to which a parameter's values are rounded before they are copied; None for the parameter's own."""
     if task.mapping.dtype is not None:
         return task.mapping.dtype
     return (router or dtype) if task.mapping.role.is_of_router else dtype
@@ -86,6 +89,7 @@ def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_r
     config = read_source_config(resolve_source(name_or_path, cache_dir), trust_remote_code)
     # Refuses settings that a Megatron model cannot have been built with.
     megatron_config(config)
+    # Said here, from the config, rather than as a thousand unknown names of scales.
     refuse_quantized(config.directory, config.quantization)
     return config
 
@@ -95,7 +99,9 @@ def _plan(
 ) -> tuple[ImportTask, ...]:
     findings = Findings(rank=current_topology().rank)
     tasks = plan_import(parameters, source.tensors, family, dims, tied, findings)
+    # What another pipeline stage or expert parallel rank reads is not unused.
     used = _used_anywhere(tasks, sorted(source.tensors))
+    # Rows such as a vision tower's have no parameter in the language model on purpose.
     passthrough = [name for row in family.mappings if row.role.is_passthrough for name in row.hf]
     add_unused([*used, *passthrough, *(family.tied if tied else ())], source.tensors, family, dims, findings)
     all_or_none(findings.raise_if_any)
@@ -113,12 +119,15 @@ def _used_anywhere(tasks: Iterable[ImportTask], names: list[str]) -> list[str]:
 def _fill(task: ImportTask, source: HFCheckpoint, dims: ModelDimensions, dtype: torch.dtype | None) -> None:
     parts = [source.read(name, part_index(task, source.tensors[name].shape)) for name in task.sources]
     if task.placement is not None:
+        # GPT-OSS and Llama 4 store experts as [experts, in, out]; a linear has [out, in].
         parts = [task.placement.turned(part) for part in parts]
     merged = task.mapping.layout.merge(tuple(parts), dims)
+    # Rounded as the checkpoint's values, before they become Megatron's (a norm's weight - 1, for one).
     merged = task.mapping.from_hf_values(merged if dtype is None else merged.to(dtype))
     shard = task.parameter.shard
     if shard is not None and not task.cuts_cleanly:
         merged = task.mapping.layout.cut(merged, shard.index, shard.count, dims)
     target = task.parameter.tensor
+    # Copied into the live tensor: it stays the same object for optimizers, DDP buckets and tied copies.
     target[: merged.shape[0]].copy_(merged)
     target[merged.shape[0] :].zero_()  # Megatron's padding of the vocabulary; empty for everything else.

@@ -34,6 +34,7 @@ class FP8Checkpoint(HFCheckpoint):
     def __init__(self, directory: Path, block_size: BlockSize) -> None:
         super().__init__(directory)
         stored, self._block_size = self.tensors, block_size
+        # By type, not by name: the norms, embeddings and routers beside them are BF16 or FP32.
         packed = [name for name, header in stored.items() if header.dtype is torch.float8_e4m3fn]
         scales = {name: name + _SCALES for name in packed}
         offenders = [
@@ -44,12 +45,14 @@ class FP8Checkpoint(HFCheckpoint):
         if offenders:
             raise damaged(offenders)
         self._scales = {name: (scale, stored[scale].file) for name, scale in scales.items()}
+        # To a reader the scales are no tensors: they are part of how a weight is written.
         plain = {name: header for name, header in stored.items() if name not in scales.values()}
         decoded = {name: TensorHeader(stored[name].shape, torch.bfloat16, stored[name].file) for name in packed}
         self.tensors = plain | decoded
 
     def _files_of(self, name: str) -> tuple[str, ...]:
         files = super()._files_of(name)
+        # The scales may lie in another file than the codes.
         return (*files, self._scales[name][1]) if name in self._scales else files
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
@@ -57,16 +60,22 @@ class FP8Checkpoint(HFCheckpoint):
         if name not in self._scales:
             return codes
         shape = self.tensors[name].shape
+        # An index may leave out last axes; from here on there is one for each.
         parts = (*index, *(slice(None) for _ in shape))[: len(shape)]
         experts, bounds = parts[:-2], [_bounds(*part) for part in zip(parts[-2:], shape[-2:], strict=True)]
+        # Whole blocks around what is asked for: a slice may begin or end inside of one.
         covering = tuple(
             slice(start // block, -(-stop // block))
             for (start, stop), block in zip(bounds, self._block_size, strict=True)
         )
         scales = self._read(*self._scales[name], (*experts, *covering)).float()
         for axis, ((start, stop), block) in enumerate(zip(bounds, self._block_size, strict=True), start=-2):
+            # For each row (then column) that is read, the place of its block among the scales that are read. Counted
+            # from the end, as an integer index has taken the axis of experts away.
             of_entry = torch.arange(start, stop) // block - start // block
             scales = scales.index_select(axis, of_entry)
+        # Multiplied in FP32 and rounded once, as DeepSeek's own `weight_dequant` does (deepseek-ai/DeepSeek-V3,
+        # inference/kernel.py).
         return (codes.float() * scales).bfloat16()
 
 
@@ -80,6 +89,7 @@ def _problem(weight: TensorHeader, scales: TensorHeader | None, block_size: Bloc
     if scales is None:
         return f"is FP8 without its *{_SCALES}"
     experts, matrix = weight.shape[:-2], weight.shape[-2:]
+    # The last block of an axis may be partial, and has a scale all the same.
     blocks = tuple(-(-size // block) for size, block in zip(matrix, block_size, strict=False))
     if len(weight.shape) not in (2, 3) or scales.shape != (*experts, *blocks):
         return f"has shape {list(weight.shape)}, its *{_SCALES} {list(scales.shape)} for blocks of {list(block_size)}"

@@ -29,6 +29,7 @@ class MXFP4Checkpoint(HFCheckpoint):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         stored = self.tensors
+        # Biases and norms of the same layers are stored plainly and keep their names.
         bases = {name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)}
         offenders = [
             Offender(base + _BLOCKS, problem)
@@ -49,10 +50,13 @@ class MXFP4Checkpoint(HFCheckpoint):
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         if name not in self._packed:
             return super().read(name, index)
+        # The plain tensor is [experts, in, out], the stored one [experts, out, in / 32, 16]: the caller's columns are
+        # inputs here, and blocks run along them.
         expert, columns, rows = (*index, slice(None), slice(None), slice(None))[:3]
         assert isinstance(columns, slice)
         assert isinstance(rows, slice)
         first, last, _ = columns.indices(self.tensors[name].shape[1])
+        # Whole blocks of 32 inputs around what is asked for; the values beyond it are cut off once they are decoded.
         covering = slice(first // MX_BLOCK, -(-last // MX_BLOCK))
         blocks, scales = self._packed[name]
         values = unpack_mxfp4(
@@ -60,12 +64,14 @@ class MXFP4Checkpoint(HFCheckpoint):
             self._read(f"{name}{_SCALES}", scales.file, (expert, rows, covering)),
         )
         start = first - covering.start * MX_BLOCK
+        # [out, in] to [in, out], as a view: nothing is copied.
         return values[..., start : start + last - first].mT
 
 
 def _problem(blocks: TensorHeader, scales: TensorHeader | None) -> str | None:
     if scales is None:
         return f"is without its {_SCALES}"
+    # Two codes a byte: 16 bytes are a block of 32.
     if len(blocks.shape) != 4 or blocks.shape[3] * 2 != MX_BLOCK or blocks.shape[:3] != scales.shape:
         return f"has shape {list(blocks.shape)}, its {_SCALES} {list(scales.shape)}"
     if {blocks.dtype, scales.dtype} != {torch.uint8}:
@@ -74,5 +80,6 @@ def _problem(blocks: TensorHeader, scales: TensorHeader | None) -> str | None:
 
 
 def _plain_header(blocks: TensorHeader) -> TensorHeader:
+    """The header of the BF16 tensor [experts, in, out] that blocks of [experts, out, in / 32, 16] stand for."""
     experts, rows, groups, _ = blocks.shape
     return TensorHeader((experts, groups * MX_BLOCK, rows), torch.bfloat16, blocks.file)

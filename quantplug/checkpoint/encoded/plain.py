@@ -26,6 +26,7 @@ def refuse_quantized(directory: Path, quantization: Quantization) -> None:
         SourceError: Its config speaks of a quantization that is not decoded.
     """
     method = _method(quantization)
+    # FP8 without a block size has one scale for a tensor or a row, and often scales of activations: another encoding.
     if method in (None, MXFP4) or (method == FP8 and _block_size(quantization) is not None):
         return
     raise SourceError(
@@ -36,7 +37,14 @@ def refuse_quantized(directory: Path, quantization: Quantization) -> None:
 
 
 def open_plain(directory: Path, quantization: Quantization) -> HFCheckpoint:
-    """Opens one that is not refused.
+    """Opens a checkpoint that `refuse_quantized` does not refuse.
+
+    Args:
+        directory: Where its safetensors are.
+        quantization: `quantization_config` of its config.json; None without one.
+
+    Returns:
+        The checkpoint with its tensors under their plain names, encoded ones as BF16. Close it, or use `with`.
 
     Raises:
         SourceError: Its safetensors are missing, incomplete or damaged.
@@ -50,13 +58,15 @@ def open_plain(directory: Path, quantization: Quantization) -> HFCheckpoint:
 def _method(quantization: Quantization) -> str | None:
     if quantization is None:
         return None
+    # transformers' name of it, or ModelOpt's, whose own config file has no quant_method.
     return str(quantization.get("quant_method") or quantization.get("quant_algo"))
 
 
 def _block_size(quantization: Quantization) -> BlockSize | None:
-    """Of FP8 in blocks; None for anything else."""
+    """Rows and columns of a block, where the weights are FP8 in blocks; None for anything else."""
     said = (quantization or {}).get("weight_block_size")
     if _method(quantization) != FP8 or not isinstance(said, list) or len(said) != 2:
         return None
+    # A config is anybody's file: a block of zero rows would divide by zero later on.
     rows, columns = said
     return (rows, columns) if all(isinstance(size, int) and size > 0 for size in said) else None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+# Packed FP4 has no name here: two codes share a byte of a U8 tensor, as readers expect it (ModelOpt, vLLM).
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

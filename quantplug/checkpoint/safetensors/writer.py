@@ -47,18 +47,32 @@ class SafetensorsFile:
         if shares is None:
             self._missing = {spec.name: spec.nbytes for spec in specs}
         else:
+            # Bytes still to come, so that the last write is known as such, in whatever order rows arrive. A rank's
+            # empty share never comes.
             self._missing = {name: nbytes for name, nbytes in shares.items() if nbytes}
         _, self._offsets, _ = _plan(specs)
         if not self._is_shared:
             make_file(path, specs)
+        # Of a shared file another rank has made this one already.
         self._file = os.open(self._partial, os.O_WRONLY)
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
-        """Puts a tensor, or rows of it from number `row` on, in their place; the last ones finish the file."""
+        """Puts a tensor, or rows of it, in their place; the last ones finish the file.
+
+        Args:
+            name: One of the specs'.
+            tensor: On CPU, of the spec's type: the whole tensor, or some rows of it.
+            row: Number of the first of these rows.
+
+        Raises:
+            OSError: The disk refused it.
+        """
         spec = self._specs[name]
+        # The header is on disk already: bytes of another type or shape would be read as what it says.
         assert tensor.dtype == spec.dtype, f"{name} is not as planned"
         assert _is_part_of(tensor.shape, row, spec.shape), f"{name} is not as planned"
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        # Rows are contiguous, so those from `row` on begin after all bytes of the rows before. A scalar has no rows.
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         _write_all(self._file, data.data, self._offsets[name] + start)
         _begin_sync(self._file, self._offsets[name] + start, data.nbytes)
@@ -77,6 +91,8 @@ class SafetensorsFile:
 
     def _finish(self) -> None:
         if self._is_shared:
+            # The rank that gives the file its name syncs only what it sees: on a network file system each writer's own
+            # data is its own to sync.
             os.fsync(self._file)
         os.close(self._file)
         self._file = -1
@@ -85,10 +101,16 @@ class SafetensorsFile:
 
 
 def make_file(path: Path, specs: Sequence[TensorSpec]) -> None:
-    """Makes a file of its full size that has its header and no data yet, under a name of its own."""
+    """Makes a file of its full size that has its header and no data yet, under a name of its own (`.part`).
+
+    Raises:
+        OSError: The directory is missing or cannot be written, or the disk is full.
+    """
     header, _, size = _plan(specs)
+    # Readable by its owner alone until it is whole; `finish_file` gives it the mode of an ordinary file.
     file = os.open(_partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
+        # Its full size at once, so that any rank can write at any place of it.
         os.ftruncate(file, size)
         _write_all(file, memoryview(header), 0)
     finally:
@@ -102,6 +124,8 @@ def name_file(path: Path, on_full: OnFull | None = None) -> None:
         on_full: Called before that, with its final name and the one that it still has.
     """
     finish_file(_partial(path))
+    # Between data and name: whoever notes down that the file is there must not do so before the data is, and must have
+    # done so when the name appears.
     if on_full is not None:
         on_full(path, _partial(path))
     _partial(path).replace(path)
@@ -126,9 +150,12 @@ def file_size(specs: Sequence[TensorSpec]) -> int:
 
 def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
     """The header, where each tensor starts in the file, and the size of the file."""
+    # transformers writes this into its own files (modeling_utils.py), and releases of it refused files without.
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
+    # Sorting keeps the order of equals, so the layout depends on the plan alone and a resumed export finds the same
+    # one.
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
         starts[spec.name], end = end, end + spec.nbytes
         entries[spec.name] = {
@@ -137,6 +164,8 @@ def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
             "data_offsets": [starts[spec.name], end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Data begins after 8 + len(text) bytes, a multiple of 8 as well: with wide types first every tensor is aligned to
+    # its type.
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
@@ -153,5 +182,6 @@ def _begin_sync(file: int, offset: int, nbytes: int) -> None:
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:
     while data:
+        # A call writes at most 2 GiB on Linux, and may write less of what it is given (write(2)).
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written

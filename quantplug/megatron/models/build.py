@@ -168,7 +168,7 @@ def check_divisible(
 ) -> None:
     """Refuses a model whose sizes do not divide over the ranks. No collective.
 
-    Query groups may be fewer than TP ranks: then each group is held by the same number of ranks.
+    Query groups may be fewer than TP ranks: then each group is spread over the same number of ranks.
 
     Raises:
         TopologyError: Names every size at fault.
@@ -195,7 +195,7 @@ def check_divisible(
         for name, count, ranks in divisions
         if sizes.get(name) is not None and sizes[name] % count
     ]
-    # Where there are more ranks than groups, several ranks hold the same group; a rank never holds parts of two.
+    # With fewer groups than ranks Megatron cuts through the groups, each over an equal number of ranks.
     groups = sizes["num_query_groups"]
     if max(groups, topology.tp) % min(groups, topology.tp):
         reason = f"{groups} and {topology.tp} TP ranks do not divide one another"
