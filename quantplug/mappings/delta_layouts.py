@@ -33,6 +33,7 @@ class DeltaParts(Segmented):
     """[q, k, v, z, b, a] in Megatron; the same rows in four parts on disk: [q, k, v], z, b and a (Qwen3.5)."""
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        # The convolution runs over q, k and v together, which is why the first three are one tensor on disk.
         rows = _projected(dims)
         return weight.split((sum(rows[:3]), *rows[3:]))
 
@@ -55,6 +56,7 @@ class DeltaByKeyHead(Segmented):
 
     def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         heads = _delta(dims).key_heads
+        # Rows that go with one head of keys; of betas and alphas that is the number of value heads it serves.
         query, key, value, gate, beta, alpha = (rows // heads for rows in _projected(dims))
         projection, factors = self._by_key_head(parts, dims)
         segments = (*projection.split((query, key, value, gate), 1), *factors.split((beta, alpha), 1))
@@ -88,6 +90,7 @@ class GatedQKV(Concatenated):
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         heads = dims.num_attention_heads // dims.num_query_groups
+        # [groups, blocks of D rows in one, D, ...]: A/G queries, as many gates, one key, one value.
         grouped = weight.unflatten(0, (-1, 2 * heads + 2, dims.head_dim))
         query, gate, key, value = grouped.split([heads, heads, 1, 1], dim=1)
         # [groups, heads of one, query or gate, D, ...]

@@ -32,6 +32,7 @@ class FusedExpertMapping(WeightMapping):
     fused_where_read: bool = False
 
     def when_packed(self, *, fused_is_read: bool) -> WeightMapping:
+        # Most servers build quantized experts from names of each expert, and read them fused in some formats only.
         stays = self.packed is None or (self.fused_where_read and fused_is_read)
         return self if stays or self.packed is None else self.packed
 
@@ -40,6 +41,7 @@ class FusedExpertMapping(WeightMapping):
         return replace(super().renamed(rename), packed=packed)
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement:
+        # Keys of such rows always have an expert: `WeightMapping.keys` numbers them in the scope EXPERT.
         assert key.expert is not None
         return Placement(key.expert, dims.num_experts, self.transposed)
 
@@ -47,6 +49,7 @@ class FusedExpertMapping(WeightMapping):
         return self.hf_names(key, dims)[0].rpartition(".")[0]
 
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
+        # Beside one tensor of all experts there is room for one scale, so they must be packed with one amax.
         return self.hf_names(key, dims)[0] if self.role is Role.LINEAR else None
 
 
@@ -85,6 +88,7 @@ def joined_experts(
         transposed: Whether matrices are stored as [experts, in, out].
         fused_where_read: Whether they are written one by one only in formats of which servers read no such tensor.
     """
+    # Rows of the same Megatron parameters in both forms; `when_packed` says which of them is written.
     gate_and_up = (f"{experts}.*.gate_proj.weight", f"{experts}.*.up_proj.weight")
     return (
         FusedGatedExpertMapping(

@@ -7,6 +7,7 @@ from quantplug.errors import Offender
 from quantplug.mappings.experts import FusedExpertMapping
 from quantplug.mappings.table import Family, LayerStack, Scope, WeightMapping
 
+# How many numbers a name of each scope has: the layer's, and the expert's.
 _STARS = {**dict.fromkeys(Scope, 1), Scope.MODEL: 0, Scope.EXPERT: 2}
 
 
@@ -20,6 +21,7 @@ def problems(family: Family) -> Iterator[Offender]:
     for kind, names in by_kind.items():
         counts = Counter(names).items()
         yield from (Offender(name, f"is {count} times a {kind} name") for (_, name), count in counts if count > 1)
+    # Without one no config.json could ever choose the family.
     if not family.architectures:
         yield Offender("architectures", "names none")
     for row in family.mappings:

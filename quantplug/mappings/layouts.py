@@ -14,7 +14,10 @@ import torch
 
 
 class Option(Enum):
-    """What a config may switch on, and with it rows of its family's table."""
+    """What a config may switch on, and with it rows of its family's table.
+
+    A row names the option that it needs, so that one table serves all configs of a family.
+    """
 
     QUERY_LATENT = "queries of multi-latent attention by way of a latent"
     QUERY_DIRECT = "queries of multi-latent attention without one"
@@ -76,9 +79,9 @@ class HybridLayers:
 
     Attributes:
         attention: Global ids of the layers with attention.
-        delta: Of those with a gated delta net (https://arxiv.org/abs/2412.06464).
-        mamba: Of those with a Mamba-2 mixer (https://arxiv.org/abs/2405.21060).
-        dense: Of those with a feed-forward network without experts.
+        delta: Global ids of the layers with a gated delta net (https://arxiv.org/abs/2412.06464).
+        mamba: Global ids of the layers with a Mamba-2 mixer (https://arxiv.org/abs/2405.21060).
+        dense: Global ids of the layers with a feed-forward network without experts.
     """
 
     attention: tuple[int, ...]
@@ -121,6 +124,11 @@ class ModelDimensions:
     """The sizes that names and layouts need.
 
     Attributes:
+        num_layers: Layers of the decoder, without those of multi-token prediction.
+        hidden_size: Width H of what layers hand on.
+        num_attention_heads: Heads A of queries.
+        num_query_groups: Heads G of keys, and of values, each of which A / G heads of queries share.
+        head_dim: Entries D of a head.
         vocab_size: Rows of the Hugging Face embedding, without Megatron's padding.
         num_experts: Routed experts of a layer, 0 in a dense model.
         moe_layers: Global ids of the layers that have experts.
@@ -192,7 +200,7 @@ class Layout(Protocol):
         """One of that many slices of a whole Megatron tensor: the inverse of `join`."""
 
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
-        """Megatron to Hugging Face."""
+        """The Hugging Face parts of a Megatron tensor, whole or a slice of one that `cuts_cleanly`."""
 
     def merge(self, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
         """Hugging Face to Megatron: the inverse of `split`, up to Megatron's padding rows."""
@@ -243,6 +251,7 @@ class VocabularyRows(OnePart, Concatenated):
 
     shard_axis: int | None = 0
 
+    # Megatron pads the rows to a multiple that tensor parallel ranks divide, so their number depends on the run.
     def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
         if shape[0] >= dims.vocab_size and shape[1:] == (dims.hidden_size,):
             return None
@@ -262,7 +271,8 @@ class GatedConcat(Concatenated):
         return None if shape[0] % 2 == 0 else f"has {shape[0]} rows, which do not halve into gate_proj and up_proj"
 
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
-        # Every slice holds its rows of gate_proj, then its rows of up_proj.
+        # Every slice holds its rows of gate_proj, then its rows of up_proj: so a rank can multiply the two by itself.
+        # Slices put end to end would be gate, up, gate, up.
         gates, ups = zip(*(part.chunk(2, dim=0) for part in slices), strict=True)
         return torch.cat((*gates, *ups), dim=0)
 
@@ -295,6 +305,8 @@ class GatedInterleave(GatedConcat):
     def widths(self) -> int:
         return 2
 
+    # [2, F, ...] stacked as [F, 2, ...]: row i of gate_proj, then row i of up_proj. A slice of Megatron's tensor has
+    # rows with the same numbers of both, so it is a slice of this part too.
     def split(self, weight: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         return (torch.stack(weight.chunk(2, dim=0), dim=1).flatten(0, 1),)
 
@@ -314,6 +326,7 @@ class QKVInterleave(Concatenated):
     shard_axis: int | None = 0
 
     def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        # A wrong head_dim or number of groups can still reshape, to parts with each other's rows: refused here.
         rows = (dims.num_attention_heads + 2 * dims.num_query_groups) * dims.head_dim
         if shape[0] == rows:
             return None
@@ -336,6 +349,7 @@ class QKVInterleave(Concatenated):
         query, key, value = parts
         heads_per_group = dims.num_attention_heads // dims.num_query_groups
         tail = query.shape[1:]
+        # Each as [g, heads of a group, D, ...], so that a group's queries, key and value come to lie together.
         grouped = torch.cat(
             (
                 query.reshape(-1, heads_per_group, dims.head_dim, *tail),

@@ -34,6 +34,7 @@ class Segmented:
         return 1
 
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        # Megatron asks every segment to divide by the ranks, so each slice has the same share of it.
         shares = [size // len(slices) for size in self.sizes(dims)]
         by_segment = zip(*(part.split(shares) for part in slices), strict=True)
         return torch.cat([share for segment in by_segment for share in segment])

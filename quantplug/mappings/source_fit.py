@@ -28,8 +28,14 @@ class Stored(Protocol):
 
 
 def fitted(family: Family, stored: Mapping[str, Stored], dims: ModelDimensions) -> Family:
-    """The family in the form that a checkpoint has, with a row for each tensor that it carries."""
+    """The family in the form that a checkpoint has, with a row more for each tensor that is carried over from it.
+
+    Args:
+        stored: What the headers of the checkpoint say, by name.
+    """
     chosen = in_form(family, {name: tensor.shape for name, tensor in stored.items()}, dims)
+    # Layers of multi-token prediction may be rows of the table or carried over, by what the config counts: what the
+    # table expects of this model is not carried a second time.
     known = set(chain.from_iterable(names for names, _ in chosen.expected(dims)))
     beside = [name for name in sorted(stored) if name.startswith(family.passthrough) and name not in known]
     return replace(chosen, mappings=(*chosen.mappings, *(_passthrough_row(name, stored[name]) for name in beside)))
@@ -45,6 +51,8 @@ def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDi
     """
     varying = {row.megatron for form in family.forms for row in form}
     own = tuple(row for row in family.mappings if row.megatron in varying)
+    # The table's own form is tried first. Only rows that differ between forms are looked at: what else is missing from
+    # a checkpoint must not decide how its experts are read.
     for form in ((), *family.forms):
         if _is_here(_with_form(own, form), shapes, dims):
             return replace(family, mappings=_with_form(family.mappings, form))
@@ -68,6 +76,8 @@ def _shapes(row: WeightMapping, dims: ModelDimensions) -> Iterator[tuple[str, tu
     for key in row.keys(dims):
         placement = row.placement(key, dims)
         shape = None
+        # Transposed or not, tensors of all experts have the same names: only shapes tell. One of the two linears may be
+        # square, gate_up where 2F = H and down where F = H, but never both, so all rows together have one answer.
         if placement is not None and axis is not None and width is not None and row.role is Role.LINEAR:
             matrix = [dims.hidden_size, dims.hidden_size]
             matrix[axis] = width * row.layout.widths()
@@ -79,6 +89,7 @@ _EXPERT = re.compile(r"(?P<module>.+\.experts)\.\d+\.")
 
 
 def _passthrough_row(name: str, stored: Stored) -> WeightMapping:
+    # A vector called weight is a norm's; only what multiplies has to be named in exclude lists.
     is_weight = name.endswith(".weight") and len(stored.shape) > 1
     role = Role.PASSTHROUGH_WEIGHT if is_weight else Role.PASSTHROUGH
     # Servers build one module of all experts of a layer, also of a layer that Megatron's model does not hold.

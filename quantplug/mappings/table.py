@@ -41,7 +41,10 @@ class ParamKey:
 
 
 def fill(pattern: str, layer: int | None, expert: int | None) -> str:
-    """Puts the layer into the first `*` of a pattern and the expert into the next."""
+    """Puts the layer into the first `*` of a pattern and the expert into the next.
+
+    A number that is None takes no `*`, so that a pattern of all experts of a layer is filled by the layer alone.
+    """
     for number in (layer, expert):
         if number is not None:
             pattern = pattern.replace("*", str(number), 1)
@@ -123,11 +126,12 @@ class Placement:
         return (self.experts, *turned)
 
     def is_shared(self, stored: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape is one scale of all experts."""
+        """Whether a tensor of that shape is one scale of all experts, which has no place for each of them."""
         return stored in ((), (1,))
 
     def stored_axis(self, axis: int, rank: int) -> int:
         """Which axis of the tensor of all experts an axis of one expert's tensor of that rank is."""
+        # The experts' axis comes first. Behind it a transposed [out, in] is [in, out]: axes 0 and 1 become 2 and 1.
         return rank - axis if self.transposed else axis + 1
 
     def turned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -204,6 +208,7 @@ class WeightMapping:
 
     def _layers(self, dims: ModelDimensions) -> Sequence[int]:
         """The layers of its block that have it, counted from 0 in the block."""
+        # Hugging Face has one set of these for all MTP layers, so it stands for the first of Megatron's.
         if self.scope is Scope.MTP:
             return range(min(dims.mtp_layers, 1))
         in_decoder = self._decoder_layers(dims)
@@ -227,7 +232,7 @@ class WeightMapping:
         return range(dims.num_layers)
 
     def hf_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
-        """Names of the parts."""
+        """Names of the Hugging Face tensors of one parameter, in the order of the layout's parts."""
         return tuple(fill(pattern, self._hf_layer(key, dims), key.expert) for pattern in self.hf)
 
     def when_packed(self, *, fused_is_read: bool) -> "WeightMapping":
@@ -267,6 +272,7 @@ class WeightMapping:
         """Hugging Face's module of all experts of the layer; None for what belongs to no expert."""
         if key.expert is None:
             return None
+        # What stands before the expert's `*`: `model.layers.*.mlp.experts`.
         return fill(self.hf[0].rpartition(".*")[0], self._hf_layer(key, dims), None)
 
     def mtp_layer_module(self, key: ParamKey, dims: ModelDimensions) -> str | None:
@@ -282,10 +288,12 @@ class WeightMapping:
         )
 
     def _hf_layer(self, key: ParamKey, dims: ModelDimensions) -> int | None:
+        # DeepSeek-V3's MTP layer is `model.layers.61` after 61 decoder layers, where Megatron has `mtp.layers.0`.
         return dims.num_layers + key.layer if self.block is LayerStack.MTP and key.layer is not None else key.layer
 
     def to_hf_values(self, values: torch.Tensor) -> torch.Tensor:
         """Hugging Face's values of some of Megatron's: the same, or in FP32 where they differ."""
+        # Not in BF16, whose steps near 1 are 2^-7: the type on disk is to say what is rounded away of a small weight.
         return values.float() + self.offset if self.offset else values
 
     def from_hf_values(self, values: torch.Tensor) -> torch.Tensor:
@@ -400,6 +408,7 @@ class Family:
             tied: Whether the output layer shares the data of the embedding, which is then the tensor of both.
         """
         names = {copy: row.hf[0] for row in self.mappings for copy in row.duplicate_names(dims)}
+        # A copy of a tied output layer is a copy of the embedding, the one tensor that is written.
         if not tied:
             return names
         return {copy: self.tied.get(name, name) for copy, name in names.items()} | dict(self.tied)

@@ -24,7 +24,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Operand(Enum):
-    """What a quantizer quantizes; it says what an amax of many values is of."""
+    """What a quantizer quantizes, and so what each value is of in an amax that has many."""
 
     WEIGHT = "rows of the weight, which the layout cuts as it cuts the weight"
     ACTIVATION = "channels of one activation, the same for every linear that reads it"
@@ -77,8 +77,12 @@ class AmaxMapping(WeightMapping):
             UnsupportedQuantizationError: The amax has many values, and they cannot be told apart by part.
         """
         names = self.quantized_names(key, dims)
+        # q, k and v read one activation, so its amax, of any shape, is that of each. A weight's goes to each of them
+        # only where it is one number: servers that fuse the three need equal scales anyway.
         if is_per_tensor(amax) or self.operand is Operand.ACTIVATION:
+            # Copies, because safetensors refuses to save one storage under several names.
             return {name: amax.clone() for name in names}
+        # Cut by all names, then taken by those that are quantized: the layout knows all parts of a weight or none.
         parts = dict(zip(self.hf_names(key, dims), self._split(key.name, amax, dims), strict=True))
         return {name: parts[name].clone() for name in names}
 
@@ -98,6 +102,7 @@ class AmaxMapping(WeightMapping):
             if len({part.shape for part in parts}) > 1:
                 raise _inseparable(key.name, parts[0], "others have another")
             return largest(parts)
+        # One number a row is needed for each row of Megatron's weight, and these rows would have to be made up.
         if self.high_precision:
             raise _inseparable(key.name, parts[0], "parts of its weight that are not quantized have none")
         return self._merge(key.name, parts, dims)
@@ -113,11 +118,14 @@ class AmaxMapping(WeightMapping):
         return {key: self.to_megatron(key, amaxes, dims) for key in keys}
 
     def _split(self, name: str, amax: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
+        """An amax of many values of a weight as those of its parts, cut as the weight is."""
+        # Any shape of amax is right for a weight that is the same tensor in both, and none where rows move.
         if not isinstance(self.layout, Identity):
             raise _inseparable(name, amax, "its weight does not have the same rows in Hugging Face")
         return (amax,)
 
     def _merge(self, name: str, parts: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
+        """The parts' amaxes of many values as the one of the weight: `_split` backwards."""
         return self._split(name, parts[0], dims)[0].clone()
 
 
@@ -131,6 +139,7 @@ class AmaxFanoutMapping(AmaxMapping):
     def _split(self, name: str, amax: torch.Tensor, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
         if isinstance(self.layout, Identity):
             return super()._split(name, amax, dims)
+        # [N, 1] has the weight's rows, so the weight's layout checks and cuts it. Blocks may lie across the cut.
         problem = self.layout.problem(tuple(amax.shape), dims) if is_per_row(amax) else "is of blocks"
         if problem is not None:
             raise _inseparable(name, amax, problem)
@@ -172,11 +181,12 @@ class MoeAmaxFanoutMapping(AmaxFanoutMapping):
         return tuple(ParamKey(self.megatron[0], key.layer, expert) for expert in experts)
 
     def members(self, keys: Iterable[ParamKey], dims: ModelDimensions) -> dict[str, int | None]:
+        # A name that stands for all experts of a layer is of none of them.
         names = super().members(keys, dims)
         return dict.fromkeys(names) if self.fused in (FusedAmax.STACKED, FusedAmax.SHARED) else names
 
     def to_hf(self, key: ParamKey, amax: torch.Tensor, dims: ModelDimensions) -> dict[str, torch.Tensor]:
-        """Of one expert; of all of them if the key has none."""
+        """The Hugging Face amaxes of one expert; of all experts of the layer, alike, if the key has no expert."""
         if key.expert is None:
             return self.layer_to_hf(dict.fromkeys(self.spread(key, range(dims.num_experts)), amax), dims)
         return super().to_hf(key, amax, dims)
@@ -184,6 +194,7 @@ class MoeAmaxFanoutMapping(AmaxFanoutMapping):
     def layer_to_hf(self, amaxes: Mapping[ParamKey, torch.Tensor], dims: ModelDimensions) -> dict[str, torch.Tensor]:
         if self.fused is not FusedAmax.STACKED:
             return super().layer_to_hf(amaxes, dims)
+        # Only their order says which expert a value is of, and a gap would shift all that come behind it.
         keys = sorted(amaxes)
         raise_missing(self.missing_experts(keys, dims))
         for key in keys:
@@ -208,6 +219,7 @@ class MoeAmaxFanoutMapping(AmaxFanoutMapping):
         ]
         if wrong:
             raise ShapeError("A stacked amax has another number of experts.", wrong, "Convert with the model's config.")
+        # [E]: for each expert the largest of its parts' amaxes, where Hugging Face has more than one tensor of them.
         whole = largest([amaxes[name].flatten() for name in names])
         return {key: whole[key.expert].clone() for key in keys if key.expert is not None}
 
@@ -254,6 +266,8 @@ def merge_amaxes(ranks: Iterable[Mapping[Name, torch.Tensor]]) -> dict[Name, tor
         UnsupportedQuantizationError: Several ranks hold an amax of many values under one name. It may be of different
             rows: put its slices together first, or pass one of the ranks that hold the same.
     """
+    # An amax of one number that several ranks hold is of shards of one tensor, or of the same data seen in parts: the
+    # maximum is right for both. One of many values may be of different rows on each, and a maximum would mix them.
     found: dict[Name, list[torch.Tensor]] = {}
     for rank in ranks:
         for name, amax in rank.items():

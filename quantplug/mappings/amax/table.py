@@ -27,7 +27,10 @@ _ATTENTION_OUTPUT = ".self_attention.linear_proj.weight"
 
 
 class WeightRow(Protocol):
-    """What a weight mapping must say to have its quantizers named. `quantplug.mappings.table.WeightMapping` does."""
+    """What a weight mapping must say to have its quantizers named. `quantplug.mappings.table.WeightMapping` does.
+
+    A protocol, so that tables of other packages can be converted without becoming ours.
+    """
 
     @property
     def megatron(self) -> tuple[str, ...]:
@@ -101,6 +104,7 @@ def convert_to_amax_map(
     operand = Operand.WEIGHT if found["operand"] == "weight" else Operand.ACTIVATION
     target = _Target(found["quantizer"], found["buffer"], operand, fused)
     rows, unmapped = [], []
+    # A weight without a counterpart is handed back with the reason: one that is dropped would be unquantized unnoticed.
     for mapping in mappings:
         reason = _no_counterpart(mapping, roles)
         if reason is None:
@@ -128,6 +132,7 @@ def convert_to_kv_amax_map(
 
 
 def _core_attention(mapping: WeightRow, quantizer: str) -> AmaxMapping:
+    # What is quantized here is an activation, so no layout of a weight has a part in it.
     parents = (name.removesuffix(".linear_proj.weight") for name in mapping.megatron)
     return AmaxMapping(
         megatron=tuple(f"{parent}.core_attention.{quantizer}._amax" for parent in parents),
@@ -139,8 +144,11 @@ def _core_attention(mapping: WeightRow, quantizer: str) -> AmaxMapping:
 
 
 def _no_counterpart(mapping: WeightRow, roles: Collection[Role]) -> str | None:
+    """Why the weights of a mapping have no such quantizer; None if they have."""
     if mapping.role not in roles:
         return mapping.role.value
+    # ModelOpt names a quantizer after the module, and only a tensor called `weight` leaves the module's name behind.
+    # In a grouped linear the expert's number stands after it: `linear_fc1.weight*`.
     expert = mapping.scope is Scope.EXPERT
     names = [name for name in mapping.megatron if not name.removesuffix("*" if expert else "").endswith(".weight")]
     names += [name for name in mapping.hf if not name.endswith(".weight") and not _is_fused(mapping, name)]
@@ -165,6 +173,7 @@ class _Target:
         if mapping.scope is Scope.EXPERT:
             return self._experts(mapping)
         kind = AmaxMapping if len(mapping.hf) == 1 else AmaxFanoutMapping
+        # Not part of what `WeightRow` asks for: other tables keep no parts of a weight back.
         high_precision = mapping.high_precision if isinstance(mapping, WeightMapping) else ()
         return kind(
             megatron=tuple(map(self._of_module, mapping.megatron)),
@@ -177,9 +186,12 @@ class _Target:
         )
 
     def _experts(self, mapping: WeightRow) -> MoeAmaxFanoutMapping:
+        # Without the expert's number behind `weight` a grouped linear has one `*`, the layer's; the other spelling has
+        # two, as each expert is a module of its own.
         spellings = [name.removesuffix("*") for name in mapping.megatron]
         grouped = [name.removesuffix(".weight") for name in spellings if name.count("*") < 2]
         own = [self._of_module(name) for name in spellings if name.count("*") == 2]
+        # One module of all experts has one input quantizer: they read parts of one tensor.
         fused = self.fused if self.operand is Operand.WEIGHT else FusedAmax.SHARED
         return MoeAmaxFanoutMapping(
             megatron=(*(f"{name}.{self.quantizer}.*.{self.buffer}" for name in grouped), *own),
@@ -199,6 +211,10 @@ class _Target:
         return f"{weight.removesuffix('.weight')}.{self.quantizer}.{self.buffer}"
 
     def _fused_name(self, name: str, fused: FusedAmax) -> str:
+        """The amax's name where one tensor has all experts: a module's own weight, or a parameter such as gate_up_proj.
+
+        ModelOpt keeps the experts' quantizers of a parameter in a list, whose name has an `s` more.
+        """
         if name.endswith(".weight"):
             number = ".*" if fused is FusedAmax.PER_EXPERT else ""
             return f"{name.removesuffix('.weight')}.{self.quantizer}{number}.{self.buffer}"

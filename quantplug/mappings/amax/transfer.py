@@ -26,6 +26,7 @@ from quantplug.mappings.table import LayerStack, ParamKey
 
 Name = TypeVar("Name")
 
+# Whole parts of a name: neither the 1 of `linear_fc1` nor that of `weight1`.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -34,9 +35,9 @@ class AmaxPlacement:
     """Which part of a model a rank holds: global ids in the order of the rank's own numbers.
 
     Attributes:
-        layers: Of its decoder layers; None where names have global numbers already. Layers of multi-token prediction
-            are counted alike on all ranks.
-        experts: Of its experts in a layer; None where names have global numbers, or the rank holds them all.
+        layers: Global ids of its decoder layers; None where names have global numbers already. Layers of multi-token
+            prediction are counted alike on all ranks.
+        experts: Global ids of its experts in a layer; None where names have global numbers, or the rank holds them all.
         rank: The rank, for messages.
     """
 
@@ -69,6 +70,7 @@ def read_amaxes(
     offenders = []
     for name, amax in amaxes.items():
         keys, problem = reader.keys(name)
+        # Both of Megatron's spellings, or a shared quantizer beside those of experts: which of them counts is unknown.
         if problem is None and any(key in found for key in keys):
             problem = "is there once more under another spelling"
         if problem is not None:
@@ -126,7 +128,9 @@ def amaxes_to_hf(
     rows = _rows_by_key(mappings, dims)
     modules = {row.megatron[0] for row in mappings}
     _raise_unknown([Offender(key.name, _unknown(key.module, modules)) for key in amaxes if key not in rows])
+    # Sorted by module, layer and expert, so that one layer's experts are one group, in order.
     layers = [tuple(keys) for _, keys in groupby(sorted(amaxes), key=_module_and_layer)]
+    # Servers quantize all experts of a layer or none, so a layer of which some have an amax is an error.
     missing: list[Offender] = []
     for keys in layers:
         row = rows[keys[0]]
@@ -155,6 +159,7 @@ def amaxes_to_megatron(
             keys = tuple(group)
             names = row.members(keys, dims)
             known |= names.keys()
+            # All are there: converted. None is there: not quantized. Some are: an error, as none can be made up.
             absent = [Offender(name, "is missing", expert) for name, expert in names.items() if name not in amaxes]
             if not absent:
                 steps.append(partial(row.layer_to_megatron, keys, amaxes, dims))
@@ -181,6 +186,7 @@ class _Reader:
         row = self._rows.get(pattern)
         if row is None:
             return (), _unknown(name, self._rows)
+        # The first number is the layer's, the second the expert's; the fill is for names that have fewer.
         local = (*numbers, None, None)
         layers = self._placement.layers if row.block is LayerStack.DECODER else None
         try:
@@ -188,6 +194,7 @@ class _Reader:
             expert = _global(local[1], self._placement.experts)
         except IndexError:
             return (), "has a number that this rank does not have"
+        # Under the first spelling, whatever this one was: a key is the same on ranks that spell it otherwise.
         keys = row.spread(ParamKey(row.megatron[0], layer, expert), self._experts)
         if not all(key in self._known for key in keys):
             return (), "has a number that a model of these sizes does not have"
@@ -229,6 +236,7 @@ def _all_at_once(steps: Iterable[Callable[[], Mapping[Name, torch.Tensor]]]) -> 
             found.update(step())
         except (UnsupportedQuantizationError, ShapeError) as error:
             errors.append(error)
+    # One kind of error has one remedy: those of another kind are met when this kind is mended.
     if errors:
         first = errors[0]
         offenders = [offender for error in errors if type(error) is type(first) for offender in error.offenders]
