@@ -58,6 +58,7 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
 
 def register() -> None:
     """Registers our wrappers with ModelOpt in place of its own, our refusals, NVFP4 on CPU, and our reductions."""
+    # ModelOpt asserts that a class is not registered yet, so its own wrappers are taken out first.
     if not all(map(_is_registered, WRAPPERS)):
         for module_class in WRAPPERS:
             QuantModuleRegistry.unregister(module_class)

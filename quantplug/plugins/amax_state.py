@@ -29,10 +29,12 @@ def leaf_quantizers(quantizer: nn.Module) -> Iterator[TensorQuantizer]:
 
 def required_amax_shape(quantizer: TensorQuantizer, weight: torch.Tensor) -> torch.Size:
     """The shape that calibrating `quantizer` on `weight` [N, K] gives its amax; no data is read."""
+    # ModelOpt's own calibration, run on a tensor without data, is the only rule of shapes: ours would be a second one.
     probe = copy.deepcopy(quantizer)
     probe.reset_amax()
     probe.enable()
     probe.enable_calib()
+    # Fake quantization would need kernels, which meta tensors have none of.
     probe.disable_quant()
     probe(torch.empty_like(weight, device="meta"))
     probe.load_calib_amax()
@@ -67,10 +69,12 @@ def shard_axis(
     """
     if amax.numel() == 1 and amax.ndim <= 1:
         return None
+    # [N/b, 1, K/b, 1]: axis 0 goes with the weight's rows, axis 2 with its columns.
     if amax.ndim == 4:
         if size > 1:
             require_whole_blocks(name, quantizer, weight.shape[shard_dim], shard_dim)
         return 2 * shard_dim
+    # One a row. Where columns are sharded every rank has all rows, and the amaxes have been reduced over the ranks.
     if amax.shape == (weight.shape[0], 1):
         return 0 if shard_dim is ShardDim.OUT else None
     if size > 1:

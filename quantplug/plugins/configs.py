@@ -19,6 +19,7 @@ _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 # ModelOpt's stock configs leave multi-token prediction in high precision by this rule.
 _NO_MTP = "mtp.*"
 
+# ModelOpt has no stock config of FP8 weights alone. Rules apply in order, so the one that turns inputs off is last.
 _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.W4A16_NVFP4: mtq.W4A16_NVFP4_CFG,
     QuantFormat.NVFP4: mtq.NVFP4_DEFAULT_CFG,
@@ -52,6 +53,7 @@ def quant_cfg(
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
+    # ModelOpt's stock configs are objects of its module, which everybody who uses them shares.
     config = copy.deepcopy(dict(_STOCK[scheme.format]))
     if quantize_mtp and _has_mtp(family, dims):
         config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] != _NO_MTP]
@@ -65,6 +67,7 @@ def _rules(family: Family, dims: ModelDimensions, policy: Policy) -> list[dict[s
     Only for what a model of these sizes has, and for weights of modules: a rule that matches nothing is refused. The
     stock configs turn off routers, embeddings, output layers and, unless it is asked for, multi-token prediction.
     """
+    # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
     linears = [row for row in family.mappings if row.role in (Role.LINEAR, Role.HIGH_PRECISION)]
     whatever_mtp = Policy(policy.weight_bits, quantize_mtp=True)
     return [
@@ -76,4 +79,5 @@ def _rules(family: Family, dims: ModelDimensions, policy: Policy) -> list[dict[s
 
 
 def _has_mtp(family: Family, dims: ModelDimensions) -> bool:
+    """Whether a model of these sizes has layers of multi-token prediction in Megatron."""
     return any(row.block.is_mtp and any(True for _ in row.keys(dims)) for row in family.mappings)

@@ -50,6 +50,8 @@ def fake_quantize(
             [Offender(f"tensorrt::{OPERATOR}", f"(code, scale) bits {bits}, block size {block_size}")],
             "Run the forward on a GPU, or use NVFP4 or FP8.",
         )
+    # Blocks lie along the last axis, so all others can be rows. Packed and unpacked by the kernels of the export, a
+    # forward computes with the very values that a server reads.
     rows = values.reshape(-1, values.shape[-1])
     problem = NVFP4.problem(tuple(rows.shape))
     if problem is not None:

@@ -58,6 +58,7 @@ class RefusesWrongShards(QuantModule):
             UnsupportedQuantizationError: The amax is of rows of several parts, or of a shape whose shards we cannot
                 place.
         """
+        # One rank holds the whole weight, and no part of it can be placed wrong.
         size = self.parallel_state.tensor_parallel_group.world_size()
         if size > 1:
             for leaf in leaf_quantizers(self.weight_quantizer):
@@ -68,6 +69,7 @@ class RefusesWrongShards(QuantModule):
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def _refuse_parts(self, name: str, axis: int | None) -> None:
+        # Only by name and config: the weight does not say what its rows are. An axis other than 0 cuts columns.
         parts = {".linear_fc1.": "gate rows above its up rows"} if self.config.gated_linear_unit else {}
         parts[".in_proj."] = "rows of all that a recurrent mixer projects to, one part above the other"
         found = [rows for linear, rows in parts.items() if linear in f".{name}"]
@@ -101,6 +103,7 @@ class QuantTELinear(_QuantTEMCoreLinear):
     """ModelOpt's quantized TELinear, with the groups of its own layer."""
 
     def _setup(self) -> None:
+        # ModelOpt takes the world for the group of every module whose set-up has left none.
         self.parallel_state = ParallelState(
             parallel_state.get_data_parallel_group(with_context_parallel=True),
             parallel_state.get_tensor_model_parallel_group(),
@@ -115,6 +118,7 @@ class QuantTEDotProductAttention(_QuantTEDotProductAttention):
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """The sinks, one a head of this rank, and the amaxes of q, k and v, which all ranks have alike."""
+        # Axis 0 of the sinks is sharded; every other tensor has no axis here, and is saved as replicated.
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

@@ -40,6 +40,8 @@ def of_module(expert_states: Sequence[torch.Tensor], first_expert: int = 0) -> t
         expert_states: Of each expert, with its own weight quantizer alone, or ModelOpt's with those of a whole rank.
         first_expert: Global id of the first expert.
     """
+    # A state holds n weight quantizers: ours 1, ModelOpt 0.47's as many as the saving rank had experts. Ranks hold
+    # blocks of n experts in order, so the global id modulo n is the place among them, and always 0 in ours.
     merged: dict[str, Any] = {}
     for expert, state in enumerate(expert_states):
         quantizers = _decode(state).get(QUANTIZER_STATE) or {}
@@ -63,6 +65,7 @@ def _take_expert(quantizers: dict[str, Any], source: int, target: int) -> dict[s
 
 
 def _edit(state: torch.Tensor, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> torch.Tensor:
+    """The extra state with its quantizers' settings edited, and all else that TE or ModelOpt keeps in it as it was."""
     decoded = _decode(state)
     if QUANTIZER_STATE not in decoded:
         return state
@@ -73,4 +76,6 @@ def _edit(state: torch.Tensor, edit: Callable[[dict[str, Any]], dict[str, Any]])
 
 
 def _decode(state: torch.Tensor) -> dict[str, Any]:
+    # Bytes out of a checkpoint: `safe_load` is torch.load with weights_only, which runs no code that they name. TE's
+    # state of a layer without FP8 is empty.
     return safe_load(state.detach().cpu().numpy().tobytes()) if state.numel() else {}

@@ -48,6 +48,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
     shard_dim: ClassVar[ShardDim]
 
     def _setup(self) -> None:
+        # Experts have data and tensor parallel groups of their own; amaxes must not be reduced over the dense layers'.
         groups = self._pg_collection
         self.parallel_state = ParallelState(groups.expt_dp, groups.expt_tp, groups.ep)
         super()._setup()
@@ -64,6 +65,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state |= self._activation_state(prefix, sharded_offsets, metadata)
+        # Megatron gives each expert the whole module's extra state, the first one's under the name without a number.
         for expert in range(self.num_gemms):
             settings = state[f"{prefix}_extra_state{expert or ''}"]
             settings.data = extra_state.of_expert(settings.data, expert)
@@ -76,6 +78,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         Args:
             prefix: Full name of this module with a dot: inside its own state dict Megatron names it by its last part.
         """
+        # None is for the quantizers of inputs and outputs, which belong to no expert.
         errors: list[tuple[int | None, ShapeError | UnsupportedQuantizationError]] = []
         for expert in (None, *range(self.num_gemms)):
             try:
@@ -128,6 +131,8 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         axes = self._shard_axes(f"{prefix}weight_quantizer.{expert}", quantizer, weight)
         local = {f"weight_quantizer.{key}": value for key, value in quantizer.state_dict(keep_vars=True).items()}
         global_expert = self._global_expert(expert)
+        # Megatron has two forms of experts in a checkpoint: a key for each, or one key with an axis of all experts in
+        # front. A quantizer's state must take the form of its weight, or a load looks for it under the other one.
         if metadata.get("singleton_local_shards", False):
             key_prefix = f"{global_expert}.{prefix}"
         else:
@@ -141,6 +146,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
             tp_group=groups.expt_tp,
             dp_cp_group=groups.expt_dp,
         )
+        # Keys in the checkpoint are global, those of the state dict this rank's own: only the first are renamed.
         replace_prefix_for_sharding(sharded, "", key_prefix)
         own = f"{prefix}weight_quantizer.{expert}."
         return {own + key.removeprefix("weight_quantizer."): value for key, value in sharded.items()}
@@ -154,6 +160,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
                 continue
             for key, value in leaf.state_dict().items():
                 full = f"{path}.{key}" if path else key
+                # A pre-quant scale or a static block scale has shards of its own, which nothing here places.
                 if key != "_amax":
                     raise _unplaceable(f"{name}.{full}")
                 axes[full] = shard_axis(f"{name}.{full}", leaf, value, weight, self.shard_dim, size)
@@ -198,12 +205,15 @@ class QuantTEGroupedMLP(QuantModule):
         Raises:
             ShapeError: Scale blocks straddle the shards of a weight, or a shard's gate and up.
         """
+        # Before any state is made: this names every expert at fault, where making the state would stop at the first.
         for name in ("linear_fc1", "linear_fc2"):
             self.get_submodule(name).require_placeable(f"{prefix}{name}.")
         metadata = {**(metadata or {}), "singleton_local_shards": True}
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if not self.config.gated_linear_unit:
             return state
+        # As Megatron does with the weight: gate and up are saved as two halves, each sharded over ETP, because a shard
+        # holds rows of both and shards of another ETP hold other rows of each.
         for expert, quantizer in enumerate(self.linear_fc1.weight_quantizer):
             for path, leaf in quantizer.named_modules():
                 name = ".".join(filter(None, (f"{prefix}linear_fc1.weight_quantizer.{expert}", path, "_amax")))

@@ -41,6 +41,7 @@ def refuse_unsupported(model: nn.Module) -> None:
         UnsupportedModelError: Names every module with such a setting, the setting, and the way out of each.
     """
     refuse_autocast()
+    # Every module and every setting: a model is built anew for each of them, so naming one at a time costs hours.
     offenders: list[Offender] = []
     remedies: list[str] = []
     for name, module in model.named_modules():

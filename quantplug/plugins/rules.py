@@ -69,6 +69,7 @@ def judge_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[JudgedRule, ...
     Args:
         model: One module, or all virtual pipeline stages of this rank, of which one match is enough.
     """
+    # A pipeline stage sees its own layers only, so no match here says nothing yet: the verdict is over all ranks.
     roots = list(_quantized_roots([model] if isinstance(model, nn.Module) else model))
     rules = dict.fromkeys(rule for root in roots for rule in _rules_to_judge(root))
     return tuple(JudgedRule(rule, any(map(rule.matches, roots)), _reason(rule, roots)) for rule in rules)
@@ -88,6 +89,7 @@ def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
         MappingError: Names every such rule and the quantizer name that is nearest to it.
     """
     verdicts = list(judged)
+    # By the rule, not by where it was judged: one match on any rank is enough.
     matched = {verdict.rule for verdict in verdicts if verdict.matched}
     something_is_quantized = any(rule.enable for rule in matched)
     unmatched = {
@@ -110,12 +112,14 @@ def _quantized_roots(chunks: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:
+    """The rules of every config that ModelOpt has kept with a model, without those that may match nothing."""
     for _, state in ModeloptStateManager(root).state_dict():
         rules = _rules(state["config"].get("quant_cfg", []))
         yield from (rule for rule in rules if rule.enable or rule not in _EXCUSED)
 
 
 def _rules(quant_cfg: Any) -> Iterator[Rule]:
+    """The rules of a `quant_cfg` in either of ModelOpt's spellings, a list of entries or a dict by name."""
     for entry in normalize_quant_cfg_list(quant_cfg):
         yield Rule(entry["quantizer_name"], entry.get("parent_class"), entry["enable"])
 

@@ -55,6 +55,7 @@ class QuantGroupedLinear(QuantModule):
         self.input_quantizer = TensorQuantizer()
         self.output_quantizer = TensorQuantizer()
         self.output_quantizer.disable()
+        # None outside our forward, where TE asks for the weights as they are; in it a list, empty until TE has asked.
         self._weights_for_forward: list[torch.Tensor] | None = None
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[nn.Parameter, TensorQuantizer]]:
@@ -67,6 +68,7 @@ class QuantGroupedLinear(QuantModule):
         refuse_autocast()
         with self._quantized_weights():
             outputs = super().forward(self.input_quantizer(inp), *args, **kwargs)
+        # With return_bias TE gives the biases beside the output; they are not quantized.
         if isinstance(outputs, tuple):
             return (self.output_quantizer(outputs[0]), *outputs[1:])
         return self.output_quantizer(outputs)
@@ -99,9 +101,11 @@ class QuantGroupedLinear(QuantModule):
         self._weights_for_forward = []
         try:
             yield
+            # Loud, because a TE that takes its weights elsewhere would run unquantized and look right.
             if not self._weights_for_forward:
                 raise _unknown_version("GroupedLinear.forward ran without asking _get_weight_tensors")
         finally:
+            # Lets go of the quantized copies, which are as large as all experts of the layer.
             self._weights_for_forward = None
 
 

@@ -62,6 +62,7 @@ def register_family(family: Family) -> None:
     """
     offenders = list(problems(family))
     for name in family.architectures:
+        # One's own family may be registered again, as a notebook cell does that is run twice; ours stay what they are.
         other = _served().get(name, family)
         if other != family and (name not in _REGISTERED or other.name != family.name):
             offenders.append(Offender(name, f"is served by the family {other.name} already"))
@@ -73,6 +74,8 @@ def register_family(family: Family) -> None:
 
 
 def _served() -> dict[str, Family]:
+    """Every architecture with its family."""
+    # A registered family cannot take one of ours: `register_family` has refused that.
     return {name: family for family in FAMILIES for name in family.architectures} | _REGISTERED
 
 

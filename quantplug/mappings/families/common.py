@@ -9,6 +9,7 @@ from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.layouts import GATED, QKV, ROW, VOCABULARY, ModelDimensions
 from quantplug.mappings.table import Role, Scope, WeightMapping
 
+# Checkpoints of tied models mostly have no lm_head: `TIED_LM_HEAD` says whose data it is.
 EMBEDDINGS = (
     WeightMapping(
         ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY
@@ -17,6 +18,7 @@ EMBEDDINGS = (
     WeightMapping(("decoder.final_layernorm.weight",), ("model.norm.weight",), Scope.MODEL),
 )
 
+# Row parallel: tensor parallelism cuts the columns, which are the entries of the heads that a rank has.
 OUTPUT_PROJECTION = WeightMapping(
     ("decoder.layers.*.self_attention.linear_proj.weight",),
     ("model.layers.*.self_attn.o_proj.weight",),
@@ -49,6 +51,7 @@ ATTENTION = (
     OUTPUT_PROJECTION,
 )
 
+# Interleaved as the rows of the weight are. A bias has no role in quantization: no format packs it.
 QKV_BIAS = (
     WeightMapping(
         ("decoder.layers.*.self_attention.linear_qkv.bias",),
@@ -62,6 +65,7 @@ QKV_BIAS = (
     ),
 )
 
+# One weight [D] for all heads, so every tensor parallel rank holds it whole.
 QK_NORM = (
     WeightMapping(
         ("decoder.layers.*.self_attention.q_layernorm.weight",),
@@ -75,6 +79,7 @@ QK_NORM = (
     ),
 )
 
+# Part of linear_fc1 in dense layers with Transformer Engine. Before experts it is apart, as the router reads it too.
 MLP_NORM = (
     WeightMapping(
         ("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", "decoder.layers.*.pre_mlp_layernorm.weight"),
@@ -150,6 +155,7 @@ def setting(config: Mapping[str, Any], *names: str) -> Any:
     Raises:
         UnsupportedModelError: None of them is.
     """
+    # null in config.json says no more than a setting that is not there.
     for name in names:
         if config.get(name) is not None:
             return config[name]
@@ -166,6 +172,7 @@ def refuse_settings(architecture: str, found: Mapping[str, Any], expected: Mappi
     Args:
         expected: The value of each setting that is converted, or a tuple of them.
     """
+    # All at once: a user who mends one setting should not meet the next one only then.
     converted = {name: value if isinstance(value, tuple) else (value,) for name, value in expected.items()}
     offenders = [
         Offender(name, f"is {found[name]!r}, only {' or '.join(map(repr, values))} is converted")
@@ -182,6 +189,7 @@ def refuse_settings(architecture: str, found: Mapping[str, Any], expected: Mappi
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
+    """Entries of a head: what the config says, as Qwen3 has others than hidden_size / heads; else just these."""
     explicit = config.get("head_dim")
     return explicit if explicit else config["hidden_size"] // config["num_attention_heads"]
 
@@ -192,7 +200,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, str]:
-    """Rotary base and kind."""
+    """Rotary base and kind of scaling, as transformers names it: 10000 and `default` where the config says nothing."""
     said = rope_settings(config)
     base = said.get("rope_theta") or config.get("rope_theta") or 10000.0
     return base, said.get("rope_type") or said.get("type") or "default"
@@ -204,6 +212,7 @@ def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     The attention factor must be the paper's own, 0.1 ln(factor) + 1, which is what Megatron computes without mscale.
     """
     parameters = rope_settings(config)
+    # Any of the three would be another factor, and attention that is scaled otherwise fails nowhere: it is only worse.
     found = {name: parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")}
     refuse_settings("YaRN", found, dict.fromkeys(found))
     return {
@@ -221,6 +230,8 @@ def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
 # What RotaryEmbedding._apply_scaling has fixed (megatron/core/models/common/embeddings/rotary_pos_embedding.py).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+# What the settings of a Llama-like decoder must be. Megatron would build a model of the same shapes for other values
+# too, which loads without an error and computes something else.
 _DECODER_SETTINGS = {
     "rope_type": ("default", "llama3"),
     "partial_rotary_factor": 1.0,
@@ -252,6 +263,7 @@ def refuse_decoder_settings(
         **{name: value for name, (value, _) in more.items()},
     }
     expected = {**_DECODER_SETTINGS, **{name: converted for name, (_, converted) in more.items()}}
+    # Megatron takes the factor alone; its other numbers are fixed, so the config's must be the same.
     if kind == "llama3":
         found |= {name: rotary.get(name) for name in _LLAMA3_ROPE}
         expected |= _LLAMA3_ROPE
@@ -259,7 +271,11 @@ def refuse_decoder_settings(
 
 
 def llama3_scaling(rotary: Mapping[str, Any]) -> dict[str, float]:
-    """What scales the frequencies of Llama 3's rotary embeddings, and of those that took it over with other numbers."""
+    """The settings that scale rotary frequencies as Llama 3 does, also with other numbers than Llama 3's own.
+
+    Raises:
+        UnsupportedModelError: One of them is not set.
+    """
     names = ("factor", *_LLAMA3_ROPE)
     return {name: setting(rotary, name) for name in names}
 
@@ -271,10 +287,17 @@ def _llama3_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def decoder_dimensions(
     config: Mapping[str, Any], num_experts: int = 0, moe_layers: tuple[int, ...] = ()
 ) -> ModelDimensions:
+    """Sizes of a Llama-like decoder.
+
+    Args:
+        num_experts: Routed experts of a layer, 0 in a dense model.
+        moe_layers: Global ids of the layers that have experts.
+    """
     return ModelDimensions(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         num_attention_heads=config["num_attention_heads"],
+        # Without the setting every head has keys of its own (Llama 2's multi-head attention).
         num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=head_dim(config),
         vocab_size=config["vocab_size"],
@@ -298,6 +321,7 @@ def decoder_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "layernorm_epsilon": config["rms_norm_eps"],
         "gated_linear_unit": True,
         "add_bias_linear": False,
+        # Megatron's defaults are 0.1, and would make calibration in training mode random.
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }

@@ -22,6 +22,7 @@ LATENT_SIZES = (
 
 
 def moe_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Global ids of the layers with experts: all but the first `first_k_dense_replace`."""
     return tuple(range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]))
 
 
@@ -38,10 +39,11 @@ def dimensions(config: Mapping[str, Any]) -> ModelDimensions:
 
 
 def latent_dimensions(config: Mapping[str, Any]) -> ModelDimensions:
-    """The same with multi-latent attention."""
+    """What `dimensions` reads, and the sizes of multi-latent attention (https://arxiv.org/abs/2405.04434, 2.1)."""
     rank, rotary = config.get("q_lora_rank"), common.setting(config, "qk_rope_head_dim")
     return replace(
         dimensions(config),
+        # Keys and values are made of their latent for each head, so there are no groups that share them.
         num_query_groups=config["num_attention_heads"],
         head_dim=common.setting(config, "qk_nope_head_dim") + rotary,
         latent=LatentSizes(rank, common.setting(config, "kv_lora_rank"), rotary, common.setting(config, "v_head_dim")),
@@ -59,6 +61,7 @@ def moe_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_layer_freq": [int(layer in experts) for layer in range(config["num_hidden_layers"])],
         "moe_router_topk": common.setting(config, "num_experts_per_tok"),
         "moe_router_topk_scaling_factor": config.get("routed_scaling_factor"),
+        # No balancing loss: it has no effect on what the router chooses, and a model is only run here.
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "mtp_num_layers": config.get("num_nextn_predict_layers") or None,
@@ -151,9 +154,11 @@ def latent_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
         **common.decoder_transformer_config(config),
         "num_query_groups": config["num_attention_heads"],
         "multi_latent_attention": True,
+        # The norms on the two latents, which Megatron calls so.
         "qk_layernorm": True,
         "q_lora_rank": config.get("q_lora_rank"),
         "kv_lora_rank": common.setting(config, "kv_lora_rank"),
+        # Megatron counts the entries without a position here, and those with one in the next.
         "qk_head_dim": common.setting(config, "qk_nope_head_dim"),
         "qk_pos_emb_head_dim": common.setting(config, "qk_rope_head_dim"),
         "v_head_dim": common.setting(config, "v_head_dim"),

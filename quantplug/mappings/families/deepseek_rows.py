@@ -85,6 +85,7 @@ LATENT_ATTENTION = (
     common.OUTPUT_PROJECTION,
 )
 
+# All shared experts of a layer are one MLP, as wide as they are together, in Megatron and on disk.
 SHARED_EXPERTS = (
     WeightMapping(
         ("decoder.layers.*.mlp.shared_experts.linear_fc1.weight",),
@@ -112,6 +113,7 @@ CORRECTION_BIAS = (
     ),
 )
 
+# DeepSeek-V3's own files hold both once more as tensors of layer 61. Megatron's MTP layers use the decoder's.
 _COPIES = {
     "model.embed_tokens.weight": "model.layers.*.embed_tokens.weight",
     "lm_head.weight": "model.layers.*.shared_head.head.weight",
@@ -119,7 +121,7 @@ _COPIES = {
 EMBEDDINGS = tuple(
     replace(row, duplicates=tuple(_COPIES[name] for name in row.hf if name in _COPIES)) for row in common.EMBEDDINGS
 )
-"""As all decoders have them, and once more in every layer of multi-token prediction."""
+"""The embedding and output layer of all decoders, whose tensors are there again in every layer of MTP."""
 
 _MTP_ONLY = (
     WeightMapping(("mtp.layers.*.enorm.weight",), ("model.layers.*.enorm.weight",), Scope.LAYER, block=LayerStack.MTP),
@@ -152,7 +154,7 @@ def with_mtp(rows: Iterable[WeightMapping]) -> tuple[WeightMapping, ...]:
 
 
 def in_mtp(row: Row) -> Row:
-    """A row of the decoder's layers for those of multi-token prediction."""
+    """The row of the same tensor in a layer of multi-token prediction, under both of Megatron's spellings."""
     inner = ("transformer_layer", "mtp_model_layer")
     names = tuple(name.removeprefix("decoder.layers.*") for name in row.megatron)
     return replace(

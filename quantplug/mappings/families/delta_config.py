@@ -21,7 +21,7 @@ _DEFAULTS: Mapping[str, int] = {
     "linear_num_value_heads": 32,
     "full_attention_interval": 4,
 }
-_ROTATED = 0.25
+_ROTATED = 0.25  # Their partial_rotary_factor.
 
 SIZES = tuple(SizeSetting((name,), optional=True, nullable=True) for name in _DEFAULTS)
 
@@ -126,6 +126,7 @@ def delta_transformer_config(config: Mapping[str, Any], dims: ModelDimensions) -
         **common.decoder_transformer_config(config),
         "qk_layernorm": True,
         "attention_output_gate": True,
+        # Norms multiply with 1 + weight, in Hugging Face's Qwen3-Next too.
         "layernorm_zero_centered_gamma": True,
         "experimental_attention_variant": "gated_delta_net",
         "linear_attention_freq": [int(layer in dims.hybrid.delta) for layer in range(dims.num_layers)],

@@ -40,11 +40,14 @@ ATTENTION = (
         GATED_QKV,
         Role.LINEAR,
     ),
+    # Only some layers have attention; the decoders of `common` have it in all.
     replace(common.OUTPUT_PROJECTION, scope=Scope.ATTENTION_LAYER),
     *(replace(row, scope=Scope.ATTENTION_LAYER) for row in common.QK_NORM),
 )
 
 # All but the input projection, which the two families have in other parts.
+# The convolution [rows, 1, taps] is no matrix product that a server quantizes. A_log and dt_bias are exponentiated or
+# added in FP32, one value a head, and rounding them to BF16 would change the decay of the states.
 DELTA_NET = (
     WeightMapping(
         ("decoder.layers.*.self_attention.conv1d.weight",),

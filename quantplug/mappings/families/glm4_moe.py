@@ -10,6 +10,7 @@ from quantplug.mappings.table import Family, MegatronConfig
 
 _QK_NORM = tuple(replace(row, option=Option.QK_NORM) for row in common.QK_NORM)
 _QKV_BIAS = tuple(replace(row, option=Option.QKV_BIAS) for row in common.QKV_BIAS)
+# GLM-4.5 has both, GLM-4.5-Air no norms: the config says which rows a model has.
 _SWITCHES = {"use_qk_norm": Option.QK_NORM, "attention_bias": Option.QKV_BIAS}
 
 
@@ -29,6 +30,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         **deepseek_config.moe_transformer_config(config),
         **deepseek_config.corrected_router_config(config),
     }
+    # 0.5 is what transformers has where the config does not say it.
     rotated = deepseek_config.rope_scaling(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
     model = {**common.decoder_model_arguments(config), "rotary_percent": 0.5 if rotated is None else rotated}
     return MegatronConfig(transformer=transformer, model=model)

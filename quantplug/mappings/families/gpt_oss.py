@@ -18,6 +18,7 @@ CLAMP = 7.0
 _EXPERTS = "model.layers.*.mlp.experts"
 _ATTENTION = "model.layers.*.self_attn"
 
+# The bias of the output projection is added once, after the sum over ranks: whole on each. Sinks go with the heads.
 ATTENTION_BIASES = (
     *common.QKV_BIAS,
     WeightMapping(("decoder.layers.*.self_attention.linear_proj.bias",), (f"{_ATTENTION}.o_proj.bias",), Scope.LAYER),
@@ -70,6 +71,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     found = {
         "rope_type": common.rope(config)[1],
         "attention_bias": bool(config.get("attention_bias", True)),
+        # config.json says silu, and transformers' GptOssExperts does not look at it.
         "hidden_act": config.get("hidden_act", "silu"),
         "swiglu_limit": config.get("swiglu_limit", CLAMP),
     }
@@ -79,9 +81,10 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     transformer = {
         **common.decoder_transformer_config(config),
         "add_bias_linear": True,
-        "glu_linear_offset": 1.0,
+        "glu_linear_offset": 1.0,  # The 1 of (up + 1).
         "activation_func_clamp_value": CLAMP,
         "bias_activation_fusion": False,
+        # The sinks: one logit a head that takes part in the softmax and has no value.
         "softmax_type": "learnable",
         # transformers counts the query's own position in the window, Megatron those before it.
         "window_size": (config["sliding_window"] - 1, 0) if any(in_window) else None,

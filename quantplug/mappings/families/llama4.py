@@ -52,6 +52,7 @@ _ATTENTION = tuple(replace(row, min_bits=8) if len(row.hf) == 3 else row for row
 
 def _widths(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the widths under the names that other decoders have for them."""
+    # Llama 4's intermediate_size is an expert's, and that of the shared expert too.
     width = common.setting(config, "intermediate_size")
     dense = common.setting(config, "intermediate_size_mlp")
     return {**config, "moe_intermediate_size": width, "intermediate_size": dense}
@@ -102,14 +103,17 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         "moe_layer_freq": [int(layer in dims.moe_layers) for layer in range(dims.num_layers)],
         "moe_router_topk": 1,
         "moe_router_score_function": "sigmoid",
+        # transformers' Llama4TextMoe multiplies what goes into an expert by its score, not what comes out.
         "moe_apply_probs_on_input": True,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
     }
     return MegatronConfig(
         transformer=transformer,
+        # Megatron has fixed the numbers of Llama 3 here; Llama 4's go beside it, as `MegatronConfig.rope_scaling`.
         model={**common.decoder_model_arguments(config), "rope_scaling": False},
         rope_scaling=common.llama3_scaling(rotary) if kind == "llama3" else {},
+        # Llama4TextAttention normalizes queries and keys only where it has rotated them, and without weights.
         unit_norm_layers=tuple(
             layer for layer, turns in enumerate(rotated) if turns and config.get("use_qk_norm", True)
         ),

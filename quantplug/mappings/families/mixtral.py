@@ -24,6 +24,7 @@ _ROUTED_EXPERTS = (
 
 
 def _dimensions(config: Mapping[str, Any]) -> ModelDimensions:
+    # No layer is dense, and intermediate_size is the width of an expert.
     every_layer = tuple(range(config["num_hidden_layers"]))
     decoder = common.decoder_dimensions(config, routed.num_experts(config), every_layer)
     return replace(decoder, mlp_width=None, expert_width=config["intermediate_size"])

@@ -91,6 +91,7 @@ MAMBA = (
         Role.HIGH_PRECISION,
     ),
     WeightMapping(("decoder.layers.*.mixer.conv1d.bias",), (f"{_MIXER}.conv1d.bias",), Scope.MAMBA_LAYER, CONVOLVED),
+    # The mixer computes with these in FP32, and not all sources hold them so.
     *(replace(_of_mamba(name), keep_source_dtype=True) for name in ("A_log", "D", "dt_bias")),
     _of_mamba("norm.weight"),
     WeightMapping(
@@ -117,6 +118,7 @@ ATTENTION = (
 
 
 def _feed_forward(megatron: str, hf: str, scope: Scope) -> tuple[WeightMapping, ...]:
+    """The two linears of a network without a gate, so that each is one tensor in both."""
     return (
         WeightMapping((f"{megatron}.linear_fc1.weight",), (f"{hf}.up_proj.weight",), scope, COLUMN, Role.LINEAR),
         WeightMapping((f"{megatron}.linear_fc2.weight",), (f"{hf}.down_proj.weight",), scope, ROW, Role.LINEAR),

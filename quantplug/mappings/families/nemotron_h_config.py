@@ -66,12 +66,14 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
         for name, value, kind, known in ((_LIST, listed, list, _WORDS), (_PATTERN, pattern, str, _SYMBOLS))
         if value is not None
     }
+    # None now says that a setting is there and cannot be read, while one that is absent has no entry.
     if not said:
         yield Offender(f"{_LIST} / {_PATTERN}", "not set")
     if said.get(_LIST, ()) is None:
         yield Offender(_LIST, f"is {_short(listed)}, not a list of {', '.join(_WORDS)}")
     if said.get(_PATTERN, ()) is None:
         yield Offender(_PATTERN, f"is {_short(pattern)}, not a text of {' '.join(_SYMBOLS)}, one a layer")
+    # Where a config carries both, any server may read either: they must agree.
     kinds = [(name, found) for name, found in said.items() if found]
     if len(kinds) == 2 and kinds[0][1] != kinds[1][1]:
         yield Offender(_PATTERN, f"says other layers than {_LIST}")
@@ -93,6 +95,7 @@ def _read(value: Any, kind: type[Any], known: Mapping[str, LayerKind]) -> tuple[
 
 
 def _short(value: object) -> str:
+    """What a config of unknown origin says, not longer than a message can bear."""
     return repr(value)[:60]
 
 
@@ -115,6 +118,11 @@ def layers(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
 
 
 def dimensions(config: Mapping[str, Any]) -> ModelDimensions:
+    """Sizes of a Nemotron-H model.
+
+    Raises:
+        UnsupportedModelError: The config does not say which layers the model has.
+    """
     kinds = layers(config)
     of_kind = {kind: tuple(i for i, found in enumerate(kinds) if found is kind) for kind in LayerKind}
     with_experts = bool(of_kind[LayerKind.MOE])
@@ -145,6 +153,11 @@ def dimensions(config: Mapping[str, Any]) -> ModelDimensions:
 
 
 def megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
+    """The config in the words of Megatron's `MambaModel`.
+
+    Raises:
+        UnsupportedModelError: Settings that Megatron would compute otherwise; names them all.
+    """
     dims = dimensions(config)
     settings = _settings(config, dims)
     if dims.moe_layers:
@@ -164,6 +177,8 @@ def megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
 
 def _settings(config: Mapping[str, Any], dims: ModelDimensions) -> deepseek_config.Settings:
     """What a Nemotron-H may set, and Megatron would compute otherwise."""
+    # `MambaMixer` takes neither the number of taps nor epsilon nor the limits of time steps from its config: Megatron
+    # would not refuse other values, and compute with its own.
     off = ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias", "residual_in_fp32", "tie_word_embeddings")
     convolution = config.get("mamba_conv_bias", config.get("use_conv_bias", True))
     limit = config.get("mamba_dt_limit", config.get("time_step_limit"))

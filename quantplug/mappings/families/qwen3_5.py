@@ -15,7 +15,7 @@ MTP_SETTING = "mtp_num_hidden_layers"
 _NET = "model.layers.*.linear_attn"
 _QKV, _Z, _B, _A = (f"{_NET}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
 
-# Servers make two linears of the four.
+# Servers make two linears of the four. Betas and alphas have a row a head of values, too few for a block of FP8.
 IN_PROJECTION = WeightMapping(
     ("decoder.layers.*.self_attention.in_proj.weight",),
     (_QKV, _Z, _B, _A),
@@ -74,6 +74,7 @@ def _moe_config(config: Mapping[str, Any]) -> MegatronConfig:
     delta_config.refuse("Qwen3.5-MoE", _settings(config) | settings | routed.router_settings(config, normalized=True))
     dims = _moe_dimensions(config)
     # No layer is dense, and the config need not say how wide one would be.
+    # (`with_defaults` has made a copy, so the caller's config stays as it is.)
     config.setdefault("intermediate_size", dims.expert_width)
     transformer = {
         **delta_config.delta_transformer_config(config, dims),
@@ -112,5 +113,6 @@ QWEN3_5_MOE = Family(
     ),
     mtp_setting=MTP_SETTING,
     passthrough=("mtp.",),
+    # Decoder and layers of multi-token prediction may each be held in either form, by who wrote the checkpoint.
     forms=(_IN_ONE_TENSOR, (*_IN_ONE_TENSOR, *_MTP_IN_ONE_TENSOR), _MTP_IN_ONE_TENSOR),
 )

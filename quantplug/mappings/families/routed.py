@@ -13,17 +13,23 @@ SIZES = (EXPERTS, SizeSetting(("moe_intermediate_size",)), SizeSetting(("decoder
 
 
 def sparse_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Qwen's way to say which layers have experts."""
+    """Global ids of the layers with experts, as Qwen's configs say it: every so many, without those that are listed."""
     step = config.get("decoder_sparse_step") or 1
     dense = config.get("mlp_only_layers") or ()
     return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
 def num_experts(config: Mapping[str, Any]) -> int:
+    """Routed experts of a layer, in either spelling.
+
+    Raises:
+        UnsupportedModelError: Neither is set.
+    """
     return int(setting(config, *EXPERTS.names))
 
 
 def sparse_dimensions(config: Mapping[str, Any]) -> ModelDimensions:
+    """Sizes of a decoder of which some layers have experts, as Qwen's configs say it."""
     return decoder_dimensions(config, num_experts(config), sparse_layers(config))
 
 

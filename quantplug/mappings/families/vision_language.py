@@ -44,6 +44,7 @@ def vision_language(
         nested=TEXT_CONFIG,
         passthrough=(*map(rename, text.passthrough), *passthrough),
         needs_source=lambda config: True,  # There is no such model without vision.
+        # Forms are recognised by the names of a checkpoint, so they must have its names too.
         forms=tuple(_renamed(form, rename) for form in text.forms),
     )
 
