@@ -31,11 +31,11 @@ class HeldWeight(Protocol):
 
     @property
     def key(self) -> NamedParameter:
-        """What names it in the model."""
+        """Its key in the model, which names it."""
 
     @property
     def label(self) -> str:
-        """What a user finds it by where it comes from."""
+        """The name by which a user finds it where it comes from."""
 
     @property
     def rank(self) -> int:
@@ -61,12 +61,14 @@ class Kind:
 class Findings:
     """Offenders by kind, in the order in which the kinds were met."""
 
+    # The rank that is named where an offender names none: the one that this check runs on.
     rank: int = 0
     found: dict[Kind, list[Offender]] = field(default_factory=dict)
 
     def add(self, kind: Kind, parameter: str, reason: str, expert: int | None = None, rank: int | None = None) -> None:
         """Notes an offender, on this rank if no other is named."""
         offender = Offender(parameter, reason, expert, self.rank if rank is None else rank)
+        # A dict keeps the order of first insertion, which is that in which kinds were met.
         self.found.setdefault(kind, []).append(offender)
 
     def add_weight(self, kind: Kind, weight: HeldWeight, reason: str) -> None:
@@ -77,6 +79,8 @@ class Findings:
         """Raises one error that lists every offender; of several kinds, the type is that of the first met."""
         if not self.found:
             return
+        # Callers catch by class, so that one must be chosen: that of what was met first, as the rest may follow from
+        # it. A remedy that several kinds share is said once.
         raise next(iter(self.found)).error(
             " ".join(kind.problem for kind in self.found),
             [offender for offenders in self.found.values() for offender in offenders],

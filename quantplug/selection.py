@@ -37,7 +37,7 @@ _NOTHING = Kind(
 
 
 class Reason(Enum):
-    """Why a weight of a matrix product is not quantized."""
+    """Why a weight of a matrix product is not quantized: for code to tell apart; `Kept.words` is for people."""
 
     ROLE = "what it is to the model"
     BITS = "too few bits for some server"
@@ -71,6 +71,7 @@ class Policy:
 
     def why_kept(self, row: WeightMapping) -> Kept | None:
         """Why weights of a row stay in high precision; None where they are quantized."""
+        # The order matters for the words: what no choice of the user's can change is told before what one can.
         if row.role is not Role.LINEAR:
             return Kept(Reason.ROLE, row.role.value)
         if row.min_bits > self.weight_bits:
@@ -96,7 +97,7 @@ Decisions = Mapping[ParamKey, Decision]
 
 
 def decide(keys: Iterable[ParamKey], family: Family, policy: Policy) -> Decisions:
-    """The decision on every weight of a matrix product that the table knows."""
+    """The decision on every weight of a matrix product that the table knows; other parameters have none."""
     table = family.by_megatron()
     rows = {key: table[key.module] for key in keys if key.module in table}
     return {key: Decision(row, policy.why_kept(row)) for key, row in rows.items() if row.role.multiplies}
@@ -120,12 +121,16 @@ def excluding(decisions: Decisions, exclude: Sequence[str], family: Family, dims
     """
     findings, rows = Findings(), quantized(decisions)
     spelled = {key: list(_spellings(decision.row, key, dims)) for key, decision in decisions.items()}
+    # A tied output layer has no tensor and no decision, but a config may name it, and to exclude it is no mistake.
     known = {name.removesuffix(".weight") for name in family.tied}
     known.update(name for parts in spelled.values() for names in parts for name in names)
+    # Against all modules with a matrix product, quantized or not: to exclude a router, which is plain anyway, is no
+    # mistake either. A pattern that matches nothing is a typing error that would quantize what was to be spared.
     for pattern in dict.fromkeys(exclude):
         if not _matches(pattern, known):
             findings.add(_UNMATCHED, pattern, f"matches nothing{nearest(pattern, known)}")
     found = {key: [any(_matches(pattern, names) for pattern in exclude) for names in spelled[key]] for key in rows}
+    # By any of its parts; that all of them are meant is for the next check.
     touched = {key for key, row in rows.items() if any(found[key][part] for part in _packed_parts(row))}
     _refuse_parted(touched, rows, found, dims, findings)
     if rows.keys() <= touched:
@@ -137,6 +142,8 @@ def excluding(decisions: Decisions, exclude: Sequence[str], family: Family, dims
 
 def fused_with(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> frozenset[ParamKey]:
     """The weights with all that servers load as they load these: experts of their layers, and their scale groups."""
+    # Weights by what they are loaded with. A weight may be in two such groups, its layer's experts and a scale group,
+    # so that the closure is taken: whoever is reached brings his groups along.
     groups: defaultdict[str, set[ParamKey]] = defaultdict(set)
     for key, row in rows.items():
         for group in _groups(key, row, dims):
@@ -158,6 +165,7 @@ def exclude_patterns(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions
     A pattern for all layers stands where it hits no other quantized weight; else every layer is named.
     """
     wanted = fused_with(keys, rows, dims)
+    # Names that a pattern for all layers must not hit: those of quantized weights that are to stay quantized.
     others = [
         name for key, row in rows.items() if key not in wanted for part in _spellings(row, key, dims) for name in part
     ]
@@ -165,6 +173,7 @@ def exclude_patterns(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions
     patterns: dict[str, None] = {}
     for key in sorted(wanted):
         for general, exact in _modules(rows[key], key, dims):
+            # Once a pattern: with 256 experts in 60 layers each is asked for very often.
             if general not in fits:
                 fits[general] = not any(fnmatchcase(name, general) for name in others)
             patterns[general if fits[general] else exact] = None
@@ -177,7 +186,7 @@ def quantizer_rule(module: str) -> dict[str, object]:
 
 
 def by_exclude(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
-    """For `quantplug quantize` and its function in Python."""
+    """Advice for `quantplug quantize` and its function in Python: the options to add."""
     patterns = exclude_patterns(keys, rows, dims)
     if rows.keys() <= fused_with(keys, rows, dims):
         return "Choose another format: no linear would be left in this one."
@@ -186,17 +195,19 @@ def by_exclude(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> s
 
 
 def by_rules(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
-    """For a model whose quantizers a `quant_cfg` has placed."""
+    """Advice for a model whose quantizers a `quant_cfg` has placed: the rules to append."""
     wanted = fused_with(keys, rows, dims)
+    # Then the advice to leave out all of these would be the advice not to quantize.
     if rows.keys() <= wanted:
         return "Choose another format: no linear would be left in this one."
+    # Where no other layer needs the module quantized, one rule for all layers says it; else each layer is named.
     left = {key.module for key in rows.keys() - wanted}
     modules = dict.fromkeys(key.module if key.module not in left else _of_layer(key) for key in sorted(wanted))
     return f"Append to quant_cfg: {', '.join(str(quantizer_rule(module)) for module in modules)}."
 
 
 def by_checker(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
-    """For a stream."""
+    """Advice for a stream: for which names the checker should answer False."""
     wanted = fused_with(keys, rows, dims)
     if rows.keys() <= wanted:
         return "Choose another format: no linear would be left in this one."
@@ -217,7 +228,9 @@ def _refuse_parted(
     dims: ModelDimensions,
     findings: Findings,
 ) -> None:
-    """What is excluded in part: some linears that one weight stands for, or some weights of those loaded alike."""
+    """Refuses what is excluded in part: some linears of one weight, or some weights of those that are loaded alike."""
+    # All that would have to go with what the patterns hit; what of it they do not hit is named, with the patterns that
+    # would.
     together = fused_with(touched, rows, dims)
     parted: list[tuple[ParamKey, str, str]] = []
     for key in sorted(together):
@@ -227,6 +240,7 @@ def _refuse_parted(
         reason = (
             f"is not excluded, {excluded[0]} is" if excluded else "is not excluded, others that servers load alike are"
         )
+        # Users write modules in `exclude`, and are told modules.
         parted += [(key, name, reason.replace(".weight", "")) for name in missing]
     if not parted:
         return
@@ -240,7 +254,8 @@ def _refuse_parted(
 
 
 def _groups(key: ParamKey, row: WeightMapping, dims: ModelDimensions) -> Iterator[str]:
-    """Names of what a weight is loaded alike with."""
+    """Names of the groups with which a weight is loaded: all experts of its layer, and its scale group."""
+    # Servers make one fused module of a layer's experts, so that all of them are packed or none.
     if key.expert is not None:
         yield f"experts of {key.stack} layer {key.layer}"
     group = row.group(key, dims)
@@ -249,7 +264,7 @@ def _groups(key: ParamKey, row: WeightMapping, dims: ModelDimensions) -> Iterato
 
 
 def _packed_parts(row: WeightMapping) -> list[int]:
-    """Which parts are packed where the weight is quantized."""
+    """Indices into `row.hf` of the parts that are packed where the weight is quantized; the others stay plain."""
     return [part for part, name in enumerate(row.hf) if name not in row.high_precision]
 
 
@@ -261,7 +276,10 @@ def _spellings(row: WeightMapping, key: ParamKey, dims: ModelDimensions) -> Iter
 
 
 def _modules(row: WeightMapping, key: ParamKey, dims: ModelDimensions) -> Iterator[tuple[str, str]]:
-    """What excludes a weight: a pattern for all layers, and for its own; for an expert, all experts of the layer."""
+    """Patterns that exclude a weight: (one for all layers, one for its own) of each of its modules.
+
+    An expert is excluded by the module of all experts of its layer, as servers load them alike.
+    """
     experts = row.experts_module(key, dims)
     if experts is None:
         for part in _packed_parts(row):

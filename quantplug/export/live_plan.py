@@ -73,6 +73,7 @@ def plan_export(
         requantize: Quantizers to plan with in place of the model's own, which are not looked at then.
         leave_out: How the caller leaves weights out, for the advice of errors.
     """
+    # Before anything is read, as it raises where Megatron's groups are not initialized.
     topology = current_topology()
     source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
     family, dims, beside = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
@@ -83,14 +84,18 @@ def plan_export(
     )
 
     # From here on every rank works on the same data, and so comes to the same plan or the same error.
+    # Rules of a quantizer config can match on one pipeline stage alone, so that they are judged over all ranks
+    # together.
     if requantize is None:
         refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
     findings = Findings()
     wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
     findings.raise_if_any()
+    # Copies on several ranks are named once.
     unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
     if requantize is not None:
         wholes, unclaimed = requantize(wholes, family), ()
+    # Headers of the source, where it has weights: what it says of shapes and types is held against the model's.
     stored = all_or_none(lambda: _stored(source, family, dims, topology))
     request = ExportRequest(
         tied_embeddings=ties_embeddings(source.values),
@@ -103,6 +108,7 @@ def plan_export(
         calibrated=calibrated,
         leave_out=leave_out,
     )
+    # Deterministic, so that all ranks raise alike; but the ranks' sources may differ, and then one raises alone.
     plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
     live = LiveSource({ref.key: ref for ref in refs}, dims, beside.rows(dims))
@@ -110,6 +116,9 @@ def plan_export(
 
 
 def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
+    """The config of a source, which is fetched whole only if tensors of it are carried over."""
+    # The config first, by itself: from the hub the weights would be hundreds of gigabytes, and only a source of which
+    # tensors are carried over needs them.
     config = read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
     family = find_family(config.architecture)
     if not has_passthrough(config, family, family.dimensions(config.values)):
@@ -120,7 +129,11 @@ def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceCon
 def _stored(
     source: SourceConfig, family: Family, dims: ModelDimensions, topology: ParallelTopology
 ) -> dict[str, TensorHeader]:
-    """What lies beside the config; where that ties the embeddings, no other output layer may be among it."""
+    """Headers of the tensors beside the config, by name; empty where there are none.
+
+    Where the config ties the embeddings, an output layer among them must be the same as the embedding, or it would be
+    lost.
+    """
     stored = stored_tensors(source.directory)
     if ties_embeddings(source.values) and any(
         {copy, original} <= stored.keys() for copy, original in family.tied.items()
@@ -141,4 +154,5 @@ def _fit(
         family = fitted(family, checkpoint.tensors, dims)
         refs = tuple(passthrough_refs(checkpoint, family, topology.rank, topology.world_size))
         return family, dims, Passthrough(refs, checkpoint)
+    # A source without such tensors, or a stream, which sends none: the table has no rows for them then.
     return fitted(replace(family, passthrough=()), stored_tensors(source.directory), dims), dims, Passthrough()

@@ -89,6 +89,7 @@ def quantize_checkpoint(
     scheme = scheme_without_data(format, "format")
     target = Path(destination)
     with disk_errors(target):
+        # Before the source is resolved: a hub model must not be fetched for a directory that cannot be used.
         check_destination(target)
     model = _read_model(resolve_source(source), trust_remote_code)
     side_files = choose_side_files(model.directory, code=trust_remote_code)
@@ -110,6 +111,8 @@ def quantize_checkpoint(
         )
         planner = _Planner(model, weights, chosen, scheme.weight, request)
         rows = CheckpointSource(checkpoint, model.dims)
+        # Planned twice. The first plan refuses by headers alone what can be refused, before the source is read; the
+        # second one has the amaxes that reading gave, in its scales and in its digest.
         found = prescan(planner.plan(None).tasks, rows, rank=0, progress=progress)
         plan = planner.plan(found.amaxes)
         refuse_outliers(plan.tasks, found.typical, rows, rank=0)
@@ -122,6 +125,7 @@ def quantize_checkpoint(
                 require_unchanged(plan.tasks, rows, found.marks, rank=0)
             finish(plan, Beside(model.directory, model.config, side_files), staging, dtype=None)
         except BaseException:
+            # Also on Ctrl-C: finished files stay, for the same command to go on from.
             staging.discard_unless_resumable()
             raise
         finally:
@@ -169,5 +173,6 @@ class _Planner:
         return build_plan(weights, self.model.family, self.model.dims, request)
 
     def _quantized(self, weight: WholeWeight, amaxes: Mapping[ParamKey, float] | None) -> WholeWeight:
+        # A weight-only format needs no data: max|weight| is all of its calibration.
         amax = None if amaxes is None else amaxes[weight.key]
         return replace(weight, weight=replace(quantizer_for(self.packing, weight.label), amax=amax))

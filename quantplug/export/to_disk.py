@@ -76,6 +76,7 @@ def export_mcore_gpt_to_hf(
     """
     destination, policy = Path(export_dir), weight_amax_policy(amax)
     topology = current_topology()
+    # What costs nothing comes first: a directory that cannot be used is refused before the model is looked at.
     all_or_none(lambda: _check_destination(destination, topology.rank))
     require_shared(destination, topology.rank)
     planned = plan_export(
@@ -88,9 +89,12 @@ def export_mcore_gpt_to_hf(
     )
     plan, weights, source, rank = planned.plan, planned.weights, planned.source, topology.rank
     side_files = all_or_none(lambda: choose_side_files(source.directory, code=trust_remote_code))
+    # One look at all weights, before a byte is written. It needs no other rank, so that they all look at once.
     found = all_or_none(lambda: prescan(plan.tasks, weights, rank, progress, policy=policy))
+    # Every rank compares the marks of all, and so raises what the others raise.
     refuse_diverged(gather_objects(found.marks))
     groups = process_groups()
+    # Each rank has seen its slices; a scale is one of the whole weight, and of its scale group.
     if policy is WeightAmax.REFRESH:
         plan = plan.with_amaxes(amaxes_of_wholes(plan.tasks, found.amaxes, groups))
     all_or_none(lambda: refuse_outliers(plan.tasks, found.typical, weights, rank))
@@ -102,10 +106,13 @@ def export_mcore_gpt_to_hf(
         with staging.discarded_on(SourceError):
             write_tensors(plan, reading, staging, rank, groups, progress)
             all_or_none(lambda: require_unchanged(plan.tasks, weights, found.marks, rank))
+        # Rank 0 alone writes what there is once, when all ranks have agreed that theirs is on disk. Others wait for its
+        # verdict.
         all_or_none(lambda: finish(plan, beside, staging, dtype) if rank == 0 else None)
     except RankLostError:
         raise  # Others may still write.
     except BaseException:
+        # Errors of the export itself have ended all ranks together, so that nobody writes there any more.
         staging.discard_unless_resumable()
         raise
     finally:

@@ -32,6 +32,7 @@ def write_configs(
     Args:
         source: The source's config.json as it was read for the plan: the file may say something else by now.
     """
+    # A copy, as the caller's config is that of the plan; nested dicts are replaced, not changed.
     config = dict(source)
     text = config.get(_TEXT_CONFIG)
     if isinstance(text, dict):
@@ -39,6 +40,7 @@ def write_configs(
             config.setdefault(_TIED, text[_TIED])
         config[_TEXT_CONFIG] = _agreeing(text, config, dtype)
     if dtype is not None:
+        # A config that names no type would leave readers to guess it.
         config |= dict.fromkeys(_spellings(config) or {"dtype"}, _spelled(dtype))
     for key in _QUANTIZATION_KEYS:
         config.pop(key, None)
@@ -80,7 +82,10 @@ def copy_side_files(source: Path, destination: Path, names: Iterable[str]) -> No
     for name in names:
         copy = destination / name
         copy.parent.mkdir(exist_ok=True)
+        # Never a pipe or a device, nor what a link leads to outside the source: the file may be another one than when
+        # it was chosen.
         with open_file(source, name) as original, copy.open("wb") as file:
             shutil.copyfileobj(original, file)
+        # Names and data are both on disk before the directory is published: the rename must not outlive its content.
         finish_file(copy)
         sync_directory(copy.parent)

@@ -24,9 +24,9 @@ class ExportResult:
     Attributes:
         algorithm: Short name of the quantization, None for an export without one.
         tensors: Number of tensors on disk.
-        nbytes: Their size.
+        nbytes: Size of their data in bytes, without the headers of the files.
         shards: Number of safetensors files.
-        weight_bytes: Size of all weights before they were packed.
+        weight_bytes: Size of all weights in bytes before they were packed.
         side_files: What was copied of the source beside the weights, and what was not, with the reason.
     """
 
@@ -68,15 +68,18 @@ def finish(plan: ExportPlan, source: Beside, staging: Staging, dtype: torch.dtyp
     shards = (file.name for file in plan.files)
     names = {*shards, *source.side_files.carried, INDEX_FILE, CONFIG_FILE, QUANT_CONFIG_FILE}
     with disk_errors(staging.directory):
+        # Before anything is added: what is there now is what ranks have written, and nothing else may be published with
+        # it.
         refuse_strays(staging.directory, names)
         write_index(staging.directory, plan.files, plan.expected())
         copy_side_files(source.directory, staging.directory, source.side_files.carried)
         write_configs(source.config, staging.directory, dtype, plan.quant_config)
+        # Last of all. Until this rename there is nothing under the destination's name, whatever has failed before.
         staging.publish()
 
 
 def result_of(plan: ExportPlan, directory: Path, side_files: SideFiles) -> ExportResult:
-    """What a plan says has been written."""
+    """The result of an export by its plan, which is what has been written once it has come to its end."""
     expected = plan.expected().values()
     algorithm = plan.quant_config.algorithm if plan.quant_config else None
     nbytes = sum(spec.nbytes for spec in expected)

@@ -18,6 +18,7 @@ def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[s
     """Writes the index of what is in the files, by their own headers, which must be what was planned."""
     weight_map: dict[str, str] = {}
     for file in files:
+        # Read by safetensors itself, with which servers read, and not by what wrote the file.
         with safe_open(directory / file.name, framework="pt") as opened:
             names = set(opened.keys())
         assert names == set(file.tensors), f"{file.name} does not hold what was planned"
@@ -42,6 +43,7 @@ def refuse_strays(directory: Path, names: Container[str]) -> None:
     strays = [
         path
         for path in sorted(directory.rglob("*"))
+        # `is_dir` and `is_file` follow links, so that these are asked for first: a link is refused wherever it leads.
         if not (path.suffix == ".part" and path.is_file())
         and (path.is_symlink() or not path.is_dir())
         and (path.is_symlink() or not path.is_file() or str(path.relative_to(directory)) not in names)

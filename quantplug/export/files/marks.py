@@ -12,7 +12,7 @@ import torch
 from quantplug.export.pipeline.fingerprint import fingerprint
 
 _WORDS = 1024  # In a row: changed words are found by their row and their column.
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 512  # Of 1,024 words of 8 bytes: 4 MiB at a time, whatever the size of the file.
 
 
 def leave_mark(path: Path, content: Path) -> None:
@@ -35,15 +35,18 @@ def is_as_marked(path: Path) -> bool:
 
 
 def _mark_of(path: Path) -> Path:
+    # Above the directory that is published, which must hold nothing but the checkpoint.
     return path.parent.parent / f"{path.name}.mark"
 
 
 def _mark(path: Path) -> str:
     """Changes with any changed bit; no cryptographic hash, which would take longer than packing."""
+    # Bytes of a file read as FP64, for the width of 8 bytes alone: their bits are summed as integers.
     words = torch.zeros(_CHUNK_ROWS, _WORDS, dtype=torch.float64)
     content, marks = words.view(torch.uint8).numpy().reshape(-1).data, hashlib.sha256()
     with path.open("rb") as file:
         while count := file.readinto(content):
+            # The last chunk is short: what the one before it has left behind it must not count.
             words.view(torch.uint8).view(-1)[count:] = 0
             marks.update(f"{count} {fingerprint(words)}\n".encode())
     return marks.hexdigest()

@@ -32,7 +32,9 @@ def require_shared(destination: Path, rank: int) -> None:
         return
     destination = destination.resolve()
     mark = all_or_none(lambda: _leave_mark(destination) if rank == 0 else None)
+    # Rank 0 holds the mark until the answers of all ranks are there: leaving the block removes it.
     with nullcontext() if mark is None else mark:
+        # Everyone looks for what rank 0 has left; what the others bring to this gather is not used.
         left, target = gather_objects(("" if mark is None else mark.name, destination))[0]
         sees = all_or_none(lambda: _sees(destination, Path(left), target, rank))
         found = gather_objects((sees, destination, platform.node()))
@@ -78,6 +80,8 @@ def _remove_left_marks(directory: Path, name: str) -> None:
 
 def _sees(destination: Path, mark: Path, target: Path, rank: int) -> bool:
     """Whether the mark that rank 0 left above its `target` stands at the same place above this rank's destination."""
+    # Where the mark lies depends on which parents exist for rank 0. A rank that sees another disk may have other ones,
+    # so it goes up as many steps as rank 0 did.
     below = target.relative_to(mark.parent)
     nearest = Path(*destination.parts[: -len(below.parts)])
     with disk_errors(nearest, rank):

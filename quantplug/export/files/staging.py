@@ -61,8 +61,8 @@ class Staging:
     is found before any rank claims it.
 
     Args:
-        digest: Of the plan, which knows names, shapes, scales and files.
-        fingerprint: Of the weights that this rank holds.
+        digest: Digest of the plan, which knows names, shapes, scales and files.
+        fingerprint: Fingerprint of the weights that this rank holds.
         world_size: Number of ranks of this export.
     """
 
@@ -81,6 +81,7 @@ class Staging:
     def make(self) -> None:
         """Makes the directory, by rank 0, which then knows what to remove if the export fails."""
         if self._rank == 0:
+            # The nearest first, so that removing them in this order finds each one empty.
             self._made = [parent for parent in self.directory.parents if not parent.exists()]
             self.directory.mkdir(parents=True, exist_ok=True)
 
@@ -106,11 +107,14 @@ class Staging:
         Raises:
             DestinationError: It belongs to another export.
         """
+        # One a rank: each vouches for the weights that it holds itself, and no rank knows the fingerprints of all.
         manifest = self._root / f"rank-{self._rank:05d}.json"
         identity = json.dumps(self._identity)
         left_by = manifest.read_text(encoding="utf-8") if manifest.exists() else None
+        # Another export that has finished no file yet has nothing to lose: what it left is taken over.
         if left_by != identity and any(self.directory.glob("*.safetensors")):
             raise self._refusal("was left by an export of another model, config or topology")
+        # Before the first file gets its name: a finished file always has a manifest that says whose it is.
         write_atomically(manifest, identity)
         self._is_ours = True
 
@@ -122,12 +126,14 @@ class Staging:
         found = set()
         for file in files:
             path, size = self.directory / file.name, file_size([expected[name] for name in file.tensors])
+            # The size first, as it costs nothing; the mark means to read all of the file.
             if path.is_file() and path.stat().st_size == size and is_as_marked(path):
                 found.add(file.name)
         return found
 
     def discard_unless_resumable(self) -> None:
         """After a failure: leaves no trace, unless there are finished files to go on from."""
+        # Final names alone: unfinished files end in `.part`.
         if not any(self.directory.glob("*.safetensors")):
             self.discard()
 
@@ -142,6 +148,7 @@ class Staging:
 
     def discard(self) -> None:
         """Leaves no trace, neither of files that are finished."""
+        # One rank removes for all of them, and never what another export has left.
         if self._rank != 0 or not self._is_ours:
             return
         shutil.rmtree(self._root, ignore_errors=True)
@@ -159,6 +166,7 @@ class Staging:
 
     def close(self) -> None:
         """Lets go of the locks."""
+        # Closing a descriptor lets go of its flock(2); so does the end of the process, however it ends.
         while self._locks:
             os.close(self._locks.pop())
 

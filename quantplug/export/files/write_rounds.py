@@ -32,7 +32,8 @@ class Reading:
     """How rows come to be packed.
 
     Attributes:
-        bucket_bytes: Rows are read in pieces that are a fraction of it.
+        read: Gives the rows that this rank has of a piece.
+        bucket_bytes: Memory of a bucket; rows are read in pieces that are a fraction of it.
     """
 
     read: ReadRows
@@ -58,9 +59,11 @@ def write_tensors(
         SourceError: What is read is no longer what the prescan has looked at.
         RankLostError: A rank ended.
     """
+    # Each step on all ranks before the next one: no rank claims the directory while another still finds it locked.
     for step in (staging.make, staging.lock, staging.open):
         all_or_none(disk_errors(staging.directory, rank)(step))
     finished = _finished_everywhere(plan, staging, rank)
+    # All tensors of a weight are in one file, so that the first one tells of all.
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
     todo = [task for task in plan.tasks if task.outputs[0].tensors[0].name not in kept]
     files = [file for file in plan.files if file.name not in finished]
@@ -71,6 +74,7 @@ def write_tensors(
     delivered: Delivered = []
     try:
         if full:
+            # Agreed upon before the first round: a rank must not open a file that its maker has not made.
             all_or_none(disk_errors(staging.directory, rank)(sink.make_shared))
         with WriterThread() as writing:
             steps = _RankWork(reading, plan.dims, sink, staging.directory, rank, writing, progress, total)
@@ -80,6 +84,8 @@ def write_tensors(
                 with lost_ranks_named():
                     delivered = [] if packed is None else packed.exchange(groups)
                 del packed  # Or what it received would be there while the next one is packed.
+            # No bucket is left to pack: this writes what the last round delivered, and names what was full a round
+            # before it. What that last round has filled takes one more agreement, that all ranks have written it.
             all_or_none(partial(steps.write_and_pack, delivered, None, full.get(len(rounds) - 2, ())))
             if full:
                 all_or_none(partial(steps.write_and_pack, [], None, full.get(len(rounds) - 1, ())))
@@ -95,6 +101,7 @@ def _full_after(rounds: Sequence[Round], files: Sequence[ShardFile]) -> dict[int
     for number, buckets in enumerate(rounds):
         for piece in _all_pieces([buckets]):
             if piece.task.unit in home:
+                # Rounds come in order, so that the last number stays.
                 last[home[piece.task.unit]] = number
     full: defaultdict[int, list[str]] = defaultdict(list)
     for name, number in last.items():
@@ -169,7 +176,9 @@ class _RankWork:
 
 def _finished_everywhere(plan: ExportPlan, staging: Staging, rank: int) -> set[str]:
     """Files that their owners find finished, known to all ranks."""
+    # A file of several ranks is looked at by the first of them alone.
     own = staging.finished([file for file in plan.files if file.owners[0] == rank], plan.expected())
+    # As one vector of flags over the plan's files, which all ranks have in one order.
     flags = union(torch.tensor([file.name in own for file in plan.files], dtype=torch.uint8))
     return {file.name for file, flag in zip(plan.files, flags.tolist(), strict=True) if flag}
 

@@ -57,7 +57,11 @@ def has_grown(task: ExportTask, amax: float) -> bool:
 
 
 def _has_scale_of_whole(task: ExportTask) -> bool:
-    """Whether any of a weight's tensors is a scale of all of it: one without axes."""
+    """Whether any of a weight's tensors is a scale of all of it, which is one without axes.
+
+    NVFP4 and FP8 have one, made of the calibrated amax. FP8 in blocks has none: every scale is made of its block as it
+    is packed.
+    """
     packed = (part for part in task.outputs if part.format is not None)
     return any(not spec.shape for part in packed if part.format for spec in part.format.outputs(part.shape))
 
@@ -77,6 +81,8 @@ def amaxes_of_wholes(
     mine = [task for task in tasks if task.source.key in own and task.format is not None]
     amaxes = {task.source.key: own[task.source.key] for task in mine}
     for axis, group in groups.items():
+        # All ranks of a group hold slices of the same weights, and list them in the plan's order: their vectors are of
+        # one length, each place being one weight, and either all of them call the collective or none does.
         cut = [task.source.key for task in mine if task.source.axis is axis]
         if cut:
             largest = torch.tensor([amaxes[key] for key in cut], dtype=torch.float32, device=collective_device())
@@ -88,11 +94,14 @@ def amaxes_of_wholes(
 
 def _of_groups(tasks: Sequence[ExportTask], own: Mapping[ParamKey, float]) -> dict[ParamKey, float]:
     """The largest amax of its scale group for every weight of this rank that is in one. A collective if any is."""
+    # From the tasks of the whole plan, also of weights that this rank does not hold: every rank must come to the same
+    # names in the same order, as the collective is one of all ranks.
     names = sorted({task.scale_group for task in tasks if task.scale_group is not None})
     if not names:
         return {}
     places = {name: place for place, name in enumerate(names)}
     members = {task.source.key: places[task.scale_group] for task in tasks if task.scale_group is not None}
+    # Neutral for the maximum, as no amax is negative.
     largest = [0.0] * len(names)
     for key, amax in own.items():
         if key in members:

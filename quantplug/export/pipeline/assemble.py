@@ -13,11 +13,16 @@ from quantplug.mappings.table import Placement
 
 
 def assemble_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDimensions) -> Iterator[TensorRows]:
-    """What is written of a piece, where its slices are, from what each of its ranks has sent; empties `slices`."""
+    """Rows of the tensors that are written of a piece, from what each of its ranks has sent, on its device.
+
+    `slices` is emptied on the way.
+    """
     if piece.task.gather_first:
         whole = joined(piece, [rows for (rows,) in slices], dims)
         slices.clear()  # Before the rows are packed, so that what was received need not outlive them.
         yield from _placed(piece, pack_rows(piece.task, piece.output, whole), piece.start)
+    # Slices that lie side by side make a row only together; and an expert must be whole to be placed among the others,
+    # where it may lie transposed.
     elif piece.task.mapping.layout.shard_axis == 1 or piece.output.placement is not None:
         axis = piece.task.mapping.layout.shard_axis or 0
         tensors = (_end_to_end(pieces, axis) for pieces in zip(*slices, strict=True))
@@ -25,6 +30,7 @@ def assemble_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: Mod
     else:
         for slice_index, packed in enumerate(slices):
             yield from _placed(piece, packed, first_row(piece, slice_index, dims))
+    # Once a part, with its first piece: the input scale is no row of anything.
     if piece.start == 0:
         yield from _input_scale(piece)
 
@@ -43,12 +49,16 @@ def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
 def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[TensorRows]:
     """Packed rows, the first of which is row number `row` of the part, as rows of the tensors that they belong to."""
     copies = [copy.tensors for copy in piece.task.duplicates]
+    # Not strict: where inputs are quantized the part has one tensor more than is packed of its rows, the input scale,
+    # and it is the last.
     for specs, tensor in zip(zip(piece.output.tensors, *copies, strict=True), packed, strict=False):
         for spec in specs:
             if piece.output.placement is not None:
                 yield from _of_expert(piece.output.placement, spec, tensor)
             elif tensor.numel() and tensor.ndim > 0 and spec.shape:
                 yield from _of_part(piece, spec, tensor, row)
+            # A scale of the whole tensor comes with every slice and piece, always the same: that of the first row is
+            # taken.
             elif row == 0:
                 yield TensorRows(spec.name, 0, tensor.reshape(spec.shape))
 
@@ -57,13 +67,16 @@ def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> 
     # A tensor of block scales has fewer rows than the part, of which the last may stand for a partial block. Pieces
     # begin at block borders, where rounding down the share of all rows gives the number of the block.
     first = row * spec.shape[0] // piece.output.shape[0]
-    left = spec.shape[0] - first  # WriterThread them there are only Megatron's padding rows of the vocabulary.
+    left = spec.shape[0] - first  # Behind them there are only Megatron's padding rows of the vocabulary.
     if left > 0:
         yield TensorRows(spec.name, first, tensor[:left].contiguous())
 
 
 def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> Iterator[TensorRows]:
-    """One expert's whole slice; a scale of all experts comes with the first of them."""
+    """One expert's whole slice, as row `expert` of the tensor [experts, ...].
+
+    A scale of all experts is the same for each of them, and comes with the first.
+    """
     if not placement.is_shared(spec.shape):
         yield TensorRows(spec.name, placement.expert, placement.turned(tensor).unsqueeze(0).contiguous())
     elif placement.expert == 0:
@@ -71,6 +84,7 @@ def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> 
 
 
 def _input_scale(piece: Piece) -> Iterator[TensorRows]:
+    """The `input_scale` of a part and of its copies, FP32 without axes; nothing where inputs are not quantized."""
     task, packing, placement = piece.task, piece.output.format, piece.output.placement
     if packing is None or task.input_amax is None or (placement is not None and placement.expert > 0):
         return

@@ -43,6 +43,7 @@ def make_rounds(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes
     rounds: list[Round] = []
     for phase in PHASES:
         by_group: defaultdict[tuple[int, ...], list[Piece]] = defaultdict(list)
+        # The order of tasks is the plan's, which every rank has: ranks of a group fill the same buckets without asking.
         for task in tasks:
             if task.source.axis is phase:
                 by_group[task.ranks] += cut(task, dims, bucket_bytes)
@@ -50,6 +51,8 @@ def make_rounds(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes
             [Bucket(phase, ranks, batch) for batch in batches(pieces, bucket_bytes)]
             for ranks, pieces in by_group.items()
         ]
+        # A round has the next bucket of every group that still has one. Groups with fewer sit out the last rounds of a
+        # phase.
         rounds += [tuple(bucket for bucket in row if bucket is not None) for row in zip_longest(*buckets)]
     return rounds
 
@@ -64,6 +67,7 @@ def batches(pieces: Sequence[Piece], bucket_bytes: int) -> Iterator[tuple[Piece,
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
+        # A piece that is too large goes alone: a single expert of a tensor that cannot be cut must still travel.
         if batch and size + piece.in_flight > payload(bucket_bytes):
             yield tuple(batch)
             batch, size = [], 0

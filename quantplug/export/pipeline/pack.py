@@ -23,9 +23,13 @@ def pack_in_groups(read: Iterable[tuple[Piece, torch.Tensor]], most: int) -> Gen
     """
     group: list[tuple[Piece, torch.Tensor]] = []
     for piece, rows in read:
+        # Kernels take a group as one batch, which has one shape, dtype, device and stride. Another kind of rows ends
+        # it.
         if group and not _are_alike(group[-1], (piece, rows)):
             yield from _packed(group)
         group.append((piece, rows))
+        # The group is full if one more of the same size would be too much. What is not packed, but sent or written as
+        # it is, gains nothing from company and is handed on at once.
         if (len(group) + 1) * rows.nbytes > most or not _is_packed(piece):
             del rows  # Or they would be there while the next ones are read.
             yield from _packed(group)
@@ -59,6 +63,7 @@ def pack_rows(task: ExportTask, part: PartOutput, rows: torch.Tensor) -> Sequenc
     """Rows of a part as they are written: packed, or in the type of plain tensors; on their device."""
     if part.format is None:
         return (rows.to(task.dtype),)
+    # FP32, in which the scale is computed: the same on every rank, so that slices packed apart have one scale.
     amax = torch.tensor(task.amax, dtype=torch.float32, device=rows.device)
     return tuple(part.format.pack(rows, amax).tensors.values())
 

@@ -111,6 +111,8 @@ def prescan(
             if with_marks:
                 marks[chunk.place] = fingerprint(chunk.rows)
             looked += chunk.rows.nbytes
+            # Only within a weight. Its end is told below, and by its size in the plan: padding rows are never looked
+            # at, and the sum must come out at the total.
             if looked < _share(task):
                 progress("Checking weights", done + looked, total)
         done += _share(task)
@@ -132,11 +134,13 @@ def _share(task: ExportTask) -> int:
 
 def _judge(task: ExportTask, amax: float, source: Source, policy: WeightAmax, findings: Findings) -> None:
     name, expert = task.source.label, task.source.key.expert
+    # First, as no comparison below is true of a NaN.
     if not math.isfinite(amax):
         _add_nonfinite(task, source, findings)
     elif any(part.format is None for part in task.outputs) and not _fits(amax, task.dtype):
         findings.add(_OVERFLOW, name, f"overflows {task.dtype}", expert)
     elif policy is not WeightAmax.REFRESH and has_grown(task, amax):
+        # Also where clipping is wanted: clipped to 0 the whole weight would be gone.
         if task.amax == 0:
             findings.add(_LOST, name, f"amax is 0, the weight has {amax:.6g}", expert)
         elif policy is WeightAmax.CALIBRATED:
@@ -144,10 +148,13 @@ def _judge(task: ExportTask, amax: float, source: Source, policy: WeightAmax, fi
 
 
 def _fits(amax: float, dtype: torch.dtype) -> bool:
+    """Whether the largest magnitude of a weight is still finite once it is rounded to `dtype`."""
     return bool(torch.tensor(amax, dtype=torch.float32).to(dtype).isfinite())
 
 
 def _add_nonfinite(task: ExportTask, source: Source, findings: Findings) -> None:
+    # A second look, at whole tensors and by the names that the source has for them: for the message alone, so that the
+    # first look stays one pass.
     reasons = [(name, first_nonfinite(tensor)) for name, tensor in source.named(task) if tensor.numel()]
     for name, reason in reasons:
         if reason is not None:
@@ -157,7 +164,7 @@ def _add_nonfinite(task: ExportTask, source: Source, findings: Findings) -> None
 
 
 def digest_of(marks: Marks) -> str:
-    """One fingerprint of all that a rank holds."""
+    """One fingerprint, 64 hex digits, of all that a rank holds; in whatever order it was looked at."""
     return hashlib.sha256(repr(sorted((tuple(place), mark) for place, mark in marks.items())).encode()).hexdigest()
 
 
@@ -174,6 +181,7 @@ def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
     seen: Marks = {}
     for rank, marks in enumerate(of_ranks):
         for place, mark in marks.items():
+            # Held against the first rank that has the place. Slices have places of their own, so that only copies meet.
             if seen.setdefault(place, mark) != mark:
                 findings.add(_DIVERGED, place.weight, "its copy here is not that of a lower rank", rank=rank)
     findings.raise_if_any()

@@ -20,6 +20,7 @@ class WriterThread:
     """
 
     def __init__(self) -> None:
+        # One worker: steps are done in the order in which they come, and no two of them write at once.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
         self._steps: deque[Future[None]] = deque()
 
@@ -34,6 +35,7 @@ class WriterThread:
     def wait(self, undone: int = 0) -> None:
         """Waits until no more steps than that are not done."""
         while len(self._steps) > undone:
+            # Raises here what the step has raised there.
             self._steps.popleft().result()
 
     def __exit__(
@@ -43,4 +45,5 @@ class WriterThread:
             if kind is None:
                 self.wait()
         finally:
+            # Waits for the step that is under way, which still writes to files that the caller is about to close.
             self._thread.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import WeightMapping
 
 BUCKET_BYTES = 256 * 2**20
-"""Of a live model: large enough that a collective's start costs nothing beside what it moves."""
+"""Bytes of a bucket of a live model: enough that to start a collective costs nothing beside what it moves."""
 
 PIECES_IN_A_BUCKET = 8
 """A piece has at most this fraction of a bucket: working copies of one are small beside what is sent and received."""
@@ -72,7 +72,7 @@ def rows_of(piece: Piece, slice_index: int, dims: ModelDimensions) -> torch.Tens
 
 
 def first_row(piece: Piece, slice_index: int, dims: ModelDimensions) -> int:
-    """Where in the whole part the rows begin that slice number `slice_index` packs of a piece."""
+    """Index in the whole part of the first row that slice number `slice_index` packs of a piece."""
     # Slices that lie below one another each bring the same rows of themselves, which are as far apart in the part as a
     # slice is high.
     apart = piece.task.mapping.layout.shard_axis == 0 and not piece.task.gather_first
@@ -103,7 +103,10 @@ def source_bytes(piece: Piece) -> int:
 
 
 def travel_specs(piece: Piece, slice_index: int, dims: ModelDimensions) -> tuple[TensorSpec, ...]:
-    """What slice number `slice_index` sends of a piece."""
+    """The tensors that slice number `slice_index` sends of a piece.
+
+    They are its rows as they lie in the source where the task says `gather_first`, else what they are packed to.
+    """
     rows = len(rows_of(piece, slice_index, dims)) if _straddles_rows(piece.task) else piece.stop - piece.start
     return _specs(piece.task, piece.part, rows)
 
@@ -127,7 +130,7 @@ def _rows_of_a_piece(task: ExportTask, part: int, rows: int, limit: int) -> int:
 
 
 def _in_flight(task: ExportTask, part: int, rows: int) -> int:
-    """What the owner receives; twice that where one rank may have to send all of it too."""
+    """Bytes that the owner of a piece receives; twice that where one rank may have to send all of them too."""
     # Rows that straddle slices may all lie in one of them: its rank then sends as much as the owner receives.
     times = 2 if _straddles_rows(task) else len(task.ranks)
     return sum(spec.nbytes for spec in _specs(task, part, rows)) * times
@@ -148,7 +151,10 @@ def _slice_rows(task: ExportTask) -> int:
 
 
 def _row_numbers(task: ExportTask, dims: ModelDimensions) -> tuple[torch.Tensor, ...]:
-    """For every part the numbers of its rows in a slice; in all slices, one behind the other, if it straddles them."""
+    """For every part the int64 indices of its rows in a slice.
+
+    Where a piece straddles slices, they are indices into all slices, one behind the other.
+    """
     rows = rows_in(slice_shape(task.source.shape, len(task.ranks), task.mapping))
     return _numbers(task.mapping, rows, len(task.ranks) if _straddles_rows(task) else 1, dims)
 

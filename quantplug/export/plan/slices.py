@@ -31,7 +31,9 @@ def must_gather_first(
     """Whether a head or a block straddles the slices, so that they cannot be packed one by one.
 
     Args:
-        packing: Of the parts that are packed; None if none is.
+        shape: Shape of the whole Megatron tensor.
+        slices: How many ranks share it.
+        packing: Format of the parts that are packed; None if none is.
     """
     if slices == 1:
         return False
@@ -61,5 +63,5 @@ def _cuts_a_block(part: tuple[int, ...], whole: tuple[int, ...], packing: Weight
 
 
 def packed_specs(task: ExportTask, part: PartOutput, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-    """What `pack_rows` gives for rows of this shape of a part."""
+    """The tensors that `pack_rows` makes of rows [rows, columns] of this shape of a part, in its order."""
     return (TensorSpec("weight", shape, task.dtype),) if part.format is None else part.format.outputs(shape)

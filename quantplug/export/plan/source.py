@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 def place_of(piece: Piece) -> Place:
-    """Where a piece stands that a source reads by itself."""
+    """The place of a piece of a source that reads weights piece by piece, as a checkpoint does."""
     return Place(piece.task.source.key.name, part=piece.part, start=piece.start)
 
 
@@ -43,7 +43,8 @@ class Chunk:
     """Data that is looked at in one go.
 
     Attributes:
-        rows: As it lies in the source, on its device; without what is never written.
+        place: Where it stands, the same whoever looks.
+        rows: A tensor as it lies in the source, on its device and in its dtype; without rows that are never written.
     """
 
     place: Place
@@ -55,11 +56,11 @@ class Source(Protocol):
 
     @property
     def bucket_bytes(self) -> int:
-        """How much of it is in flight at once; pieces are fractions of it."""
+        """Bytes of weights in flight at once; pieces are a fraction of it (`PIECES_IN_A_BUCKET`)."""
 
     @property
     def device(self) -> torch.device:
-        """Where most of its data is."""
+        """The device on which most of its data is."""
 
     def holds(self, task: ExportTask) -> bool:
         """Whether this rank has a slice of a weight, also one that another rank delivers."""
@@ -68,7 +69,10 @@ class Source(Protocol):
         """All that this rank has of a weight that it holds, for one look at it."""
 
     def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same as whole tensors, by the names that the source has for them: for messages, not for data."""
+        """All that this rank has of a weight as whole tensors, for messages alone.
+
+        Their names are those that the source has for them.
+        """
 
     def read(self, piece: Piece) -> torch.Tensor:
         """Rows of a weight that this rank holds, as `ReadRows`."""

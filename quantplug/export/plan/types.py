@@ -66,7 +66,7 @@ class WeightRef:
 
 
 Held = Mapping[ParamKey, WeightRef]
-"""What this rank holds."""
+"""Every weight of which this rank holds a slice, or all, by its key."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class WholeWeight:
 
     @property
     def label(self) -> str:
-        """What messages call it: the name that a user finds in the source."""
+        """The name that a user finds in the source, for messages."""
         return " and ".join(self.source_names) or self.key.name
 
     @property
@@ -249,7 +249,10 @@ class ExportPlan:
     digest: str
 
     def with_amaxes(self, amaxes: Mapping[ParamKey, float]) -> "ExportPlan":
-        """The same plan with other amaxes of weights, as far as they are given: what ranks deliver they must know."""
+        """The same plan with other calibrated amaxes, for those weights of which one is given.
+
+        A rank must give the amax of every weight of which it delivers a slice, as its scale is made there.
+        """
         tasks = tuple(
             replace(task, amax=amaxes[task.source.key]) if task.source.key in amaxes else task for task in self.tasks
         )
@@ -260,5 +263,5 @@ class ExportPlan:
         return replace(self, tasks=tasks, digest=digest)
 
     def expected(self) -> dict[str, TensorSpec]:
-        """What must be on disk afterwards, by name."""
+        """Every tensor that must be on disk afterwards, by name."""
         return {spec.name: spec for task in self.tasks for part in task.all_outputs for spec in part.tensors}

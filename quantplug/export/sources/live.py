@@ -26,9 +26,10 @@ _COMPRESSED = Kind(
 
 @dataclass(frozen=True)
 class LiveWeights:
-    """What a rank holds of a model.
+    """The weights that a rank holds of a model.
 
     Attributes:
+        refs: One for each weight, of this rank's slice.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
     """
 
@@ -114,7 +115,7 @@ def _weights_with_quantizers(model: Model) -> Iterator[tuple[int, tuple[Quantize
 
 
 def _state(names: dict[torch.nn.Module, str], quantizer: Quantizer) -> QuantizerState | None:
-    """What an enabled quantizer says; None if it is absent or disabled."""
+    """The settings and the amax of an enabled quantizer; None if it is absent or disabled."""
     if isinstance(quantizer, SequentialQuantizer):
         if not any(member.is_enabled for member in quantizer):
             return None

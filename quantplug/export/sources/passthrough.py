@@ -31,7 +31,7 @@ class Passthrough:
     checkpoint: HFCheckpoint | None = None
 
     def rows(self, dims: ModelDimensions) -> CheckpointSource | None:
-        """Where their rows are read, in the pieces that a live model is cut into."""
+        """The source of their rows, cut into the same pieces as those of a live model; None without such tensors."""
         return None if self.checkpoint is None else CheckpointSource(self.checkpoint, dims, BUCKET_BYTES)
 
 
@@ -67,7 +67,7 @@ def open_passthrough(directory: Path, family: Family) -> HFCheckpoint:
 
 
 def passthrough_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int) -> Iterator[WeightRef]:
-    """Those that this rank brings.
+    """The tensors that this rank brings, every one of which exactly one rank brings.
 
     Args:
         family: Fitted to the source.

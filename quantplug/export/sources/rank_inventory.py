@@ -55,7 +55,7 @@ class RankInventory:
 
 
 def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:
-    """What all ranks hold, in order of rank. A collective, of metadata alone."""
+    """The inventories of all ranks, in order of rank. A collective, of metadata alone."""
     # The way to load a weight is bound to the tensor: pickled, it would take all of the weight's data along.
     portable = replace(mine, refs=tuple(replace(ref, load=not_here) for ref in mine.refs))
     gathered = gather_objects(portable)

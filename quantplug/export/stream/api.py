@@ -20,6 +20,7 @@ from quantplug.megatron.parallel import current_topology, process_groups
 
 __all__ = ["AS_QUANTIZED", "StreamPlan", "export_hf_weights_quant", "plan_stream"]
 
+# By weight: shape and dtype of this rank's tensor, its weight quantizer and the input quantizer of its linear.
 _Portrait = dict[ParamKey, tuple[tuple[int, ...], torch.dtype, QuantizerState | None, QuantizerState | None]]
 
 
@@ -67,13 +68,16 @@ class StreamPlan:
             UnsupportedQuantizationError: quant_fn raised, or returned something else than when it was planned.
             RankLostError: A rank ended.
         """
+        # Parameters are looked up anew at every run: an optimizer may have put other tensors in their place.
         source = LiveSource(all_or_none(self._held_now), self.delivery.dims)
         missing = dict.fromkeys(self.expected()) if self.delivery.rank in self.delivery.receivers else {}
         for run, bucket in self.delivery.rounds(self.runs, source):
             if missing:
                 outputs = list(self.stream.outputs(part for _, part in run.parts))
+                # A tied weight is given once under each of its names. Only the last time may its memory be given away.
                 uses = Counter(spec.name for _, spec in outputs)
                 for name, spec in outputs:
+                    # A KeyError here would be a tensor that was not planned, or came twice.
                     missing.pop(name)
                     uses[spec.name] -= 1
                     yield name, bucket.tensor(spec.name, is_last_use=not uses[spec.name])
@@ -84,6 +88,7 @@ class StreamPlan:
         """How to get each weight, provided that the model is still the one that was planned."""
         weights = live_weights(self.model)
         now = _portrait(weights, self.has_quantizers)
+        # In both directions: what has gone, and what has come.
         changed = [key for key in {**self.portrait, **now} if now.get(key) != self.portrait.get(key)]
         if changed:
             raise MappingError(
@@ -170,6 +175,7 @@ def _plan(request: StreamRequest) -> StreamPlan:
 
     all_or_none(check)
     weights = all_or_none(lambda: live_weights(request.model))
+    # A rank may hold no weight at all; its trials then run where its collectives do.
     device = next((ref.load().device for ref in weights.refs), collective_device())
     stream = make_stream_plan(request, topology, device)
     has_quantizers = request.named_format is AS_QUANTIZED
@@ -191,7 +197,7 @@ def _plan(request: StreamRequest) -> StreamPlan:
 
 
 def _portrait(weights: LiveWeights, with_quantizers: bool) -> _Portrait:
-    """What of this rank's weights must stay as it was planned; their values need not."""
+    """Shapes, dtypes and quantizers of this rank's weights, which must stay as they were planned; values need not."""
     return {
         ref.key: (ref.shape, ref.dtype, *((ref.weight, ref.activation) if with_quantizers else (None, None)))
         for ref in weights.refs

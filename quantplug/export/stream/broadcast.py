@@ -68,6 +68,7 @@ class BroadcastBucket:
         for buffer, owner in enumerate(owners):
             self._sizes.append(0)
             for spec in (spec for of_part, part in parts if of_part == owner for spec in part.tensors):
+                # One behind the other, each where a view of its type may begin.
                 self._spans[spec.name] = _BufferSpan(buffer, self._sizes[-1], spec)
                 self._sizes[-1] += aligned(spec.nbytes)
         return [_Segment(owner, buffer, 0, self._sizes[buffer]) for buffer, owner in enumerate(owners)]
@@ -77,18 +78,22 @@ class BroadcastBucket:
         segments: list[_Segment] = []
         for owner, part in parts:
             for spec in part.tensors:
+                # The first expert makes the buffer of all of them.
                 if spec.name not in self._spans:
                     self._spans[spec.name] = _BufferSpan(len(self._sizes), 0, spec)
                     self._sizes.append(spec.nbytes)
                 nbytes, buffer = part.nbytes(spec), self._spans[spec.name].buffer
+                # A scale of all experts has its bytes with the first of them, and none with the others.
                 start = part.placement.expert * nbytes if part.placement else 0
                 if nbytes:
                     segments.append(_Segment(owner, buffer, start, start + nbytes))
+        # In the order of the bytes, not of the plan: experts of one owner that lie side by side become one transfer.
         return _merged(sorted(segments, key=lambda segment: (segment.buffer, segment.start)))
 
     def allocate(self) -> None:
         """Makes room for all that this rank owns or receives, as far as there is none yet."""
         for segment in self._segments:
+            # Here, where ranks can still agree that one of them has run out of memory, and not amid the collective.
             if segment.owner == self._rank or self._rank in self._receivers:
                 self._buffer(segment.buffer)
 
@@ -96,6 +101,7 @@ class BroadcastBucket:
         """Takes rows of a tensor that this rank owns."""
         span = self._spans[rows.name]
         data = rows.data.contiguous().reshape(-1).view(torch.uint8)
+        # Bytes a row, times the rows before it. A tensor without axes has row 0 alone.
         start = rows.first * (span.spec.nbytes // span.spec.shape[0]) if rows.first else 0
         self._bytes(span)[start : start + data.numel()].copy_(data)
 
@@ -104,10 +110,13 @@ class BroadcastBucket:
         if self._everyone:
             if not dist.is_initialized() or dist.get_world_size() == 1:
                 return
+            # All of them are begun, in the same order on every rank, before one is waited for: small transfers overlap.
             works = [
                 dist.broadcast(self._data(segment), src=segment.owner, async_op=True) for segment in self._segments
             ]
         else:
+            # As one batch, so that NCCL matches sends and receives of all peers at once; one after another they could
+            # wait for each other in a ring.
             transfers = list(self._transfers())
             works = dist.batch_isend_irecv(transfers) if transfers else []
         for work in works:
@@ -138,7 +147,10 @@ class BroadcastBucket:
         return self._buffers[segment.buffer][segment.start : segment.stop]
 
     def _transfers(self) -> Iterator[dist.P2POp]:
-        """What this rank sends and receives where only some ranks receive: those who do not need bytes get none."""
+        """What this rank sends and receives where only some ranks receive: those who do not need bytes get none.
+
+        Segments and receivers come in one order on all ranks, so that the sends of a pair of ranks meet their receives.
+        """
         for segment in self._segments:
             for receiver in self._receivers:
                 if segment.owner == receiver or self._rank not in (segment.owner, receiver):

@@ -59,18 +59,21 @@ def chosen_weights(weights: Sequence[WholeWeight], checker: QuantizationChecker,
     Raises:
         UnsupportedQuantizationError: The checker raises, or answers differ between ranks or between experts of a layer.
     """
+    # Only for weights that the rank holds: with expert parallelism that is what Megatron-Bridge asks.
     mine = all_or_none(lambda: _answers(weights, checker, rank))
     by_key: defaultdict[ParamKey, dict[int, bool]] = defaultdict(dict)
     for number, answers in enumerate(gather_objects(mine)):
         for key, answer in answers.items():
             by_key[key][number] = answer
     findings = Findings()
+    # Ranks that answer differently would pack different bytes of one weight, or wait for what another does not send.
     for key, answers_of_ranks in by_key.items():
         if len(set(answers_of_ranks.values())) > 1:
             no = [number for number, answer in answers_of_ranks.items() if not answer]
             findings.add(_RANKS, key.name, f"no on ranks {no}, yes on others", key.expert, no[0])
     _check_experts(by_key, findings)
     findings.raise_if_any()
+    # All answers of a weight are alike by now.
     return frozenset(key for key, answers_of_ranks in by_key.items() if all(answers_of_ranks.values()))
 
 
@@ -97,6 +100,7 @@ def _check_experts(answers: dict[ParamKey, dict[int, bool]], findings: Findings)
             layers[key.stack, key.layer].append(key)
     for (_, layer), keys in layers.items():
         refused = [key for key in keys if not all(answers[key].values())]
+        # All experts refused is an answer as good as none refused.
         for key in refused if len(refused) < len(keys) else ():
             rank = next(number for number, answer in answers[key].items() if not answer)
             findings.add(_EXPERTS, key.name, f"no, yes for others of layer {layer}", key.expert, rank)

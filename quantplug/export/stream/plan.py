@@ -48,7 +48,7 @@ class PlannedStream:
                     yield f"{alias}{spec.name.removeprefix(part.name)}", spec
 
     def digest(self) -> str:
-        """Of all that ranks must agree on before one sends a byte."""
+        """SHA-256, in hex, of all that ranks must agree on before one sends a byte: owners, shapes, types, names."""
         # Formats by name: a function of the caller's is another object on each rank.
         sent = [
             (task.owner, task.ranks, task.gather_first, part.shape, part.tensors, part.placement, _name(part.format))
@@ -76,6 +76,8 @@ def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device:
         calibrated=request.named_format is AS_QUANTIZED,
         with_passthrough=False,  # A receiver has what never changes.
         leave_out=by_rules if request.named_format is AS_QUANTIZED else by_checker,
+        # None leaves the model's own quantizers in force. In all other cases they are not looked at, so that a model
+        # that was never quantized can be streamed.
         requantize=None
         if request.named_format is AS_QUANTIZED
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
@@ -84,6 +86,7 @@ def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device:
     if request.quant_fn is not None:
         tasks = _with_quant_fn(tasks, planned.plan.dims, request.quant_fn, request, topology.rank, device)
     aliases = _aliases(planned, tasks, request.emit_tied)
+    # Copies are given under another name from the same bytes (`aliases`), and are not sent twice.
     stream = PlannedStream(planned.plan, tuple(replace(task, duplicates=()) for task in tasks), aliases)
     require_same(
         f"{stream.digest()} {request.receivers(topology)}",
@@ -101,6 +104,7 @@ def _requantized(
     weights: Sequence[WholeWeight], family: Family, request: StreamRequest, rank: int
 ) -> Sequence[WholeWeight]:
     """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
+    # Formats of a stream are made of the weights alone: what the model's quantizers say is left out.
     plain = [replace(weight, weight=None, activation=None) for weight in weights]
     if request.named_format is None or isinstance(request.named_format, OwnQuantizers):
         return plain
@@ -109,6 +113,7 @@ def _requantized(
     decisions = decide((weight.key for weight in plain), family, policy)
     linears = {key: it for key, it in decisions.items() if it.row.role is Role.LINEAR}
     asked = [weight for weight in plain if weight.key in linears]
+    # The checker is asked for linears alone: routers and norms are no question.
     chosen = _chosen(asked, lambda weight: linears[weight.key].kept, request, rank)
     return [
         replace(weight, weight=quantizer_for(scheme.weight, weight.key.name)) if weight.key in chosen else weight
@@ -146,6 +151,7 @@ def _with_quant_fn(
     """The tasks of plain weights, those that are wanted quantized by the caller's function."""
     askable = (Role.LINEAR,) if request.quantization_checker is None else (Role.LINEAR, Role.VOCABULARY)
     by_key = {task.source.key: task for task in tasks if task.mapping.role in askable}
+    # One for each dtype: what the function gives may depend on it, and is tried on the dtype that it will meet.
     functions = {
         dtype: QuantFunction(quant_fn, request.quant_block_size, dtype, device)
         for dtype in {task.source.dtype for task in by_key.values()}
@@ -159,6 +165,7 @@ def _with_quant_fn(
         return Policy(bits, request.quantize_mtp).why_kept(task.mapping)
 
     chosen = _chosen([task.source for task in by_key.values()], why_kept, request, rank)
+    # Each new shape is a trial of the caller's function, which may raise on one rank alone.
     return all_or_none(
         lambda: tuple(
             _task_with(task, functions[task.source.dtype], request.scale_suffix, dims)
@@ -170,10 +177,13 @@ def _with_quant_fn(
 
 
 def _task_with(task: ExportTask, function: QuantFunction, suffix: str, dims: ModelDimensions) -> ExportTask:
+    """The task of a plain weight with the caller's function for a format, but for parts that stay plain in any case."""
     outputs = tuple(
         part if pattern in task.mapping.high_precision else _part_with(part, function, suffix)
         for pattern, part in zip(task.mapping.hf, task.outputs, strict=True)
     )
+    # Unless slices have been proved to give the same, the function is given whole weights. Never some rows of one:
+    # nobody knows over which of them it takes a scale, hence no row_step.
     gather_first = len(task.ranks) > 1 and not _packs_apart(task, function, dims)
     return replace(task, format=function, gather_first=gather_first, row_step=None, outputs=outputs)
 
@@ -185,7 +195,7 @@ def _part_with(part: PartOutput, function: QuantFunction, suffix: str) -> PartOu
 
 
 def _stored(part: PartOutput, tensor: TensorSpec) -> TensorSpec:
-    """As a receiver gets it: with those of all experts, where they are one tensor; each has a scale of its own."""
+    """The tensor as a receiver gets it: that of all experts where they are one tensor, each with a scale of its own."""
     return tensor if part.placement is None else replace(tensor, shape=part.placement.stored_shape(tensor.shape))
 
 
@@ -204,6 +214,7 @@ def _aliases(planned: PlannedExport, tasks: Sequence[ExportTask], tied: bool) ->
     names = {part.name for task in tasks for part in task.outputs}
     aliases = {task.outputs[0].name: tuple(copy.name for copy in task.duplicates) for task in tasks if task.duplicates}
     for name, source in planned.family.tied.items() if tied else ():
+        # An output layer that is a tensor of its own is sent as one, whatever the config ties.
         if name not in names:
             aliases[source] = (*aliases.get(source, ()), name)
     return aliases

@@ -46,6 +46,7 @@ class QuantFunction:
 
     @property
     def name(self) -> str:
+        """What messages call it."""
         return "quant_fn"
 
     def weight_bits(self, shape: tuple[int, ...]) -> int:
@@ -63,6 +64,7 @@ class QuantFunction:
             UnsupportedQuantizationError: It raises, or does not return two tensors.
         """
         if shape not in self._specs:
+            # Ones and not zeros, whose scale a function may divide by.
             codes, scale = self._call(torch.ones(shape, dtype=self._dtype, device=self._device))
             self._specs[shape] = (_spec("weight", codes), _spec("scale", scale))
         return self._specs[shape]
@@ -101,8 +103,10 @@ class QuantFunction:
         return self._apart[key]
 
     def _whole_blocks(self, shape: tuple[int, ...], axis: int, slices: int) -> bool:
+        # Every slice must end where a block does.
         if self._block_size is None or shape[axis] % (slices * self._block_size[axis]):
             return False
+        # One scale a block can be cut together with its slice; a scale of any other shape cannot.
         blocks = tuple(math.ceil(size / block) for size, block in zip(shape, self._block_size, strict=True))
         codes, scale = self.outputs(shape)
         pieces = self.outputs(divided(shape, axis, slices))
@@ -122,6 +126,7 @@ class QuantFunction:
         """
         codes_and_scale = self._call(self._random_whole(shape, axis, slices))
         for index in range(slices):
+            # The seed is the slice's own: the same values as in the whole, on every rank.
             of_slice = self._call(self._random_slice(divided(shape, axis, slices), index))
             for part, whole in zip(of_slice, codes_and_scale, strict=True):
                 if not torch.equal(_bytes(part), _bytes(whole.chunk(slices, dim=axis)[index])):
@@ -135,6 +140,7 @@ class QuantFunction:
         return whole
 
     def _random_slice(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
+        # A generator of its own: a trial must not move the random state of a training.
         generator = torch.Generator(device=self._device).manual_seed(_SEED + index)
         return torch.randn(shape, generator=generator, dtype=self._dtype, device=self._device).mul_(2.0**index)
 
@@ -143,6 +149,7 @@ class QuantFunction:
             returned = self._quant_fn(weight, self._block_size)
         except Exception as error:  # The caller's code may raise anything, and other ranks wait for this one.
             raise _refusal(f"raised {type(error).__name__} for {list(weight.shape)}: {error}") from error
+        # A list or tuple of two tensors; detached, so that no graph is kept alive.
         match returned:
             case (torch.Tensor() as codes, torch.Tensor() as scale):
                 return codes.detach(), scale.detach()
@@ -162,4 +169,5 @@ def _described(specs: tuple[TensorSpec, ...]) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, so that a NaN equals itself, and codes of any dtype can be compared."""
     return tensor.contiguous().view(torch.uint8)

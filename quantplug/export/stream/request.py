@@ -75,6 +75,7 @@ class StreamRequest:
             ArgumentError: No format has this name.
             UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
         """
+        # Compared as text: callers pass the name as a string or as the enum.
         if self.quant_format is None or self.quant_format == AS_QUANTIZED:
             return None if self.quant_format is None else AS_QUANTIZED
         return scheme_without_data(self.quant_format, "quant_format").format
@@ -106,6 +107,8 @@ class StreamRequest:
                 "linears only.",
             )
         receivers = self.receivers(topology)
+        # A receiver that is no rank, or is named twice, would leave somebody waiting for a transfer that nobody makes;
+        # without any the stream is for nobody.
         wrong = [rank for rank in receivers if not 0 <= rank < topology.world_size]
         if wrong or not receivers or len(set(receivers)) < len(receivers):
             raise TopologyError(
@@ -130,6 +133,8 @@ class StreamRequest:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if self.named_format is AS_QUANTIZED and self.quantize_mtp:
             found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
+        # Without a suffix the scale would have the weight's own name; and a receiver takes `input_scale` for that of
+        # activations.
         if not self.scale_suffix or self.scale_suffix.endswith(INPUT_SCALE.name):
             found.append(("scale_suffix", f"is {self.scale_suffix!r}, which is empty or that of an input scale"))
         return found
@@ -166,6 +171,7 @@ def refuse_adapters(model: Model, rank: int) -> None:
     offenders = [
         Offender(name, "belongs to an adapter, or to a linear that one wraps", rank=rank)
         for name in names
+        # With a dot before it, a mark is found at the beginning of a name as well.
         if any(mark in f".{name}" for mark in _ADAPTER_MARKS)
     ]
     if offenders:

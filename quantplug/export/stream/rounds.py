@@ -37,14 +37,20 @@ class Run:
     @property
     def parts(self) -> list[tuple[int, PartOutput]]:
         """Every part with the rank that owns it."""
+        # Every part has exactly one piece that begins at row 0, the first.
         pieces = (piece for batch in self.batches for piece in batch)
         return [(piece.task.owner, piece.output) for piece in pieces if piece.start == 0]
 
     def with_amaxes(self, amaxes: Mapping[ParamKey, float], policy: WeightAmax) -> "Run":
-        """The same, with current amaxes for weights without a calibrated one, or for all of them."""
+        """The same run, with amaxes of the weights as they are.
+
+        They are taken for weights without a calibrated one; under `refresh`, for all of them.
+        """
 
         def current(piece: Piece) -> Piece:
             key = piece.task.source.key
+            # A calibrated amax stays, unless all are to be refreshed; without one, that of the weights as they are is
+            # all there is.
             is_kept = piece.task.amax is not None and policy is not WeightAmax.REFRESH
             if is_kept or key not in amaxes:
                 return piece
@@ -68,16 +74,20 @@ def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_byt
             runs.append(Run((tuple(small),), is_large=False))
             small.clear()
 
+    # Tasks of experts in one tensor follow each other in the plan, so that a unit is all of them.
     for _, unit in groupby(tasks, key=lambda task: task.unit):
         of_unit = list(unit)
         pieces = [piece for task in of_unit for piece in cut(task, dims, bucket_bytes)]
         written = sum(part.nbytes(spec) for task in of_unit for part in task.outputs for spec in part.tensors)
+        # A bucket holds what is exchanged between slices, then what is written: the larger of the two must fit.
         nbytes = max(written, sum(piece.in_flight for piece in pieces))
         is_fused = of_unit[0].outputs[0].placement is not None
         if size + nbytes > limit or is_fused:
             flush()
             size = 0
         if nbytes > limit or is_fused:
+            # Part by part, so that no more than one large tensor is there at a time: gate is given away before up is
+            # packed.
             parts = ([piece for piece in pieces if piece.part == part] for part in range(len(of_unit[0].outputs)))
             runs += [Run(tuple(batches(part, bucket_bytes)), is_large=True) for part in parts]
         else:
@@ -110,6 +120,7 @@ class Delivery:
         Amaxes are those of the weights as they are now, unless the plan has calibrated ones that are to be kept. A
         collective of all ranks.
         """
+        # Each weight once, in the order of the runs, which all ranks have.
         by_key = {piece.task.source.key: piece.task for run in runs for batch in run.batches for piece in batch}
         tasks = list(by_key.values())
         # Marks would cost as much as all else, at every step of a training, and nothing is read a second time.
@@ -125,10 +136,14 @@ class Delivery:
         )
         delivered: Delivered = []
         for batch in run.batches:
+            # What can fail on one rank is done under agreement; the collectives between come only when all have come
+            # through.
             packed = all_or_none(partial(self._fill_and_pack, bucket, delivered, batch, source.read))
             with lost_ranks_named():
+                # Each bucket is dropped before the next one is exchanged, with all that it has sent.
                 while packed:
                     delivered += packed.pop(0).exchange(self.groups)
+        # The last batch is filled in, and memory for what is received is found, before anybody broadcasts.
         all_or_none(partial(self._fill_and_pack, bucket, delivered, (), source.read))
         with lost_ranks_named():
             bucket.exchange()
@@ -144,6 +159,8 @@ class Delivery:
             bucket.allocate()
             return []
         buckets = []
+        # In one order on all ranks: were one in the collective of its TP group and another in that of its ETP group,
+        # both would wait for ever. A rank is in one group of each axis, which is that of all pieces here.
         for axis in (*ShardAxis, None):
             pieces = tuple(piece for piece in batch if piece.task.source.axis is axis and self.rank in piece.task.ranks)
             if pieces:
