@@ -99,6 +99,7 @@ def scheme_named(name: str, argument: str) -> Scheme:
     Raises:
         ArgumentError: No format has this name.
     """
+    # A list: before Python 3.12 `in` an Enum raises TypeError for a plain string.
     if name not in list(QuantFormat):
         raise ArgumentError(
             "There is no such format.", [Offender(argument, f"is {name!r}")], f"Use one of: {', '.join(QuantFormat)}."
@@ -113,6 +114,7 @@ def scheme_without_data(name: str, argument: str) -> Scheme:
         ArgumentError: No format has this name.
         UnsupportedQuantizationError: The format has scales of inputs, which only data can give.
     """
+    # Made up input scales would load everywhere and saturate activations: a way without data has to be asked for.
     scheme = scheme_named(name, argument)
     if scheme.has_input_scale:
         raise UnsupportedQuantizationError(

@@ -53,6 +53,7 @@ class PackedWeight:
 
     tensors: Mapping[str, torch.Tensor]
 
+    # `zip` over tensors [count, ...] goes through their first axis: one tuple of views for each weight.
     @classmethod
     def of_group(cls, tensors: Mapping[str, torch.Tensor]) -> "list[PackedWeight]":
         """The weights of a group, from its tensors [count, ...].

@@ -13,6 +13,7 @@ from quantplug.mappings.segments import Segmented, SegmentedAlike
 
 
 def _delta(dims: ModelDimensions) -> DeltaSizes:
+    # Rows with these layouts stand in the scope DELTA_LAYER, which models without such sizes have no layers of.
     assert dims.delta is not None, "only models with gated delta nets have such rows"
     return dims.delta
 

@@ -37,6 +37,7 @@ class FusedExpertMapping(WeightMapping):
         return self if stays or self.packed is None else self.packed
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
+        # A vision-language model writes its packed experts under its own names too.
         packed = None if self.packed is None else self.packed.renamed(rename)
         return replace(super().renamed(rename), packed=packed)
 

@@ -34,7 +34,7 @@ def _wrong_stars(row: WeightMapping) -> Iterator[Offender]:
     in_hf = needed - 1 if isinstance(row, FusedExpertMapping) or row.scope is Scope.MTP else needed
     expected = [(name, needed) for name in row.megatron]
     expected += [(name, in_hf) for name in (*row.hf, *(module.name for module in row.merged))]
-    expected += [(name, 1) for name in row.duplicates]
+    expected += [(name, 1) for name in row.duplicates]  # One copy a layer of multi-token prediction.
     for name, stars in expected:
         if name.count("*") != stars:
             yield Offender(name, f"has {name.count('*')} '*', a row of scope '{row.scope.value}' needs {stars}")

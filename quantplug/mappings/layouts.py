@@ -173,6 +173,7 @@ class ModelDimensions:
         """Global ids of the layers with a feed-forward network without experts."""
         if self.hybrid is not None:
             return self.hybrid.dense
+        # Without a hybrid decoder every layer has a network: of experts, or a dense one.
         with_experts = frozenset(self.moe_layers)
         return tuple(layer for layer in range(self.num_layers) if layer not in with_experts)
 
@@ -209,6 +210,7 @@ class Layout(Protocol):
 class Concatenated:
     """Slices that are put together end to end, as Megatron's own tensor parallelism cuts most tensors."""
 
+    # None for tensors that every rank holds whole: any slice is then the whole, and the first one is taken.
     shard_axis: int | None
 
     def cuts_cleanly(self, slices: int, dims: ModelDimensions) -> bool:
@@ -268,6 +270,7 @@ class GatedConcat(Concatenated):
     shard_axis: int | None = 0
 
     def problem(self, shape: tuple[int, ...], dims: ModelDimensions) -> str | None:
+        # Not held against the config's width: this layout serves dense layers, experts and shared experts alike.
         return None if shape[0] % 2 == 0 else f"has {shape[0]} rows, which do not halve into gate_proj and up_proj"
 
     def join(self, slices: tuple[torch.Tensor, ...], dims: ModelDimensions) -> torch.Tensor:
@@ -361,6 +364,7 @@ class QKVInterleave(Concatenated):
         return grouped.reshape(-1, *tail)
 
 
+# Column parallel linears cut the rows of the weight, [out, in], and row parallel ones its columns.
 IDENTITY = Identity()
 COLUMN = Identity(shard_axis=0)
 ROW = Identity(shard_axis=1)

@@ -61,6 +61,7 @@ def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDi
 
 def _with_form(rows: tuple[WeightMapping, ...], form: tuple[WeightMapping, ...]) -> tuple[WeightMapping, ...]:
     """The rows, those of the same Megatron parameters as in the form replaced."""
+    # By Megatron's name, which is the same in every form: a form replaces rows and adds none.
     others = {row.megatron: row for row in form}
     return tuple(others.get(row.megatron, row) for row in rows)
 

@@ -92,7 +92,7 @@ class Role(Enum):
 
     @property
     def multiplies(self) -> bool:
-        """Whether the tensor is the weight of a matrix product."""
+        """Whether the tensor is the weight of a matrix product, and so is quantized or named in an exclude list."""
         return self not in (Role.ROUTER_BIAS, Role.OTHER, Role.PASSTHROUGH)
 
     @property
@@ -122,6 +122,7 @@ class Placement:
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor of all experts, from that of one expert's."""
+        # Biases have one axis and are never turned; scale tables keep their further axes where they are.
         turned = (shape[1], shape[0], *shape[2:]) if self.transposed and len(shape) > 1 else shape
         return (self.experts, *turned)
 
@@ -199,6 +200,7 @@ class WeightMapping:
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
+        # The first spelling is its identity: TE and local specs of one model must agree on what a parameter is.
         module = self.megatron[0]
         if self.option is not None and self.option not in dims.options:
             return iter(())
@@ -218,6 +220,7 @@ class WeightMapping:
         return range(dims.mtp_layers if dims.num_layers - 1 in in_decoder else 0)
 
     def _decoder_layers(self, dims: ModelDimensions) -> Sequence[int]:
+        """Global ids of the decoder's layers that are of the row's scope."""
         match self.scope:
             case Scope.DENSE_LAYER:
                 return dims.dense_layers
@@ -245,6 +248,7 @@ class WeightMapping:
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same row with other names in Hugging Face."""
+        # Every field that holds names: one that keeps its old name would match nothing, without an error.
         return replace(
             self,
             hf=tuple(map(rename, self.hf)),
@@ -265,7 +269,10 @@ class WeightMapping:
             yield fill(module.name, layer, key.expert), tuple(fill(part, layer, key.expert) for part in module.parts)
 
     def group(self, key: ParamKey, dims: ModelDimensions) -> str | None:
-        """Name of its scale group; None if it is alone."""
+        """Name of the group of weights with which a parameter shares its scales; None if it is alone.
+
+        Servers fuse them into one linear with one scale of the tensor, and take one of several for all.
+        """
         return None if self.scale_group is None else fill(self.scale_group, self._hf_layer(key, dims), key.expert)
 
     def experts_module(self, key: ParamKey, dims: ModelDimensions) -> str | None:
@@ -282,7 +289,8 @@ class WeightMapping:
         return fill(self.hf[0].partition("*")[0] + "*", self._hf_layer(key, dims), None)
 
     def duplicate_names(self, dims: ModelDimensions) -> tuple[str, ...]:
-        """Names under which Hugging Face holds the same tensor once more."""
+        """Names under which Hugging Face holds the same tensor once more, for every MTP layer."""
+        # Numbered as Hugging Face numbers these layers, on after the decoder's.
         return tuple(
             fill(name, dims.num_layers + mtp, None) for mtp in range(dims.mtp_layers) for name in self.duplicates
         )
@@ -302,7 +310,7 @@ class WeightMapping:
 
 
 class Activation(Enum):
-    """Functions of Megatron's feed-forward networks."""
+    """Functions of Megatron's feed-forward networks, by name: this file is read where Megatron is not installed."""
 
     SILU = "silu"
     QUICK_GELU = "x * sigmoid(1.702 * x)"

@@ -46,6 +46,7 @@ Offsets = tuple[tuple[int, int, int], ...]
 class RefusesWrongShards(QuantModule):
     """Mixin over a ModelOpt wrapper: refuses to place an amax among shards where ModelOpt would place it wrong."""
 
+    # Column parallel layers shard their rows, row parallel ones their columns.
     shard_dim: ClassVar[ShardDim]
 
     def sharded_state_dict(

@@ -52,6 +52,7 @@ def of_module(expert_states: Sequence[torch.Tensor], first_expert: int = 0) -> t
 
 def _take_expert(quantizers: dict[str, Any], source: int, target: int) -> dict[str, Any]:
     """Keeps the weight quantizer of one expert, or of all, under another number, and whatever belongs to no expert."""
+    # A plain `weight_quantizer` is ModelOpt 0.46's one for all experts, whose settings each of them gets.
     taken: dict[str, Any] = {}
     for name, state in quantizers.items():
         match = _EXPERT_QUANTIZER.fullmatch(name)

@@ -15,6 +15,7 @@ def require_known_version(version: str) -> None:
     Raises:
         UnsupportedModelError: Names the version found and those that are known.
     """
+    # Patch releases and local builds are taken to keep the names that the wrappers rest on.
     if ".".join(version.split(".")[:2]) in KNOWN_TRANSFORMER_ENGINE:
         return
     known = " or ".join(f"{release}.x" for release in KNOWN_TRANSFORMER_ENGINE)

@@ -19,6 +19,7 @@ class QuantplugMaxCalibration(MaxCalibrateModeDescriptor):
 
 def register_max_calibration() -> None:
     """Registers the mode, in place of ModelOpt's own; again changes nothing."""
+    # Registered under the same name, so it must be taken out first; a second call finds ours and leaves it.
     if not isinstance(CalibrateModeRegistry[MODE], QuantplugMaxCalibration):
         CalibrateModeRegistry.remove_mode(MODE)
         CalibrateModeRegistry.register_mode(QuantplugMaxCalibration)

@@ -103,9 +103,11 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
             self._shard_axes(f"{prefix}weight_quantizer.{expert}", quantizer, weight)
 
     def _global_expert(self, expert: int) -> int:
+        # Expert parallel ranks hold equal blocks of experts in order.
         return int(self._pg_collection.ep.rank()) * self.num_gemms + expert
 
     def _activation_tensors(self) -> dict[str, torch.Tensor]:
+        """What the input and output quantizers hold, by its name in this module's state dict."""
         return {
             f"{name}.{key}": value
             for name in ("input_quantizer", "output_quantizer")
@@ -168,6 +170,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Puts the experts' settings together before TE's hook sees them: it takes them for its own FP8 state."""
+        # A plain state dict has one extra state for the module, a sharded checkpoint one an expert.
         keys = [f"{prefix}_extra_state{expert or ''}" for expert in range(self.num_gemms)]
         if len(keys) > 1 and all(key in state_dict for key in keys):
             states = [state_dict.pop(key) for key in keys]

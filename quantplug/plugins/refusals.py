@@ -53,6 +53,7 @@ def refuse_unsupported(model: nn.Module) -> None:
         raise UnsupportedModelError(
             "This model has settings under which its weights cannot be quantized right.",
             offenders,
+            # Hundreds of layers have one remedy: each is said once, in the order in which they were met.
             "; ".join(dict.fromkeys(remedies)) + ".",
         )
 
@@ -72,6 +73,7 @@ def refuse_autocast() -> None:
 
 
 def _config_is_on(setting: str) -> Callable[[nn.Module], bool]:
+    # Megatron's settings stand in the config of every module; only where experts are grouped do these matter to us.
     def applies(module: nn.Module) -> bool:
         return isinstance(module, TEGroupedMLP) and bool(_settings(module).get(setting))
 

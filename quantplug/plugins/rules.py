@@ -149,6 +149,7 @@ def _name_patterns(roots: Sequence[nn.Module]) -> list[str]:
         for name, module in root.named_modules()
         if isinstance(module, (TensorQuantizer, SequentialQuantizer))
     )
+    # A model has thousands of quantizers, and a nearest name among numbered ones would be any of them.
     return sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
 
 

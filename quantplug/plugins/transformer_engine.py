@@ -80,6 +80,7 @@ class QuantGroupedLinear(QuantModule):
 
     def modelopt_post_restore(self, prefix: str = "") -> None:
         """Keeps the restored state of every expert; see `fit_restored_amax`."""
+        # ModelOpt's own resets every amax here and calibrates on `weight` alone, which is the first expert's.
         for weight, quantizer in self.iter_weights_for_calibration():
             fit_restored_amax(quantizer, weight)
         device = self.get_parameter("weight0").device

@@ -68,6 +68,7 @@ def _pack_nvfp4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
         )
 
 
+# Unpacking has no group form: readers take one weight at a time, and values in FP32 are eight times their codes.
 def _unpack_nvfp4(encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         block_scales = of_weight.block_scales
@@ -114,6 +115,7 @@ def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     first, block_scales = weights[0].detach(), encoded.block_scales
     rows, columns = first.shape
     squares = block_scales[0].numel()
+    # One program a square: its amax is then a reduction within the program, and no element is read a second time.
     with _on(first):
         triton_loops.pack_fp8_block[(squares, len(weights))](
             _source(weights),
@@ -173,6 +175,7 @@ def _on(tensor: torch.Tensor) -> torch.cuda.device:
 def _rows(weight: torch.Tensor) -> torch.Tensor:
     """The weight as one row if its elements follow each other, else as rows and columns; a copy above two axes."""
     weight = weight.detach()
+    # The loops know two strides. Weights that are packed have two axes; only the amax of others comes here with more.
     return weight if weight.dim() == 2 and not weight.is_contiguous() else weight.contiguous().view(1, -1)
 
 

@@ -36,6 +36,7 @@ class Encoded:
     @property
     def block_scales(self) -> torch.Tensor:
         """`blocks`, of an encoding that has them."""
+        # For type checkers: the encoding that chose the loop says that there are such scales.
         assert self.blocks is not None
         return self.blocks
 

@@ -54,11 +54,12 @@ class AmaxMapping(WeightMapping):
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """Every Megatron name that this row reads and writes."""
+        """Every Megatron name that this row reads and writes, with `*` for numbers."""
         return self.megatron
 
     def quantized_names(self, key: ParamKey, dims: ModelDimensions) -> tuple[str, ...]:
         """The Hugging Face names of those parts that are not kept in high precision."""
+        # What servers load in high precision has no quantizer in Hugging Face, though Megatron's fused linear has one.
         names = zip(self.hf, self.hf_names(key, dims), strict=True)
         return tuple(name for pattern, name in names if pattern not in self.high_precision)
 
@@ -96,6 +97,7 @@ class AmaxMapping(WeightMapping):
         names = self.quantized_names(key, dims)
         raise_missing([Offender(name, "is missing", key.expert) for name in names if name not in amaxes])
         parts = tuple(amaxes[name] for name in names)
+        # One quantizer for all of them must not clip any: the largest.
         if all(map(is_per_tensor, parts)):
             return largest(parts)
         if self.operand is Operand.ACTIVATION:
@@ -172,6 +174,7 @@ class MoeAmaxFanoutMapping(AmaxFanoutMapping):
 
     @property
     def spellings(self) -> tuple[str, ...]:
+        # A shared quantizer is read and written, but has no key of its own: it stands for those of its experts.
         return (*self.megatron, *self.shared)
 
     def spread(self, key: ParamKey, experts: Iterable[int]) -> tuple[ParamKey, ...]:
@@ -225,6 +228,7 @@ class MoeAmaxFanoutMapping(AmaxFanoutMapping):
 
     def missing_experts(self, keys: Iterable[ParamKey], dims: ModelDimensions) -> list[Offender]:
         """An offender for every expert of the layers of these keys that has none."""
+        # Only layers that have an amax at all: a layer without any is not quantized, and nothing is missing there.
         here = set(keys)
         wanted = {ParamKey(key.module, key.layer, expert) for key in here for expert in range(dims.num_experts)}
         return [Offender(key.name, "is missing, other experts have one", key.expert) for key in sorted(wanted - here)]
@@ -252,6 +256,7 @@ def is_per_row(amax: torch.Tensor) -> bool:
 
 def largest(amaxes: Iterable[torch.Tensor]) -> torch.Tensor:
     """The elementwise maximum of amaxes of one shape, a tensor of its own; NaN wins over every number."""
+    # `torch.maximum` keeps NaN from either side, as Python's max does not.
     first, *others = amaxes
     return reduce(torch.maximum, others, first.clone())
 

@@ -94,6 +94,7 @@ def convert_to_amax_map(
     Raises:
         ArgumentError: `mapped_name` is not the name of a linear's amax.
     """
+    # Checked in full: a name that is only nearly right would make rows that match no quantizer.
     found = _MAPPED_NAME.fullmatch(mapped_name)
     if found is None:
         raise ArgumentError(

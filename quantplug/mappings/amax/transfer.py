@@ -110,6 +110,7 @@ def write_amaxes(
         elif absent:
             missing += absent
         else:
+            # One key, or those of all experts that share the quantizer.
             found[name] = largest(amaxes[key] for key in keys)
     _raise_unknown(unknown)
     raise_missing(missing)
@@ -176,6 +177,7 @@ class _Reader:
 
     def __init__(self, mappings: Sequence[AmaxMapping], dims: ModelDimensions, placement: AmaxPlacement) -> None:
         self._rows = {pattern: row for row in mappings for pattern in row.spellings}
+        # Every key that a model of these sizes has: a number beyond them is an error here, not a tensor too many later.
         self._known = _rows_by_key(mappings, dims)
         self._placement = placement
         self._experts = range(dims.num_experts) if placement.experts is None else placement.experts

@@ -149,6 +149,7 @@ def with_mtp(rows: Iterable[WeightMapping]) -> tuple[WeightMapping, ...]:
 
     Megatron-Core names the decoder layer inside one of them `transformer_layer`, later versions `mtp_model_layer`.
     """
+    # Rows of the whole model, such as the embedding, are not repeated: MTP layers use the decoder's.
     rows = tuple(rows)
     return (*rows, *_MTP_ONLY, *(in_mtp(row) for row in rows if row.scope is not Scope.MODEL))
 

@@ -29,6 +29,7 @@ def _router_settings(config: Mapping[str, Any]) -> deepseek_config.Settings:
 
 
 def _is_group_limited(config: Mapping[str, Any]) -> bool:
+    # A config may set numbers of groups and route greedily, and then they do not count.
     return config.get("topk_method") == "group_limited_greedy" and deepseek_config.is_group_limited(config)
 
 
@@ -38,6 +39,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     transformer = {
         **deepseek_config.latent_transformer_config(config),
         **deepseek_config.moe_transformer_config(config),
+        # The probabilities of the chosen are those of the softmax over all experts, not scaled to one again.
         "moe_router_pre_softmax": True,
         **(deepseek_config.group_limits(config) if _is_group_limited(config) else {}),
     }

@@ -39,6 +39,7 @@ def layer_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     layers, kinds = config["num_hidden_layers"], config.get("layer_types")
     if kinds is None:
+        # Every interval-th layer has attention, counted from 1: the last of each group.
         interval = with_defaults(config)["full_attention_interval"]
         return tuple(_DELTA if (layer + 1) % interval else _ATTENTION for layer in range(layers))
     if not isinstance(kinds, list | tuple) or len(kinds) != layers:

@@ -9,6 +9,7 @@ from quantplug.mappings.families.glm4_moe import GLM4_MOE
 from quantplug.mappings.families.vision_language import below_model, vision_language
 from quantplug.mappings.table import LayerStack
 
+# Rows of MTP layers are left out, and the copies of the embedding that are their tensors with them.
 _LANGUAGE = replace(
     GLM4_MOE,
     mappings=tuple(replace(row, duplicates=()) for row in GLM4_MOE.mappings if row.block is LayerStack.DECODER),

@@ -24,7 +24,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         "add_qkv_bias": True,
         **routed.routed_transformer_config(config, dims, normalized),
         "moe_shared_expert_intermediate_size": dims.shared_width,
-        "moe_shared_expert_gate": True,
+        "moe_shared_expert_gate": True,  # sigmoid(gate(x)) times what the shared expert gives.
     }
     return MegatronConfig(transformer=transformer, model=common.decoder_model_arguments(config))
 

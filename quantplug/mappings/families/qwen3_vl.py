@@ -24,6 +24,7 @@ def _moe_megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     return QWEN3_MOE.megatron_config({**config, "norm_topk_prob": True})
 
 
+# Whether tensors are transposed is found by `source_fit.in_form`, which holds their shapes against the config's widths.
 _PUBLISHED = {row.megatron: row for row in joined_experts(_EXPERTS, transposed=True)}
 _LANGUAGE_MOE = replace(
     QWEN3_MOE,

@@ -18,6 +18,7 @@ Rename = Callable[[str], str]
 
 def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's settings of a vision-language model's config."""
+    # The inner setting counts only where the top says nothing.
     text = config[TEXT_CONFIG]
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return {**text, "tie_word_embeddings": tied}

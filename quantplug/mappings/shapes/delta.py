@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 from quantplug.mappings.layouts import DeltaSizes
 
+# Queries and keys have `key_rows` each, values and gates `value_rows` each; betas and alphas one row a head of values.
+# The first two are Qwen3-Next's parts of the input projection, the next four Qwen3.5's.
 DELTA_SHAPES: Mapping[str, Callable[[DeltaSizes, int], tuple[int, ...]]] = {
     "linear_attn.in_proj_qkvz": lambda net, hidden: (2 * (net.key_rows + net.value_rows), hidden),
     "linear_attn.in_proj_ba": lambda net, hidden: (2 * net.value_heads, hidden),

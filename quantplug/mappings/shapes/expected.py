@@ -11,6 +11,7 @@ Shape = tuple[int | None, ...]  # None: not said by the config
 
 def expected_shape(kind: str, dims: ModelDimensions) -> Shape | None:
     """The shape of a tensor of this kind, such as `self_attn.q_proj.weight`; None where the config does not say."""
+    # A weight and its bias have one row of the table: the bias is as long as the weight has rows.
     name = kind.removesuffix(".weight").removesuffix(".bias")
     if dims.delta is not None and name in DELTA_SHAPES:
         return DELTA_SHAPES[name](dims.delta, dims.hidden_size)
@@ -22,6 +23,7 @@ def expected_shape(kind: str, dims: ModelDimensions) -> Shape | None:
 
 def fits(shape: Shape, wanted: Shape) -> bool:
     """Whether a shape is the expected one, as far as the config says it."""
+    # None on the wanted side fits every size, but not another number of axes.
     return len(shape) == len(wanted) and all(other in (size, None) for size, other in zip(shape, wanted, strict=True))
 
 
@@ -42,6 +44,7 @@ def _query_rows(dims: ModelDimensions) -> int:
 
 
 def _queries(dims: ModelDimensions) -> Shape:
+    # With an output gate, as Qwen3-Next has it, the gate of every head is in the same projection.
     return _query_rows(dims) * (2 if Option.QUERY_GATE in dims.options else 1), dims.hidden_size
 
 
@@ -57,6 +60,7 @@ def _query_rank(dims: ModelDimensions) -> int | None:
     return dims.latent.query_rank if dims.latent else None
 
 
+# DeepSeek-V2, arXiv 2405.04434, section 2.1: the latent of keys and values, then one rotated key for all heads.
 def _latent_down(dims: ModelDimensions) -> Shape:
     return dims.latent.key_value_rank + dims.latent.rotary_dim if dims.latent else None, dims.hidden_size
 
@@ -64,6 +68,7 @@ def _latent_down(dims: ModelDimensions) -> Shape:
 def _latent_up(dims: ModelDimensions) -> Shape:
     if dims.latent is None:
         return None, None
+    # `head_dim` includes the rotated entries of a key; the latent gives each head the others, and its values.
     unrotated = dims.head_dim - dims.latent.rotary_dim
     return dims.num_attention_heads * (unrotated + dims.latent.value_dim), dims.latent.key_value_rank
 
@@ -76,6 +81,7 @@ def _mlp(name: str, width: Callable[[ModelDimensions], int | None]) -> dict[str,
     }
 
 
+# Where a tensor holds all experts of a layer this is the shape of one expert's, not transposed.
 _SHAPES: Mapping[str, Callable[[ModelDimensions], Shape]] = {
     "embed_tokens": _vocabulary,
     "lm_head": _vocabulary,

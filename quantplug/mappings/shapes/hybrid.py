@@ -11,6 +11,7 @@ Shape = tuple[int | None, ...]
 Width = Callable[[ModelDimensions], int | None]
 
 
+# Mamba-2, arXiv 2405.21060, section 7: one projection to z, x, B, C and dt; the convolution runs over x, B and C.
 def _projected(dims: ModelDimensions) -> int | None:
     return 2 * dims.mamba.inner + 2 * dims.mamba.states + dims.mamba.num_heads if dims.mamba else None
 
@@ -31,6 +32,7 @@ def _hidden(dims: ModelDimensions) -> int | None:
     return dims.hidden_size
 
 
+# Nemotron 3 Super's routed experts read and write a latent; its shared experts work on the hidden size.
 def _expert_input(dims: ModelDimensions) -> int | None:
     return dims.expert_latent or dims.hidden_size
 
