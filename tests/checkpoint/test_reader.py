@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from quantplug.checkpoint import hub
@@ -129,17 +130,53 @@ def test_name_that_no_hub_model_can_have(name):
         resolve_source(name)
 
 
-def test_weights_are_fetched_only_where_asked_for(monkeypatch, tmp_path):
-    asked = []
+COMMIT = "0123456789abcdef"
+ON_THE_HUB = (
+    "config.json",
+    "tokenizer.json",
+    "additional_chat_templates/tool_use.jinja",
+    "model.safetensors",
+    "part/model-1.safetensors",
+    "model-[2].safetensors",
+    "model-2.safetensors",
+    "consolidated.safetensors",
+    "original/model.safetensors",
+    "original/params.json",
+    "onnx/model.onnx",
+)
 
-    def download(name, *, cache_dir, allow_patterns):
-        asked.append((name, cache_dir, "*.safetensors" in allow_patterns, "*.json" in allow_patterns))
-        return str(tmp_path)
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """A stand-in for the hub's downloads, which selects files as those do, and all that is fetched."""
+    files = set()
+    snapshot = tmp_path / COMMIT
+    snapshot.mkdir()
+
+    def download(name, *, cache_dir, revision=None, allow_patterns, ignore_patterns=None):
+        assert (name, revision) == ("owner/name", COMMIT if ignore_patterns is None else None)
+        files.update(filter_repo_objects(ON_THE_HUB, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(snapshot)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert resolve_source("owner/name", tmp_path) == tmp_path
-    assert resolve_source("owner/name", weights=False) == tmp_path
-    assert asked == [("owner/name", tmp_path, True, True), ("owner/name", None, False, True)]
+    return files
+
+
+def test_weights_are_fetched_only_where_asked_for(fetched, tmp_path):
+    side_files = {"config.json", "tokenizer.json", "additional_chat_templates/tool_use.jinja"}
+    assert resolve_source("owner/name", weights=False) == tmp_path / COMMIT
+    assert fetched == side_files
+    assert resolve_source("owner/name", tmp_path) == tmp_path / COMMIT
+    assert fetched == {*side_files, "model.safetensors"}
+
+
+def test_weights_that_the_index_names_are_fetched_and_no_others(fetched, tmp_path):
+    write_index(tmp_path / COMMIT, {"a": "part/model-1.safetensors", "b": "model-[2].safetensors"})
+    resolve_source("owner/name")
+    assert {name for name in fetched if name.endswith("safetensors")} == {
+        "part/model-1.safetensors",
+        "model-[2].safetensors",
+    }
 
 
 def test_tensors_outlive_the_map_they_were_read_from(monkeypatch, tmp_path):
