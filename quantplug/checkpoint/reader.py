@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
 from quantplug.errors import Offender, SourceError
+from quantplug.mappings.shapes.kinds import is_recomputed
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -201,7 +202,7 @@ class HFCheckpoint:
                 offenders.append(Offender(name, f"is not in {file}, where the index says it is"))
         if offenders:
             raise damaged(offenders)
-        return headers
+        return {name: header for name, header in headers.items() if not is_recomputed(name)}
 
 
 def weight_map(directory: Path) -> dict[str, str] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from quantplug.mappings.shapes.expected import Shape, expected_shape, fits
-from quantplug.mappings.shapes.kinds import kind_of
+from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
 from quantplug.mappings.table import LayerStack
 from quantplug.verify import names
 from quantplug.verify.checks import Check
@@ -138,6 +138,7 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         else:  # An attention has no weight of its own, but may have the scales of its cache.
             attends = f"{module.name}.k_proj" in found.modules
             strange = module.tensors.keys() - (KV_SUFFIXES if attends else set())
+        strange = {part for part in strange if not is_recomputed(f"{module.name}.{part}")}
         if strange and not _beyond(module.name, found) and not module.name.endswith(".experts"):
             extra.setdefault(kind_of(module.name), []).extend(f"{module.name}.{part}" for part in sorted(strange))
     for strangers in extra.values():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
-from quantplug.mappings.shapes.kinds import kind_of
+from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
 from quantplug.verify import bounds, names, originals
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
@@ -136,7 +136,7 @@ def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> 
 def _one(
     inventory: Inventory, source: Checkpoint, info: TensorInfo, meter: Meter, measured: list[TensorError]
 ) -> Iterator[Finding]:
-    if originals.is_read_with_another(source, info):
+    if originals.is_read_with_another(source, info) or is_recomputed(info.name):
         return
     target = inventory.checkpoint.tensors.get(_target(inventory, info))
     if target is None:

@@ -97,6 +97,26 @@ def test_many_files_hold_the_same_tensors(sources: Sources, tmp_path: Path) -> N
     assert all(same_bytes(found[name], expected[name]) for name in expected)
 
 
+def test_frequencies_of_old_llamas_are_ignored(sources: Sources, tmp_path: Path) -> None:
+    frequencies: dict[str, torch.Tensor | None] = {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(24) for layer in range(2)
+    }
+    source = edited(sources("dense"), tmp_path / "in", frequencies)
+    quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8")
+    quantize_checkpoint(sources("dense"), tmp_path / "expected", "w8a16_fp8")
+    found, expected = read(tmp_path / "out"), read(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(same_bytes(found[name], expected[name]) for name in expected)
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    assert verify_checkpoint(source).ok == verify_checkpoint(sources("dense")).ok
+
+
+def test_an_empty_quantization_is_none(sources: Sources, tmp_path: Path) -> None:
+    source = edited(sources("dense"), tmp_path / "in", {}, quantization_config={})
+    quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8")
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
 def test_an_lm_head_beside_tied_embeddings_is_left_out(sources: Sources, tmp_path: Path) -> None:
     embedding = load_file(sources("tied") / "model.safetensors")["model.embed_tokens.weight"]
     source = edited(sources("tied"), tmp_path / "in", {"lm_head.weight": embedding.clone()})

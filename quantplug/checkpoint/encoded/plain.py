@@ -56,7 +56,7 @@ def open_plain(directory: Path, quantization: Quantization) -> HFCheckpoint:
 
 
 def _method(quantization: Quantization) -> str | None:
-    if quantization is None:
+    if not quantization:  # `{}` says of no weight that it is quantized.
         return None
     # transformers' name of it, or ModelOpt's, whose own config file has no quant_method.
     return str(quantization.get("quant_method") or quantization.get("quant_algo"))

@@ -11,3 +11,11 @@ _STACK = re.compile(r"^(?:mtp\.|(?:(?:model|backbone)\.)?(?:language_model\.)?(?
 def kind_of(tensor: str) -> str:
     """The name without layer and expert numbers and without the leading stack: `mlp.experts.gate_proj.weight`."""
     return _STACK.sub("", _NUMBER.sub("", tensor))
+
+
+def is_recomputed(tensor: str) -> bool:
+    """Whether a tensor follows from the config, so that no reader takes it from a file.
+
+    Llamas that were saved before transformers 4.32 hold the frequencies of their rotary embeddings in every layer.
+    """
+    return tensor.endswith(".rotary_emb.inv_freq")
