@@ -46,7 +46,7 @@ MX_BLOCK = 32
 """Consecutive input features that share one E8M0 scale [MX]."""
 
 E8M0_BIAS = 127
-"""Of the exponent that an E8M0 scale is [MX]."""
+"""Bias of the exponent that an E8M0 scale is: its value is 2^(code - 127) [MX]."""
 
 E8M0_NAN = 255
 """The one E8M0 code that is no power of two [MX]."""

@@ -103,7 +103,7 @@ class WeightFormat(Protocol):
         """
 
     def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
-        """As `pack` of each: at once on a GPU, which one small weight does not fill.
+        """Packs several weights as `pack` would each: at once on a GPU, which one small weight does not fill.
 
         Args:
             weights: Of one shape, dtype, device and set of strides.

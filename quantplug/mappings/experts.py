@@ -123,4 +123,5 @@ def spellings(linear: str, tensor: str) -> tuple[str, str]:
         tensor: `weight` or `bias`.
     """
     experts = "decoder.layers.*.mlp.experts"
+    # The grouped one first: it is what a parameter is known by, whichever of the two a model has.
     return f"{experts}.{linear}.{tensor}*", f"{experts}.local_experts.*.{linear}.{tensor}"

@@ -239,7 +239,7 @@ class OnePart:
 
 @dataclass(frozen=True)
 class Identity(OnePart, Concatenated):
-    """The same tensor under another name."""
+    """A tensor that is the same in both, under another name; `shard_axis` says how tensor parallelism cuts it."""
 
     shard_axis: int | None = None
 
@@ -294,6 +294,7 @@ class GatedConcat(Concatenated):
 class GatedJoined(OnePart, GatedConcat):
     """The same Megatron tensor as one Hugging Face part [2F, ...]: all rows of gate_proj, then all rows of up_proj."""
 
+    # `split` and `merge` are those of OnePart, which stands first: whole tensors are the same in both, slices are not.
     def widths(self) -> int:
         return 2
 
@@ -333,6 +334,7 @@ class QKVInterleave(Concatenated):
         rows = (dims.num_attention_heads + 2 * dims.num_query_groups) * dims.head_dim
         if shape[0] == rows:
             return None
+        # The sizes that were expected, so that a wrong config can be told from a wrong weight.
         heads = f"{dims.num_attention_heads} heads and {dims.num_query_groups} query groups of {dims.head_dim}"
         return f"has {shape[0]} rows, not the {rows} of {heads}"
 

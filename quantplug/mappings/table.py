@@ -45,6 +45,7 @@ def fill(pattern: str, layer: int | None, expert: int | None) -> str:
 
     A number that is None takes no `*`, so that a pattern of all experts of a layer is filled by the layer alone.
     """
+    # In this order in every name there is: experts are inside layers.
     for number in (layer, expert):
         if number is not None:
             pattern = pattern.replace("*", str(number), 1)
@@ -97,12 +98,12 @@ class Role(Enum):
 
     @property
     def is_of_router(self) -> bool:
-        """Whether it has the type of the router."""
+        """Whether the tensor is one of the router's, whose type on disk is the router's own."""
         return self in (Role.ROUTER, Role.ROUTER_BIAS)
 
     @property
     def is_passthrough(self) -> bool:
-        """Whether it belongs to no parameter of Megatron's."""
+        """Whether the tensor belongs to no parameter of Megatron's, and comes from the source alone."""
         return self in (Role.PASSTHROUGH_WEIGHT, Role.PASSTHROUGH)
 
 

@@ -66,6 +66,7 @@ def register() -> None:
         for module_class in sorted(WRAPPERS, key=lambda wrapped: len(wrapped.__mro__), reverse=True):
             key, wrapper = WRAPPERS[module_class]
             QuantModuleRegistry.register({module_class: key})(wrapper)
+    # A set that ModelOpt goes through before it converts a model: adding twice changes nothing.
     CUSTOM_MODEL_PLUGINS.add(refuse_unsupported)
     register_cpu_kernels()
     register_max_calibration()

@@ -53,6 +53,7 @@ def fit_restored_amax(quantizer: nn.Module, weight: torch.Tensor) -> None:
         amax = leaf.state_dict().get("_amax")
         if amax is None:
             continue
+        # Never cut or spread what is there: only the checkpoint knows which values belong to this rank's shard.
         shape = required_amax_shape(leaf, weight)
         if amax.shape != shape:
             leaf.register_buffer("_amax", torch.full(shape, torch.nan, dtype=amax.dtype, device=weight.device))

@@ -63,6 +63,7 @@ class RefusesWrongShards(QuantModule):
         size = self.parallel_state.tensor_parallel_group.world_size()
         if size > 1:
             for leaf in leaf_quantizers(self.weight_quantizer):
+                # A quantizer that is off, or not calibrated yet, has no amax that could be placed wrong.
                 if leaf.is_enabled and leaf.amax is not None:
                     name = f"{prefix}weight_quantizer._amax"
                     axis = shard_axis(name, leaf, leaf.amax, self.weight, self.shard_dim, size)

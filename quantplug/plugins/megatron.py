@@ -116,6 +116,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
 
     def _activation_state(self, prefix: str, offsets: Offsets, metadata: dict[str, Any]) -> ShardedStateDict:
         """The input and output quantizers': the same on every rank that has this layer."""
+        # Replicated: the replica ids that Megatron derives from the two groups let one rank write each.
         tensors = self._activation_tensors()
         _require_scalar_amax(prefix, tensors)
         return make_sharded_tensors_for_checkpoint(
@@ -150,6 +151,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         )
         # Keys in the checkpoint are global, those of the state dict this rank's own: only the first are renamed.
         replace_prefix_for_sharding(sharded, "", key_prefix)
+        # Back under this rank's own number of the expert, by which `load_state_dict` finds the quantizer.
         own = f"{prefix}weight_quantizer.{expert}."
         return {own + key.removeprefix("weight_quantizer."): value for key, value in sharded.items()}
 

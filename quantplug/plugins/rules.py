@@ -40,6 +40,7 @@ class Rule:
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it matches a quantizer of the model, as ModelOpt compares names when it applies it."""
+        # By ModelOpt's own comparison, private as it is: one of ours could call a rule unmatched that has been applied.
         parent = QuantModuleRegistry[self.parent_class] if self.parent_class else None
         return any(
             _match_quantizer(self.quantizer_name, name, module, parent, model) for name, module in model.named_modules()
@@ -91,6 +92,8 @@ def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
     verdicts = list(judged)
     # By the rule, not by where it was judged: one match on any rank is enough.
     matched = {verdict.rule for verdict in verdicts if verdict.matched}
+    # A stock config names the experts of several architectures; where its rule for this one matches, the others may
+    # not.
     something_is_quantized = any(rule.enable for rule in matched)
     unmatched = {
         verdict.rule: verdict.reason
@@ -136,6 +139,7 @@ def _stock_disabling_rules() -> Iterator[Rule]:
 
 def _reason(rule: Rule, roots: Sequence[nn.Module]) -> str:
     where = f" in a {rule.parent_class}" if rule.parent_class else ""
+    # Without a cutoff: however far off a name is, the nearest one that exists says more than none.
     near = get_close_matches(rule.quantizer_name, _name_patterns(roots), n=1, cutoff=0.0)
     effect = "matches nothing" if rule.enable else "is to leave out, but matches nothing"
     return f"{effect}{where}" + (f"; the nearest quantizers are {near[0]}" if near else "")

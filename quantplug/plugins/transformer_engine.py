@@ -48,6 +48,7 @@ class QuantGroupedLinear(QuantModule):
     num_gemms: int
 
     def _setup(self) -> None:
+        # Also when a single module is converted, without the model-wide check that runs before: nothing is changed yet.
         refuse_unsupported(self)
         require_known_forward()
         self.fuse_wgrad_accumulation = False
@@ -118,6 +119,7 @@ def require_known_forward(linear: type[GroupedLinear] = GroupedLinear) -> None:
     Raises:
         UnsupportedModelError: Names the version and what it lacks.
     """
+    # In the class itself: a base class that has it need not be what this class's forward asks.
     if "_get_weight_tensors" not in vars(linear):
         raise _unknown_version("GroupedLinear has no _get_weight_tensors")
     if list(inspect.signature(linear._get_weight_tensors).parameters) != ["self"]:

@@ -22,7 +22,7 @@ _TILE = 4096
 """Elements that one program works on where there are no blocks."""
 
 _SQUARE_WARPS = 8
-"""Of a program that holds a square of 128 x 128 elements in its registers."""
+"""Warps of a program that holds a square of 128 x 128 elements in its registers: 64 elements a thread."""
 
 _ALIGNMENT = 16
 _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -38,7 +38,7 @@ _TILE = 8192
 """Elements of NVFP4 worked on at a time: few enough that they and their temporaries, 64 KiB, stay in a core's cache."""
 
 _SIDE = 64
-"""Of the squares in which a transposed weight is copied."""
+"""Rows and columns of the squares in which a transposed weight is copied."""
 
 _F32_SIGN = np.uint32(0x80000000)
 _F32_EXPONENT = np.uint32(0x7F800000)

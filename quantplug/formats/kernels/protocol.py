@@ -59,7 +59,7 @@ class Kernels(Protocol):
         """max|weight| of a non-empty tensor of any shape, an FP32 scalar on its device; NaN where it holds a NaN."""
 
     def bit_sums(self, weight: torch.Tensor) -> tuple[int, int]:
-        """Of the bits of a non-empty tensor of at least one dimension: two numbers that see any one of them change.
+        """Two numbers from the bits of a non-empty tensor of at least one dimension; any one element changes both.
 
         As signed integers, those of row i are taken 2i + 1 times in the first sum and those of column j 2j + 1 times in
         the second, modulo 2^64; a row is all that has one index in the first dimension. An odd number has an inverse

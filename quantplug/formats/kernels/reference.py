@@ -89,7 +89,7 @@ def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:
 
 
 def _multipliers(scales: torch.Tensor, encoded: Encoded) -> torch.Tensor:
-    """What the values of codes are multiplied with, block by block [n, 1, m, 1]."""
+    """The FP32 factors of the values of codes, one a block and shaped to broadcast over it: [n, 1, m, 1]."""
     multipliers = scales.float()
     # The two scales are multiplied before any code is: FP32 products in another order differ in their last bits.
     if encoded.whole is not None:

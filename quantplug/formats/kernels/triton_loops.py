@@ -328,7 +328,7 @@ def _saturated(quotient: tl.tensor, largest: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _e2m1(quotient: tl.tensor) -> tl.tensor:
-    """As `e2m1.encode` of what is at most 6 or just beside it."""
+    """The E2M1 code of a quotient that is at most 6 or just beside it, as `e2m1.encode` gives it."""
     code, _ = _rounded(tl.abs(quotient), _E2M1_SHIFT, _E2M1_NORMAL, _E2M1_STEPS)
     signed = code | tl.where(quotient < 0, _E2M1_SIGN, 0)
     return tl.where(quotient == quotient, signed, 0)
@@ -336,7 +336,7 @@ def _e2m1(quotient: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _e4m3(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
-    """As `codes.saturate_to_e4m3` of the quotient; the sign, of NaN too, is that of the value."""
+    """The E4M3 code of `values / scale`, as `codes.saturate_to_e4m3` gives it; the sign, of NaN too, is the value's."""
     is_ordinary = (scale >= _LEAST_SCALE) & (scale <= _LARGEST_SCALE)
     quotient = _quotient(values, scale, _E4M3_LARGEST, is_ordinary, SHORT)
     code, _ = _rounded(tl.abs(quotient), _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
@@ -358,7 +358,7 @@ def _rounded(
 
 @triton.jit
 def _e2m1_value(code: tl.tensor) -> tl.tensor:
-    """As `e2m1.decode`, of the lower four bits."""
+    """FP32 value of the E2M1 code in the lower four bits, as `e2m1.decode` gives it."""
     magnitude = ((code & 0x7) << _E2M1_SHIFT).to(tl.float32, bitcast=True) * _E2M1_BIAS
     return _signed(magnitude, (code & _E2M1_SIGN) << _E2M1_SIGN_SHIFT)
 

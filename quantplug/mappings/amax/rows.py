@@ -245,12 +245,12 @@ class MoeAmaxFanoutMapping(AmaxFanoutMapping):
 
 
 def is_per_tensor(amax: torch.Tensor) -> bool:
-    """Whether it is of the whole tensor: [] or [1]."""
+    """Whether an amax is one number for the whole tensor: [] or [1]."""
     return amax.numel() == 1
 
 
 def is_per_row(amax: torch.Tensor) -> bool:
-    """Whether it is one value for each row of a weight: [N, 1]."""
+    """Whether an amax has one value for each row of a weight: [N, 1]."""
     return amax.ndim == 2 and amax.shape[1] == 1
 
 

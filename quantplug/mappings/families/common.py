@@ -113,7 +113,7 @@ EXPERTS = (
     ),
     grouped_mlp("linear_fc2", ("model.layers.*.mlp.experts.*.down_proj.weight",), ROW),
 )
-"""Their two linears, gate_proj and up_proj being one in Megatron."""
+"""The two linears of every routed expert; gate_proj and up_proj are one in Megatron."""
 
 ROUTED_EXPERTS = (
     WeightMapping(

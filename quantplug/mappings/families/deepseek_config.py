@@ -58,6 +58,7 @@ def moe_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_moe_experts": common.setting(config, "n_routed_experts"),
         "moe_ffn_hidden_size": common.setting(config, "moe_intermediate_size"),
         "moe_shared_expert_intermediate_size": shared_width(config),
+        # One entry a layer: 1 with experts, 0 dense.
         "moe_layer_freq": [int(layer in experts) for layer in range(config["num_hidden_layers"])],
         "moe_router_topk": common.setting(config, "num_experts_per_tok"),
         "moe_router_topk_scaling_factor": config.get("routed_scaling_factor"),
@@ -101,6 +102,7 @@ def moe_settings(config: Mapping[str, Any]) -> Settings:
         "moe_layer_freq": (config.get("moe_layer_freq", 1), 1),
         # Megatron makes MTP layers like the decoder's last one.
         "first_k_dense_replace < num_hidden_layers": (bool(moe_layers(config)), True),
+        # The table has rows of shared experts for every layer with experts.
         "n_shared_experts > 0": (bool(config.get("n_shared_experts")), True),
     }
 

@@ -75,6 +75,7 @@ def delta_dimensions(decoder: ModelDimensions, config: Mapping[str, Any], mtp_la
         value_dim=said["linear_value_head_dim"],
         kernel=said["linear_conv_kernel_dim"],
     )
+    # On disk Qwen3-Next orders rows by head of keys, each with the same number of heads of values.
     if sizes.value_heads % sizes.key_heads:
         reason = f"{sizes.value_heads} is no multiple of the {sizes.key_heads} of linear_num_key_heads"
         raise _unusable("linear_num_value_heads", reason)

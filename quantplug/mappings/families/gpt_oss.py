@@ -30,6 +30,7 @@ ATTENTION_BIASES = (
     ),
 )
 
+# Weights are stored [in, out] and so transposed; a bias has one axis, and its entries are in turn as the columns are.
 FUSED_EXPERTS = (
     WeightMapping(
         ("decoder.layers.*.mlp.router.weight",),

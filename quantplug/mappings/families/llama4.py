@@ -90,6 +90,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         "num_experts_per_tok": 1,
     }
     common.refuse_settings("Llama 4", found, expected)
+    # transformers lists for each layer whether it rotates, Megatron which layers it leaves out.
     dims, widths = _dimensions(config), _widths(config)
     rotated = [bool(turns) for turns in common.setting(config, "no_rope_layers")]
     transformer = {

@@ -22,6 +22,7 @@ _MIXER = "backbone.layers.*.mixer"
 
 
 def _mamba(dims: ModelDimensions) -> MambaSizes:
+    # Every Nemotron-H config has these sizes: `nemotron_h_config.dimensions` reads them or refuses the config.
     assert dims.mamba is not None
     return dims.mamba
 
@@ -37,6 +38,7 @@ def convolved(dims: ModelDimensions) -> tuple[int, ...]:
     return projected(dims)[1:4]
 
 
+# Rows lie alike in both. Only a tensor parallel slice is no run of them: it has a share of every segment.
 PROJECTED = SegmentedAlike(projected)
 CONVOLVED = SegmentedAlike(convolved)
 

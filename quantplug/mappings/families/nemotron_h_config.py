@@ -53,9 +53,9 @@ SIZES = (
 )
 
 MEGATRON_KERNEL = 4
-"""What `MambaMixer` has for d_conv."""
+"""Taps of the convolution in Megatron: the default of `MambaMixer`'s d_conv."""
 MEGATRON_EPSILON = 1e-5
-"""What `MambaMixer` has in its gated norm."""
+"""Epsilon of the gated norm in Megatron's `MambaMixer`."""
 
 
 def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:

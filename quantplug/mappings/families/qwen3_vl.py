@@ -20,7 +20,7 @@ _PLACE = below_model("language_model")
 
 
 def _moe_megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
-    """As Qwen3-MoE's, whose router scales what it keeps to one if told so: this one always does."""
+    """Qwen3-MoE's, told to scale the kept probabilities to one, which the router of Qwen3-VL always does."""
     return QWEN3_MOE.megatron_config({**config, "norm_topk_prob": True})
 
 

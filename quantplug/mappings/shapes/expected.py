@@ -13,6 +13,7 @@ def expected_shape(kind: str, dims: ModelDimensions) -> Shape | None:
     """The shape of a tensor of this kind, such as `self_attn.q_proj.weight`; None where the config does not say."""
     # A weight and its bias have one row of the table: the bias is as long as the weight has rows.
     name = kind.removesuffix(".weight").removesuffix(".bias")
+    # Only in models that have the sizes: elsewhere a tensor of that name is not known, and is not judged.
     if dims.delta is not None and name in DELTA_SHAPES:
         return DELTA_SHAPES[name](dims.delta, dims.hidden_size)
     wanted = _SHAPES.get(name)
