@@ -150,6 +150,7 @@ def _fit(
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
     if with_passthrough and has_passthrough(source, family, dims):
+        # Opened once and kept open: rows are read from it when they are written.
         checkpoint = open_passthrough(source.directory, family)
         family = fitted(family, checkpoint.tensors, dims)
         refs = tuple(passthrough_refs(checkpoint, family, topology.rank, topology.world_size))

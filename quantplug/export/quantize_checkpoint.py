@@ -92,6 +92,7 @@ def quantize_checkpoint(
         # Before the source is resolved: a hub model must not be fetched for a directory that cannot be used.
         check_destination(target)
     model = _read_model(resolve_source(source), trust_remote_code)
+    # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
         if model.tied:
@@ -102,6 +103,8 @@ def quantize_checkpoint(
         policy = Policy(scheme.weight_bits, quantize_mtp)
         decisions = decide((weight.key for weight in weights), model.family, policy)
         chosen = frozenset(quantized(excluding(decisions, exclude, model.family, model.dims)))
+        # Without a type: plain tensors keep their own. The source is its own reference, whose duplicates are written
+        # again.
         request = ExportRequest(
             tied_embeddings=model.tied,
             dtype=None,
@@ -168,6 +171,7 @@ class _Planner:
 
     def plan(self, amaxes: Mapping[ParamKey, float] | None) -> ExportPlan:
         """The plan; without amaxes all is checked that needs none."""
+        # A quantizer as ModelOpt's would be stands for the format, so that the plan is made as for a live model.
         weights = [self._quantized(weight, amaxes) if weight.key in self.chosen else weight for weight in self.weights]
         request = replace(self.request, calibrated=amaxes is not None)
         return build_plan(weights, self.model.family, self.model.dims, request)

@@ -71,6 +71,7 @@ def finish(plan: ExportPlan, source: Beside, staging: Staging, dtype: torch.dtyp
         # Before anything is added: what is there now is what ranks have written, and nothing else may be published with
         # it.
         refuse_strays(staging.directory, names)
+        # By the headers that are on disk: what is missing is found while nothing is visible yet.
         write_index(staging.directory, plan.files, plan.expected())
         copy_side_files(source.directory, staging.directory, source.side_files.carried)
         write_configs(source.config, staging.directory, dtype, plan.quant_config)

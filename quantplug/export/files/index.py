@@ -24,6 +24,7 @@ def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[s
         assert names == set(file.tensors), f"{file.name} does not hold what was planned"
         weight_map |= dict.fromkeys(names, file.name)
     total_size = sum(expected[name].nbytes for name in weight_map)
+    # Names in order, so that the same checkpoint has the same index however many ranks wrote it.
     write_json(
         directory / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     )

@@ -64,6 +64,8 @@ class ModelOptDialect:
             "quant_method": "modelopt",
             "quant_algo": self.algorithm,
             "config_groups": {"group_0": group},
+            # The same list as exclude_modules of the other file: a module that only one of them spares would be read in
+            # two ways.
             "ignore": list(exclude_modules),
             "producer": PRODUCER,
         }
@@ -88,6 +90,7 @@ class DeepSeekDialect:
     algorithm: str = "FP8 128x128"
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
+        # The suffix goes behind the whole name: `q_proj.weight_scale_inv`, and `experts.gate_up_proj_scale_inv`.
         name = weight if tensor.name == "weight" else f"{weight}_scale_inv"
         return replace(tensor, name=name)
 

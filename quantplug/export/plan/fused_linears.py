@@ -136,6 +136,8 @@ def _merged_linears(
         for pattern, name, shape in zip(row.hf, row.hf_names(whole.key, dims), shapes, strict=True):
             if pattern not in row.high_precision:
                 merged = next((linear.name for linear in row.merged if pattern in linear.parts), None)
+                # Parts of a scale group come together over several weights; where a row says that a server makes two
+                # modules of one weight, each has parts of its own.
                 linears[groups.get(whole.key, whole.key), merged].append(_Part(whole, name, shape))
     return iter(linears.values())
 
@@ -162,6 +164,8 @@ def _check_width(
     if axis is None or step is None:
         return
     for shape in layout_shapes(whole.shape, row.layout, dims):
+        # Tensor parallel servers cut an expert along its width, and merge gate and up there: unlike other linears the
+        # last block must be whole as well.
         if shape[axis] % step:
             reason = f"{packing.name}: the width {shape[axis]} of an expert ends inside a block of {step}"
             findings.add_weight(_BORDER, whole, reason)

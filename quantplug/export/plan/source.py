@@ -13,10 +13,12 @@ import torch
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.types import ExportTask
 
+# A function and not a method of `Source`: what checks that the source has not changed wraps it (`unchanged_rows`).
 ReadRows = Callable[[Piece], torch.Tensor]
 """What this rank has of a piece: Hugging Face values [rows, ...], on the device and in the type of the source."""
 
 
+# A tuple, so that places are keys of the fingerprints that ranks exchange, and sort alike everywhere.
 class Place(NamedTuple):
     """Where a chunk of data stands in a model, as plain data that ranks can compare.
 
@@ -62,6 +64,8 @@ class Source(Protocol):
     def device(self) -> torch.device:
         """The device on which most of its data is."""
 
+    # Every copy is looked at, not the delivered one alone: copies that differ are an error, which only a look at all of
+    # them finds.
     def holds(self, task: ExportTask) -> bool:
         """Whether this rank has a slice of a weight, also one that another rank delivers."""
 

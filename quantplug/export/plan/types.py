@@ -163,11 +163,15 @@ class ExportTask:
     stored: WeightMapping
     ranks: tuple[int, ...]
     owner: int
+    # Decided once, in the plan: every rank must know whether rows or packed bytes will travel, as the sizes of a
+    # collective follow from it.
     gather_first: bool
     format: WeightFormat | None
     amax: float | None
     input_amax: float | None
     dtype: torch.dtype
+    # Of the format, not of the layout: 16 columns share a scale of NVFP4, any rows can be parted; FP8 blocks part at
+    # 128.
     row_step: int | None
     outputs: tuple[PartOutput, ...]
     duplicates: tuple[PartOutput, ...] = ()
@@ -246,6 +250,7 @@ class ExportPlan:
     exclude_modules: tuple[str, ...]
     quant_config: QuantConfig | None
     files: tuple[ShardFile, ...]
+    # Compared by all ranks before a byte moves, and by a resumed export with what an earlier one left.
     digest: str
 
     def with_amaxes(self, amaxes: Mapping[ParamKey, float]) -> "ExportPlan":

@@ -71,6 +71,7 @@ def _weight(
     for name, header in zip(names, headers, strict=True):
         if header.dtype not in PLAIN_DTYPES:
             findings.add(_DTYPES, name, f"is {header.dtype}", key.expert)
+        # A weight has one type: its parts are one tensor in Megatron, and a piece of it is sized by that.
         elif header.dtype != dtype:
             findings.add(_DTYPES, name, f"is {header.dtype}, {names[0]} is {dtype}", key.expert)
     shape = _merged_shape([_part_shape(header.shape, placement) for header in headers], mapping.layout, dims)
@@ -100,4 +101,5 @@ def _part_shape(stored: tuple[int, ...], placement: Placement | None) -> tuple[i
     """Shape of one expert's tensor, from that of the tensor of all experts."""
     if placement is None:
         return stored
+    # [experts, in, out] or [experts, out, in] on disk, [out, in] of one expert here.
     return tuple(reversed(stored[1:])) if placement.transposed else stored[1:]

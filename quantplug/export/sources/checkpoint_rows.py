@@ -34,6 +34,8 @@ class CheckpointSource:
 
     def chunks(self, task: ExportTask) -> Iterator[Chunk]:
         for piece in cut(task, self.dims, self.bucket_bytes):
+            # In the very pieces that are packed later, so that a row read for the second time has a fingerprint of its
+            # own to be held against.
             yield Chunk(place_of(piece), self.read(piece))
 
     def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,6 +53,7 @@ class CheckpointSource:
 
     def _read_part(self, task: ExportTask, part: int, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a part; what Megatron's layout interleaves lies in parts as they are."""
+        # Written by another row than it is stored by: experts of one tensor, which are written one by one.
         if task.stored is not task.mapping:
             return self._read_unfused(task, part)[rows]
         output = task.outputs[part]

@@ -56,6 +56,7 @@ def open_passthrough(directory: Path, family: Family) -> HFCheckpoint:
     Raises:
         SourceError: There are no weights beside the config, or they are incomplete or damaged.
     """
+    # An error of its own: a config without weights is a source for any other architecture, and here it is not.
     if not any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise SourceError(
             f"A checkpoint of {family.name} has tensors that Megatron's model does not hold, and the source that they "
@@ -77,4 +78,5 @@ def passthrough_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int
     for row in rows[rank::ranks]:
         (name,) = row.megatron
         header = source.tensors[name]
+        # No quantizers, and no way to load: rows are read from the file, piece by piece, when they are written.
         yield WeightRef(ParamKey(name), header.shape, header.dtype, shard=None, load=not_here)

@@ -72,6 +72,7 @@ class StreamPlan:
         source = LiveSource(all_or_none(self._held_now), self.delivery.dims)
         missing = dict.fromkeys(self.expected()) if self.delivery.rank in self.delivery.receivers else {}
         for run, bucket in self.delivery.rounds(self.runs, source):
+            # A rank that is no receiver takes part in every round, and yields nothing.
             if missing:
                 outputs = list(self.stream.outputs(part for _, part in run.parts))
                 # A tied weight is given once under each of its names. Only the last time may its memory be given away.
@@ -173,6 +174,7 @@ def _plan(request: StreamRequest) -> StreamPlan:
         request.check(topology)
         refuse_adapters(request.model, topology.rank)
 
+    # Before the model is read: contradicting arguments are told of at once, on all ranks together.
     all_or_none(check)
     weights = all_or_none(lambda: live_weights(request.model))
     # A rank may hold no weight at all; its trials then run where its collectives do.
