@@ -288,8 +288,9 @@ def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile,
         specs[task.unit] |= {spec.name: spec for part in task.all_outputs for spec in part.tensors}
     files: list[tuple[tuple[int, ...], list[str]]] = []
     for group in sorted({tuple(sorted(of_unit)) for of_unit in owners.values()}):
-        # As if a file were full, so that the first weight of a group begins a new one: a file has one set of owners.
-        size = limit
+        # As if a file were overfull, so that the first weight of a group begins a new one, also where it has no data: a
+        # file has one set of owners.
+        size = limit + 1
         for unit, of_unit in owners.items():
             if tuple(sorted(of_unit)) != group:
                 continue

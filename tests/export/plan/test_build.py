@@ -8,8 +8,11 @@ import torch
 from quantplug.errors import ArgumentError, CalibrationError, MappingError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.types import QuantizerState, WholeWeight
+from quantplug.formats import TensorSpec
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.source_fit import fitted
+from quantplug.mappings.table import ParamKey
 from quantplug.topology import ShardAxis
 
 MOE = find_family("Qwen3MoeForCausalLM")
@@ -326,6 +329,14 @@ def test_files_are_filled_up_to_the_limit_in_order():
         assert size <= 100_000 or len({id(weights_of[name]) for name in file.tensors}) == 1
     assert len(made.files) > 5
     assert made.files[0].name == f"model-00001-of-{len(made.files):05d}.safetensors"
+
+
+def test_a_tensor_without_data_is_in_a_file_of_its_own_owner():
+    empty = TensorSpec("visual.empty", (0, 4), torch.bfloat16)
+    family = fitted(replace(MOE, passthrough=("visual.",)), {empty.name: empty}, DIMS)
+    held = WholeWeight(ParamKey(empty.name), empty.shape, empty.dtype, replicas=((1,),))
+    made = plan([*weights(), held], family=family)
+    assert [(file.owners, empty.name in file.tensors) for file in made.files] == [((0,), False), ((1,), True)]
 
 
 def test_a_layers_tensors_stand_together():
