@@ -25,6 +25,7 @@ class Block:
 
     def count(self, shape: tuple[int, int]) -> tuple[int, int]:
         """How many blocks a weight [out, in] has, below each other and side by side; the last ones may be partial."""
+        # An axis without a limit is one block, as long as the weight is.
         return ceil(shape[0] / (self.rows or shape[0])), ceil(shape[1] / (self.columns or shape[1]))
 
 

@@ -82,6 +82,7 @@ SCHEMES: Mapping[QuantFormat, Scheme] = {row.format: row for row in _ROWS}
 
 def scheme_of(weight: WeightFormat, *, has_input_scale: bool) -> Scheme | None:
     """The row of a weight's format, with a calibrated scale of the input or without; None if no name stands for it."""
+    # By equality: formats are frozen data, and one that was built elsewhere is as good as the table's own.
     return next((row for row in _ROWS if row.weight == weight and row.has_input_scale is has_input_scale), None)
 
 

@@ -51,6 +51,7 @@ class PackedWeight:
         tensors: Suffix to contiguous tensor, in writing order; shapes and dtypes are those of `WeightFormat.outputs`.
     """
 
+    # Ordered, as every dict is: files are written in this order, so that one export is the same bytes as the next.
     tensors: Mapping[str, torch.Tensor]
 
     # `zip` over tensors [count, ...] goes through their first axis: one tuple of views for each weight.

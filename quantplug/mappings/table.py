@@ -203,6 +203,7 @@ class WeightMapping:
         """Every parameter that a whole model of these sizes has by this row, under its first Megatron spelling."""
         # The first spelling is its identity: TE and local specs of one model must agree on what a parameter is.
         module = self.megatron[0]
+        # A row whose option is off has no parameters, so that nothing is missing in a model without them.
         if self.option is not None and self.option not in dims.options:
             return iter(())
         layers: Iterable[int | None] = (None,) if self.scope is Scope.MODEL else self._layers(dims)
@@ -278,6 +279,7 @@ class WeightMapping:
 
     def experts_module(self, key: ParamKey, dims: ModelDimensions) -> str | None:
         """Hugging Face's module of all experts of the layer; None for what belongs to no expert."""
+        # Exclude lists name this module: servers quantize all experts of a layer or none.
         if key.expert is None:
             return None
         # What stands before the expert's `*`: `model.layers.*.mlp.experts`.
@@ -306,7 +308,7 @@ class WeightMapping:
         return values.float() + self.offset if self.offset else values
 
     def from_hf_values(self, values: torch.Tensor) -> torch.Tensor:
-        """`to_hf_values` backwards."""
+        """Megatron's values of some of Hugging Face's: the inverse of `to_hf_values`, in FP32 where they differ."""
         return values.float() - self.offset if self.offset else values
 
 
@@ -416,6 +418,7 @@ class Family:
         Args:
             tied: Whether the output layer shares the data of the embedding, which is then the tensor of both.
         """
+        # Only rows with one Hugging Face tensor, the embedding and the output layer, have copies.
         names = {copy: row.hf[0] for row in self.mappings for copy in row.duplicate_names(dims)}
         # A copy of a tied output layer is a copy of the embedding, the one tensor that is written.
         if not tied:

@@ -64,6 +64,7 @@ def refuse_autocast() -> None:
     Raises:
         UnsupportedModelError: TE's autocast is active.
     """
+    # TE keeps this in global state, so it is asked at every forward: a model may be built outside and run inside it.
     if FP8GlobalStateManager.is_fp8_enabled():
         raise UnsupportedModelError(
             "Transformer Engine's own quantization is active.",

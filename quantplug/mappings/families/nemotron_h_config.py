@@ -88,6 +88,7 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
 
 def _read(value: Any, kind: type[Any], known: Mapping[str, LayerKind]) -> tuple[LayerKind, ...] | None:
     """The layers that a list or a text says; None where it is neither, or says what is not known."""
+    # A text is a sequence of its symbols, as a list is of its words, and so both are read alike.
     words: Sequence[Any] = value if isinstance(value, kind) else ()
     if not words or not all(isinstance(word, str) and word in known for word in words):
         return None
@@ -124,7 +125,9 @@ def dimensions(config: Mapping[str, Any]) -> ModelDimensions:
         UnsupportedModelError: The config does not say which layers the model has.
     """
     kinds = layers(config)
+    # In this hybrid a layer has one module, so each layer is in one of these lists, by its id.
     of_kind = {kind: tuple(i for i, found in enumerate(kinds) if found is kind) for kind in LayerKind}
+    # Configs of models without experts carry sizes of experts too, which must not count.
     with_experts = bool(of_kind[LayerKind.MOE])
     latent = config.get("moe_latent_size") if with_experts else None
     return ModelDimensions(
