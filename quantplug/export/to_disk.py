@@ -16,6 +16,7 @@ from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weigh
 from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import digest_of, prescan, refuse_diverged, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE
+from quantplug.export.plan.types import ExportPlan
 from quantplug.export.sources.live import Model
 from quantplug.megatron.agreement import all_or_none, gather_objects
 from quantplug.megatron.parallel import current_topology, process_groups
@@ -106,9 +107,7 @@ def export_mcore_gpt_to_hf(
         with staging.discarded_on(SourceError):
             write_tensors(plan, reading, staging, rank, groups, progress)
             all_or_none(lambda: require_unchanged(plan.tasks, weights, found.marks, rank))
-        # Rank 0 alone writes what there is once, when all ranks have agreed that theirs is on disk. Others wait for its
-        # verdict.
-        all_or_none(lambda: finish(plan, beside, staging, dtype) if rank == 0 else None)
+        all_or_none(lambda: _finish_by_first_rank(plan, beside, staging, dtype, rank))
     except RankLostError:
         raise  # Others may still write.
     except BaseException:
@@ -123,3 +122,12 @@ def export_mcore_gpt_to_hf(
 def _check_destination(destination: Path, rank: int) -> None:
     with disk_errors(destination, rank):
         check_destination(destination, rank)
+
+
+def _finish_by_first_rank(
+    plan: ExportPlan, beside: Beside, staging: Staging, dtype: torch.dtype | None, rank: int
+) -> None:
+    # All ranks have agreed that what is theirs is on disk. What there is once, and the rename, rank 0 does for all; the
+    # others wait for its verdict.
+    if rank == 0:
+        finish(plan, beside, staging, dtype)

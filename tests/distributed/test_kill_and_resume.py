@@ -31,7 +31,8 @@ FILE_DONE = "quantplug.checkpoint.safetensors.writer.sync_directory"
 INDEX = "quantplug.export.files.finish.write_index"
 INDEX_FILE = "quantplug.export.files.index.write_json"
 RENAME = "quantplug.export.files.staging.publish_directory"
-ALL_WRITTEN = "quantplug.export.files.sink.FileSink.check_complete"
+# When all ranks have agreed that everything is written.
+ALL_AGREED = "quantplug.export.to_disk._finish_by_first_rank"
 OWN = "quantplug.export.files.write_rounds._RankWork._pack_and_write"  # What a rank holds whole.
 WRITE = "os.pwrite"  # Of a header, then of each tensor.
 DISK = (WRITE, "os.fsync", "os.replace", "pathlib.Path.replace")
@@ -100,7 +101,7 @@ def test_after_a_kill_the_same_export_goes_on(moment: str, ranks: Ranks, smooth:
 
 @pytest.mark.parametrize(
     "killed",
-    [{0: after(RENAME)}, {1: after(ALL_WRITTEN)}],
+    [{0: after(RENAME)}, {1: before(ALL_AGREED)}],
     ids=["0", "1"],
 )
 def test_a_kill_after_the_last_rename_changes_nothing(
