@@ -165,7 +165,7 @@ def _one_error(error: QuantplugError | None) -> QuantplugError:
     Args:
         error: What this rank's step raised; None where it went well.
     """
-    # Only what an error is made of travels, and each rank makes it anew: tracebacks and causes stay where they belong.
+    # What an error is made of, rather than the error: each rank raises one of its own, with the same text.
     mine = None if error is None else (type(error), error.problem, error.offenders, error.remedy)
     gathered: list[tuple[type[QuantplugError], str, tuple[Offender, ...], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)

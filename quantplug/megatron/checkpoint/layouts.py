@@ -200,8 +200,7 @@ def _fits(amax: DisplacedAmax, on_disk: Keys, directory: Path) -> bool:
     A gate and up that are not apart are in their order only where no tensor parallelism has sharded them.
     """
     shape = on_disk.get(amax.key)
-    # Axes of one element are a matter of taste of who wrote the amax, such as [1] and [] per
-    # tensor.
+    # Some writers keep axes of one element and some do not: one amax a tensor is [1] here and [] there.
     if shape is None or _squeezed(shape) != _squeezed(amax.shape):
         return False
     return len(amax.parts) == 1 or _in_one_piece(amax.key, directory)

@@ -157,8 +157,8 @@ def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
     Raises:
         CheckpointError: Megatron-Core 0.16 has no place for two copies of the embedding on one stage.
     """
-    # For MTP the last stage has an embedding of its own; with tied weights it has a second copy as output layer. Both
-    # would claim one key.
+    # For MTP the last stage has a copy of the embedding, and with tied weights another one as its output layer. Both
+    # are saved under the embedding's key.
     twice = [
         Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer", rank=dist.get_rank())
         for chunk in chunks
@@ -172,8 +172,8 @@ def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
             "Use one pipeline stage; or build the model without multi-token prediction.",
         )
     return {
-        # With this every layer and expert has a key of its own. By default Megatron stacks layers in one tensor, and
-        # quantizers of different shapes cannot be stacked.
+        # With this every layer and expert has a key of its own, and with it every amax. By default Megatron stacks
+        # layers, and experts, in one tensor.
         str(number): chunk.sharded_state_dict(metadata={"singleton_local_shards": True})
         for number, chunk in enumerate(chunks)
     }
