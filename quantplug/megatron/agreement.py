@@ -39,7 +39,8 @@ def all_or_none(step: Callable[[], T]) -> T:
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         # All ranks read the same number, so all of them take part in the gather behind it, or none does.
         if failed.item():
-            raise _one_error(error)
+            # The rank that failed keeps the cause: its traceback is the only place that tells where a bug is.
+            raise _one_error(error) from (None if error is None else error.__cause__)
     return result  # type: ignore[return-value]
 
 

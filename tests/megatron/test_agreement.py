@@ -60,6 +60,7 @@ def test_two_ranks_agree(tmp_path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.pop("none") == "no error: 0"
     assert second.pop("none") == "no error: 1"
+    assert (first.pop("cause"), second.pop("cause")) == ("None", "KeyError(1)")
     assert first == second
     assert "file 1 (expert 1) on rank 1: does not exist" in first["second"]
     assert first["both"].count("is damaged") == 1
