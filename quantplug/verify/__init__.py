@@ -72,10 +72,12 @@ def verify_checkpoint(
         inventory = take_inventory(export, scheme, fused, known)
         source_experts = fused
         if original is not None:
+            # The source may be published in another form than the export has, and then has a table of its own.
             known_source, _ = known_architecture(original)
             source_experts = fused_experts(known_source.family) if known_source else fused
             original, _ = with_inner_names(original, source_experts)
         errors = _judge(inventory, original, source_experts, findings, on_progress)
+        # Rules speak in a module's spelling; a user looks for the name that is on disk.
         findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
         return VerifyReport(
             directory=str(directory),
@@ -118,6 +120,7 @@ def _judge(
     if original is None:
         return []
     findings += [*settings.settings(export, original), *side_files.side_files(export.directory, original.directory)]
+    # Without a head readers compute with the embedding. Whether that is right, the source's head tells.
     if not any(names.last(module) == "lm_head" for module in inventory.modules):
         findings += tied_head.lost_head(export.config, original, "the source")
     errors, compare_findings = source_rules.compare(inventory, original, source_experts, on_bytes)

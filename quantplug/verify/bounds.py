@@ -84,6 +84,7 @@ class GainBound:
     def allowed(self, norm: torch.Tensor, bound: torch.Tensor, quartic: torch.Tensor) -> torch.Tensor:
         """FP64, of sums of any shape."""
         chance = self.deviations * E4M3_ROUNDING * quartic.sqrt() / norm
+        # What blocks in the subnormal range may lose beyond a well held block: all of it may go one way.
         badly_held = (bound / norm - self.relative**2).clamp(min=0)
         return self.base + chance + badly_held
 
@@ -218,17 +219,20 @@ def nvfp4_sums(decoded: torch.Tensor, original: torch.Tensor, tensor_scale: torc
     """Of FP32 rows of an NVFP4 weight [rows, columns]; `tensor_scale` is the FP32 multiplier `weight_scale_2`."""
     blocks = original.view(original.shape[0], -1, NVFP4_BLOCK)
     amax = blocks.abs().amax(dim=-1)
+    # What the values ask for, not what is stored: a scale that is wrong must not widen its own bound.
     scales = amax / (6 * tensor_scale.abs().reshape(()))
     normal = scales >= E4M3_SMALLEST_NORMAL
     bound = (torch.where(normal, NVFP4_BLOCK_BOUND**2, 1.0) * _squares(blocks)).sum(dim=1)
     value_bound = torch.where(normal, NVFP4_VALUE_BOUND, 1.0) * amax
     decoded_blocks = decoded.view_as(blocks)
+    # The format could hold the block, and every code of it decodes to zero: somebody lost it.
     lost = ((scales >= E4M3_SMALLEST) & (decoded_blocks == 0).all(dim=-1)).sum(dim=1)
     return _row_sums(decoded_blocks, blocks, bound, value_bound.unsqueeze(-1), lost, original.shape[1])
 
 
 def fp8_sums(decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor) -> RowSums:
     """Of FP32 rows of an FP8 weight [rows, columns]; `scale` broadcasts to them."""
+    # Zero is a code of its own and decodes to zero under every scale: it may not move at all.
     absolute = torch.where(original == 0, 0.0, FP8_ABSOLUTE_BOUND * scale)
     value_bound = original.abs() * FP8_RELATIVE_BOUND + absolute
     held = (original != 0) & (original.abs() >= E4M3_SMALLEST * scale)

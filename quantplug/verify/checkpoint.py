@@ -109,6 +109,7 @@ class Checkpoint:
         shard = self.tensors[name].shard
         with self._lock:
             if shard not in self._shards:
+                # All of them at once: opening one again costs a header, and no order of use need be kept.
                 if len(self._shards) >= _MOST_OPEN:
                     self._shards.clear()
                 self._shards[shard] = safe_open(self.directory / shard, framework="pt")
@@ -121,6 +122,8 @@ class Checkpoint:
         """
         with self._lock:
             self._touched[0] += tensor.nbytes
+            # Mapped pages that have been read stay in memory until the file is closed, and add up to the size of the
+            # model.
             if self._touched[0] > _MOST_MAPPED:
                 self._shards.clear()
                 self._touched[0] = 0
@@ -144,6 +147,7 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
         raise SourceError(f"{directory} is not a directory.", remedy="Name the directory that holds config.json.")
     findings: list[Finding] = []
     config = _json(directory, "config.json", findings)
+    # One that is there and cannot be read has its finding already.
     if config is None and not os.path.lexists(directory / "config.json"):
         findings.append(error(Check.FILES, "config.json", "missing: no server can load this directory"))
     hf_quant_config = _json(directory, "hf_quant_config.json", findings)
@@ -182,6 +186,7 @@ def _tensors(directory: Path, on_disk: list[str], findings: list[Finding]) -> di
     tensors: dict[str, TensorInfo] = {}
     for shard in on_disk:
         for info in _header(directory, shard, findings):
+            # A reader keeps whichever it comes to last, and that differs from reader to reader.
             if info.name in tensors:
                 message = f"stored twice, in {tensors[info.name].shard} and {shard}"
                 findings.append(error(Check.INDEX, info.name, message))

@@ -23,6 +23,7 @@ def _minifloat(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> 
     mantissa = code & ((1 << mantissa_bits) - 1)
     exponent = (code >> mantissa_bits) & ((1 << exponent_bits) - 1)
     sign = -1.0 if code >> (mantissa_bits + exponent_bits) else 1.0
+    # Subnormal: no implicit leading one, and the exponent of the smallest normal.
     if exponent == 0:
         return sign * math.ldexp(mantissa, 1 - bias - mantissa_bits)
     return sign * math.ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits)
@@ -35,6 +36,7 @@ def _e4m3(code: int) -> float:
 E2M1_VALUES = torch.tensor([_minifloat(code, exponent_bits=2, mantissa_bits=1, bias=1) for code in range(16)])
 E4M3_VALUES = torch.tensor([_e4m3(code) for code in range(256)])
 E8M0_VALUES = torch.tensor([*(math.ldexp(1.0, code - 127) for code in range(255)), math.nan])
+# Byte to both of its values, so that one lookup decodes two codes: the low nibble is the even column.
 _E2M1_PAIRS = torch.stack([E2M1_VALUES[torch.arange(256) & 15], E2M1_VALUES[torch.arange(256) >> 4]], dim=1)
 
 

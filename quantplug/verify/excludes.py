@@ -20,6 +20,7 @@ def matches_modelopt(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
         return False
     if "*" in pattern or "?" in pattern:
+        # fnmatch takes brackets for sets of characters; in the names of modules there is nothing of the kind.
         return fnmatchcase(module, pattern.replace("[", "[[]"))
     return module == pattern or module.startswith(f"{pattern}.")
 
@@ -41,6 +42,7 @@ def matches_fp8(pattern: str, module: str) -> bool:
 def _expression(text: str) -> re.Pattern[str] | None:
     try:
         return re.compile(text)
+    # A pattern is text from a stranger: what cannot be compiled matches nothing, and is a finding elsewhere.
     except (re.error, OverflowError, RecursionError):
         return None
 
@@ -88,6 +90,7 @@ class PatternList:
 
     def matching(self, module: str) -> Iterator[str]:
         """The patterns that name a module, each once."""
+        # Runs of components may begin anywhere in a name, so each run of a length that some pattern has is looked up.
         if self.matcher is matches_fp8:
             yield from self._names.intersection(_stretches(module, self._sizes))
             return
@@ -151,6 +154,7 @@ class NamesByPart:
     def containing(self, part: str) -> list[str]:
         """The names that hold this part and go on in the same component: `b.c` is in `a.b.cd`, not in `a.b.c.d`."""
         found: dict[str, None] = {}
+        # Sorted by end, all ends that begin with the part are neighbours: no name is looked at in vain.
         for place in range(bisect_left(self._ends, (part, "")), len(self._ends)):
             end, name = self._ends[place]
             if not end.startswith(part):
@@ -178,6 +182,7 @@ def overreach(pattern: str, hit: Iterable[str]) -> str | None:
     body = pattern.removesuffix("*")
     if set(body) & set("*?"):
         return "may begin, go on or end anywhere in a name"
+    # `layers.1*` is meant for layer 1, and names 10 to 19 as well.
     if body[-1:].isdigit():
         return f"also names {body}0 to {body}9"
     beyond = [module for module in hit if module[len(body) : len(body) + 1] not in ("", ".")]

@@ -52,6 +52,8 @@ class FusedExperts:
         for pattern, _ in self._patterns:
             if (match := pattern.match(stored)) is not None:
                 rest = stored[match.end() :]
+                # Scales and biases go on with an underscore. A dot would make it a module, which these names must not
+                # become.
                 if rest == "" or (rest.startswith("_") and "." not in rest):
                     return f"{match[0]}.{_INNER.get(rest, rest[1:])}"
         return stored
@@ -69,6 +71,7 @@ class FusedExperts:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
+    # At most nine digits: a name is anybody's, and a number of any length would cost time and memory to read.
     return re.compile(re.escape(name).replace(r"\*", r"(\d{1,9})"))
 
 

@@ -52,8 +52,10 @@ def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None
         return None, []
     try:
         dims = read_dimensions(config, family)
+    # A config that gives no sizes is wrong by itself; the rules that need no table still speak.
     except (SourceError, UnsupportedModelError) as problem:
         return None, [error(Check.ARCHITECTURE, f"config.json {it.parameter}", it.reason) for it in problem.offenders]
+    # A family may be published in several forms, as with experts in one tensor or apart: names and shapes tell.
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     (name, *_) = as_texts(config.get("architectures"))
     return KnownArchitecture(name, in_form(family, shapes, dims), dims), []

@@ -70,6 +70,7 @@ class Nvfp4Layout:
         scalars = {self.tensor_scale: Part(SCALARS, F32)}
         if self.input_scale is not None:
             scalars[self.input_scale] = Part(SCALARS, F32)
+        # Two codes a byte, so that a row of `packed` bytes has twice as many columns.
         blocks = Part(((rows, ceil(2 * packed / self.block)),), F8)
         return {self.codes: Part(((rows, packed),), U8), "weight_scale": blocks, **scalars}
 
@@ -110,6 +111,7 @@ class Fp8Layout:
         if self.block is None:
             shapes: tuple[tuple[int, ...], ...] = SCALARS
         elif self.per_row:
+            # ModelOpt writes one axis, compressed-tensors two; readers take both.
             shapes = ((rows,), (rows, 1))
         else:
             shapes = ((ceil(rows / self.block[0]), ceil(columns / self.block[1])),)

@@ -43,6 +43,7 @@ def _fp32(bits: Any) -> Any:
 
 @overload(_fp32, strict=False)
 def _fp32_of_type(bits: Any) -> Any:
+    # BF16 is the upper half of FP32: moved there, its bits are the same number.
     if bits == types.uint16:
         return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
     return lambda bits: bits
@@ -70,6 +71,7 @@ def nvfp4(packed: Array, scales: Array, tensor_scale: Any, original: Array, sums
             block_norm = 0.0
             worst = np.float32(0)
             zeros = part_beyond = np.int32(0)
+            # The scale that the source's values ask for, not the stored one, which may be what is wrong (`bounds.py`).
             asked = np.float32(amax / np.float32(np.float32(6) * abs(tensor_scale)))
             normal = asked >= _SMALLEST_NORMAL
             allowed = np.float32((_VALUE_BOUND if normal else _SLACK) * amax)
@@ -131,6 +133,7 @@ def fp8(
                 for place in range(width):
                     values[place] = _fp32(original[row, start + place])
                     decoded[place] = np.float32(_e4m3(codes[row, start + place]) * scale)
+                # The last columns of a row may be fewer than 16. Zeros add nothing to any sum.
                 for place in range(width, NVFP4_BLOCK):
                     values[place] = decoded[place] = 0
                 part_norm = part_bound = 0.0

@@ -28,12 +28,14 @@ class Matrix:
         if self.expert is None:
             return self.checkpoint.rows(name, first, last)
         rows = slice(first, last)
+        # Stored as [in, out], rows of [out, in] are columns: what is read is no more than what is asked for.
         index = (slice(None), rows) if self.transposed else (rows,)
         return self._turned(self.checkpoint.part(name, (self.expert, *index)))
 
     def scales(self, suffix: str) -> torch.Tensor:
         """All scales of the weight: a scalar, or one for each row or block."""
         name = f"{self.module}.{suffix}"
+        # A scale without an axis of experts is that of all of them.
         if self.expert is None or len(self.checkpoint.tensors[name].shape) < 2:
             return self.checkpoint.read(name)
         return self._turned(self.checkpoint.part(name, (self.expert,)))

@@ -57,12 +57,16 @@ class Rows:
 
 
 def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> Rows:
+    # As bytes: E4M3 comes as torch's float8, on which tables and loops cannot work.
     codes = weight.rows(layout.codes, first, last).view(torch.uint8)
     if isinstance(layout, Nvfp4Layout):
         stored = weight.scales(layout.tensor_scale)
+        # compressed-tensors stores the divisor 2688 / amax, ModelOpt the multiplier amax / 2688.
         scale = stored.reciprocal() if layout.reciprocal else stored
         return Rows(codes, weight.rows("weight_scale", first, last).view(torch.uint8), scale, (1, 1), first)
     scales = weight.scales(layout.scale).float()
+    # One scale for all rows or columns is a block that no weight is larger than: one way of spreading serves all
+    # layouts.
     everything = 2**40  # more than any side of a weight
     if layout.block is None:
         return Rows(codes, None, scales.reshape(1, 1), (everything, everything), first)
@@ -93,6 +97,8 @@ class Meter:
             sums = self.sums(packed, values)
             total.add(sums)
             total.off_rows += _off_rows(sums, packed, values, row_gain)
+        # A gain far from 1 may still be what rounding gives of few, equal values. The weight is read again to tell,
+        # which happens to hardly any.
         if total.off_gain(gain):
             nearest = sum(_nearest_dot(original, weight, layout, rows, columns))
             total.off = abs(total.dot - nearest) > gain.decisive * total.squared_norm
@@ -100,6 +106,7 @@ class Meter:
 
     def sums(self, packed: Rows, original: torch.Tensor) -> RowSums:
         """Of rows of the original in any floating-point type."""
+        # The loops take one scale for 16 columns; blocks of another width are left to PyTorch.
         if self.loops is not None and packed.has_even_blocks:
             return _compiled_sums(self.loops, packed, original)
         values = original.float()
@@ -124,6 +131,7 @@ def compiled_loops() -> ModuleType | None:
 
 def _compiled_sums(loops: ModuleType, packed: Rows, original: torch.Tensor) -> RowSums:
     rows = original.shape[0]
+    # NumPy has no BF16. The bits go over as they are, without a copy twice the size.
     bits = original.view(torch.uint16) if original.dtype == torch.bfloat16 else original.float()
     sums = torch.empty(rows, loops.COLUMNS, dtype=torch.float64)
     values = bits.contiguous().numpy()
@@ -149,6 +157,7 @@ def _compiled_sums(loops: ModuleType, packed: Rows, original: torch.Tensor) -> R
 
 def _off_rows(sums: RowSums, packed: Rows, original: torch.Tensor, gain: GainBound) -> int:
     """How many rows have a gain that chance does not give, nor round to nearest of these very values."""
+    # Only rows that look wrong are worth rounding anew, and nearly no chunk has one.
     off = sums.off_gain(gain)
     if not off.any():
         return 0

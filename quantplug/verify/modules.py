@@ -47,6 +47,7 @@ class Module:
         """How the experts lie in the tensors of all of them; None for a module of its own."""
         if self.transposed is None:
             return None
+        # Any tensor with an axis of experts tells how many there are; the weight itself may be missing.
         held = ((self.tensors.get(suffix), rank) for suffix, rank in _RANKS_OF_ALL.items())
         experts = next((info.shape[0] for info, rank in held if info is not None and len(info.shape) == rank), 0)
         return Placement(0, experts, self.transposed)
@@ -70,6 +71,7 @@ class Module:
     def quantized(self) -> bool:
         """Something on disk speaks of quantization."""
         weight = self.tensors.get("weight")
+        # Scales without codes, or codes without scales: either is meant to be quantized, and what lacks is a finding.
         return any(scale_names(self.tensors)) or (weight is not None and weight.dtype in CODE_DTYPES)
 
     @cached_property
@@ -192,6 +194,7 @@ def take_inventory(
     modules = {}
     for name, tensors in sorted(grouped.items()):
         transposed = fused.is_transposed(name)
+        # Exclude lists and layouts are written for the modules that servers build, and these build one for all experts.
         served = name if transposed is None else _served(name)
         excluded, promised = scheme.excludes.names(served), scheme.layout_of(served)
         modules[name] = Module(name, tensors, excluded, promised, transposed)

@@ -95,6 +95,7 @@ class Fp8Original:
         codes = self.source.rows(self.info.name, first, last).view(torch.uint8)
         scales = self.source.read(self.scales.name).float()
         spread = decode.spread_blocks(scales, first, codes.shape[0], codes.shape[1], self.block)
+        # Rounded to BF16, which is what an importer reads from such a source and so what was quantized.
         return (decode.decode_e4m3(codes) * spread).bfloat16().float()
 
     def step(self, columns: int) -> int:
@@ -124,6 +125,7 @@ class Fp8ExpertsOriginal:
         """FP32 rows [first, last) of one expert's weight."""
         matrix = Matrix(self.source, names.split(self.info.name)[0], expert, self.transposed)
         codes = matrix.rows("weight", first, last).view(torch.uint8)
+        # The table is of the matrix as it is stored; turned to [out, in], rows and columns of a block change places.
         block = (self.block[1], self.block[0]) if self.transposed else self.block
         rows, columns = codes.shape
         spread = decode.spread_blocks(matrix.scales(_FP8_SCALES).float(), first, rows, columns, block)
@@ -179,6 +181,7 @@ class PartOriginal:
 
     def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of the part, in the type of the whole."""
+        # Gate and up lie one below the other in the expert's matrix: [gate rows, then up rows, in].
         above = self.part.place * self.shape[0]
         return self.all_experts.rows(self.part.expert, above + first, above + last)
 
@@ -205,13 +208,15 @@ def _fp8_block(config: Json) -> tuple[int, int] | None:
 
 
 def is_packed(source: Checkpoint, info: TensorInfo) -> bool:
-    """A tensor of the source that no reader multiplies as it is."""
+    """Whether a tensor of the source holds codes, so that it has to be decoded before its values mean anything."""
     return is_mxfp4(info) or (_fp8_block(source.config) is not None and _is_fp8(source, info))
 
 
 def is_read_with_another(source: Checkpoint, info: TensorInfo) -> bool:
-    """Scales of a packed tensor, which are read with it."""
+    """Whether a tensor holds the scales of a packed one, and so is read together with that and not by itself."""
     module, suffix = names.split(info.name)
+    # Only where the weight is there to be read with them; scales without it stay tensors of the source that the export
+    # lacks.
     if suffix == _FP8_SCALES:
         weight = source.tensors.get(f"{module}.weight")
         return weight is not None and is_packed(source, weight)
@@ -223,7 +228,7 @@ def _is_fp8(source: Checkpoint, info: TensorInfo) -> bool:
 
 
 def is_mxfp4(info: TensorInfo) -> bool:
-    """A tensor of the experts' MXFP4, by its name."""
+    """Whether a tensor is part of the experts' MXFP4, by its name: blocks or scales."""
     return info.stored != info.name and names.split(info.name)[1] in ("blocks", "scales")
 
 
@@ -234,11 +239,13 @@ def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -
         transposed: Whether the tensor is [experts, in, out] in floating point; None where it does not hold all experts.
     """
     block = _fp8_block(source.config)
+    # Both must hold: a BF16 tensor beside FP8 ones is plain, whatever the config says of the others.
     if block is not None and _is_fp8(source, info):
         return _fp8_original(source, info, block, transposed)
     if not is_mxfp4(info):
         return PlainOriginal(source, info, bool(transposed)) if is_plain(info) else None
     scales = source.tensors.get(f"{names.split(info.name)[0]}.scales")
+    # Anybody's file: what does not fit together has no original, and the caller says so.
     shapes_fit = len(info.shape) == 4 and info.shape[-1] == _MXFP4_BYTES
     if scales is None or not shapes_fit or scales.shape != info.shape[:-1] or {info.dtype, scales.dtype} != {"U8"}:
         return None
@@ -250,6 +257,7 @@ def _fp8_original(
 ) -> Fp8Original | Fp8ExpertsOriginal | None:
     scales = source.tensors[f"{names.split(info.name)[0]}.{_FP8_SCALES}"]
     experts, matrix = info.shape[:-2], info.shape[-2:]
+    # A partial block at the edge has a scale too.
     blocks = tuple(-(-size // side) for size, side in zip(matrix, block, strict=False))
     rank = 2 if transposed is None else 3
     if len(info.shape) != rank or scales.shape != (*experts, *blocks) or not is_plain(scales):

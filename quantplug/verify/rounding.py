@@ -17,6 +17,7 @@ def nearest_nvfp4(original: torch.Tensor, tensor_scale: torch.Tensor) -> torch.T
     blocks = original.view(original.shape[0], -1, decode.NVFP4_BLOCK)
     scale = tensor_scale.reshape(())
     block_scales = _e4m3(blocks.abs().amax(dim=-1, keepdim=True) / (6 * scale)) * scale
+    # A block whose scale rounds to zero decodes to zeros; dividing by it would give NaN.
     codes = torch.bucketize(torch.where(block_scales > 0, blocks.abs() / block_scales, 0.0), _HALFWAY)
     return (_MAGNITUDES[codes] * block_scales * blocks.sign()).view_as(original)
 
@@ -27,4 +28,5 @@ def nearest_fp8(original: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _e4m3(values: torch.Tensor) -> torch.Tensor:
+    # torch's cast makes NaN of what is larger than 448; packers saturate.
     return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).float()

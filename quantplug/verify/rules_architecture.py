@@ -55,6 +55,7 @@ def _required(inventory: Inventory, known: KnownArchitecture) -> Iterator[str]:
         row = table[key.module]
         names = [inventory.fused.inner_name(name) for name in stored]
         one_by_one = row.when_packed(fused_is_read=False)
+        # A layer may have its experts in one tensor or each by itself; a part of both is a tensor that is missing.
         apart = one_by_one is not row and tensors.keys().isdisjoint(names)
         yield from one_by_one.hf_names(key, known.dims) if apart else names
 
@@ -79,6 +80,7 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
     missing: dict[str, list[str]] = {}
     for name, suffixes in sorted(found.modules.items()):
         layer = names.layer(name)
+        # A layer of which nothing is there is one finding of the rule on layers, not a dozen here.
         if name in lost or (layer is not None and layer not in layers):
             continue
         module = inventory.modules.get(name)
@@ -86,6 +88,8 @@ def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
         if "weight" in suffixes and not _has_weight(module) and not _told_elsewhere(inventory, found, name):
             absent.add("weight")
         for suffix in sorted(absent):
+            # Put together by kind, so that what a tool forgot in all layers is one line, and not as many as there are
+            # layers.
             missing.setdefault(f"{kind_of(name)}.{suffix}", []).append(f"{name}.{suffix}")
     for absent_alike in missing.values():
         message = f"missing: {found.known.name} has it{_others(absent_alike)}"
@@ -116,11 +120,13 @@ def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> boo
     if expert is None:
         return False
     siblings = inventory.mixtures.get(expert.experts, {})
+    # One expert without a projection is told by the rule on experts; a projection that all lack is told here.
     if siblings:
         return any(expert.projection in projections for projections in siblings.values())
     parent = expert.experts.removesuffix(".experts")
     router, fused = inventory.modules.get(f"{parent}.gate"), parent in inventory.experts_parents
     matrix = router.plain_matrix if router is not None else None
+    # The rule on experts speaks wherever there is a router of this many rows.
     return fused or (matrix is not None and matrix.shape[0] == found.known.dims.num_experts)
 
 
@@ -131,6 +137,7 @@ def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
     extra: dict[str, list[str]] = {}
     for module in inventory.modules.values():
         own = found.modules.get(module.name) or found.copies.get(module.name)
+        # A vision tower and its like have no rows in the table: they are carried over unseen.
         if own is None and f"{module.name}.".startswith(found.known.family.passthrough):
             continue
         if own is not None:
@@ -164,6 +171,7 @@ def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
             wanted = expected_shape(kind, found.known.dims)
             if shape is None or wanted is None:
                 continue
+            # Of a tensor of all experts: with their number in front, and turned where the table says so.
             wanted = module.stored_shape(wanted)
             if not fits(shape, wanted):
                 wrong.setdefault((kind, shape, wanted), []).append(f"{name}.{suffix}")

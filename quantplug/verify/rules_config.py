@@ -28,8 +28,10 @@ def algo(inventory: Inventory) -> Iterator[Finding]:
     if inventory.scheme.method != "modelopt":
         return
     config = _quantization_config(inventory)
+    # Whatever form it has, so that the name is judged even where the form is a finding too.
     config = as_object(config.get("quantization")) or config or _file(inventory)
     name = as_text(config.get("quant_algo"))
+    # vLLM and SGLang compare with upper-case names, letter by letter.
     if name != name.upper():
         yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} is not upper-case: vLLM and SGLang do not know it")
     if name.upper() not in MODELOPT_LAYOUTS and name != "MIXED_PRECISION":
@@ -74,6 +76,7 @@ def config_agreement(inventory: Inventory) -> Iterator[Finding]:
         )
     if not config or not file:
         return
+    # Both readers look at it before they take a file for ModelOpt's.
     producer = as_text(as_object(as_object(inventory.checkpoint.hf_quant_config).get("producer")).get("name"))
     if producer != "modelopt":
         yield error(
@@ -103,6 +106,7 @@ def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
         if value is not None and not is_texts(value):
             yield error(Check.CONFIG_AGREEMENT, where, "is not a list of names")
     here, there = set(as_texts(config.get("ignore"))), set(as_texts(file.get("exclude_modules")))
+    # Order is free, and so are repetitions: a list is a set of modules here.
     for pattern in sorted(here ^ there):
         where, other = (CONFIG, FILE) if pattern in here else (FILE, CONFIG)
         yield error(Check.CONFIG_AGREEMENT, pattern, f"excluded by {where}, but not by {other}")
@@ -139,6 +143,7 @@ def weight_only(inventory: Inventory) -> Iterator[Finding]:
         for key in (key for key, has in inputs.items() if has):
             message = "has input_activations, but W4A16_NVFP4 is weight-only"
             yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups.{key}", message)
+    # One group without activations may be meant; none with them says that the algorithm has another name.
     if name == "NVFP4" and inputs and not any(inputs.values()):
         message = "no input_activations: vLLM reads weight-only NVFP4, SGLang does not; the name is W4A16_NVFP4"
         yield error(Check.WEIGHT_ONLY, f"{CONFIG} config_groups", message)
@@ -175,6 +180,7 @@ def mixed(inventory: Inventory) -> Iterator[Finding]:
             CONFIG,
             "neither kv_cache_quant_algo nor kv_cache_scheme: SGLang reads the other file",
         )
+    # A name may stand for all that is below it, as readers take it.
     known = with_parents(inventory.modules)
     for name, algorithm in algos.items():
         if algorithm.upper() == "FP8_PB_WO":

@@ -17,6 +17,7 @@ def config_groups(inventory: Inventory) -> Iterator[Finding]:
     compressed = inventory.scheme.method == "compressed-tensors"
     if inventory.scheme.method not in ("modelopt", "compressed-tensors"):
         return
+    # ModelOpt's readers can do without; those of compressed-tensors have nothing else to go by.
     if "config_groups" not in config:
         if compressed:
             yield _error("", "missing: nothing says what is quantized")
@@ -42,6 +43,7 @@ def _group(name: str, group: Json, bits: int | None) -> Iterator[Finding]:
     if not is_texts(group.get("targets")) or not group["targets"]:
         yield _error(name, f"targets is {_short(group.get('targets'))}, not a list of classes or modules")
     weights = group.get("weights")
+    # Groups of an algorithm that is not known in full may say it otherwise.
     if bits is None and weights is None:
         return
     if not isinstance(weights, dict):

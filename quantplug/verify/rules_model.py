@@ -45,6 +45,7 @@ def experts(inventory: Inventory) -> Iterator[Finding]:
 def _incomplete(prefix: str, members: Mapping[int, Mapping[str, str]]) -> Iterator[Finding]:
     everything = {projection for projections in members.values() for projection in projections}
     for index, projections in sorted(members.items()):
+        # Held against its siblings, so that it needs no table of the architecture.
         if absent := sorted(everything - projections.keys()):
             yield error(Check.EXPERTS, f"{prefix}.{index}", f"lacks {', '.join(absent)}, which other experts have")
 
@@ -73,6 +74,7 @@ def _lost_mixtures(inventory: Inventory, count: int | None) -> Iterator[Finding]
     for module in inventory.modules.values():
         parent, _, name = module.name.rpartition(".")
         rows = module.plain_matrix.shape[0] if module.plain_matrix is not None else None
+        # Other modules may be called so as well; only a router has as many rows as there are experts.
         is_router = name in ("gate", "router") and rows is not None and rows == count
         if is_router and parent not in inventory.experts_parents:
             yield error(Check.EXPERTS, parent, f"has a router for {count} experts, and no expert")
@@ -85,6 +87,7 @@ def layers(inventory: Inventory) -> Iterator[Finding]:
         if (found := names.layer(module)) is not None:
             stacks.setdefault(found[0], set()).add(found[1])
     count = _configured(inventory, "num_hidden_layers")
+    # Some families count layers otherwise, as by a pattern of letters (Nemotron-H).
     if count is None and inventory.known is not None:
         count = inventory.known.dims.num_layers
     if count is None and stacks:
@@ -98,6 +101,7 @@ def layers(inventory: Inventory) -> Iterator[Finding]:
 
 def _missing_layers(stacks: Mapping[str, set[int]], count: int, drafts: int) -> Iterator[Finding]:
     for stack, ids in stacks.items():
+        # A hostile config counts 2^31 layers: no list is made of them.
         absent = [index for index in range(min(count, _MOST_LISTED)) if index not in ids]
         if absent:
             yield error(Check.LAYERS, stack, f"layers missing: {ranges(absent)} of {count}")
@@ -109,6 +113,7 @@ def _head(inventory: Inventory) -> Iterator[Finding]:
     tied = inventory.checkpoint.config.get("tie_word_embeddings")
     heads = [name for name in inventory.modules if names.last(name) == "lm_head"]
     named = str(inventory.checkpoint.config.get("architectures"))
+    # An encoder or a reward model has no head to miss.
     causal = "ForCausalLM" in named or "ForConditionalGeneration" in named
     if tied is True and heads:
         yield warning(
@@ -134,6 +139,7 @@ def one_algo(inventory: Inventory) -> Iterator[Finding]:
 
 
 def _alike(inventory: Inventory, subject: str, modules: Sequence[str], what: str) -> Iterator[Finding]:
+    # Servers make one module of them all, and a module has one method.
     states: dict[str, list[str]] = {}
     for name in modules:
         states.setdefault(_state(inventory.modules[name]), []).append(name)
@@ -145,6 +151,7 @@ def _alike(inventory: Inventory, subject: str, modules: Sequence[str], what: str
 def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
     """In block FP8 every part of a merged module but the last ends on a block."""
     for group in inventory.fused_groups:
+        # The parts are put one below the other: only the last may end anywhere.
         for name in group.members[:-1]:
             module = inventory.modules[name]
             if (
@@ -169,6 +176,8 @@ def serving_tp(inventory: Inventory) -> Iterator[Finding]:
             continue
         seen.add((kind_of(module.name), module.codes.shape))
         name = names.last(module.name)
+        # Row parallel layers are cut along their inputs, where every format has its blocks; the others along their
+        # outputs, where FP8's square blocks alone reach.
         if name in names.ROW_PARALLEL:
             columns = module.layout.columns(module.codes)
             yield from _cut(module, "in_features", columns, _block(module, axis=1))

@@ -18,9 +18,11 @@ def coverage(inventory: Inventory) -> Iterator[Finding]:
     special = {module.name for module in inventory.routers()}
     for module in inventory.modules.values():
         if module.name in special or names.is_head(module.name) or names.is_embedding(module.name):
+            # Whether heads, embeddings and routers should be plain at all is for the rules on exclude lists.
             if module.excluded and module.quantized:
                 yield error(Check.COVERAGE, module.name, f"excluded, yet on disk with {_evidence(module)}")
             continue
+        # Readers of DeepSeek's form keep these plain by their names, without a word in the config.
         deepseek_plain = inventory.scheme.method == "fp8" and names.last(module.name) in names.DEEPSEEK_PLAIN
         if module.quantized and (module.excluded or module.promised is None):
             why = "excluded" if module.excluded else "not covered by the config"
@@ -49,6 +51,7 @@ def layout(inventory: Inventory) -> Iterator[Finding]:
     for module in inventory.quantized:
         if module.layout is None or not {"weight", "weight_packed"} & module.tensors.keys():
             continue
+        # Without the codes nothing is known of the shapes that scales should have, so they are not judged.
         if module.codes is None:
             wanted = f"{module.name}.{module.layout.codes}"
             yield error(Check.TENSOR_LAYOUT, wanted, f"missing or not a matrix, as {module.layout.name} wants it")
@@ -62,6 +65,7 @@ def _parts(module: Module) -> Iterator[Finding]:
     assert module.codes is not None
     for suffix, part in module.parts.items():
         name, info = f"{module.name}.{suffix}", module.tensors.get(suffix)
+        # vLLM allocates the parameter and fills it from the file; nothing checks whether it was filled.
         if info is None and suffix == module.layout.input_scale:
             message = f"missing: {module.layout.name} quantizes activations, vLLM would use uninitialised memory"
             yield error(Check.INPUT_SCALE, name, message)
@@ -97,6 +101,7 @@ def kv_cache(inventory: Inventory) -> Iterator[Finding]:
     present = {
         module.name: suffix for module in inventory.modules.values() for suffix in KV_SUFFIXES & module.tensors.keys()
     }
+    # Readers load what the config speaks of, and drop or stumble over the rest.
     if not claimed and inventory.scheme.method:
         for name, suffix in present.items():
             yield error(
@@ -121,6 +126,7 @@ def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:
     for letter in "kv":
         below, beside = f"{attention}.{letter}_proj.{letter}_scale", f"{attention}.{letter}_scale"
         own, other = (below, beside) if is_modelopt else (beside, below)
+        # The place of the method comes first; the other one counts only where the first is empty.
         name = own if own in tensors or other not in tensors else other
         info = tensors.get(name)
         if info is None:
@@ -139,6 +145,7 @@ def scalar_shape(inventory: Inventory) -> Iterator[Finding]:
             info = module.tensors.get(suffix)
             if info is not None and info.shape == (1,):
                 found.setdefault(f"{kind_of(module.name)}.{suffix}", []).append(info.name)
+    # A checkpoint of one tool has it in every module or in none: one line says it.
     for kind, tensors in found.items():
         message = f"{len(tensors)} tensors have the shape [1], ModelOpt's have []: a server that copies a scalar stops"
         yield warning(Check.SCALAR_SHAPE, kind, message)

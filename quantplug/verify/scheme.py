@@ -58,6 +58,7 @@ class DeclaredScheme:
 def read_scheme(checkpoint: Checkpoint) -> tuple[DeclaredScheme, list[Finding]]:
     """The scheme of a checkpoint and the findings that keep it from being known."""
     config = as_object(checkpoint.config.get("quantization_config"))
+    # In the order in which readers look: config.json first, hf_quant_config.json where it says nothing.
     config = _nested(config) or config or _nested(as_object(checkpoint.hf_quant_config))
     method = as_text(config.get("quant_method"))
     if not config:
@@ -116,6 +117,7 @@ def _mixed_layouts(layers: Json) -> Callable[[str], ModuleLayout]:
 
     def layout_of(module: str) -> ModuleLayout:
         name = module
+        # The nearest name above decides, as in the readers' own lookups by prefix.
         while name:
             if name in algos:
                 return MODELOPT_LAYOUTS.get(algos[name], UnjudgedLayout(algos[name] or "no quant_algo"))
@@ -153,6 +155,7 @@ def _compressed_tensors(config: Json) -> DeclaredScheme:
     def layout_of(module: str) -> ModuleLayout:
         """The first group that names the module; a class name (`Linear`) speaks for all that is left."""
         named = (layout for targets, layout in by_name if targets.names(module))
+        # compressed-tensors lets a name overrule a class.
         return next(chain(named, classes), None)
 
     kv_cache = "FP8" if as_count(as_object(config.get("kv_cache_scheme")).get("num_bits")) == 8 else ""
@@ -176,6 +179,7 @@ def _group_layout(group: Json, default_format: str) -> Layout | UnjudgedLayout:
     is_fp8 = as_text(weights.get("type")) == "float" and as_count(weights.get("num_bits")) == 8
     strategy = as_text(weights.get("strategy"))
     block = _ct_block(weights.get("block_structure"))
+    # The strategy names what shares a scale: the tensor, a row (channel) or a block.
     blocks: Mapping[str, tuple[int, int] | None] = {"tensor": None, "channel": (1, 0), "block": block}
     if file_format in ("float-quantized", "naive-quantized") and is_fp8 and strategy in blocks:
         suffix = "input_scale" if inputs and inputs.get("dynamic") is False else None

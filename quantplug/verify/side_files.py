@@ -77,6 +77,7 @@ def _chat_template(export: Path, source: Path) -> Iterator[Finding]:
 
 def _template(directory: Path) -> str:
     """From whichever of the three places has it; a list of named ones as its JSON."""
+    # transformers looks here first, since it began to write templates to a file of their own.
     jinja = directory / "chat_template.jinja"
     if _is_read(jinja) and jinja.stat().st_size <= _MOST_BYTES:
         return jinja.read_bytes().decode("utf-8", "replace").strip()
@@ -109,6 +110,7 @@ def _alike(ours: Path, theirs: Path, simplify: Callable[[Any], Any]) -> bool:
             return True
     except OSError:
         return False
+    # Bytes differ as soon as another version has written the file; what it says is what counts.
     ignored = _NOT_READ.get(ours.name, frozenset())
     here, there = (
         {key: value for key, value in _object(path).items() if key not in ignored} for path in (ours, theirs)

@@ -37,6 +37,7 @@ def compare(
     Args:
         experts: The source's tensors that hold all experts of a layer; the export may have these one by one.
     """
+    # Found before the threads begin: what the export has too much is told from all names together.
     apart = {name: _apart(inventory, experts, info) for name, info in source.tensors.items()}
     findings = [
         *_source_findings(source),
@@ -46,6 +47,7 @@ def compare(
     meter = meter_for(bytes_to_read(source))
 
     def judged(info: TensorInfo) -> tuple[list[TensorError], list[Finding]]:
+        # A list of its own for each tensor: threads then share nothing, and the report has the order of the source.
         errors: list[TensorError] = []
         return errors, list(_tensor(inventory, source, info, apart[info.name], meter, errors))
 
@@ -82,6 +84,7 @@ def _source_findings(source: Checkpoint) -> Iterator[Finding]:
 def _target(inventory: Inventory, info: TensorInfo) -> str:
     """Where the export keeps the values of a source tensor."""
     module, suffix = names.split(info.name)
+    # Norms, biases and routers keep their names in every dialect; only a weight may be packed under another.
     if suffix != "weight" and not originals.is_mxfp4(info):
         return info.name
     packed = f"{module}.weight_packed"
@@ -128,6 +131,7 @@ def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> 
     } | set(apart)
     for name in inventory.checkpoint.tensors:
         module, suffix = names.split(name)
+        # Scales have no counterpart in the source, but the weight beside them has.
         belongs = not known.isdisjoint((f"{module}.weight", f"{module}.weight_packed")) or suffix in KV_SUFFIXES
         if name not in known and not (belongs and suffix in SCALE_SUFFIXES | KV_SUFFIXES):
             yield error(Check.SOURCE_NAMES, name, "not in the source")
@@ -140,6 +144,7 @@ def _one(
         return
     target = inventory.checkpoint.tensors.get(_target(inventory, info))
     if target is None:
+        # A tied head may be left out; whether it equals the embedding is judged elsewhere (`tied_head.py`).
         if not (is_tied(inventory.checkpoint.config) and names.is_head(names.split(info.name)[0])):
             yield error(Check.SOURCE_NAMES, info.name, "in the source, but not in the export")
         return
@@ -169,11 +174,13 @@ def _one(
 
 def _is_narrowed(inventory: Inventory, info: TensorInfo, target: TensorInfo) -> bool:
     """A tensor by itself in a type that does not hold the source's values: neither what the model is in, nor wider."""
+    # A wider type holds every value of the source.
     if info.dtype == target.dtype or target.dtype in ("F32", "F64"):
         return False
     config = inventory.checkpoint.config
     named = (config.get("dtype"), config.get("torch_dtype"), as_object(config.get("text_config")).get("dtype"))
     types = {as_text(name).removeprefix("torch.") for name in named if name}
+    # The whole model in the config's type is a choice; one tensor in another is an accident.
     return bool(types) and _TORCH_NAMES.get(target.dtype) not in types
 
 
@@ -192,6 +199,7 @@ def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
 
 
 def _unequal(original: torch.Tensor, stored: torch.Tensor) -> int:
+    # Bits, not values: NaN equals itself then, and -0 differs from 0, which a copy never does.
     view = _INTEGER_VIEWS[stored.element_size()]
     return int((original.to(stored.dtype).view(view) != stored.view(view)).sum())
 
@@ -251,6 +259,7 @@ def _quantized(
 
 
 def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> TensorError:
+    # Two zero tensors agree; anything else against zero is infinitely far off.
     def relative(part: float, whole: float) -> float:
         return part / whole if whole else (math.inf if part else 0.0)
 
@@ -278,6 +287,7 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
         yield error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
     elif total.off or total.off_rows:
         yield error(Check.GAIN, result.name, _off_message(total))
+    # The weakest sign, said only where there is no stronger one: GPTQ moves single values further than rounding does.
     elif total.beyond:
         message = (
             f"{total.beyond} of {total.values} values are further off than round to nearest can put them "

@@ -15,6 +15,7 @@ _AHEAD = 4  # items begun before the first of them is asked for, a thread: so me
 def in_threads(look: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
     """Each item with what `look` gives of it, in order. An exception ends all, when its item is reached."""
     threads = torch.get_num_threads()
+    # A pool of one thread would only add the cost of handing things over.
     if threads == 1:
         yield from ((item, look(item)) for item in items)
         return
@@ -23,6 +24,8 @@ def in_threads(look: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         try:
             for item in items:
                 begun.append((item, pool.submit(look, item)))
+                # The oldest is waited for before more is begun: results are kept in order, and only so many chunks are
+                # in memory.
                 if len(begun) > _AHEAD * threads:
                     first, future = begun.popleft()
                     yield first, future.result()

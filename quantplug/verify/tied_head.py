@@ -63,11 +63,13 @@ def first_differing_row(checkpoint: Checkpoint, head: str, embedding: str) -> in
     Of different shapes, the first row that one has and the other has not, or 0.
     """
     ours, theirs = checkpoint.tensors[head].shape, checkpoint.tensors[embedding].shape
+    # Rows of another width cannot be compared, and a head without axes is none.
     if ours[1:] != theirs[1:] or not ours:
         return 0
     for first, rows in checkpoint.chunks(head):
         last = min(first + rows.shape[0], theirs[0])
         other = checkpoint.rows(embedding, first, last)
+        # By value in FP64, which holds every type exactly: the two may be stored in different types.
         differing = (rows[: last - first].double() != other.double()).flatten(1).any(dim=1)
         if differing.any():
             return first + int(torch.nonzero(differing)[0])

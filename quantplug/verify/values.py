@@ -84,16 +84,20 @@ def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding
             broken = ~torch.isfinite(chunk)
             low += int((chunk <= 0).sum()) if is_scale else 0
             tiny += _count_tiny(chunk) if is_scale else 0
+            # Kept for the rules on shared scales, so that no scalar is read twice.
             if chunk.numel() == 1:
                 values.scalars[name] = float(chunk)
         else:
             codes = chunk.view(torch.uint8)
             broken = _non_finite_codes(codes, info.dtype)
             if info.dtype == "F8_E4M3" and is_scale:
+                # Negative numbers, by their sign bit. Zero is allowed: it is the scale of a block of zeros. 0xFF is a
+                # NaN and counted as one.
                 low += int(((codes > 0x80) & (codes != 0xFF)).sum())
                 _count_subnormal(values, inventory.modules[module], codes)
         if broken.any():
             bad += int(broken.sum())
+            # The first axis of a tensor of all experts is the expert: a finding names those that are spoiled.
             if fused and broken.dim():
                 spoiled.update((first + broken.flatten(1).any(dim=1).nonzero().flatten()).tolist())
     if bad:
@@ -118,6 +122,8 @@ def _count_tiny(scales: torch.Tensor) -> int:
 def _non_finite_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:
     if dtype == "F8_E8M0":
         return codes == 0xFF
+    # Without the sign. E4M3 has one NaN and no infinity, E5M2 has infinity at 0x7C and NaNs above it (OFP8, tables 1
+    # and 2).
     return (codes & 0x7F) >= (0x7F if dtype == "F8_E4M3" else 0x7C)
 
 
@@ -146,13 +152,17 @@ def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
     for group in inventory.fused_groups:
         layouts = {inventory.modules[name].layout for name in group.members}
         layout = layouts.pop()
+        # Parts of different layouts are found by another rule, and their scales need not be equal.
         if layouts or layout is None:
             continue
         for suffix in layout.scalars:
             found = {name: values.scalars.get(f"{name}.{suffix}") for name in group.members}
+            # Without NaN, which equals nothing and has a finding of its own.
             numbers = {value for value in found.values() if value is not None and value == value}
             if len(numbers) <= 1:
                 continue
+            # Servers keep one such scale for all parts. FP8 linears outside of experts they decode and round anew,
+            # which is only a little less exact.
             if isinstance(layout, Nvfp4Layout) or (group.in_expert and inventory.scheme.method == "modelopt"):
                 shown = ", ".join(f"{last(name)} {value:.9g}" for name, value in found.items() if value is not None)
                 yield error(Check.SHARED_SCALES, group.parent, f"{suffix} differs: {shown}; {_consequence(group)}")
