@@ -19,6 +19,7 @@ class Check(StrEnum):
     ALIGNMENT = "alignment"
     SERVING_TP = "serving-tp"
     SERVING_KV_B = "serving-kv-b"
+    SERVED_EXPERTS = "served-experts"
     ONE_ALGO = "one-algo"
     EXPERTS = "experts"
     ARCHITECTURE = "architecture"

@@ -87,6 +87,7 @@ class Fp8Layout:
     Attributes:
         block: Rows and columns of one block; None for one scale a tensor, (1, 0) for one a row.
         scale_dtypes: What the scale may be stored as.
+        weight_only: Activations stay in 16 bits.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Fp8Layout:
     scale_dtypes: frozenset[str]
     input_scale: str | None
     codes: str = "weight"
+    weight_only: bool = False
 
     @property
     def per_row(self) -> bool:

@@ -193,4 +193,31 @@ def taken_apart(inventory: Inventory) -> Iterator[Finding]:
             return
 
 
-RULES = (coverage, layout, alignment, scalar_shape, kv_cache, unjudged, transformers_reader, taken_apart)
+def served_experts(inventory: Inventory) -> Iterator[Finding]:
+    """Quantized experts in a form that no server loads; said once for each kind. Found by running vLLM 0.32."""
+    seen: set[str] = set()
+    for module in inventory.quantized:
+        subject, message = kind_of(module.name), _not_served(module)
+        if message is not None and subject not in seen:
+            seen.add(subject)
+            yield error(Check.SERVED_EXPERTS, subject, message)
+
+
+def _not_served(module: Module) -> str | None:
+    if module.transposed is not None and "bias" in module.tensors:
+        return (
+            "experts in one tensor, with biases, as GPT-OSS has them: servers read these in MXFP4 or BF16 alone; vLLM "
+            "stops at the biases in NVFP4 and FP8, and skips the scales of FP8 blocks; leave the experts out"
+        )
+    is_expert = module.transposed is not None or names.expert(module.name) is not None
+    if is_expert and isinstance(module.layout, Fp8Layout) and module.layout.weight_only:
+        return (
+            "experts in FP8 without quantized activations: vLLM stops ('NoneType' object has no attribute "
+            "'num_bits'); use fp8_blockwise or w4a16_nvfp4, or leave the experts out"
+        )
+    return None
+
+
+RULES = (
+    coverage, layout, alignment, scalar_shape, kv_cache, unjudged, transformers_reader, taken_apart, served_experts,
+)  # fmt: skip

@@ -183,7 +183,7 @@ def _group_layout(group: Json, default_format: str) -> Layout | UnjudgedLayout:
     blocks: Mapping[str, tuple[int, int] | None] = {"tensor": None, "channel": (1, 0), "block": block}
     if file_format in ("float-quantized", "naive-quantized") and is_fp8 and strategy in blocks:
         suffix = "input_scale" if inputs and inputs.get("dynamic") is False else None
-        return Fp8Layout(f"FP8 ({strategy})", "weight_scale", blocks[strategy], _FLOATS, suffix)
+        return Fp8Layout(f"FP8 ({strategy})", "weight_scale", blocks[strategy], _FLOATS, suffix, weight_only=not inputs)
     return UnjudgedLayout(file_format or "compressed-tensors without a format")
 
 

@@ -195,6 +195,20 @@ def test_a_kv_cache_that_is_cast_has_no_scales(compressed: Callable[..., Path]) 
     assert fired(verify_checkpoint(compressed("FP8", kv_cache_scheme={"num_bits": 8, "type": "float"}))) == set()
 
 
+def test_weight_only_fp8_of_experts_is_not_served(compressed: Callable[..., Path]) -> None:
+    """And of dense models it is: only the experts are named."""
+    scheme = preset_name_to_scheme("FP8", ["Linear"]).model_dump(mode="json") | {"format": "naive-quantized"}
+    groups = {"group_0": scheme | {"input_activations": None}}
+    directory = compressed(
+        "FP8", lambda t: [t.pop(name) for name in list(t) if "input_scale" in name], config_groups=groups
+    )
+    report = verify_checkpoint(directory)
+    assert fired(report) == {"served-experts"}
+    assert {f.subject for f in report.findings if f.check == "served-experts"} == {
+        f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")
+    }
+
+
 def test_compressed_tensors_of_another_format(compressed: Callable[..., Path]) -> None:
     report = verify_checkpoint(
         compressed("FP8", config_groups={"group_0": {"targets": ["Linear"], "format": "pack-quantized"}})

@@ -21,8 +21,9 @@ Spoil = Callable[[Any], object]
 
 
 def told(report: Any) -> set[tuple[str, str]]:
-    """Check and subject of every error."""
-    return {(str(found.check), found.subject) for found in report.findings if found.severity is Severity.ERROR}
+    """Check and subject of every error but that no server reads such experts, which each of these exports has."""
+    errors = (found for found in report.findings if found.severity is Severity.ERROR)
+    return {(str(found.check), found.subject) for found in errors if found.check != "served-experts"}
 
 
 def edit(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
@@ -115,6 +116,8 @@ def no_count(s: Any) -> None:
 def test_what_modelopt_writes_passes(fused: dict[str, Path], name: str) -> None:
     report = verify_checkpoint(fused[name], fused["source"])
     assert told(report) == set()
+    unserved = {found.subject for found in report.findings if found.check == "served-experts"}
+    assert unserved == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
     assert report.checks(Severity.WARNING).keys() <= {"serving-tp"}
     assert all(0 < error.relative_error < error.bound for error in report.errors_by_tensor)
     kinds = {kind.kind: kind for kind in report.errors_by_kind}

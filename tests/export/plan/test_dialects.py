@@ -17,7 +17,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from quantplug.export.plan.dialects import CompressedTensorsDialect
 from quantplug.export.plan.types import QuantConfig
 from quantplug.megatron.models.build import LayerSpec
-from quantplug.verify import verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 from tests.export.checkpoints import linear_weights, load, quantize, read
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits, transformers_model
 
@@ -145,7 +145,9 @@ def test_the_quantized_megatron_model_computes_what_its_export_does(
     ],
 )
 def test_verify_finds_nothing(name: str, scheme: str, sources: Sources, exports: Exports) -> None:
+    """But for experts in weight-only FP8, which vLLM does not load."""
     report = verify_checkpoint(exports(name, scheme), sources(name))
-    assert [finding for finding in report.findings if finding.severity.name == "ERROR"] == []
-    assert report.ok
+    assert set(report.checks(Severity.ERROR)) == (
+        {"served-experts"} if (name, scheme) == ("moe", "w8a16_fp8") else set()
+    )
     assert len(report.errors_by_tensor) >= len(linear_weights(read(sources(name))))
