@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,13 @@ from quantplug.mappings.shapes.kinds import is_recomputed
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# Weights that tools put beside those of a model: adapters that are not merged (PEFT), layers of multi-token prediction.
+_APART = {
+    "adapter_config.json": "is of an adapter, which is not merged into the weights",
+    "adapter_model.safetensors": "is an adapter, which is not merged into the weights",
+    "mtp.safetensors": "holds layers of multi-token prediction, and the index does not name it",
+}
 
 _MOST_MAPPED = 128 * 2**20
 
@@ -171,8 +178,8 @@ class HFCheckpoint:
         self._touched.clear()
 
     def _open_files(self) -> dict[str, safe_open]:
-        listed = weight_map(self.directory)
-        names = [SINGLE_FILE] if listed is None else sorted(set(listed.values()))
+        names = weight_files(self.directory)
+        _refuse_apart(self.directory, names)
         files: dict[str, safe_open] = {}
         offenders: list[Offender] = []
         for name in names:
@@ -241,6 +248,26 @@ def weight_files(directory: Path) -> tuple[str, ...]:
     """
     listed = weight_map(directory)
     return (SINGLE_FILE,) if listed is None else tuple(sorted(set(listed.values())))
+
+
+def _refuse_apart(directory: Path, files: Collection[str]) -> None:
+    """Refuses weights that belong to the model and are not among its files: they would be lost without a word.
+
+    Raises:
+        SourceError: Names every such file.
+    """
+    offenders = [
+        Offender(str(directory / name), reason)
+        for name, reason in _APART.items()
+        if name not in files and os.path.lexists(directory / name)
+    ]
+    if offenders:
+        raise SourceError(
+            "Weights lie beside those of the source that are not among them.",
+            offenders,
+            "Merge an adapter into the weights (PEFT: merge_and_unload) and list every file in the index; or move what "
+            "is not wanted out of the directory.",
+        )
 
 
 def open_safetensors(directory: Path, name: str) -> safe_open:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from quantplug.cli.report import print_report
 from quantplug.cli.terminal import byte_bar, user_errors
+from quantplug.errors import ArgumentError, Offender
 from quantplug.verify import verify_checkpoint
 
 
@@ -25,6 +26,12 @@ def verify(
     Exit status: 0 without errors (warnings may remain), 1 with errors, 2 when it could not be asked so.
     """
     with user_errors():
+        if json is not None and not json.parent.is_dir():
+            raise ArgumentError(
+                "The report cannot be written.",
+                [Offender(str(json.parent), "is not a directory")],
+                "Make that directory, or write the report elsewhere.",
+            )
         with byte_bar() as bar:
             report = verify_checkpoint(directory, source, lambda done, total: bar("reading", done, total))
         if json is not None:

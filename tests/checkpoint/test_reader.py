@@ -98,6 +98,20 @@ def test_directory_without_safetensors(tmp_path):
         HFCheckpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "mtp.safetensors"])
+def test_weights_beside_the_model_are_refused_by_name(name, sharded):
+    (sharded / name).touch()
+    with pytest.raises(SourceError, match=f"{name}.*\n.*out of the directory"):
+        HFCheckpoint(sharded)
+
+
+def test_layers_of_mtp_in_a_file_that_the_index_names_are_read(sharded):
+    (sharded / "two.safetensors").rename(sharded / "mtp.safetensors")
+    write_index(sharded, {"a": "one.safetensors", "b": "mtp.safetensors"})
+    with HFCheckpoint(sharded) as source:
+        assert source.read("b").tolist() == [1, 1]
+
+
 def test_directory_is_taken_as_it_is(tmp_path):
     assert resolve_source(tmp_path) == resolve_source(str(tmp_path)) == tmp_path
 

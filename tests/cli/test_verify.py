@@ -146,3 +146,11 @@ def test_no_control_code_of_a_path_or_a_config_reaches_the_terminal(tmp_path: Pa
         assert "\\x1b[" in output
         assert "\x1b" not in output
         assert "\x07" not in output
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_run(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantplug.cli.verify.verify_checkpoint", lambda *_: pytest.fail("read the checkpoint"))
+    code, output = run("verify", good, "--json", tmp_path / "absent" / "report.json")
+    assert (code, "absent" in output) == (2, True)

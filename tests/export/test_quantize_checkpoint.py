@@ -5,6 +5,7 @@ Every family is held to the bytes of the way through Megatron-Core in tests/fami
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from quantplug.errors import (
     UnsupportedModelError,
     UnsupportedQuantizationError,
     WeightError,
+    WriteError,
 )
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import verify_checkpoint
@@ -115,6 +117,20 @@ def test_an_empty_quantization_is_none(sources: Sources, tmp_path: Path) -> None
     source = edited(sources("dense"), tmp_path / "in", {}, quantization_config={})
     quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8")
     assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_a_disk_without_room_is_found_before_a_file_is_made(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(sources("dense"), tmp_path / "out", "w8a16_fp8")
+    needed = sum(tensor.nbytes for tensor in read(tmp_path / "out").values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with refused(WriteError, tmp_path) as caught:
+        quantize_checkpoint(sources("dense"), tmp_path / "again", "w8a16_fp8")
+    assert f"{needed:,} needed" in str(caught.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    quantize_checkpoint(sources("dense"), tmp_path / "again", "w8a16_fp8")
 
 
 def test_an_lm_head_beside_tied_embeddings_is_left_out(sources: Sources, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from quantplug.atomic import publish_directory, write_atomically
 from quantplug.checkpoint.lock import take_lock
 from quantplug.checkpoint.reader import INDEX_FILE
 from quantplug.checkpoint.safetensors.writer import file_size
-from quantplug.errors import DestinationError, Offender, QuantplugError
+from quantplug.errors import DestinationError, Offender, QuantplugError, WriteError
 from quantplug.export.files.marks import is_as_marked
 from quantplug.export.plan.types import ShardFile
 from quantplug.formats import TensorSpec
@@ -77,6 +77,22 @@ class Staging:
         self._locks: list[int] = []
         self._made: list[Path] = []
         self._is_ours = False
+
+    def require_space(self, nbytes: int) -> None:
+        """Finds before anything is packed that the disk does not hold all of it; what is there already counts.
+
+        Raises:
+            WriteError: Names how much there is, and how much it takes.
+        """
+        there = sum(path.stat().st_size for path in self.directory.glob("*"))
+        parent = next(parent for parent in self.directory.parents if parent.exists())
+        free = shutil.disk_usage(parent).free
+        if free + there < nbytes:
+            raise WriteError(
+                "The disk has no room for the checkpoint.",
+                [Offender(str(parent), f"has {free:,} bytes free of the {nbytes - there:,} needed", rank=self._rank)],
+                "Make room, or choose another directory.",
+            )
 
     def make(self) -> None:
         """Makes the directory, by rank 0, which then knows what to remove if the export fails."""

@@ -60,7 +60,8 @@ def write_tensors(
         RankLostError: A rank ended.
     """
     # Each step on all ranks before the next one: no rank claims the directory while another still finds it locked.
-    for step in (staging.make, staging.lock, staging.open):
+    nbytes = sum(spec.nbytes for spec in plan.expected().values())
+    for step in (partial(staging.require_space, nbytes), staging.make, staging.lock, staging.open):
         all_or_none(disk_errors(staging.directory, rank)(step))
     finished = _finished_everywhere(plan, staging, rank)
     # All tensors of a weight are in one file, so that the first one tells of all.
