@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from quantplug.formats import e2m1
-from quantplug.formats.constants import E2M1_MAX, E4M3_MAX
+from quantplug.formats.constants import E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_SMALLEST_SUBNORMAL
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Code:
     Attributes:
         bits: Of one code; a divisor of 8, so that a byte holds a whole number of them.
         largest: Largest finite magnitude.
+        smallest: Smallest magnitude above 0; half of it is rounded to 0, ties going to even.
         dtype: Of a tensor of codes, one byte an element.
         encode: FP32 [..., n] to codes [..., n * bits / 8]: to nearest, ties to even, saturating at `largest`.
         decode: Codes back to FP32 [..., n], exactly.
@@ -24,6 +25,7 @@ class Code:
     name: str
     bits: int
     largest: float
+    smallest: float
     dtype: torch.dtype
     encode: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
@@ -54,5 +56,5 @@ def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:
     return codes.float()
 
 
-E2M1 = Code("E2M1", 4, E2M1_MAX, torch.uint8, _e2m1_pairs, _of_e2m1_pairs)
-E4M3 = Code("E4M3", 8, E4M3_MAX, torch.float8_e4m3fn, saturate_to_e4m3, _of_e4m3)
+E2M1 = Code("E2M1", 4, E2M1_MAX, E2M1_VALUES[1], torch.uint8, _e2m1_pairs, _of_e2m1_pairs)
+E4M3 = Code("E4M3", 8, E4M3_MAX, E4M3_SMALLEST_SUBNORMAL, torch.float8_e4m3fn, saturate_to_e4m3, _of_e4m3)

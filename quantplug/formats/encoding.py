@@ -68,6 +68,16 @@ class Encoding:
         return self.code.largest * (self.scale.largest or 1.0 if self.levels == 2 else 1.0)
 
     @property
+    def vanishing(self) -> float:
+        """Part of the tensor's amax below which every value is packed to 0, whatever block it is in.
+
+        FP8 has one level: half the smallest E4M3 subnormal, of 448. Blocks of NVFP4 have a scale of at least 2^-9 of
+        the tensor's, with which E2M1's smallest code is 0.5: half of that, of 6 * 448.
+        """
+        smallest_scale = (self.scale.smallest or 1.0) if self.levels == 2 else 1.0
+        return self.code.smallest / 2 * smallest_scale / self.largest
+
+    @property
     def cut_steps(self) -> tuple[int, int | None]:
         """Rows and columns in multiples of which a weight can be cut, and its parts packed apart to the same bytes.
 

@@ -17,12 +17,14 @@ class ScaleType:
             as far as FP32, so that it needs no second level.
         from_amax: From the amaxes of blocks, FP32 of any shape, and the FP32 scalar that they are to be mapped to, to
             scales of `dtype`: finite and above 0 whatever finite amax they are of.
+        smallest: What a smaller scale is raised to; None where no amax of a model comes near it.
     """
 
     name: str
     dtype: torch.dtype
     largest: float | None
     from_amax: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    smallest: float | None = None
 
 
 def scale_from_amax(amax: torch.Tensor, largest: float) -> torch.Tensor:
@@ -48,4 +50,4 @@ def _e4m3_scales(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 
 F32_SCALE = ScaleType("F32", torch.float32, None, _f32_scales)
-E4M3_SCALE = ScaleType("E4M3", torch.float8_e4m3fn, E4M3_MAX, _e4m3_scales)
+E4M3_SCALE = ScaleType("E4M3", torch.float8_e4m3fn, E4M3_MAX, _e4m3_scales, E4M3_SMALLEST_SUBNORMAL)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchao.quantization import Float8Tensor, PerRow
 
-from quantplug.formats import NVFP4, BlockFormat
+from quantplug.formats import FP8, NVFP4, BlockFormat
 from quantplug.formats.codes import E2M1, E4M3
 from quantplug.formats.encoding import Block, Encoding
 from quantplug.formats.scale_types import E4M3_SCALE, F32_SCALE, ScaleType
@@ -122,3 +122,15 @@ def test_cut_where_the_row_says_parts_are_the_whole(packing: BlockFormat) -> Non
             pieces = [part[name] if tensor.ndim == 0 else part[name].view(torch.uint8) for part in parts]
             made = pieces[0] if tensor.ndim == 0 else torch.cat(pieces, dim=axis)
             assert torch.equal(bits(made), bits(tensor)), (name, axis)
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "FP8"])
+def test_what_vanishes_beside_an_amax_is_what_is_packed_to_zero(name: str) -> None:
+    """A value just below the border beside the amax gives a code of 0, and one just above it does not."""
+    row = {"NVFP4": NVFP4, "FP8": FP8}[name]
+    border = row.encoding.vanishing * 3e4
+    weight = torch.zeros(1, 64)
+    weight[0, 0], weight[0, 16], weight[0, 32] = 3e4, border * 0.999, border * 1.001
+    values = row.unpack(row.pack(weight))[0]
+    assert values[16] == 0
+    assert values[32] > 0

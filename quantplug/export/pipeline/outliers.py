@@ -1,7 +1,7 @@
 """Weights that one outlier would drown: the scale that it asks for leaves nothing of most other blocks.
 
-Scales of blocks are E4M3 numbers relative to the scale of the tensor, which its largest value sets: a block whose own
-largest value is less than 2^-10 / 448 of that gets a scale of 0, half the smallest E4M3 subnormal being rounded away.
+The largest value of a tensor sets its scale, and with it the smallest value that a code can stand for, in a block of
+its own scale too, as that has a least value: what is below `Encoding.vanishing` of the amax is packed to 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from quantplug.errors import WeightError
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
-from quantplug.formats.constants import E4M3_MAX, E4M3_SMALLEST_SUBNORMAL, NVFP4_BLOCK
+from quantplug.formats import BlockFormat
+from quantplug.formats.constants import NVFP4_BLOCK
 from quantplug.mappings.table import ParamKey
 
 _DROWNED = Kind(
@@ -21,8 +22,6 @@ _DROWNED = Kind(
     "Repair these values (they are most likely damaged), or leave these linears unquantized.",
 )
 _SAMPLED_ROWS = 16
-_LEAST = E4M3_SMALLEST_SUBNORMAL / 2 / E4M3_MAX
-"""Part of the tensor's amax below which the values of a block are packed to zero."""
 
 Typical = Mapping[ParamKey, float]
 """Median of the amaxes of blocks in a few rows of a weight; NaN where it is not known."""
@@ -49,17 +48,26 @@ def refuse_outliers(tasks: Sequence[ExportTask], typical: Typical, source: Sourc
     """
     findings = Findings(rank)
     for task in tasks:
-        if task.amax is None or not typical.get(task.source.key, torch.nan) < _LEAST * task.amax:
+        vanishing = _vanishing(task)
+        # A comparison with NaN, where nothing was sampled, is False too.
+        if not typical.get(task.source.key, torch.nan) < vanishing:
             continue
         lost = blocks = 0
         for chunk in source.chunks(task):
             amaxes = _block_amaxes(chunk.rows)
             blocks += int(amaxes.count_nonzero())
-            lost += int(((amaxes > 0) & (amaxes < _LEAST * task.amax)).sum())
+            lost += int(((amaxes > 0) & (amaxes < vanishing)).sum())
         if 2 * lost > blocks:
             reason = f"{lost} of {blocks} blocks of {NVFP4_BLOCK} would become zero beside a value of {task.amax:.6g}"
             findings.add(_DROWNED, task.source.label, reason, task.source.key.expert)
     findings.raise_if_any()
+
+
+def _vanishing(task: ExportTask) -> float:
+    """The magnitude below which values of a weight are packed to 0; 0 where none is, as far as the plan knows."""
+    if task.amax is None or not isinstance(task.format, BlockFormat):  # A function of the caller's has its own way.
+        return 0.0
+    return task.format.encoding.vanishing * task.amax
 
 
 def _has_tensor_scale(task: ExportTask) -> bool:
