@@ -81,7 +81,7 @@ def build_plan(
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
     # From here on shapes are known to be right, so that what follows may divide and cut them.
-    scheme = check_quantizers(mapped, shapes, request.unclaimed, findings)
+    scheme = check_quantizers(mapped, request.unclaimed, findings)
     check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
     dialect = dialect_for(scheme) if scheme else None
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.

@@ -38,9 +38,7 @@ _UNCALIBRATED = Kind(
 _DIVISOR = "Weights do not divide as their format needs."
 
 
-def check_quantizers(
-    mapped: Mapped, shapes: Mapping[ParamKey, tuple[tuple[int, ...], ...]], unclaimed: Sequence[str], findings: Findings
-) -> Scheme | None:
+def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Findings) -> Scheme | None:
     """The one scheme of all quantized weights; None if none is quantized, or they have several.
 
     What cannot be written goes into `findings`.

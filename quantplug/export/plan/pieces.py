@@ -34,7 +34,6 @@ class Piece:
         start: First row of the piece, in every slice of the part, or in the whole part where `gather_first`.
         stop: The row behind its last.
         in_flight: Bytes of it that one rank may have to hold as it is exchanged.
-        ends_task: Whether it is the last of its weight.
     """
 
     task: ExportTask
@@ -42,7 +41,6 @@ class Piece:
     start: int
     stop: int
     in_flight: int
-    ends_task: bool
 
     @property
     def output(self) -> PartOutput:
@@ -57,8 +55,7 @@ def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[
         step = _rows_of_a_piece(task, part, rows, bucket_bytes // PIECES_IN_A_BUCKET)
         for start in range(0, max(rows, 1), step):  # A tensor without rows is one piece, so that it is written.
             stop = min(start + step, rows)
-            ends_task = part == len(task.outputs) - 1 and stop == rows
-            yield Piece(task, part, start, stop, _in_flight(task, part, stop - start), ends_task)
+            yield Piece(task, part, start, stop, _in_flight(task, part, stop - start))
 
 
 def rows_of(piece: Piece, slice_index: int, dims: ModelDimensions) -> torch.Tensor:
