@@ -18,7 +18,7 @@ class Check(StrEnum):
     TENSOR_LAYOUT = "tensor-layout"
     ALIGNMENT = "alignment"
     SERVING_TP = "serving-tp"
-    SERVING_KV_B = "serving-kv-b"
+    MIN_BITS = "min-bits"
     SERVED_EXPERTS = "served-experts"
     ONE_ALGO = "one-algo"
     EXPERTS = "experts"

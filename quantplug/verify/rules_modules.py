@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from quantplug.mappings.shapes.kinds import kind_of
+from quantplug.selection import Policy, Reason, decide
 from quantplug.verify import names
 from quantplug.verify.checkpoint import ITEM_BYTES
 from quantplug.verify.checks import Check
@@ -184,13 +185,36 @@ def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
         )
 
 
-def taken_apart(inventory: Inventory) -> Iterator[Finding]:
-    """MLA's `kv_b_proj` in FP4, said once."""
+def min_bits(inventory: Inventory) -> Iterator[Finding]:
+    """Linears in fewer bits than every server reads, said once for each kind, as the policy of our exports has it."""
+    kept = {bits: _kept_modules(inventory, bits) for bits in (4, 8)}
+    said: set[str] = set()
     for module in inventory.quantized:
-        if names.last(module.name) == names.TAKEN_APART and isinstance(module.layout, Nvfp4Layout):
-            message = "in FP4: vLLM unpacks it, SGLang would read the packed bytes as weights; keep it or use FP8"
-            yield warning(Check.SERVING_KV_B, kind_of(module.name), message)
-            return
+        bits = 4 if isinstance(module.layout, Nvfp4Layout) else 8
+        # Where we have no table of the architecture, MLA's projection is known by its name.
+        reads_packed = bits == 4 and names.last(module.name) == names.TAKEN_APART
+        subject, words = kind_of(module.name), kept[bits].get(module.name)
+        if (words is not None or reads_packed) and subject not in said:
+            said.add(subject)
+            message = words or "SGLang takes it apart and reads the packed bytes as weights"
+            yield warning(Check.MIN_BITS, subject, f"quantized in {bits} bits: {message}; keep it in more")
+
+
+def _kept_modules(inventory: Inventory, bits: int) -> dict[str, str]:
+    """Modules that a format of so many bits should leave as they are, with the reason of the one policy."""
+    known = inventory.known
+    if known is None:
+        return {}
+    # Layers of multi-token prediction are quantized or not by choice, and read either way.
+    decisions = decide(
+        (key for _, key in known.family.expected(known.dims)), known.family, Policy(bits, quantize_mtp=True)
+    )
+    return {
+        name.removesuffix(".weight"): decision.kept.words
+        for key, decision in decisions.items()
+        if decision.kept is not None and decision.kept.reason is Reason.BITS
+        for name in decision.row.hf_names(key, known.dims)
+    }
 
 
 def served_experts(inventory: Inventory) -> Iterator[Finding]:
@@ -219,5 +243,5 @@ def _not_served(module: Module) -> str | None:
 
 
 RULES = (
-    coverage, layout, alignment, scalar_shape, kv_cache, unjudged, transformers_reader, taken_apart, served_experts,
+    coverage, layout, alignment, scalar_shape, kv_cache, unjudged, transformers_reader, min_bits, served_experts,
 )  # fmt: skip

@@ -143,9 +143,7 @@ def test_a_size_that_is_none(key: str, value: object, found: Callable[..., dict[
 
 def test_kv_b_proj_in_fp4_is_a_warning(export: Export, tmp_path: Path) -> None:
     """As other tools pack it: ours keep it."""
-    assert Check.SERVING_KV_B not in {
-        it.check for it in verify_checkpoint(export("deepseek_v3", "w4a16_nvfp4")).findings
-    }
+    assert Check.MIN_BITS not in {it.check for it in verify_checkpoint(export("deepseek_v3", "w4a16_nvfp4")).findings}
     packed = shutil.copytree(export("deepseek_v3", "w4a16_nvfp4"), tmp_path / "packed")
     (shard,) = packed.glob("*.safetensors")
     tensors = load_file(shard)
@@ -163,4 +161,4 @@ def test_kv_b_proj_in_fp4_is_a_warning(export: Export, tmp_path: Path) -> None:
         section, listed = config[keys[0]], keys[1]
         section[listed] = [name for name in section[listed] if not name.endswith("self_attn.kv_b_proj")]
         (packed / file).write_text(json.dumps(config))
-    assert Check.SERVING_KV_B in {it.check for it in verify_checkpoint(packed).findings}
+    assert Check.MIN_BITS in {it.check for it in verify_checkpoint(packed).findings}
