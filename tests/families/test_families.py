@@ -110,7 +110,9 @@ def test_logits(family: str, checkpoint: Checkpoint) -> None:
         logits = megatron_logits(load(checkpoint(family), LayerSpec.LOCAL, dtype=torch.float32))
     expected = transformers_logits(checkpoint(family))
     assert expected.std() > 0.1
-    torch.testing.assert_close(logits[..., :VOCABULARY], expected, rtol=1e-4, atol=1e-5)
+    # Both sum in FP32, in orders that depend on the processor's vector units: on some machines a gated delta net's two
+    # ways of the same recurrence differ by 1.6e-5. A setting that is read wrong moves logits by 1e-2 and more.
+    torch.testing.assert_close(logits[..., :VOCABULARY], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nvfp4(family: str, checkpoint: Checkpoint, export: Export) -> None:
