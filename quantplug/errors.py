@@ -21,18 +21,19 @@ class Offender:
         parameter: Name of the parameter, tensor, module, file or setting.
         reason: What is wrong with it, in a few words.
         expert: Global expert id, where the parameter belongs to an expert.
-        rank: Global rank on which it was found.
+        rank: Global rank on which it was found; None where that is not known, or there is only one.
     """
 
     parameter: str
     reason: str
     expert: int | None = None
-    rank: int = 0
+    rank: int | None = None
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f" (expert {self.expert})"
+        rank = "" if self.rank is None else f" on rank {self.rank}"
         # Names come from files of strangers, and an error is printed to a terminal.
-        return f"{printable(self.parameter)}{expert} on rank {self.rank}: {printable(self.reason)}"
+        return f"{printable(self.parameter)}{expert}{rank}: {printable(self.reason)}"
 
 
 class QuantplugError(Exception):

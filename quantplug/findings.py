@@ -61,13 +61,13 @@ class Kind:
 class Findings:
     """Offenders by kind, in the order in which the kinds were met."""
 
-    # The rank that is named where an offender names none: the one that this check runs on.
-    rank: int = 0
+    # Whether ranks are named: not where one process holds everything.
+    ranks: bool = True
     found: dict[Kind, list[Offender]] = field(default_factory=dict)
 
     def add(self, kind: Kind, parameter: str, reason: str, expert: int | None = None, rank: int | None = None) -> None:
-        """Notes an offender, on this rank if no other is named."""
-        offender = Offender(parameter, reason, expert, self.rank if rank is None else rank)
+        """Notes an offender, and the rank where the check knows of which it is; its own is named by the agreement."""
+        offender = Offender(parameter, reason, expert, rank if self.ranks else None)
         # A dict keeps the order of first insertion, which is that in which kinds were met.
         self.found.setdefault(kind, []).append(offender)
 

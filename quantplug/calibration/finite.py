@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from quantplug.calibration.quantizers import weights_to_calibrate
@@ -28,11 +27,11 @@ def require_finite_weights(chunks: Sequence[nn.Module]) -> None:
     # Global names cost a walk over the whole model, which nearly no calibration has to pay for.
     if not found:
         return
-    keys, rank = _global_keys(chunks), dist.get_rank() if dist.is_initialized() else 0
+    keys = _global_keys(chunks)
     offenders = []
     for name, weight, reason in found:
         key = keys.get(id(weight), ParamKey(name))
-        offenders.append(Offender(key.name, reason, expert=key.expert, rank=rank))
+        offenders.append(Offender(key.name, reason, expert=key.expert))
     raise WeightError("Weights to quantize are not finite.", offenders, "Import the weights, or mend their source.")
 
 

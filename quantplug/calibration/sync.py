@@ -101,7 +101,7 @@ def _check_layout(plan: ReductionPlan, everyone: torch.Tensor, mine: torch.Tenso
         others = [rank for rank in dist.get_process_group_ranks(group) if everyone[rank, axis] != mine[axis]]
         if others:
             name = axis.name.lower().replace("_", " ")
-            offenders.append(Offender(f"{name} parallel ranks", f"differs from ranks {others}", rank=dist.get_rank()))
+            offenders.append(Offender(f"{name} parallel ranks", f"differs from ranks {others}"))
     if offenders:
         raise CalibrationError(
             "Ranks that share amaxes hold different quantizers.", offenders, "Quantize with one config on all ranks."
@@ -155,8 +155,7 @@ def _write(amax: SharedAmax, value: torch.Tensor) -> None:
 
 
 def _offender(amax: SharedAmax, reason: str) -> Offender:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return Offender(amax.name.partition(".")[2], reason, rank=rank)
+    return Offender(amax.name.partition(".")[2], reason)
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:

@@ -8,7 +8,7 @@ from quantplug.errors import Offender, WriteError
 
 
 @contextmanager
-def disk_errors(path: Path, rank: int = 0) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns what the operating system says of a file into a WriteError."""
     try:
         yield
@@ -16,6 +16,6 @@ def disk_errors(path: Path, rank: int = 0) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise WriteError(
             "The checkpoint could not be written.",
-            [Offender(str(error.filename or path), reason, rank=rank)],
+            [Offender(str(error.filename or path), reason)],
             "Make room, or mend the permissions; the same export run again goes on from what is finished.",
         ) from error

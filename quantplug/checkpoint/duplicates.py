@@ -26,7 +26,7 @@ def check_duplicates(source: HFCheckpoint, copies: Mapping[str, str], rank: int,
         if copy in source.tensors and original in source.tensors:
             reason = _difference(source, copy, original, rank, ranks)
             if reason is not None:
-                offenders.append(Offender(copy, reason, rank=rank))
+                offenders.append(Offender(copy, reason))
     if offenders:
         raise SourceError(
             "Tensors of the source that stand for one parameter of Megatron differ from one another.",

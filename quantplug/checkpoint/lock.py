@@ -11,7 +11,7 @@ from quantplug.errors import DestinationError, Offender
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-def take_lock(path: Path, rank: int) -> int:
+def take_lock(path: Path) -> int:
     """The descriptor of a file that is now locked; closing it lets go.
 
     Raises:
@@ -29,7 +29,7 @@ def take_lock(path: Path, rank: int) -> int:
         mount, kind = _file_system(path)
         raise DestinationError(
             "The export directory is on a file system without file locks, so that two exports could mix their files.",
-            [Offender(str(mount), f"{kind} file system: {error.strerror}", rank=rank)],
+            [Offender(str(mount), f"{kind} file system: {error.strerror}")],
             "Have it mounted with locks (Lustre: option flock; NFS: with its lock service, without nolock), or choose "
             "an export directory on another file system that all ranks share.",
         ) from error

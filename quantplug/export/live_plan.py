@@ -88,7 +88,7 @@ def plan_export(
     # together.
     if requantize is None:
         refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
-    findings = Findings()
+    findings = Findings(ranks=len(inventories) > 1)
     wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
     findings.raise_if_any()
     # Copies on several ranks are named once.

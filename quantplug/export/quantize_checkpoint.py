@@ -116,16 +116,16 @@ def quantize_checkpoint(
         rows = CheckpointSource(checkpoint, model.dims)
         # Planned twice. The first plan refuses by headers alone what can be refused, before the source is read; the
         # second one has the amaxes that reading gave, in its scales and in its digest.
-        found = prescan(planner.plan(None).tasks, rows, rank=0, progress=progress)
+        found = prescan(planner.plan(None).tasks, rows, progress)
         plan = planner.plan(found.amaxes)
-        refuse_outliers(plan.tasks, found.typical, rows, rank=0)
-        reading = Reading(unchanged_rows(rows, found.marks, rank=0), rows.bucket_bytes)
+        refuse_outliers(plan.tasks, found.typical, rows)
+        reading = Reading(unchanged_rows(rows, found.marks), rows.bucket_bytes)
         staging = Staging(target, plan.digest, digest_of(found.marks), rank=0, world_size=1)
         try:
             # Files that were finished before a change was seen may have been packed while it was made.
             with staging.discarded_on(SourceError):
                 write_tensors(plan, reading, staging, rank=0, groups={}, progress=progress)
-                require_unchanged(plan.tasks, rows, found.marks, rank=0)
+                require_unchanged(plan.tasks, rows, found.marks)
             finish(plan, Beside(model.directory, model.config, side_files), staging, dtype=None)
         except BaseException:
             # Also on Ctrl-C: finished files stay, for the same command to go on from.

@@ -78,7 +78,7 @@ def export_mcore_gpt_to_hf(
     destination, policy = Path(export_dir), weight_amax_policy(amax)
     topology = current_topology()
     # What costs nothing comes first: a directory that cannot be used is refused before the model is looked at.
-    all_or_none(lambda: _check_destination(destination, topology.rank))
+    all_or_none(lambda: _check_destination(destination))
     require_shared(destination, topology.rank)
     planned = plan_export(
         model,
@@ -91,22 +91,22 @@ def export_mcore_gpt_to_hf(
     plan, weights, source, rank = planned.plan, planned.weights, planned.source, topology.rank
     side_files = all_or_none(lambda: choose_side_files(source.directory, code=trust_remote_code))
     # One look at all weights, before a byte is written. It needs no other rank, so that they all look at once.
-    found = all_or_none(lambda: prescan(plan.tasks, weights, rank, progress, policy=policy))
+    found = all_or_none(lambda: prescan(plan.tasks, weights, progress, policy=policy))
     # Every rank compares the marks of all, and so raises what the others raise.
     refuse_diverged(gather_objects(found.marks))
     groups = process_groups()
     # Each rank has seen its slices; a scale is one of the whole weight, and of its scale group.
     if policy is WeightAmax.REFRESH:
         plan = plan.with_amaxes(amaxes_of_wholes(plan.tasks, found.amaxes, groups))
-    all_or_none(lambda: refuse_outliers(plan.tasks, found.typical, weights, rank))
+    all_or_none(lambda: refuse_outliers(plan.tasks, found.typical, weights))
     beside = Beside(source.directory, source.raw, side_files)
-    reading = Reading(unchanged_rows(weights, found.marks, rank), weights.bucket_bytes)
+    reading = Reading(unchanged_rows(weights, found.marks), weights.bucket_bytes)
     staging = Staging(destination, plan.digest, digest_of(found.marks), rank, topology.world_size)
     try:
         # Files that were finished before a change was seen may have been packed while it was made.
         with staging.discarded_on(SourceError):
             write_tensors(plan, reading, staging, rank, groups, progress)
-            all_or_none(lambda: require_unchanged(plan.tasks, weights, found.marks, rank))
+            all_or_none(lambda: require_unchanged(plan.tasks, weights, found.marks))
         all_or_none(lambda: _finish_by_first_rank(plan, beside, staging, dtype, rank))
     except RankLostError:
         raise  # Others may still write.
@@ -119,9 +119,9 @@ def export_mcore_gpt_to_hf(
     return result_of(plan, destination, side_files)
 
 
-def _check_destination(destination: Path, rank: int) -> None:
-    with disk_errors(destination, rank):
-        check_destination(destination, rank)
+def _check_destination(destination: Path) -> None:
+    with disk_errors(destination):
+        check_destination(destination)
 
 
 def _finish_by_first_rank(

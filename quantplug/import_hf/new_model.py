@@ -114,6 +114,6 @@ def _require_pipeline(topology: ParallelTopology) -> None:
     if topology.pp == 1:
         raise TopologyError(
             "Virtual pipeline stages need pipeline stages.",
-            [Offender("virtual_stages", "is given, and the pipeline parallel size is 1", rank=topology.rank)],
+            [Offender("virtual_stages", "is given, and the pipeline parallel size is 1")],
             "Leave it out, or call initialize_parallel with a pp of 2 or more.",
         )

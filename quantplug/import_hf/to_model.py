@@ -97,7 +97,7 @@ def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_r
 def _plan(
     parameters: Sequence[MegatronParameter], source: HFCheckpoint, family: Family, dims: ModelDimensions, tied: bool
 ) -> tuple[ImportTask, ...]:
-    findings = Findings(rank=current_topology().rank)
+    findings = Findings()
     tasks = plan_import(parameters, source.tensors, family, dims, tied, findings)
     # What another pipeline stage or expert parallel rank reads is not unused.
     used = _used_anywhere(tasks, sorted(source.tensors))

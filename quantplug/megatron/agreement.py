@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from traceback import clear_frames
 from typing import TypeVar
@@ -153,7 +154,7 @@ def _attempt(step: Callable[[], T]) -> tuple[T | None, QuantplugError | None]:
         # Of our own kind from here on, so that the other ranks can be told of it like of any other failure.
         unforeseen = UnforeseenError(
             "A rank failed in a way that was not foreseen.",
-            [Offender(type(error).__name__, str(error) or "without a word", rank=dist.get_rank())],
+            [Offender(type(error).__name__, str(error) or "without a word")],
             "Look for the traceback of that rank; if it did not run out of memory or disk, please report it.",
         )
         unforeseen.__cause__ = error
@@ -173,13 +174,16 @@ def _one_error(error: QuantplugError | None) -> QuantplugError:
     failures = [failure for failure in gathered if failure is not None]
     # Gathered in order of rank, so the first failure is the same one on every rank.
     kind, problem, _, remedy = failures[0]
-    # What every rank finds alike (a file that is missing) is said once, whatever rank says it.
-    offenders: dict[tuple[str, str, int | None], Offender] = {}
-    for other_kind, other_problem, found, _ in failures:
-        if (other_kind, other_problem) == (kind, problem):
-            for offender in found:
-                offenders.setdefault((offender.parameter, offender.reason, offender.expert), offender)
-    return kind(problem, tuple(offenders.values()), remedy)
+    # What several ranks find alike (a file that is missing) is said once, on the first of them. An offender that names
+    # no rank is of the rank that found it; what every rank finds is of none.
+    ranks: dict[Offender, dict[int, None]] = {}
+    for rank, failure in enumerate(gathered):
+        if failure is not None and failure[:2] == (kind, problem):
+            for offender in failure[2]:
+                named = rank if offender.rank is None else offender.rank
+                ranks.setdefault(replace(offender, rank=None), {})[named] = None
+    offenders = [replace(it, rank=None if len(on) == len(gathered) else next(iter(on))) for it, on in ranks.items()]
+    return kind(problem, offenders, remedy)
 
 
 def collective_device() -> torch.device:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -88,7 +87,7 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         if errors:
             _, first = errors[0]
             offenders = [
-                replace(offender, expert=expert, rank=dist.get_rank())
+                replace(offender, expert=expert)
                 for expert, error in errors
                 if type(error) is type(first)
                 for offender in error.offenders

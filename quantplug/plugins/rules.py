@@ -76,7 +76,7 @@ def judge_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[JudgedRule, ...
     return tuple(JudgedRule(rule, any(map(rule.matches, roots)), _reason(rule, roots)) for rule in rules)
 
 
-def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
+def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
     """Refuses rules that matched no quantizer on any rank; a model without rules passes.
 
     An enabling rule for another architecture in ModelOpt's stock configs may match nothing, as long as some other
@@ -84,7 +84,6 @@ def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
 
     Args:
         judged: What `judge_rules` said on all ranks.
-        rank: Global rank, for messages.
 
     Raises:
         MappingError: Names every such rule and the quantizer name that is nearest to it.
@@ -103,7 +102,7 @@ def refuse_unmatched(judged: Iterable[JudgedRule], rank: int = 0) -> None:
     if unmatched:
         raise MappingError(
             "Rules of the quantizer config match no quantizer of this model.",
-            [Offender(rule.quantizer_name, reason, rank=rank) for rule, reason in unmatched.items()],
+            [Offender(rule.quantizer_name, reason) for rule, reason in unmatched.items()],
             "Use the names of this Megatron model, or leave out the rules for what it does not have.",
         )
 

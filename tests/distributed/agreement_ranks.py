@@ -20,8 +20,8 @@ def message_of(step) -> str:
 
 def fail_on(ranks: set[int], rank: int) -> int:
     if rank in ranks:
-        alike = Offender("index", "is damaged", rank=rank)
-        own = Offender(f"file {rank}", "does not exist", expert=rank, rank=rank)
+        alike = Offender("index", "is damaged")
+        own = Offender(f"file {rank}", "does not exist", expert=rank)
         raise SourceError("Cannot read.", [alike, own], "Fetch it.")
     return rank
 

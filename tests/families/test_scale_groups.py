@@ -32,7 +32,7 @@ def test_current_amaxes_are_those_of_the_group(checkpoint: Checkpoint) -> None:
     with one_rank():
         model = mtq.quantize(load(checkpoint(SOURCE)), everything(checkpoint(SOURCE)))
         planned = plan_export(model, checkpoint(SOURCE))
-        own = prescan(planned.plan.tasks, planned.weights, rank=0).amaxes
+        own = prescan(planned.plan.tasks, planned.weights).amaxes
         amaxes = amaxes_of_wholes(planned.plan.tasks, own, {})
     layers = [("decoder.layers.*", layer, layer) for layer in range(3)] + [("mtp.layers.*.transformer_layer", 0, 3)]
     for prefix, number, layer in layers:
@@ -50,7 +50,7 @@ def test_a_nan_in_one_weight_of_a_group_is_found_under_its_name(checkpoint: Chec
         planned = plan_export(model, checkpoint(SOURCE))
         model.decoder.layers[1].self_attention.linear_kv_down_proj.weight.data[3, 5] = torch.nan
         with pytest.raises(WeightError, match=r"decoder\.layers\.1\.self_attention\.linear_kv_down_proj"):
-            prescan(planned.plan.tasks, planned.weights, rank=0)
+            prescan(planned.plan.tasks, planned.weights)
 
 
 def test_a_stream_has_the_bytes_of_an_export(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _remove_left_marks(directory: Path, name: str) -> None:
     pattern = re.compile(rf"\.{re.escape(name)}\.\w{{8}}\.mark")  # Of eight letters, as tempfile draws them.
     for path in [path for path in directory.iterdir() if pattern.fullmatch(path.name)]:
         with suppress(OSError):  # Another export still looks, or it is another user's.
-            os.close(take_lock(path, rank=0))
+            os.close(take_lock(path))
             path.unlink()
 
 
@@ -84,5 +84,5 @@ def _sees(destination: Path, mark: Path, target: Path, rank: int) -> bool:
     # so it goes up as many steps as rank 0 did.
     below = target.relative_to(mark.parent)
     nearest = Path(*destination.parts[: -len(below.parts)])
-    with disk_errors(nearest, rank):
+    with disk_errors(nearest):
         return nearest / below == destination and (nearest / mark.name).exists()

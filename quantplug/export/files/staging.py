@@ -21,7 +21,7 @@ from quantplug.export.plan.types import ShardFile
 from quantplug.formats import TensorSpec
 
 
-def check_destination(export_dir: Path, rank: int = 0) -> None:
+def check_destination(export_dir: Path) -> None:
     """Refuses a directory that one rename cannot fill.
 
     Raises:
@@ -35,7 +35,7 @@ def check_destination(export_dir: Path, rank: int = 0) -> None:
     if reason is not None:
         raise DestinationError(
             "The export directory cannot be used.",
-            [Offender(str(path), reason, rank=rank)],
+            [Offender(str(path), reason)],
             "Choose a directory that is new or empty; nothing is overwritten.",
         )
 
@@ -90,7 +90,7 @@ class Staging:
         if free + there < nbytes:
             raise WriteError(
                 "The disk has no room for the checkpoint.",
-                [Offender(str(parent), f"has {free:,} bytes free of the {nbytes - there:,} needed", rank=self._rank)],
+                [Offender(str(parent), f"has {free:,} bytes free of the {nbytes - there:,} needed")],
                 "Make room, or choose another directory.",
             )
 
@@ -110,9 +110,9 @@ class Staging:
         self._is_ours = not any(self._root.glob("rank-*.json"))  # No export ever got further than its locks.
         try:
             # Every rank has a lock of its own: a rank may outlive the one that started with it.
-            self._locks.append(take_lock(self._lock_file(self._rank), self._rank))
+            self._locks.append(take_lock(self._lock_file(self._rank)))
             for path in self._locks_of_others() if self._rank == 0 else ():
-                self._locks.append(take_lock(path, self._rank))
+                self._locks.append(take_lock(path))
         except BlockingIOError as error:
             self._is_ours = False
             raise self._refusal("is being written by an export that still runs") from error
@@ -197,6 +197,6 @@ class Staging:
     def _refusal(self, reason: str) -> DestinationError:
         return DestinationError(
             "There is an unfinished export beside the export directory.",
-            [Offender(str(self._root), reason, rank=self._rank)],
+            [Offender(str(self._root), reason)],
             "Remove that directory, or choose another export directory.",
         )

@@ -62,7 +62,7 @@ def write_tensors(
     # Each step on all ranks before the next one: no rank claims the directory while another still finds it locked.
     nbytes = sum(spec.nbytes for spec in plan.expected().values())
     for step in (partial(staging.require_space, nbytes), staging.make, staging.lock, staging.open):
-        all_or_none(disk_errors(staging.directory, rank)(step))
+        all_or_none(disk_errors(staging.directory)(step))
     finished = _finished_everywhere(plan, staging, rank)
     # All tensors of a weight are in one file, so that the first one tells of all.
     kept = {name for file in plan.files if file.name in finished for name in file.tensors}
@@ -76,7 +76,7 @@ def write_tensors(
     try:
         if full:
             # Agreed upon before the first round: a rank must not open a file that its maker has not made.
-            all_or_none(disk_errors(staging.directory, rank)(sink.make_shared))
+            all_or_none(disk_errors(staging.directory)(sink.make_shared))
         with WriterThread() as writing:
             steps = _RankWork(reading, plan.dims, sink, staging.directory, rank, writing, progress, total)
             for number, bucket in enumerate(_mine(each, rank) for each in rounds):
@@ -136,7 +136,7 @@ class _RankWork:
         """
         if delivered or bucket is None:
             self.writing.wait()  # Rows are written by one thread at a time.
-        with disk_errors(self.directory, self.rank):
+        with disk_errors(self.directory):
             self.sink.name_shared(full)
         while delivered:
             self._write_delivered(*delivered.pop(0))
@@ -166,7 +166,7 @@ class _RankWork:
         self._count(piece)
 
     def _write(self, piece: Piece, slices: Slices) -> None:
-        with disk_errors(self.directory, self.rank):
+        with disk_errors(self.directory):
             for rows in assemble_piece(piece, slices, self.dims):
                 self.sink.write(rows)
 

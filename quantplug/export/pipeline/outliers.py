@@ -35,7 +35,7 @@ def sampled_amax(task: ExportTask, rows: torch.Tensor) -> torch.Tensor | None:
     return amaxes.masked_fill(amaxes == 0, torch.nan).nanmedian()
 
 
-def refuse_outliers(tasks: Sequence[ExportTask], typical: Typical, source: Source, rank: int) -> None:
+def refuse_outliers(tasks: Sequence[ExportTask], typical: Typical, source: Source) -> None:
     """Refuses weights of which more than half of the blocks that are not zero would be packed to zero. No collective.
 
     Reads again what the sample makes suspicious, and nothing else.
@@ -46,7 +46,7 @@ def refuse_outliers(tasks: Sequence[ExportTask], typical: Typical, source: Sourc
     Raises:
         WeightError: Names every weight, with the number of such blocks.
     """
-    findings = Findings(rank)
+    findings = Findings()
     for task in tasks:
         vanishing = _vanishing(task)
         # A comparison with NaN, where nothing was sampled, is False too.

@@ -77,7 +77,6 @@ class Prescan:
 def prescan(
     tasks: Sequence[ExportTask],
     source: Source,
-    rank: int,
     progress: Progress = silent,
     *,
     policy: WeightAmax = WeightAmax.CALIBRATED,
@@ -117,7 +116,7 @@ def prescan(
                 progress("Checking weights", done + looked, total)
         done += _share(task)
         progress("Checking weights", done, total)
-    findings = Findings(rank)
+    findings = Findings()
     amaxes = {}
     for task, found in zip(mine, largest.tolist(), strict=True):
         if not task.mapping.role.is_passthrough:
@@ -187,7 +186,7 @@ def refuse_diverged(of_ranks: Sequence[Marks]) -> None:
     findings.raise_if_any()
 
 
-def unchanged_rows(source: Source, marks: Marks, rank: int) -> ReadRows:
+def unchanged_rows(source: Source, marks: Marks) -> ReadRows:
     """Reads rows of a source for the second time, and refuses those that are not what the prescan has looked at.
 
     To mark everything twice would cost a third of the time of packing. So data is marked again only where its file has
@@ -201,7 +200,7 @@ def unchanged_rows(source: Source, marks: Marks, rank: int) -> ReadRows:
         rows = source.read(piece)
         # After the rows were read: what is touched before that, or while they are, is seen here.
         if source.may_have_changed(piece.task) and marks.get(place_of(piece)) != fingerprint(rows):
-            findings = Findings(rank)
+            findings = Findings()
             findings.add(_CHANGED, piece.output.name, "is not what was checked", piece.task.source.key.expert)
             findings.raise_if_any()
         return rows
@@ -209,13 +208,13 @@ def unchanged_rows(source: Source, marks: Marks, rank: int) -> ReadRows:
     return read
 
 
-def require_unchanged(tasks: Sequence[ExportTask], source: Source, marks: Marks, rank: int) -> None:
+def require_unchanged(tasks: Sequence[ExportTask], source: Source, marks: Marks) -> None:
     """Refuses what was written if the source no longer holds it: rows may have changed while they were packed.
 
     Raises:
         SourceError: Names every tensor that has changed.
     """
-    findings = Findings(rank)
+    findings = Findings()
     for task in tasks:
         if source.holds(task) and source.may_have_changed(task):
             now = {chunk.place: fingerprint(chunk.rows) for chunk in source.chunks(task)}

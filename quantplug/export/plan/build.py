@@ -19,7 +19,15 @@ from quantplug.export.plan.fused_linears import check_block_borders, group_names
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.slices import must_gather_first
-from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, QuantConfig, ShardFile, WholeWeight
+from quantplug.export.plan.types import (
+    ON_ONE_RANK,
+    ExportPlan,
+    ExportTask,
+    PartOutput,
+    QuantConfig,
+    ShardFile,
+    WholeWeight,
+)
 from quantplug.findings import Findings
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
@@ -76,7 +84,7 @@ def build_plan(
     _check_request(request)
     # Checks only note what they find. It is raised where the next step would rest on what is wrong, so that one run
     # names every offender that can be known by then.
-    findings = Findings()
+    findings = Findings(ranks=any(weight.replicas != ON_ONE_RANK for weight in weights))
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()

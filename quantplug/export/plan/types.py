@@ -69,6 +69,10 @@ Held = Mapping[ParamKey, WeightRef]
 """Every weight of which this rank holds a slice, or all, by its key."""
 
 
+ON_ONE_RANK = ((0,),)
+"""The `replicas` of all weights where one process holds everything, as it does a checkpoint on disk."""
+
+
 @dataclass(frozen=True)
 class WholeWeight:
     """A weight of the model, and which ranks can deliver it.
@@ -86,8 +90,7 @@ class WholeWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     axis: ShardAxis | None = None
-    # A checkpoint on disk is one rank that holds everything.
-    replicas: tuple[tuple[int, ...], ...] = ((0,),)
+    replicas: tuple[tuple[int, ...], ...] = ON_ONE_RANK
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
     source_names: tuple[str, ...] = ()

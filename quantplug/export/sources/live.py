@@ -10,7 +10,6 @@ from modelopt.torch.quantization.qtensor import QTensorWrapper
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.types import QuantizerState, WeightRef
 from quantplug.findings import Findings, Kind
-from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
 OUTPUT_LAYER = "output_layer.weight"
@@ -94,7 +93,7 @@ def _is_tied(model: Model) -> bool:
 
 
 def _refuse_compressed(parameters: Sequence[MegatronParameter]) -> None:
-    findings = Findings(current_topology().rank)
+    findings = Findings()
     for parameter in parameters:
         if isinstance(parameter.tensor, QTensorWrapper):
             findings.add(_COMPRESSED, parameter.key.name, "is packed (mtq.compress)", parameter.key.expert)

@@ -94,7 +94,7 @@ class StreamPlan:
         if changed:
             raise MappingError(
                 "The model is no longer the one that was planned.",
-                [_changed(key, now, self.portrait, self.delivery.rank) for key in changed],
+                [_changed(key, now, self.portrait) for key in changed],
                 "Call plan_stream again after the model's parameters, or the amaxes of its quantizers, have changed.",
             )
         return {ref.key: ref for ref in weights.refs}
@@ -172,7 +172,7 @@ def _plan(request: StreamRequest) -> StreamPlan:
 
     def check() -> None:
         request.check(topology)
-        refuse_adapters(request.model, topology.rank)
+        refuse_adapters(request.model)
 
     # Before the model is read: contradicting arguments are told of at once, on all ranks together.
     all_or_none(check)
@@ -206,10 +206,10 @@ def _portrait(weights: LiveWeights, with_quantizers: bool) -> _Portrait:
     }
 
 
-def _changed(key: ParamKey, now: _Portrait, planned: _Portrait, rank: int) -> Offender:
+def _changed(key: ParamKey, now: _Portrait, planned: _Portrait) -> Offender:
     reasons = {(True, False): "is new", (False, True): "is gone"}
     reason = reasons.get((key in now, key in planned), "has another shape, dtype or quantizer")
-    return Offender(key.name, reason, key.expert, rank)
+    return Offender(key.name, reason, key.expert)
 
 
 def _refuse_missing(names: Sequence[str], rank: int) -> None:

@@ -62,10 +62,11 @@ def chosen_weights(weights: Sequence[WholeWeight], checker: QuantizationChecker,
     # Only for weights that the rank holds: with expert parallelism that is what Megatron-Bridge asks.
     mine = all_or_none(lambda: _answers(weights, checker, rank))
     by_key: defaultdict[ParamKey, dict[int, bool]] = defaultdict(dict)
-    for number, answers in enumerate(gather_objects(mine)):
+    of_ranks = gather_objects(mine)
+    for number, answers in enumerate(of_ranks):
         for key, answer in answers.items():
             by_key[key][number] = answer
-    findings = Findings()
+    findings = Findings(ranks=len(of_ranks) > 1)
     # Ranks that answer differently would pack different bytes of one weight, or wait for what another does not send.
     for key, answers_of_ranks in by_key.items():
         if len(set(answers_of_ranks.values())) > 1:
@@ -79,16 +80,16 @@ def chosen_weights(weights: Sequence[WholeWeight], checker: QuantizationChecker,
 
 def _answers(weights: Sequence[WholeWeight], checker: QuantizationChecker, rank: int) -> dict[ParamKey, bool]:
     held = [weight.key for weight in weights if any(rank in ranks for ranks in weight.replicas)]
-    return {key: _ask(checker, key, rank) for key in held}
+    return {key: _ask(checker, key) for key in held}
 
 
-def _ask(checker: QuantizationChecker, key: ParamKey, rank: int) -> bool:
+def _ask(checker: QuantizationChecker, key: ParamKey) -> bool:
     try:
         return bool(checker(key.name))
     except Exception as error:  # The caller's code may raise anything, and other ranks wait for this one.
         raise UnsupportedQuantizationError(
             "quantization_checker cannot be used.",
-            [Offender(key.name, f"raised {type(error).__name__}: {error}", key.expert, rank)],
+            [Offender(key.name, f"raised {type(error).__name__}: {error}", key.expert)],
             "Let it answer True or False for every name.",
         ) from error
 

@@ -98,7 +98,7 @@ class StreamRequest:
             TopologyError: A receiver that is no rank.
         """
         _ = self.policy  # Which raises if there is none of this name.
-        offenders = [Offender(name, reason, rank=topology.rank) for name, reason in self._contradictions()]
+        offenders = [Offender(name, reason) for name, reason in self._contradictions()]
         if offenders:
             raise UnsupportedQuantizationError(
                 "These arguments do not say how to quantize.",
@@ -113,7 +113,7 @@ class StreamRequest:
         if wrong or not receivers or len(set(receivers)) < len(receivers):
             raise TopologyError(
                 "These ranks cannot receive the stream.",
-                [Offender("receiver_ranks", f"is {list(receivers)}", rank=topology.rank)],
+                [Offender("receiver_ranks", f"is {list(receivers)}")],
                 f"Name some of the ranks 0 to {topology.world_size - 1}, each once; None for all.",
             )
 
@@ -160,7 +160,7 @@ def with_arguments_of(
     return decorated
 
 
-def refuse_adapters(model: Model, rank: int) -> None:
+def refuse_adapters(model: Model) -> None:
     """Refuses a model with LoRA adapters that are not merged: its weights alone are not what it computes.
 
     Raises:
@@ -169,7 +169,7 @@ def refuse_adapters(model: Model, rank: int) -> None:
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     offenders = [
-        Offender(name, "belongs to an adapter, or to a linear that one wraps", rank=rank)
+        Offender(name, "belongs to an adapter, or to a linear that one wraps")
         for name in names
         # With a dot before it, a mark is found at the beginning of a name as well.
         if any(mark in f".{name}" for mark in _ADAPTER_MARKS)

@@ -124,7 +124,7 @@ class Delivery:
         by_key = {piece.task.source.key: piece.task for run in runs for batch in run.batches for piece in batch}
         tasks = list(by_key.values())
         # Marks would cost as much as all else, at every step of a training, and nothing is read a second time.
-        look = partial(prescan, tasks, source, self.rank, policy=self.policy, with_marks=False)
+        look = partial(prescan, tasks, source, policy=self.policy, with_marks=False)
         amaxes = amaxes_of_wholes(tasks, all_or_none(torch.no_grad()(look)).amaxes, self.groups)
         for run in runs:
             yield run, self._deliver(run.with_amaxes(amaxes, self.policy), source)

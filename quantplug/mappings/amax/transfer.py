@@ -38,12 +38,12 @@ class AmaxPlacement:
         layers: Global ids of its decoder layers; None where names have global numbers already. Layers of multi-token
             prediction are counted alike on all ranks.
         experts: Global ids of its experts in a layer; None where names have global numbers, or the rank holds them all.
-        rank: The rank, for messages.
+        rank: The rank, for messages; None for none.
     """
 
     layers: Sequence[int] | None = None
     experts: Sequence[int] | None = None
-    rank: int = 0
+    rank: int | None = None
 
 
 WHOLE = AmaxPlacement()

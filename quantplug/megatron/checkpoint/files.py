@@ -130,7 +130,7 @@ def _require_consistent(shards_of_all: list[list[object]]) -> None:
     except CheckpointingException as error:
         raise CheckpointError(
             "The shards of the ranks do not make up the tensors of a checkpoint.",
-            [Offender("sharded_state_dict", str(error), rank=dist.get_rank())],
+            [Offender("sharded_state_dict", str(error))],
             "Import quantplug.plugins before the model is quantized; build every rank's model from one configuration.",
         ) from error
 
@@ -336,7 +336,7 @@ def _damaged(offenders: Sequence[Offender]) -> CheckpointError:
 def refuse_damaged(directory: Path, failure: BaseException | None) -> None:
     """Raises CheckpointError for what a load stumbled over on this rank."""
     if failure is not None:
-        raise _damaged([Offender(str(directory), said_of(failure), rank=dist.get_rank())]) from failure
+        raise _damaged([Offender(str(directory), said_of(failure))]) from failure
 
 
 def _digests_of_own(directory: Path) -> dict[str, dict[str, object]]:

@@ -160,7 +160,7 @@ def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
     # For MTP the last stage has a copy of the embedding, and with tied weights another one as its output layer. Both
     # are saved under the embedding's key.
     twice = [
-        Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer", rank=dist.get_rank())
+        Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer")
         for chunk in chunks
         if isinstance(chunk, GPTModel) and chunk.mtp_process
         if chunk.share_embeddings_and_output_weights and not chunk.pre_process

@@ -191,7 +191,7 @@ def check_divisible(
         divisions += [("q_lora_rank", topology.tp, "TP ranks"), ("kv_lora_rank", topology.tp, "TP ranks")]
         divisions += [("qk_pos_emb_head_dim", topology.tp, "TP ranks")]
     offenders = [
-        Offender(name, f"{sizes[name]} does not divide over {count} {ranks}", rank=topology.rank)
+        Offender(name, f"{sizes[name]} does not divide over {count} {ranks}")
         for name, count, ranks in divisions
         if sizes.get(name) is not None and sizes[name] % count
     ]
@@ -199,13 +199,13 @@ def check_divisible(
     groups = sizes["num_query_groups"]
     if max(groups, topology.tp) % min(groups, topology.tp):
         reason = f"{groups} and {topology.tp} TP ranks do not divide one another"
-        offenders.append(Offender("num_query_groups", reason, rank=topology.rank))
+        offenders.append(Offender("num_query_groups", reason))
     if sizes.get("add_bias_linear") and sizes.get("num_moe_experts") and topology.etp > 1:
         reason = f"experts have biases, which Megatron does not shard; the ETP size is {topology.etp}"
-        offenders.append(Offender("expert_tensor_parallel_size", reason, rank=topology.rank))
+        offenders.append(Offender("expert_tensor_parallel_size", reason))
     if family_config.kind is ModelKind.MAMBA and virtual_stages is not None:
         reason = f"is {virtual_stages}, and Megatron's MambaModel has no virtual stages"
-        offenders.append(Offender("virtual_pipeline_model_parallel_size", reason, rank=topology.rank))
+        offenders.append(Offender("virtual_pipeline_model_parallel_size", reason))
     if offenders:
         raise TopologyError(
             "The model does not divide over these parallel sizes.", offenders, "Choose sizes that divide these numbers."

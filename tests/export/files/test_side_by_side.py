@@ -102,7 +102,7 @@ def test_a_failing_reader_ends_it(
 ) -> None:
     error = ValueError("of the reader")
 
-    def failing(source: Source, marks: Marks, rank: int) -> ReadRows:
+    def failing(source: Source, marks: Marks) -> ReadRows:
         return after(calls, source.read, error)
 
     monkeypatch.setattr(quantize_checkpoint_module, "unchanged_rows", failing)

@@ -55,5 +55,5 @@ def test_weights_are_looked_at_where_they_are(layout: str) -> None:
     task = task_for(layout, "fp8", tuple(weight.shape), dims, 1, 1.0)
     held = {task.source.key: WeightRef(task.source.key, tuple(weight.shape), weight.dtype, None, weight.detach)}
     with LiveBytes([weight]) as live:
-        prescan([task], LiveSource(held, dims), rank=0)
+        prescan([task], LiveSource(held, dims))
     assert live.peak <= weight.nbytes / 4

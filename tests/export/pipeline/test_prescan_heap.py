@@ -35,9 +35,9 @@ def grown() -> int:
         tasks.append(replace(task, source=replace(task.source, key=key)))
         held[key] = WeightRef(key, shape, weight.dtype, None, weight.detach)
     source = LiveSource(held, dims)
-    prescan(tasks[:2], source, rank=0, with_marks=False)
+    prescan(tasks[:2], source, with_marks=False)
     before = resident()
-    assert set(prescan(tasks, source, rank=0, with_marks=False).amaxes.values()) == {1.0}
+    assert set(prescan(tasks, source, with_marks=False).amaxes.values()) == {1.0}
     return resident() - before
 
 
