@@ -1,4 +1,4 @@
-"""Files of a Megatron checkpoint, which is anybody's: regular ones inside of the directory, and only so much of them."""
+"""Files of a Megatron checkpoint, which is anybody's: regular ones inside of it, and only so much of them."""
 
 from collections.abc import Sequence
 from pathlib import Path

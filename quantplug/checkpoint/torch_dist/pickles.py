@@ -1,0 +1,233 @@
+"""What a pickle would make, as plain data: nothing that it names is imported, called or made.
+
+Checkpoints of trainers are pickles (`.metadata`, `common.pt`, settings of quantizers), and a pickle may name any
+function to be called. Here its instructions are read by the standard library's disassembler (`pickletools.genops`,
+which runs none of them) and carried out on plain containers; a class or a function stays the name that it is, and what
+would have been made of it is a record of its arguments and state.
+"""
+
+import pickletools
+from collections.abc import Callable, Container, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Named:
+    """A class or a function that a pickle names.
+
+    Attributes:
+        name: Its module and its name, such as `torch.Size`.
+    """
+
+    name: str
+
+
+@dataclass(eq=False)
+class Made:
+    """What would have been made by calling something that a pickle names.
+
+    Attributes:
+        of: Name of the class or function.
+        arguments: What it would have been called with.
+        state: What `__setstate__` would have been given; None if nothing.
+        items: What would have been put into it afterwards, as pairs of a dict or elements of a list.
+    """
+
+    of: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Outside:
+    """What lies outside of the pickle, such as the data of a tensor.
+
+    Attributes:
+        place: What the pickle says of it.
+    """
+
+    place: Any
+
+
+class UnusablePickleError(ValueError):
+    """A pickle that no reader of pickles would take, or that has more than data; the text is the reason."""
+
+
+def read_pickle(content: bytes, allowed: Container[str] | None = None) -> Any:
+    """What a pickle holds: plain values and containers, and `Named`, `Made` and `Outside` in them.
+
+    Containers may be shared, and may be in themselves: whoever walks them must look at no more than he expects. Keys of
+    dicts and elements of sets are flat.
+
+    Args:
+        allowed: Names of the classes and functions that it may name; None for any.
+
+    Raises:
+        UnusablePickleError: It is damaged, names something that is not allowed, or has instructions that no checkpoint
+            needs.
+    """
+    machine = _Machine(allowed)
+    try:
+        for instruction, argument, _ in pickletools.genops(content):
+            if instruction.name == "STOP":
+                return machine.stack.pop()
+            machine.do(instruction.name, argument)
+    except UnusablePickleError:
+        raise
+    # A pickle that is cut or made up: the disassembler says so, or what is taken from the stack is not there.
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UnusablePickleError(f"is no pickle that can be read: {type(error).__name__}: {error}"[:300]) from error
+    raise UnusablePickleError("is no pickle that can be read: it has no end")
+
+
+_PUSHED_ARGUMENTS = frozenset(
+    {
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    }
+)
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_FLAT = (str, bytes, int, float, bool, type(None), Named, Made)
+
+
+class _Machine:
+    """The stack and the memory that a pickle's instructions work on."""
+
+    def __init__(self, allowed: Container[str] | None) -> None:
+        self.stack: list[Any] = []
+        self._allowed = allowed
+        self._memory: dict[int, Any] = {}
+        self._below_marks: list[list[Any]] = []  # As in Python's own reader: a mark puts the stack aside.
+
+    def do(self, name: str, argument: Any) -> None:
+        if name in _PUSHED_ARGUMENTS:
+            self.push(argument)
+        elif name in _CONSTANTS:
+            self.push(_CONSTANTS[name])
+        elif name.endswith("GET"):
+            self.push(self._memory[argument])
+        elif name == "MEMOIZE":
+            self._memory[len(self._memory)] = self.stack[-1]
+        elif name.endswith("PUT"):
+            self._memory[argument] = self.stack[-1]
+        elif name in _INSTRUCTIONS:
+            _INSTRUCTIONS[name](self, argument)
+        elif name not in ("PROTO", "FRAME"):
+            raise UnusablePickleError(f"has the instruction {name}, which no checkpoint needs")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def take(self, count: int) -> list[Any]:
+        """The last values of the stack, the last one last."""
+        return [self.stack.pop() for _ in range(count)][::-1]
+
+    def mark(self) -> None:
+        self._below_marks.append(self.stack)
+        self.stack = []
+
+    def take_marked(self) -> list[Any]:
+        """All that lies above the last mark."""
+        above = self.stack
+        self.stack = self._below_marks.pop()
+        return above
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.take_marked()
+
+    def name(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise TypeError("a name that is no text")
+        full = f"{module}.{name}"
+        if self._allowed is not None and full not in self._allowed:
+            raise UnusablePickleError(f"names {full}, which is no part of such a file")
+        self.push(Named(full))
+
+    def make(self, called: Any, arguments: Any, keywords: Any = None) -> None:
+        if not isinstance(called, Named) or not isinstance(arguments, tuple):
+            raise TypeError("a call of what is no name")
+        self.push(Made(called.name, arguments if keywords is None else (*arguments, keywords)))
+
+    def make_marked(self) -> None:
+        called, *arguments = self.take_marked()
+        self.make(called, tuple(arguments))
+
+    def set_state(self, state: Any) -> None:
+        made = self.stack[-1]
+        if not isinstance(made, Made):
+            raise TypeError("a state for what has none")
+        made.state = state
+
+    def put(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Made):
+            target.items.extend(zip(pairs[::2], pairs[1::2], strict=True))
+        elif isinstance(target, dict):
+            target.update(_dict_of(pairs))
+        else:
+            raise TypeError("keys for what is no dict")
+
+    def extend(self, elements: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Made):
+            target.items.extend(elements)
+        elif isinstance(target, list):
+            target.extend(elements)
+        else:
+            raise TypeError("elements for what is no list")
+
+    def add(self, elements: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, set):
+            raise TypeError("elements for what is no set")
+        target.update(map(_flat, elements))
+
+
+def _dict_of(pairs: list[Any]) -> dict[Hashable, Any]:
+    return {_flat(key): value for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
+def _flat(key: Any) -> Hashable:
+    """A key that is hashed in one step: nested tuples may be made so deep, or so often shared, that it never ends."""
+    if isinstance(key, _FLAT) or (isinstance(key, tuple) and all(isinstance(each, _FLAT) for each in key)):
+        hashable: Hashable = key
+        return hashable
+    raise TypeError("a key that is not flat")
+
+
+_INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
+    "MARK": lambda it, _: it.mark(),
+    "POP": lambda it, _: it.pop(),
+    "POP_MARK": lambda it, _: it.take_marked(),
+    "DUP": lambda it, _: it.push(it.stack[-1]),
+    "EMPTY_LIST": lambda it, _: it.push([]),
+    "EMPTY_DICT": lambda it, _: it.push({}),
+    "EMPTY_SET": lambda it, _: it.push(set()),
+    "TUPLE1": lambda it, _: it.push(tuple(it.take(1))),
+    "TUPLE2": lambda it, _: it.push(tuple(it.take(2))),
+    "TUPLE3": lambda it, _: it.push(tuple(it.take(3))),
+    "TUPLE": lambda it, _: it.push(tuple(it.take_marked())),
+    "LIST": lambda it, _: it.push(it.take_marked()),
+    "DICT": lambda it, _: it.push(_dict_of(it.take_marked())),
+    "FROZENSET": lambda it, _: it.push(set(map(_flat, it.take_marked()))),
+    "APPEND": lambda it, _: it.extend(it.take(1)),
+    "APPENDS": lambda it, _: it.extend(it.take_marked()),
+    "SETITEM": lambda it, _: it.put(it.take(2)),
+    "SETITEMS": lambda it, _: it.put(it.take_marked()),
+    "ADDITEMS": lambda it, _: it.add(it.take_marked()),
+    "GLOBAL": lambda it, named: it.name(*named.split(" ", 1)),
+    "STACK_GLOBAL": lambda it, _: it.name(*it.take(2)),
+    "REDUCE": lambda it, _: it.make(*it.take(2)),
+    "NEWOBJ": lambda it, _: it.make(*it.take(2)),
+    "NEWOBJ_EX": lambda it, _: it.make(*it.take(3)),
+    "OBJ": lambda it, _: it.make_marked(),
+    "BUILD": lambda it, _: it.set_state(*it.take(1)),
+    "PERSID": lambda it, place: it.push(Outside(place)),
+    "BINPERSID": lambda it, _: it.push(Outside(*it.take(1))),
+}
