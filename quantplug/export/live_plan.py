@@ -1,6 +1,6 @@
 """The plan of an export of a live Megatron-Core model, the same on all ranks: for files or for a stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_pla
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.live import Model, live_weights
 from quantplug.export.sources.live_rows import LiveSource
+from quantplug.export.sources.live_settings import check_settings
 from quantplug.export.sources.passthrough import Passthrough, has_passthrough, open_passthrough, passthrough_refs
 from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
 from quantplug.findings import Findings
@@ -57,6 +58,7 @@ def plan_export(
     moe_router_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
+    unchecked_settings: Collection[str] = (),
     calibrated: bool = True,
     with_passthrough: bool = True,
     requantize: Requantize | None = None,
@@ -77,6 +79,8 @@ def plan_export(
     topology = current_topology()
     source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
     family, dims, beside = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
+    # First of all: where a setting differs, what follows from it would fill pages, or nothing does.
+    all_or_none(lambda: check_settings(model, source, unchecked_settings))
     weights = all_or_none(lambda: live_weights(model))
     refs = (*weights.refs, *beside.refs)
     inventories = gather_inventories(

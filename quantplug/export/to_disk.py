@@ -1,5 +1,6 @@
 """From a live Megatron-Core model to a Hugging Face checkpoint, quantized or not: one call a stage."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def export_mcore_gpt_to_hf(
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     amax: WeightAmax | str = WeightAmax.CALIBRATED,
+    unchecked_settings: Collection[str] = (),
     progress: Progress = silent,
 ) -> ExportResult:
     """Writes a Megatron-Core model as a Hugging Face checkpoint, quantized as its quantizers say.
@@ -56,6 +58,8 @@ def export_mcore_gpt_to_hf(
         amax: What becomes of weights that are larger than their quantizers' amaxes: `calibrated`, an error; `refresh`,
             the amaxes of all weights are taken from the weights as they are, over all slices, those of inputs stay;
             `clip`, they are clipped, as in training with fake quantization.
+        unchecked_settings: Settings that are not held against the config, by the names that errors give them: those in
+            which the model differs on purpose, and those of config.json that are not converted to Megatron.
         progress: Called as (stage, done, total), in bytes of the weights that this rank has.
 
     Raises:
@@ -87,6 +91,7 @@ def export_mcore_gpt_to_hf(
         moe_router_dtype=moe_router_dtype,
         trust_remote_code=trust_remote_code,
         max_shard_size=max_shard_size,
+        unchecked_settings=unchecked_settings,
     )
     plan, weights, source, rank = planned.plan, planned.weights, planned.source, topology.rank
     side_files = all_or_none(lambda: choose_side_files(source.directory, code=trust_remote_code))

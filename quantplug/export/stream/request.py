@@ -1,6 +1,6 @@
 """What is asked of a stream, and what is refused before anything is planned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from functools import wraps
@@ -66,6 +66,7 @@ class StreamRequest:
     receiver_ranks: Sequence[int] | None = None
     amax: WeightAmax | str = WeightAmax.CALIBRATED
     bucket_bytes: int = BUCKET_BYTES
+    unchecked_settings: Collection[str] = ()
 
     @property
     def named_format(self) -> QuantFormat | OwnQuantizers | None:

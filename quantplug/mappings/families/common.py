@@ -183,8 +183,8 @@ def refuse_settings(architecture: str, found: Mapping[str, Any], expected: Mappi
         raise UnsupportedModelError(
             f"This {architecture} uses settings that are not converted to Megatron.",
             offenders,
-            "Build the Megatron model yourself, then export it with export_mcore_gpt_to_hf; or quantize the checkpoint "
-            "without a model: quantplug quantize.",
+            "Build the Megatron model yourself, then export it with export_mcore_gpt_to_hf, naming these settings in "
+            "unchecked_settings; or quantize the checkpoint without a model: quantplug quantize.",
         )
 
 

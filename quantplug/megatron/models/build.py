@@ -71,10 +71,8 @@ def build_model(
     """
     topology = current_topology()
     check_divisible(family_config, topology, virtual_stages, layer_spec)
-    transformer = {
-        **family_config.transformer,
+    settings = {
         **_parallel_settings(topology, virtual_stages),
-        "activation_func": _ACTIVATIONS[family_config.activation],
         "moe_grouped_gemm": layer_spec is LayerSpec.TRANSFORMER_ENGINE,
         # The all-to-all dispatcher needs a CUDA stream even to be built.
         "moe_token_dispatcher_type": "alltoall" if cpu.has_cuda() else "allgather",
@@ -95,11 +93,8 @@ def build_model(
         "post_process": topology.pp_rank == topology.pp - 1 and virtual_stage in (None, (virtual_stages or 1) - 1),
     }
     with_te = layer_spec is LayerSpec.TRANSFORMER_ENGINE
-    kind = MLATransformerConfig if transformer.get("multi_latent_attention", False) else TransformerConfig
     with cpu.construction():
-        config = kind(**transformer)
-        for name, value in family_config.yarn.items():  # No fields of it, but GPTModel reads them there.
-            setattr(config, name, value)
+        config = transformer_config(family_config, **settings)
         match family_config.kind:
             case ModelKind.GPT:
                 built: LanguageModel = _gpt_model(
@@ -113,6 +108,20 @@ def build_model(
     for parameter in built.parameters():  # The local spec's norms ignore params_dtype.
         parameter.data = parameter.data.to(torch.float32 if parameter in wide else dtype).zero_()
     return built
+
+
+def transformer_config(family_config: MegatronConfig, **settings: Any) -> TransformerConfig:
+    """A family's settings as Megatron's own config, with its defaults for all others.
+
+    Args:
+        settings: Further ones.
+    """
+    arguments = {**family_config.transformer, "activation_func": _ACTIVATIONS[family_config.activation], **settings}
+    kind = MLATransformerConfig if arguments.get("multi_latent_attention", False) else TransformerConfig
+    config = kind(**arguments)
+    for name, value in family_config.yarn.items():  # No fields of it, but GPTModel reads them there.
+        setattr(config, name, value)
+    return config
 
 
 def _gpt_model(
