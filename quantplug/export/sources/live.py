@@ -1,7 +1,8 @@
 """The weights of a live model and what its quantizers say of them, as plain data for the plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
@@ -15,11 +16,21 @@ from quantplug.megatron.parameters import MegatronParameter, iter_parameters, mo
 OUTPUT_LAYER = "output_layer.weight"
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
+Quantizer = torch.nn.Module | None
 
 _COMPRESSED = Kind(
     UnsupportedQuantizationError,
     "Weights are packed already, so that neither their shapes nor their values can be read.",
     "Export the model before mtq.compress: an export packs the weights itself.",
+)
+# Enabled or not: ModelOpt's TensorQuantizer.forward scales and rotates its input before it asks whether it is disabled,
+# and the algorithm has changed the weights to fit. What is exported of such weights alone is another model.
+_CHANGES_INPUTS = Kind(
+    UnsupportedQuantizationError,
+    "Quantizers scale or rotate what goes into their linear, which no checkpoint of ours expresses; the weights were "
+    "changed to go with it.",
+    "Quantize the original weights anew by an algorithm that leaves them as they are, such as max: disabling the "
+    "quantizers does not undo it.",
 )
 
 
@@ -43,7 +54,8 @@ def live_weights(model: Model) -> LiveWeights:
 
     Raises:
         UnsupportedModelError: The model holds something else than a GPTModel or MambaModel.
-        UnsupportedQuantizationError: Weights that `mtq.compress` has packed.
+        UnsupportedQuantizationError: Weights that `mtq.compress` has packed, or that AWQ, SmoothQuant or a rotation has
+            changed.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     parameters = list(iter_parameters(model))
@@ -58,14 +70,14 @@ def live_weights(model: Model) -> LiveWeights:
     # The tensor itself is what parameter and quantizer have in common. It lives as long as the model, so that its id
     # stays its own.
     pairs = dict(_weights_with_quantizers(model))
+    _refuse_changed_inputs(parameters, pairs, names)
     refs = []
     claimed: set[torch.nn.Module] = set()
     for parameter in parameters:
         if parameter.key.module == OUTPUT_LAYER and _is_tied(model):
             continue  # The last pipeline stage's copy of the embedding.
         quantizers = pairs.get(id(parameter.tensor), (None, None))
-        # With all that is inside: a grouped or sequential quantizer is a module of several.
-        claimed.update(leaf for quantizer in quantizers if quantizer for leaf in quantizer.modules())
+        claimed.update(_leaves(quantizers))
         weight, activation = (_state(names, quantizer) for quantizer in quantizers)
         refs.append(
             WeightRef(
@@ -100,7 +112,39 @@ def _refuse_compressed(parameters: Sequence[MegatronParameter]) -> None:
     findings.raise_if_any()
 
 
-Quantizer = torch.nn.Module | None
+def _refuse_changed_inputs(
+    parameters: Sequence[MegatronParameter],
+    pairs: Mapping[int, tuple[Quantizer, Quantizer]],
+    names: Mapping[torch.nn.Module, str],
+) -> None:
+    findings = Findings()
+    of_weights: set[torch.nn.Module] = set()
+    for parameter in parameters:
+        leaves = list(_leaves(pairs.get(id(parameter.tensor), ())))
+        of_weights.update(leaves)
+        for change in chain.from_iterable(map(_changes_of_inputs, leaves)):
+            findings.add(_CHANGES_INPUTS, parameter.key.name, f"its quantizer has {change}", parameter.key.expert)
+    # Those of attention's matrix products belong to no weight, and have a name of their own alone.
+    for quantizer in names.keys() - of_weights:
+        for change in _changes_of_inputs(quantizer):
+            findings.add(_CHANGES_INPUTS, names[quantizer], f"has {change}")
+    findings.raise_if_any()
+
+
+def _leaves(quantizers: Iterable[Quantizer]) -> Iterator[torch.nn.Module]:
+    """Quantizers with all that is inside of them: a grouped or sequential one is a module of several."""
+    for quantizer in quantizers:
+        if quantizer is not None:
+            yield from quantizer.modules()
+
+
+def _changes_of_inputs(quantizer: torch.nn.Module) -> Iterator[str]:
+    """What a quantizer, enabled or not, does to its input before it quantizes."""
+    if isinstance(quantizer, TensorQuantizer):
+        if quantizer.pre_quant_scale is not None:
+            yield "a pre_quant_scale (AWQ, SmoothQuant)"
+        if quantizer.rotate_is_enabled:
+            yield "a rotation"
 
 
 def _weights_with_quantizers(model: Model) -> Iterator[tuple[int, tuple[Quantizer, Quantizer]]]:
@@ -143,10 +187,12 @@ def _largest(amax: torch.Tensor | None) -> float | None:
 
 def _unsupported(quantizer: TensorQuantizer) -> Iterator[str]:
     """Features that change what the quantizer computes and that no output format expresses."""
-    if quantizer.pre_quant_scale is not None:
-        yield "pre_quant_scale (AWQ, SmoothQuant)"
-    if quantizer.rotate_is_enabled:
-        yield "rotation"
+    # Settings that ModelOpt keeps beside those of `QuantizerState`, and that change codes or scales.
+    for setting in ("four_over_six", "scale_block_sizes"):
+        if (quantizer.block_sizes or {}).get(setting):
+            yield setting
+    if quantizer.backend is not None:
+        yield f"the backend {quantizer.backend}"
     if quantizer.bias is not None:
         yield "bias (affine quantization)"
     if not quantizer.fake_quant:

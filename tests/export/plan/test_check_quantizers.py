@@ -7,20 +7,26 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
 
-from quantplug import export_mcore_gpt_to_hf
+from quantplug import export_mcore_gpt_to_hf, plan_stream
 from quantplug.errors import (
     CalibrationError,
     ShapeError,
     UnsupportedQuantizationError,
 )
 from quantplug.export.live_plan import plan_export
+from quantplug.megatron.models.build import LayerSpec
 from tests.export.checkpoints import load, quantize
 from tests.export.refusals import FC1, FC2, NVFP4_16, expert_quantizer, offenders, refused, rules
+from tests.logits import megatron_logits
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 Sources = Callable[[str], Path]
+
+_BLOCKS = {-1: 16, "type": "dynamic", "scale_bits": (4, 3), "four_over_six": True}
+_FOUR_OVER_SIX = {"num_bits": (2, 1), "block_sizes": _BLOCKS}
 
 
 def test_quantizers_that_were_never_calibrated(sources: Sources, tmp_path: Path) -> None:
@@ -168,12 +174,40 @@ def test_a_quantized_output_layer(sources: Sources, tmp_path: Path) -> None:
 
 
 def test_awq_scales_are_not_dropped(sources: Sources, tmp_path: Path) -> None:
+    """ModelOpt smooths weights and scales inputs whether it quantizes inputs or not."""
+    model = load(sources("dense"), LayerSpec.LOCAL)
+    model = mtq.quantize(model, {**mtq.W4A16_NVFP4_CFG, "algorithm": "awq_lite"}, megatron_logits)
+    scaled = {
+        name.replace("input_quantizer", "weight")
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.pre_quant_scale is not None
+    }
+    assert len(scaled) == 2 * 4
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+    assert {name for name, _ in offenders(caught)} == scaled
+    assert "pre_quant_scale" in str(caught.value)
+    # A stream quantizes by formats of its own, and the weights that it would pack are smoothed all the same.
+    with pytest.raises(UnsupportedQuantizationError, match="pre_quant_scale"):
+        plan_stream(model, sources("dense"), quant_format="w4a16_nvfp4")
+
+
+def test_a_disabled_rotation_still_rotates(sources: Sources, tmp_path: Path) -> None:
     model = quantize(load(sources("dense")), "nvfp4")
-    model.decoder.layers[1].mlp.linear_fc2.input_quantizer.pre_quant_scale = torch.ones(224)
+    quantizer = model.decoder.layers[1].mlp.linear_fc2.input_quantizer
+    quantizer.set_from_attribute_config({"enable": False, "rotate": True})
     with refused(UnsupportedQuantizationError, tmp_path) as caught:
         export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
     assert offenders(caught) == {("decoder.layers.1.mlp.linear_fc2.weight", None)}
-    assert "pre_quant_scale" in str(caught.value)
+
+
+def test_settings_beside_the_format_s_are_not_lost(sources: Sources, tmp_path: Path) -> None:
+    four_over_six = {"quantizer_name": "*linear_fc2.weight_quantizer", "cfg": _FOUR_OVER_SIX}
+    model = mtq.quantize(load(sources("dense")), rules(four_over_six))
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
+    assert {name for name, _ in offenders(caught)} == {f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(2)}
+    assert "four_over_six" in str(caught.value)
 
 
 def test_two_schemes_in_one_model(sources: Sources, tmp_path: Path) -> None:
