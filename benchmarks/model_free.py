@@ -66,6 +66,8 @@ SIZES = {
 }
 """Of the tensors by the last part of their module's name; norms are [2048] but for those of the heads."""
 
+# Those of a model with experts, as this one.
+WITHOUT_DATA = [name for name, scheme in SCHEMES.items() if scheme.loads_experts and not scheme.has_input_scale]
 LONGEST = max(math.prod(shape) for shape in SIZES.values())
 
 
@@ -82,7 +84,7 @@ def main(
     for count in layers or [1, 2]:
         with tempfile.TemporaryDirectory(dir=scratch) as directory:
             source = random_checkpoint(Path(directory) / "source", count)
-            for name in format or [name for name, scheme in SCHEMES.items() if not scheme.has_input_scale]:
+            for name in format or WITHOUT_DATA:
                 runs = [on_its_own(source, name) for _ in range(repeats)]
                 table.append(row(count, name, runs))
     text = "\n".join(table)

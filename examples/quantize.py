@@ -25,11 +25,8 @@ from quantplug import QuantFormat, calibration
 from quantplug.errors import CalibrationError, Offender
 
 
-class MultiTokenPrediction(StrEnum):
-    """What becomes of the layers of multi-token prediction.
-
-    ModelOpt's configs keep them, and SGLang loads DeepSeek's so where the model is NVFP4.
-    """
+class Treatment(StrEnum):
+    """What becomes of a part of the model."""
 
     QUANTIZED = "quantized"
     KEPT = "kept"
@@ -74,9 +71,13 @@ def main(
         calibration.ColdExperts, typer.Option(help="What becomes of an expert that saw no calibration token.")
     ] = calibration.ColdExperts.ERROR,
     mtp: Annotated[
-        MultiTokenPrediction,
+        Treatment,
+        # ModelOpt's configs keep them, and SGLang loads DeepSeek's so where the model is NVFP4.
         typer.Option(help="Keep the layers of multi-token prediction in 16 bits, or quantize them as the rest."),
-    ] = MultiTokenPrediction.KEPT,
+    ] = Treatment.KEPT,
+    experts: Annotated[
+        Treatment, typer.Option(help="Quantize routed experts, or keep them in 16 bits where no server loads them so.")
+    ] = Treatment.QUANTIZED,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
@@ -85,6 +86,14 @@ def main(
         quant_format = export_quant_cfg.weight_only if weight_only else export_quant_cfg
         if quant_format.needs_data:
             require_gpu(quant_format)
+        # Also whether servers load the model's experts in the format, before the model is built.
+        config = quantplug.quant_cfg(
+            quant_format,
+            hf_model_id,
+            quantize_mtp=mtp is Treatment.QUANTIZED,
+            keep_experts=experts is Treatment.KEPT,
+            trust_remote_code=trust_remote_code,
+        )
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         say(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}")
 
@@ -97,12 +106,6 @@ def main(
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
         forward_loop = calibration_loop(hf_model_id, data, trust_remote_code) if quant_format.needs_data else None
         policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
-        config = quantplug.quant_cfg(
-            quant_format,
-            hf_model_id,
-            quantize_mtp=mtp is MultiTokenPrediction.QUANTIZED,
-            trust_remote_code=trust_remote_code,
-        )
         mtq.quantize(model, {**config, "algorithm": None})
         # What cannot be exported is refused before calibration is paid for.
         quantplug.plan_export(model, hf_model_id, trust_remote_code=trust_remote_code, calibrated=False)

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Role, WeightMapping
+from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
 
 Rows = Mapping[ParamKey, WeightMapping]
 """Weights with their rows."""
@@ -34,6 +34,9 @@ _UNMATCHED = Kind(
 _NOTHING = Kind(
     UnsupportedQuantizationError, "No linear is left to quantize.", "Exclude fewer modules; a plain copy needs no tool."
 )
+
+# The advice to leave out all weights would be the advice not to quantize.
+_NONE_LEFT = "Choose another format: no linear would be left in this one."
 
 
 class Reason(Enum):
@@ -64,10 +67,12 @@ class Policy:
     Attributes:
         weight_bits: Bits of a code of the format.
         quantize_mtp: Whether layers of multi-token prediction are quantized too.
+        loads_experts: Whether servers load routed experts in the format.
     """
 
     weight_bits: int
     quantize_mtp: bool = False
+    loads_experts: bool = True
 
     def why_kept(self, row: WeightMapping) -> Kept | None:
         """Why weights of a row stay in high precision; None where they are quantized."""
@@ -79,6 +84,18 @@ class Policy:
         if row.block.is_mtp and not self.quantize_mtp:
             return Kept(Reason.MTP, "linear weight of multi-token prediction, kept unless quantize_mtp asks for it")
         return None
+
+    def why_unserved(self, row: WeightMapping) -> str | None:
+        """Why no server would load weights of a row that are quantized in the format; None where some do.
+
+        Such weights are not kept in silence, as they may be nearly all of a model: whoever wants the rest quantized has
+        to leave them out by name.
+        """
+        if row.role is not Role.LINEAR:
+            return None
+        if row.unserved is None and row.scope is Scope.EXPERT and not self.loads_experts:
+            return "expert, which no server loads in this format"
+        return row.unserved
 
 
 @dataclass(frozen=True)
@@ -181,44 +198,51 @@ def exclude_patterns(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions
 
 
 def quantizer_rule(module: str) -> dict[str, object]:
-    """The rule of a `quant_cfg` that turns a weight's quantizers off, by its name in Megatron or a pattern of it."""
-    return {"quantizer_name": f"*{module.rpartition('.')[0]}.*_quantizer*", "enable": False}
+    """The rule of a `quant_cfg` that turns a weight's quantizers off, by its name in Megatron or a pattern of it.
+
+    Of an expert's weight it is the rule of all experts: servers load them alike, and Megatron spells them in two ways.
+    """
+    mlp, _, in_experts = module.partition(".experts.")
+    holder = f"{mlp}.experts" if in_experts else module.rpartition(".")[0]
+    return {"quantizer_name": f"*{holder}.*_quantizer*", "enable": False}
+
+
+def quantizer_rules(modules: Iterable[str]) -> str:
+    """The rules of several weights, each once, as a user writes them."""
+    return ", ".join(dict.fromkeys(str(quantizer_rule(module)) for module in modules))
 
 
 def by_exclude(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
     """Advice for `quantplug quantize` and its function in Python: the options to add."""
     patterns = exclude_patterns(keys, rows, dims)
     if rows.keys() <= fused_with(keys, rows, dims):
-        return "Choose another format: no linear would be left in this one."
+        return _NONE_LEFT
     options = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
     return f"Leave out these and what servers fuse with them: add {options}"
 
 
 def by_rules(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
     """Advice for a model whose quantizers a `quant_cfg` has placed: the rules to append."""
-    wanted = fused_with(keys, rows, dims)
-    # Then the advice to leave out all of these would be the advice not to quantize.
-    if rows.keys() <= wanted:
-        return "Choose another format: no linear would be left in this one."
-    # Where no other layer needs the module quantized, one rule for all layers says it; else each layer is named.
-    left = {key.module for key in rows.keys() - wanted}
-    modules = dict.fromkeys(key.module if key.module not in left else _of_layer(key) for key in sorted(wanted))
-    return f"Append to quant_cfg: {', '.join(str(quantizer_rule(module)) for module in modules)}."
+    names = _megatron_names(keys, rows, dims)
+    return f"Append to quant_cfg: {quantizer_rules(names)}." if names else _NONE_LEFT
 
 
 def by_checker(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
     """Advice for a stream: for which names the checker should answer False."""
+    names = _megatron_names(keys, rows, dims)
+    return f"Let quantization_checker answer False for {', '.join(names)}." if names else _NONE_LEFT
+
+
+def _megatron_names(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> Sequence[str]:
+    """Megatron's names of weights and of all that goes with them, or patterns; none where no weight would be left.
+
+    Where no other layer needs the module quantized, one pattern for all layers says it; else each layer is named, of
+    experts all of the layer at once.
+    """
     wanted = fused_with(keys, rows, dims)
-    if rows.keys() <= wanted:
-        return "Choose another format: no linear would be left in this one."
-    left = {key.module for key in rows.keys() - wanted}
-    names = dict.fromkeys(key.module if key.module not in left else _of_layer(key) for key in sorted(wanted))
-    return f"Let quantization_checker answer False for {', '.join(names)}."
-
-
-def _of_layer(key: ParamKey) -> str:
-    """All experts of its layer, or itself."""
-    return replace(key, expert=None).name
+    others = {key.module for key in rows.keys() - wanted}
+    names = (replace(key, expert=None).name if key.module in others else key.module for key in sorted(wanted))
+    return () if rows.keys() <= wanted else tuple(dict.fromkeys(names))
 
 
 def _refuse_parted(

@@ -118,6 +118,12 @@ def tiny_gpt_oss_dir(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama4_dir(made_once: MadeOnce) -> Path:
+    """Llama 4's decoder in bf16: the experts of a layer in one tensor, which servers load quantized."""
+    return made_once("family_llama4_text", partial(make, "llama4_text"))
+
+
+@pytest.fixture(scope="session")
 def plain_checkpoints(made_once: MadeOnce) -> Path:
     """The Megatron checkpoints of plain_modelopt.py, written by a process that knows ModelOpt's own wrappers only."""
 

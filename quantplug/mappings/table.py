@@ -176,6 +176,7 @@ class WeightMapping:
             than the type of others: models compute with it in FP32, and not all sources hold it so.
         option: Only models with this option have the row; None for all.
         min_bits: Bits in which every server reads a linear that is quantized.
+        unserved: Why no server loads the linear quantized, in any format that is written; None where some do.
         high_precision: Those of `hf` that stay in high precision also where the weight is quantized: servers load them
             so.
         merged: What servers make of several of `hf`, where an exclude list must name it beside these.
@@ -195,6 +196,7 @@ class WeightMapping:
     keep_source_dtype: bool = False
     option: Option | None = None
     min_bits: int = 4
+    unserved: str | None = None
     high_precision: tuple[str, ...] = ()
     merged: tuple[Merged, ...] = ()
     offset: float = 0.0

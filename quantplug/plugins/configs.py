@@ -1,7 +1,8 @@
 """ModelOpt's configs by the public names of the formats, made complete for one model by the policy of selection."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import modelopt.torch.quantization as mtq
 
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import read_source_config
-from quantplug.formats.names import QuantFormat, scheme_named
+from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.formats.names import QuantFormat, Scheme, scheme_named
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Role
+from quantplug.mappings.table import Family, Role, Scope, WeightMapping
 from quantplug.selection import Policy, quantizer_rule
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
@@ -34,6 +36,7 @@ def quant_cfg(
     pretrained_model_name_or_path: str | Path,
     *,
     quantize_mtp: bool = False,
+    keep_experts: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The config for `mtq.quantize` of a model in a format: ModelOpt's own, and rules for what servers load otherwise.
@@ -42,40 +45,56 @@ def quant_cfg(
         quant_format: A `QuantFormat` or its name.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model, of which only the config is read.
         quantize_mtp: Whether layers of multi-token prediction are quantized too; they are kept in any case.
+        keep_experts: Whether routed experts stay in high precision, as they must where no server loads them in the
+            format.
         trust_remote_code: Whether transformers may run code from the source to read its config.
 
     Raises:
         ArgumentError: No format has this name.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
+        UnsupportedQuantizationError: No server loads its experts in the format, and they are not to be kept.
     """
     scheme = scheme_named(quant_format, "quant_format")
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
+    policy = Policy(scheme.weight_bits, quantize_mtp, scheme.loads_experts)
+    linears = [row for row in family.mappings if _stands_for_modules(row, dims)]
+    if not keep_experts:
+        _refuse_unserved(linears, policy, scheme)
     # ModelOpt's stock configs are objects of its module, which everybody who uses them shares.
     config = copy.deepcopy(dict(_STOCK[scheme.format]))
     if quantize_mtp and _has_mtp(family, dims):
         config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] != _NO_MTP]
-    config["quant_cfg"] += _rules(family, dims, Policy(scheme.weight_bits, quantize_mtp))
+    # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
+    whatever_mtp = replace(policy, quantize_mtp=True)
+    kept = [row for row in linears if whatever_mtp.why_kept(row) or (keep_experts and row.scope is Scope.EXPERT)]
+    rules = (quantizer_rule(row.megatron[0]) for row in kept)
+    # One rule is that of all linears of experts.
+    config["quant_cfg"] += {rule["quantizer_name"]: rule for rule in rules}.values()
     return config
 
 
-def _rules(family: Family, dims: ModelDimensions, policy: Policy) -> list[dict[str, Any]]:
-    """Rules for the linears that the policy keeps, and ModelOpt's config of the format does not know.
+def _stands_for_modules(row: WeightMapping, dims: ModelDimensions) -> bool:
+    """Whether a model of these sizes has the row's weights, in modules that a rule may have to name.
 
-    Only for what a model of these sizes has, and for weights of modules: a rule that matches nothing is refused. The
-    stock configs turn off routers, embeddings, output layers and, unless it is asked for, multi-token prediction.
+    A rule that matches nothing is refused. The stock configs turn off routers, embeddings, output layers and, unless it
+    is asked for, multi-token prediction.
     """
-    # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
-    linears = [row for row in family.mappings if row.role in (Role.LINEAR, Role.HIGH_PRECISION)]
-    whatever_mtp = Policy(policy.weight_bits, quantize_mtp=True)
-    return [
-        quantizer_rule(row.megatron[0])
-        for row in linears
-        if whatever_mtp.why_kept(row) is not None and row.megatron[0].endswith(".weight")
-        if any(True for _ in row.keys(dims))
-    ]
+    is_linear = row.role in (Role.LINEAR, Role.HIGH_PRECISION) and row.megatron[0].rstrip("*").endswith(".weight")
+    return is_linear and any(True for _ in row.keys(dims))
+
+
+def _refuse_unserved(linears: Iterable[WeightMapping], policy: Policy, scheme: Scheme) -> None:
+    found = {row.megatron[0]: why for row in linears if (why := policy.why_unserved(row))}
+    if found:
+        raise UnsupportedQuantizationError(
+            "No server loads the experts of this model in this format.",
+            [Offender(name, f"{scheme.format}: {why}") for name, why in found.items()],
+            "Choose another format, or keep_experts=True (--experts kept of examples/quantize.py), which quantizes the "
+            "rest.",
+        )
 
 
 def _has_mtp(family: Family, dims: ModelDimensions) -> bool:

@@ -3,21 +3,18 @@
 Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP[-VPP] ...`, or `faults SOURCE OUTPUT KIND:RANK ...`.
 """
 
-import copy
 import errno
 import os
 import signal
 import sys
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
 from megatron.core import parallel_state
 from torch import nn
 
-import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.files import write_rounds as work
@@ -26,22 +23,10 @@ from quantplug.mappings.families import find_family
 from quantplug.mappings.table import MegatronConfig
 from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import initialize_parallel
+from quantplug.plugins import quant_cfg
 
 SMALL_BUCKET_BYTES = 100_000  # So that even this model's weights are cut into pieces, and make many rounds.
-INPUTS_OFF = {"quantizer_name": "*input_quantizer", "enable": False}
-
-
-def config(name: str) -> dict[str, Any]:
-    """A weight-only config by the name that examples/quantize.py gives it."""
-    chosen = copy.deepcopy(
-        {
-            "nvfp4": mtq.NVFP4_DEFAULT_CFG,
-            "fp8": mtq.FP8_DEFAULT_CFG,
-            "fp8_blockwise": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
-        }[name]
-    )
-    chosen["quant_cfg"].append(INPUTS_OFF)
-    return chosen
+INPUT_AMAX = 2.0  # Of every input, as a forward of Transformer Engine's modules needs a GPU.
 
 
 def megatron_config(source: Path) -> MegatronConfig:
@@ -52,7 +37,16 @@ def megatron_config(source: Path) -> MegatronConfig:
 def quantized_model(source: Path, name: str) -> nn.Module:
     model = build_model(megatron_config(source))
     import_mcore_gpt_from_hf(model, source)
-    return mtq.quantize(model, config(name))
+    return quantized(model, source, name)
+
+
+def quantized(model: nn.Module, source: Path, name: str) -> nn.Module:
+    """The model, quantized by the config of a format; of inputs that are quantized all amaxes are alike."""
+    mtq.quantize(model, quant_cfg(name, source))
+    for module_name, module in model.named_modules():
+        if module_name.endswith(".input_quantizer") and module.is_enabled:
+            module.amax = torch.tensor(INPUT_AMAX)
+    return model
 
 
 def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
@@ -60,7 +54,7 @@ def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
     settings = megatron_config(source)
     chunks = [build_model(settings, virtual_stages=stages, virtual_stage=stage) for stage in range(stages)]
     import_mcore_gpt_from_hf(chunks, source)
-    return [mtq.quantize(chunk, config(name)) for chunk in chunks]
+    return [quantized(chunk, source, name) for chunk in chunks]
 
 
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
@@ -83,7 +77,7 @@ def faults(source: Path, output: Path, wanted: list[str]) -> None:
 
 
 def export_with(kind: str, faulty: bool, source: Path, export_dir: Path) -> str:
-    model = quantized_model(source, "nvfp4")
+    model = quantized_model(source, "w4a16_nvfp4")
     pwrite = os.pwrite
     if faulty:
         inject(kind, model)

@@ -144,7 +144,7 @@ def _be_rank(rank: int, run: Run, source: Path, port: int, number: int, note: Pa
     store = dist.PrefixStore(f"run{number}", dist.TCPStore("localhost", port, is_master=False))
     dist.init_process_group(run.backend, store=store, rank=rank, world_size=run.world_size)
     initialize_parallel(tp=run.tp, ep=run.ep)
-    model = quantized_model(source, "nvfp4")
+    model = quantized_model(source, "w4a16_nvfp4")
     if run.change is not None:
         run.change(rank, model)
     if run.killed and rank in run.killed:

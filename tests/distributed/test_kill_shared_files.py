@@ -36,8 +36,8 @@ PART_DONE = "quantplug.checkpoint.safetensors.writer.SafetensorsFile._finish"
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_gpt_oss_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return start_ranks(tiny_gpt_oss_dir, tmp_path_factory.mktemp("notes"))
+def ranks(tiny_llama4_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return start_ranks(tiny_llama4_dir, tmp_path_factory.mktemp("notes"))
 
 
 def _small_buckets(rank: int, model: nn.Module) -> None:

@@ -36,7 +36,7 @@ def expected_tensors(way: str, source: Path, directory: Path) -> dict[str, torch
         quantized = {name: blockwise_fp8(tensor, BLOCK) for name, tensor in linear_weights(weights).items()}
         scales = {f"{name}_scale_inv": scale for name, (_, scale) in quantized.items()}
         return {**weights, **{name: codes for name, (codes, _) in quantized.items()}, **scales}
-    export_mcore_gpt_to_hf(quantize(load(source), way), source, export_dir=directory)
+    export_mcore_gpt_to_hf(quantize(load(source), way, source), source, export_dir=directory)
     return read(directory)
 
 
@@ -45,7 +45,8 @@ def expected_tensors(way: str, source: Path, directory: Path) -> dict[str, torch
     ("layout", "source", "ways"),
     [
         ("2-2-2-1", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "function"]),
-        ("2-1-1-2", "tiny_qwen3_moe_dir", ["w8a16_fp8", "function"]),
+        ("2-1-1-2", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "function"]),
+        ("2-1-1-2", "tiny_qwen3_dir", ["w8a16_fp8"]),
         ("2-2-2-1", "divisible_dir", ["fp8_blockwise"]),
     ],
 )
@@ -71,23 +72,26 @@ def test_receivers_get_what_one_rank_exports(
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize(("layout", "ways"), [("2-2-1-1", ["w4a16_nvfp4"]), ("1-2-1-1", ["w8a16_fp8", "function"])])
+@pytest.mark.parametrize(
+    ("layout", "source", "way"),
+    [("2-2-1-1", "tiny_llama4_dir", "w4a16_nvfp4"), ("1-2-1-1", "tiny_gpt_oss_dir", "function")],
+)
 def test_receivers_get_whole_tensors_of_all_experts(
-    layout: str, ways: list[str], tiny_gpt_oss_dir: Path, tmp_path: Path
+    layout: str, source: str, way: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    run_worker(tiny_gpt_oss_dir, tmp_path, layout, "streams", *ways)
-    for way in ways:
-        if way == "function":
-            expected = of_each_expert(blockwise_fp8, read(tiny_gpt_oss_dir), BLOCK)
-        else:
-            expected = expected_tensors(way, tiny_gpt_oss_dir, tmp_path / way)
-        for rank in range(RANKS):
-            assert_same_tensors(torch.load(tmp_path / f"{way}-{rank}.pt"), expected)
-            assert_same_tensors(torch.load(tmp_path / f"{way}-some-{rank}.pt"), expected if rank in RECEIVERS else {})
-        # A broadcast an owner for each tensor of all experts, for what lies between those of two layers, and the ends.
-        calls = json.loads((tmp_path / f"{way}-0.json").read_text())["calls"]
-        fused = [name for name in expected if ".experts." in name]
-        assert calls["broadcast"] <= RANKS * (len([name for name in fused if expected[name].ndim > 1]) + 4) + len(fused)
+    directory = request.getfixturevalue(source)
+    run_worker(directory, tmp_path, layout, "streams", way)
+    if way == "function":
+        expected = of_each_expert(blockwise_fp8, read(directory), BLOCK)
+    else:
+        expected = expected_tensors(way, directory, tmp_path / way)
+    for rank in range(RANKS):
+        assert_same_tensors(torch.load(tmp_path / f"{way}-{rank}.pt"), expected)
+        assert_same_tensors(torch.load(tmp_path / f"{way}-some-{rank}.pt"), expected if rank in RECEIVERS else {})
+    # A broadcast an owner for each tensor of all experts, for what lies between those of two layers, and the ends.
+    calls = json.loads((tmp_path / f"{way}-0.json").read_text())["calls"]
+    fused = [name for name in expected if ".experts." in name]
+    assert calls["broadcast"] <= RANKS * (len([name for name in fused if expected[name].ndim > 1]) + 4) + len(fused)
 
 
 def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:

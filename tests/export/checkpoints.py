@@ -71,12 +71,15 @@ def load(source: Path, layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE, **s
     return model
 
 
-def quantize(model: LanguageModel, scheme: str, source: Path | None = None) -> LanguageModel:
+def quantize(
+    model: LanguageModel, scheme: str, source: Path | None = None, *, keep_experts: bool = False
+) -> LanguageModel:
     """Quantizes with calibrated weights, and input amaxes set by hand: a forward of TE's modules needs a GPU.
 
     By ModelOpt's own config; or by ours, which knows what the model of a source keeps.
     """
-    mtq.quantize(model, SCHEMES[scheme] if source is None else quant_cfg(scheme, source))
+    config = SCHEMES[scheme] if source is None else quant_cfg(scheme, source, keep_experts=keep_experts)
+    mtq.quantize(model, config)
     for name, module in model.named_modules():
         if name.endswith(".input_quantizer") and module.is_enabled:
             module.amax = torch.tensor(input_amax(name.removesuffix(".input_quantizer")))

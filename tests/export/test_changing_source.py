@@ -112,7 +112,9 @@ def test_the_config_is_read_once(stage: str, source: Path, tmp_path: Path) -> No
         config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 7, "architectures": []}))
 
     before = json.loads(config.read_text())
-    quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8", progress=changing(edit, stage, lambda done, total: True))
+    quantize_checkpoint(
+        source, tmp_path / "out", "w4a16_nvfp4", progress=changing(edit, stage, lambda done, total: True)
+    )
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     written.pop("quantization_config")
     assert written == before

@@ -8,6 +8,7 @@ import pytest
 from quantplug import export_mcore_gpt_to_hf
 from tests.export.checkpoints import load, one_rank, quantize
 from tests.families.cases import CASES, make
+from tests.families.served import serves_experts
 from tests.made_once import MadeOnce
 
 
@@ -32,7 +33,7 @@ def export(made_once: MadeOnce, checkpoint: Callable[[str], Path]) -> Callable[.
             with one_rank():
                 model = load(checkpoint(name))
                 if scheme:
-                    quantize(model, scheme, checkpoint(name))
+                    quantize(model, scheme, checkpoint(name), keep_experts=not serves_experts(name, scheme))
                 export_mcore_gpt_to_hf(model, checkpoint(name), directory)
 
         return made_once(f"family_{name}_{scheme}", make_export)

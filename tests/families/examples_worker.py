@@ -17,6 +17,7 @@ from megatron.core import parallel_state  # noqa: E402
 import quantplug  # noqa: E402
 from quantplug.checkpoint.source_config import read_source_config  # noqa: E402
 from quantplug.mappings.families import find_family  # noqa: E402
+from tests.families.served import has_experts, serves_experts  # noqa: E402
 
 # The ranks go on with the next family: only the model parallel groups end with an example.
 quantplug.destroy_parallel = parallel_state.destroy_model_parallel
@@ -32,14 +33,15 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
             quantize.QuantFormat.NVFP4,
             weight_only=True,
             tp=tp,
-            ep=has_experts(source, ep),
-            mtp=quantize.MultiTokenPrediction.QUANTIZED,
+            ep=size_of_ep(source, ep),
+            mtp=quantize.Treatment.QUANTIZED,
+            experts=quantize.Treatment.QUANTIZED if serves_experts(family, "w4a16_nvfp4") else quantize.Treatment.KEPT,
         )
-        export.main(str(source), checkpoint, out, tp=tp, ep=has_experts(source, ep))
+        export.main(str(source), checkpoint, out, tp=tp, ep=size_of_ep(source, ep))
         saved_by_one = out.with_name("1-1-megatron")
         if tp > 1 and saved_by_one.exists() and has_mamba(source):
             loaded = out.with_name(f"1-1-at-{out.name}")
-            export.main(str(source), saved_by_one, loaded, tp=tp, ep=has_experts(source, ep))
+            export.main(str(source), saved_by_one, loaded, tp=tp, ep=size_of_ep(source, ep))
 
 
 def has_mamba(source: Path) -> bool:
@@ -48,10 +50,9 @@ def has_mamba(source: Path) -> bool:
     return find_family(config.architecture).dimensions(config.values).mamba is not None
 
 
-def has_experts(source: Path, ep: int) -> int:
+def size_of_ep(source: Path, ep: int) -> int:
     """The EP size; 1 for a dense model."""
-    config = read_source_config(source)
-    return ep if find_family(config.architecture).dimensions(config.values).num_experts else 1
+    return ep if has_experts(source) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What verify has to say of a good export of a family: no error, but for experts that no server reads."""
+"""What servers load of the families: the formats in which some load their experts, and what verify must find."""
 
 from pathlib import Path
 
+from quantplug.checkpoint.source_config import read_source_config
+from quantplug.mappings.families import find_family
 from quantplug.verify import Severity, verify_checkpoint
-from tests.export.checkpoints import read
 
 # vLLM 0.32 was run with each: it stops at GPT-OSS's biases, and at weight-only FP8 of any experts.
 UNSERVED_FAMILIES = ("gpt_oss", "tiny_gpt_oss")
@@ -15,9 +16,12 @@ def errors_of(directory: Path, source: Path) -> set[str]:
     return {str(check) for check in verify_checkpoint(directory, source).checks(Severity.ERROR)}
 
 
-def unserved(directory: Path, family: str, format_name: str) -> set[str]:
-    """The one check that an export of this family in this format must not pass, if its experts are quantized."""
-    routed = (name for name in read(directory) if ".experts." in name and "shared" not in name)
-    quantized = any(name.endswith(("_scale", "_scale_2", "_scale_inv")) for name in routed)
-    refused = family.startswith(UNSERVED_FAMILIES) or format_name in UNSERVED_FORMATS
-    return {"served-experts"} if quantized and refused else set()
+def serves_experts(family: str, format_name: str) -> bool:
+    """Whether some server loads experts of this family in this format, so that an export may hold such."""
+    return family not in UNSERVED_FAMILIES and format_name not in UNSERVED_FORMATS
+
+
+def has_experts(source: Path) -> bool:
+    """Whether the model of a checkpoint has routed experts."""
+    config = read_source_config(source)
+    return find_family(config.architecture).dimensions(config.values).num_experts > 0

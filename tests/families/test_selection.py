@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.errors import ShapeError, UnsupportedQuantizationError
 from quantplug.export.live_plan import plan_export
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint
 from tests.export.blockwise import blockwise_fp8
-from tests.export.checkpoints import load, one_rank, read, same_bytes
+from tests.export.checkpoints import SCHEMES, load, one_rank, read, same_bytes
 from tests.families.cases import CASES, save
-from tests.families.served import errors_of, unserved
+from tests.families.served import errors_of
 
 Checkpoint = Callable[[str], Path]
 
@@ -66,7 +68,7 @@ def options(remedy: str) -> list[str]:
         ("qwen3", ["*.gate_proj"]),
         ("qwen3_moe", ["model.layers.0.mlp.experts.3.down_proj"]),
         ("qwen3_moe", ["*.experts.0.*", "*.v_proj"]),
-        ("gpt_oss", ["model.layers.1.mlp.experts.down_proj"]),
+        ("llama4_text", ["model.layers.1.feed_forward.experts.down_proj"]),
         ("deepseek_v3", ["model.layers.2.self_attn.q_a_proj"]),
         ("deepseek_v3", ["*.kv_a_proj_with_mqa", "model.layers.1.mlp.experts.1.up_proj"]),
     ],
@@ -79,7 +81,7 @@ def test_the_advice_on_what_was_excluded_in_part_works(
     advised = options(caught.value.remedy)
     assert advised
     quantize_checkpoint(checkpoint(name), tmp_path / "out", "w4a16_nvfp4", exclude=[*exclude, *advised])
-    assert errors_of(tmp_path / "out", checkpoint(name)) == unserved(tmp_path / "out", name, "")
+    assert errors_of(tmp_path / "out", checkpoint(name)) == set()
 
 
 # Sizes of some linears that do not divide by the 16 columns of a block.
@@ -126,6 +128,67 @@ def test_the_advice_on_sizes_that_do_not_divide_works_with_a_model(tmp_path: Pat
     assert verify_checkpoint(tmp_path / "out", source).ok
 
 
+# Families and formats of whose experts no server loads anything.
+UNSERVED = [("gpt_oss", "w4a16_nvfp4"), ("qwen3_moe", "w8a16_fp8")]
+NO_SERVER = "No server loads"
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(("name", "format_name"), UNSERVED)
+def test_experts_that_no_server_loads_are_refused_in_every_way_with_advice_that_works(
+    name: str, format_name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, stock = checkpoint(name), SCHEMES[format_name]
+    with pytest.raises(UnsupportedQuantizationError, match=NO_SERVER) as caught:
+        quantize_checkpoint(source, tmp_path / "out", format_name)
+    assert {offender.expert for offender in caught.value.offenders} == set(range(8))
+    assert list(tmp_path.iterdir()) == []
+    # Of GPT-OSS's experts there is no other format to choose.
+    assert ("Choose w4a16_nvfp4 or fp8_blockwise" in caught.value.remedy) == (name == "qwen3_moe")
+    quantize_checkpoint(source, tmp_path / "out", format_name, exclude=options(caught.value.remedy))
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    expected = read(tmp_path / "out")
+
+    with one_rank():
+        model = mtq.quantize(load(source), {**stock, "algorithm": None})
+        with pytest.raises(UnsupportedQuantizationError, match=NO_SERVER) as caught:
+            plan_export(model, source, calibrated=False)
+        with_rules = {**stock, "quant_cfg": [*stock["quant_cfg"], *rules_of(caught.value.remedy)]}
+        export_mcore_gpt_to_hf(mtq.quantize(load(source), with_rules), source, tmp_path / "live")
+        assert_same(read(tmp_path / "live"), expected)
+
+        with pytest.raises(UnsupportedQuantizationError, match=NO_SERVER) as caught:
+            export_hf_weights_quant(model, source, quant_format=format_name)
+        patterns = re.findall(r"decoder[^ ,]*\*", caught.value.remedy)
+        assert patterns
+        streamed = export_hf_weights_quant(
+            model, source, lambda key: not any(fnmatchcase(key, it) for it in patterns), quant_format=format_name
+        )
+        assert_same(dict(streamed), expected)
+
+
+@pytest.mark.parametrize(("name", "format_name"), UNSERVED)
+@pytest.mark.parametrize("layers", LayerSpec)
+def test_a_config_of_ours_is_refused_likewise_before_there_is_a_model(
+    name: str, format_name: str, layers: LayerSpec, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint(name)
+    with pytest.raises(UnsupportedQuantizationError, match=NO_SERVER) as caught:
+        quant_cfg(format_name, source)
+    assert len(caught.value.offenders) == 2
+    assert "keep_experts=True" in caught.value.remedy
+    config = quant_cfg(format_name, source, keep_experts=True)
+    with one_rank():
+        # Whatever Megatron calls the modules of experts, grouped or one after another.
+        model = load(source, layers)
+        export_mcore_gpt_to_hf(mtq.quantize(model, config), source, tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
 def kept_of(tensors: dict[str, torch.Tensor]) -> set[str]:
     """Which of DeepSeek-V3's projections that are kept in four bits, or of multi-token prediction, are plain."""
     names = ("model.layers.1.self_attn.kv_b_proj", "model.layers.3.self_attn.o_proj", "model.layers.3.eh_proj")
@@ -137,12 +200,23 @@ def half_bytes(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[tor
     return weight[:, ::2].to(torch.uint8), torch.ones(())
 
 
+def served_in_fp8_with_mtp(name: str) -> bool:
+    return ".experts." not in name and "eh_proj" not in name
+
+
+def served_in_fp8(name: str) -> bool:
+    return served_in_fp8_with_mtp(name) and "mtp." not in name
+
+
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [
         ({"quant_format": "w4a16_nvfp4"}, {"kv_b_proj", "o_proj", "eh_proj"}),
-        ({"quant_format": "w8a16_fp8"}, {"o_proj", "eh_proj"}),
-        ({"quant_format": "w8a16_fp8", "quantize_mtp": True}, {"eh_proj"}),
+        ({"quant_format": "w8a16_fp8", "quantization_checker": served_in_fp8}, {"o_proj", "eh_proj"}),
+        (
+            {"quant_format": "w8a16_fp8", "quantization_checker": served_in_fp8_with_mtp, "quantize_mtp": True},
+            {"eh_proj"},
+        ),
         ({"quant_fn": half_bytes}, {"kv_b_proj", "o_proj", "eh_proj"}),
         ({"quant_fn": half_bytes, "quantize_mtp": True}, {"kv_b_proj", "eh_proj"}),
         ({"quant_fn": blockwise_fp8, "quant_block_size": (16, 32)}, {"o_proj", "eh_proj"}),

@@ -13,7 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from quantplug.errors import ArgumentError, Offender
-from quantplug.export.plan.check_quantizers import check_calibrated, check_quantizers, check_shapes
+from quantplug.export.plan.check_quantizers import (
+    check_calibrated,
+    check_quantizers,
+    check_served,
+    check_shapes,
+)
 from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
@@ -78,7 +83,7 @@ def build_plan(
         MappingError: Parameters unknown, missing, or there twice.
         ShapeError: A shape disagrees with the checkpoint, does not divide as its format needs, or has a block where
             servers merge or cut.
-        UnsupportedQuantizationError: Quantizers that cannot be written.
+        UnsupportedQuantizationError: Quantizers that cannot be written, or weights that no server would load so.
         CalibrationError: Enabled quantizers without amax.
     """
     _check_request(request)
@@ -90,6 +95,7 @@ def build_plan(
     findings.raise_if_any()
     # From here on shapes are known to be right, so that what follows may divide and cut them.
     scheme = check_quantizers(mapped, request.unclaimed, findings)
+    check_served(mapped, scheme, dims, request.leave_out, findings)
     check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
     dialect = dialect_for(scheme) if scheme else None
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.

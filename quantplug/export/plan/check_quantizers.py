@@ -8,10 +8,10 @@ from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.findings import Findings, Kind
-from quantplug.formats.names import Scheme
+from quantplug.formats.names import SCHEMES, Scheme
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role
-from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rule
+from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rules
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
 _ANY_BITS = 16  # Where a weight's format is not known: enough for every row, so that the policy judges by role alone.
@@ -36,6 +36,7 @@ _UNCALIBRATED = Kind(
     "Run mtq.quantize: weights need no data, inputs a forward loop that reaches every expert; or quantize weight-only.",
 )
 _DIVISOR = "Weights do not divide as their format needs."
+_UNSERVED = "No server loads these weights in this format."
 
 
 def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Findings) -> Scheme | None:
@@ -93,8 +94,7 @@ def _scheme(whole: WholeWeight, weight: QuantizerState, findings: Findings) -> S
 
 def _refuse_against_policy(against_policy: Sequence[tuple[WholeWeight, Kept]], findings: Findings) -> None:
     """Quantizers that are enabled for what the policy keeps, with the very rules that turn them off."""
-    modules = dict.fromkeys(whole.key.module for whole, _ in against_policy)
-    rules = ", ".join(str(quantizer_rule(module)) for module in modules)
+    rules = quantizer_rules(whole.key.module for whole, _ in against_policy)
     kind = Kind(
         UnsupportedQuantizationError,
         "Quantizers are enabled where servers load high precision.",
@@ -131,6 +131,27 @@ def check_shapes(
     kind = Kind(ShapeError, _DIVISOR, f"Choose a format whose block size divides them. Or: {way_out}")
     for whole, problem in uneven:
         findings.add_weight(kind, whole, f"{scheme.weight.name}: {problem}")
+
+
+def check_served(
+    mapped: Mapped, scheme: Scheme | None, dims: ModelDimensions, leave_out: LeaveOut, findings: Findings
+) -> None:
+    """Whether some server loads each quantized weight in the scheme; else what to leave out, in `findings`."""
+    if scheme is None:
+        return
+    rows = {whole.key: row for whole, row in mapped if whole.weight is not None and row.role is Role.LINEAR}
+    policy = Policy(scheme.weight_bits, loads_experts=scheme.loads_experts)
+    unserved = [(whole, why) for whole, row in mapped if whole.key in rows and (why := policy.why_unserved(row))]
+    if not unserved:
+        return
+    way_out = leave_out([whole.key for whole, _ in unserved], rows, dims)
+    others = [row.format for row in SCHEMES.values() if row.loads_experts and not row.has_input_scale]
+    # Of experts that no format serves, another format would be the next refusal.
+    if all(row.unserved is None for row in rows.values()):
+        way_out = f"Choose {' or '.join(others)}, in which servers load experts. Or: {way_out}"
+    kind = Kind(UnsupportedQuantizationError, _UNSERVED, way_out)
+    for whole, why in unserved:
+        findings.add_weight(kind, whole, f"{scheme.format}: {why}")
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:

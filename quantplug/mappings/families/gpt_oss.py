@@ -30,6 +30,9 @@ ATTENTION_BIASES = (
     ),
 )
 
+# vLLM 0.32 stops at the biases in NVFP4 and FP8, and skips the scales of FP8 blocks; it loads MXFP4 and BF16.
+_UNSERVED = "experts with biases in one tensor, which servers load in MXFP4 or 16 bits alone"
+
 # Weights are stored [in, out] and so transposed; a bias has one axis, and its entries are in turn as the columns are.
 FUSED_EXPERTS = (
     WeightMapping(
@@ -50,13 +53,20 @@ FUSED_EXPERTS = (
         Scope.EXPERT,
         GATED_INTERLEAVED,
         Role.LINEAR,
+        unserved=_UNSERVED,
         transposed=True,
     ),
     FusedGatedExpertMapping(
         spellings("linear_fc1", "bias"), (f"{_EXPERTS}.gate_up_proj_bias",), Scope.EXPERT, GATED_INTERLEAVED
     ),
     FusedExpertMapping(
-        spellings("linear_fc2", "weight"), (f"{_EXPERTS}.down_proj",), Scope.EXPERT, ROW, Role.LINEAR, transposed=True
+        spellings("linear_fc2", "weight"),
+        (f"{_EXPERTS}.down_proj",),
+        Scope.EXPERT,
+        ROW,
+        Role.LINEAR,
+        unserved=_UNSERVED,
+        transposed=True,
     ),
     FusedExpertMapping(spellings("linear_fc2", "bias"), (f"{_EXPERTS}.down_proj_bias",), Scope.EXPERT, IDENTITY),
 )

@@ -55,7 +55,7 @@ def test_both_configs_agree(name: str, scheme: str, algorithm: str, exports: Exp
         ("moe", "w4a16_nvfp4", "ignore"),
         ("mixed", "w4a16_nvfp4", "ignore"),
         ("tied", "nvfp4", "ignore"),
-        ("moe", "w8a16_fp8", "ignore"),
+        ("dense", "w8a16_fp8", "ignore"),
         ("moe_blocks", "fp8_blockwise", "modules_to_not_convert"),
     ],
 )
@@ -81,9 +81,9 @@ def test_disabled_linears_are_excluded_too(sources: Sources, tmp_path: Path) -> 
     assert all(torch.equal(exported[f"{module}.weight"], source[f"{module}.weight"]) for module in attention)
 
 
-@pytest.mark.parametrize("scheme", ["w8a16_fp8", "fp8_blockwise"])
-def test_schemes_that_modelopts_schema_cannot_say_have_no_file_of_its(scheme: str, exports: Exports) -> None:
-    assert not (exports("moe_blocks", scheme) / "hf_quant_config.json").exists()
+@pytest.mark.parametrize(("name", "scheme"), [("dense", "w8a16_fp8"), ("moe_blocks", "fp8_blockwise")])
+def test_schemes_that_modelopts_schema_cannot_say_have_no_file_of_its(name: str, scheme: str, exports: Exports) -> None:
+    assert not (exports(name, scheme) / "hf_quant_config.json").exists()
 
 
 def test_deepseeks_config(exports: Exports) -> None:

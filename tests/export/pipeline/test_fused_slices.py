@@ -30,6 +30,12 @@ LAYOUTS = {"column": COLUMN, "row": ROW, "joined": GATED_JOINED, "interleaved": 
 NAME = "model.layers.0.mlp.experts.fused"
 
 
+def input_state(state: QuantizerState | None) -> QuantizerState | None:
+    """Experts are loaded in FP8 with quantized inputs alone."""
+    is_fp8 = state is not None and state.num_bits == STATES["fp8"].num_bits and not state.block_sizes
+    return replace(state, amax=1.0) if state and is_fp8 else None
+
+
 def plan_of(
     layout: str, transposed: bool, shape: tuple[int, ...], ranks: int, states: Sequence[QuantizerState | None]
 ) -> ExportPlan:
@@ -51,6 +57,7 @@ def plan_of(
             ShardAxis.ETP if ranks > 1 else None,
             (tuple(range(ranks)),),
             state,
+            input_state(state),
         )
         for expert, state in enumerate(states)
     ]
@@ -146,7 +153,11 @@ def test_a_layer_that_stays_plain_is_excluded_by_the_name_of_its_module() -> Non
     state = replace(STATES["fp8"], amax=1.0)
     weights = [
         WholeWeight(
-            ParamKey(each.megatron[0], layer, expert), (256, 256), torch.bfloat16, weight=None if layer else state
+            ParamKey(each.megatron[0], layer, expert),
+            (256, 256),
+            torch.bfloat16,
+            weight=None if layer else state,
+            activation=None if layer else state,
         )
         for each in (row, other)
         for layer in range(2)

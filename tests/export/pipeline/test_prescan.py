@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 Sources = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("scheme", [None, "w4a16_nvfp4", "w8a16_fp8"])
+@pytest.mark.parametrize("scheme", [None, "w4a16_nvfp4", "fp8"])
 def test_nan_and_inf_are_all_named(scheme: str | None, sources: Sources, tmp_path: Path) -> None:
     model = load(sources("moe"))
     if scheme is not None:

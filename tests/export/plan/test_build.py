@@ -18,6 +18,7 @@ from quantplug.topology import ShardAxis
 MOE = find_family("Qwen3MoeForCausalLM")
 DENSE = find_family("Qwen3ForCausalLM")
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=8, moe_layers=(0, 1))
+DENSE_DIMS = replace(DIMS, num_experts=0, moe_layers=())
 SHAPES = {
     "embedding.word_embeddings.weight": (640, 160),
     "output_layer.weight": (640, 160),
@@ -88,15 +89,15 @@ def test_weight_only_nvfp4_is_announced_as_such_and_has_no_input_scale():
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "activation", "algorithm", "suffixes"),
+    ("model", "quantizer", "activation", "algorithm", "suffixes"),
     [
-        (NVFP4, NVFP4, "NVFP4", {"weight", "weight_scale", "weight_scale_2", "input_scale"}),
-        (FP8, FP8, "FP8", {"weight", "weight_scale", "input_scale"}),
-        (FP8, None, "W8A16 FP8", {"weight", "weight_scale"}),
+        ((MOE, DIMS), NVFP4, NVFP4, "NVFP4", {"weight", "weight_scale", "weight_scale_2", "input_scale"}),
+        ((MOE, DIMS), FP8, FP8, "FP8", {"weight", "weight_scale", "input_scale"}),
+        ((DENSE, DENSE_DIMS), FP8, None, "W8A16 FP8", {"weight", "weight_scale"}),
     ],
 )
-def test_each_scheme_writes_its_tensors(quantizer, activation, algorithm, suffixes):
-    made = plan(weights(quantizer=quantizer, activation=activation))
+def test_each_scheme_writes_its_tensors(model, quantizer, activation, algorithm, suffixes):
+    made = plan(weights(*model, quantizer, activation), *model)
     assert made.quant_config.algorithm == algorithm
     prefix = "model.layers.0.self_attn.k_proj."
     assert {name.removeprefix(prefix) for name in made.expected() if name.startswith(prefix)} == suffixes
@@ -203,7 +204,7 @@ def spread(refs: list[WholeWeight], ranks: tuple[int, ...], axis: ShardAxis) -> 
     ],
 )
 def test_what_straddles_slices_is_gathered_before_it_is_packed(quantizer, ranks, first):
-    made = plan(spread(weights(quantizer=quantizer), tuple(range(ranks)), ShardAxis.TP))
+    made = plan(spread(weights(quantizer=quantizer, activation=quantizer), tuple(range(ranks)), ShardAxis.TP))
     for ending, expected in first.items():
         found = {task.gather_first for task in made.tasks if task.source.key.module.endswith(ending)}
         assert found == {expected}, ending
@@ -240,8 +241,10 @@ def test_all_uncalibrated_experts_are_named_at_once():
 
 
 def test_before_calibration_no_amax_is_asked_for_but_all_else_is():
-    uncalibrated = weights(quantizer=replace(FP8, amax=None))
-    assert plan(uncalibrated, calibrated=False).quant_config.algorithm == "W8A16 FP8"
+    uncalibrated = replace(FP8, amax=None)
+    assert (
+        plan(weights(quantizer=uncalibrated, activation=uncalibrated), calibrated=False).quant_config.algorithm == "FP8"
+    )
     with pytest.raises(ShapeError):
         plan(weights(quantizer=replace(FP8_BLOCK, amax=None)), calibrated=False)
 
@@ -348,4 +351,4 @@ def test_the_digest_knows_content_and_only_content():
     first = plan(weights(quantizer=NVFP4)).digest
     assert plan(list(reversed(weights(quantizer=NVFP4)))).digest == first
     assert plan(change(weights(quantizer=NVFP4), FC1_EXPERT_3, weight=replace(NVFP4, amax=0.25))).digest != first
-    assert plan(weights(quantizer=FP8)).digest != first
+    assert plan(weights(quantizer=FP8, activation=FP8)).digest != first

@@ -48,7 +48,7 @@ def plan(shapes: dict[str, tuple[int, int]], quantizer: QuantizerState = FP8_BLO
     dims = ModelDimensions(1, 256, 4, 2, sizes.get("head_dim", 128), 0, experts, (0,) if experts else ())
     family = Family("one", ("One",), rows, lambda config: dims, lambda config: MegatronConfig({}, {}))
     weights = [
-        WholeWeight(key, shape, torch.bfloat16, weight=quantizer)
+        WholeWeight(key, shape, torch.bfloat16, weight=quantizer, activation=FP8 if quantizer is FP8 else None)
         for mapping, shape in zip(rows, shapes.values(), strict=True)
         for key in mapping.keys(dims)
     ]

@@ -55,7 +55,6 @@ def quantized_by(
         ("moe", "w4a16_nvfp4"),
         ("mixed", QuantFormat.W4A16_NVFP4),
         ("tied", "w8a16_fp8"),
-        ("moe", "w8a16_fp8"),
         ("moe_blocks", "fp8_blockwise"),
         ("latent_blocks", "fp8_blockwise"),
     ],
@@ -315,7 +314,7 @@ def test_adapters_that_are_not_merged_are_refused_by_the_call(sources: Sources) 
 
 def test_one_nan_ends_the_stream_before_its_first_tensor(sources: Sources) -> None:
     model = load(sources("moe"))
-    plan = plan_stream(model, sources("moe"), quant_format="w8a16_fp8")
+    plan = plan_stream(model, sources("moe"), quant_format="w4a16_nvfp4")
     with torch.no_grad():
         model.decoder.layers[1].mlp.experts.linear_fc2.weight2[3, 5] = torch.nan
     with pytest.raises(WeightError, match=r"linear_fc2.weight2 \(expert 2\): 1 NaN; first at \[3, 5\]"):
@@ -326,7 +325,7 @@ def test_a_plain_weight_that_overflows_is_refused(sources: Sources) -> None:
     model = load(sources("moe_fp32"), dtype=torch.float32)
     with torch.no_grad():
         model.decoder.layers[0].mlp.router.weight[0, 0] = 1e5
-    stream = export_hf_weights_quant(model, sources("moe_fp32"), quant_format="w8a16_fp8", dtype=torch.float16)
+    stream = export_hf_weights_quant(model, sources("moe_fp32"), quant_format="w4a16_nvfp4", dtype=torch.float16)
     with pytest.raises(WeightError, match=r"router\.weight: overflows torch\.float16"):
         next(stream)
 
@@ -366,6 +365,6 @@ def test_a_model_that_lost_a_weight_needs_another_plan(sources: Sources) -> None
 def test_what_did_not_come_is_named_at_the_end(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Delivery.rounds
     monkeypatch.setattr(Delivery, "rounds", lambda self, runs, source: whole(self, runs[:-1], source))
-    stream = export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="w8a16_fp8", bucket_bytes=1)
+    stream = export_hf_weights_quant(load(sources("moe")), sources("moe"), quant_format="w4a16_nvfp4", bucket_bytes=1)
     with pytest.raises(MappingError, match=r"experts\.3\.down_proj\.weight_scale on rank 0: is missing"):
         list(stream)
