@@ -76,7 +76,7 @@ KILLS: dict[str, list[tuple[dict[int, Moment], int]]] = {
     "the other one": [
         ({1: before(EXPERT, 3)}, 0),
         ({1: before(PART_DONE)}, 0),
-        ({1: before(EXPERT, 44)}, 2),
+        ({1: before(EXPERT, 64)}, 2),
     ],
     "both": [
         ({0: before(MAKE_ALL), 1: after(MAKE_ALL)}, 0),
