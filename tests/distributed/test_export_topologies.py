@@ -18,7 +18,7 @@ RANKS = 4
 LAYOUTS = ["1-1-1-1", "2-1-1-1", "1-2-1-1", "2-2-1-1", "2-2-2-1", "1-2-1-2", "2-1-2-2", "1-4-1-1", "4-1-4-1"]
 # Four layers, of which one alone is dense: on one pipeline stage, or on one of two virtual stages a rank.
 # Experts in one tensor, which several ranks write, and one rank or several each of them.
-ONE_TENSOR = ["1-2-1-1", "2-2-1-1", "4-4-1-1", "2-2-2-1"]
+ONE_TENSOR = ["1-2-1-1", "2-2-1-1", "4-2-1-1", "2-2-2-1"]
 PIPELINES = ["1-1-1-2", "1-1-1-2-2", "2-2-1-2-2"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
