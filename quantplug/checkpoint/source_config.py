@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
+from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import MegatronConfig
 
@@ -77,9 +78,20 @@ def megatron_config(source: SourceConfig) -> MegatronConfig:
 
     Raises:
         UnsupportedModelError: A setting is not one that we convert.
+            Or the family's table is of norms of another kind than its config.
         SourceError: A setting is of a type that it cannot have.
     """
+    family = find_family(source.architecture)
     try:
-        return find_family(source.architecture).megatron_config(source.values)
+        converted = family.megatron_config(source.values)
     except _REFUSALS as error:
         raise config_error(source.directory, f"cannot be converted: {error!r}") from error
+    # Of a table from outside: its norms would come out one too large or too small.
+    zero_centred = bool(converted.transformer.get("layernorm_zero_centered_gamma", False))
+    if zero_centred is not family.zero_centred:
+        raise UnsupportedModelError(
+            "The table of an architecture and its config do not agree on whether norms are zero-centred.",
+            [Offender(family.name, f"zero_centred is {family.zero_centred}, layernorm_zero_centered_gamma the other")],
+            f"Register it with zero_centred={zero_centred}.",
+        )
+    return converted

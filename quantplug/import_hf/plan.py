@@ -80,6 +80,7 @@ def plan_import(
         # Where a slice of the merged tensor is merged from slices of its parts, a rank reads only those. Otherwise, as
         # with fewer query groups than ranks, it reads the parts whole and cuts what they make.
         cleanly = mapping.layout.cuts_cleanly(slices, dims)
+        mapping = mapping.of_norm(parameter.zero_centred, usual=family.zero_centred)
         task = ImportTask(parameter, mapping, sources, cleanly, mapping.placement(key, dims))
         _check_shapes(task, tensors, dims, findings)
         tasks.append(task)

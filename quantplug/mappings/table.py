@@ -181,7 +181,8 @@ class WeightMapping:
             so.
         merged: What servers make of several of `hf`, where an exclude list must name it beside these.
         offset: What Hugging Face's values are more than Megatron's: 1 where Megatron's norm is zero-centred, and
-            multiplies with 1 + weight, and Hugging Face's is not.
+            multiplies with 1 + weight, and Hugging Face's is not. Of a model whose norms are as the family says
+            (`Family.zero_centred`).
     """
 
     megatron: tuple[str, ...]
@@ -261,6 +262,17 @@ class WeightMapping:
             high_precision=tuple(map(rename, self.high_precision)),
             merged=tuple(Merged(rename(it.name), tuple(map(rename, it.parts))) for it in self.merged),
         )
+
+    def of_norm(self, zero_centred: bool | None, *, usual: bool) -> Self:
+        """The same row for a model whose norms are zero-centred where the family's usually are not, or the reverse.
+
+        Args:
+            zero_centred: Whether the model's norm is; None for a weight that is no norm's.
+            usual: What `Family.zero_centred` says.
+        """
+        if zero_centred is None or zero_centred is usual:
+            return self
+        return replace(self, offset=self.offset + zero_centred - usual)
 
     def placement(self, key: ParamKey, dims: ModelDimensions) -> Placement | None:
         """Where the parts lie in tensors that hold all experts of a layer; None where they are tensors themselves."""
@@ -395,6 +407,9 @@ class Family:
         needs_source: Whether a model of this config must have such tensors, so that an export takes the whole source;
             where it only may, they are taken if the source has some.
         forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
+        zero_centred: Whether the table is of a Megatron model whose norms multiply with 1 + weight, as what
+            `megatron_config` gives says too (`layernorm_zero_centered_gamma`). A live model's may be otherwise: its
+            values are converted.
     """
 
     name: str
@@ -409,6 +424,7 @@ class Family:
     passthrough: tuple[str, ...] = ()
     needs_source: Callable[[Mapping[str, Any]], bool] = _never
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
+    zero_centred: bool = False
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
+import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TEColumnParallelLinear,
@@ -40,6 +41,7 @@ from megatron.core.utils import unwrap_model
 
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.table import ParamKey
+from quantplug.megatron.models.delta_net import ZeroCentredNorm
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 
@@ -63,6 +65,8 @@ _ATTENTION_CORES = (DotProductAttention, TEDotProductAttention)  # Their one wei
 _LAYERS = (TransformerLayer, MambaLayer, MultiTokenPredictionLayer)
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
 _LEAVES = (torch.nn.Conv1d, *_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
+_TE_NORMS = (te.RMSNorm, te.LayerNorm)
+_TORCH_NORMS = (torch.nn.RMSNorm, torch.nn.LayerNorm)  # What Megatron's WrappedTorchNorm makes.
 # Parameters of a linear layer that tensor parallelism leaves whole; a row parallel bias is added after the reduction.
 _WHOLE_IN_COLUMN_PARALLEL = frozenset({"layer_norm_weight", "layer_norm_bias"})
 _WHOLE_IN_ROW_PARALLEL = frozenset({"bias"})
@@ -77,12 +81,14 @@ class MegatronParameter:
         local_name: Its name in `named_parameters` (or `named_buffers`) of its model chunk.
         tensor: The live parameter (or buffer) itself, this rank's slice of it.
         shard: Which slice that is; None where the rank holds the whole tensor.
+        zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others.
     """
 
     key: ParamKey
     local_name: str
     tensor: torch.Tensor
     shard: Shard | None
+    zero_centred: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def iter_parameters(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Itera
 def _walk(module: torch.nn.Module, location: _Location, topology: ParallelTopology) -> Iterator[MegatronParameter]:
     for name, tensor, here in _own_weights(module, location):
         key = ParamKey(here.pattern, here.layer, here.expert)
-        yield MegatronParameter(key, here.local_name, tensor, _shard(module, name, location, topology))
+        shard = _shard(module, name, location, topology)
+        yield MegatronParameter(key, here.local_name, tensor, shard, _zero_centred(module, name))
     for child, here in _children(module, location):
         yield from _walk(child, here, topology)
 
@@ -221,6 +228,21 @@ def _shard(module: torch.nn.Module, name: str, location: _Location, topology: Pa
     axis = ShardAxis.ETP if location.experts else ShardAxis.TP
     index, count = topology.place_on(axis)
     return Shard(axis, dim, index, count) if count > 1 else None
+
+
+def _zero_centred(module: torch.nn.Module, name: str) -> bool | None:
+    """Whether a norm multiplies with 1 + this weight of its; None for what is no weight of a norm.
+
+    Megatron's own config has one setting for all of them (`layernorm_zero_centered_gamma`), but not every norm asks it:
+    that of a Mamba mixer does not.
+    """
+    if isinstance(module, ZeroCentredNorm):
+        return True
+    if (isinstance(module, _TE_NORMS) and name == "weight") or (
+        isinstance(module, te.LayerNormLinear) and name == "layer_norm_weight"
+    ):
+        return bool(module.zero_centered_gamma)
+    return False if isinstance(module, _TORCH_NORMS) and name == "weight" else None
 
 
 def _join(prefix: str, name: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, register_family
+from quantplug.checkpoint.source_config import megatron_config, read_source_config
 from quantplug.errors import ArgumentError, UnsupportedModelError
 from quantplug.mappings import families
 from quantplug.mappings.families import FAMILIES, find_family
@@ -81,3 +82,10 @@ def test_an_architecture_that_is_served_already_is_refused() -> None:
     with pytest.raises(ArgumentError, match="served by the family llama already"):
         register_family(replace(LLAMA, name="mine"))
     register_family(LLAMA)
+
+
+def test_norms_of_another_kind_than_the_config_has_are_refused(mistral: Path) -> None:
+    """They would be written one too large or too small."""
+    register_family(replace(LLAMA, name="mistral", architectures=("MistralForCausalLM",), zero_centred=True))
+    with pytest.raises(UnsupportedModelError, match="zero_centred=False"):
+        megatron_config(read_source_config(mistral))

@@ -328,7 +328,7 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
         "tensors": [
             # repr gives every bit of a float back: an amax that differs in the last one makes other bytes, and finished
             # files of an earlier run must then not be taken over.
-            [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax)]
+            [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax), task.mapping.offset]
             for task in tasks
             for part in task.all_outputs
             for spec in part.tensors

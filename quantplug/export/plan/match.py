@@ -44,7 +44,7 @@ def match_table(
             findings.add_weight(_TWICE, weight, f"stands for {', '.join(names)} a second time")
         elif slot not in expected:
             findings.add_weight(_UNKNOWN, weight, f"a model of this config has no {', '.join(names)}")
-        found[slot] = (weight, mapping)
+        found[slot] = (weight, mapping.of_norm(weight.zero_centred, usual=family.zero_centred))
     for slot, key in expected.items():
         if slot not in found:
             findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)

@@ -54,6 +54,7 @@ class WeightRef:
         load: Returns the tensor, on whatever device it lives; never a copy that outlives the caller's use.
         weight: Its weight quantizer, None if it has none or a disabled one.
         activation: The input quantizer of its linear, None if it has none or a disabled one.
+        zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others.
     """
 
     key: ParamKey
@@ -63,6 +64,7 @@ class WeightRef:
     load: Callable[[], torch.Tensor]
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
+    zero_centred: bool | None = None
 
 
 Held = Mapping[ParamKey, WeightRef]
@@ -84,6 +86,8 @@ class WholeWeight:
         weight: Its weight quantizer, with the largest amax over all ranks; None if it is not quantized.
         activation: The input quantizer of its linear, likewise.
         source_names: What its tensors are called where they come from; empty where that is its name in the model.
+        zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others, and where
+            the values are those of the family.
     """
 
     key: ParamKey
@@ -94,6 +98,7 @@ class WholeWeight:
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
     source_names: tuple[str, ...] = ()
+    zero_centred: bool | None = None
 
     @property
     def label(self) -> str:

@@ -89,6 +89,7 @@ def live_weights(model: Model) -> LiveWeights:
                 load=parameter.tensor.detach,
                 weight=weight,
                 activation=activation,
+                zero_centred=parameter.zero_centred,
             )
         )
     # Such as those of attention's matrix products or of a KV cache: nothing that is written would carry their scales.

@@ -83,7 +83,9 @@ def _whole(
 ) -> WholeWeight | None:
     rank, first = next(iter(refs.items()))
     # Slices of one weight differ in their index alone.
-    layouts = {(ref.shape, ref.dtype, ref.shard and replace(ref.shard, index=0)) for ref in refs.values()}
+    layouts = {
+        (ref.shape, ref.dtype, ref.shard and replace(ref.shard, index=0), ref.zero_centred) for ref in refs.values()
+    }
     if len(layouts) > 1:
         findings.add(_SLICES, key.name, f"ranks hold {sorted(map(str, layouts))}", key.expert, rank)
         return None
@@ -102,7 +104,16 @@ def _whole(
     weight = _agreed(key, [ref.weight for ref in refs.values()], rank, findings)
     activation = _agreed(key, [ref.activation for ref in refs.values()], rank, findings)
     axis = first.shard.axis if first.shard else None
-    return WholeWeight(key, tuple(shape), first.dtype, axis, tuple(replicas), weight, activation)
+    return WholeWeight(
+        key,
+        tuple(shape),
+        first.dtype,
+        axis,
+        tuple(replicas),
+        weight,
+        activation,
+        zero_centred=first.zero_centred,
+    )
 
 
 def _is_complete(ranks: Iterable[int], refs: dict[int, WeightRef]) -> bool:

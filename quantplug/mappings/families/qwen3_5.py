@@ -93,6 +93,7 @@ QWEN3_5 = Family(
     tied=common.TIED_LM_HEAD,
     sizes=_SIZES,
     mtp_setting=MTP_SETTING,
+    zero_centred=True,
     # Of a model whose config does not count them.
     passthrough=("mtp.",),
 )
@@ -112,6 +113,7 @@ QWEN3_5_MOE = Family(
         *_SIZES,
     ),
     mtp_setting=MTP_SETTING,
+    zero_centred=True,
     passthrough=("mtp.",),
     # Decoder and layers of multi-token prediction may each be held in either form, by who wrote the checkpoint.
     forms=(_IN_ONE_TENSOR, (*_IN_ONE_TENSOR, *_MTP_IN_ONE_TENSOR), _MTP_IN_ONE_TENSOR),

@@ -67,6 +67,7 @@ QWEN3_NEXT = Family(
         SizeSetting((MTP_SETTING,), optional=True, nullable=True, least=0),
     ),
     mtp_setting=MTP_SETTING,
+    zero_centred=True,
     # The published config does not count them, and the tensors are there.
     passthrough=("mtp.",),
 )
