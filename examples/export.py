@@ -1,4 +1,4 @@
-"""Exports a quantized Megatron checkpoint to a Hugging Face checkpoint that servers load.
+"""Exports a Megatron checkpoint, quantized or not, to a Hugging Face checkpoint that servers load.
 
     torchrun --nproc_per_node 1 examples/export.py --hf-model-id Qwen/Qwen3-30B-A3B \
         --megatron-load-path Q --export-dir OUT
@@ -33,8 +33,11 @@ TORCH_DTYPES = {DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16, DT
 
 def main(
     hf_model_id: Annotated[str, typer.Option(help="Directory or hub id of the model that was quantized.")],
-    megatron_load_path: Annotated[Path, typer.Option(help="The checkpoint that quantize.py saved.")],
+    megatron_load_path: Annotated[
+        Path, typer.Option(help="The checkpoint that quantize.py saved, or what a trainer saved to; quantized or not.")
+    ],
     export_dir: Annotated[Path, typer.Option(help="Where the Hugging Face checkpoint goes; new or empty.")],
+    iteration: Annotated[int | None, typer.Option(help="Iteration of a trainer; by default the newest.")] = None,
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
@@ -50,14 +53,14 @@ def main(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table of what was loaded here.")] = None,
 ) -> None:
-    """Exports a quantized Megatron checkpoint to a Hugging Face checkpoint."""
+    """Exports a Megatron checkpoint, quantized or not, to a Hugging Face checkpoint."""
     with user_errors():
         quantplug.check_destination(export_dir)
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         model = quantplug.build_model(hf_model_id, trust_remote_code=trust_remote_code)
-        report = quantplug.load_checkpoint(model, megatron_load_path)
-        if report.fan_outs:
-            say("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
+        report = quantplug.load_checkpoint(model, megatron_load_path, iteration=iteration)
+        for line in report.said():
+            say(line)
         if stats_json is not None:
             statistics = calibration.gather_statistics(model, fan_outs=report.fan_outs)
             if topology.rank == 0:

@@ -3,6 +3,9 @@
     torchrun --nproc_per_node 1 examples/quantize.py --hf-model-id Qwen/Qwen3-30B-A3B \
         --export-quant-cfg nvfp4 --weight-only --megatron-save-path Q
 
+With --megatron-load-path the weights are those of a checkpoint that Megatron-LM or Megatron-Bridge saved, at any
+parallel layout; --hf-model-id then gives the architecture and the tokenizer.
+
 Weight-only quantization needs no data and no GPU. Formats that quantize activations too are calibrated by running the
 model over a data set, which takes a GPU: Transformer Engine has no forward without one.
 """
@@ -50,6 +53,10 @@ class CalibrationData:
 def main(
     hf_model_id: Annotated[str, typer.Option(help="Directory or hub id of the model.")],
     megatron_save_path: Annotated[Path, typer.Option(help="Where the Megatron checkpoint goes; new or empty.")],
+    megatron_load_path: Annotated[
+        Path | None, typer.Option(help="Start from what a trainer saved here, in place of the Hugging Face weights.")
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Iteration of a trainer; by default the newest.")] = None,
     export_quant_cfg: Annotated[QuantFormat, typer.Option(help="The format.")] = QuantFormat.FP8,
     weight_only: Annotated[
         bool,
@@ -99,8 +106,15 @@ def main(
 
         bars = StageBars()
         model = quantplug.build_model(
-            hf_model_id, import_weights=True, trust_remote_code=trust_remote_code, progress=bars
+            hf_model_id,
+            import_weights=megatron_load_path is None,
+            trust_remote_code=trust_remote_code,
+            progress=bars,
         )
+        if megatron_load_path is not None:
+            report = quantplug.load_checkpoint(model, megatron_load_path, iteration=iteration, quantized=False)
+            for line in report.said():
+                say(line)
 
         say(f"Quantizing with {quant_format} ...")
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from quantplug.printable import printable
 
 # A message of more lines helps nobody, and a hostile index makes a million of them; `offenders` has them all.
-_MOST_SHOWN = 1000
+MOST_SHOWN = 1000
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,20 @@ class QuantplugError(Exception):
         problem: One sentence that says what cannot be done.
         offenders: All places where it went wrong.
         remedy: One sentence that says what to do about it.
+        shown: How many of the offenders the text names: few, where the problem says already what is wrong with all.
     """
 
-    def __init__(self, problem: str, offenders: Sequence[Offender] = (), remedy: str = "") -> None:
+    def __init__(
+        self, problem: str, offenders: Sequence[Offender] = (), remedy: str = "", *, shown: int = MOST_SHOWN
+    ) -> None:
         self.problem = problem
         # Kept whole, for programs and for agreement between ranks; only the text is cut.
         self.offenders = tuple(offenders)
         self.remedy = remedy
-        lines = [printable(problem), *(f"  - {offender}" for offender in self.offenders[:_MOST_SHOWN])]
-        if len(self.offenders) > _MOST_SHOWN:
-            lines.append(f"  - and {len(self.offenders) - _MOST_SHOWN} more")
+        self.shown = shown
+        lines = [printable(problem), *(f"  - {offender}" for offender in self.offenders[:shown])]
+        if len(self.offenders) > shown:
+            lines.append(f"  - and {len(self.offenders) - shown} more")
         if remedy:
             lines.append(f"What to do: {printable(remedy)}")
         super().__init__("\n".join(lines))

@@ -168,12 +168,13 @@ def _one_error(error: QuantplugError | None) -> QuantplugError:
         error: What this rank's step raised; None where it went well.
     """
     # What an error is made of, rather than the error: each rank raises one of its own, with the same text.
-    mine = None if error is None else (type(error), error.problem, error.offenders, error.remedy)
-    gathered: list[tuple[type[QuantplugError], str, tuple[Offender, ...], str] | None] = [None] * dist.get_world_size()
+    mine = None if error is None else (type(error), error.problem, error.offenders, error.remedy, error.shown)
+    gathered: list[tuple[type[QuantplugError], str, tuple[Offender, ...], str, int] | None]
+    gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     failures = [failure for failure in gathered if failure is not None]
     # Gathered in order of rank, so the first failure is the same one on every rank.
-    kind, problem, _, remedy = failures[0]
+    kind, problem, _, remedy, shown = failures[0]
     # What several ranks find alike (a file that is missing) is said once, on the first of them. An offender that names
     # no rank is of the rank that found it; what every rank finds is of none.
     ranks: dict[Offender, dict[int, None]] = {}
@@ -183,7 +184,7 @@ def _one_error(error: QuantplugError | None) -> QuantplugError:
                 named = rank if offender.rank is None else offender.rank
                 ranks.setdefault(replace(offender, rank=None), {})[named] = None
     offenders = [replace(it, rank=None if len(on) == len(gathered) else next(iter(on))) for it, on in ranks.items()]
-    return kind(problem, offenders, remedy)
+    return kind(problem, offenders, remedy, shown=shown)
 
 
 def collective_device() -> torch.device:

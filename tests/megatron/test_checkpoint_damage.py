@@ -111,10 +111,12 @@ def test_our_own_file(text: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{"sharded_backend": "zarr9"}, {"sharded_backend": "zarr"}, {}, [], 7])
-def test_a_backend_that_is_not_read(config: object, undigested: Path) -> None:
-    (undigested / "metadata.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("part", ["", STATE])
+def test_a_backend_that_is_not_read(part: str, config: object, undigested: Path) -> None:
+    (undigested / part / "metadata.json").write_text(json.dumps(config))
     assert not mto.ModeloptStateManager.is_converted(tiny_model())
-    refused(undigested, "metadata.json")
+    error = refused(undigested, "")
+    assert "metadata.json" in str(error) or "format zarr" in str(error)
 
 
 def test_every_file_has_its_digest(saved: Path) -> None:

@@ -20,6 +20,7 @@ from quantplug.errors import CheckpointError, Offender
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 BACKEND_FILE = "metadata.json"
 INDEX_FILE = ".metadata"
+COMMON_FILE = "common.pt"
 
 _RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,12})")
@@ -122,6 +123,9 @@ def _format_of(directory: Path) -> str | None:
         return _stated_backend(directory)
     if any(entry.name.startswith("mp_rank_") for entry in directory.iterdir()):
         return "torch"
+    # Megatron-Core writes metadata.json last: without it this is what a killed save, or an incomplete copy, left.
+    if os.path.lexists(directory / COMMON_FILE):
+        raise damaged([Offender(str(directory / BACKEND_FILE), "is missing")])
     if os.path.lexists(directory / INDEX_FILE):
         # PyTorch's own distributed checkpoint, of shards that FSDP made. Bridge says which of the two it is.
         config = directory / "run_config.yaml"

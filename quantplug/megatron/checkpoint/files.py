@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -23,16 +24,17 @@ from megatron.core.dist_checkpointing.validation import determine_global_metadat
 from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from quantplug.atomic import write_atomically
+from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.roots import INDEX_FILE
 from quantplug.errors import CheckpointError, DestinationError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
 METADATA_FILE = "quantplug.json"
 MODELOPT_STATE = "modelopt_state"
-_STATED_BACKEND, _COMMON, _PLACES = "metadata.json", "common.pt", ".metadata"
+_STATED_BACKEND, _COMMON = "metadata.json", "common.pt"
 
 Digests = Mapping[str, Mapping[str, object]]
 """Path of a file below a checkpoint to its `bytes` and its `sha256`."""
@@ -229,7 +231,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 
 
 def require_undamaged(directory: Path) -> None:
-    """Refuses a checkpoint whose files are not all there, or not what was saved. A collective.
+    """Refuses a checkpoint whose files are not what was saved. A collective.
 
     Every rank hashes its share of the files, where digests of them were saved; plain ModelOpt and trainers save none,
     and theirs are held to be complete only. Found before the first collective of a load, in which ranks would wait for
@@ -238,7 +240,7 @@ def require_undamaged(directory: Path) -> None:
     Raises:
         CheckpointError: Names every file.
     """
-    all_or_none(lambda: _require_complete(directory))
+    all_or_none(lambda: _require_modelopt_state(directory / MODELOPT_STATE))
     saved = all_or_none(lambda: read_metadata(directory)).get("files")
     digests: Digests = saved if isinstance(saved, dict) else {}
     # Sorted, so that all ranks share out the same list and every file is hashed by exactly one of them.
@@ -246,47 +248,44 @@ def require_undamaged(directory: Path) -> None:
     all_or_none(lambda: _require_as_saved(directory, {name: digests[name] for name in share}))
 
 
-def _require_complete(directory: Path) -> None:
-    """Refuses a checkpoint that lacks a file, or has one that is shorter than its index says. No collective."""
-    parts = [directory, *([directory / MODELOPT_STATE] if (directory / MODELOPT_STATE).is_dir() else [])]
-    for part in parts:
-        _require_files(part, [_STATED_BACKEND, _COMMON])
-        with damage_named(part / _STATED_BACKEND):
-            stated = json.loads((part / _STATED_BACKEND).read_bytes())
-            if stated["sharded_backend"] != "torch_dist":
-                raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
-        # torch reads it with weights_only, which makes tensors and plain containers and runs nothing.
-        with damage_named(part / _COMMON):
-            dist_checkpointing.load_common_state_dict(str(part))
-        # The weights always have an index. ModelOpt's state need not: it may consist of common.pt alone.
-        if part == directory or os.path.lexists(part / _PLACES):
-            _require_stored(part)
-
-
-def _require_stored(directory: Path) -> None:
-    _require_files(directory, [_PLACES])
-    ends: dict[str, int] = {}
-    with damage_named(directory / _PLACES):
-        for place in FileSystemReader(directory).read_metadata().storage_data.values():
-            # Several pieces lie in one file, which is whole if it reaches to the end of the last one.
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    _require_files(directory, sorted(ends), ends)
-
-
-def _require_files(directory: Path, names: Sequence[str], least: Mapping[str, int] | None = None) -> None:
-    """Refuses names that are not regular files of at least some sizes: opening a pipe would wait for ever.
+def read_modelopt_state(directory: Path) -> dict[str, Any]:
+    """What ModelOpt says of a checkpoint, by which it gives a model its quantizers: plain data. No collective.
 
     Args:
-        least: Name to the bytes that the file must have; 1 where it is not named.
+        directory: `modelopt_state`, below the checkpoint.
     """
+    # Megatron's reader of it, `load_common_state_dict`, would run a pickle where the environment tells torch to.
+    with damage_named(directory / _COMMON):
+        state = torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("is no state of a model")
+    return state
+
+
+def _require_modelopt_state(part: Path) -> None:
+    if not os.path.lexists(part):
+        return
+    # The weights' own are read by `read_contents`.
+    _require_files(part, [_STATED_BACKEND, _COMMON])
+    with damage_named(part / _STATED_BACKEND):
+        stated = json.loads((part / _STATED_BACKEND).read_bytes())
+        if stated["sharded_backend"] != "torch_dist":
+            raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
+    read_modelopt_state(part)
+    # It need not have an index: it may consist of common.pt alone.
+    if os.path.lexists(part / INDEX_FILE):
+        read_index(part)
+
+
+def _require_files(directory: Path, names: Sequence[str]) -> None:
+    """Refuses names that are not regular files with content: opening a pipe would wait for ever."""
     offenders = []
     for name in names:
         path = directory / name
         if not path.is_file():
             offenders.append(Offender(str(path), "is not a file" if os.path.lexists(path) else "is missing"))
-        # No file without a stated length is empty when it is written.
-        elif path.stat().st_size < (least or {}).get(name, 1):
-            offenders.append(Offender(str(path), f"is cut short: it has {path.stat().st_size} bytes"))
+        elif path.stat().st_size < 1:
+            offenders.append(Offender(str(path), "is empty"))
     if offenders:
         raise _damaged(offenders)
 
@@ -335,6 +334,11 @@ def _damaged(offenders: Sequence[Offender]) -> CheckpointError:
 
 def refuse_damaged(directory: Path, failure: BaseException | None) -> None:
     """Raises CheckpointError for what a load stumbled over on this rank."""
+    # torch gathers what ranks stumble over; what we have refused ourselves says it best.
+    reasons = [reason for reason, _ in failure.failures.values()] if isinstance(failure, CheckpointException) else []
+    for reason in (failure, *reasons):
+        if isinstance(reason, CheckpointError):
+            raise reason
     if failure is not None:
         raise _damaged([Offender(str(directory), said_of(failure))]) from failure
 

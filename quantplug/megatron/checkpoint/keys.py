@@ -1,11 +1,11 @@
-"""Whether a checkpoint is of this model: its keys and shapes against the model's, before a value is read."""
+"""Whether a checkpoint is of this model: its keys, shapes and types against the model's, before a value is read."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -13,106 +13,74 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
+from quantplug.checkpoint.torch_dist.index import StoredTensor
 from quantplug.errors import CheckpointError, Offender
-from quantplug.megatron.agreement import all_or_none, union
-from quantplug.megatron.checkpoint.files import damage_named
+from quantplug.megatron.agreement import all_or_none, gather_objects, union
+from quantplug.megatron.checkpoint.differences import differences, sizes_of
+from quantplug.megatron.checkpoint.vocabulary import is_padding
+from quantplug.megatron.parallel import current_topology
 
-Shape: TypeAlias = tuple[int, ...] | None
-"""Global shape of a tensor; None where there is none to compare (an object, a vocabulary padded for another TP)."""
-
-Keys: TypeAlias = Mapping[str, Shape]
-"""The keys of a checkpoint, or of one rank's share of a model."""
+# A value of one of these types is itself in another, rounded. One of any other stands for something else by a scale.
+_PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
-def keys_on_disk(directory: Path) -> Keys:
-    """The keys of a checkpoint, from its metadata alone.
+Stored: TypeAlias = Mapping[str, StoredTensor]
+"""The tensors of a checkpoint that may be a model's, by key."""
 
-    Raises:
-        CheckpointError: `directory` holds no Megatron torch_dist checkpoint.
+
+_MOST_KEYS = 8
+"""Keys that the text of an error names: with another number of layers all are others. It has the rest as offenders."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Tensors whose values were rounded to another type as they were loaded.
+
+    Attributes:
+        stored: Their type in the checkpoint.
+        live: Their type in the model.
+        tensors: How many there are on this rank.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        raise CheckpointError(
-            f"{directory} is not a Megatron distributed checkpoint.",
-            [Offender("metadata.json", "is missing")],
-            "Give the directory that save_checkpoint wrote.",
-        )
-    with damage_named(directory):
-        entries = load_sharded_metadata(str(directory))
-        return {key: _shape(entry) for key, entry in entries.items()}
+
+    stored: torch.dtype
+    live: torch.dtype
+    tensors: int
 
 
-def require_same_keys(state: ShardedStateDict, on_disk: Keys, *, weights_only: bool = False) -> None:
+def require_same_keys(
+    state: ShardedStateDict, stored: Stored, *, padded_to: int | None = None, weights_only: bool = False
+) -> None:
     """Refuses a checkpoint that is not of this model. A collective.
 
     Args:
-        state: This rank's sharded state; that of all ranks together must be what is on disk.
+        state: This rank's sharded state; the tensors of that of all ranks together must be those on disk.
+        padded_to: Multiple to which the checkpoint's vocabulary is padded, where that is known.
         weights_only: Leave out what belongs to quantizers: without their settings they have no amax to compare.
 
     Raises:
-        CheckpointError: Names every key that only one of both has, and every shape that differs.
+        CheckpointError: Says what differs, as layers, experts and widths; its offenders are every key that only one of
+            both has, and every shape or type that differs.
     """
-    in_model = _keys(state)
+    live = live_tensors(state)
     # Sorted, so that a flag stands for the same key on every rank: only flags travel.
-    wanted = sorted(on_disk)
-    found = union(torch.tensor([key in in_model for key in wanted], dtype=torch.uint8))
+    wanted = sorted(stored)
+    found = union(torch.tensor([key in live for key in wanted], dtype=torch.uint8))
     # A rank holds a part of the model. Only a key that no rank holds is one too many.
     unclaimed = [key for key, claimed in zip(wanted, found.tolist(), strict=True) if not claimed]
-    offenders = [*_missing(in_model, on_disk), *_misshapen(in_model, on_disk)]
+    offenders = [*_missing(live, stored), *_misfits(live, stored, padded_to)]
     offenders += [Offender(key, "is in the checkpoint and not in the model") for key in unclaimed]
     if weights_only:
         offenders = [offender for offender in offenders if not _is_of_quantizers(offender.parameter)]
-    all_or_none(lambda: _refuse(offenders))
+    if union(torch.tensor([bool(offenders)], dtype=torch.uint8)).item():
+        told = _told(live, stored)
+        all_or_none(lambda: _refuse(offenders, told))
 
 
-def settings_on_disk(settings: ShardedStateDict, on_disk: Keys) -> ShardedStateDict:
-    """The extra states of a model that the checkpoint has too: asking Megatron for another would end in its own error.
-
-    Args:
-        settings: Number of a chunk to name to entry.
-        on_disk: Keys of the checkpoint.
-    """
-    return {
-        chunk: {name: entry for name, entry in entries.items() if entry.unique_key in on_disk}
-        for chunk, entries in settings.items()
-    }
-
-
-def _is_of_quantizers(key: str) -> bool:
-    """Whether this is an amax, or an extra state: it has the settings of a module's quantizers."""
-    return "_quantizer." in key or "._extra_state/" in key
-
-
-def _refuse(offenders: Sequence[Offender]) -> None:
-    if offenders:
-        raise CheckpointError(
-            "This checkpoint is not of this model.",
-            offenders,
-            "Build the model from the configuration that the checkpoint was made with; "
-            "quantizer state is only in the checkpoint of a model that was quantized and calibrated.",
-        )
-
-
-def _missing(in_model: Keys, on_disk: Keys) -> Iterator[Offender]:
-    for key in in_model:
-        if key not in on_disk:
-            kind = "quantizer state" if "_quantizer." in key else "tensor or setting"
-            yield Offender(key, f"the checkpoint lacks this {kind}")
-
-
-def _misshapen(in_model: Keys, on_disk: Keys) -> Iterator[Offender]:
-    for key, shape in in_model.items():
-        other = on_disk.get(key)
-        if shape is not None and other is not None and shape != other:
-            yield Offender(key, f"has shape {other} in the checkpoint and {shape} in the model")
-
-
-def _keys(state: ShardedStateDict) -> Keys:
+def live_tensors(state: ShardedStateDict) -> dict[str, ShardedTensor]:
+    """The tensors that this rank has of a sharded state, by their keys on disk."""
     entries = [built for entry in nested_values(state) for built in built_entries(entry)]
-    # One key stands for the objects of all shards; the unique one has the shard's place in it, as the index on disk
-    # has.
-    return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key: _shape(entry) for entry in entries}
+    return {entry.key: entry for entry in entries if isinstance(entry, ShardedTensor)}
 
 
 def built_entries(entry: ShardedTensor | ShardedObject | ShardedTensorFactory) -> list[ShardedTensor | ShardedObject]:
@@ -121,9 +89,61 @@ def built_entries(entry: ShardedTensor | ShardedObject | ShardedTensorFactory) -
     return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
 
 
-def _shape(entry: ShardedTensor | ShardedObject) -> Shape:
-    # Megatron sets this where the vocabulary is padded to a multiple of the TP size, which may be another when it
-    # loads.
-    if isinstance(entry, ShardedObject) or entry.allow_shape_mismatch:
-        return None
-    return tuple(entry.global_shape)
+def _is_of_quantizers(key: str) -> bool:
+    return "_quantizer." in key
+
+
+def _told(live: Mapping[str, ShardedTensor], stored: Stored) -> list[str]:
+    """What differs in layers, experts and widths, over all ranks. A collective."""
+    of_ranks = gather_objects(sizes_of({key: tuple(tensor.global_shape) for key, tensor in live.items()}))
+    of_model = {name: max(sizes.get(name, 0) for sizes in of_ranks) for sizes in of_ranks for name in sizes}
+    return differences(sizes_of({key: tensor.shape for key, tensor in stored.items()}), of_model)
+
+
+def _refuse(offenders: Sequence[Offender], told: Sequence[str]) -> None:
+    if offenders:
+        raise CheckpointError(
+            f"This checkpoint is not of this model{': ' if told else ''}{'; '.join(told)}.",
+            offenders,
+            "Build the model from the configuration that the checkpoint was made with; "
+            "quantizer state is only in the checkpoint of a model that was quantized and calibrated.",
+            shown=_MOST_KEYS,
+        )
+
+
+def _missing(live: Mapping[str, ShardedTensor], stored: Stored) -> Iterator[Offender]:
+    for key in live:
+        if key not in stored:
+            kind = "quantizer state" if _is_of_quantizers(key) else "tensor"
+            yield Offender(key, f"the checkpoint lacks this {kind}")
+
+
+def _misfits(live: Mapping[str, ShardedTensor], stored: Stored, padded_to: int | None) -> Iterator[Offender]:
+    tp = current_topology().tp
+    for key, tensor in live.items():
+        if key not in stored:
+            continue
+        there, here = stored[key].shape, tuple(tensor.global_shape)
+        # Megatron sets this where the vocabulary is padded to a multiple of the TP size, which may be another here.
+        if tensor.allow_shape_mismatch and there[1:] == here[1:]:
+            if not is_padding(there[0], here[0], tp, padded_to):
+                reason = f"has {there[0]} rows in the checkpoint and {here[0]} in the model, and padding explains fewer"
+                yield Offender(key, reason)
+        elif there != here:
+            yield Offender(key, f"has shape {there} in the checkpoint and {here} in the model")
+        elif stored[key].dtype is not tensor.dtype and not {stored[key].dtype, tensor.dtype} <= _PLAIN:
+            yield Offender(key, f"is {stored[key].dtype} in the checkpoint and {tensor.dtype} in the model")
+
+
+def rounded(live: Mapping[str, ShardedTensor], stored: Stored) -> tuple[Rounded, ...]:
+    """What a load rounds: Megatron copies values into the live tensors, of whatever type these are."""
+    pairs = Counter((stored[key].dtype, tensor.dtype) for key, tensor in live.items())
+    return tuple(Rounded(there, here, count) for (there, here), count in pairs.items() if there is not here)
+
+
+def vocabulary_rows(live: Mapping[str, ShardedTensor], stored: Stored) -> tuple[int, int] | None:
+    """Rows of the vocabulary in the checkpoint and in the model, where they differ on this rank."""
+    for key, tensor in live.items():
+        if tensor.allow_shape_mismatch and stored[key].shape[0] != tensor.global_shape[0]:
+            return stored[key].shape[0], int(tensor.global_shape[0])
+    return None

@@ -12,7 +12,6 @@ Read off checkpoints that ModelOpt 0.46.1 and 0.47.0 wrote with Megatron-Core 0.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -22,10 +21,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from quantplug.checkpoint.torch_dist.index import StoredTensor
 from quantplug.errors import CheckpointError, Offender
-from quantplug.megatron.checkpoint.keys import Keys, built_entries
+from quantplug.megatron.checkpoint.keys import Stored, built_entries
 
 WHOLE = "amaxes of another layout"
 """Beside the model chunks of a sharded state: key on disk to the whole tensor there."""
@@ -93,10 +92,10 @@ class DisplacedAmax:
         return torch.cat([share[_place(part)] for share, part in zip(shares, self.parts, strict=True)])
 
 
-def find_displaced(state: ShardedStateDict, on_disk: Keys, directory: Path) -> list[DisplacedAmax]:
-    """The amaxes of this rank that the checkpoint has in ModelOpt's layouts; its files' metadata alone is read."""
+def find_displaced(state: ShardedStateDict, stored: Stored) -> list[DisplacedAmax]:
+    """The amaxes of this rank that the checkpoint has in ModelOpt's layouts."""
     # Layers of which the checkpoint has an amax for every expert: a shared one beside those is not theirs.
-    per_expert = {_shared_key(key.removesuffix("_w").removesuffix("_v")) for key in on_disk}
+    per_expert = {_shared_key(key.removesuffix("_w").removesuffix("_v")) for key in stored}
     found = []
     for chunk, entries in state.items():
         for name, entry in entries.items():
@@ -104,17 +103,17 @@ def find_displaced(state: ShardedStateDict, on_disk: Keys, directory: Path) -> l
                 continue
             parts = tuple(built_entries(entry))
             # Those that are where our own save puts them are loaded like any other tensor.
-            if any(on_disk.get(part.key) != tuple(part.global_shape) for part in parts):
+            if not all(part.key in stored and stored[part.key].shape == tuple(part.global_shape) for part in parts):
                 for key, expert in _candidates(entry, per_expert):
                     amax = DisplacedAmax(chunk, name, key, parts, expert)
                     # The first place that fits is taken: an expert's own amax comes before that of all experts.
-                    if _fits(amax, on_disk, directory):
+                    if _fits(amax, stored.get(key)):
                         found.append(amax)
                         break
     return found
 
 
-def redirected(state: ShardedStateDict, displaced: Sequence[DisplacedAmax], on_disk: Keys) -> ShardedStateDict:
+def redirected(state: ShardedStateDict, displaced: Sequence[DisplacedAmax], stored: Stored) -> ShardedStateDict:
     """The state to load: with what is on disk, whole, in place of amaxes that are displaced."""
     gone = {(amax.chunk, amax.name) for amax in displaced}
     kept = {
@@ -125,7 +124,7 @@ def redirected(state: ShardedStateDict, displaced: Sequence[DisplacedAmax], on_d
     # Several experts may share one key. The main replica comes first, so that it is the one that speaks for the key.
     for amax in sorted(displaced, key=lambda amax: not amax.main_replica):
         if amax.key not in whole:
-            data = torch.empty(on_disk[amax.key] or (), dtype=amax.parts[0].dtype)
+            data = torch.empty(stored[amax.key].shape, dtype=amax.parts[0].dtype)
             # No offsets: every rank loads the whole tensor, which is small, and cuts its share from it.
             replica = 0 if amax.main_replica else 1
             whole[amax.key] = ShardedTensor.from_rank_offsets(amax.key, data, replica_id=replica)
@@ -194,25 +193,19 @@ def _shared_key(key: str) -> str | None:
     return None if match is None else match["above"] + match["linear"]
 
 
-def _fits(amax: DisplacedAmax, on_disk: Keys, directory: Path) -> bool:
+def _fits(amax: DisplacedAmax, stored: StoredTensor | None) -> bool:
     """Whether what is on disk differs from the model's in axes of one element alone.
 
     A gate and up that are not apart are in their order only where no tensor parallelism has sharded them.
     """
-    shape = on_disk.get(amax.key)
     # Some writers keep axes of one element and some do not: one amax a tensor is [1] here and [] there.
-    if shape is None or _squeezed(shape) != _squeezed(amax.shape):
+    if stored is None or _squeezed(stored.shape) != _squeezed(amax.shape):
         return False
-    return len(amax.parts) == 1 or _in_one_piece(amax.key, directory)
+    return len(amax.parts) == 1 or len(stored.chunks) == 1
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
-
-
-def _in_one_piece(key: str, directory: Path) -> bool:
-    entry = FileSystemReader(directory).read_metadata().state_dict_metadata[key]
-    return len(entry.chunks) == 1  # type: ignore[union-attr]  # The key is that of a tensor.
 
 
 def _place(part: ShardedTensor) -> tuple[slice, ...]:

@@ -8,22 +8,26 @@ A checkpoint is a directory:
 
 The keys in it name global layers and experts (`singleton_local_shards`), so they do not depend on TP, EP, ETP or PP.
 
-What is read, by who wrote it (`checkpoint_layouts` has the keys):
+What is read, by who wrote it (`forms` and `layouts` have the keys):
     quantplug: every amax, bit-equal.
-    Plain ModelOpt 0.47 (`dist_checkpointing.save` and `save_sharded_modelopt_state`): the same; its save refuses TP
-        with EP.
+    Megatron-LM, Megatron-Bridge, or `dist_checkpointing.save` alone: the weights, layers and experts stacked or not,
+        from whatever number of virtual stages; what is beside the model is left aside, and said in the `LoadReport`.
+        A model that has quantizers refuses it.
+    Those with plain ModelOpt 0.47 (`save_sharded_modelopt_state` too): every amax as well; its save refuses TP with EP.
     Plain ModelOpt 0.46, with one amax for all experts of a layer: given to each of them, and said in the `LoadReport`.
         Refused where an expert's weight exceeds it.
-    Megatron-Core alone: the weights. A model that has quantizers refuses it.
-    Anything else, or another model: refused, naming every key.
+    Anything else, or another model: refused, with what differs.
+
+Values in another of bfloat16, float16 and float32 than the model's are rounded to it, as Megatron does, and said in the
+`LoadReport`. Transformer Engine's own state of training in FP8 (`_extra_state`) is no part of the model: left aside.
 
 Quantized grouped linear layers need `import quantplug.plugins` before a model is quantized, saved or loaded.
 """
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,19 +41,24 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
+from quantplug.checkpoint.torch_dist.aside import Aside
+from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu
-from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.agreement import all_or_none, require_same
+from quantplug.megatron.checkpoint import forms, reading
+from quantplug.megatron.checkpoint.contents import Contents, index_for_torch, read_contents
 from quantplug.megatron.checkpoint.files import (
     DAMAGE,
     MODELOPT_STATE,
     damage_named,
     read_metadata,
+    read_modelopt_state,
     refuse_damaged,
     require_undamaged,
     write_directory,
 )
-from quantplug.megatron.checkpoint.keys import Keys, keys_on_disk, require_same_keys, settings_on_disk
+from quantplug.megatron.checkpoint.keys import Rounded, live_tensors, require_same_keys, rounded, vocabulary_rows
 from quantplug.megatron.checkpoint.layouts import (
     FanOut,
     fan_outs,
@@ -68,13 +77,34 @@ class LoadReport:
     """What a load has to say of a checkpoint.
 
     Attributes:
-        extra: What the checkpoint was saved with beside its tensors; nothing if plain ModelOpt or Megatron wrote it.
+        extra: What the checkpoint was saved with beside its tensors; nothing if `save_checkpoint` did not write it.
         fan_outs: Amaxes of all experts of a layer that were given to each of them, on this rank: such a checkpoint
             does not have an amax for every expert.
+        aside: What the checkpoint holds beside the model, by kind: that of the optimizer, of random numbers, ...
+        rounded: Tensors of this rank that have another type in the model than in the checkpoint.
+        vocabulary: Rows of the vocabulary in the checkpoint, and in the model, where padding makes them different: as
+            many as both have are loaded, and others are zero. None where they are the same, or not on this rank.
     """
 
     extra: Mapping[str, Any]
     fan_outs: tuple[FanOut, ...] = ()
+    aside: tuple[Aside, ...] = ()
+    rounded: tuple[Rounded, ...] = ()
+    vocabulary: tuple[int, int] | None = None
+
+    def said(self) -> list[str]:
+        """Each of these but `extra` as a line for a terminal."""
+        lines = [f"Left aside: {it.kind}, {it.entries} entries, {it.nbytes:,} bytes." for it in self.aside]
+        lines += [
+            f"Rounded: {it.tensors} tensors are {it.stored} in the checkpoint and {it.live} in the model."
+            for it in self.rounded
+        ]
+        if self.vocabulary is not None:
+            stored, live = self.vocabulary
+            lines.append(f"Vocabulary: {stored} rows in the checkpoint, {live} in the model; the others are padding.")
+        if self.fan_outs:
+            lines.append("ModelOpt 0.46 or before wrote this checkpoint: all experts of a layer share one amax.")
+        return lines
 
 
 def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Path, *, extra: Mapping[str, Any]) -> None:
@@ -101,36 +131,54 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
     write_directory(directory, metadata, chunks[0], lambda: _sharded_state(chunks))
 
 
-def load_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Path) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module | Sequence[nn.Module],
+    directory: str | Path,
+    *,
+    iteration: int | None = None,
+    quantized: bool | None = None,
+) -> LoadReport:
     """Loads a checkpoint into a model of the same configuration, at any parallel layout. A collective.
+
+    Nothing in a checkpoint is run: its index and its objects are read as plain data before Megatron gets them, and
+    common.pt as the names and numbers that it holds.
 
     Args:
         model: A fresh `GPTModel` or `MambaModel`, or the list of them that virtual pipelining makes. If the checkpoint
             is of a quantized model, the quantizers are inserted first, then get their settings and amaxes, bit for bit.
-        directory: What `save_checkpoint` wrote; or what plain ModelOpt and Megatron-Core did, see the table above.
+        directory: What `save_checkpoint`, a trainer or `dist_checkpointing.save` wrote, see the table above; or what a
+            trainer was told to save to, of which the newest iteration is loaded.
+        iteration: Which iteration of those that a trainer saved.
+        quantized: Whether the checkpoint must be that of a quantized model, or must not; None for either.
 
     Raises:
-        CheckpointError: `directory` is not a checkpoint, is damaged or incomplete, lacks the state of quantizers, or is
-            of another model; names every file or key at fault. The model may by then have quantizers, but no weight of
-            it has changed. Or the one amax of all experts is not of all: that shows only when the weights have been
-            read.
+        CheckpointError: `directory` is not a checkpoint, or of a format that is not read; is damaged or incomplete;
+            lacks the state of quantizers; is quantized or not where `quantized` says otherwise; or is of another model,
+            and then says what differs. Names every file or key at fault. The model may by then have quantizers, but no
+            weight of it has changed. Or the one amax of all experts is not of all: that shows only when the weights
+            have been read.
+        TopologyError: Ranks find different iterations to be the newest.
     """
-    chunks, directory = model_chunks(model), Path(directory)
-    # The cheapest question first: a wrong path ends here, before a file of many gigabytes is hashed.
-    extra = all_or_none(lambda: read_extra(directory))
+    chunks = model_chunks(model)
+    found = all_or_none(lambda: find_iteration(directory, iteration))
+    # A trainer may be saving right now.
+    require_same(found.name, "newest iteration", "Choose one: iteration=N.")
+    # The cheapest questions first: a wrong path ends here, before a file of many gigabytes is hashed.
+    extra = all_or_none(lambda: read_extra(found))
+    all_or_none(lambda: _require_kind(found, quantized))
+    contents = all_or_none(lambda: read_contents(found))
+    require_undamaged(found)
     with cpu.checkpointing():
-        require_undamaged(directory)
-        on_disk = all_or_none(lambda: keys_on_disk(directory))
         # In three steps. A model has no places for amaxes before it has quantizers, nor places of the right shapes
         # before these have their settings; a state dict made earlier would not ask for them.
-        if (directory / MODELOPT_STATE).is_dir():
-            all_or_none(lambda: _insert_quantizers(chunks, directory))
-            state = all_or_none(lambda: _sharded_state(chunks))
+        if (found / MODELOPT_STATE).is_dir():
+            all_or_none(lambda: _insert_quantizers(chunks, found))
+            state = all_or_none(lambda: _sharded_state(chunks, contents.keys))
             # Before settings are loaded: of another model Megatron would find none of them, and say so in its own
             # words.
-            require_same_keys(state, on_disk, weights_only=True)
-            _load_settings(chunks, settings_on_disk(_settings(state), on_disk), directory)
-        return LoadReport(extra, _load_tensors(chunks, on_disk, directory))
+            require_same_keys(state, contents.tensors, padded_to=contents.padded_to, weights_only=True)
+            _load_settings(chunks, _settings(chunks, state, contents.keys), contents)
+        return replace(_load_tensors(chunks, contents), extra=extra)
 
 
 def read_extra(directory: str | Path) -> dict[str, Any]:
@@ -139,20 +187,32 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: `directory` is not a Megatron distributed checkpoint, or its `quantplug.json` is damaged.
     """
-    path = Path(directory)
-    if not (path / "metadata.json").is_file():
-        reason = "is missing" if path.is_dir() else "is missing: there is no such directory"
-        raise CheckpointError(
-            f"{path} is not a checkpoint.",
-            [Offender("metadata.json", reason)],
-            "Give the directory that save_checkpoint wrote (the --megatron-save-path of quantize.py).",
-        )
-    extra: dict[str, Any] = read_metadata(path).get("extra", {})
+    extra: dict[str, Any] = read_metadata(find_iteration(directory)).get("extra", {})
     return extra
 
 
-def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
+def _require_kind(directory: Path, quantized: bool | None) -> None:
+    """Refuses a checkpoint that is quantized or not where the caller has use for the other alone."""
+    is_quantized = (directory / MODELOPT_STATE).is_dir()
+    if quantized is True and not is_quantized:
+        raise CheckpointError(
+            "This checkpoint is not that of a quantized model.",
+            [Offender(str(directory / MODELOPT_STATE), "is missing")],
+            "Quantize the model first, as examples/quantize.py --megatron-load-path does.",
+        )
+    if quantized is False and is_quantized:
+        raise CheckpointError(
+            "This checkpoint is that of a quantized model already.",
+            [Offender(str(directory / MODELOPT_STATE), "holds the state of quantizers")],
+            "Export it as it is, as examples/export.py --megatron-load-path does; or load one from before.",
+        )
+
+
+def _sharded_state(chunks: Sequence[LanguageModel], stored: Collection[str] | None = None) -> ShardedStateDict:
     """Chunk number to its sharded state; what lands on disk is keyed by the entries' own, global keys.
+
+    Args:
+        stored: Keys of the checkpoint whose forms the entries must have; None for those that we write.
 
     Raises:
         CheckpointError: Megatron-Core 0.16 has no place for two copies of the embedding on one stage.
@@ -172,39 +232,46 @@ def _sharded_state(chunks: Sequence[LanguageModel]) -> ShardedStateDict:
             "Use one pipeline stage; or build the model without multi-token prediction.",
         )
     return {
-        # With this every layer and expert has a key of its own, and with it every amax. By default Megatron stacks
-        # layers, and experts, in one tensor.
-        str(number): chunk.sharded_state_dict(metadata={"singleton_local_shards": True})
+        str(number): forms.apart(chunk) if stored is None else forms.as_stored(chunk, stored)
         for number, chunk in enumerate(chunks)
     }
 
 
-def _settings(state: ShardedStateDict) -> ShardedStateDict:
-    """The modules' extra states in a sharded state: there ModelOpt keeps the settings of quantizers."""
+def _settings(
+    chunks: Sequence[LanguageModel], state: ShardedStateDict, stored: Collection[str]
+) -> dict[str, dict[str, ShardedObject]]:
+    """The extra states that ModelOpt keeps the settings of quantizers in, where the checkpoint has them too."""
+    # Asking Megatron for one that is not there would end in its own error. Those of modules that ModelOpt has not
+    # wrapped are Transformer Engine's own, and are left aside.
     return {
-        number: {name: entry for name, entry in entries.items() if isinstance(entry, ShardedObject)}
-        for number, entries in state.items()
+        str(number): {
+            name: entry
+            for name, entry in state[str(number)].items()
+            if isinstance(entry, ShardedObject) and entry.unique_key in stored
+            if isinstance(chunk.get_submodule(name.rpartition("._extra_state")[0]), QuantModule)
+        }
+        for number, chunk in enumerate(chunks)
     }
 
 
 def _insert_quantizers(chunks: Sequence[LanguageModel], directory: Path) -> None:
     """Gives every chunk that has none its quantizers, by the config that the checkpoint was made with."""
+    common = read_modelopt_state(directory / MODELOPT_STATE)
     with damage_named(directory / MODELOPT_STATE):
-        common = dist_checkpointing.load_common_state_dict(str(directory / MODELOPT_STATE))
         for chunk in chunks:
             # A caller may have restored ModelOpt's state himself; ModelOpt refuses to do it twice.
             if not mto.ModeloptStateManager.is_converted(chunk):
                 mto.restore_from_modelopt_state(chunk, copy.deepcopy(common))
 
 
-def _load_settings(chunks: Sequence[LanguageModel], settings: ShardedStateDict, directory: Path) -> None:
+def _load_settings(chunks: Sequence[LanguageModel], settings: ShardedStateDict, contents: Contents) -> None:
     """Gives the quantizers their settings, and placeholders of the right shapes for their amaxes."""
     # Objects, not tensors: small, and every rank needs only those of the layers that it holds.
-    loaded = _load(settings, directory)
+    loaded = _load(settings, contents)
     all_or_none(lambda: _require_settings(chunks, loaded))
 
     def give() -> None:
-        with damage_named(directory):
+        with damage_named(contents.directory):
             for number, chunk in enumerate(chunks):
                 # Extra states alone, and all weights are missing from them; those come in the second load.
                 chunk.load_state_dict(loaded[str(number)], strict=False)
@@ -212,14 +279,15 @@ def _load_settings(chunks: Sequence[LanguageModel], settings: ShardedStateDict, 
     all_or_none(give)
 
 
-def _load(state: ShardedStateDict, directory: Path) -> Any:
+def _load(state: ShardedStateDict, contents: Contents) -> Any:
     """Megatron's load; what a rank stumbles over ends all of them alike, before the next collective."""
     loaded, failure = None, None
     try:
-        loaded = dist_checkpointing.load(state, str(directory))
+        with reading.of_index(index_for_torch(contents.index)):
+            loaded = dist_checkpointing.load(state, str(contents.directory), common_strategy=reading.NoCommonState())
     except DAMAGE as error:
         failure = error
-    all_or_none(lambda: refuse_damaged(directory, failure))
+    all_or_none(lambda: refuse_damaged(contents.directory, failure))
     return loaded
 
 
@@ -247,15 +315,36 @@ def _quantized_linears(chunk: LanguageModel) -> Iterator[str]:
                 yield name
 
 
-def _load_tensors(chunks: Sequence[LanguageModel], on_disk: Keys, directory: Path) -> tuple[FanOut, ...]:
-    state = all_or_none(lambda: _sharded_state(chunks))
-    displaced = find_displaced(state, on_disk, directory)
-    state = redirected(state, displaced, on_disk)
-    require_same_keys(state, on_disk)
-    loaded = _load(state, directory)
+def _load_tensors(chunks: Sequence[LanguageModel], contents: Contents) -> LoadReport:
+    state = all_or_none(lambda: _sharded_state(chunks, contents.keys))
+    displaced = find_displaced(state, contents.tensors)
+    state = redirected(state, displaced, contents.tensors)
+    require_same_keys(state, contents.tensors, padded_to=contents.padded_to)
+    # Settings have been loaded, and other objects are no part of the model.
+    objects = {
+        number: {name: torch.empty(0, dtype=torch.uint8) for name, entry in entries.items() if _is_object(entry)}
+        for number, entries in state.items()
+    }
+    tensors = {
+        number: {name: entry for name, entry in entries.items() if not _is_object(entry)}
+        for number, entries in state.items()
+    }
+    loaded = _load(tensors, contents)
     # Megatron reads into the live tensors. A refusal from here on leaves weights that have been read already.
     put_in_place(loaded, displaced)
     all_or_none(lambda: require_own_amax(loaded, displaced, dist.get_rank()))
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[str(number)], strict=True)
-    return fan_outs(loaded, displaced)
+        # An empty extra state is one that says nothing, to Transformer Engine and to ModelOpt.
+        chunk.load_state_dict({**loaded[str(number)], **objects[str(number)]}, strict=True)
+    live = live_tensors(tensors)
+    return LoadReport(
+        extra={},
+        fan_outs=fan_outs(loaded, displaced),
+        aside=contents.aside,
+        rounded=rounded(live, contents.tensors),
+        vocabulary=vocabulary_rows(live, contents.tensors),
+    )
+
+
+def _is_object(entry: object) -> bool:
+    return isinstance(entry, ShardedObject)

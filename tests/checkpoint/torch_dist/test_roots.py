@@ -114,7 +114,7 @@ def test_nothing_at_all_is_no_checkpoint(tmp_path: Path) -> None:
 def test_an_iteration_without_its_files_is_damaged(root: Path) -> None:
     (root / "iter_0000100" / BACKEND_FILE).unlink()
 
-    with pytest.raises(CheckpointError, match=rf"iter_0000100/{BACKEND_FILE} on rank 0: is missing"):
+    with pytest.raises(CheckpointError, match=rf"iter_0000100/{BACKEND_FILE}: is missing"):
         find_iteration(root)
 
 

@@ -172,7 +172,7 @@ def test_a_killed_save_is_not_a_checkpoint_and_does_not_hinder_the_next(tmp_path
 def test_what_is_not_a_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     model = tiny_model()
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    with pytest.raises(CheckpointError, match="There is no such checkpoint"):
         load_checkpoint(model, tmp_path / name)
     assert not mto.ModeloptStateManager.is_converted(model)
 
