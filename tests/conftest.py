@@ -22,10 +22,13 @@ from transformers import (
 
 from tests.families.cases import DECODER, make
 from tests.made_once import MadeOnce
+from tests.one_event_loop import share_event_loop
 
 # A test says whether something is right, not how long it took on a busy machine.
 settings.register_profile("quantplug", deadline=None)
 settings.load_profile("quantplug")
+
+share_event_loop()
 
 MOE_SIZES = {
     **DECODER,

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.one_event_loop import share_event_loop
+
 _IMPORTED = [
     "megatron.core.dist_checkpointing",
     "modelopt.torch.opt.plugins.mcore_dist_checkpointing",
@@ -115,6 +117,7 @@ def _be_rank(command: list[str], environment: dict[str, str], output: str, timeo
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    share_event_loop()
     script, *_ = sys.argv = command
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

@@ -20,6 +20,7 @@ from quantplug import QuantplugError, export_mcore_gpt_to_hf
 from quantplug.megatron import agreement
 from quantplug.megatron.parallel import initialize_parallel
 from tests.distributed.export_worker import quantized_model
+from tests.one_event_loop import share_event_loop
 from tests.ranks import rank_context
 
 MAX_SHARD_SIZE = 60_000  # About ten files for each of two ranks.
@@ -140,6 +141,7 @@ def _outcome(status: int | None, note: Path) -> str:
 def _be_rank(rank: int, run: Run, source: Path, port: int, number: int, note: Path) -> None:
     signal.alarm(60)  # A rank that hangs dies of a signal that no test expects.
     torch.set_num_threads(1)
+    share_event_loop()
     agreement._ROLL_CALL = timedelta(seconds=0.5)  # Of two ranks none has to wait long for the other.
     store = dist.PrefixStore(f"run{number}", dist.TCPStore("localhost", port, is_master=False))
     dist.init_process_group(run.backend, store=store, rank=rank, world_size=run.world_size)
