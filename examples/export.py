@@ -79,7 +79,7 @@ def main(
             f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / GIGABYTE:.3f} GB "
             f"in {result.shards} file(s), to {result.directory}"
         )
-        for line in result.side_files.said():
+        for line in result.said():
             say(line)
         quantplug.destroy_parallel()
 

@@ -9,7 +9,7 @@ from quantplug.checkpoint.reader import TensorHeader
 from quantplug.errors import MappingError, ShapeError, SourceError
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family
 
 _WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
 _UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
@@ -41,32 +41,8 @@ def check_tensors(
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
         elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_passthrough:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
-    _check_mtp(family, known, tensors, findings)
     # A tied output layer of another shape is one of another type and other values, of which all is said at once.
     _check_copies({copy: it for copy, it in copies.items() if copy not in family.tied}, tensors, findings)
-
-
-def _check_mtp(
-    family: Family,
-    known: Mapping[str, ParamKey],
-    tensors: Mapping[str, TensorHeader],
-    findings: Findings,
-) -> None:
-    """Says the way out where the config promises multi-token prediction and the source has nothing of it."""
-    table = family.by_megatron()
-    mtp = [name for name, key in known.items() if table[key.module].block.is_mtp]
-    if mtp and tensors.keys().isdisjoint(mtp):
-        kind = _no_mtp(family.mtp_setting)
-        findings.add(kind, family.mtp_setting, f"asks for {len(mtp)} tensors, none of which is there")
-
-
-def _no_mtp(setting: str) -> Kind:
-    return Kind(
-        MappingError,
-        "The config asks for layers of multi-token prediction, and the source has none (transformers does not save "
-        "them).",
-        f"Set {setting} to 0 in config.json, or fetch the checkpoint that has these layers.",
-    )
 
 
 def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, TensorHeader], findings: Findings) -> None:

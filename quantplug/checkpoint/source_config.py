@@ -1,6 +1,6 @@
 """The config.json of a Hugging Face checkpoint: all that an export reads of its source."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
+from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
+from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.families import find_family
@@ -37,6 +39,7 @@ class SourceConfig:
         quantization: What it says of an earlier quantization, None if nothing.
         raw: config.json as it stands in the file.
         values: All settings, with the defaults of the architecture filled in as transformers does.
+        lost_mtp: That it counted layers which the checkpoint has not: `raw` and `values` count none any more.
     """
 
     directory: Path
@@ -44,6 +47,7 @@ class SourceConfig:
     quantization: dict[str, Any] | None
     raw: dict[str, Any]
     values: dict[str, Any]
+    lost_mtp: LostMtp | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,8 +56,14 @@ class SourceConfig:
         return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
 
 
-def read_source_config(directory: Path, trust_remote_code: bool = False) -> SourceConfig:
+def read_source_config(
+    directory: Path, trust_remote_code: bool = False, *, model_has_mtp: bool = False
+) -> SourceConfig:
     """Reads config.json.
+
+    Args:
+        model_has_mtp: Whether layers of multi-token prediction come from elsewhere, so that it is no matter whether the
+            checkpoint holds those that its config counts.
 
     Raises:
         SourceError: There is none, or it is damaged, names no architecture, or transformers cannot read it; or the
@@ -67,10 +77,12 @@ def read_source_config(directory: Path, trust_remote_code: bool = False) -> Sour
     try:
         values = dict(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).to_dict())
         # What transformers takes for a config may still say no sizes of a model.
-        read_dimensions(values, family)
+        dims = read_dimensions(values, family)
     except _REFUSALS as error:
         raise config_error(directory, str(error).strip()) from error
-    return SourceConfig(directory, architecture, raw.get("quantization_config"), raw, values)
+    found = SourceConfig(directory, architecture, raw.get("quantization_config"), raw, values)
+    lost = None if model_has_mtp else lost_mtp(values, family, dims, stored_names(directory))
+    return found if lost is None else replace(found, raw=lost.without(raw), values=lost.without(values), lost_mtp=lost)
 
 
 def megatron_config(source: SourceConfig) -> MegatronConfig:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from quantplug.checkpoint.reader import TensorHeader, open_safetensors, read_headers, weight_files
+from quantplug.checkpoint.reader import TensorHeader, open_safetensors, read_headers, weight_files, weight_map
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorHeader]:
@@ -18,3 +18,13 @@ def stored_tensors(directory: Path) -> dict[str, TensorHeader]:
             with open_safetensors(directory, name) as file:
                 tensors |= read_headers(file, name)
     return tensors
+
+
+def stored_names(directory: Path) -> frozenset[str]:
+    """The names of a checkpoint's tensors by its index, which may be there without them, or by its one file.
+
+    Raises:
+        SourceError: The index or the file is damaged.
+    """
+    listed = weight_map(directory)
+    return frozenset(stored_tensors(directory) if listed is None else listed)

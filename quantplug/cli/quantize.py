@@ -60,5 +60,5 @@ def _print_result(result: ExportResult, seconds: float, console: Console) -> Non
     )
     # Not wrapped at the terminal's width: a path that is broken over two lines cannot be copied.
     console.print(plain(said), soft_wrap=True)
-    for line in result.side_files.said():
+    for line in result.said():
         console.print(plain(line), soft_wrap=True)

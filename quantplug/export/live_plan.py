@@ -25,6 +25,7 @@ from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.megatron.parallel import current_topology, group_ranks
+from quantplug.megatron.parameters import model_chunks
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
 from quantplug.selection import LeaveOut, by_rules
 from quantplug.topology import ParallelTopology
@@ -77,7 +78,7 @@ def plan_export(
     """
     # Before anything is read, as it raises where Megatron's groups are not initialized.
     topology = current_topology()
-    source = all_or_none(lambda: _read_source(pretrained_model_name_or_path, trust_remote_code))
+    source = all_or_none(lambda: _read_source(model, pretrained_model_name_or_path, trust_remote_code))
     family, dims, beside = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
     # First of all: where a setting differs, what follows from it would fill pages, or nothing does.
     all_or_none(lambda: check_settings(model, source, unchecked_settings))
@@ -119,11 +120,14 @@ def plan_export(
     return PlannedExport(plan, source, family, live)
 
 
-def _read_source(name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
+def _read_source(model: Model, name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
     """The config of a source, which is fetched whole only if tensors of it are carried over."""
     # The config first, by itself: from the hub the weights would be hundreds of gigabytes, and only a source of which
     # tensors are carried over needs them.
-    config = read_source_config(resolve_source(name_or_path, weights=False), trust_remote_code)
+    directory = resolve_source(name_or_path, weights=False)
+    # By the config of the model, which is the same on all ranks; the layers are on the last stage alone.
+    has_mtp = any(chunk.config.mtp_num_layers for chunk in model_chunks(model))
+    config = read_source_config(directory, trust_remote_code, model_has_mtp=has_mtp)
     family = find_family(config.architecture)
     if not has_passthrough(config, family, family.dimensions(config.values)):
         return config

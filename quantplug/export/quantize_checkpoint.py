@@ -15,8 +15,10 @@ from quantplug.checkpoint.config_file import architecture_of, read_config_file, 
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
+from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import SourceError
 from quantplug.export.files.finish import Beside, ExportResult, finish, result_of
@@ -133,7 +135,7 @@ def quantize_checkpoint(
             raise
         finally:
             staging.close()
-    return result_of(plan, target, side_files)
+    return result_of(plan, target, side_files, model.lost_mtp)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _Model:
     config: Mapping[str, Any]
     family: Family
     dims: ModelDimensions
+    lost_mtp: LostMtp | None
 
     @property
     def tied(self) -> bool:
@@ -156,7 +159,11 @@ def _read_model(directory: Path, trust_remote_code: bool) -> _Model:
     family = find_family(architecture_of(config, directory))
     refuse_quantized(directory, config.get("quantization_config"))
     dims = read_dimensions(config, family)
-    return _Model(directory, config, family, dims)
+    lost = lost_mtp(config, family, dims, stored_names(directory))
+    if lost is not None:
+        config = lost.without(config)
+        dims = family.dimensions(config)
+    return _Model(directory, config, family, dims, lost)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def export_mcore_gpt_to_hf(
         raise
     finally:
         staging.close()
-    return result_of(plan, destination, side_files)
+    return result_of(plan, destination, side_files, source.lost_mtp)
 
 
 def _check_destination(destination: Path) -> None:

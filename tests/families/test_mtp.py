@@ -1,6 +1,7 @@
 """Layers of multi-token prediction: never dropped, quantized or left as they are by choice."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from safetensors.torch import load_file, save_file
 
-from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug import build_model, export_hf_weights_quant, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.run import calibrate
 from quantplug.calibration.statistics import StatisticsRow
+from quantplug.checkpoint.config_file import read_config_file
 from quantplug.errors import CalibrationError, MappingError, SourceError
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
+from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.models.mtp import without_labels
@@ -46,7 +50,8 @@ def changed(
 
 
 def without_layer(tensors: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+    by_name = any(name.startswith("mtp.") for name in tensors)
+    for name in [name for name in tensors if name.startswith("mtp." if by_name else "model.layers.3.")]:
         del tensors[name]
 
 
@@ -79,12 +84,61 @@ def test_a_source_without_copies_is_exported_without_them(checkpoint: Checkpoint
     assert read(tmp_path / "out").keys() == read(source).keys()
 
 
-@pytest.mark.parametrize("name", WITH_MTP)
-def test_a_config_that_promises_what_the_source_lacks(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """As transformers saves these models."""
-    message = refused(MappingError, changed(checkpoint(name), tmp_path / "source", without_layer))
-    assert EXPERT in message
-    assert "Set num_nextn_predict_layers to 0 in config.json" in message
+@pytest.mark.parametrize("name", [*WITH_MTP, "qwen3_5"])
+def test_layers_that_transformers_has_not_saved_are_taken_as_none_in_every_way(
+    name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = changed(checkpoint(name), tmp_path / "source", without_layer)
+    setting = find_family(read_config_file(source)["architectures"][0]).mtp_setting
+    quantized = quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    with one_rank():
+        model = build_model(source, import_weights=True)
+        streamed = dict(export_hf_weights_quant(model, source, quant_format="w4a16_nvfp4"))
+        mtq.quantize(model, quant_cfg("w4a16_nvfp4", source))
+        exported = export_mcore_gpt_to_hf(model, source, tmp_path / "live")
+    expected = read(tmp_path / "out")
+    for found in (read(tmp_path / "live"), streamed):
+        assert found.keys() == expected.keys()
+        assert all(same_bytes(found[tensor], expected[tensor]) for tensor in expected)
+    for result in (quantized, exported):
+        assert read_config_file(result.directory)[setting] == 0
+        (said, *_) = result.said()
+        assert f"counts 1 in {setting}" in said
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_the_same_below_text_config(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    text = read_config_file(checkpoint("qwen3_5_vl"))["text_config"]
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("mtp.")]:
+            del tensors[name]
+
+    counted = {**text, "mtp_num_hidden_layers": 1}
+    source = changed(checkpoint("qwen3_5_vl"), tmp_path / "source", drop, text_config=counted)
+    result = quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert read_config_file(result.directory)["text_config"] == {**text, "mtp_num_hidden_layers": 0}
+    assert result.lost_mtp is not None
+
+
+def test_one_tensor_of_a_layer_that_is_counted_is_no_sign_that_there_is_none(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = changed(checkpoint("glm4_moe"), tmp_path / "source", lambda tensors: tensors.pop(EXPERT))
+    with pytest.raises(MappingError, match=re.escape(EXPERT)):
+        quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+
+
+def test_a_model_with_layers_that_its_source_lacks_keeps_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """They were trained in Megatron; what is there cannot be read into them."""
+    source = changed(checkpoint("glm4_moe"), tmp_path / "source", without_layer)
+    message = refused(MappingError, source)
+    assert "mtp.layers.0.eh_proj.weight" in message
+    with one_rank():
+        result = export_mcore_gpt_to_hf(load(checkpoint("glm4_moe")), source, tmp_path / "out")
+    assert result.lost_mtp is None
+    assert EXPERT in read(tmp_path / "out")
+    assert read_config_file(tmp_path / "out")["num_nextn_predict_layers"] == 1
 
 
 def test_a_model_without_mtp_is_exported_once_the_config_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:

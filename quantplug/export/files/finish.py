@@ -1,6 +1,6 @@
 """The end of an export to disk: what is written once, last, and what the caller is told."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.lost_mtp import LostMtp
 from quantplug.checkpoint.reader import INDEX_FILE
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles
 from quantplug.export.files.config_files import copy_side_files, write_configs
@@ -28,6 +29,8 @@ class ExportResult:
         shards: Number of safetensors files.
         weight_bytes: Size of all weights in bytes before they were packed.
         side_files: What was copied of the source beside the weights, and what was not, with the reason.
+        lost_mtp: That the source's config counts layers of multi-token prediction and the source has none; the config
+            that was written counts none. Its text says so.
     """
 
     directory: Path
@@ -37,6 +40,13 @@ class ExportResult:
     shards: int
     weight_bytes: int
     side_files: SideFiles
+    lost_mtp: LostMtp | None = None
+
+    def said(self) -> Iterator[str]:
+        """Lines that tell a user what became of the source, beside its weights."""
+        if self.lost_mtp is not None:
+            yield str(self.lost_mtp)
+        yield from self.side_files.said()
 
 
 @dataclass(frozen=True)
@@ -79,10 +89,13 @@ def finish(plan: ExportPlan, source: Beside, staging: Staging, dtype: torch.dtyp
         staging.publish()
 
 
-def result_of(plan: ExportPlan, directory: Path, side_files: SideFiles) -> ExportResult:
+def result_of(
+    plan: ExportPlan, directory: Path, side_files: SideFiles, lost_mtp: LostMtp | None = None
+) -> ExportResult:
     """The result of an export by its plan, which is what has been written once it has come to its end."""
     expected = plan.expected().values()
     algorithm = plan.quant_config.algorithm if plan.quant_config else None
     nbytes = sum(spec.nbytes for spec in expected)
     weight_bytes = sum(task.source.nbytes for task in plan.tasks)
-    return ExportResult(directory, algorithm, len(expected), nbytes, len(plan.files), weight_bytes, side_files)
+    files = len(plan.files)
+    return ExportResult(directory, algorithm, len(expected), nbytes, files, weight_bytes, side_files, lost_mtp)
