@@ -5,8 +5,9 @@ only then does one that works on a live model import Megatron-Core.
 
 With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `calibrate`, `plan_export`, `save_checkpoint` and
 `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or
-`plan_stream`. Without one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` has the names of all formats,
-`WeightAmax` what becomes of weights that have grown since calibration, `errors` all that is raised.
+`plan_stream`. Without one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the
+names of all formats, `WeightAmax` what becomes of weights that have grown since calibration, `errors` all that is
+raised.
 `quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
 
@@ -19,6 +20,7 @@ from quantplug.lazy import attributes_from
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCacheFormat",
     "LayerSpec",
     "QuantFormat",
     "QuantplugError",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "KVCacheFormat": "quantplug.formats.names",
     "LayerSpec": "quantplug.megatron.models.build",
     "QuantFormat": "quantplug.formats.names",
     "WeightAmax": "quantplug.export.pipeline.amaxes",
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
     from quantplug.export.stream.api import export_hf_weights_quant, plan_stream
     from quantplug.export.to_disk import export_mcore_gpt_to_hf
-    from quantplug.formats.names import QuantFormat
+    from quantplug.formats.names import KVCacheFormat, QuantFormat
     from quantplug.import_hf.new_model import build_model
     from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
     from quantplug.mappings.families import register_family

@@ -10,7 +10,7 @@ from rich.console import Console
 from quantplug.cli.terminal import byte_bar, plain, user_errors
 from quantplug.export.files.finish import ExportResult
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
-from quantplug.formats.names import QuantFormat
+from quantplug.formats.names import KVCacheFormat, QuantFormat
 
 _GIGABYTE = 10**9
 
@@ -26,6 +26,10 @@ def quantize(
     quantize_mtp: Annotated[
         bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
     ] = False,
+    kv_cache: Annotated[
+        KVCacheFormat | None,
+        typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
     ] = False,
@@ -43,6 +47,7 @@ def quantize(
             format,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
+            kv_cache=kv_cache,
             trust_remote_code=trust_remote_code,
             progress=bar,
         )

@@ -85,7 +85,7 @@ def plan_export(
     weights = all_or_none(lambda: live_weights(model))
     refs = (*weights.refs, *beside.refs)
     inventories = gather_inventories(
-        RankInventory(topology.rank, group_ranks(), refs, weights.unclaimed, judge_rules(model))
+        RankInventory(topology.rank, group_ranks(), refs, weights.unclaimed, weights.attentions, judge_rules(model))
     )
 
     # From here on every rank works on the same data, and so comes to the same plan or the same error.
@@ -98,8 +98,11 @@ def plan_export(
     findings.raise_if_any()
     # Copies on several ranks are named once.
     unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
+    attentions = tuple(
+        replace(attention, rank=inventory.rank) for inventory in inventories for attention in inventory.attentions
+    )
     if requantize is not None:
-        wholes, unclaimed = requantize(wholes, family), ()
+        wholes, unclaimed, attentions = requantize(wholes, family), (), ()
     # Headers of the source, where it has weights: what it says of shapes and types is held against the model's.
     stored = all_or_none(lambda: _stored(source, family, dims, topology))
     request = ExportRequest(
@@ -110,6 +113,7 @@ def plan_export(
         reference={name: tensor.shape for name, tensor in stored.items()},
         source_types={name: tensor.dtype for name, tensor in stored.items()},
         unclaimed=unclaimed,
+        attentions=attentions,
         calibrated=calibrated,
         leave_out=leave_out,
     )

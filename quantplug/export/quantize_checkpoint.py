@@ -32,7 +32,7 @@ from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.formats import WeightFormat
-from quantplug.formats.names import QuantFormat, scheme_without_data
+from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_named, scheme_without_data
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import fitted
@@ -51,6 +51,7 @@ def quantize_checkpoint(
     *,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    kv_cache: KVCacheFormat | str | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = silent,
@@ -71,12 +72,15 @@ def quantize_checkpoint(
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
+        kv_cache: The format of the KV cache that servers are asked for, a `KVCacheFormat` or its name: `fp8_cast` needs
+            no data. None leaves it in 16 bits.
         trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
         max_shard_size: Largest size of one safetensors file in bytes.
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
-        ArgumentError: A format that is not known, or a `max_shard_size` that cannot be served.
+        ArgumentError: A format that is not known, of weights or of the KV cache, or a `max_shard_size` that cannot be
+            served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The source is missing, incomplete, damaged or already quantized, or changes while it is read; or
             tensors that it holds twice differ; or it brings its own code, and that is not trusted.
@@ -89,6 +93,7 @@ def quantize_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     scheme = scheme_without_data(format, "format")
+    cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
     target = Path(destination)
     with disk_errors(target):
         # Before the source is resolved: a hub model must not be fetched for a directory that cannot be used.
@@ -113,6 +118,7 @@ def quantize_checkpoint(
             max_shard_size=max_shard_size,
             reference={name: header.shape for name, header in checkpoint.tensors.items()},
             leave_out=by_exclude,
+            kv_cache=cache,
         )
         planner = _Planner(model, weights, chosen, scheme.weight, request)
         rows = CheckpointSource(checkpoint, model.dims)

@@ -35,6 +35,16 @@ class QuantFormat(StrEnum):
         return without_input_scale(SCHEMES[self]).format
 
 
+class KVCacheFormat(StrEnum):
+    """The formats of a server's KV cache that a checkpoint can ask for.
+
+    `fp8_cast` is E4M3 with a scale of 1.0: keys and values are cast, so that it takes no data and no tensors, but two
+    lines of config. It is what most published NVFP4 checkpoints have (ModelOpt's recipes call it `kv_fp8_cast`).
+    """
+
+    FP8_CAST = "fp8_cast"
+
+
 class Activations(Enum):
     """How the inputs of quantized linears are read by a server."""
 
@@ -109,6 +119,24 @@ def scheme_named(name: str, argument: str) -> Scheme:
             "There is no such format.", [Offender(argument, f"is {name!r}")], f"Use one of: {', '.join(QuantFormat)}."
         )
     return SCHEMES[QuantFormat(name)]
+
+
+def kv_cache_named(name: str, argument: str) -> KVCacheFormat:
+    """The format of a KV cache of a name.
+
+    Args:
+        argument: What the name was given as, for the message.
+
+    Raises:
+        ArgumentError: No format has this name.
+    """
+    if name not in list(KVCacheFormat):
+        raise ArgumentError(
+            "There is no such format of a KV cache.",
+            [Offender(argument, f"is {name!r}")],
+            f"Use one of: {', '.join(KVCacheFormat)}.",
+        )
+    return KVCacheFormat(name)
 
 
 def scheme_without_data(name: str, argument: str) -> Scheme:

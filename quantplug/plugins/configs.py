@@ -11,7 +11,7 @@ import modelopt.torch.quantization as mtq
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import Offender, UnsupportedQuantizationError
-from quantplug.formats.names import QuantFormat, Scheme, scheme_named
+from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_named
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Role, Scope, WeightMapping
@@ -29,6 +29,13 @@ _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.W8A16_FP8: {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*mtq.FP8_DEFAULT_CFG["quant_cfg"], _NO_INPUTS]},
     QuantFormat.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
 }
+# As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml).
+_KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
+    KVCacheFormat.FP8_CAST: {
+        "quantizer_name": "*[kv]_bmm_quantizer",
+        "cfg": {"num_bits": (4, 3), "use_constant_amax": True},
+    }
+}
 
 
 def quant_cfg(
@@ -37,6 +44,7 @@ def quant_cfg(
     *,
     quantize_mtp: bool = False,
     keep_experts: bool = False,
+    kv_cache: KVCacheFormat | str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The config for `mtq.quantize` of a model in a format: ModelOpt's own, and rules for what servers load otherwise.
@@ -47,15 +55,17 @@ def quant_cfg(
         quantize_mtp: Whether layers of multi-token prediction are quantized too; they are kept in any case.
         keep_experts: Whether routed experts stay in high precision, as they must where no server loads them in the
             format.
+        kv_cache: The format of the KV cache, a `KVCacheFormat` or its name; None leaves it in 16 bits.
         trust_remote_code: Whether transformers may run code from the source to read its config.
 
     Raises:
-        ArgumentError: No format has this name.
+        ArgumentError: No format has this name, of weights or of a KV cache.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
         UnsupportedQuantizationError: No server loads its experts in the format, and they are not to be kept.
     """
     scheme = scheme_named(quant_format, "quant_format")
+    cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
@@ -73,6 +83,8 @@ def quant_cfg(
     rules = (quantizer_rule(row.megatron[0]) for row in kept)
     # One rule is that of all linears of experts.
     config["quant_cfg"] += {rule["quantizer_name"]: rule for rule in rules}.values()
+    if cache is not None:
+        config["quant_cfg"].append(copy.deepcopy(_KV_CACHE[cache]))
     return config
 
 

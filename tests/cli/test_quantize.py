@@ -27,6 +27,14 @@ def test_quantize_leaves_out_what_is_excluded(tiny_qwen3_dir: Path, tmp_path: Pa
     assert "model.layers.1.mlp.down_proj" not in ignored
 
 
+def test_quantize_asks_for_a_kv_cache(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    options = ("--format", "w4a16_nvfp4", "--kv-cache", "fp8_cast")
+    assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 0
+    said = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["kv_cache_quant_algo"]
+    assert said == "FP8"
+    assert run("verify", tmp_path / "out", "--source", tiny_qwen3_dir)[0] == 0
+
+
 @pytest.mark.parametrize(
     "options",
     [(), ("--format", "nvfp4"), ("--format", "w8a16_fp8", "--exclude", "absent"), ("--format", "fp8_blockwise")],

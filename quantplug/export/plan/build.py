@@ -21,6 +21,7 @@ from quantplug.export.plan.check_quantizers import (
 )
 from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
+from quantplug.export.plan.kv_cache import KVQuantizers, check_kv_cache, check_kv_place
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.slices import must_gather_first
@@ -35,7 +36,7 @@ from quantplug.export.plan.types import (
 )
 from quantplug.findings import Findings
 from quantplug.formats import TensorSpec, WeightFormat
-from quantplug.formats.names import Scheme
+from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
 from quantplug.selection import LeaveOut, by_rules
@@ -57,7 +58,9 @@ class ExportRequest:
         max_shard_size: Largest size of one file in bytes; a larger weight gets a file of its own.
         reference: Shapes of the source checkpoint's tensors by name, as far as they are known.
         source_types: Dtypes of these tensors, likewise.
-        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
+        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear, nor to a KV cache.
+        attentions: What the quantizers of a live model's attention say of a KV cache; none for another source.
+        kv_cache: The format of a KV cache that is asked for by name; None where quantizers say it, or for 16 bits.
         calibrated: Whether calibration is over; before it, no amax is asked for.
         leave_out: How a user leaves weights out, for the advice of errors.
     """
@@ -69,6 +72,8 @@ class ExportRequest:
     reference: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     unclaimed: Sequence[str] = ()
+    attentions: Sequence[KVQuantizers] = ()
+    kv_cache: KVCacheFormat | None = None
     calibrated: bool = True
     leave_out: LeaveOut = by_rules
 
@@ -96,8 +101,14 @@ def build_plan(
     # From here on shapes are known to be right, so that what follows may divide and cut them.
     scheme = check_quantizers(mapped, request.unclaimed, findings)
     check_served(mapped, scheme, dims, request.leave_out, findings)
+    kv_cache = check_kv_cache(request.attentions, findings) or request.kv_cache
     check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
     dialect = dialect_for(scheme) if scheme else None
+    if not findings.found:
+        # After all else: where a setting is refused there may be no scheme, and its absence would be told as a second
+        # fault.
+        has_place = dialect is not None and dialect.names_kv_cache
+        check_kv_place(kv_cache, quantized=dialect is not None, has_place=has_place, findings=findings)
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.
     written = _rows_written(mapped, dialect)
     groups = group_names(mapped, written, dims)
@@ -114,7 +125,7 @@ def build_plan(
     packing = _Packing(dims, request, scheme, dialect, groups, written)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = _excluded_modules(tasks, family, dims, globs=dialect.reads_globs) if dialect else ()
-    quant_config = dialect.config(excluded) if dialect else None
+    quant_config = dialect.config(excluded, kv_cache) if dialect else None
     files = _cut_into_files(in_order(tasks), request.max_shard_size)
     return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
 

@@ -14,7 +14,7 @@ import torch
 from quantplug import __version__
 from quantplug.export.plan.types import QuantConfig
 from quantplug.formats import TensorSpec
-from quantplug.formats.names import QuantFormat, Scheme
+from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
 
 
 def stored_name(weight: str, tensor: str) -> str:
@@ -40,6 +40,7 @@ class ModelOptDialect:
     Attributes:
         fused_is_read: Whether servers read all experts in one tensor, of any architecture, in this dialect.
         reads_globs: Whether its list of plain modules may hold shell patterns.
+        names_kv_cache: Whether its config has a place for the format of a KV cache.
         algorithm: `quant_algo`, in the upper case that servers spell it in.
         weights: Arguments of weight quantization in `config_groups`.
         activations: Those of input quantization; None for formats that quantize weights alone.
@@ -48,6 +49,7 @@ class ModelOptDialect:
 
     fused_is_read: ClassVar[bool] = True
     reads_globs: ClassVar[bool] = True
+    names_kv_cache: ClassVar[bool] = True
     algorithm: str
     weights: Mapping[str, Any]
     activations: Mapping[str, Any] | None
@@ -56,7 +58,7 @@ class ModelOptDialect:
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
         return replace(tensor, name=stored_name(weight, tensor.name))
 
-    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+    def config(self, exclude_modules: Sequence[str], kv_cache: KVCacheFormat | None) -> QuantConfig:
         group = {"weights": dict(self.weights), "targets": ["Linear"]}
         if self.activations is not None:
             group["input_activations"] = dict(self.activations)
@@ -69,9 +71,16 @@ class ModelOptDialect:
             "ignore": list(exclude_modules),
             "producer": PRODUCER,
         }
+        if kv_cache is not None:
+            # As ModelOpt's own converter writes it (export/convert_hf_config.py). Without `k_scale` and `v_scale`
+            # beside the weights vLLM and SGLang take a scale of 1.0, which is what a cast means.
+            config_json["kv_cache_scheme"] = dict(_FP8_ARGUMENTS)
         # TensorRT-LLM reads this file and vLLM and SGLang config.json, so that both must say the same. vLLM's reader of
         # it wants kv_cache_quant_algo there, null too (modelopt.py).
-        quantization: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None}
+        quantization: dict[str, Any] = {
+            "quant_algo": self.algorithm,
+            "kv_cache_quant_algo": kv_cache and _KV_ALGORITHMS[kv_cache],
+        }
         if self.group_size is not None:
             quantization["group_size"] = self.group_size
         quantization["exclude_modules"] = list(exclude_modules)
@@ -87,6 +96,7 @@ class DeepSeekDialect:
 
     fused_is_read: ClassVar[bool] = False
     reads_globs: ClassVar[bool] = False
+    names_kv_cache: ClassVar[bool] = False  # vLLM's and SGLang's `fp8` configs have no such key.
     algorithm: str = "FP8 128x128"
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
@@ -94,7 +104,8 @@ class DeepSeekDialect:
         name = weight if tensor.name == "weight" else f"{weight}_scale_inv"
         return replace(tensor, name=name)
 
-    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+    def config(self, exclude_modules: Sequence[str], kv_cache: KVCacheFormat | None) -> QuantConfig:
+        assert kv_cache is None, "the plan refuses what this dialect cannot name"
         config_json = {
             "quant_method": "fp8",
             # vLLM asks for this key (quantization/fp8.py).
@@ -112,6 +123,7 @@ class CompressedTensorsDialect:
 
     fused_is_read: ClassVar[bool] = True
     reads_globs: ClassVar[bool] = False
+    names_kv_cache: ClassVar[bool] = False
     algorithm: str = "W8A16 FP8"
     weights: Mapping[str, Any] = field(
         default_factory=lambda: {
@@ -128,7 +140,8 @@ class CompressedTensorsDialect:
         # compressed-tensors has scales of a whole tensor in one dimension, ModelOpt in none.
         return replace(tensor, name=stored_name(weight, tensor.name), shape=tensor.shape or (1,))
 
-    def config(self, exclude_modules: Sequence[str]) -> QuantConfig:
+    def config(self, exclude_modules: Sequence[str], kv_cache: KVCacheFormat | None) -> QuantConfig:
+        assert kv_cache is None, "the plan refuses what this dialect cannot name"
         scheme = {
             "targets": ["Linear"],
             "weights": dict(self.weights),
@@ -150,6 +163,7 @@ Dialect = ModelOptDialect | DeepSeekDialect | CompressedTensorsDialect
 
 _NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 _FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
+_KV_ALGORITHMS: Mapping[KVCacheFormat, str] = {KVCacheFormat.FP8_CAST: "FP8"}
 
 _DIALECTS: Mapping[QuantFormat, Dialect] = {
     QuantFormat.W4A16_NVFP4: ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),

@@ -9,6 +9,7 @@ from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, Ten
 from modelopt.torch.quantization.qtensor import QTensorWrapper
 
 from quantplug.errors import UnsupportedQuantizationError
+from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef
 from quantplug.findings import Findings, Kind
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
@@ -40,11 +41,13 @@ class LiveWeights:
 
     Attributes:
         refs: One for each weight, of this rank's slice.
-        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
+        unclaimed: Names of enabled quantizers that belong to no weight or input of a linear, nor to a KV cache.
+        attentions: What the quantizers of its attention layers say of a KV cache.
     """
 
     refs: tuple[WeightRef, ...]
     unclaimed: tuple[str, ...]
+    attentions: tuple[KVQuantizers, ...]
 
 
 def live_weights(model: Model) -> LiveWeights:
@@ -92,13 +95,16 @@ def live_weights(model: Model) -> LiveWeights:
                 zero_centred=parameter.zero_centred,
             )
         )
-    # Such as those of attention's matrix products or of a KV cache: nothing that is written would carry their scales.
+    pairs_of_attention = list(_kv_quantizers(model))
+    claimed.update(quantizer for pair in pairs_of_attention for quantizer in pair)
+    attentions = tuple(_attention(names, keys, values) for keys, values in pairs_of_attention)
+    # Such as those of attention's queries or of a linear's output: nothing that is written would carry their scales.
     unclaimed = [
         name
         for quantizer, name in names.items()
         if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer not in claimed
     ]
-    return LiveWeights(tuple(refs), tuple(unclaimed))
+    return LiveWeights(tuple(refs), tuple(unclaimed), attentions)
 
 
 def _is_tied(model: Model) -> bool:
@@ -158,7 +164,23 @@ def _weights_with_quantizers(model: Model) -> Iterator[tuple[int, tuple[Quantize
                     yield id(weight), (quantizer, activation)
 
 
-def _state(names: dict[torch.nn.Module, str], quantizer: Quantizer) -> QuantizerState | None:
+def _kv_quantizers(model: Model) -> Iterator[tuple[TensorQuantizer, TensorQuantizer]]:
+    """The quantizers of what every attention layer puts into its KV cache: keys after rotation, and values."""
+    for chunk in model_chunks(model):
+        for module in chunk.modules():
+            if isinstance(module, QuantModule):
+                children = dict(module.named_children())
+                pair = [children.get(f"{letter}_bmm_quantizer") for letter in "kv"]
+                if all(isinstance(quantizer, TensorQuantizer) for quantizer in pair):
+                    yield pair[0], pair[1]
+
+
+def _attention(names: Mapping[torch.nn.Module, str], keys: TensorQuantizer, values: TensorQuantizer) -> KVQuantizers:
+    cast = all(quantizer._use_constant_amax for quantizer in (keys, values))  # ModelOpt has no public name for it.
+    return KVQuantizers(names[keys].rpartition(".")[0], _state(names, keys), _state(names, values), cast)
+
+
+def _state(names: Mapping[torch.nn.Module, str], quantizer: Quantizer) -> QuantizerState | None:
     """The settings and the amax of an enabled quantizer; None if it is absent or disabled."""
     if isinstance(quantizer, SequentialQuantizer):
         if not any(member.is_enabled for member in quantizer):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from quantplug.errors import CalibrationError, MappingError, ShapeError
+from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef, WholeWeight, not_here
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
@@ -44,6 +45,7 @@ class RankInventory:
         groups: Global ranks of this rank's group on each parallel axis that cuts tensors, in slice order.
         refs: Its weights, without a way to load them.
         unclaimed: Names of enabled quantizers that belong to none of them.
+        attentions: What the quantizers of its attention layers say of a KV cache.
         rules: The rules of its quantizer config, judged by its quantizers.
     """
 
@@ -51,6 +53,7 @@ class RankInventory:
     groups: dict[ShardAxis, tuple[int, ...]]
     refs: tuple[WeightRef, ...]
     unclaimed: tuple[str, ...] = ()
+    attentions: tuple[KVQuantizers, ...] = ()
     rules: tuple[JudgedRule, ...] = ()
 
 

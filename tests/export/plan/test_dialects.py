@@ -89,7 +89,7 @@ def test_compressed_tensors_quantizes_what_we_quantized_and_nothing_else(sources
 
 
 def test_a_dialect_writes_the_excludes_it_is_given() -> None:
-    config = CompressedTensorsDialect().config(["model.layers.0.mlp.gate", "lm_head"])
+    config = CompressedTensorsDialect().config(["model.layers.0.mlp.gate", "lm_head"], None)
     assert isinstance(config, QuantConfig)
     assert QuantizationConfig.model_validate(dict(config.config_json)).ignore == ["model.layers.0.mlp.gate", "lm_head"]
     assert config.hf_quant_config is None

@@ -1,0 +1,122 @@
+"""A quantized KV cache: what config says it, and what is refused. The oracle of the config is ModelOpt's own."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+from modelopt.torch.quantization.nn import TensorQuantizer
+
+from quantplug import export_mcore_gpt_to_hf, load_checkpoint, quant_cfg, quantize_checkpoint, save_checkpoint
+from quantplug.errors import ArgumentError, UnsupportedQuantizationError
+from quantplug.verify import verify_checkpoint
+from tests.export.checkpoints import load, read, same_bytes
+from tests.export.refusals import offenders, refused, rules
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+Sources = Callable[[str], Path]
+
+CAST: dict[str, Any] = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "use_constant_amax": True}}
+KEYS, VALUES = (f"decoder.layers.0.self_attention.core_attention.{letter}_bmm_quantizer" for letter in "kv")
+
+
+def cast_model(source: Path, *more: dict[str, Any]) -> torch.nn.Module:
+    return mtq.quantize(load(source), rules(CAST, *more))
+
+
+def configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    return config, json.loads((directory / "hf_quant_config.json").read_text())
+
+
+def test_a_cast_is_said_by_both_configs_as_modelopt_says_it(sources: Sources, tmp_path: Path) -> None:
+    config = quant_cfg("w4a16_nvfp4", sources("moe"), kv_cache="fp8_cast")
+    model = mtq.quantize(load(sources("moe")), config)
+    enabled = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled and "_bmm_" in name
+    ]
+    assert len(enabled) == 2 * 2
+    export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    ours, legacy = configs(tmp_path / "out")
+    assert legacy["quantization"]["kv_cache_quant_algo"] == "FP8"
+    assert ours["kv_cache_scheme"] == convert_hf_quant_config_format(copy.deepcopy(legacy))["kv_cache_scheme"]
+    assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
+    # Nothing else changes: a cast has no tensors.
+    quantize_checkpoint(sources("moe"), tmp_path / "plain", "w4a16_nvfp4")
+    tensors, plain = read(tmp_path / "out"), read(tmp_path / "plain")
+    assert tensors.keys() == plain.keys()
+    assert all(same_bytes(tensors[name], plain[name]) for name in plain)
+
+
+def test_a_checkpoint_is_asked_for_the_same(sources: Sources, tmp_path: Path) -> None:
+    export_mcore_gpt_to_hf(cast_model(sources("moe")), sources("moe"), export_dir=tmp_path / "live")
+    quantize_checkpoint(sources("moe"), tmp_path / "direct", "w4a16_nvfp4", kv_cache="fp8_cast")
+    assert configs(tmp_path / "live") == configs(tmp_path / "direct")
+
+
+def test_a_cast_survives_a_megatron_checkpoint(sources: Sources, tmp_path: Path) -> None:
+    save_checkpoint(cast_model(sources("moe")), tmp_path / "saved", extra={})
+    model = load(sources("moe"))
+    load_checkpoint(model, tmp_path / "saved")
+    export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert configs(tmp_path / "out")[1]["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], set[str]]] = {
+    "keys alone": (
+        ({"quantizer_name": "*v_bmm_quantizer", "enable": False},),
+        {f"decoder.layers.{layer}.self_attention.core_attention" for layer in range(2)},
+    ),
+    "one layer": (
+        ({"quantizer_name": "*layers.1.*_bmm_quantizer", "enable": False},),
+        {"decoder.layers.1.self_attention.core_attention"},
+    ),
+    "blocks": (
+        ({"quantizer_name": KEYS, "cfg": {"num_bits": (2, 1), "block_sizes": {-1: 16}, "use_constant_amax": True}},),
+        {KEYS},
+    ),
+    "a calibrated scale": (
+        ({"quantizer_name": "*layers.0.*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},),
+        {KEYS, VALUES},
+    ),
+    "queries too": (
+        ({"quantizer_name": "*layers.0.*q_bmm_quantizer", "cfg": {"num_bits": (4, 3), "use_constant_amax": True}},),
+        {KEYS.replace("k_bmm", "q_bmm")},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_server_is_told_is_refused_by_name(case: str, sources: Sources, tmp_path: Path) -> None:
+    more, names = REFUSED[case]
+    model = mtq.quantize(load(sources("moe")), rules(CAST, *more, algorithm=None))
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert names <= {name for name, _ in offenders(caught)}
+
+
+def test_a_cache_without_quantized_weights_has_no_config(sources: Sources, tmp_path: Path) -> None:
+    config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, CAST], "algorithm": None}
+    with refused(UnsupportedQuantizationError, tmp_path):
+        export_mcore_gpt_to_hf(mtq.quantize(load(sources("moe")), config), sources("moe"), export_dir=tmp_path / "out")
+
+
+def test_deepseek_s_blocks_have_no_place_for_it(sources: Sources, tmp_path: Path) -> None:
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        quantize_checkpoint(sources("moe_blocks"), tmp_path / "out", "fp8_blockwise", kv_cache="fp8_cast")
+    assert offenders(caught) == {("kv_cache", None)}
+
+
+def test_an_unknown_cache_is_an_argument_error(sources: Sources, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path):
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", kv_cache="int8")
+    with refused(ArgumentError, tmp_path):
+        quant_cfg("w4a16_nvfp4", sources("moe"), kv_cache="int8")
