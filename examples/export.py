@@ -42,6 +42,10 @@ def main(
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
     etp: Annotated[int, typer.Option(help="Expert tensor parallel size.")] = 1,
+    pipeline_layout: Annotated[
+        str | None,
+        typer.Option(help="Layers of each pipeline stage in Megatron's words, E|ttttL; as many on each if not."),
+    ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Type of tensors that are not quantized; by default that of the source.")
     ] = None,
@@ -57,7 +61,7 @@ def main(
     with user_errors():
         quantplug.check_destination(export_dir)
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        model = quantplug.build_model(hf_model_id, trust_remote_code=trust_remote_code)
+        model = quantplug.build_model(hf_model_id, pipeline_layout=pipeline_layout, trust_remote_code=trust_remote_code)
         report = quantplug.load_checkpoint(model, megatron_load_path, iteration=iteration)
         for line in report.said():
             say(line)

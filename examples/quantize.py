@@ -66,6 +66,10 @@ def main(
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
     etp: Annotated[int, typer.Option(help="Expert tensor parallel size.")] = 1,
+    pipeline_layout: Annotated[
+        str | None,
+        typer.Option(help="Layers of each pipeline stage in Megatron's words, E|ttttL; as many on each if not."),
+    ] = None,
     calib_dataset: Annotated[str, typer.Option(help="Data set for activations.")] = "cnn_dailymail",
     calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
@@ -108,6 +112,7 @@ def main(
         model = quantplug.build_model(
             hf_model_id,
             import_weights=megatron_load_path is None,
+            pipeline_layout=pipeline_layout,
             trust_remote_code=trust_remote_code,
             progress=bars,
         )

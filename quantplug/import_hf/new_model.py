@@ -10,9 +10,10 @@ from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.errors import Offender, TopologyError
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
+from quantplug.mappings.table import MegatronConfig
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.models import build
-from quantplug.megatron.models.build import LayerSpec
+from quantplug.megatron.models.build import LayerSpec, check_divisible
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.progress import Progress
@@ -27,6 +28,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
     virtual_stages: None = None,
+    pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel: ...
@@ -38,6 +40,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
     virtual_stages: int,
+    pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[LanguageModel]: ...
@@ -48,6 +51,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
     virtual_stages: int | None = None,
+    pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel | list[LanguageModel]:
@@ -63,6 +67,9 @@ def build_model(
         dtype: Type of the parameters; None for the one that the config names.
         layer_spec: Which modules the layers are made of.
         virtual_stages: Number of model chunks of each rank under virtual pipeline parallelism; None without it.
+        pipeline_layout: Which layers each stage has, as Megatron-Core's `pipeline_model_parallel_layout` says it:
+            `E|ttttL` is the embedding alone, then four layers and the output layer; with `m` for the layers of
+            multi-token prediction, and one stage after the other, virtual ones too. None for as many layers on each.
         trust_remote_code: Whether transformers may run the checkpoint's code to read its config.
         progress: Called as ("import", parameters done, parameters of this rank).
 
@@ -73,15 +80,23 @@ def build_model(
         SourceError: There is no such directory or hub model, or it has no usable config; what the import of its
             weights says of it.
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
-        TopologyError: `initialize_parallel` has not been called, or a size of the model does not divide over the ranks.
+        TopologyError: `initialize_parallel` has not been called; or the layout, or a size of the model, does not fit
+            the ranks.
         MappingError, ShapeError: The weights are not those of the config.
     """
     # Every rank reads the config itself. One that cannot, as on a node without the directory, ends all of them.
     source = all_or_none(lambda: _read(pretrained_model_name_or_path, import_weights, trust_remote_code))
-    # All ranks have the same sizes, so this is refused on all of them or on none.
-    if virtual_stages is not None:
-        _require_pipeline(current_topology())
-    config = all_or_none(lambda: megatron_config(source))
+    topology = current_topology()
+
+    def fitting() -> MegatronConfig:
+        if virtual_stages is not None:
+            _require_pipeline(topology)
+        config = megatron_config(source)
+        check_divisible(config, topology, virtual_stages, layer_spec, pipeline_layout)
+        return config
+
+    # On all ranks together, as the config of one may be another one than those of the others.
+    config = all_or_none(fitting)
     chunks = [
         build.build_model(
             config,
@@ -90,6 +105,7 @@ def build_model(
             dtype=dtype or source.dtype,
             virtual_stages=virtual_stages,
             virtual_stage=stage,
+            pipeline_layout=pipeline_layout,
         )
         # Megatron tells no virtual stages from the first of several by None and 0.
         for stage in ((None,) if virtual_stages is None else range(virtual_stages))

@@ -97,6 +97,15 @@ def initialize_parallel(
     return current_topology()
 
 
+def set_virtual_stages(stages: int | None) -> None:
+    """Tells Megatron of how many virtual stages each pipeline rank has; None for no virtual stages.
+
+    Its layouts, the place of multi-token prediction and the names of layers in a checkpoint are looked up by it as long
+    as the model lives (`get_layer_offset` of PipelineParallelLayerLayout, parallel_state.is_pipeline_last_stage).
+    """
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(stages)
+
+
 def destroy_parallel() -> None:
     """Takes down Megatron's groups and the process group, at the end of a script or of a single-rank test.
 

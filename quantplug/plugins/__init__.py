@@ -26,6 +26,7 @@ from transformer_engine.pytorch import GroupedLinear
 from quantplug.plugins.configs import quant_cfg
 from quantplug.plugins.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.dense import DENSE_WRAPPERS
+from quantplug.plugins.empty_stages import let_stages_be_empty
 from quantplug.plugins.max_calibration import register_max_calibration
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
@@ -57,7 +58,10 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
 
 
 def register() -> None:
-    """Registers our wrappers with ModelOpt in place of its own, our refusals, NVFP4 on CPU, and our reductions."""
+    """Registers our wrappers with ModelOpt in place of its own, our refusals, NVFP4 on CPU, and our reductions.
+
+    And lets stages of a pipeline have nothing to quantize.
+    """
     # ModelOpt asserts that a class is not registered yet, so its own wrappers are taken out first.
     if not all(map(_is_registered, WRAPPERS)):
         for module_class in WRAPPERS:
@@ -67,7 +71,7 @@ def register() -> None:
             key, wrapper = WRAPPERS[module_class]
             QuantModuleRegistry.register({module_class: key})(wrapper)
     # A set that ModelOpt goes through before it converts a model: adding twice changes nothing.
-    CUSTOM_MODEL_PLUGINS.add(refuse_unsupported)
+    CUSTOM_MODEL_PLUGINS.update((refuse_unsupported, let_stages_be_empty))
     register_cpu_kernels()
     register_max_calibration()
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from quantplug import import_mcore_gpt_from_hf
 from quantplug.mappings.families import find_family
 from quantplug.megatron.models.build import LayerSpec, build_model
-from quantplug.megatron.parallel import initialize_parallel
+from quantplug.megatron.parallel import initialize_parallel, set_virtual_stages
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.plugins import quant_cfg  # and registers the wrappers
 
@@ -46,6 +46,7 @@ def one_rank() -> Iterator[None]:
     """
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel()
+    set_virtual_stages(None)  # A test before may have built some.
     yield
 
 

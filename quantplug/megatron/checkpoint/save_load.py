@@ -288,7 +288,8 @@ def _load(state: ShardedStateDict, contents: Contents) -> Any:
     except DAMAGE as error:
         failure = error
     all_or_none(lambda: refuse_damaged(contents.directory, failure))
-    return loaded
+    # Megatron leaves out what is empty, as a chunk without layers may be.
+    return {number: {} for number in state} | (loaded or {})
 
 
 def _require_settings(chunks: Sequence[LanguageModel], loaded: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

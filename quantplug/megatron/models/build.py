@@ -1,6 +1,7 @@
 """From a family's Megatron settings to an empty model of this rank, its weights all zero."""
 
 from collections.abc import Mapping
+from copy import copy
 from enum import Enum
 from math import ceil
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer.multi_token_prediction import get_mtp_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
@@ -24,8 +27,9 @@ from quantplug.megatron.models.delta_net import (
 )
 from quantplug.megatron.models.hybrid_model import hybrid_model, single_precision
 from quantplug.megatron.models.latent_attention import use_local_core
+from quantplug.megatron.models.pipeline_layout import layout_problem
 from quantplug.megatron.models.unit_norm import add_unit_norms
-from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.parallel import current_topology, set_virtual_stages
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.topology import ParallelTopology
 
@@ -52,6 +56,7 @@ def build_model(
     dtype: torch.dtype = torch.bfloat16,
     virtual_stages: int | None = None,
     virtual_stage: int | None = None,
+    pipeline_layout: str | None = None,
 ) -> LanguageModel:
     """Builds what this rank holds of a model, on its GPU, or on CPU where there is none.
 
@@ -64,15 +69,19 @@ def build_model(
         dtype: Dtype of the parameters.
         virtual_stages: Number of model chunks of a rank under virtual pipeline parallelism; None without it.
         virtual_stage: Which of them to build.
+        pipeline_layout: Which layers each stage has, as Megatron-Core's `pipeline_model_parallel_layout` says it, such
+            as `E|ttttL`; None for as many on each.
 
     Raises:
-        TopologyError: The groups are not initialized, or a size of the model does not divide over them.
+        TopologyError: The groups are not initialized, or a size of the model, or the layout, does not fit them.
         UnsupportedModelError: The model has Mamba mixers, and a GPU has not the package of their kernels.
     """
     topology = current_topology()
-    check_divisible(family_config, topology, virtual_stages, layer_spec)
+    # Without an agreement: in between, Megatron builds chunks with collectives of the first and the last rank alone.
+    check_divisible(family_config, topology, virtual_stages, layer_spec, pipeline_layout)
+    set_virtual_stages(virtual_stages)
     settings = {
-        **_parallel_settings(topology, virtual_stages),
+        **_parallel_settings(topology, virtual_stages, pipeline_layout),
         "moe_grouped_gemm": layer_spec is LayerSpec.TRANSFORMER_ENGINE,
         # The all-to-all dispatcher needs a CUDA stream even to be built.
         "moe_token_dispatcher_type": "alltoall" if cpu.has_cuda() else "allgather",
@@ -132,25 +141,17 @@ def _gpt_model(
     with_te: bool,
     virtual_stage: int | None,
 ) -> GPTModel:
-    with_delta_nets = has_delta_nets(config)
-    if with_delta_nets:
-        block = block_with_delta_nets(config, use_transformer_engine=with_te, vp_stage=virtual_stage)
-    else:
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
-        )
-    if config.multi_latent_attention and not with_te:
-        use_local_core(block)
+    block = _decoder_block(config, with_te=with_te, virtual_stage=virtual_stage)
     if family_config.unit_norm_layers:
         # The family names global layers, and the block has the layers of this stage alone.
         first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
         add_unit_norms(block, family_config.unit_norm_layers, first)
-    # Made like the last layer, and beside it. Megatron itself would put it on every virtual stage of the last rank
-    # unless its parallel state is told of virtual stages.
     mtp = None
-    if arguments["post_process"]:
-        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=with_te, vp_stage=virtual_stage)
-    if mtp is not None and with_delta_nets and not with_te:
+    if get_mtp_num_layers_to_build(config, vp_stage=virtual_stage):
+        # Made like the last layer of the decoder, which may be on another stage.
+        whole = _decoder_block(_on_one_stage(config), with_te=with_te, virtual_stage=None)
+        mtp = get_gpt_mtp_block_spec(config, whole, use_transformer_engine=with_te, vp_stage=virtual_stage)
+    if mtp is not None and has_delta_nets(config) and not with_te:
         mtp = with_zero_centred_norms(mtp)
     built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **arguments)
     if family_config.rope_scaling:
@@ -158,6 +159,31 @@ def _gpt_model(
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **family_config.rope_scaling)
     return built
+
+
+def _decoder_block(
+    config: TransformerConfig, *, with_te: bool, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The specs of the decoder's layers on this pipeline stage."""
+    if has_delta_nets(config):
+        block = block_with_delta_nets(config, use_transformer_engine=with_te, vp_stage=virtual_stage)
+    else:
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=virtual_stage
+        )
+    if config.multi_latent_attention and not with_te:
+        use_local_core(block)
+    return block
+
+
+def _on_one_stage(config: TransformerConfig) -> TransformerConfig:
+    """The settings of the same model without a pipeline."""
+    # A copy by hand: making a new one would derive again what is derived already, and refuse it.
+    alone = copy(config)
+    alone.pipeline_model_parallel_size = 1
+    alone.virtual_pipeline_model_parallel_size = None
+    alone.pipeline_model_parallel_layout = None
+    return alone
 
 
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = VOCABULARY_MULTIPLE) -> int:
@@ -174,6 +200,7 @@ def check_divisible(
     topology: ParallelTopology,
     virtual_stages: int | None = None,
     layer_spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE,
+    pipeline_layout: str | None = None,
 ) -> None:
     """Refuses a model whose sizes do not divide over the ranks. No collective.
 
@@ -183,9 +210,7 @@ def check_divisible(
         TopologyError: Names every size at fault.
     """
     sizes = family_config.transformer
-    stages = topology.pp * (virtual_stages or 1)
     divisions = [
-        ("num_layers", stages, "pipeline stages"),
         ("num_attention_heads", topology.tp, "TP ranks"),
         ("ffn_hidden_size", topology.tp, "TP ranks"),
         ("num_moe_experts", topology.ep, "EP ranks"),
@@ -196,6 +221,8 @@ def check_divisible(
         ("mamba_num_heads", topology.tp, "TP ranks"),
         ("mamba_num_groups", topology.tp, "TP ranks"),
     ]
+    if pipeline_layout is None:
+        divisions += [("num_layers", topology.pp * (virtual_stages or 1), "pipeline stages")]
     if layer_spec is LayerSpec.LOCAL:  # With Transformer Engine every rank has the down projections whole.
         divisions += [("q_lora_rank", topology.tp, "TP ranks"), ("kv_lora_rank", topology.tp, "TP ranks")]
         divisions += [("qk_pos_emb_head_dim", topology.tp, "TP ranks")]
@@ -215,14 +242,29 @@ def check_divisible(
     if family_config.kind is ModelKind.MAMBA and virtual_stages is not None:
         reason = f"is {virtual_stages}, and Megatron's MambaModel has no virtual stages"
         offenders.append(Offender("virtual_pipeline_model_parallel_size", reason))
+    if pipeline_layout is not None:
+        problem = (
+            "is given, and Megatron's MambaModel has no layouts"
+            if family_config.kind is ModelKind.MAMBA
+            else layout_problem(
+                pipeline_layout, topology.pp, virtual_stages, sizes["num_layers"], sizes.get("mtp_num_layers")
+            )
+        )
+        if problem is not None:
+            offenders.append(Offender("pipeline_layout", problem))
     if offenders:
         raise TopologyError(
-            "The model does not divide over these parallel sizes.", offenders, "Choose sizes that divide these numbers."
+            "The model does not divide over these parallel sizes.",
+            offenders,
+            "Choose sizes that divide these numbers; layers that do not can be laid out by pipeline_layout.",
         )
 
 
-def _parallel_settings(topology: ParallelTopology, virtual_stages: int | None) -> dict[str, Any]:
+def _parallel_settings(
+    topology: ParallelTopology, virtual_stages: int | None, pipeline_layout: str | None
+) -> dict[str, Any]:
     return {
+        "pipeline_model_parallel_layout": pipeline_layout,
         "tensor_model_parallel_size": topology.tp,
         "pipeline_model_parallel_size": topology.pp,
         "virtual_pipeline_model_parallel_size": virtual_stages,
