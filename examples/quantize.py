@@ -24,7 +24,7 @@ from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calib
 from transformers import AutoTokenizer
 
 import quantplug
-from quantplug import QuantFormat, calibration
+from quantplug import KVCacheFormat, QuantFormat, calibration
 from quantplug.errors import CalibrationError, Offender
 
 
@@ -62,6 +62,9 @@ def main(
         bool,
         typer.Option("--weight-only", help="w4a16_nvfp4 for nvfp4, w8a16_fp8 for fp8."),
     ] = False,
+    kv_cache: Annotated[
+        KVCacheFormat | None, typer.Option(help="Format of the server's KV cache; 16 bits where none is given.")
+    ] = None,
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
@@ -102,6 +105,7 @@ def main(
             quant_format,
             hf_model_id,
             quantize_mtp=mtp is Treatment.QUANTIZED,
+            kv_cache=kv_cache,
             keep_experts=experts is Treatment.KEPT,
             trust_remote_code=trust_remote_code,
         )

@@ -61,7 +61,8 @@ def quantize_and_export(run: Run, source: Path, work: Path, *options: str) -> Pa
 @pytest.mark.slow
 def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
-    exported = read(quantize_and_export(by_torchrun, source, tmp_path, "--export-quant-cfg", "nvfp4", "--weight-only"))
+    options = ("--export-quant-cfg", "nvfp4", "--weight-only", "--kv-cache", "fp8_cast")
+    exported = read(quantize_and_export(by_torchrun, source, tmp_path, *options))
     original = read(source)
     amaxes = group_amaxes(original)
     for name, weight in linear_weights(original).items():
@@ -74,6 +75,8 @@ def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
         assert same_bytes(exported[f"{module}.weight_scale"], block_scales), name
         assert same_bytes(exported[f"{module}.weight_scale_2"], scale), name
     assert verify_checkpoint(tmp_path / "out", source).ok
+    config = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert config["quantization"]["kv_cache_quant_algo"] == "FP8"
 
     rows = json.loads((tmp_path / "s").read_text())
     assert "linear_fc1" in json.dumps(rows)
