@@ -55,6 +55,9 @@ def main(
         typer.Option(help="Of weights that have grown since calibration: an error, taken anew, or clipped."),
     ] = quantplug.WeightAmax.CALIBRATED,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    unchecked_setting: Annotated[
+        list[str] | None, typer.Option(help="A setting that may differ from what errors hold it against; repeatable.")
+    ] = None,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table of what was loaded here.")] = None,
 ) -> None:
     """Exports a Megatron checkpoint, quantized or not, to a Hugging Face checkpoint."""
@@ -62,7 +65,9 @@ def main(
         quantplug.check_destination(export_dir)
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
         model = quantplug.build_model(hf_model_id, pipeline_layout=pipeline_layout, trust_remote_code=trust_remote_code)
-        report = quantplug.load_checkpoint(model, megatron_load_path, iteration=iteration)
+        report = quantplug.load_checkpoint(
+            model, megatron_load_path, iteration=iteration, unchecked_settings=unchecked_setting or ()
+        )
         for line in report.said():
             say(line)
         if stats_json is not None:
@@ -75,6 +80,7 @@ def main(
             export_dir=export_dir,
             dtype=TORCH_DTYPES[dtype] if dtype else model.config.params_dtype,
             trust_remote_code=trust_remote_code,
+            unchecked_settings=unchecked_setting or (),
             max_shard_size=int(max_shard_size * GIGABYTE),
             amax=amax,
             progress=StageBars(),

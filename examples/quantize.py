@@ -92,6 +92,9 @@ def main(
     experts: Annotated[
         Treatment, typer.Option(help="Quantize routed experts, or keep them in 16 bits where no server loads them so.")
     ] = Treatment.QUANTIZED,
+    unchecked_setting: Annotated[
+        list[str] | None, typer.Option(help="A setting that may differ from what errors hold it against; repeatable.")
+    ] = None,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
@@ -121,7 +124,13 @@ def main(
             progress=bars,
         )
         if megatron_load_path is not None:
-            report = quantplug.load_checkpoint(model, megatron_load_path, iteration=iteration, quantized=False)
+            report = quantplug.load_checkpoint(
+                model,
+                megatron_load_path,
+                iteration=iteration,
+                quantized=False,
+                unchecked_settings=unchecked_setting or (),
+            )
             for line in report.said():
                 say(line)
 
@@ -131,7 +140,13 @@ def main(
         policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
         mtq.quantize(model, {**config, "algorithm": None})
         # What cannot be exported is refused before calibration is paid for.
-        quantplug.plan_export(model, hf_model_id, trust_remote_code=trust_remote_code, calibrated=False)
+        quantplug.plan_export(
+            model,
+            hf_model_id,
+            trust_remote_code=trust_remote_code,
+            calibrated=False,
+            unchecked_settings=unchecked_setting or (),
+        )
         record = quantplug.calibrate(model, forward_loop, policy, progress=bars)
 
         statistics = calibration.gather_statistics(model, record)

@@ -43,7 +43,7 @@ def trained(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def test_it_loads_at_every_layout_to_the_weights_of_the_source(trained: tuple[Path, Ended]) -> None:
     _, run = trained
     assert run.ok, run.output[-9000:]
-    assert run.output.count(" ok\n") == 2 * 3 + 1 * 4 + 2 * 3
+    assert run.output.count(" ok\n") == 2 * 3 + 1 * 5 + 2 * 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Usage: trained_worker.py OUTPUT_DIR NAME=SOURCE_DIR ...
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,30 +17,32 @@ from quantplug.megatron.parameters import iter_parameters
 from tests.distributed.checkpoint_worker import relayout
 from tests.megatron.checkpoint.trained import save_trained
 
-Layout = dict[str, int]
+Layout = dict[str, Any]
+"""Parallel sizes; `vpp`, virtual stages of a rank; `stages`, their layers in Megatron's words."""
 
 SAVED: dict[str, list[tuple[str, Layout]]] = {
-    "qwen3_moe": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "ep": 2})],
+    "qwen3_moe": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "ep": 2, "stages": "Ett|L"})],
     # One layer of it is dense.
     "qwen3_mixed": [("vpp2", {"pp": 2, "vpp": 2})],
-    "deepseek_v3": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "ep": 2})],
+    "deepseek_v3": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "ep": 2, "stages": "Etttt|mL"})],
 }
-LOADED: list[Layout] = [{}, {"ep": 4}, {"pp": 2, "vpp": 2}, {"tp": 2, "etp": 2}]
+LOADED: list[Layout] = [{}, {"ep": 4}, {"pp": 2, "vpp": 2}, {"tp": 2, "etp": 2}, {"pp": 2, "stages": "E|ttttL"}]
 
 
 def built(source: Path, layout: Layout, *, weights: bool) -> list[nn.Module]:
-    virtual_stages = layout.get("vpp")
-    model = quantplug.build_model(source, import_weights=weights, virtual_stages=virtual_stages)
+    model = quantplug.build_model(
+        source, import_weights=weights, virtual_stages=layout.get("vpp"), pipeline_layout=layout.get("stages")
+    )
     return model if isinstance(model, list) else [model]
 
 
 def fits(name: str, layout: Layout) -> bool:
-    """Whether a model of 2 layers, or with a layer of multi-token prediction, has virtual stages at all."""
-    return "vpp" not in layout or name == "qwen3_mixed"
+    """Whether a model has the layers that a layout shares out, and none of multi-token prediction in the way."""
+    return layout.keys() <= {"tp", "ep", "etp"} or name == "qwen3_mixed"
 
 
 def set_up(layout: Layout) -> None:
-    relayout(**{name: size for name, size in layout.items() if name != "vpp"})
+    relayout(**{name: size for name, size in layout.items() if name not in ("vpp", "stages")})
 
 
 def main(directory: Path, sources: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint holds, read before Megatron is asked for anything."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from quantplug.checkpoint.torch_dist.common import Plain, read_common
 from quantplug.checkpoint.torch_dist.index import Index, read_index, require_covered
 from quantplug.megatron.checkpoint.keys import Stored
 
+_WRAPPED = re.compile(r"((?:module\.)*).*", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -29,13 +32,13 @@ class Contents:
         directory: Where it is.
         index: What of it may be a model's.
         aside: What is there beside the model.
-        padded_to: Multiple to which its vocabulary is padded, if its settings say so.
+        arguments: Megatron-LM's, by name, if it wrote the checkpoint.
     """
 
     directory: Path
     index: Index
     aside: tuple[Aside, ...]
-    padded_to: int | None
+    arguments: Mapping[str, Plain]
 
     @property
     def tensors(self) -> Stored:
@@ -47,6 +50,15 @@ class Contents:
         """Keys of tensors and objects."""
         return frozenset([*self.index.tensors, *self.index.objects])
 
+    @property
+    def padded_to(self) -> int | None:
+        """Multiple to which the vocabulary is padded, if the arguments say so.
+
+        As Megatron-LM's `_vocab_size_with_padding` does (megatron/training/tokenizer).
+        """
+        multiple, tp = (self.arguments.get(it) for it in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
+        return multiple * tp if isinstance(multiple, int) and isinstance(tp, int) else None
+
 
 def read_contents(directory: Path) -> Contents:
     """Reads what a checkpoint says of itself, and no file of weights. No collective.
@@ -55,7 +67,7 @@ def read_contents(directory: Path) -> Contents:
         CheckpointError: The index is damaged, or names something to be run; a tensor that may be a model's has holes;
             or a file is absent or too short.
     """
-    index = read_index(directory)
+    index = _unwrapped(read_index(directory))
     aside = {key: kind for key in (*index.tensors, *index.objects) if (kind := kind_of(key)) is not None}
     own = Index(
         directory,
@@ -68,7 +80,7 @@ def read_contents(directory: Path) -> Contents:
         for kind in dict.fromkeys(aside.values())
         for keys in [[key for key in aside if aside[key] == kind]]
     )
-    return Contents(directory, own, counted, _padded_to(read_common(directory, index).arguments))
+    return Contents(directory, own, counted, read_common(directory, index).arguments)
 
 
 def index_for_torch(index: Index) -> Metadata:
@@ -88,14 +100,25 @@ def index_for_torch(index: Index) -> Metadata:
     return Metadata(entries, storage_data=places)
 
 
+def _unwrapped(index: Index) -> Index:
+    """The index without the names that wrappers such as DDP, saved as a whole, put before all keys of a model."""
+    own = [key for key in (*index.tensors, *index.objects) if kind_of(key) is None]
+    # Before all of them, or it is no wrapper's.
+    wrapped = min(map(_wrappers, own), key=len, default="")
+    return Index(
+        index.directory,
+        {key.removeprefix(wrapped): tensor for key, tensor in index.tensors.items()},
+        {key.removeprefix(wrapped): extent for key, extent in index.objects.items()},
+    )
+
+
+def _wrappers(key: str) -> str:
+    match = _WRAPPED.fullmatch(key)
+    return match[1] if match else ""
+
+
 def _lengths(index: Index, key: str) -> Iterator[int]:
     if key in index.objects:
         yield index.objects[key].length
     else:
         yield from (chunk.extent.length for chunk in index.tensors[key].chunks)
-
-
-def _padded_to(arguments: Mapping[str, Plain]) -> int | None:
-    """What Megatron-LM pads a vocabulary to (`_vocab_size_with_padding`, megatron/training/tokenizer)."""
-    multiple, tp = (arguments.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
-    return multiple * tp if isinstance(multiple, int) and isinstance(tp, int) else None

@@ -68,6 +68,7 @@ from quantplug.megatron.checkpoint.layouts import (
     require_own_amax,
 )
 from quantplug.megatron.parameters import LanguageModel, model_chunks
+from quantplug.megatron.settings.trained import require_as_trained
 
 _WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
 
@@ -137,6 +138,7 @@ def load_checkpoint(
     *,
     iteration: int | None = None,
     quantized: bool | None = None,
+    unchecked_settings: Collection[str] = (),
 ) -> LoadReport:
     """Loads a checkpoint into a model of the same configuration, at any parallel layout. A collective.
 
@@ -150,13 +152,15 @@ def load_checkpoint(
             trainer was told to save to, of which the newest iteration is loaded.
         iteration: Which iteration of those that a trainer saved.
         quantized: Whether the checkpoint must be that of a quantized model, or must not; None for either.
+        unchecked_settings: Settings in which the model may differ from the arguments that Megatron-LM notes in its
+            checkpoints, by the names that errors give them.
 
     Raises:
         CheckpointError: `directory` is not a checkpoint, or of a format that is not read; is damaged or incomplete;
-            lacks the state of quantizers; is quantized or not where `quantized` says otherwise; or is of another model,
-            and then says what differs. Names every file or key at fault. The model may by then have quantizers, but no
-            weight of it has changed. Or the one amax of all experts is not of all: that shows only when the weights
-            have been read.
+            lacks the state of quantizers; is quantized or not where `quantized` says otherwise; is of another model,
+            and then says what differs; or was trained with other settings than the model has. Names every file or key
+            at fault. The model may by then have quantizers, but no weight of it has changed. Or the one amax of all
+            experts is not of all: that shows only when the weights have been read.
         TopologyError: Ranks find different iterations to be the newest.
     """
     chunks = model_chunks(model)
@@ -178,7 +182,7 @@ def load_checkpoint(
             # words.
             require_same_keys(state, contents.tensors, padded_to=contents.padded_to, weights_only=True)
             _load_settings(chunks, _settings(chunks, state, contents.keys), contents)
-        return replace(_load_tensors(chunks, contents), extra=extra)
+        return replace(_load_tensors(chunks, contents, unchecked_settings), extra=extra)
 
 
 def read_extra(directory: str | Path) -> dict[str, Any]:
@@ -316,11 +320,15 @@ def _quantized_linears(chunk: LanguageModel) -> Iterator[str]:
                 yield name
 
 
-def _load_tensors(chunks: Sequence[LanguageModel], contents: Contents) -> LoadReport:
+def _load_tensors(
+    chunks: Sequence[LanguageModel], contents: Contents, unchecked_settings: Collection[str]
+) -> LoadReport:
     state = all_or_none(lambda: _sharded_state(chunks, contents.keys))
     displaced = find_displaced(state, contents.tensors)
     state = redirected(state, displaced, contents.tensors)
     require_same_keys(state, contents.tensors, padded_to=contents.padded_to)
+    # After the weights, which tell another model in fewer words.
+    all_or_none(lambda: require_as_trained(chunks, contents.arguments, unchecked_settings))
     # Settings have been loaded, and other objects are no part of the model.
     objects = {
         number: {name: torch.empty(0, dtype=torch.uint8) for name, entry in entries.items() if _is_object(entry)}

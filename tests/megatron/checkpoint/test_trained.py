@@ -156,6 +156,63 @@ def test_a_weight_that_the_model_has_no_place_for_is_not_left_aside(tmp_path: Pa
     assert [offender.parameter for offender in it.value.offenders] == ["decoder.more.weight"]
 
 
+def test_a_wrapper_that_was_saved_as_a_whole_is_taken_off(tmp_path: Path) -> None:
+    model = seeded()
+    with cpu.checkpointing():
+        state = model.sharded_state_dict(prefix="module.module.", metadata={"singleton_local_shards": False})
+    directory = bare_save(state, tmp_path / "wrapped")
+    loaded = tiny_model()
+    load_checkpoint(loaded, directory)
+    assert_same_weights(loaded, model)
+
+
+AS_TRAINED: dict[str, Any] = {
+    "norm_epsilon": 1e-5,
+    "apply_layernorm_1p": False,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "kv_channels": 48,
+    "normalization": "RMSNorm",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+}
+
+
+def test_arguments_of_the_model_that_was_trained_are_those_of_this_one(tmp_path: Path) -> None:
+    save_trained([seeded()], tmp_path, **AS_TRAINED)
+    load_checkpoint(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"moe_router_topk": 4}, "moe_router_topk: is 4 by the trainer's arguments, 2 in the model"),
+        ({"norm_epsilon": 1e-6}, "layernorm_epsilon: is 1e-06 by the trainer's arguments, 1e-05 in the model"),
+        ({"rotary_base": 1e6}, "rotary_base: is 1000000.0 by the trainer's arguments, 10000 in the model"),
+        ({"rotary_percent": 0.5}, "rotary_percent"),
+        ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor"),
+        ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma"),
+        ({"num_query_groups": 4}, "num_query_groups"),
+    ],
+)
+def test_a_model_that_computes_otherwise_than_it_was_trained_is_refused(
+    arguments: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    save_trained([seeded()], tmp_path, **{**AS_TRAINED, **arguments})
+    with pytest.raises(CheckpointError, match="was trained with other settings") as caught:
+        load_checkpoint(tiny_model(), tmp_path)
+    assert said in str(caught.value)
+    (offender,) = caught.value.offenders
+    load_checkpoint(tiny_model(), tmp_path, unchecked_settings=[offender.parameter])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_values_of_another_type_are_rounded_and_it_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
     saved = seeded().to(dtype)
