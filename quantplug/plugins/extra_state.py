@@ -11,7 +11,7 @@ quantizer for all experts, it holds that one's settings, for each.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -23,14 +23,19 @@ _GROUP = "weight_quantizer"
 _EXPERT_QUANTIZER = re.compile(_GROUP + r"\.(?P<expert>\d+)(?P<rest>.*)")
 
 
-def of_expert(module_state: torch.Tensor, expert: int) -> torch.Tensor:
-    """One expert's extra state [bytes] from its module's.
+def of_experts(module_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each local expert's extra state [bytes], with its own weight quantizer alone, as `weight_quantizer.0`.
 
     Args:
-        module_state: uint8 bytes, as ModelOpt serializes them.
-        expert: Local expert whose weight quantizer to keep, as `weight_quantizer.0`.
+        module_states: Of each expert its module's state, in local order: uint8 bytes, as ModelOpt serializes them.
     """
-    return _edit(module_state, lambda names: _take_expert(names, source=expert, target=0))
+    # Without FP8 of Transformer Engine's own it is one tensor for all experts, with the settings of all: read once.
+    decoded = {number: _decode(state) for number, state in {id(state): state for state in module_states}.items()}
+    own = []
+    for expert, state in enumerate(module_states):
+        quantizers = decoded[id(state)].get(QUANTIZER_STATE) or {}
+        own.append(_with_quantizers(state, decoded[id(state)], _take_expert(quantizers, source=expert, target=0)))
+    return own
 
 
 def of_module(expert_states: Sequence[torch.Tensor], first_expert: int = 0) -> torch.Tensor:
@@ -43,11 +48,12 @@ def of_module(expert_states: Sequence[torch.Tensor], first_expert: int = 0) -> t
     # A state holds n weight quantizers: ours 1, ModelOpt 0.47's as many as the saving rank had experts. Ranks hold
     # blocks of n experts in order, so the global id modulo n is the place among them, and always 0 in ours.
     merged: dict[str, Any] = {}
-    for expert, state in enumerate(expert_states):
-        quantizers = _decode(state).get(QUANTIZER_STATE) or {}
+    decoded = [_decode(state) for state in expert_states]
+    for expert, state in enumerate(decoded):
+        quantizers = state.get(QUANTIZER_STATE) or {}
         held = {int(match["expert"]) for match in map(_EXPERT_QUANTIZER.fullmatch, quantizers) if match}
         merged |= _take_expert(quantizers, source=(first_expert + expert) % max(len(held), 1), target=expert)
-    return _edit(expert_states[0], lambda _: merged)
+    return _with_quantizers(expert_states[0], decoded[0], merged)
 
 
 def _take_expert(quantizers: dict[str, Any], source: int, target: int) -> dict[str, Any]:
@@ -65,14 +71,12 @@ def _take_expert(quantizers: dict[str, Any], source: int, target: int) -> dict[s
     return taken
 
 
-def _edit(state: torch.Tensor, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> torch.Tensor:
-    """The extra state with its quantizers' settings edited, and all else that TE or ModelOpt keeps in it as it was."""
-    decoded = _decode(state)
+def _with_quantizers(state: torch.Tensor, decoded: dict[str, Any], quantizers: dict[str, Any]) -> torch.Tensor:
+    """The extra state with other quantizers' settings, and all else that TE or ModelOpt keeps in it as it was."""
     if QUANTIZER_STATE not in decoded:
         return state
-    decoded[QUANTIZER_STATE] = edit(decoded[QUANTIZER_STATE])
     buffer = BytesIO()
-    torch.save(decoded, buffer)
+    torch.save({**decoded, QUANTIZER_STATE: quantizers}, buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 

@@ -65,9 +65,10 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state |= self._activation_state(prefix, sharded_offsets, metadata)
         # Megatron gives each expert the whole module's extra state, the first one's under the name without a number.
-        for expert in range(self.num_gemms):
-            settings = state[f"{prefix}_extra_state{expert or ''}"]
-            settings.data = extra_state.of_expert(settings.data, expert)
+        settings = [state[f"{prefix}_extra_state{expert or ''}"] for expert in range(self.num_gemms)]
+        own = extra_state.of_experts([of_expert.data for of_expert in settings])
+        for expert, of_expert in enumerate(settings):
+            of_expert.data = own[expert]
             state |= self._expert_state(expert, prefix, sharded_offsets, metadata)
         return state
 

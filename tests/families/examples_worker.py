@@ -30,7 +30,7 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
         quantize.main(
             str(source),
             checkpoint,
-            quantize.QuantFormat.NVFP4,
+            export_quant_cfg=quantize.QuantFormat.NVFP4,
             weight_only=True,
             tp=tp,
             ep=size_of_ep(source, ep),
