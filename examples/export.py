@@ -54,6 +54,13 @@ def main(
         quantplug.WeightAmax,
         typer.Option(help="Of weights that have grown since calibration: an error, taken anew, or clipped."),
     ] = quantplug.WeightAmax.CALIBRATED,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the model was trained with; by default as the source says."),
+    ] = None,
+    drop_mtp: Annotated[
+        bool, typer.Option("--drop-mtp", help="Leave out the layers of multi-token prediction.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     unchecked_setting: Annotated[
         list[str] | None, typer.Option(help="A setting that may differ from what errors hold it against; repeatable.")
@@ -64,7 +71,9 @@ def main(
     with user_errors():
         quantplug.check_destination(export_dir)
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        model = quantplug.build_model(hf_model_id, pipeline_layout=pipeline_layout, trust_remote_code=trust_remote_code)
+        model = quantplug.build_model(
+            hf_model_id, pipeline_layout=pipeline_layout, trust_remote_code=trust_remote_code, vocab_size=vocab_size
+        )
         report = quantplug.load_checkpoint(
             model, megatron_load_path, iteration=iteration, unchecked_settings=unchecked_setting or ()
         )
@@ -83,6 +92,8 @@ def main(
             unchecked_settings=unchecked_setting or (),
             max_shard_size=int(max_shard_size * GIGABYTE),
             amax=amax,
+            vocab_size=vocab_size,
+            drop_mtp=drop_mtp,
             progress=StageBars(),
         )
         say(

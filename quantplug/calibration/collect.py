@@ -86,7 +86,7 @@ def _record_layer(key: ParamKey, num_layers: int) -> int | None:
 
     A key counts the layers of multi-token prediction from 0, a record goes on counting after the decoder's.
     """
-    return key.layer if key.layer is None or key.stack != "mtp" else num_layers + key.layer
+    return key.layer if key.layer is None or not key.is_mtp else num_layers + key.layer
 
 
 def _with_tokens(row: StatisticsRow, record: CalibrationRecord, num_layers: int) -> StatisticsRow:

@@ -51,6 +51,19 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     return bool(said)
 
 
+def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any], nested: str | None) -> dict[str, Any]:
+    """A config with other settings of a model.
+
+    Args:
+        nested: Key of the language model's settings in that of a whole of several models; None where there is none.
+            What the whole says too is changed there likewise.
+    """
+    if nested is None:
+        return {**config, **settings}
+    said_twice = {name: value for name, value in settings.items() if name in config}
+    return {**config, **said_twice, nested: {**config[nested], **settings}}
+
+
 def architecture_of(config: dict[str, Any], directory: Path) -> str:
     """`architectures[0]`.
 

@@ -1,5 +1,6 @@
 """The config.json of a Hugging Face checkpoint: all that an export reads of its source."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from quantplug.checkpoint.config_file import architecture_of, config_error, read_config_file, refuse_own_code
+from quantplug.checkpoint.config_file import (
+    architecture_of,
+    config_error,
+    read_config_file,
+    refuse_own_code,
+    with_settings,
+)
 from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
@@ -54,6 +61,12 @@ class SourceConfig:
         """Type that the weights were saved in, by the config; BF16 if it says none that a model can be built in."""
         spelled = str(self.values.get("dtype")).removeprefix("torch.")
         return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
+
+    def changed(self, settings: Mapping[str, Any]) -> "SourceConfig":
+        """The config with other settings of its (language) model, as it stands in the file too."""
+        nested = find_family(self.architecture).nested
+        raw, values = (with_settings(config, settings, nested) for config in (self.raw, self.values))
+        return replace(self, raw=raw, values=values)
 
 
 def read_source_config(

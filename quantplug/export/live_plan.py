@@ -13,13 +13,14 @@ from quantplug.checkpoint.source_config import SourceConfig, read_source_config
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.types import ExportPlan, WholeWeight
+from quantplug.export.sources.choices import Choices
 from quantplug.export.sources.live import Model, live_weights
 from quantplug.export.sources.live_rows import LiveSource
 from quantplug.export.sources.live_settings import check_settings
 from quantplug.export.sources.passthrough import Passthrough, has_passthrough, open_passthrough, passthrough_refs
 from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
+from quantplug.export.sources.vocabulary import add_grown, with_vocabulary
 from quantplug.findings import Findings
-from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family
@@ -60,6 +61,8 @@ def plan_export(
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     unchecked_settings: Collection[str] = (),
+    vocab_size: int | None = None,
+    drop_mtp: bool = False,
     calibrated: bool = True,
     with_passthrough: bool = True,
     requantize: Requantize | None = None,
@@ -78,14 +81,23 @@ def plan_export(
     """
     # Before anything is read, as it raises where Megatron's groups are not initialized.
     topology = current_topology()
-    source = all_or_none(lambda: _read_source(model, pretrained_model_name_or_path, trust_remote_code))
-    family, dims, beside = all_or_none(lambda: _fit(source, topology, with_passthrough=with_passthrough))
+    choices = Choices(vocab_size, drop_mtp)
+    source = all_or_none(lambda: _read_source(model, pretrained_model_name_or_path, trust_remote_code, choices))
+    family, dims, beside = all_or_none(lambda: _fit(source, topology, choices, with_passthrough=with_passthrough))
     # First of all: where a setting differs, what follows from it would fill pages, or nothing does.
     all_or_none(lambda: check_settings(model, source, unchecked_settings))
     weights = all_or_none(lambda: live_weights(model))
-    refs = (*weights.refs, *beside.refs)
+    refs = (*(ref for ref in weights.refs if not (drop_mtp and ref.key.is_mtp)), *beside.refs)
     inventories = gather_inventories(
-        RankInventory(topology.rank, group_ranks(), refs, weights.unclaimed, weights.attentions, judge_rules(model))
+        RankInventory(
+            topology.rank,
+            group_ranks(),
+            refs,
+            weights.unclaimed,
+            weights.attentions,
+            judge_rules(model),
+            weights.vocabulary,
+        )
     )
 
     # From here on every rank works on the same data, and so comes to the same plan or the same error.
@@ -95,6 +107,8 @@ def plan_export(
         refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
     findings = Findings(ranks=len(inventories) > 1)
     wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
+    if vocab_size is None:
+        add_grown(wholes, family, dims, inventories[0].vocabulary, findings)
     findings.raise_if_any()
     # Copies on several ranks are named once.
     unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
@@ -110,7 +124,9 @@ def plan_export(
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
-        reference={name: tensor.shape for name, tensor in stored.items()},
+        reference=with_vocabulary({name: tensor.shape for name, tensor in stored.items()}, family, dims)
+        if vocab_size is not None
+        else {name: tensor.shape for name, tensor in stored.items()},
         source_types={name: tensor.dtype for name, tensor in stored.items()},
         unclaimed=unclaimed,
         attentions=attentions,
@@ -124,15 +140,15 @@ def plan_export(
     return PlannedExport(plan, source, family, live)
 
 
-def _read_source(model: Model, name_or_path: str | Path, trust_remote_code: bool) -> SourceConfig:
+def _read_source(model: Model, name_or_path: str | Path, trust_remote_code: bool, choices: Choices) -> SourceConfig:
     """The config of a source, which is fetched whole only if tensors of it are carried over."""
     # The config first, by itself: from the hub the weights would be hundreds of gigabytes, and only a source of which
     # tensors are carried over needs them.
     directory = resolve_source(name_or_path, weights=False)
     # By the config of the model, which is the same on all ranks; the layers are on the last stage alone.
-    has_mtp = any(chunk.config.mtp_num_layers for chunk in model_chunks(model))
-    config = read_source_config(directory, trust_remote_code, model_has_mtp=has_mtp)
-    family = find_family(config.architecture)
+    has_mtp = choices.drop_mtp or any(chunk.config.mtp_num_layers for chunk in model_chunks(model))
+    config = choices.of(read_source_config(directory, trust_remote_code, model_has_mtp=has_mtp))
+    family = choices.family(config)
     if not has_passthrough(config, family, family.dimensions(config.values)):
         return config
     return replace(config, directory=resolve_source(name_or_path))
@@ -156,10 +172,10 @@ def _stored(
 
 
 def _fit(
-    source: SourceConfig, topology: ParallelTopology, *, with_passthrough: bool
+    source: SourceConfig, topology: ParallelTopology, choices: Choices, *, with_passthrough: bool
 ) -> tuple[Family, ModelDimensions, Passthrough]:
     """The table for this source, and what this rank brings of it to the export."""
-    family = find_family(source.architecture)
+    family = choices.family(source)
     dims = family.dimensions(source.values)
     if with_passthrough and has_passthrough(source, family, dims):
         # Opened once and kept open: rows are read from it when they are written.

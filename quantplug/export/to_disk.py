@@ -38,6 +38,8 @@ def export_mcore_gpt_to_hf(
     max_shard_size: int = MAX_SHARD_SIZE,
     amax: WeightAmax | str = WeightAmax.CALIBRATED,
     unchecked_settings: Collection[str] = (),
+    vocab_size: int | None = None,
+    drop_mtp: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
     """Writes a Megatron-Core model as a Hugging Face checkpoint, quantized as its quantizers say.
@@ -60,6 +62,10 @@ def export_mcore_gpt_to_hf(
             `clip`, they are clipped, as in training with fake quantization.
         unchecked_settings: Settings that are not held against the config, by the names that errors give them: those in
             which the model differs on purpose, and those of config.json that are not converted to Megatron.
+        vocab_size: Number of tokens that the model was trained with: so many rows of the embedding and the output layer
+            are written, and config.json says it. None for that of the config; a model with more rows than padding
+            explains is then refused.
+        drop_mtp: Whether layers of multi-token prediction are left out; config.json then counts none.
         progress: Called as (stage, done, total), in bytes of the weights that this rank has.
 
     Raises:
@@ -92,6 +98,8 @@ def export_mcore_gpt_to_hf(
         trust_remote_code=trust_remote_code,
         max_shard_size=max_shard_size,
         unchecked_settings=unchecked_settings,
+        vocab_size=vocab_size,
+        drop_mtp=drop_mtp,
     )
     plan, weights, source, rank = planned.plan, planned.weights, planned.source, topology.rank
     side_files = all_or_none(lambda: choose_side_files(source.directory, code=trust_remote_code))

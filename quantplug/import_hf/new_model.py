@@ -30,6 +30,7 @@ def build_model(
     virtual_stages: None = None,
     pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
+    vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel: ...
 @overload
@@ -42,6 +43,7 @@ def build_model(
     virtual_stages: int,
     pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
+    vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> list[LanguageModel]: ...
 def build_model(
@@ -53,6 +55,7 @@ def build_model(
     virtual_stages: int | None = None,
     pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
+    vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel | list[LanguageModel]:
     """Builds what this rank holds of a model, from its Hugging Face directory. All ranks call it together.
@@ -71,6 +74,7 @@ def build_model(
             `E|ttttL` is the embedding alone, then four layers and the output layer; with `m` for the layers of
             multi-token prediction, and one stage after the other, virtual ones too. None for as many layers on each.
         trust_remote_code: Whether transformers may run the checkpoint's code to read its config.
+        vocab_size: Number of tokens that the model has rows for; None for that of the config.
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Returns:
@@ -91,7 +95,7 @@ def build_model(
     def fitting() -> MegatronConfig:
         if virtual_stages is not None:
             _require_pipeline(topology)
-        config = megatron_config(source)
+        config = megatron_config(source if vocab_size is None else source.changed({"vocab_size": vocab_size}))
         check_divisible(config, topology, virtual_stages, layer_spec, pipeline_layout)
         return config
 

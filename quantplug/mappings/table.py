@@ -39,6 +39,12 @@ class ParamKey:
         """What holds the layer in Megatron: `decoder` or `mtp`, each of which counts its layers from 0."""
         return self.module.partition(".")[0]
 
+    @property
+    def is_mtp(self) -> bool:
+        """Whether it belongs to a layer of multi-token prediction that Megatron's model holds."""
+        # Tensors that are carried over may begin likewise, and are in no layer of Megatron's.
+        return self.layer is not None and self.stack == "mtp"
+
 
 def fill(pattern: str, layer: int | None, expert: int | None) -> str:
     """Puts the layer into the first `*` of a pattern and the expert into the next.

@@ -32,8 +32,13 @@ def match_table(
     # By what a parameter stands for, not by its name: TE and local layer specs spell the same one differently.
     found: dict[Slot, tuple[WholeWeight, WeightMapping]] = {}
     expected = dict(_expected(family, dims, tied))
+    extra: dict[int, int] = {}
     for weight in weights:
         mapping = table.get(weight.key.module)
+        # A layer has dozens of weights, and is one thing that is there too much.
+        if weight.key.layer is not None and weight.key.is_mtp and weight.key.layer >= dims.mtp_layers:
+            extra.setdefault(weight.key.layer, weight.rank)
+            continue
         if mapping is None:
             hint = nearest(weight.key.module, table)
             findings.add_weight(_UNKNOWN, weight, f"not in the table of {family.name}{hint}")
@@ -45,6 +50,10 @@ def match_table(
         elif slot not in expected:
             findings.add_weight(_UNKNOWN, weight, f"a model of this config has no {', '.join(names)}")
         found[slot] = (weight, mapping.of_norm(weight.zero_centred, usual=family.zero_centred))
+    has_rows = any(row.block.is_mtp for row in family.mappings)
+    for layer, rank in sorted(extra.items()):
+        reason = f"a model of this config has {dims.mtp_layers or 'none'}"
+        findings.add(_extra_mtp(family, has_rows), f"mtp.layers.{layer}", reason, rank=rank)
     for slot, key in expected.items():
         if slot not in found:
             findings.add(_MISSING, key.name, f"needed for {', '.join(slot[0])}", key.expert)
@@ -60,7 +69,19 @@ def _no_mtp(setting: str) -> Kind:
     return Kind(
         MappingError,
         "The config promises layers of multi-token prediction, and the model has none.",
-        f"Build the model with them (mtp_num_layers), or set {setting} to 0 in config.json.",
+        f"Build the model with them (mtp_num_layers), or set {setting} to 0 in config.json, or pass drop_mtp=True, "
+        "which writes it so.",
+    )
+
+
+def _extra_mtp(family: Family, has_rows: bool) -> Kind:
+    counted = (
+        f"Set {family.mtp_setting} in config.json to as many as the model has, or export" if has_rows else "Export"
+    )
+    return Kind(
+        MappingError,
+        "The model has layers of multi-token prediction that its config does not count.",
+        f"{counted} without any: drop_mtp=True (--drop-mtp).",
     )
 
 

@@ -11,6 +11,7 @@ from modelopt.torch.quantization.qtensor import QTensorWrapper
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef
+from quantplug.export.sources.vocabulary import ToldVocabulary
 from quantplug.findings import Findings, Kind
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
@@ -43,11 +44,13 @@ class LiveWeights:
         refs: One for each weight, of this rank's slice.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear, nor to a KV cache.
         attentions: What the quantizers of its attention layers say of a KV cache.
+        vocabulary: What the model's own config says of its vocabulary.
     """
 
     refs: tuple[WeightRef, ...]
     unclaimed: tuple[str, ...]
     attentions: tuple[KVQuantizers, ...]
+    vocabulary: ToldVocabulary
 
 
 def live_weights(model: Model) -> LiveWeights:
@@ -104,7 +107,16 @@ def live_weights(model: Model) -> LiveWeights:
         for quantizer, name in names.items()
         if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer not in claimed
     ]
-    return LiveWeights(tuple(refs), tuple(unclaimed), attentions)
+    return LiveWeights(tuple(refs), tuple(unclaimed), attentions, _told_vocabulary(model))
+
+
+def _told_vocabulary(model: Model) -> ToldVocabulary:
+    """What a config that is more than Megatron-Core's says, as Megatron-Bridge's providers are."""
+    said = vars(model_chunks(model)[0].config)
+    tokens, multiple = (said.get(name) for name in ("vocab_size", "make_vocab_size_divisible_by"))
+    return ToldVocabulary(
+        tokens if isinstance(tokens, int) else None, multiple if isinstance(multiple, int) and multiple > 0 else None
+    )
 
 
 def _is_tied(model: Model) -> bool:

@@ -6,11 +6,12 @@ same plan, or raise the same error, without asking one another again.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from quantplug.errors import CalibrationError, MappingError, ShapeError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef, WholeWeight, not_here
+from quantplug.export.sources.vocabulary import ToldVocabulary
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import gather_objects
@@ -47,6 +48,7 @@ class RankInventory:
         unclaimed: Names of enabled quantizers that belong to none of them.
         attentions: What the quantizers of its attention layers say of a KV cache.
         rules: The rules of its quantizer config, judged by its quantizers.
+        vocabulary: What the model's own config says of its vocabulary.
     """
 
     rank: int
@@ -55,6 +57,7 @@ class RankInventory:
     unclaimed: tuple[str, ...] = ()
     attentions: tuple[KVQuantizers, ...] = ()
     rules: tuple[JudgedRule, ...] = ()
+    vocabulary: ToldVocabulary = field(default_factory=ToldVocabulary)
 
 
 def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:

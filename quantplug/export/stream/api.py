@@ -147,6 +147,9 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         bucket_bytes: Memory of a bucket; beyond the model there are two of them and the largest tensor. A `quant_fn`
             that must be given whole weights needs two copies of one, and what it uses itself, on top.
         unchecked_settings: Settings that are not held against the config, by the names that errors give them.
+        vocab_size: Number of tokens that the model was trained with, so many rows of the embedding and the output layer
+            are given; None for that of the config.
+        drop_mtp: Whether layers of multi-token prediction are left out.
 
     Returns:
         An iterator over (name, tensor): each weight with its scales right after it, layer by layer; CPU tensors with

@@ -67,6 +67,8 @@ class StreamRequest:
     amax: WeightAmax | str = WeightAmax.CALIBRATED
     bucket_bytes: int = BUCKET_BYTES
     unchecked_settings: Collection[str] = ()
+    vocab_size: int | None = None
+    drop_mtp: bool = False
 
     @property
     def named_format(self) -> QuantFormat | OwnQuantizers | None:

@@ -1,0 +1,48 @@
+"""What a caller has chosen to be otherwise than config.json says, which the config that is written will then say."""
+
+from dataclasses import dataclass, replace
+
+from quantplug.checkpoint.source_config import SourceConfig
+from quantplug.errors import ArgumentError, Offender
+from quantplug.mappings.families import find_family
+from quantplug.mappings.table import Family
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is chosen.
+
+    Attributes:
+        vocab_size: Number of tokens; None for the config's.
+        drop_mtp: Whether layers of multi-token prediction are left out.
+    """
+
+    vocab_size: int | None = None
+    drop_mtp: bool = False
+
+    def family(self, source: SourceConfig) -> Family:
+        """The table of a source; one that carries no layers of multi-token prediction over if these are dropped."""
+        family = find_family(source.architecture)
+        if not self.drop_mtp:
+            return family
+        kept = tuple(beginning for beginning in family.passthrough if not beginning.startswith("mtp."))
+        return replace(family, passthrough=kept)
+
+    def of(self, source: SourceConfig) -> SourceConfig:
+        """The source's config as it is by these choices.
+
+        Raises:
+            ArgumentError: A `vocab_size` that is no number of tokens.
+        """
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ArgumentError(
+                "A vocabulary has at least a token.",
+                [Offender("vocab_size", f"is {self.vocab_size}")],
+                "Pass the number of tokens that the model was trained with; None for that of the config.",
+            )
+        family = find_family(source.architecture)
+        said = source.values[family.nested] if family.nested else source.values
+        changes = {} if self.vocab_size is None else {"vocab_size": self.vocab_size}
+        if self.drop_mtp and said.get(family.mtp_setting):
+            changes[family.mtp_setting] = 0
+        return source.changed(changes)
