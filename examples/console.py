@@ -23,9 +23,12 @@ def say(text: str) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints an error that is the user's to mend without a traceback, and exits with status 1."""
+    """Prints an error that is the user's to mend without a traceback, and exits with status 1; 130 after Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        say("Stopped. Files that an export had finished are kept: the same command goes on from there.")
+        raise SystemExit(130) from interrupt
     except (QuantplugError, OSError) as error:
         # soft_wrap: names and paths stay whole, to be searched for and copied.
         said = printable_lines(f"{type(error).__name__}: {error}")

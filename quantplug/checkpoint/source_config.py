@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from quantplug.checkpoint.config_file import (
     architecture_of,
@@ -18,10 +18,11 @@ from quantplug.checkpoint.config_file import (
 )
 from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
+from quantplug.checkpoint.untrusted.json_reader import as_object
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.families import find_family
-from quantplug.mappings.table import MegatronConfig
+from quantplug.mappings.table import Family, MegatronConfig
 
 # What transformers' classes, and the tables after them, raise of settings of a wrong type.
 _REFUSALS = (
@@ -88,7 +89,7 @@ def read_source_config(
     refuse_own_code(directory, trusted=trust_remote_code)
     family = find_family(architecture)  # Before transformers, whose error would not list what we support.
     try:
-        values = dict(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).to_dict())
+        values = _all_settings(directory, raw, family, trust_remote_code)
         # What transformers takes for a config may still say no sizes of a model.
         dims = read_dimensions(values, family)
     except _REFUSALS as error:
@@ -96,6 +97,25 @@ def read_source_config(
     found = SourceConfig(directory, architecture, raw.get("quantization_config"), raw, values)
     lost = None if model_has_mtp else lost_mtp(values, family, dims, stored_names(directory))
     return found if lost is None else replace(found, raw=lost.without(raw), values=lost.without(values), lost_mtp=lost)
+
+
+def _all_settings(directory: Path, raw: Mapping[str, Any], family: Family, trust_remote_code: bool) -> dict[str, Any]:
+    """The settings with the defaults that transformers fills in."""
+    plain = _with_flags(raw, family)
+    # transformers reads files alone, and refuses a number for a flag; what it makes of a file's settings is this.
+    if plain != raw and raw.get("model_type") in CONFIG_MAPPING:
+        return dict(CONFIG_MAPPING[raw["model_type"]].from_dict(plain).to_dict())
+    return dict(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).to_dict())
+
+
+def _with_flags(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The settings with true and false for what the family calls flags, and a publisher wrote as numbers."""
+    settings = raw if family.nested is None else as_object(raw.get(family.nested))
+    flags = {name: bool(settings[name]) for name in family.flags if type(settings.get(name)) is int}
+    if not flags:
+        return dict(raw)
+    mended = {**settings, **flags}
+    return mended if family.nested is None else {**raw, family.nested: mended}
 
 
 def megatron_config(source: SourceConfig) -> MegatronConfig:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from quantplug.cli.terminal import byte_bar, plain, user_errors
 from quantplug.export.files.finish import ExportResult
+from quantplug.export.files.staging import unfinished_of
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import KVCacheFormat, QuantFormat
 
@@ -36,11 +37,12 @@ def quantize(
 ) -> None:
     """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
 
-    Killed, it goes on where it was when the same command is run again. Exit status: 0, or 2 when it cannot be done.
+    Killed, it goes on where it was when the same command is run again. Exit status: 0, 2 when it cannot be done, 130
+    when Ctrl-C stops it.
     """
     # A clock that no time server sets back.
     start = time.perf_counter()
-    with user_errors(), byte_bar() as bar:
+    with user_errors(lambda: _kept(destination)), byte_bar() as bar:
         result = quantize_checkpoint(
             source,
             destination,
@@ -52,6 +54,14 @@ def quantize(
             progress=bar,
         )
     _print_result(result, time.perf_counter() - start, Console())
+
+
+def _kept(destination: Path) -> str:
+    """What a run that was stopped has left, and how to go on."""
+    unfinished = unfinished_of(destination)
+    if not unfinished.exists():
+        return "Nothing was finished, and nothing is left: run the same command to begin again."
+    return f"Finished files are kept in {unfinished}: the same command goes on from there; or delete that directory."
 
 
 def _print_result(result: ExportResult, seconds: float, console: Console) -> None:

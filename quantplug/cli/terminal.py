@@ -1,7 +1,7 @@
 """What the commands share at a terminal: errors that end with a status, a bar of bytes, and text as it is."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -24,11 +24,22 @@ USAGE_ERROR = 2
 """The exit status of a command that could not do what it was asked, as click's own for wrong options."""
 
 
+INTERRUPTED = 130
+"""The exit status of a command that Ctrl-C ended: 128 and the number of SIGINT, as shells have it."""
+
+
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Prints an error that is the user's to mend on stderr, without a traceback, and exits with `USAGE_ERROR`."""
+def user_errors(stopped: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
+    """Prints an error that is the user's to mend on stderr, without a traceback, and exits with `USAGE_ERROR`.
+
+    Args:
+        stopped: What to say of what is kept when Ctrl-C ends the command, and of how to go on.
+    """
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        _print_whole(f"Stopped.\n{stopped()}")
+        raise typer.Exit(INTERRUPTED) from interrupt
     # What is left are bugs, whose traceback is wanted. An OSError says of its own accord what file it is about.
     except (QuantplugError, OSError) as problem:
         exit_with(str(problem), problem)
@@ -36,9 +47,13 @@ def user_errors() -> Iterator[None]:
 
 def exit_with(message: str, cause: Exception) -> NoReturn:
     """Prints a message on stderr and exits with `USAGE_ERROR`."""
+    _print_whole(message)
+    raise typer.Exit(USAGE_ERROR) from cause
+
+
+def _print_whole(message: str) -> None:
     # Neither markup nor wrapping: names and paths are shown as they are, whole, to be searched for and copied.
     Console(stderr=True).print(printable_lines(message), markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(USAGE_ERROR) from cause
 
 
 class ByteBar:

@@ -412,6 +412,7 @@ class Family:
             model: they go from the source into what is written as they are.
         needs_source: Whether a model of this config must have such tensors, so that an export takes the whole source;
             where it only may, they are taken if the source has some.
+        flags: Settings, where the sizes are, that publishers write as numbers and readers take for true or false.
         forms: Rows that stand for the same parameters as some of the table, in checkpoints that hold them otherwise.
         zero_centred: Whether the table is of a Megatron model whose norms multiply with 1 + weight, as what
             `megatron_config` gives says too (`layernorm_zero_centered_gamma`). A live model's may be otherwise: its
@@ -429,6 +430,7 @@ class Family:
     mtp_setting: str = "num_nextn_predict_layers"
     passthrough: tuple[str, ...] = ()
     needs_source: Callable[[Mapping[str, Any]], bool] = _never
+    flags: tuple[str, ...] = ()
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
     zero_centred: bool = False
 

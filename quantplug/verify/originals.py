@@ -260,7 +260,8 @@ def _fp8_original(
     # A partial block at the edge has a scale too.
     blocks = tuple(-(-size // side) for size, side in zip(matrix, block, strict=False))
     rank = 2 if transposed is None else 3
-    if len(info.shape) != rank or scales.shape != (*experts, *blocks) or not is_plain(scales):
+    readable = is_plain(scales) or scales.dtype == "F8_E8M0"
+    if len(info.shape) != rank or scales.shape != (*experts, *blocks) or not readable:
         return None
     if transposed is None:
         return Fp8Original(source, info, scales, block)

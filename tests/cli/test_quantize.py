@@ -44,6 +44,34 @@ def test_quantize_that_cannot_be_done_exits_2(options: tuple[str, ...], tiny_qwe
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "moment", ["quantplug.cli.terminal.ByteBar.__call__", "quantplug.export.files.finish.write_configs"]
+)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    moment: str, tiny_qwen3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first look at a weight, when nothing is finished yet, and when every file of weights is."""
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "w4a16_nvfp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, interrupt)
+        code, output = run(*arguments)
+    lines = output.splitlines()
+    assert (code, lines[0], len(lines)) == (130, "Stopped.", 2)
+    left = list(tmp_path.iterdir())
+    if moment.endswith("write_configs"):
+        assert [str(path) for path in left] == [str(tmp_path / ".out.partial")]
+        assert f"kept in {left[0]}: the same command goes on from there" in lines[1]
+        assert list(left[0].rglob("*.safetensors"))
+    else:
+        assert (left, lines[1].partition(":")[0]) == ([], "Nothing was finished, and nothing is left")
+    assert run(*arguments)[0] == 0
+    assert run("verify", tmp_path / "out", "--source", tiny_qwen3_dir)[0] == 0
+
+
 def test_a_terminal_sees_how_far_quantize_is(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     reader, writer = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}

@@ -90,6 +90,35 @@ def test_other_tensors_keep_their_own_type(dtype: torch.dtype, sources: Sources,
     assert verify_checkpoint(tmp_path / "out", source).ok
 
 
+@pytest.mark.parametrize("exclude", [(), ("model.layers.0.*", "model.layers.1.mlp.*")], ids=["packed", "plain"])
+def test_parts_of_one_linear_may_be_of_several_types(
+    exclude: tuple[str, ...], sources: Sources, tmp_path: Path
+) -> None:
+    """Packed they are packed from the values that each holds, plain each keeps its own type."""
+    tensors = load_file(sources("moe") / "model.safetensors")
+    query = "model.layers.0.self_attn.q_proj.weight"
+    # Values that BF16 and FP16 do not hold, and one that FP16 does not: of another part.
+    wide = {query: tensors[query].float() * 1.0001, UP: tensors[UP].half()}
+    source = edited(sources("moe"), tmp_path / "in", {**wide, GATE: tensors[GATE] * 2**20})
+    quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4", exclude=exclude)
+    single = {name: tensor.float() for name, tensor in read(source).items()}
+    quantize_checkpoint(
+        edited(sources("moe"), tmp_path / "single", single, dtype="float32"),
+        tmp_path / "expected",
+        "w4a16_nvfp4",
+        exclude=exclude,
+    )
+    original, found, expected = read(source), read(tmp_path / "out"), read(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        is_plain = tensor.dtype is not torch.uint8 and name in original
+        assert same_bytes(tensor, original[name] if is_plain else expected[name]), name
+    assert (found[query].dtype, found[UP].dtype) == (
+        (torch.float32, torch.float16) if exclude else (torch.uint8, torch.uint8)
+    )
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
 def test_many_files_hold_the_same_tensors(sources: Sources, tmp_path: Path) -> None:
     one = quantize_checkpoint(sources("moe"), tmp_path / "one", "w4a16_nvfp4")
     many = quantize_checkpoint(sources("moe"), tmp_path / "many", "w4a16_nvfp4", max_shard_size=100_000)
@@ -301,7 +330,6 @@ REFUSALS: list[tuple[dict[str, torch.Tensor | None], dict[str, object], type[Qua
     ({"model.layers.0.stray.weight": torch.zeros(2)}, {}, MappingError, "model.layers.0.stray.weight"),
     ({UP: torch.zeros(2, 2, dtype=torch.int8)}, {}, SourceError, UP),
     ({UP: torch.zeros(96, 160, dtype=torch.float64)}, {}, SourceError, UP),
-    ({UP: torch.zeros(96, 160, dtype=torch.float32)}, {}, SourceError, UP),
     ({UP: torch.zeros(94, 160, dtype=torch.bfloat16)}, {}, ShapeError, UP),
     ({UP: torch.zeros(96, 158, dtype=torch.bfloat16)}, {}, ShapeError, GATE),
     ({"model.norm.weight": torch.zeros((), dtype=torch.bfloat16)}, {}, ShapeError, "model.norm.weight"),
@@ -312,7 +340,22 @@ REFUSALS: list[tuple[dict[str, torch.Tensor | None], dict[str, object], type[Qua
     ({}, {"num_hidden_layers": "two"}, SourceError, "sizes"),
     ({}, {"architectures": None}, SourceError, "names no architecture"),
     ({}, {"architectures": ["BertModel"]}, UnsupportedModelError, "BertModel"),
-    ({}, {"quantization_config": {"quant_method": "fp8"}}, SourceError, "quantized already"),
+    ({}, {"quantization_config": {"quant_method": "fp8"}}, SourceError, "remove quantization_config from config.json"),
+    (
+        {UP: torch.zeros(96, 160).to(torch.float8_e4m3fn)},
+        {"quantization_config": {"quant_method": "fp8"}},
+        SourceError,
+        "quantized already",
+    ),
+    (
+        {f"{UP}_scale": torch.ones(1)},
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        SourceError,
+        "quantized already",
+    ),
+    ({}, {"num_experts": "4"}, SourceError, "num_experts: is '4', not a whole number"),
+    ({}, {"moe_intermediate_size": "96"}, SourceError, "moe_intermediate_size: is '96', not a whole number"),
+    ({}, {"num_hidden_layers": 2.0}, SourceError, "num_hidden_layers: is 2.0, not a whole number"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Tensors that models compute with in FP32: their type on disk is the source's, and no bit of them is lost."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantplug import export_mcore_gpt_to_hf
+from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
@@ -52,3 +55,23 @@ def test_without_the_source_s_weights_they_are_written_as_all_others(source: Pat
     stored, exported = read(source), read(tmp_path / "out")
     for name in [name for name in stored if name.endswith(WIDE)]:
         assert same_bytes(exported[name], stored[name].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "llama4"])
+def test_a_flag_that_was_published_as_a_number_is_read_as_one(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Llama 4's attn_temperature_tuning is 4 in its published config, which transformers 5 refuses."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint(name), source)
+    config = json.loads((source / "config.json").read_text())
+    config.get("text_config", config)["attn_temperature_tuning"] = 4
+    (source / "config.json").write_text(json.dumps(config))
+    values, plain = read_source_config(source).values, read_source_config(checkpoint(name)).values
+    assert values.get("text_config", values)["attn_temperature_tuning"] is True
+    assert {**values, "_name_or_path": ""} == {**plain, "_name_or_path": ""}
+    with one_rank():
+        export_mcore_gpt_to_hf(quantize(load(checkpoint(name)), "w4a16_nvfp4", source), source, tmp_path / "out")
+    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4")
+    for directory in ("out", "free"):
+        assert verify_checkpoint(tmp_path / directory, source).ok

@@ -116,6 +116,20 @@ def test_dtype_rounds_and_the_router_has_its_own(tiny_qwen3_moe_dir, tmp_path):
         assert (parameter.tensor[:8] == rounded).all()
 
 
+def test_parts_of_one_linear_in_several_types_are_read_as_the_values_that_they_are(tiny_qwen3_dir, tmp_path):
+    tensors = load_file(tiny_qwen3_dir / "model.safetensors")
+    query, up = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    mixed = {**tensors, query: tensors[query].float() * 1.0001, up: tensors[up].half()}
+    found = []
+    for name, saved in {"mixed": mixed, "single": {key: tensor.float() for key, tensor in mixed.items()}}.items():
+        source = shutil.copytree(tiny_qwen3_dir, tmp_path / name)
+        save_file(saved, source / "model.safetensors", metadata={"format": "pt"})
+        model = build(source)
+        import_mcore_gpt_from_hf(model, source)
+        found.append([parameter.tensor for parameter in iter_parameters(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_progress_is_called_for_every_parameter(tiny_qwen3_dir):
     model, calls = build(tiny_qwen3_dir), []
     import_mcore_gpt_from_hf(model, tiny_qwen3_dir, progress=lambda *call: calls.append(call))
@@ -194,7 +208,7 @@ def test_quantized_source_is_refused(tiny_qwen3_dir, tmp_path):
     quantization = {"quant_method": "fp8", "activation_scheme": "static"}
     directory = copy_with(tiny_qwen3_dir, tmp_path / "model", quantization_config=quantization)
     model = build(tiny_qwen3_dir)
-    with pytest.raises(SourceError, match="quantized already"):
+    with pytest.raises(SourceError, match="remove quantization_config"):
         import_mcore_gpt_from_hf(model, directory)
     assert_untouched(model)
 

@@ -207,7 +207,11 @@ def test_llama_3_without_its_factor_is_refused():
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones():
     with pytest.raises(UnsupportedModelError, match=r"Use one of: .*LlamaForCausalLM, .*Qwen3ForCausalLM") as caught:
         find_family("Qwen3MoEForCausalLM")
-    assert "nearest is Qwen3MoeForCausalLM" in str(caught.value)
+    assert "is spelled Qwen3MoeForCausalLM" in str(caught.value)
+    # Which a comparison of letters takes for Glm4MoeForCausalLM.
+    with pytest.raises(UnsupportedModelError) as caught:
+        find_family("OlmoeForCausalLM")
+    assert [offender.reason for offender in caught.value.offenders] == ["is 'OlmoeForCausalLM'"]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -16,7 +16,8 @@ from quantplug.errors import Offender
 METHOD = "fp8"
 
 _SCALES = "_scale_inv"
-_SCALE_TYPES = (torch.float32, torch.bfloat16)
+# The last is a power of two alone, 2^(code - 127) (OCP Microscaling Formats v1.0, 5.4.1).
+_SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 
 BlockSize = tuple[int, int]
 

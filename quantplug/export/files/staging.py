@@ -54,6 +54,12 @@ def _obstacle(export_dir: Path) -> str | None:
     return None
 
 
+def unfinished_of(destination: Path) -> Path:
+    """The hidden directory beside a destination in which an export to it grows, and which a killed one leaves."""
+    resolved = destination.resolve()
+    return resolved.with_name(f".{resolved.name}.partial")
+
+
 class Staging:
     """The hidden directory beside the destination in which an export grows.
 
@@ -68,7 +74,7 @@ class Staging:
 
     def __init__(self, destination: Path, digest: str, fingerprint: str, rank: int, world_size: int) -> None:
         self.destination = destination.resolve()  # A rename would replace a link, not what it points to.
-        self._root = self.destination.with_name(f".{self.destination.name}.partial")
+        self._root = unfinished_of(destination)
         # What becomes the checkpoint holds nothing else; what tells exports apart lies beside it.
         self.directory = self._root / "checkpoint"
         self._identity = {"digest": digest, "fingerprint": fingerprint}

@@ -62,7 +62,7 @@ def _is_packed(piece: Piece) -> bool:
 def pack_rows(task: ExportTask, part: PartOutput, rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Rows of a part as they are written: packed, or in the type of plain tensors; on their device."""
     if part.format is None:
-        return (rows.to(task.dtype),)
+        return (rows.to(part.plain_dtype),)
     # FP32, in which the scale is computed: the same on every rank, so that slices packed apart have one scale.
     amax = torch.tensor(task.amax, dtype=torch.float32, device=rows.device)
     return tuple(part.format.pack(rows, amax).tensors.values())

@@ -136,14 +136,23 @@ def _judge(task: ExportTask, amax: float, source: Source, policy: WeightAmax, fi
     # First, as no comparison below is true of a NaN.
     if not math.isfinite(amax):
         _add_nonfinite(task, source, findings)
-    elif any(part.format is None for part in task.outputs) and not _fits(amax, task.dtype):
-        findings.add(_OVERFLOW, name, f"overflows {task.dtype}", expert)
+    elif (overflown := _overflown(task, amax)) is not None:
+        findings.add(_OVERFLOW, name, f"overflows {overflown}", expert)
     elif policy is not WeightAmax.REFRESH and has_grown(task, amax):
         # Also where clipping is wanted: clipped to 0 the whole weight would be gone.
         if task.amax == 0:
             findings.add(_LOST, name, f"amax is 0, the weight has {amax:.6g}", expert)
         elif policy is WeightAmax.CALIBRATED:
             findings.add(_GROWN, name, f"holds {amax:.6g}, its quantizer's amax is {task.amax:.6g}", expert)
+
+
+def _overflown(task: ExportTask, amax: float) -> torch.dtype | None:
+    """The type of a plain part that a weight with this amax does not fit; None where it fits all."""
+    # Parts of several types each keep their own, in which their values are already.
+    if task.source.part_dtypes:
+        return None
+    plain = (part.plain_dtype for part in task.outputs)
+    return next((dtype for dtype in plain if dtype is not None and not _fits(amax, dtype)), None)
 
 
 def _fits(amax: float, dtype: torch.dtype) -> bool:

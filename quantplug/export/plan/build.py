@@ -190,11 +190,13 @@ class _Packing:
             shapes = layout_shapes(weight.shape, mapping.layout, self.dims)
         # By the row that is written, which may place no expert where the stored one does.
         placement = mapping.placement(weight.key, self.dims)
-        plain = self._plain_dtype(weight, mapping)
+        plain = self._plain_dtypes(weight, mapping, len(shapes))
         formats = [None if pattern in mapping.high_precision else packing for pattern in mapping.hf]
         outputs = tuple(
-            PartOutput(name, shape, self._tensors(name, shape, plain, of_part, placement), of_part, placement)
-            for name, shape, of_part in zip(mapping.hf_names(weight.key, self.dims), shapes, formats, strict=True)
+            PartOutput(name, shape, self._tensors(name, shape, dtype, of_part, placement), of_part, placement)
+            for name, shape, dtype, of_part in zip(
+                mapping.hf_names(weight.key, self.dims), shapes, plain, formats, strict=True
+            )
         )
         return ExportTask(
             source=weight,
@@ -206,19 +208,25 @@ class _Packing:
             format=packing,
             amax=weight.weight.amax if weight.weight and quantized else None,
             input_amax=weight.activation.amax if weight.activation and quantized else None,
-            dtype=plain,
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
             row_step=None if placement else 1 if packing is None else packing.cut_steps[0],
             outputs=outputs,
             # A source may hold a copy for every MTP layer, or none: what is written follows it. Where nothing is known
             # of its tensors, every copy is written.
             duplicates=tuple(
-                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain, packing, None), packing)
+                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain[0], packing, None), packing)
                 for name in mapping.duplicate_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
             scale_group=self.groups.get(weight.key) if quantized else None,
         )
+
+    def _plain_dtypes(self, weight: WholeWeight, mapping: WeightMapping, parts: int) -> tuple[torch.dtype, ...]:
+        """Types on disk of the parts that stay plain."""
+        # Where each tensor keeps its own type, parts of one weight may have several. Written by another row than they
+        # are stored by they are other parts, which have the one type that holds all values.
+        own = weight.part_dtypes if self.request.dtype is None else ()
+        return own if len(own) == parts else (self._plain_dtype(weight, mapping),) * parts
 
     def _plain_dtype(self, weight: WholeWeight, mapping: WeightMapping) -> torch.dtype:
         # From checkpoint to checkpoint: every plain tensor keeps its own type, routers and norms too.

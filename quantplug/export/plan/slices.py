@@ -64,4 +64,4 @@ def _cuts_a_block(part: tuple[int, ...], whole: tuple[int, ...], packing: Weight
 
 def packed_specs(task: ExportTask, part: PartOutput, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
     """The tensors that `pack_rows` makes of rows [rows, columns] of this shape of a part, in its order."""
-    return (TensorSpec("weight", shape, task.dtype),) if part.format is None else part.format.outputs(shape)
+    return (TensorSpec("weight", shape, part.tensors[0].dtype),) if part.format is None else part.format.outputs(shape)

@@ -88,6 +88,7 @@ class WholeWeight:
         source_names: What its tensors are called where they come from; empty where that is its name in the model.
         zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others, and where
             the values are those of the family.
+        part_dtypes: Types of its parts, where they are of several; `dtype` holds the values of all of them then.
     """
 
     key: ParamKey
@@ -99,6 +100,7 @@ class WholeWeight:
     activation: QuantizerState | None = None
     source_names: tuple[str, ...] = ()
     zero_centred: bool | None = None
+    part_dtypes: tuple[torch.dtype, ...] = ()
 
     @property
     def label(self) -> str:
@@ -133,6 +135,11 @@ class PartOutput:
     format: WeightFormat | None = None
     placement: Placement | None = None
 
+    @property
+    def plain_dtype(self) -> torch.dtype | None:
+        """Type on disk of a part that is not packed; None for one that is."""
+        return self.tensors[0].dtype if self.format is None else None
+
     def nbytes(self, spec: TensorSpec) -> int:
         """Bytes that are written for it of one of its tensors."""
         if self.placement is None:
@@ -158,7 +165,6 @@ class ExportTask:
         format: How its parts are packed, but for those that stay plain; None if all do.
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
         input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
-        dtype: Type of plain parts on disk.
         row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
             give the part's bytes.
         outputs: The parts, in the order of the layout.
@@ -177,7 +183,6 @@ class ExportTask:
     format: WeightFormat | None
     amax: float | None
     input_amax: float | None
-    dtype: torch.dtype
     # Of the format, not of the layout: 16 columns share a scale of NVFP4, any rows can be parted; FP8 blocks part at
     # 128.
     row_step: int | None

@@ -1,6 +1,7 @@
 """The weights of a checkpoint as an export knows them: by the table of the architecture, from headers alone."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 
@@ -67,18 +68,18 @@ def _weight(
     if mapping.role.is_passthrough:
         return WholeWeight(key, headers[0].shape, headers[0].dtype, source_names=names)
     placement = mapping.placement(key, dims)
-    dtype = headers[0].dtype
     for name, header in zip(names, headers, strict=True):
         if header.dtype not in PLAIN_DTYPES:
             findings.add(_DTYPES, name, f"is {header.dtype}", key.expert)
-        # A weight has one type: its parts are one tensor in Megatron, and a piece of it is sized by that.
-        elif header.dtype != dtype:
-            findings.add(_DTYPES, name, f"is {header.dtype}, {names[0]} is {dtype}", key.expert)
+    # Parts may be of several types (a merge that was saved in two goes): each keeps its own.
+    dtypes = tuple(header.dtype for header in headers)
+    dtype = reduce(torch.promote_types, dtypes)
     shape = _merged_shape([_part_shape(header.shape, placement) for header in headers], mapping.layout, dims)
     if shape is None:
         said = ", ".join(f"{name} {list(header.shape)}" for name, header in zip(names, headers, strict=True))
         findings.add(_SHAPE, names[0], f"the config asks for other shapes than {said}", key.expert)
-    return WholeWeight(key, shape or (), dtype, source_names=names)
+    mixed = dtypes if len(set(dtypes)) > 1 else ()
+    return WholeWeight(key, shape or (), dtype, source_names=names, part_dtypes=mixed)
 
 
 def _merged_shape(parts: Sequence[tuple[int, ...]], layout: Layout, dims: ModelDimensions) -> tuple[int, ...] | None:

@@ -1,7 +1,5 @@
 """The architectures that quantplug converts, one file of data each, and those that a user adds."""
 
-from difflib import get_close_matches
-
 from quantplug.errors import ArgumentError, Offender, UnsupportedModelError
 from quantplug.mappings.families.deepseek_v2 import DEEPSEEK_V2
 from quantplug.mappings.families.deepseek_v3 import DEEPSEEK_V3
@@ -88,8 +86,9 @@ def find_family(architecture: str) -> Family:
     served = _served()
     if architecture in served:
         return served[architecture]
-    near = get_close_matches(architecture, served, n=1)
-    hint = f"; the nearest is {near[0]}" if near else ""
+    # Names that look alike stand for models that are not: only another spelling of the same is worth a hint.
+    same = [name for name in served if name.casefold() == architecture.casefold()]
+    hint = f", which is spelled {same[0]}" if same else ""
     raise UnsupportedModelError(
         f"The architecture {architecture!r} is not supported.",
         [Offender("architectures", f"is {architecture!r}{hint}")],

@@ -140,6 +140,8 @@ LLAMA4_TEXT = Family(
         SizeSetting(("intermediate_size_mlp",)),
         SizeSetting(("interleave_moe_layer_step",), optional=True, nullable=True),
     ),
+    # 4 in what Meta published of Scout and Maverick.
+    flags=("attn_temperature_tuning",),
 )
 LLAMA4 = vision_language(
     LLAMA4_TEXT,

@@ -98,6 +98,23 @@ def test_nvfp4_of_it_is_verified_against_it(source: Path, tmp_path: Path) -> Non
     assert name.removesuffix(".weight") in str(verify_checkpoint(tmp_path / "out", source).findings)
 
 
+def test_scales_that_are_powers_of_two_may_be_written_as_such(divisible_dir: Path, tmp_path: Path) -> None:
+    block = (128, 128)
+    source = packed(shutil.copytree(divisible_dir, tmp_path / "fp8"), block)
+    tensors = load_file(source / "model.safetensors")
+    codes = {name: torch.randint(115, 125, scales.shape) for name, scales in tensors.items() if "_scale_inv" in name}
+    exact = {name: torch.ldexp(torch.ones(code.shape), code - 127) for name, code in codes.items()}
+    stored = {name: code.to(torch.uint8).view(torch.float8_e8m0fnu) for name, code in codes.items()}
+    save_file({**tensors, **exact}, source / "model.safetensors", metadata={"format": "pt"})
+    expected = decoded(source, block)
+    save_file({**tensors, **stored}, source / "model.safetensors", metadata={"format": "pt"})
+    with FP8Checkpoint(source, block) as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+        assert all(same_bytes(checkpoint.read(name), expected[name]) for name in expected)
+    quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
 @pytest.mark.parametrize(
     "index", [(slice(32, 64),), (slice(17, 83), slice(5, 90)), (slice(None), slice(48, 96)), (slice(3, 3),), ()]
 )
