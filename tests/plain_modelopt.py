@@ -3,7 +3,8 @@
     python plain_modelopt.py DIRECTORY
 
 makes DIRECTORY/{name} for every case, and beside each of them DIRECTORY/{name}.pt: amax by its name in the model.
-DIRECTORY/refused-{rank}.txt is what two ranks ended with that saved a mixture of experts at TP 2, EP 2.
+DIRECTORY/refused-{rank}.txt is what two ranks ended with that saved a mixture of experts at TP 2, EP 2, and
+DIRECTORY/restored.txt what a restore of Transformer Engine's grouped linear ended with.
 Those of ModelOpt 0.47 it writes itself: `dist_checkpointing.save` of the model's `sharded_state_dict`, and
 `save_sharded_modelopt_state`. Those of ModelOpt 0.46 are the same but for what 0.46.1 wrote otherwise: one amax [1] for
 all experts of a grouped linear layer by the key `...mlp.experts.experts.{linear}.weight_quantizer._amax`, and the
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 from torch import nn
+from transformer_engine.pytorch import GroupedLinear
 
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
@@ -133,8 +136,31 @@ def save_on_rank(rank: int, port: int, directory: Path) -> None:
     os._exit(0)  # The other rank may wait for this one, in a collective that only Megatron's first rank has left.
 
 
+def restore_experts() -> None:
+    """As ModelOpt says: its state first, then the tensors."""
+
+    def experts() -> nn.Module:
+        with cpu.construction():
+            return nn.Sequential(GroupedLinear(4, 160, 192, bias=False, device="cpu"))
+
+    saved = experts()
+    mtq.quantize(saved, mtq.W4A16_NVFP4_CFG)
+    restored = mto.restore_from_modelopt_state(experts(), mto.modelopt_state(saved))
+    restored.load_state_dict(saved.state_dict(), strict=True)
+
+
+def note_restore(file: Path) -> None:
+    try:
+        restore_experts()
+    except RuntimeError as error:
+        file.write_text(str(error))
+    else:
+        file.write_text("restored")
+
+
 def main(directory: Path) -> None:
     save_on_two_ranks(directory)
+    note_restore(directory / "restored.txt")
     initialize_parallel()
     with cpu.checkpointing(), results_within_process():
         for name, (config, settings) in CASES.items():
