@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tests.formats.weights import DTYPES, bits, heavy_tailed
 REPOSITORY = Path(__file__).parents[3]
 
 INTERPRETED = """
-import sys, torch
+import signal, sys, torch
 from triton.runtime import interpreter
 from tests.formats.kernels.fused import fused_multiply_add
 # The interpreter's own rounds the product too, which no GPU does.
@@ -32,30 +34,58 @@ interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.Te
     fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar
 )
 from quantplug.formats.kernels import cuda
-calls, large = torch.load(sys.argv[1], weights_only=False), int(sys.argv[2])
-cuda._BLOCKS, cuda._TILE = cuda._BLOCKS * large, cuda._TILE * large
-torch.save([call.made_by(cuda) for call in calls], sys.argv[1])
+blocks, tile = cuda._BLOCKS, cuda._TILE
+for line in sys.stdin:
+    signal.alarm(300)
+    file = line.rstrip()
+    calls, large = torch.load(file, weights_only=False)
+    cuda._BLOCKS, cuda._TILE = blocks * large, tile * large
+    torch.save([call.made_by(cuda) for call in calls], file)
+    signal.alarm(0)
+    print("made", flush=True)
 """
 
+Compare = Callable[..., None]
 
-def assert_interpreted_as_the_reference(calls: Iterable[Call], tmp_path: Path, large: int = 1) -> None:
-    """In a process of its own: Triton reads the setting when a kernel is defined.
 
-    Args:
-        large: Times the work of one program; the interpreter is slow with many.
-    """
-    calls = list(calls)
-    torch.save(calls, tmp_path / "calls.pt")
-    command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "calls.pt"), str(large)]
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], None]]:
+    """Makes what the calls in a file make, in a process of its own: Triton reads the setting as a kernel is defined."""
+    errors = tmp_path_factory.mktemp("interpreter") / "errors.txt"
+    start = partial(subprocess.Popen, [sys.executable, "-c", INTERPRETED], cwd=REPOSITORY, text=True)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    for call, made in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
-        for mine, expected in zip(made, call.made_by(reference), strict=True):
-            assert mine.shape == expected.shape, call.name
-            assert torch.equal(comparable(mine), comparable(expected)), (call.name, call.encoding, mine.shape)
+    pipe = subprocess.PIPE
+    with errors.open("w") as written, start(env=environment, stdin=pipe, stdout=pipe, stderr=written) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def make(file: Path) -> None:
+            # Where the process has died there is an error of its own to tell, not of the pipe to it.
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{file}\n")
+                process.stdin.flush()
+            assert process.stdout.readline() == "made\n", errors.read_text()
+
+        yield make
+
+
+@pytest.fixture
+def assert_interpreted_as_the_reference(interpreter: Callable[[Path], None], tmp_path: Path) -> Compare:
+    def compare(calls: Iterable[Call], large: int = 1) -> None:
+        """By Triton's interpreter.
+
+        Args:
+            large: Times the work of one program; the interpreter is slow with many.
+        """
+        calls = list(calls)
+        torch.save((calls, large), tmp_path / "calls.pt")
+        interpreter(tmp_path / "calls.pt")
+        for call, made in zip(calls, torch.load(tmp_path / "calls.pt"), strict=True):
+            for mine, expected in zip(made, call.made_by(reference), strict=True):
+                assert mine.shape == expected.shape, call.name
+                assert torch.equal(comparable(mine), comparable(expected)), (call.name, call.encoding, mine.shape)
+
+    return compare
 
 
 def comparable(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,28 +112,32 @@ def fp8_block(weight: torch.Tensor) -> Call:
 
 
 @pytest.mark.parametrize("weight_scale_2", [1.0, 1 / 3])
-def test_nvfp4_of_every_bf16_value_under_some_scales(weight_scale_2: float, tmp_path: Path) -> None:
+def test_nvfp4_of_every_bf16_value_under_some_scales(
+    weight_scale_2: float, assert_interpreted_as_the_reference: Compare
+) -> None:
     scales = E4M3_SCALES.flip(0)[::25]
     weights = [every_block(torch.bfloat16, scale, weight_scale_2) for scale in scales]
-    assert_interpreted_as_the_reference([nvfp4(weight, weight_scale_2) for weight in weights], tmp_path, large=16)
+    assert_interpreted_as_the_reference([nvfp4(weight, weight_scale_2) for weight in weights], large=16)
 
 
-def test_nvfp4_scale_of_every_amax_that_a_bf16_block_can_have(tmp_path: Path) -> None:
+def test_nvfp4_scale_of_every_amax_that_a_bf16_block_can_have(assert_interpreted_as_the_reference: Compare) -> None:
     weight = torch.zeros(2**16, 16, dtype=torch.bfloat16)
     weight[:, 5] = all_values(torch.bfloat16)
-    assert_interpreted_as_the_reference([nvfp4(weight, 1 / 3)], tmp_path, large=16)
+    assert_interpreted_as_the_reference([nvfp4(weight, 1 / 3)], large=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_of_every_value(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_fp8_of_every_value(dtype: torch.dtype, assert_interpreted_as_the_reference: Compare) -> None:
     values = all_values(dtype)
     # With both signs and without NaN, whose code has the sign of the value, not of an operation.
     values = values[~values.isnan()][None]
-    assert_interpreted_as_the_reference([fp8(values, scale) for scale in (1.0, 1 / 3, 2.0**-126)], tmp_path, large=16)
+    assert_interpreted_as_the_reference([fp8(values, scale) for scale in (1.0, 1 / 3, 2.0**-126)], large=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_block_of_every_value_up_to_its_amax(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_fp8_block_of_every_value_up_to_its_amax(
+    dtype: torch.dtype, assert_interpreted_as_the_reference: Compare
+) -> None:
     calls = []
     for amax in (448.0, 1 / 3, 3e-6, 2.0**-140):
         values = all_values(dtype)
@@ -111,21 +145,23 @@ def test_fp8_block_of_every_value_up_to_its_amax(dtype: torch.dtype, tmp_path: P
         weight = torch.nn.functional.pad(values, (0, -values.numel() % (128 * 256))).view(-1, 256)
         weight[::128, ::128] = amax
         calls.append(fp8_block(weight[: 128 * 2]))
-    assert_interpreted_as_the_reference(calls, tmp_path)
+    assert_interpreted_as_the_reference(calls)
 
 
-def test_fp8_block_with_partial_squares_at_the_edges(tmp_path: Path) -> None:
+def test_fp8_block_with_partial_squares_at_the_edges(assert_interpreted_as_the_reference: Compare) -> None:
     weight = heavy_tailed((131, 200), torch.bfloat16)
     views = [weight, weight.t(), weight[:, :1], weight[:1], torch.cat((weight, weight), 1)[:, :129]]
     calls = [fp8_block(view) for view in views] + [packing("FP8_BLOCK_ENCODING", [weight[2:], weight[:-2]], (1.0, 1.0))]
     codes = torch.arange(256, dtype=torch.uint8)[:200].expand(2, 131, 200).contiguous().view(torch.float8_e4m3fn)
     squares = torch.tensor([[[1.0, -2.0], [1 / 3, 3e38]]]).repeat(2, 1, 1)
     calls.append(Call("unpack", "FP8_BLOCK_ENCODING", [torch.zeros(2, 131, 200)], (codes, squares)))
-    assert_interpreted_as_the_reference(calls, tmp_path)
+    assert_interpreted_as_the_reference(calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shapes_strides_and_what_is_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_shapes_strides_and_what_is_not_finite(
+    dtype: torch.dtype, assert_interpreted_as_the_reference: Compare
+) -> None:
     weight = heavy_tailed((97, 160), dtype)
     weight[3, 16:32] = 0
     weight[4, 5], weight[5, 6], weight[6, 7] = float("nan"), float("inf"), -0.0
@@ -135,11 +171,11 @@ def test_shapes_strides_and_what_is_not_finite(dtype: torch.dtype, tmp_path: Pat
     calls += [
         Call("amax", "", [view]) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)
     ]
-    assert_interpreted_as_the_reference(calls, tmp_path)
+    assert_interpreted_as_the_reference(calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, assert_interpreted_as_the_reference: Compare) -> None:
     whole = heavy_tailed((3 * 128 + 1, 2 * 128), dtype)
     groups = [
         [whole[start : start + 128] for start in (0, 129, 257)],
@@ -150,10 +186,10 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, tmp_path: Path) -
         scales = [1e-3, 2e-3, 1 / 3][: len(group)]
         for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_BLOCK_ENCODING"):
             calls.append(packing(encoding, group, scales))
-    assert_interpreted_as_the_reference(calls, tmp_path)
+    assert_interpreted_as_the_reference(calls)
 
 
-def test_every_byte_unpacks_alike(tmp_path: Path) -> None:
+def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) -> None:
     pairs = torch.arange(256, dtype=torch.uint8).expand(2, 256, 256).contiguous()
     block_scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(2, 256, 32).contiguous()
     codes = pairs[:, :128].contiguous().view(torch.float8_e4m3fn)
@@ -165,7 +201,7 @@ def test_every_byte_unpacks_alike(tmp_path: Path) -> None:
         calls.append(Call("unpack", "NVFP4_ENCODING", [values], nvfp4_tensors))
         calls.append(Call("unpack", "FP8_ENCODING", [halves], (codes, None, scales)))
         calls.append(Call("unpack", "FP8_BLOCK_ENCODING", [halves], (codes, squares)))
-    assert_interpreted_as_the_reference(calls, tmp_path)
+    assert_interpreted_as_the_reference(calls)
 
 
 WEIGHTS = {"*bf16": tl.bfloat16, "*fp16": tl.float16, "*fp32": tl.float32}
