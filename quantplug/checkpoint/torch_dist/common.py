@@ -16,7 +16,7 @@ from quantplug.checkpoint.torch_dist.roots import COMMON_FILE
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
 
-_COMMON_OBJECT = "common_state/"  # Of Megatron-Core 0.19, which keeps the same in an object of the index.
+COMMON_OBJECT = "common_state/"  # Of Megatron-Core 0.19, which keeps the same in an object of the index.
 _DEEPEST = 4
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
@@ -42,7 +42,7 @@ def read_common(directory: Path, index: Index | None = None) -> CommonState:
     Raises:
         CheckpointError: It is absent or damaged.
     """
-    kept = [extent for key, extent in index.objects.items() if key.startswith(_COMMON_OBJECT)] if index else []
+    kept = [extent for key, extent in index.objects.items() if key.startswith(COMMON_OBJECT)] if index else []
     if kept and not os.path.lexists(directory / COMMON_FILE):
         return _common(read_object(directory, kept[0]))
     with open_regular(directory, COMMON_FILE) as file:

@@ -13,7 +13,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -26,15 +25,11 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from quantplug.atomic import write_atomically
-from quantplug.checkpoint.torch_dist.index import read_index
-from quantplug.checkpoint.torch_dist.roots import INDEX_FILE
 from quantplug.errors import CheckpointError, DestinationError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
 METADATA_FILE = "quantplug.json"
-MODELOPT_STATE = "modelopt_state"
-_STATED_BACKEND, _COMMON = "metadata.json", "common.pt"
 
 Digests = Mapping[str, Mapping[str, object]]
 """Path of a file below a checkpoint to its `bytes` and its `sha256`."""
@@ -222,7 +217,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     # A link that leads nowhere is damage; only where there is nothing at all did somebody else write the checkpoint.
     if not os.path.lexists(path):
         return {}
-    _require_files(directory, [METADATA_FILE])
+    require_files(directory, [METADATA_FILE])
     with damage_named(path):
         metadata = json.loads(path.read_bytes())
         if not isinstance(metadata, dict) or not isinstance(metadata.get("extra"), dict):
@@ -240,7 +235,6 @@ def require_undamaged(directory: Path) -> None:
     Raises:
         CheckpointError: Names every file.
     """
-    all_or_none(lambda: _require_modelopt_state(directory / MODELOPT_STATE))
     saved = all_or_none(lambda: read_metadata(directory)).get("files")
     digests: Digests = saved if isinstance(saved, dict) else {}
     # Sorted, so that all ranks share out the same list and every file is hashed by exactly one of them.
@@ -248,37 +242,12 @@ def require_undamaged(directory: Path) -> None:
     all_or_none(lambda: _require_as_saved(directory, {name: digests[name] for name in share}))
 
 
-def read_modelopt_state(directory: Path) -> dict[str, Any]:
-    """What ModelOpt says of a checkpoint, by which it gives a model its quantizers: plain data. No collective.
+def require_files(directory: Path, names: Sequence[str]) -> None:
+    """Refuses names that are not regular files with content: opening a pipe would wait for ever. No collective.
 
-    Args:
-        directory: `modelopt_state`, below the checkpoint.
+    Raises:
+        CheckpointError: Names every file.
     """
-    # Megatron's reader of it, `load_common_state_dict`, would run a pickle where the environment tells torch to.
-    with damage_named(directory / _COMMON):
-        state = torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError("is no state of a model")
-    return state
-
-
-def _require_modelopt_state(part: Path) -> None:
-    if not os.path.lexists(part):
-        return
-    # The weights' own are read by `read_contents`.
-    _require_files(part, [_STATED_BACKEND, _COMMON])
-    with damage_named(part / _STATED_BACKEND):
-        stated = json.loads((part / _STATED_BACKEND).read_bytes())
-        if stated["sharded_backend"] != "torch_dist":
-            raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
-    read_modelopt_state(part)
-    # It need not have an index: it may consist of common.pt alone.
-    if os.path.lexists(part / INDEX_FILE):
-        read_index(part)
-
-
-def _require_files(directory: Path, names: Sequence[str]) -> None:
-    """Refuses names that are not regular files with content: opening a pipe would wait for ever."""
     offenders = []
     for name in names:
         path = directory / name

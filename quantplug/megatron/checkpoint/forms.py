@@ -13,8 +13,9 @@ model that ModelOpt has quantized the first again, but for modules that ModelOpt
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
@@ -24,6 +25,15 @@ from quantplug.megatron.parameters import LanguageModel
 
 Entry: TypeAlias = ShardedTensor | ShardedObject | ShardedTensorFactory
 
+# A norm is a module, or fused into the linear behind it: by the layer spec, and for MLA by Megatron-Core's version.
+_SPELLINGS = (
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".self_attention.q_layernorm.", ".self_attention.linear_q_up_proj.layer_norm_"),
+    (".self_attention.q_layernorm.", ".self_attention.linear_q_proj.layer_norm_"),
+    (".self_attention.kv_layernorm.", ".self_attention.linear_kv_up_proj.layer_norm_"),
+    (".norm.", ".mixer.in_proj.layer_norm_"),
+)
 _OF_ALL_LAYERS = re.compile(r"decoder\.layers\.[^\d.]")
 # What Megatron-Core's TransformerBlock asks to know whether layers are alike: those that make it say yes.
 _ALIKE = {
@@ -47,14 +57,13 @@ def as_stored(chunk: LanguageModel, on_disk: Collection[str]) -> dict[str, Entry
         on_disk: The checkpoint's keys.
     """
     state = apart(chunk)
-    others = [_experts_stacked, *([_all_stacked] if any(map(_OF_ALL_LAYERS.match, on_disk)) else [])]
-    for form in others:
-        missing = [name for name, entry in state.items() if not _is_there(entry, on_disk)]
+    found = _found(state, on_disk)
+    for form in (_experts_stacked, *([_all_stacked] if any(map(_OF_ALL_LAYERS.match, on_disk)) else [])):
+        missing = state.keys() - found.keys()
         if missing:
             # All forms are of the same live tensors, under the same names: only what they are called on disk differs.
-            other = form(chunk)
-            state |= {name: other[name] for name in missing if name in other and _is_there(other[name], on_disk)}
-    return state
+            found |= _found({name: entry for name, entry in form(chunk).items() if name in missing}, on_disk)
+    return {name: found.get(name, entry) for name, entry in state.items()}
 
 
 def _experts_stacked(chunk: LanguageModel) -> dict[str, Any]:
@@ -75,6 +84,24 @@ def _layers_alike(chunk: LanguageModel) -> Iterator[None]:
         yield
     finally:
         vars(chunk.config).update(before)
+
+
+def _found(state: Mapping[str, Entry], on_disk: Collection[str]) -> dict[str, Entry]:
+    """The entries that the checkpoint has, by their names; under another spelling of their keys, if need be."""
+    found = {}
+    for name, entry in state.items():
+        for spelling in (entry, *_respelled(entry)):
+            if _is_there(spelling, on_disk):
+                found[name] = spelling
+                break
+    return found
+
+
+def _respelled(entry: Entry) -> Iterator[Entry]:
+    if isinstance(entry, ShardedTensor):
+        for one, other in (*_SPELLINGS, *(pair[::-1] for pair in _SPELLINGS)):
+            if one in entry.key:
+                yield replace(entry, key=entry.key.replace(one, other))
 
 
 def _is_there(entry: Entry, on_disk: Collection[str]) -> bool:

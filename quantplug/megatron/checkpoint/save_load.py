@@ -50,10 +50,8 @@ from quantplug.megatron.checkpoint import forms, reading
 from quantplug.megatron.checkpoint.contents import Contents, index_for_torch, read_contents
 from quantplug.megatron.checkpoint.files import (
     DAMAGE,
-    MODELOPT_STATE,
     damage_named,
     read_metadata,
-    read_modelopt_state,
     refuse_damaged,
     require_undamaged,
     write_directory,
@@ -67,6 +65,7 @@ from quantplug.megatron.checkpoint.layouts import (
     redirected,
     require_own_amax,
 )
+from quantplug.megatron.checkpoint.modelopt_state import MODELOPT_STATE, has_quantizers, read_modelopt_state
 from quantplug.megatron.parameters import LanguageModel, model_chunks
 from quantplug.megatron.settings.trained import require_as_trained
 
@@ -169,14 +168,16 @@ def load_checkpoint(
     require_same(found.name, "newest iteration", "Choose one: iteration=N.")
     # The cheapest questions first: a wrong path ends here, before a file of many gigabytes is hashed.
     extra = all_or_none(lambda: read_extra(found))
-    all_or_none(lambda: _require_kind(found, quantized))
+    modelopt_state = all_or_none(lambda: read_modelopt_state(found))
+    is_quantized = has_quantizers(modelopt_state)
+    _require_kind(found, is_quantized, quantized)
     contents = all_or_none(lambda: read_contents(found))
     require_undamaged(found)
     with cpu.checkpointing():
         # In three steps. A model has no places for amaxes before it has quantizers, nor places of the right shapes
         # before these have their settings; a state dict made earlier would not ask for them.
-        if (found / MODELOPT_STATE).is_dir():
-            all_or_none(lambda: _insert_quantizers(chunks, found))
+        if is_quantized and modelopt_state is not None:
+            all_or_none(lambda: _insert_quantizers(chunks, modelopt_state, found))
             state = all_or_none(lambda: _sharded_state(chunks, contents.keys))
             # Before settings are loaded: of another model Megatron would find none of them, and say so in its own
             # words.
@@ -195,13 +196,12 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
     return extra
 
 
-def _require_kind(directory: Path, quantized: bool | None) -> None:
+def _require_kind(directory: Path, is_quantized: bool, quantized: bool | None) -> None:
     """Refuses a checkpoint that is quantized or not where the caller has use for the other alone."""
-    is_quantized = (directory / MODELOPT_STATE).is_dir()
     if quantized is True and not is_quantized:
         raise CheckpointError(
             "This checkpoint is not that of a quantized model.",
-            [Offender(str(directory / MODELOPT_STATE), "is missing")],
+            [Offender(str(directory / MODELOPT_STATE), "is missing, or says nothing of quantizers")],
             "Quantize the model first, as examples/quantize.py --megatron-load-path does.",
         )
     if quantized is False and is_quantized:
@@ -258,9 +258,8 @@ def _settings(
     }
 
 
-def _insert_quantizers(chunks: Sequence[LanguageModel], directory: Path) -> None:
+def _insert_quantizers(chunks: Sequence[LanguageModel], common: Mapping[str, Any], directory: Path) -> None:
     """Gives every chunk that has none its quantizers, by the config that the checkpoint was made with."""
-    common = read_modelopt_state(directory / MODELOPT_STATE)
     with damage_named(directory / MODELOPT_STATE):
         for chunk in chunks:
             # A caller may have restored ModelOpt's state himself; ModelOpt refuses to do it twice.

@@ -22,6 +22,8 @@ from quantplug.errors import CheckpointError
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.checkpoint.save_load import load_checkpoint, save_checkpoint
+from quantplug.megatron.models.build import LayerSpec
+from quantplug.megatron.parameters import iter_parameters
 from tests.export.checkpoints import load, one_rank
 from tests.megatron.checkpoint.trained import BESIDE, CHECKPOINTS, save_trained
 from tests.plugins.tiny_model import tiny_model
@@ -306,6 +308,55 @@ def test_whether_it_must_be_quantized_is_asked_first(trained: Path, tmp_path: Pa
 )
 def test_what_is_left_aside(key: str, kind: str | None) -> None:
     assert kind_of(key) == kind
+
+
+def quantized_checkpoint(directory: Path) -> Path:
+    save_checkpoint(mtq.quantize(seeded(), mtq.W4A16_NVFP4_CFG), directory, extra={})
+    (directory / "quantplug.json").unlink()
+    return directory
+
+
+def test_what_modelopt_notes_may_be_an_object(tmp_path: Path) -> None:
+    """As Megatron-Core 0.19 keeps it, without a common.pt."""
+    directory = quantized_checkpoint(tmp_path / "q")
+    noted = torch.load(directory / "modelopt_state" / "common.pt", weights_only=True)
+    shutil.rmtree(directory / "modelopt_state")
+    part = bare_save({"it": ShardedObject("common_state", noted, (1,), (0,))}, directory / "modelopt_state")
+    (part / "common.pt").unlink()
+    model = tiny_model()
+    load_checkpoint(model, directory)
+    assert mto.ModeloptStateManager.is_converted(model)
+    assert_same_weights(model, seeded())
+
+
+def test_notes_of_modelopt_without_quantizers_make_none(trained: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained / "iter_0000100", tmp_path / "copy")
+    bare_save({"modelopt_state_dict": [("kd_loss", {})], "modelopt_version": "0.47.0"}, copy / "modelopt_state")
+    model = tiny_model()
+    load_checkpoint(model, copy, quantized=False)
+    assert not mto.ModeloptStateManager.is_converted(model)
+    assert_same_weights(model, seeded())
+
+
+def test_a_pickle_in_place_of_what_modelopt_notes_does_not_run(tmp_path: Path) -> None:
+    directory = quantized_checkpoint(tmp_path / "q")
+    torch.save({"modelopt_state_dict": [Hostile(tmp_path / "mark")]}, directory / "modelopt_state" / "common.pt")
+    with pytest.raises(CheckpointError, match=r"modelopt_state/common\.pt"):
+        load_checkpoint(tiny_model(), directory)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [("LOCAL", "TRANSFORMER_ENGINE"), ("TRANSFORMER_ENGINE", "LOCAL")])
+def test_a_norm_may_be_a_module_or_fused_into_a_linear(
+    saved_as: str, loaded_as: str, tmp_path: Path, tiny_qwen3_moe_dir: Path
+) -> None:
+    saved = load(tiny_qwen3_moe_dir, LayerSpec[saved_as])
+    save_trained([saved], tmp_path)
+    model = quantplug.build_model(tiny_qwen3_moe_dir, layer_spec=LayerSpec[loaded_as])
+    load_checkpoint(model, tmp_path)
+    expected = {it.key: it.tensor for it in iter_parameters(load(tiny_qwen3_moe_dir, LayerSpec[loaded_as]))}
+    for parameter in iter_parameters(model):
+        assert torch.equal(parameter.tensor, expected[parameter.key]), parameter.key
 
 
 class Hostile:

@@ -1,0 +1,69 @@
+"""What ModelOpt notes of a checkpoint, in `modelopt_state` below it: by which modes it changed the model.
+
+Distillation, pruning and the like leave such notes too; a model without quantizers is loaded without them. It is plain
+data, in common.pt, or with Megatron-Core 0.19 in an object of its own index. Its settings ModelOpt takes up by itself;
+they choose among what is registered with it.
+"""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantplug.checkpoint.torch_dist.common import COMMON_OBJECT
+from quantplug.checkpoint.torch_dist.files import open_regular
+from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.roots import BACKEND_FILE, COMMON_FILE, INDEX_FILE
+from quantplug.megatron.checkpoint.files import damage_named, require_files
+
+MODELOPT_STATE = "modelopt_state"
+_MODES = "modelopt_state_dict"
+# Those that give a model quantizers (modelopt/torch/quantization/mode.py, 0.47); others calibrate what is there, or are
+# of pruning, distillation and the like.
+_QUANTIZES = frozenset({"quantize", "auto_quantize"})
+
+
+def read_modelopt_state(checkpoint: Path) -> dict[str, Any] | None:
+    """What ModelOpt notes of a checkpoint; None if it is not there. No collective.
+
+    Raises:
+        CheckpointError: It is damaged, or holds more than plain data, of which nothing is run.
+    """
+    part = checkpoint / MODELOPT_STATE
+    if not os.path.lexists(part):
+        return None
+    require_files(part, [BACKEND_FILE])
+    with damage_named(part / BACKEND_FILE):
+        stated = json.loads((part / BACKEND_FILE).read_bytes())
+        if stated["sharded_backend"] != "torch_dist":
+            raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
+    pickled = _pickled(part)
+    # Megatron's reader of it, `load_common_state_dict`, would run a pickle where the environment tells torch to.
+    with damage_named(part / COMMON_FILE):
+        state = torch.load(pickled, map_location="cpu", weights_only=True)
+        # An object is kept as a list, with one for every rank that had it.
+        while isinstance(state, list) and len(state) == 1:
+            state = state[0]
+        if not isinstance(state, dict) or not isinstance(state.get(_MODES), list):
+            raise ValueError("is no state of a model")
+    return state
+
+
+def has_quantizers(state: dict[str, Any] | None) -> bool:
+    """Whether a model that ModelOpt has changed so has quantizers."""
+    return state is not None and any(mode[0] in _QUANTIZES for mode in state[_MODES] if isinstance(mode, tuple | list))
+
+
+def _pickled(part: Path) -> io.BytesIO:
+    if os.path.lexists(part / INDEX_FILE):
+        index = read_index(part)
+        kept = [extent for key, extent in index.objects.items() if key.startswith(COMMON_OBJECT)]
+        if kept and not os.path.lexists(part / COMMON_FILE):
+            with open_regular(part, kept[0].file) as file:
+                file.seek(kept[0].offset)
+                return io.BytesIO(file.read(kept[0].length))
+    require_files(part, [COMMON_FILE])
+    return io.BytesIO((part / COMMON_FILE).read_bytes())
