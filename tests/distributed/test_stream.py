@@ -62,8 +62,8 @@ def test_receivers_get_what_one_rank_exports(
             some = torch.load(tmp_path / f"{way}-some-{rank}.pt")
             assert_same_tensors(some, expected if rank in RECEIVERS else {})
         told = json.loads((tmp_path / f"{way}-0.json").read_text())
-        # Two agreements, two reductions of amaxes; then one bucket: two agreements, TP, ETP, a broadcast an owner.
-        assert sum(told["calls"].values()) <= 4 + 2 + 2 + RANKS < len(expected)
+        # Three agreements, two reductions of amaxes; then one bucket: two agreements, TP, ETP, a broadcast an owner.
+        assert sum(told["calls"].values()) <= 5 + 2 + 2 + RANKS < len(expected)
         assert "all_gather_object" not in told["calls"]
         if way == "function":
             # o_proj cuts at a block, 96 columns a rank; down_proj does not, 48 columns of an expert.

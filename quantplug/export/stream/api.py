@@ -63,7 +63,7 @@ class StreamPlan:
 
         Raises:
             MappingError: The model is no longer the one that was planned; or, at the end, tensors that did not come.
-            WeightError: NaN or Inf in a weight.
+            WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
             CalibrationError: A weight is larger than its calibrated amax (as_quantized).
             UnsupportedQuantizationError: quant_fn raised, or returned something else than when it was planned.
             RankLostError: A rank ended.
@@ -166,7 +166,8 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
             function that cannot be used, or quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax (as_quantized); while it runs, before the first
             tensor, weights that have grown beyond it.
-        WeightError: While it runs, before the first tensor: NaN or Inf in a weight.
+        WeightError: While it runs, before the first tensor: NaN or Inf in a weight, or a value beside which most
+            others would be packed to zero.
     """
     return _plan(request).tensors()
 

@@ -11,6 +11,7 @@ from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes
 from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import Bucket, batches, payload
 from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices
+from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import prescan
 from quantplug.export.plan.pieces import Piece, cut
 from quantplug.export.plan.source import ReadRows, Source
@@ -41,22 +42,10 @@ class Run:
         pieces = (piece for batch in self.batches for piece in batch)
         return [(piece.task.owner, piece.output) for piece in pieces if piece.start == 0]
 
-    def with_amaxes(self, amaxes: Mapping[ParamKey, float], policy: WeightAmax) -> "Run":
-        """The same run, with amaxes of the weights as they are.
-
-        They are taken for weights without a calibrated one; under `refresh`, for all of them.
-        """
-
-        def current(piece: Piece) -> Piece:
-            key = piece.task.source.key
-            # A calibrated amax stays, unless all are to be refreshed; without one, that of the weights as they are is
-            # all there is.
-            is_kept = piece.task.amax is not None and policy is not WeightAmax.REFRESH
-            if is_kept or key not in amaxes:
-                return piece
-            return replace(piece, task=replace(piece.task, amax=amaxes[key]))
-
-        return replace(self, batches=tuple(tuple(map(current, batch)) for batch in self.batches))
+    def with_tasks(self, tasks: Mapping[ParamKey, ExportTask]) -> "Run":
+        """The same run of other tasks for the same weights."""
+        batches = (tuple(replace(piece, task=tasks[piece.task.source.key]) for piece in it) for it in self.batches)
+        return replace(self, batches=tuple(batches))
 
 
 def cut_into_runs(tasks: Sequence[ExportTask], dims: ModelDimensions, bucket_bytes: int) -> list[Run]:
@@ -125,9 +114,20 @@ class Delivery:
         tasks = list(by_key.values())
         # Marks would cost as much as all else, at every step of a training, and nothing is read a second time.
         look = partial(prescan, tasks, source, policy=self.policy, with_marks=False)
-        amaxes = amaxes_of_wholes(tasks, all_or_none(torch.no_grad()(look)).amaxes, self.groups)
+        found = all_or_none(torch.no_grad()(look))
+        amaxes = amaxes_of_wholes(tasks, found.amaxes, self.groups)
+        now = {task.source.key: self._with_amax(task, amaxes) for task in tasks}
+        all_or_none(torch.no_grad()(partial(refuse_outliers, tuple(now.values()), found.typical, source)))
         for run in runs:
-            yield run, self._deliver(run.with_amaxes(amaxes, self.policy), source)
+            yield run, self._deliver(run.with_tasks(now), source)
+
+    def _with_amax(self, task: ExportTask, amaxes: Mapping[ParamKey, float]) -> ExportTask:
+        """The task by the amax that it is packed by now."""
+        # A calibrated amax stays, unless all are to be refreshed; without one, that of the weights as they are is all
+        # there is.
+        is_kept = task.amax is not None and self.policy is not WeightAmax.REFRESH
+        key = task.source.key
+        return task if is_kept or key not in amaxes else replace(task, amax=amaxes[key])
 
     @torch.no_grad()
     def _deliver(self, run: Run, source: Source) -> BroadcastBucket:

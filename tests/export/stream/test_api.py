@@ -321,6 +321,26 @@ def test_one_nan_ends_the_stream_before_its_first_tensor(sources: Sources) -> No
         next(plan.tensors())
 
 
+@pytest.mark.parametrize("way", ["w4a16_nvfp4", "as_quantized"])
+def test_an_outlier_that_would_drown_its_weight_ends_the_stream_before_its_first_tensor(
+    way: str, sources: Sources
+) -> None:
+    model = load(sources("moe"))
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.experts.linear_fc1.weight2[3, 7] = 3e38
+    if way == "as_quantized":
+        quantize(model, "w4a16_nvfp4")
+    plan = plan_stream(model, sources("moe"), quant_format=way)
+    with pytest.raises(WeightError, match="1919 of 1920 blocks of 16 would become zero") as caught:
+        next(plan.tensors())
+    assert [offender.expert for offender in caught.value.offenders] == [2]
+    # The next step of the training may be a good one.
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.experts.linear_fc1.weight2[3, 7] = 0.0
+    if way == "w4a16_nvfp4":
+        assert dict(plan.tensors()).keys() == plan.expected().keys()
+
+
 def test_a_plain_weight_that_overflows_is_refused(sources: Sources) -> None:
     model = load(sources("moe_fp32"), dtype=torch.float32)
     with torch.no_grad():
