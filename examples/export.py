@@ -16,6 +16,7 @@ from console import StageBars, say, user_errors
 
 import quantplug
 from quantplug import calibration
+from quantplug.megatron.agreement import all_or_none
 
 GIGABYTE = 10**9
 
@@ -69,8 +70,9 @@ def main(
 ) -> None:
     """Exports a Megatron checkpoint, quantized or not, to a Hugging Face checkpoint."""
     with user_errors():
-        quantplug.check_destination(export_dir)
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        # What can fail on one rank alone runs once there is a process group, so that all ranks end together.
+        all_or_none(lambda: quantplug.check_destination(export_dir))
         model = quantplug.build_model(
             hf_model_id, pipeline_layout=pipeline_layout, trust_remote_code=trust_remote_code, vocab_size=vocab_size
         )
@@ -81,8 +83,7 @@ def main(
             say(line)
         if stats_json is not None:
             statistics = calibration.gather_statistics(model, fan_outs=report.fan_outs)
-            if topology.rank == 0:
-                statistics.save(stats_json)
+            all_or_none(lambda: statistics.save(stats_json) if topology.rank == 0 else None)
         result = quantplug.export_mcore_gpt_to_hf(
             model,
             hf_model_id,

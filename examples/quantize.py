@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 import quantplug
 from quantplug import KVCacheFormat, QuantFormat, calibration
 from quantplug.errors import CalibrationError, Offender
+from quantplug.megatron.agreement import all_or_none
 
 
 class Treatment(StrEnum):
@@ -99,20 +100,25 @@ def main(
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
     with user_errors():
-        quantplug.check_destination(megatron_save_path)
-        quant_format = export_quant_cfg.weight_only if weight_only else export_quant_cfg
-        if quant_format.needs_data:
-            require_gpu(quant_format)
-        # Also whether servers load the model's experts in the format, before the model is built.
-        config = quantplug.quant_cfg(
-            quant_format,
-            hf_model_id,
-            quantize_mtp=mtp is Treatment.QUANTIZED,
-            kv_cache=kv_cache,
-            keep_experts=experts is Treatment.KEPT,
-            trust_remote_code=trust_remote_code,
-        )
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
+        quant_format = export_quant_cfg.weight_only if weight_only else export_quant_cfg
+
+        def config_of_format() -> dict[str, Any]:
+            quantplug.check_destination(megatron_save_path)
+            if quant_format.needs_data:
+                require_gpu(quant_format)
+            # Also whether servers load the model's experts in the format, before the model is built.
+            return quantplug.quant_cfg(
+                quant_format,
+                hf_model_id,
+                quantize_mtp=mtp is Treatment.QUANTIZED,
+                kv_cache=kv_cache,
+                keep_experts=experts is Treatment.KEPT,
+                trust_remote_code=trust_remote_code,
+            )
+
+        # What can fail on one rank alone runs once there is a process group, so that all ranks end together.
+        config = all_or_none(config_of_format)
         say(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}")
 
         bars = StageBars()
@@ -136,7 +142,9 @@ def main(
 
         say(f"Quantizing with {quant_format} ...")
         data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
-        forward_loop = calibration_loop(hf_model_id, data, trust_remote_code) if quant_format.needs_data else None
+        forward_loop = None
+        if quant_format.needs_data:
+            forward_loop = all_or_none(lambda: calibration_loop(hf_model_id, data, trust_remote_code))
         policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
         mtq.quantize(model, {**config, "algorithm": None})
         # What cannot be exported is refused before calibration is paid for.

@@ -23,6 +23,7 @@ from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.models.mtp import without_labels
+from quantplug.megatron.parameters import refuse_sharded
 from quantplug.progress import Progress
 
 Model = nn.Module | Sequence[nn.Module]
@@ -119,8 +120,12 @@ def _calibrate(
     *,
     strict: bool,
 ) -> CalibrationRecord:
+    def look() -> None:
+        refuse_sharded(chunks)
+        require_finite_weights(chunks)
+
     # ModelOpt would stop at the first NaN, on the rank that has it, while the others went on into a collective.
-    all_or_none(lambda: require_finite_weights(chunks))
+    all_or_none(look)
     layers = expert_layers(chunks)
     with_data = forward_loop is not None
     # Known before any data has run, and so said before the data has cost an hour.

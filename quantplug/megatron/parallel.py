@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
 from quantplug.errors import Offender, TopologyError
+from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.cpu import has_cuda
 from quantplug.topology import ParallelTopology, ShardAxis
 
@@ -74,16 +75,17 @@ def initialize_parallel(
         seed: Seed of Megatron's CUDA generators (set only where there is a GPU).
 
     Raises:
-        TopologyError: The world size is not a multiple of `tp * pp`, or of `etp * ep * pp`.
+        TopologyError: The world size is not a multiple of `tp * pp`, or of `etp * ep * pp`; or a node has fewer GPUs
+            than ranks.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     # Before any group is made, so that a refusal leaves nothing behind that would have to be taken down.
     check_sizes(world_size, tp=tp, pp=pp, ep=ep, etp=etp)
-    if has_cuda():
-        # NCCL works on the current device. Without this all ranks of a node would use GPU 0, which NCCL refuses.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _initialize_process_group(backend or ("cpu:gloo,cuda:nccl" if has_cuda() else "gloo"))
+    if has_cuda():
+        # After the process group, so that a rank without a GPU of its own ends all of them.
+        all_or_none(_use_own_gpu)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -143,6 +145,18 @@ def check_sizes(world_size: int, *, tp: int, pp: int, ep: int, etp: int) -> None
             offenders,
             "Start a multiple of both products of ranks (torchrun --nproc_per_node), or choose other sizes.",
         )
+
+
+def _use_own_gpu() -> None:
+    """NCCL works on the current device: without this all ranks of a node would use GPU 0, which NCCL refuses."""
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= gpus:
+        raise TopologyError(
+            "There are more ranks on a node than GPUs.",
+            [Offender("LOCAL_RANK", f"is {rank}, and the GPUs are 0 to {gpus - 1}")],
+            "Start as many ranks on each node as it has GPUs (torchrun --nproc_per_node).",
+        )
+    torch.cuda.set_device(rank)
 
 
 def _initialize_process_group(backend: str) -> None:

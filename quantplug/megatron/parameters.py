@@ -10,7 +10,7 @@ weights, and it hides the parallelism of experts from TE (`explicit_expert_comm`
 row parallel ones too, as cut along dimension 0 (megatron.core.extensions.transformer_engine; TE's `GroupedLinear`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -38,6 +38,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
+from torch.distributed.tensor import DTensor
 
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.table import ParamKey
@@ -112,6 +113,31 @@ class _Location:
         )
 
 
+def refuse_sharded(models: Iterable[torch.nn.Module]) -> None:
+    """Refuses models whose parameters FSDP has cut into shards: PyTorch's `fully_shard`, or Megatron-FSDP.
+
+    Args:
+        models: Modules with a `GPTModel` or `MambaModel` inside; others are not looked at.
+
+    Raises:
+        UnsupportedModelError: Names the first such parameter of each.
+    """
+    offenders = []
+    inside = (module for model in models for module in model.modules() if isinstance(module, LanguageModel))
+    for index, model in enumerate(inside):
+        sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+        if sharded is not None:
+            reason = "is a shard of FSDP's (a DTensor), as others of its model are"
+            offenders.append(Offender(f"model[{index}]: {sharded}", reason))
+    if offenders:
+        raise UnsupportedModelError(
+            "Weights that FSDP has cut into shards are not gathered.",
+            offenders,
+            "Quantize a model before fully_shard. To save or export one, gather it where it is, with unshard() of "
+            "every FSDPModule in it; or load its weights into a model without FSDP.",
+        )
+
+
 def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[LanguageModel]:
     """The bare `GPTModel`s or `MambaModel`s of a model: one, or one for each virtual pipeline stage.
 
@@ -119,7 +145,7 @@ def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Lan
         model: One of them, one wrapped in Float16Module or DDP, or the list of them that virtual pipelining makes.
 
     Raises:
-        UnsupportedModelError: There is something else inside.
+        UnsupportedModelError: There is something else inside; or FSDP has cut its parameters into shards.
     """
     chunks = unwrap_model([model] if isinstance(model, torch.nn.Module) else list(model))
     offenders = [
@@ -135,6 +161,7 @@ def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Lan
             offenders,
             "Pass Megatron-Core's GPTModel or MambaModel, bare or wrapped (Float16Module, DDP), or its virtual stages.",
         )
+    refuse_sharded(chunks)
     return chunks
 
 

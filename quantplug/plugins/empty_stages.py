@@ -8,9 +8,9 @@ is for is asked of all stages together by the plan of an export (`rules`: a rule
 
 import os
 
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.mamba import MambaModel
 from torch import nn
+
+from quantplug.megatron.parameters import LanguageModel
 
 _SKIP_CHECK = "MODELOPT_SKIP_WEIGHT_QUANT_CHECK"  # Of modelopt.torch.quantization.model_quant.
 
@@ -21,7 +21,7 @@ def let_stages_be_empty(model: nn.Module) -> None:
     ModelOpt calls it with every model that it converts. A user's own value of the variable stays.
     """
     for module in model.modules():
-        if isinstance(module, (GPTModel, MambaModel)) and module.config.pipeline_model_parallel_size > 1:
+        if isinstance(module, LanguageModel) and module.config.pipeline_model_parallel_size > 1:
             # For the rest of the process: ModelOpt looks when the conversion is over, and tells nobody when it has.
             os.environ.setdefault(_SKIP_CHECK, "1")
             return

@@ -227,12 +227,13 @@ class QuantTEGroupedMLP(QuantModule):
         return state
 
     def _is_split(self, name: str, quantizer: TensorQuantizer, amax: ShardedTensor) -> bool:
-        """Whether this amax [N/b, 1, K/b, 1] is of gate rows above up rows, each a whole number of blocks.
+        """Whether this amax is of gate rows above up rows: [N, 1], or [N/b, 1, K/b, 1] with whole blocks of each.
 
         Where one block has rows of both (a width that does not divide), no ETP but 1 can hold it, and it stays whole.
         """
         if amax.data.ndim != 4:
-            return False
+            # One for each row of this shard, gate's and up's; or one for the whole weight.
+            return amax.data.ndim == 2 and amax.data.numel() > 1
         if self.config.moe_ffn_hidden_size % block_size(quantizer, ShardDim.OUT):
             return False
         shard_rows = self.config.moe_ffn_hidden_size // self.tp_group.size()

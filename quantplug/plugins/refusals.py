@@ -15,6 +15,7 @@ from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from quantplug.errors import Offender, UnsupportedModelError
+from quantplug.megatron.parameters import LanguageModel, refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ def refuse_unsupported(model: nn.Module) -> None:
     """Refuses a model with settings that our wrappers cannot quantize right.
 
     Raises:
-        UnsupportedModelError: Names every module with such a setting, the setting, and the way out of each.
+        UnsupportedModelError: Names every module with such a setting, the setting, and the way out of each; or FSDP has
+            cut the parameters of a Megatron model into shards.
     """
     refuse_autocast()
+    refuse_sharded([model])
     # Every module and every setting: a model is built anew for each of them, so naming one at a time costs hours.
     offenders: list[Offender] = []
     remedies: list[str] = []
@@ -81,12 +84,28 @@ def _config_is_on(setting: str) -> Callable[[nn.Module], bool]:
     return applies
 
 
+def _experts_one_by_one(module: nn.Module) -> bool:
+    """Whether a model's experts are a `SequentialMLP` each, at TP with EP."""
+    # Asked of the model, whose config is the same on all pipeline stages: a stage without experts must not go on alone.
+    if not isinstance(module, LanguageModel):
+        return False
+    config = module.config
+    parallel = config.tensor_model_parallel_size > 1 and config.expert_model_parallel_size > 1
+    return parallel and config.num_moe_experts is not None and not config.moe_grouped_gemm
+
+
 def _settings(module: TEGroupedMLP) -> Mapping[str, object]:
     """The TransformerConfig by name: a Megatron-Core that lacks a setting cannot have it on."""
     return vars(module.config)
 
 
 REFUSALS = (
+    Refusal(
+        setting="moe_grouped_gemm",
+        reason="experts one by one (SequentialMLP) are not quantized at TP with EP by ModelOpt",
+        remedy="build the experts as Transformer Engine's grouped GEMM (moe_grouped_gemm=True), or set TP or EP to 1",
+        applies=_experts_one_by_one,
+    ),
     Refusal(
         setting="single_grouped_weight",
         reason="all experts' weights are one packed parameter; there is no weight{i} to quantize on its own",

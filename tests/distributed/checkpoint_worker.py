@@ -24,6 +24,14 @@ from tests.plugins.tiny_model import DENSE, EXPERTS, grouped_linears, tiny_model
 SAVED_AT = {"tp": 2, "ep": 2}
 LOADED_AT = [{}, {"ep": 4}, {"pp": 2, "ep": 2}, {"tp": 2, "etp": 2}, {"tp": 2, "ep": 2}]
 
+BY_ROW = {
+    "quant_cfg": [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*.experts.*weight_quantizer*", "cfg": {"num_bits": (4, 3), "axis": 0}},
+    ],
+    "algorithm": "max",
+}
+
 Key = tuple[int, str, int]
 """Global layer, name of the grouped linear, global expert."""
 
@@ -46,9 +54,9 @@ def quantizers(model: nn.Module, topology: ParallelTopology) -> dict[Key, nn.Mod
 
 
 def block_shard(amax: torch.Tensor, linear: str, topology: ParallelTopology) -> torch.Tensor:
-    """This rank's share of an amax [N/b, 1, K/b, 1]: of gate and of up rows (fc1), or of columns (fc2)."""
-    if amax.ndim != 4:
-        return amax
+    """This rank's share of an amax [N/b, 1, K/b, 1] or [N, 1]: of gate and of up rows (fc1), or of columns (fc2)."""
+    if amax.ndim < 2 or (amax.ndim == 2 and linear == "linear_fc2"):
+        return amax  # Of the whole weight; or of its rows, all of which every rank has.
     if linear == "linear_fc2":
         return amax.chunk(topology.etp, dim=2)[topology.etp_rank]
     return torch.cat([half.chunk(topology.etp)[topology.etp_rank] for half in amax.chunk(2)])
@@ -139,6 +147,8 @@ def main(directory: Path) -> None:
         ("nvfp4", mtq.W4A16_NVFP4_CFG, LOADED_AT, {}),
         # Its amaxes are as NVFP4's, one number a weight: once by stage and expert, and once cut.
         ("fp8", WEIGHT_ONLY_FP8, [{"pp": 2, "ep": 2}, {"tp": 2, "etp": 2}], {}),
+        # One for each row.
+        ("fp8_channel", BY_ROW, [{"tp": 2, "etp": 2}, {}], {}),
         ("fp8_blockwise", without("*self_attention*", BLOCKWISE), LOADED_AT, {"moe_ffn_hidden_size": 256}),
     ]
     for name, config, layouts, model in cases:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 Run = Callable[..., Ended]
+Source = Callable[[str], Path]
 
 
 def by_torchrun(script: str, *options: str | Path) -> Ended:
@@ -123,3 +125,20 @@ def test_an_export_without_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     assert "CheckpointError" in result.output
     assert "Traceback" not in result.output.split("CheckpointError")[0]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_source_with_code_of_its_own_is_quantized_where_that_is_trusted(sources: Source, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(sources("dense"), source)
+    (source / "modeling_own.py").write_text("raise AssertionError('was run')\n")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Model"}
+    (source / "config.json").write_text(json.dumps(config))
+    options = ("--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--weight-only")
+
+    refused = forked("quantize.py", *options)
+    trusted = forked("quantize.py", *options, "--trust-remote-code")
+
+    assert not refused.ok
+    assert "auto_map" in refused.output
+    assert trusted.ok, trusted.output

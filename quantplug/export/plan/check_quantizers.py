@@ -10,7 +10,7 @@ from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, Role
+from quantplug.mappings.table import ParamKey, Role, fill
 from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rules
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
@@ -35,6 +35,12 @@ _UNCALIBRATED = Kind(
     "Quantizers are enabled but hold no usable amax.",
     "Run mtq.quantize: weights need no data, inputs a forward loop that reaches every expert; or quantize weight-only.",
 )
+_WITHOUT = Kind(
+    UnsupportedQuantizationError,
+    "Layers have no quantizers, and others of the model have.",
+    "Quantize the whole model by one config: on every rank, and every virtual stage (for chunk in model: "
+    "mtq.quantize(chunk, config)). What is to stay in high precision is turned off by a rule of the config.",
+)
 _DIVISOR = "Weights do not divide as their format needs."
 _UNSERVED = "No server loads these weights in this format."
 
@@ -44,6 +50,7 @@ def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Finding
 
     What cannot be written goes into `findings`.
     """
+    _check_coverage(mapped, findings)
     for name in unclaimed:
         findings.add(_UNCLAIMED, name, "is enabled")
     by_scheme: dict[Scheme, list[WholeWeight]] = {}
@@ -152,6 +159,27 @@ def check_served(
     kind = Kind(UnsupportedQuantizationError, _UNSERVED, way_out)
     for whole, why in unserved:
         findings.add_weight(kind, whole, f"{scheme.format}: {why}")
+
+
+def _check_coverage(mapped: Mapped, findings: Findings) -> None:
+    """Linears without any quantizer in a model that has quantized ones: they would stay in 16 bits without a word.
+
+    A disabled quantizer is one. Either nothing of their model chunk has been quantized; or they themselves have not,
+    and the same linear of other layers has. Said once for all experts of a layer.
+    """
+    linears = [whole for whole, mapping in mapped if mapping.role is Role.LINEAR]
+    if not any(whole.weight is not None for whole in linears):
+        return  # A plain export.
+    # A kind of linear that has a quantizer in no layer is one that ModelOpt does not know.
+    known = {whole.key.module for whole in linears if whole.unquantized is None}
+    said: set[tuple[str, int | None]] = set()
+    for whole in linears:
+        without, place = whole.unquantized, (whole.key.module, whole.key.layer)
+        if without is None or place in said or not (without.whole_chunk or whole.key.module in known):
+            continue
+        said.add(place)
+        reason = f"no quantizer, as all of model[{without.chunk}]" if without.whole_chunk else "no quantizer"
+        findings.add(_WITHOUT, fill(*place, None), reason, rank=whole.rank)
 
 
 def _check_experts(mapped: Mapped, findings: Findings) -> None:

@@ -45,6 +45,19 @@ def not_here() -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Unquantized:
+    """That a weight's linear has no weight quantizer, not even a disabled one: no rule of a config was asked of it.
+
+    Attributes:
+        chunk: Which virtual pipeline stage of its rank it is in.
+        whole_chunk: Whether nothing of that has quantizers.
+    """
+
+    chunk: int
+    whole_chunk: bool
+
+
+@dataclass(frozen=True)
 class WeightRef:
     """What one rank holds of one weight, and how to get it.
 
@@ -55,6 +68,7 @@ class WeightRef:
         weight: Its weight quantizer, None if it has none or a disabled one.
         activation: The input quantizer of its linear, None if it has none or a disabled one.
         zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others.
+        unquantized: Said of a weight without a weight quantizer; None where it has one.
     """
 
     key: ParamKey
@@ -65,6 +79,7 @@ class WeightRef:
     weight: QuantizerState | None = None
     activation: QuantizerState | None = None
     zero_centred: bool | None = None
+    unquantized: Unquantized | None = None
 
 
 Held = Mapping[ParamKey, WeightRef]
@@ -89,6 +104,7 @@ class WholeWeight:
         zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others, and where
             the values are those of the family.
         part_dtypes: Types of its parts, where they are of several; `dtype` holds the values of all of them then.
+        unquantized: Said of a weight without a weight quantizer on some rank; None where all have one, or could not.
     """
 
     key: ParamKey
@@ -101,6 +117,7 @@ class WholeWeight:
     source_names: tuple[str, ...] = ()
     zero_centred: bool | None = None
     part_dtypes: tuple[torch.dtype, ...] = ()
+    unquantized: Unquantized | None = None
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from modelopt.torch.quantization.qtensor import QTensorWrapper
 
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.kv_cache import KVQuantizers
-from quantplug.export.plan.types import QuantizerState, WeightRef
+from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
 from quantplug.export.sources.vocabulary import ToldVocabulary
 from quantplug.findings import Findings, Kind
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
@@ -76,6 +76,7 @@ def live_weights(model: Model) -> LiveWeights:
     # The tensor itself is what parameter and quantizer have in common. It lives as long as the model, so that its id
     # stays its own.
     pairs = dict(_weights_with_quantizers(model))
+    unquantized = _unquantized(model, pairs)
     _refuse_changed_inputs(parameters, pairs, names)
     refs = []
     claimed: set[torch.nn.Module] = set()
@@ -96,6 +97,7 @@ def live_weights(model: Model) -> LiveWeights:
                 weight=weight,
                 activation=activation,
                 zero_centred=parameter.zero_centred,
+                unquantized=unquantized.get(id(parameter.tensor)),
             )
         )
     pairs_of_attention = list(_kv_quantizers(model))
@@ -174,6 +176,16 @@ def _weights_with_quantizers(model: Model) -> Iterator[tuple[int, tuple[Quantize
                 activation = dict(module.named_children()).get("input_quantizer")
                 for weight, quantizer in module.iter_weights_for_calibration():
                     yield id(weight), (quantizer, activation)
+
+
+def _unquantized(model: Model, pairs: Mapping[int, tuple[Quantizer, Quantizer]]) -> dict[int, Unquantized]:
+    """What is said of every weight without a weight quantizer, by its identity."""
+    found: dict[int, Unquantized] = {}
+    for number, chunk in enumerate(model_chunks(model)):
+        whole_chunk = not any(isinstance(module, TensorQuantizer) for module in chunk.modules())
+        without = Unquantized(number, whole_chunk)
+        found |= {id(weight): without for weight in chunk.parameters() if id(weight) not in pairs}
+    return found
 
 
 def _kv_quantizers(model: Model) -> Iterator[tuple[TensorQuantizer, TensorQuantizer]]:

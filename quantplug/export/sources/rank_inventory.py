@@ -119,6 +119,7 @@ def _whole(
         weight,
         activation,
         zero_centred=first.zero_centred,
+        unquantized=next((ref.unquantized for ref in refs.values() if ref.unquantized is not None), None),
     )
 
 

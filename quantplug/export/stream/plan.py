@@ -108,7 +108,7 @@ def _requantized(
 ) -> Sequence[WholeWeight]:
     """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
     # Formats of a stream are made of the weights alone: what the model's quantizers say is left out.
-    plain = [replace(weight, weight=None, activation=None) for weight in weights]
+    plain = [replace(weight, weight=None, activation=None, unquantized=None) for weight in weights]
     if request.named_format is None or isinstance(request.named_format, OwnQuantizers):
         return plain
     scheme = SCHEMES[request.named_format]

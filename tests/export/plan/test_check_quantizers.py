@@ -232,3 +232,32 @@ def test_weights_that_do_not_divide(sources: Sources, tmp_path: Path) -> None:
         export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
     assert "128" in str(caught.value)
     assert {expert for _, expert in offenders(caught)} == {None, 0, 1, 2, 3}
+
+
+def test_a_layer_that_was_never_quantized(sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("moe"))
+    mtq.quantize(model.decoder.layers[0], rules())
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert offenders(caught) == {
+        (f"decoder.layers.1.{linear}", None)
+        for linear in (
+            "self_attention.linear_qkv.weight",
+            "self_attention.linear_proj.weight",
+            "mlp.experts.linear_fc1.weight*",
+            "mlp.experts.linear_fc2.weight*",
+        )
+    }
+
+
+def test_a_layer_that_a_rule_leaves_out_is_exported_as_it_is(sources: Sources, tmp_path: Path) -> None:
+    left_out = {"quantizer_name": "*decoder.layers.1.*", "enable": False}
+    model = mtq.quantize(load(sources("moe")), rules(left_out))
+    export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+
+
+def test_a_model_none_of_whose_quantizers_is_enabled_is_exported_plain(sources: Sources, tmp_path: Path) -> None:
+    model = load(sources("moe"))
+    mtq.quantize(model.decoder.layers[0], rules())
+    mtq.disable_quantizer(model, "*")
+    assert export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out").algorithm is None
