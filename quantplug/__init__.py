@@ -5,9 +5,9 @@ only then does one that works on a live model import Megatron-Core.
 
 With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `calibrate`, `plan_export`, `save_checkpoint` and
 `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or
-`plan_stream`. Without one: `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the
-names of all formats, `WeightAmax` what becomes of weights that have grown since calibration, `errors` all that is
-raised.
+`plan_stream`. Without one: `export_checkpoint`, `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` and
+`KVCacheFormat` have the names of all formats, `WeightAmax` what becomes of weights that have grown since calibration,
+`errors` all that is raised.
 `quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
 
@@ -31,6 +31,7 @@ __all__ = [
     "check_destination",
     "destroy_parallel",
     "errors",
+    "export_checkpoint",
     "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
     "import_mcore_gpt_from_hf",
@@ -54,6 +55,7 @@ _HOMES = {
     "calibrate": "quantplug.calibration.run",
     "check_destination": "quantplug.export.files.staging",
     "destroy_parallel": "quantplug.megatron.parallel",
+    "export_checkpoint": "quantplug.export.export_checkpoint",
     "export_hf_weights_quant": "quantplug.export.stream.api",
     "export_mcore_gpt_to_hf": "quantplug.export.to_disk",
     "import_mcore_gpt_from_hf": "quantplug.import_hf.to_model",
@@ -71,6 +73,7 @@ _HOMES = {
 # Type checkers read the imports; at run time each name is looked up when it is first used.
 if TYPE_CHECKING:
     from quantplug.calibration.run import calibrate
+    from quantplug.export.export_checkpoint import export_checkpoint
     from quantplug.export.files.staging import check_destination
     from quantplug.export.live_plan import plan_export
     from quantplug.export.pipeline.amaxes import WeightAmax

@@ -26,7 +26,8 @@ ROWS = (
 )
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.
 EXPORT_ROWS = (
-    ("to_disk", "quantize_checkpoint"),
+    ("to_disk", "quantize_checkpoint", "export_checkpoint"),
+    ("model_free",),
     ("stream", "files"),
     ("live_plan",),
     ("pipeline", "sources"),

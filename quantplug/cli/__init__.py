@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 
 from quantplug import __version__
-from quantplug.cli import quantize, stats, verify
+from quantplug.cli import export, quantize, stats, verify
 
 # A traceback that a user sees is a bug to report: Python's own can be copied whole, typer's boxes are cut to the width
 # of the terminal.
@@ -31,4 +31,5 @@ def main(
 
 app.command()(verify.verify)
 app.command()(quantize.quantize)
+app.command()(export.export)
 app.command()(stats.stats)

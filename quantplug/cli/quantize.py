@@ -7,13 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.terminal import byte_bar, plain, user_errors
-from quantplug.export.files.finish import ExportResult
-from quantplug.export.files.staging import unfinished_of
+from quantplug.cli.terminal import byte_bar, user_errors
+from quantplug.cli.written import kept_of, print_written
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import KVCacheFormat, QuantFormat
-
-_GIGABYTE = 10**9
 
 
 def quantize(
@@ -42,7 +39,7 @@ def quantize(
     """
     # A clock that no time server sets back.
     start = time.perf_counter()
-    with user_errors(lambda: _kept(destination)), byte_bar() as bar:
+    with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
         result = quantize_checkpoint(
             source,
             destination,
@@ -53,27 +50,4 @@ def quantize(
             trust_remote_code=trust_remote_code,
             progress=bar,
         )
-    _print_result(result, time.perf_counter() - start, Console())
-
-
-def _kept(destination: Path) -> str:
-    """What a run that was stopped has left, and how to go on."""
-    unfinished = unfinished_of(destination)
-    if not unfinished.exists():
-        return "Nothing was finished, and nothing is left: run the same command to begin again."
-    return f"Finished files are kept in {unfinished}: the same command goes on from there; or delete that directory."
-
-
-def _print_result(result: ExportResult, seconds: float, console: Console) -> None:
-    """Prints what was written, how fast, and what of the source's other files went along."""
-    files = "1 file" if result.shards == 1 else f"{result.shards} files"
-    # Speed is told in the bytes of the source: how many are written is a matter of the format.
-    read = result.weight_bytes / _GIGABYTE
-    said = (
-        f"Wrote {result.tensors} tensors ({result.algorithm}), {result.nbytes / _GIGABYTE:.3f} GB in {files}, to "
-        f"{result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
-    )
-    # Not wrapped at the terminal's width: a path that is broken over two lines cannot be copied.
-    console.print(plain(said), soft_wrap=True)
-    for line in result.said():
-        console.print(plain(line), soft_wrap=True)
+    print_written(result, time.perf_counter() - start, Console())

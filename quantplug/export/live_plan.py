@@ -7,22 +7,19 @@ from pathlib import Path
 import torch
 
 from quantplug.checkpoint.config_file import ties_embeddings
-from quantplug.checkpoint.duplicates import check_duplicates
-from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, read_source_config
-from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.choices import Choices
+from quantplug.export.sources.hf_directory import fit_table, known_tensors, resolve_directory
 from quantplug.export.sources.live import Model, live_weights
 from quantplug.export.sources.live_rows import LiveSource
 from quantplug.export.sources.live_settings import check_settings
-from quantplug.export.sources.passthrough import Passthrough, has_passthrough, open_passthrough, passthrough_refs
+from quantplug.export.sources.passthrough import Passthrough, has_passthrough, passthrough_refs
 from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
 from quantplug.export.sources.vocabulary import add_grown, with_vocabulary
 from quantplug.findings import Findings
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.megatron.parallel import current_topology, group_ranks
@@ -118,9 +115,12 @@ def plan_export(
     if requantize is not None:
         wholes, unclaimed, attentions = requantize(wholes, family), (), ()
     # Headers of the source, where it has weights: what it says of shapes and types is held against the model's.
-    stored = all_or_none(lambda: _stored(source, family, dims, topology))
+    tied = ties_embeddings(source.values)
+    stored = all_or_none(
+        lambda: known_tensors(source.directory, family, tied=tied, rank=topology.rank, ranks=topology.world_size)
+    )
     request = ExportRequest(
-        tied_embeddings=ties_embeddings(source.values),
+        tied_embeddings=tied,
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
@@ -142,33 +142,18 @@ def plan_export(
 
 def _read_source(model: Model, name_or_path: str | Path, trust_remote_code: bool, choices: Choices) -> SourceConfig:
     """The config of a source, which is fetched whole only if tensors of it are carried over."""
-    # The config first, by itself: from the hub the weights would be hundreds of gigabytes, and only a source of which
-    # tensors are carried over needs them.
-    directory = resolve_source(name_or_path, weights=False)
     # By the config of the model, which is the same on all ranks; the layers are on the last stage alone.
     has_mtp = choices.drop_mtp or any(chunk.config.mtp_num_layers for chunk in model_chunks(model))
-    config = choices.of(read_source_config(directory, trust_remote_code, model_has_mtp=has_mtp))
-    family = choices.family(config)
-    if not has_passthrough(config, family, family.dimensions(config.values)):
-        return config
-    return replace(config, directory=resolve_source(name_or_path))
 
+    def read(directory: Path) -> SourceConfig:
+        return choices.of(read_source_config(directory, trust_remote_code, model_has_mtp=has_mtp))
 
-def _stored(
-    source: SourceConfig, family: Family, dims: ModelDimensions, topology: ParallelTopology
-) -> dict[str, TensorHeader]:
-    """Headers of the tensors beside the config, by name; empty where there are none.
+    def needs_weights(directory: Path) -> bool:
+        config = read(directory)
+        family = choices.family(config)
+        return has_passthrough(directory, config.values, family, family.dimensions(config.values))
 
-    Where the config ties the embeddings, an output layer among them must be the same as the embedding, or it would be
-    lost.
-    """
-    stored = stored_tensors(source.directory)
-    if ties_embeddings(source.values) and any(
-        {copy, original} <= stored.keys() for copy, original in family.tied.items()
-    ):
-        with HFCheckpoint(source.directory) as checkpoint:
-            check_duplicates(checkpoint, family.tied, topology.rank, topology.world_size)
-    return stored
+    return read(resolve_directory(name_or_path, needs_weights))
 
 
 def _fit(
@@ -177,11 +162,8 @@ def _fit(
     """The table for this source, and what this rank brings of it to the export."""
     family = choices.family(source)
     dims = family.dimensions(source.values)
-    if with_passthrough and has_passthrough(source, family, dims):
-        # Opened once and kept open: rows are read from it when they are written.
-        checkpoint = open_passthrough(source.directory, family)
-        family = fitted(family, checkpoint.tensors, dims)
-        refs = tuple(passthrough_refs(checkpoint, family, topology.rank, topology.world_size))
-        return family, dims, Passthrough(refs, checkpoint)
-    # A source without such tensors, or a stream, which sends none: the table has no rows for them then.
-    return fitted(replace(family, passthrough=()), stored_tensors(source.directory), dims), dims, Passthrough()
+    table = fit_table(source.directory, source.values, family, dims, with_passthrough=with_passthrough)
+    if table.beside is None:
+        return table.family, dims, Passthrough()
+    refs = tuple(passthrough_refs(table.beside, table.family, topology.rank, topology.world_size))
+    return table.family, dims, Passthrough(refs, table.beside)

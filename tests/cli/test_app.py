@@ -40,4 +40,4 @@ def test_a_shell_completes_commands() -> None:
 
     result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
 
-    assert result.stdout.split() == ["verify", "quantize", "stats"]
+    assert result.stdout.split() == ["verify", "quantize", "export", "stats"]

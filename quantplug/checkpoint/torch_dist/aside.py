@@ -6,7 +6,10 @@ several; `common_state` is what Megatron-Core 0.19 keeps of common.pt once more.
 """
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass
+
+from quantplug.checkpoint.torch_dist.index import Index
 
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("optimizer", re.compile(r"(chained_\d+\.)*optimizer(_state)?[./_].*")),
@@ -18,6 +21,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 # An object's key ends in the place of its shard. No weight is an object.
 _OBJECT = re.compile(r".*/shard_[\d.]+_[\d.]+")
+_WRAPPED = re.compile(r"((?:module\.)*).*", re.DOTALL)
 _EXTRA_STATE = re.compile(r".*\._extra_state\d*/shard_[\d.]+_[\d.]+")
 
 
@@ -35,6 +39,9 @@ class Aside:
     entries: int
     nbytes: int
 
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.entries} entries, {self.nbytes:,} bytes"
+
 
 def kind_of(key: str) -> str | None:
     """What a key is of, if it is no part of a model; None for all that may be."""
@@ -42,3 +49,32 @@ def kind_of(key: str) -> str | None:
         if pattern.fullmatch(key):
             return kind
     return "other objects" if _OBJECT.fullmatch(key) and not _EXTRA_STATE.fullmatch(key) else None
+
+
+def left_aside(index: Index) -> tuple[Aside, ...]:
+    """All of a checkpoint that is no part of a model, by kind."""
+    nbytes: defaultdict[str, list[int]] = defaultdict(list)
+    for key, tensor in index.tensors.items():
+        if (kind := kind_of(key)) is not None:
+            nbytes[kind].append(sum(chunk.extent.length for chunk in tensor.chunks))
+    for key, extent in index.objects.items():
+        if (kind := kind_of(key)) is not None:
+            nbytes[kind].append(extent.length)
+    return tuple(Aside(kind, len(lengths), sum(lengths)) for kind, lengths in nbytes.items())
+
+
+def unwrapped(index: Index) -> Index:
+    """The index without the names that wrappers such as DDP, saved as a whole, put before all keys of a model."""
+    own = [key for key in (*index.tensors, *index.objects) if kind_of(key) is None]
+    # Before all of them, or it is no wrapper's.
+    wrapped = min(map(_wrappers, own), key=len, default="")
+    return Index(
+        index.directory,
+        {key.removeprefix(wrapped): tensor for key, tensor in index.tensors.items()},
+        {key.removeprefix(wrapped): extent for key, extent in index.objects.items()},
+    )
+
+
+def _wrappers(key: str) -> str:
+    match = _WRAPPED.fullmatch(key)
+    return match[1] if match else ""

@@ -24,7 +24,7 @@ from quantplug.errors import Offender
 _MOST_SIZE = 2**48  # Of an axis, an offset or a file: what is larger is made up.
 _MOST_AXES = 8
 _METADATA = "torch.distributed.checkpoint.metadata."
-_DTYPES = {
+DTYPES = {
     f"torch.{name}": getattr(torch, name)
     for name in (
         *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
@@ -34,7 +34,7 @@ _DTYPES = {
 # What PyTorch 2.4 to 2.15 and Megatron-Core 0.12 to 0.19 put into it.
 _ALLOWED = frozenset(
     {
-        *_DTYPES,
+        *DTYPES,
         *(
             _METADATA + name
             for name in (
@@ -205,9 +205,9 @@ def _dtype(key: str, properties: Any) -> torch.dtype:
     # (dtype, layout, requires_grad, memory format, pinned): its `__getstate__`.
     state = properties.state if isinstance(properties, Made) else None
     named = state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(named, Named) or named.name not in _DTYPES:
+    if not isinstance(named, Named) or named.name not in DTYPES:
         raise _UnusableIndexError(f"does not say the dtype of {key}")
-    dtype: torch.dtype = _DTYPES[named.name]
+    dtype: torch.dtype = DTYPES[named.name]
     return dtype
 
 

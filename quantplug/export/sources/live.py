@@ -11,6 +11,7 @@ from modelopt.torch.quantization.qtensor import QTensorWrapper
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
+from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings
 from quantplug.export.sources.vocabulary import ToldVocabulary
 from quantplug.findings import Findings, Kind
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
@@ -24,15 +25,6 @@ _COMPRESSED = Kind(
     UnsupportedQuantizationError,
     "Weights are packed already, so that neither their shapes nor their values can be read.",
     "Export the model before mtq.compress: an export packs the weights itself.",
-)
-# Enabled or not: ModelOpt's TensorQuantizer.forward scales and rotates its input before it asks whether it is disabled,
-# and the algorithm has changed the weights to fit. What is exported of such weights alone is another model.
-_CHANGES_INPUTS = Kind(
-    UnsupportedQuantizationError,
-    "Quantizers scale or rotate what goes into their linear, which no checkpoint of ours expresses; the weights were "
-    "changed to go with it.",
-    "Quantize the original weights anew by an algorithm that leaves them as they are, such as max: disabling the "
-    "quantizers does not undo it.",
 )
 
 
@@ -144,11 +136,11 @@ def _refuse_changed_inputs(
         leaves = list(_leaves(pairs.get(id(parameter.tensor), ())))
         of_weights.update(leaves)
         for change in chain.from_iterable(map(_changes_of_inputs, leaves)):
-            findings.add(_CHANGES_INPUTS, parameter.key.name, f"its quantizer has {change}", parameter.key.expert)
+            findings.add(CHANGES_INPUTS, parameter.key.name, f"its quantizer has {change}", parameter.key.expert)
     # Those of attention's matrix products belong to no weight, and have a name of their own alone.
     for quantizer in names.keys() - of_weights:
         for change in _changes_of_inputs(quantizer):
-            findings.add(_CHANGES_INPUTS, names[quantizer], f"has {change}")
+            findings.add(CHANGES_INPUTS, names[quantizer], f"has {change}")
     findings.raise_if_any()
 
 
@@ -160,12 +152,8 @@ def _leaves(quantizers: Iterable[Quantizer]) -> Iterator[torch.nn.Module]:
 
 
 def _changes_of_inputs(quantizer: torch.nn.Module) -> Iterator[str]:
-    """What a quantizer, enabled or not, does to its input before it quantizes."""
     if isinstance(quantizer, TensorQuantizer):
-        if quantizer.pre_quant_scale is not None:
-            yield "a pre_quant_scale (AWQ, SmoothQuant)"
-        if quantizer.rotate_is_enabled:
-            yield "a rotation"
+        yield from _settings(quantizer).changes_of_input()
 
 
 def _weights_with_quantizers(model: Model) -> Iterator[tuple[int, tuple[Quantizer, Quantizer]]]:
@@ -212,35 +200,23 @@ def _state(names: Mapping[torch.nn.Module, str], quantizer: Quantizer) -> Quanti
         return QuantizerState(names[quantizer], num_bits=0, unsupported=("several quantizers in sequence",))
     if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
         return None
-    # ModelOpt keeps axes (integers) and settings (`type`, `scale_bits`) as keys of one dict.
-    blocks = quantizer.block_sizes or {}
+    return _settings(quantizer).state(names[quantizer], _largest(quantizer.amax))
+
+
+def _settings(quantizer: TensorQuantizer) -> QuantizerSettings:
     num_bits = quantizer.num_bits
-    return QuantizerState(
-        name=names[quantizer],
+    return QuantizerSettings(
         num_bits=num_bits if isinstance(num_bits, int) else tuple(num_bits),
-        block_sizes=tuple(sorted((axis, size) for axis, size in blocks.items() if isinstance(axis, int))),
-        scale_bits=tuple(blocks["scale_bits"]) if blocks.get("scale_bits") else None,
-        dynamic_blocks=blocks.get("type") == "dynamic",
+        block_sizes=quantizer.block_sizes or {},
         axis=quantizer.axis,
-        amax=_largest(quantizer.amax),
-        unsupported=tuple(_unsupported(quantizer)),
+        backend=quantizer.backend,
+        has_bias=quantizer.bias is not None,
+        fake_quant=bool(quantizer.fake_quant),
+        scales_input=quantizer.pre_quant_scale is not None,
+        rotates=bool(quantizer.rotate_is_enabled),
     )
 
 
 def _largest(amax: torch.Tensor | None) -> float | None:
     # max() lets a NaN through, so the plan sees it.
     return None if amax is None or amax.numel() == 0 else float(amax.float().max())
-
-
-def _unsupported(quantizer: TensorQuantizer) -> Iterator[str]:
-    """Features that change what the quantizer computes and that no output format expresses."""
-    # Settings that ModelOpt keeps beside those of `QuantizerState`, and that change codes or scales.
-    for setting in ("four_over_six", "scale_block_sizes"):
-        if (quantizer.block_sizes or {}).get(setting):
-            yield setting
-    if quantizer.backend is not None:
-        yield f"the backend {quantizer.backend}"
-    if quantizer.bias is not None:
-        yield "bias (affine quantization)"
-    if not quantizer.fake_quant:
-        yield "real quantization (fake_quant=False)"

@@ -3,13 +3,13 @@
 Each is held by one rank, in turn, which reads it from the source when it is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from quantplug.checkpoint.reader import INDEX_FILE, SINGLE_FILE, HFCheckpoint, weight_map
-from quantplug.checkpoint.source_config import SourceConfig
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.errors import Offender, SourceError
 from quantplug.export.plan.pieces import BUCKET_BYTES
@@ -35,15 +35,17 @@ class Passthrough:
         return None if self.checkpoint is None else CheckpointSource(self.checkpoint, dims, BUCKET_BYTES)
 
 
-def has_passthrough(source: SourceConfig, family: Family, dims: ModelDimensions) -> bool:
+def has_passthrough(directory: Path, config: Mapping[str, Any], family: Family, dims: ModelDimensions) -> bool:
     """Whether a source has such tensors: by its config, or else by what lies there, or what the index says.
+
+    Args:
+        config: What its config.json says.
 
     Raises:
         SourceError: A file is damaged.
     """
-    if family.needs_source(source.values):
+    if family.needs_source(config):
         return True
-    directory = source.directory
     # Names of the table are none of these, though they may begin likewise.
     table = set(chain.from_iterable(names for names, _ in family.expected(dims)))
     found = {*stored_tensors(directory), *(weight_map(directory) or ())}

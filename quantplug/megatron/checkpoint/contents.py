@@ -1,7 +1,6 @@
 """What a checkpoint holds, read before Megatron is asked for anything."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from quantplug.checkpoint.torch_dist.aside import Aside, kind_of
+from quantplug.checkpoint.torch_dist.aside import Aside, kind_of, left_aside, unwrapped
 from quantplug.checkpoint.torch_dist.common import Plain, read_common
 from quantplug.checkpoint.torch_dist.index import Index, read_index, require_covered
+from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 from quantplug.megatron.checkpoint.keys import Stored
-
-_WRAPPED = re.compile(r"((?:module\.)*).*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,8 @@ class Contents:
 
     @property
     def padded_to(self) -> int | None:
-        """Multiple to which the vocabulary is padded, if the arguments say so.
-
-        As Megatron-LM's `_vocab_size_with_padding` does (megatron/training/tokenizer).
-        """
-        multiple, tp = (self.arguments.get(it) for it in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
-        return multiple * tp if isinstance(multiple, int) and isinstance(tp, int) else None
+        """Multiple to which the vocabulary is padded, if the arguments say so."""
+        return padded_to(self.arguments)
 
 
 def read_contents(directory: Path) -> Contents:
@@ -67,20 +61,14 @@ def read_contents(directory: Path) -> Contents:
         CheckpointError: The index is damaged, or names something to be run; a tensor that may be a model's has holes;
             or a file is absent or too short.
     """
-    index = _unwrapped(read_index(directory))
-    aside = {key: kind for key in (*index.tensors, *index.objects) if (kind := kind_of(key)) is not None}
+    index = unwrapped(read_index(directory))
     own = Index(
         directory,
-        {key: tensor for key, tensor in index.tensors.items() if key not in aside},
-        {key: extent for key, extent in index.objects.items() if key not in aside},
+        {key: tensor for key, tensor in index.tensors.items() if kind_of(key) is None},
+        {key: extent for key, extent in index.objects.items() if kind_of(key) is None},
     )
     require_covered(own, own.tensors)
-    counted = tuple(
-        Aside(kind, len(keys), sum(nbytes for key in keys for nbytes in _lengths(index, key)))
-        for kind in dict.fromkeys(aside.values())
-        for keys in [[key for key in aside if aside[key] == kind]]
-    )
-    return Contents(directory, own, counted, read_common(directory, index).arguments)
+    return Contents(directory, own, left_aside(index), read_common(directory, index).arguments)
 
 
 def index_for_torch(index: Index) -> Metadata:
@@ -98,27 +86,3 @@ def index_for_torch(index: Index) -> Metadata:
         entries[key] = BytesStorageMetadata()
         places[MetadataIndex(key)] = _StorageInfo(extent.file, extent.offset, extent.length)
     return Metadata(entries, storage_data=places)
-
-
-def _unwrapped(index: Index) -> Index:
-    """The index without the names that wrappers such as DDP, saved as a whole, put before all keys of a model."""
-    own = [key for key in (*index.tensors, *index.objects) if kind_of(key) is None]
-    # Before all of them, or it is no wrapper's.
-    wrapped = min(map(_wrappers, own), key=len, default="")
-    return Index(
-        index.directory,
-        {key.removeprefix(wrapped): tensor for key, tensor in index.tensors.items()},
-        {key.removeprefix(wrapped): extent for key, extent in index.objects.items()},
-    )
-
-
-def _wrappers(key: str) -> str:
-    match = _WRAPPED.fullmatch(key)
-    return match[1] if match else ""
-
-
-def _lengths(index: Index, key: str) -> Iterator[int]:
-    if key in index.objects:
-        yield index.objects[key].length
-    else:
-        yield from (chunk.extent.length for chunk in index.tensors[key].chunks)

@@ -15,10 +15,10 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from quantplug.checkpoint.torch_dist.index import StoredTensor
+from quantplug.checkpoint.torch_dist.vocabulary import is_padding
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron.agreement import all_or_none, gather_objects, union
 from quantplug.megatron.checkpoint.differences import differences, sizes_of
-from quantplug.megatron.checkpoint.vocabulary import is_padding
 from quantplug.megatron.parallel import current_topology
 
 # A value of one of these types is itself in another, rounded. One of any other stands for something else by a scale.

@@ -94,7 +94,7 @@ class LoadReport:
 
     def said(self) -> list[str]:
         """Each of these but `extra` as a line for a terminal."""
-        lines = [f"Left aside: {it.kind}, {it.entries} entries, {it.nbytes:,} bytes." for it in self.aside]
+        lines = [f"Left aside: {it}." for it in self.aside]
         lines += [
             f"Rounded: {it.tensors} tensors are {it.stored} in the checkpoint and {it.live} in the model."
             for it in self.rounded

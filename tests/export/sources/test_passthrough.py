@@ -28,7 +28,7 @@ def source(name: str, directory: Path, index: dict[str, str] | None = None, **se
 def needed(directory: Path) -> bool:
     config = read_source_config(directory)
     family = find_family(config.architecture)
-    return has_passthrough(config, family, family.dimensions(config.values))
+    return has_passthrough(directory, config.values, family, family.dimensions(config.values))
 
 
 MTP = {"mtp.fc.weight": "model-00001-of-00001.safetensors"}

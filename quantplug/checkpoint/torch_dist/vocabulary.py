@@ -4,6 +4,10 @@ Megatron pads a vocabulary to a multiple of `make_vocab_size_divisible_by` (128 
 size, and its load takes as many rows as both have, in silence. What is lost by that must be padding.
 """
 
+from collections.abc import Mapping
+
+from quantplug.checkpoint.torch_dist.common import Plain
+
 LARGEST_UNIT = 1024
 """Rows to a multiple of which a trainer is taken to pad on one rank, where its settings are not known."""
 
@@ -29,3 +33,13 @@ def is_padding(stored: int, live: int, tp: int, unit: int | None = None) -> bool
 def _unit_of(rows: int, most: int) -> int:
     """The largest power of two that divides a number of rows: padding to it explains the most."""
     return min(rows & -rows, most)
+
+
+def padded_to(arguments: Mapping[str, Plain]) -> int | None:
+    """What Megatron-LM pads a vocabulary to (`_vocab_size_with_padding`, megatron/training/tokenizer).
+
+    Args:
+        arguments: Of its command line; None is given where they do not say it.
+    """
+    multiple, tp = (arguments.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
+    return multiple * tp if isinstance(multiple, int) and isinstance(tp, int) else None

@@ -1,0 +1,108 @@
+"""Where the parameters of a model are in a checkpoint: keys of tensors, in all the ways that Megatron-Core names them.
+
+A parameter `decoder.layers.3.self_attention.linear_proj.weight` is
+    one by one   a tensor of that name (`singleton_local_shards`, layers that are not alike, quantized models), or
+    stacked      layer 3 of `decoder.layers.self_attention.linear_proj.weight` [layers, ...],
+an expert's `decoder.layers.3.mlp.experts.linear_fc1.weight69`
+    one by one   `decoder.layers.3.mlp.experts.experts.69.linear_fc1.weight`, or
+    stacked      expert 69 of `decoder.layers.3.mlp.experts.experts.linear_fc1.weight` [experts, ...], where layers are
+                 stacked too layer 3, expert 69 of `decoder.layers.mlp.experts.experts.linear_fc1.weight`.
+Some are cut into parts, each a tensor of its own, whose rows follow one another as in a model without tensor
+parallelism. Read off what Megatron-Core 0.16.1 writes of every family (`sharded_state_dict` of its modules).
+"""
+
+import re
+from collections.abc import Collection, Container, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from quantplug.checkpoint.torch_dist.aside import kind_of
+from quantplug.checkpoint.torch_dist.reader import Segment
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey
+
+_EXPERT = re.compile(r"(?P<above>.*\.experts)\.(?:local_experts\.\*\.)?(?P<linear>linear_fc[12]\.\w+)\*?")
+# Suffixes of the parts in their order, longer lists before those that they contain: gate and up of an expert or MLP
+# (`apply_swiglu_sharded_factory`), projections and convolutions of gated delta nets and of Mamba mixers
+# (`_split_tensor_factory`).
+_PARTS = (
+    ("",),
+    ("_w", "_v"),
+    (".query", ".key", ".value", ".z", ".beta", ".alpha"),
+    (".query", ".key", ".value"),
+    (".z", ".x", ".B", ".C", ".dt"),
+    (".x", ".B", ".C"),
+)
+
+
+@dataclass(frozen=True)
+class FoundParameter:
+    """A parameter of the model in a checkpoint.
+
+    Attributes:
+        key: By the spelling under which it was found.
+        segments: What it is made of, one below another.
+    """
+
+    key: ParamKey
+    segments: tuple[Segment, ...]
+
+
+def find_parameters(family: Family, dims: ModelDimensions, tensors: Collection[str]) -> Iterator[FoundParameter]:
+    """Every parameter of a model of these sizes that a checkpoint has; one that it has twice comes twice.
+
+    Args:
+        tensors: Keys of the checkpoint.
+    """
+    for row in family.mappings:
+        spellings = {} if row.role.is_passthrough else {of_checkpoint(name): name for name in reversed(row.megatron)}
+        for key in row.keys(dims) if spellings else ():
+            for spelling, module in spellings.items():
+                for whole in places(spelling, key, dims):
+                    segments = _segments(whole, tensors)
+                    if segments:
+                        yield FoundParameter(ParamKey(module, key.layer, key.expert), segments)
+
+
+def _segments(whole: Segment, tensors: Collection[str]) -> tuple[Segment, ...]:
+    """The parts that a checkpoint has of a parameter, one of which may be all of it; none if it is not there."""
+    for parts in _PARTS:
+        if all(whole.key + part in tensors for part in parts):
+            return tuple(replace(whole, key=whole.key + part) for part in parts)
+    return ()
+
+
+def places(spelling: str, key: ParamKey, dims: ModelDimensions) -> Iterator[Segment]:
+    """Where a parameter may be: under names with its numbers, or in tensors of all layers, all experts, or both.
+
+    Args:
+        spelling: As `of_checkpoint` gives it.
+    """
+    axes = []
+    if key.layer is not None:
+        axes.append(("layers.*", key.layer, dims.mtp_layers if key.stack == "mtp" else dims.num_layers))
+    if key.expert is not None:
+        axes.append(("experts.*", key.expert, dims.num_experts))
+    for stacked in product((False, True), repeat=len(axes)):
+        name, place, of = spelling, [], []
+        for (numbered, number, count), is_stacked in zip(axes, stacked, strict=True):
+            name = name.replace(numbered, numbered[:-2] if is_stacked else numbered[:-1] + str(number), 1)
+            place += [number] if is_stacked else []
+            of += [count] if is_stacked else []
+        yield Segment(name, tuple(place), tuple(of))
+
+
+def of_checkpoint(spelling: str) -> str:
+    """A parameter's name as a checkpoint has it, numbers apart.
+
+    Grouped and sequential experts have one: `….experts.experts.*.linear_fc1.weight`.
+    """
+    match = _EXPERT.fullmatch(spelling)
+    if match is None or "shared_experts" in spelling:
+        return spelling
+    return f"{match['above']}.experts.*.{match['linear']}"
+
+
+def unknown_keys(keys: Collection[str], found: Container[str]) -> list[str]:
+    """Keys of tensors that are no parameter of the model, no quantizer's, and no trainer's."""
+    return [key for key in keys if key not in found and "_quantizer." not in key and kind_of(key) is None]

@@ -1,0 +1,213 @@
+"""What a checkpoint says of quantizers: their settings, which are pickles in objects, and their amaxes.
+
+ModelOpt keeps the settings of a module's quantizers as bytes in the module's extra state. Of experts, 0.47 has in each
+one's the weight quantizers of all experts of the rank that saved, `weight_quantizer.{local expert}`, quantplug the
+expert's own as `weight_quantizer.0`, and 0.46 one `weight_quantizer` for all (`quantplug.plugins.extra_state`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+
+from quantplug.checkpoint.torch_dist.files import damaged, open_regular
+from quantplug.checkpoint.torch_dist.index import Extent, Index
+from quantplug.checkpoint.torch_dist.keys import places
+from quantplug.checkpoint.torch_dist.pickles import Made
+from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
+from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
+from quantplug.errors import Offender
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import ParamKey
+
+MODELOPT_STATE = "modelopt_state"
+"""Directory beside the tensors of a quantized model: the config that its quantizers were inserted by."""
+
+WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
+_OF_CACHE = ("k_bmm_quantizer", "v_bmm_quantizer")
+_EXTRA_STATE = re.compile(r"(?P<module>.+)\._extra_state/shard_(?P<place>\d+(?:\.\d+)*)_(?P<of>\d+(?:\.\d+)*)")
+_OF_EXPERT = re.compile(WEIGHT + r"\.(?P<expert>\d+)")
+_ARCHIVE = b"PK\x03\x04"
+# Whole amaxes are read into memory; the largest is one of FP8 blocks, 16,384 times smaller than its weight.
+_MOST_AMAXES = 2**24
+
+Settings = Mapping[str, Any]
+"""The attributes of a quantizer, as ModelOpt 0.46 and 0.47 name them: `_num_bits`, `_block_sizes`, `_disabled`, ..."""
+
+
+@dataclass(frozen=True)
+class SavedQuantizer:
+    """A quantizer of a checkpoint.
+
+    Attributes:
+        name: For messages.
+        amax: The largest of its amaxes; None if it has none.
+    """
+
+    name: str
+    settings: Settings
+    amax: float | None
+
+
+def is_quantized(index: Index) -> bool:
+    """Whether a checkpoint is of a model with quantizers."""
+    return (index.directory / MODELOPT_STATE).is_dir() or any("_quantizer." in key for key in index.tensors)
+
+
+class SavedQuantizers:
+    """The quantizers of a checkpoint.
+
+    Args:
+        reader: Of the checkpoint.
+
+    Raises:
+        CheckpointError: Settings cannot be read; names each.
+    """
+
+    def __init__(self, reader: TorchDistReader, dims: ModelDimensions) -> None:
+        self._reader, self._dims = reader, dims
+        self._settings = _read_settings(reader.index)
+        self._claimed: set[tuple[str, str]] = set()
+
+    def of_weight(self, spelling: str, key: ParamKey) -> SavedQuantizer | None:
+        """The weight quantizer of a linear; None if it has none.
+
+        Args:
+            spelling: Of the weight, as `of_checkpoint` gives it.
+        """
+        name, settings = self._named(spelling, key, WEIGHT)
+        if key.expert is not None and settings is None:
+            name, settings = self._of_expert(spelling, key)
+        return None if settings is None else SavedQuantizer(name, settings, self._amax(spelling, key, WEIGHT))
+
+    def of_input(self, spelling: str, key: ParamKey) -> SavedQuantizer | None:
+        """The input quantizer of a linear; None if it has none."""
+        name, settings = self._named(spelling, key, INPUT)
+        return None if settings is None else SavedQuantizer(name, settings, self._amax(spelling, key, INPUT))
+
+    def of_attention(self) -> Iterator[tuple[str, Settings, Settings]]:
+        """The quantizers of what every attention layer puts into its KV cache: its name, of keys, and of values."""
+        for module, quantizers in self._settings.items():
+            keys, values = (quantizers.get(name) for name in _OF_CACHE)
+            if isinstance(keys, Mapping) and isinstance(values, Mapping):
+                self._claimed.update((module, name) for name in _OF_CACHE)
+                yield _label(module), keys, values
+
+    def all(self) -> Iterator[tuple[str, Settings]]:
+        """Every quantizer, by its name."""
+        return ((name, settings) for _, name, settings in self._all())
+
+    def unclaimed(self) -> Iterator[tuple[str, Settings]]:
+        """Every quantizer that was not asked for, by its name."""
+        return ((name, settings) for key, name, settings in self._all() if key not in self._claimed)
+
+    def _all(self) -> Iterator[tuple[tuple[str, str], str, Settings]]:
+        for module, quantizers in self._settings.items():
+            for name, settings in quantizers.items():
+                if isinstance(settings, Mapping):
+                    yield (module, name), f"{_label(module)}.{name}", settings
+
+    def _module(self, spelling: str, key: ParamKey) -> tuple[str, Mapping[str, Any]]:
+        """Key of the extra state of a weight's module, and the quantizers in it."""
+        module = spelling.rpartition(".")[0]
+        for segment in places(module, key, self._dims):
+            name = _extra_state_key(segment)
+            if name in self._settings:
+                return name, self._settings[name]
+        return module, {}
+
+    def _named(self, spelling: str, key: ParamKey, quantizer: str) -> tuple[str, Settings | None]:
+        module, quantizers = self._module(spelling, key)
+        return self._claim(module, quantizers, quantizer)
+
+    def _of_expert(self, spelling: str, key: ParamKey) -> tuple[str, Settings | None]:
+        module, quantizers = self._module(spelling, key)
+        numbers = [int(match["expert"]) for match in map(_OF_EXPERT.fullmatch, quantizers) if match]
+        # Ranks hold blocks of as many experts, in order: the place of a global expert among those of its rank.
+        for number in numbers:
+            self._claimed.add((module, f"{WEIGHT}.{number}"))
+        number = (key.expert or 0) % max(len(numbers), 1)
+        return self._claim(module, quantizers, f"{WEIGHT}.{number}")
+
+    def _claim(self, module: str, quantizers: Mapping[str, Any], name: str) -> tuple[str, Settings | None]:
+        self._claimed.add((module, name))
+        settings = quantizers.get(name)
+        return f"{_label(module)}.{name}", settings if isinstance(settings, Mapping) else None
+
+    def _amax(self, spelling: str, key: ParamKey, quantizer: str) -> float | None:
+        module = spelling.rpartition(".")[0]
+        for segment in places(f"{module}.{quantizer}._amax", key, self._dims):
+            # Gate and up of blocks are apart.
+            for parts in (("",), ("_w", "_v")):
+                names = [segment.key + part for part in parts]
+                if all(name in self._reader.index.tensors for name in names):
+                    values = [self._largest(Segment(name, segment.place, segment.of)) for name in names]
+                    # max() would lose a NaN, which must not pass for calibrated.
+                    return float(torch.tensor(values).max())
+        return None
+
+    def _largest(self, segment: Segment) -> float:
+        shape = self._reader.index.tensors[segment.key].shape
+        # One of all experts, under a name without their numbers, has no axis of them: ModelOpt 0.46, and inputs.
+        axes = next(count for count in range(len(segment.of), -1, -1) if shape[:count] == segment.of[:count])
+        segment = Segment(segment.key, segment.place[:axes], segment.of[:axes])
+        if self._reader.numel(segment) > _MOST_AMAXES:
+            raise damaged([Offender(segment.key, f"is no amax: it has the shape {list(shape)}")])
+        amaxes = self._reader.read(segment)
+        return float(amaxes.float().max()) if amaxes.numel() else float("nan")
+
+
+def _label(module: str) -> str:
+    return module.partition("._extra_state")[0]
+
+
+def _extra_state_key(segment: Segment) -> str:
+    """Key of a module's extra state: objects are named after their places among all of them."""
+    place, of = segment.place or (0,), segment.of or (1,)
+    return f"{segment.key}._extra_state/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, of))}"
+
+
+def _read_settings(index: Index) -> dict[str, Mapping[str, Any]]:
+    """The quantizers of every module that has any, by the key of its extra state."""
+    found: dict[str, Mapping[str, Any]] = {}
+    offenders = []
+    for key, extent in index.objects.items():
+        if _EXTRA_STATE.fullmatch(key):
+            try:
+                quantizers = _quantizers_in(index, extent)
+            except (UnusableSaveError, OSError) as error:
+                offenders.append(Offender(key, str(error)))
+            else:
+                if quantizers:
+                    found[key] = quantizers
+    if offenders:
+        raise damaged(offenders)
+    return found
+
+
+def _quantizers_in(index: Index, extent: Extent) -> Mapping[str, Any]:
+    """The settings of quantizers by name, in the extra state of a module: bytes of one `torch.save` in another."""
+    with open_regular(index.directory, extent.file) as file:
+        outer = read_saved(file, Span(extent.offset, extent.offset + extent.length))
+        span = _bytes_of(outer.value, outer.storages)
+        # Transformer Engine's own is empty, or a bare pickle of training in FP8; ModelOpt's is another `torch.save`.
+        if span is None or not _is_archive(file, span):
+            return {}
+        inner = read_saved(file, span).value
+    quantizers = inner.get("modelopt_quantizer_state") if isinstance(inner, dict) else None
+    return quantizers if isinstance(quantizers, dict) else {}
+
+
+def _is_archive(file: IO[bytes], span: Span) -> bool:
+    file.seek(span.start)
+    return span.stop - span.start > len(_ARCHIVE) and file.read(len(_ARCHIVE)) == _ARCHIVE
+
+
+def _bytes_of(value: Any, storages: Mapping[str, Span]) -> Span | None:
+    """Where the data of a tensor of bytes is; an object is kept as a list of one."""
+    while isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 1:
+        value = value[0]
+    is_tensor = isinstance(value, Made) and value.of.startswith("torch._utils._rebuild_tensor")
+    return next(iter(storages.values())) if is_tensor and len(storages) == 1 else None

@@ -1,0 +1,74 @@
+"""`quantplug export`: from a training checkpoint to a Hugging Face checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from quantplug.cli.terminal import byte_bar, user_errors
+from quantplug.cli.written import kept_of, print_written
+from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
+from quantplug.export.pipeline.amaxes import WeightAmax
+from quantplug.formats.names import KVCacheFormat
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="What a trainer saved to (torch_dist), or one iteration of it.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that is new or empty.")],
+    hf: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="Directory or hub id of the Hugging Face model whose config and tokenizer it has."
+        ),
+    ],
+    format: Annotated[  # noqa: A002
+        str | None,
+        typer.Option(metavar=f"[{'|'.join(FORMATS)}]", help="Without it: as the quantizers in the checkpoint say."),
+    ] = None,
+    iteration: Annotated[
+        int | None, typer.Option(metavar="N", help="Which iteration; the newest without it.", min=0)
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
+    ] = None,
+    quantize_mtp: Annotated[
+        bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
+    ] = False,
+    kv_cache: Annotated[
+        KVCacheFormat | None,
+        typer.Option(help="With a format: that of the server's KV cache; 16 bits where none is given."),
+    ] = None,
+    amax: Annotated[
+        WeightAmax, typer.Option(help="Of a quantized model: what becomes of weights that have grown since.")
+    ] = WeightAmax.CALIBRATED,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Carry over code that DIR brings for its readers to run.")
+    ] = False,
+) -> None:
+    """Writes a checkpoint of Megatron-LM or Megatron-Bridge for Hugging Face: no model is built, no GPU, no data.
+
+    Nothing in the checkpoint is run. Killed, it goes on where it was when the same command is run again. Exit status:
+    0, 2 when it cannot be done, 130 when Ctrl-C stops it.
+    """
+    # A clock that no time server sets back.
+    start = time.perf_counter()
+    with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
+        result = export_checkpoint(
+            checkpoint,
+            destination,
+            hf,
+            format,
+            iteration=iteration,
+            exclude=exclude or (),
+            quantize_mtp=quantize_mtp,
+            kv_cache=kv_cache,
+            amax=amax,
+            trust_remote_code=trust_remote_code,
+            progress=bar,
+        )
+    print_written(result, time.perf_counter() - start, Console())

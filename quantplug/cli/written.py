@@ -1,0 +1,34 @@
+"""What a command says of the checkpoint that it wrote, or of what it leaves when it is stopped."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from quantplug.cli.terminal import plain
+from quantplug.export.files.finish import ExportResult
+from quantplug.export.files.staging import unfinished_of
+
+_GIGABYTE = 10**9
+
+
+def print_written(result: ExportResult, seconds: float, console: Console) -> None:
+    """Prints what was written, how fast, and what of the source's other files went along."""
+    files = "1 file" if result.shards == 1 else f"{result.shards} files"
+    # Speed is told in the bytes of the source: how many are written is a matter of the format.
+    read = result.weight_bytes / _GIGABYTE
+    said = (
+        f"Wrote {result.tensors} tensors ({result.algorithm or 'not quantized'}), {result.nbytes / _GIGABYTE:.3f} GB "
+        f"in {files}, to {result.directory}: {read:.3f} GB of weights in {seconds:.1f} s, {read / seconds:.2f} GB/s"
+    )
+    # Not wrapped at the terminal's width: a path that is broken over two lines cannot be copied.
+    console.print(plain(said), soft_wrap=True)
+    for line in result.said():
+        console.print(plain(line), soft_wrap=True)
+
+
+def kept_of(destination: Path) -> str:
+    """What a run that was stopped has left, and how to go on."""
+    unfinished = unfinished_of(destination)
+    if not unfinished.exists():
+        return "Nothing was finished, and nothing is left: run the same command to begin again."
+    return f"Finished files are kept in {unfinished}: the same command goes on from there; or delete that directory."

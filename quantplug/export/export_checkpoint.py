@@ -1,0 +1,249 @@
+"""From a training checkpoint of Megatron-Core straight to a Hugging Face checkpoint, without building a model.
+
+Needs torch, safetensors and NumPy alone. Names, layouts, plan, packing and files are those of an export of the model
+that would be loaded from it, and so are the bytes. Nothing that the checkpoint brings is run: its pickles are read as
+plain data.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.checkpoint.torch_dist.aside import Aside, unwrapped
+from quantplug.checkpoint.torch_dist.common import read_common
+from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.reader import TorchDistReader
+from quantplug.checkpoint.torch_dist.roots import find_iteration
+from quantplug.checkpoint.torch_dist.vocabulary import padded_to
+from quantplug.errors import ArgumentError, Offender
+from quantplug.export.files.finish import Beside, ExportResult, result_of
+from quantplug.export.model_free import (
+    Amaxes,
+    ModelByConfig,
+    PlanOf,
+    WeightOnlyPlan,
+    chosen_weights,
+    read_model,
+    require_free,
+    write_export,
+)
+from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weight_amax_policy
+from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
+from quantplug.export.plan.types import ExportPlan, WholeWeight
+from quantplug.export.sources.checkpoint_rows import CheckpointSource
+from quantplug.export.sources.hf_directory import FittedTable, fit_table, known_tensors, resolve_directory
+from quantplug.export.sources.passthrough import has_passthrough
+from quantplug.export.sources.trained.rows import TorchDistSource
+from quantplug.export.sources.trained.weights import checkpoint_weights
+from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_without_data
+from quantplug.mappings.table import ParamKey
+from quantplug.progress import Progress, silent
+from quantplug.selection import by_exclude
+
+PLAIN = "plain"
+"""The name of no format: weights are written as they are, also those of a quantized model."""
+
+FORMATS = (*(name for name in QuantFormat if not name.needs_data), PLAIN)
+"""What a checkpoint can be written in, whatever its quantizers say."""
+
+
+@dataclass(frozen=True)
+class CheckpointExport(ExportResult):
+    """What an export of a training checkpoint wrote.
+
+    Attributes:
+        checkpoint: The directory of the iteration that was read.
+        aside: What the checkpoint holds beside the model, such as the states of its optimizer.
+    """
+
+    checkpoint: Path = Path()
+    aside: tuple[Aside, ...] = ()
+
+    def said(self) -> Iterator[str]:
+        """Lines that tell a user what became of the checkpoint, beside its weights."""
+        yield f"Read {self.checkpoint}"
+        yield from (f"Left aside: {aside}" for aside in self.aside)
+        yield from super().said()
+
+
+@torch.no_grad()
+def export_checkpoint(
+    checkpoint: str | Path,
+    destination: str | Path,
+    pretrained_model_name_or_path: str | Path,
+    format: QuantFormat | str | None = None,  # noqa: A002  # as on the command line
+    *,
+    iteration: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    moe_router_dtype: torch.dtype | None = None,
+    exclude: Sequence[str] = (),
+    quantize_mtp: bool = False,
+    kv_cache: KVCacheFormat | str | None = None,
+    amax: WeightAmax | str = WeightAmax.CALIBRATED,
+    trust_remote_code: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress = silent,
+) -> CheckpointExport:
+    """Writes a Megatron-Core `torch_dist` checkpoint as a Hugging Face checkpoint, without a model, a GPU or data.
+
+    The checkpoint is read twice, a few rows at a time: to be looked at, then to be packed. Memory does not grow with
+    the model. All is written into a hidden directory beside `destination`, which one rename makes visible: after an
+    error `destination` does not exist. What the same call left when it was killed is kept.
+
+    Args:
+        checkpoint: What Megatron-LM or Megatron-Bridge saved to, one iteration in it, or what
+            `dist_checkpointing.save` or `save_checkpoint` wrote, at any parallel layout.
+        destination: A directory that is new or empty.
+        pretrained_model_name_or_path: Directory or hub id of the Hugging Face model that this is a model of. Its config
+            says names and sizes; its tokenizer and generation files are copied.
+        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` or `fp8_blockwise`; or `plain`. None
+            writes a quantized model as its quantizers say, by the amaxes in the checkpoint, and another one plain.
+        iteration: Which iteration of those that were saved; None for the newest.
+        dtype: Type of tensors that are not quantized.
+        moe_router_dtype: Type of the routers, None for `dtype`.
+        exclude: With a `format`: modules that stay in high precision, by exact name in Hugging Face or as shell
+            patterns (`model.layers.0.*`).
+        quantize_mtp: With a `format`: whether the layers of multi-token prediction are quantized too.
+        kv_cache: With a `format`: in which format servers keep keys and values, `fp8_cast`; None for 16 bits. Without a
+            `format` the quantizers in the checkpoint say it.
+        amax: Of a model that was quantized before: what becomes of weights that are larger than their quantizers'
+            amaxes, as in `export_mcore_gpt_to_hf`.
+        trust_remote_code: Whether code that the Hugging Face directory brings is carried over; none is run here.
+        max_shard_size: Largest size of one safetensors file in bytes.
+        progress: Called as (stage, done, total), in bytes of the checkpoint.
+
+    Raises:
+        ArgumentError: A format, `dtype`, `max_shard_size` or `amax` that is not known or not served; or `exclude`,
+            `quantize_mtp` or `kv_cache` without a format that quantizes.
+        CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read.
+        DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
+        SourceError: The Hugging Face directory has no usable config, or its files to be copied cannot be read; or the
+            checkpoint changes while it is read.
+        UnsupportedModelError: Its architecture is not supported.
+        MappingError: The checkpoint is not the model that the config describes, or a pattern of `exclude` matches
+            nothing.
+        ShapeError: A shape disagrees with the config, or does not divide as the format needs.
+        UnsupportedQuantizationError: A format, or quantizers in the checkpoint, that cannot be written.
+        CalibrationError: Quantizers without a usable amax, or weights that have grown beyond it.
+        WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
+        WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
+    """
+    policy = weight_amax_policy(amax)
+    scheme = _scheme(format)
+    cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
+    if scheme is None:
+        _refuse_choices(exclude=exclude, quantize_mtp=quantize_mtp, kv_cache=kv_cache)
+    target = Path(destination)
+    require_free(target)
+    directory = find_iteration(checkpoint, iteration)
+    index = unwrapped(read_index(directory))
+    has_mtp = any(key.startswith("mtp.") for key in index.tensors)
+    model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp)
+    # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
+    side_files = choose_side_files(model.directory, code=trust_remote_code)
+    padding = padded_to(read_common(directory, index).arguments)
+    with TorchDistReader(index) as reader:
+        found = checkpoint_weights(reader, model.family, model.dims, padding)
+        weights = (*found.weights, *_beside(table))
+        stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
+        request = ExportRequest(
+            tied_embeddings=model.tied,
+            dtype=dtype,
+            router_dtype=moe_router_dtype,
+            max_shard_size=max_shard_size,
+            reference={name: header.shape for name, header in stored.items()},
+            source_types={name: header.dtype for name, header in stored.items()},
+        )
+        plan_of: PlanOf
+        if format is None:
+            request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
+        else:
+            weights = _without_quantizers(weights)
+        if scheme is not None:
+            chosen = chosen_weights(weights, model, scheme, exclude, quantize_mtp)
+            request = replace(request, leave_out=by_exclude, kv_cache=cache)
+            plan_of = WeightOnlyPlan(weights, model, chosen, scheme.weight, request)
+        else:
+            plan_of = _AsSaved(weights, model, request, policy)
+        rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model))
+        beside = Beside(model.directory, model.config, side_files)
+        plan = write_export(plan_of, rows, beside, target, dtype, progress, policy)
+    written = result_of(plan, target, side_files, model.lost_mtp)
+    return CheckpointExport(
+        **{each.name: getattr(written, each.name) for each in fields(written)},
+        checkpoint=directory,
+        aside=found.aside,
+    )
+
+
+def _scheme(name: str | None) -> Scheme | None:
+    """How weights are quantized, where that is not said by the checkpoint."""
+    if name is None or name == PLAIN:
+        return None
+    if name not in list(QuantFormat):
+        raise ArgumentError(
+            "There is no such format.", [Offender("format", f"is {name!r}")], f"Use one of: {', '.join(FORMATS)}."
+        )
+    return scheme_without_data(name, "format")
+
+
+def _refuse_choices(**given: object) -> None:
+    """Refuses choices of what is quantized where the checkpoint says it, or nothing is."""
+    offenders = [Offender(name, "is given without a format") for name, value in given.items() if value]
+    if offenders:
+        raise ArgumentError(
+            "What is quantized can be chosen only with a format.",
+            offenders,
+            f"Name one of {', '.join(FORMATS[:-1])}; else the quantizers in the checkpoint say what is quantized.",
+        )
+
+
+def _read_hf(name_or_path: str | Path, trust_remote_code: bool, has_mtp: bool) -> tuple[ModelByConfig, FittedTable]:
+    """The model by its config, with the table fitted to what lies beside the config."""
+
+    def read(directory: Path) -> ModelByConfig:
+        return read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
+
+    def needs_weights(directory: Path) -> bool:
+        model = read(directory)
+        return has_passthrough(directory, model.config, model.family, model.dims)
+
+    model = read(resolve_directory(name_or_path, needs_weights))
+    table = fit_table(model.directory, model.config, model.family, model.dims)
+    return replace(model, family=table.family), table
+
+
+def _beside(table: FittedTable) -> tuple[WholeWeight, ...]:
+    """What passes through, one weight for each tensor."""
+    if table.beside is None:
+        return ()
+    rows = [row.megatron[0] for row in table.family.mappings if row.role.is_passthrough]
+    headers = ((name, table.beside.tensors[name]) for name in rows)
+    return tuple(WholeWeight(ParamKey(name), header.shape, header.dtype) for name, header in headers)
+
+
+def _rows_beside(table: FittedTable, model: ModelByConfig) -> CheckpointSource | None:
+    return None if table.beside is None else CheckpointSource(table.beside, model.dims)
+
+
+def _without_quantizers(weights: Sequence[WholeWeight]) -> tuple[WholeWeight, ...]:
+    return tuple(replace(weight, weight=None, activation=None) for weight in weights)
+
+
+@dataclass(frozen=True)
+class _AsSaved:
+    """Makes the plan that the quantizers in the checkpoint ask for, or a plain one where there are none."""
+
+    weights: Sequence[WholeWeight]
+    model: ModelByConfig
+    request: ExportRequest
+    policy: WeightAmax
+
+    def __call__(self, amaxes: Amaxes | None) -> ExportPlan:
+        plan = build_plan(self.weights, self.model.family, self.model.dims, self.request)
+        if amaxes is None or self.policy is not WeightAmax.REFRESH:
+            return plan
+        return plan.with_amaxes(amaxes_of_wholes(plan.tasks, amaxes, groups={}))

@@ -1,0 +1,177 @@
+"""What exports share that build no model: the model by its config alone, plans of weight-only formats, one process.
+
+They need torch, safetensors and NumPy alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantplug.checkpoint.config_file import architecture_of, read_config_file, refuse_own_code, ties_embeddings
+from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
+from quantplug.checkpoint.stored_tensors import stored_names
+from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
+from quantplug.errors import SourceError
+from quantplug.export.files.finish import Beside, finish
+from quantplug.export.files.staging import Staging, check_destination
+from quantplug.export.files.write_rounds import Reading, write_tensors
+from quantplug.export.pipeline.amaxes import WeightAmax
+from quantplug.export.pipeline.outliers import refuse_outliers
+from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchanged, unchanged_rows
+from quantplug.export.plan.build import ExportRequest, build_plan
+from quantplug.export.plan.scheme import quantizer_for
+from quantplug.export.plan.source import Source
+from quantplug.export.plan.types import ExportPlan, WholeWeight
+from quantplug.formats import WeightFormat
+from quantplug.formats.names import Scheme
+from quantplug.mappings.families import find_family
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Family, ParamKey
+from quantplug.progress import Progress
+from quantplug.selection import Policy, decide, excluding, quantized
+
+
+def require_free(destination: Path) -> None:
+    """Refuses a destination that cannot be used, before anything is fetched or read for it.
+
+    Raises:
+        DestinationError: It is not empty, or is a file.
+    """
+    with disk_errors(destination):
+        check_destination(destination)
+
+
+@dataclass(frozen=True)
+class ModelByConfig:
+    """What config.json says of a model.
+
+    Attributes:
+        config: config.json as it stands in the file.
+        lost_mtp: That it counted layers which are nowhere: `config` and `dims` count none any more.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    family: Family
+    dims: ModelDimensions
+    lost_mtp: LostMtp | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return ties_embeddings(self.config)
+
+
+def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool = False) -> ModelByConfig:
+    """The model that a Hugging Face directory is of.
+
+    Args:
+        model_has_mtp: Whether layers of multi-token prediction come from elsewhere, so that it is no matter whether the
+            directory holds those that its config counts.
+
+    Raises:
+        SourceError: There is no usable config.json, or it brings its own code and that is not trusted.
+        UnsupportedModelError: Its architecture is not supported.
+    """
+    config = read_config_file(directory)
+    refuse_own_code(directory, trusted=trust_remote_code)
+    family = find_family(architecture_of(config, directory))
+    dims = read_dimensions(config, family)
+    lost = None if model_has_mtp else lost_mtp(config, family, dims, stored_names(directory))
+    if lost is not None:
+        config = lost.without(config)
+        dims = family.dimensions(config)
+    return ModelByConfig(directory, config, family, dims, lost)
+
+
+def chosen_weights(
+    weights: Sequence[WholeWeight], model: ModelByConfig, scheme: Scheme, exclude: Sequence[str], quantize_mtp: bool
+) -> frozenset[ParamKey]:
+    """The weights that a weight-only format packs, by the one policy and what a user leaves out.
+
+    Raises:
+        MappingError: A pattern of `exclude` matches nothing.
+        UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
+    """
+    policy = Policy(scheme.weight_bits, quantize_mtp)
+    decisions = decide((weight.key for weight in weights), model.family, policy)
+    return frozenset(quantized(excluding(decisions, exclude, model.family, model.dims)))
+
+
+Amaxes = Mapping[ParamKey, float]
+PlanOf = Callable[[Amaxes | None], ExportPlan]
+"""Makes the plan, before the amaxes of the weights are known and after."""
+
+
+@dataclass(frozen=True)
+class WeightOnlyPlan:
+    """Makes the plan of a format that quantizes weights alone; a `PlanOf`.
+
+    Attributes:
+        chosen: The weights that are packed.
+    """
+
+    weights: Sequence[WholeWeight]
+    model: ModelByConfig
+    chosen: frozenset[ParamKey]
+    packing: WeightFormat
+    request: ExportRequest
+
+    def __call__(self, amaxes: Amaxes | None) -> ExportPlan:
+        """The plan; without amaxes all is checked that needs none."""
+        # A quantizer as ModelOpt's would be stands for the format, so that the plan is made as for a live model.
+        weights = [self._quantized(weight, amaxes) if weight.key in self.chosen else weight for weight in self.weights]
+        request = replace(self.request, calibrated=amaxes is not None)
+        return build_plan(weights, self.model.family, self.model.dims, request)
+
+    def _quantized(self, weight: WholeWeight, amaxes: Amaxes | None) -> WholeWeight:
+        # A weight-only format needs no data: max|weight| is all of its calibration.
+        amax = None if amaxes is None else amaxes[weight.key]
+        return replace(weight, weight=replace(quantizer_for(self.packing, weight.label), amax=amax))
+
+
+def write_export(
+    plan_of: PlanOf,
+    rows: Source,
+    beside: Beside,
+    destination: Path,
+    dtype: torch.dtype | None,
+    progress: Progress,
+    policy: WeightAmax = WeightAmax.CALIBRATED,
+) -> ExportPlan:
+    """Looks at all weights once, then packs and writes them, in one process; what has been finished before is kept.
+
+    Args:
+        plan_of: Called twice. The first plan refuses by names and shapes alone what can be refused, before the weights
+            are read; the second one has the amaxes that reading gave, in its scales and in its digest.
+        dtype: Type of plain tensors; None where they keep their own.
+        policy: What becomes of weights that have grown since they were calibrated.
+
+    Returns:
+        The plan of what was written.
+
+    Raises:
+        QuantplugError: As the entries say.
+    """
+    found = prescan(plan_of(None).tasks, rows, progress, policy=policy)
+    plan = plan_of(found.amaxes)
+    refuse_outliers(plan.tasks, found.typical, rows)
+    reading = Reading(unchanged_rows(rows, found.marks), rows.bucket_bytes)
+    staging = Staging(destination, plan.digest, digest_of(found.marks), rank=0, world_size=1)
+    try:
+        # Files that were finished before a change was seen may have been packed while it was made.
+        with staging.discarded_on(SourceError):
+            write_tensors(plan, reading, staging, rank=0, groups={}, progress=progress)
+            require_unchanged(plan.tasks, rows, found.marks)
+        finish(plan, beside, staging, dtype)
+    except BaseException:
+        # Also on Ctrl-C: finished files stay, for the same command to go on from.
+        staging.discard_unless_resumable()
+        raise
+    finally:
+        staging.close()
+    return plan

@@ -1,0 +1,1 @@
+"""A training checkpoint of Megatron-Core as a source of an export."""

@@ -1,0 +1,81 @@
+"""The rows of a training checkpoint, read where they lie: Megatron's tensors, of which a piece needs some rows."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
+from quantplug.export.plan.pieces import Piece, cut, rows_of
+from quantplug.export.plan.source import Chunk, Source, place_of
+from quantplug.export.plan.types import ExportTask
+from quantplug.export.sources.checkpoint_rows import BUCKET_BYTES
+from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import ParamKey
+
+# Rows are read run by run as long as a run has so many; where they are scattered more widely, all between the first and
+# the last are.
+_LEAST_RUN = 16
+
+
+@dataclass(frozen=True)
+class TorchDistSource:
+    """Every weight of a training checkpoint, for one rank that holds all of it.
+
+    Attributes:
+        segments: Where each weight is.
+        passthrough: Where tensors come from that no parameter stands for; None where there are none.
+    """
+
+    reader: TorchDistReader
+    segments: Mapping[ParamKey, tuple[Segment, ...]]
+    dims: ModelDimensions
+    passthrough: Source | None = None
+    bucket_bytes: int = BUCKET_BYTES
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def holds(self, task: ExportTask) -> bool:
+        return True
+
+    def chunks(self, task: ExportTask) -> Iterator[Chunk]:
+        # In the very pieces that are packed later, so that a row read for the second time has a fingerprint of its own
+        # to be held against.
+        for piece in cut(task, self.dims, self.bucket_bytes):
+            yield Chunk(place_of(piece), self.read(piece))
+
+    def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
+        if task.mapping.role.is_passthrough:
+            yield from self._beside.named(task)
+        else:
+            segments = self.segments[task.source.key]
+            yield task.source.label, self.reader.read_rows(segments, 0, (task.source.shape or (1,))[0])
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        if piece.task.mapping.role.is_passthrough:
+            return self._beside.read(piece)
+        rows = self._rows(self.segments[piece.task.source.key], rows_of(piece, 0, self.dims))
+        return piece.task.mapping.to_hf_values(rows)
+
+    def may_have_changed(self, task: ExportTask) -> bool:
+        if task.mapping.role.is_passthrough:
+            return self._beside.may_have_changed(task)
+        return any(self.reader.may_have_changed(segment) for segment in self.segments[task.source.key])
+
+    @property
+    def _beside(self) -> Source:
+        assert self.passthrough is not None, "a plan has tensors of a checkpoint that was not opened"
+        return self.passthrough
+
+    def _rows(self, segments: tuple[Segment, ...], rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight by their numbers, in this order."""
+        ends = (rows.diff() != 1).nonzero().flatten() + 1
+        runs = rows.tensor_split(ends.tolist())
+        if len(runs) * _LEAST_RUN > len(rows) and len(runs) > 1:
+            first = int(rows.min())
+            between = self.reader.read_rows(segments, first, int(rows.max()) + 1)
+            return between.index_select(0, rows - first)
+        if not len(rows):
+            return self.reader.read_rows(segments, 0, 0)
+        read = [self.reader.read_rows(segments, int(run[0]), int(run[-1]) + 1) for run in runs]
+        return torch.cat(read) if len(read) > 1 else read[0]
