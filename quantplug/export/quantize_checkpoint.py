@@ -19,7 +19,7 @@ from quantplug.export.model_free import WeightOnlyPlan, chosen_weights, read_mod
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
-from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_named, scheme_without_data
+from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_without_data, scheme_without_data
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
 from quantplug.selection import by_exclude
@@ -71,13 +71,13 @@ def quantize_checkpoint(
         UnsupportedModelError: Its architecture is not supported.
         MappingError: Tensors are missing or unknown, or a pattern of `exclude` matches nothing.
         ShapeError: A shape disagrees with the config, or does not divide as the format needs.
-        UnsupportedQuantizationError: A format that quantizes activations by calibrated scales; or `exclude` parts what
-            servers load alike, or leaves nothing to quantize.
+        UnsupportedQuantizationError: A format that has calibrated scales, of activations or of the KV cache; or
+            `exclude` parts what servers load alike, or leaves nothing to quantize.
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     scheme = scheme_without_data(format, "format")
-    cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
+    cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)

@@ -39,10 +39,17 @@ class KVCacheFormat(StrEnum):
     """The formats of a server's KV cache that a checkpoint can ask for.
 
     `fp8_cast` is E4M3 with a scale of 1.0: keys and values are cast, so that it takes no data and no tensors, but two
-    lines of config. It is what most published NVFP4 checkpoints have (ModelOpt's recipes call it `kv_fp8_cast`).
+    lines of config. It is what most published NVFP4 checkpoints have (ModelOpt's recipes call it `kv_fp8_cast`). `fp8`
+    is E4M3 with scales that were calibrated with data, two for each attention layer.
     """
 
     FP8_CAST = "fp8_cast"
+    FP8 = "fp8"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it has scales that only calibration with data can give."""
+        return self is KVCacheFormat.FP8
 
 
 class Activations(Enum):
@@ -137,6 +144,24 @@ def kv_cache_named(name: str, argument: str) -> KVCacheFormat:
             f"Use one of: {', '.join(KVCacheFormat)}.",
         )
     return KVCacheFormat(name)
+
+
+def kv_cache_without_data(name: str, argument: str) -> KVCacheFormat:
+    """The format of a KV cache of a name where nothing is calibrated with data.
+
+    Raises:
+        ArgumentError: No format has this name.
+        UnsupportedQuantizationError: The format has scales that only data can give.
+    """
+    kv_cache = kv_cache_named(name, argument)
+    if kv_cache.needs_data:
+        raise UnsupportedQuantizationError(
+            "A KV cache has scales that are calibrated with data, and there is none here.",
+            [Offender(argument, f"is {name!r}")],
+            f"Use {KVCacheFormat.FP8_CAST}: the same type, with a scale of 1.0. For {name} itself calibrate a model "
+            "with data, and export that.",
+        )
+    return kv_cache
 
 
 def scheme_without_data(name: str, argument: str) -> Scheme:

@@ -29,12 +29,13 @@ _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.W8A16_FP8: {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*mtq.FP8_DEFAULT_CFG["quant_cfg"], _NO_INPUTS]},
     QuantFormat.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
 }
-# As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml).
+# As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml, kv_fp8.yaml).
 _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
     KVCacheFormat.FP8_CAST: {
         "quantizer_name": "*[kv]_bmm_quantizer",
         "cfg": {"num_bits": (4, 3), "use_constant_amax": True},
-    }
+    },
+    KVCacheFormat.FP8: {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},
 }
 
 

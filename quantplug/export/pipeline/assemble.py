@@ -30,9 +30,9 @@ def assemble_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: Mod
     else:
         for slice_index, packed in enumerate(slices):
             yield from _placed(piece, packed, first_row(piece, slice_index, dims))
-    # Once a part, with its first piece: the input scale is no row of anything.
+    # Once a part, with its first piece: such a scale is no row of anything.
     if piece.start == 0:
-        yield from _input_scale(piece)
+        yield from _scalars(piece)
 
 
 def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
@@ -49,8 +49,7 @@ def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
 def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[TensorRows]:
     """Packed rows, the first of which is row number `row` of the part, as rows of the tensors that they belong to."""
     copies = [copy.tensors for copy in piece.task.duplicates]
-    # Not strict: where inputs are quantized the part has one tensor more than is packed of its rows, the input scale,
-    # and it is the last.
+    # Not strict: a part may have more tensors than are packed of its rows, and these scales are the last.
     for specs, tensor in zip(zip(piece.output.tensors, *copies, strict=True), packed, strict=False):
         for spec in specs:
             if piece.output.placement is not None:
@@ -83,11 +82,11 @@ def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> 
         yield TensorRows(spec.name, 0, tensor.reshape(spec.shape))
 
 
-def _input_scale(piece: Piece) -> Iterator[TensorRows]:
-    """The `input_scale` of a part and of its copies, FP32 without axes; nothing where inputs are not quantized."""
-    task, packing, placement = piece.task, piece.output.format, piece.output.placement
-    if packing is None or task.input_amax is None or (placement is not None and placement.expert > 0):
-        return
-    scale = packing.input_scale(torch.tensor(task.input_amax, dtype=torch.float32))
-    for output in (piece.output, *task.duplicates):
-        yield TensorRows(output.tensors[-1].name, 0, scale)
+def _scalars(piece: Piece) -> Iterator[TensorRows]:
+    """The scales of a part and of its copies that the plan knows already, FP32 without axes."""
+    placement = piece.output.placement
+    # Of all experts in one tensor, such a scale is written with the first.
+    if placement is None or placement.expert == 0:
+        for output in (piece.output, *piece.task.duplicates):
+            for name, value in output.scalars:
+                yield TensorRows(name, 0, torch.tensor(value, dtype=torch.float32))

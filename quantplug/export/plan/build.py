@@ -21,7 +21,7 @@ from quantplug.export.plan.check_quantizers import (
 )
 from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
 from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
-from quantplug.export.plan.kv_cache import KVQuantizers, check_kv_cache, check_kv_place
+from quantplug.export.plan.kv_cache import KVCache, KVQuantizers, check_kv_cache, check_kv_place
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.slices import must_gather_first
@@ -101,7 +101,7 @@ def build_plan(
     # From here on shapes are known to be right, so that what follows may divide and cut them.
     scheme = check_quantizers(mapped, request.unclaimed, findings)
     check_served(mapped, scheme, dims, request.leave_out, findings)
-    kv_cache = check_kv_cache(request.attentions, findings) or request.kv_cache
+    kv_cache = check_kv_cache(request.attentions, request.kv_cache, findings, calibrated=request.calibrated)
     check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
     dialect = dialect_for(scheme) if scheme else None
     if not findings.found:
@@ -122,10 +122,10 @@ def build_plan(
 
     # Nothing below refuses anything: it says who writes what, into which file and under which name.
     assigned = assign([weight for weight, _ in mapped])
-    packing = _Packing(dims, request, scheme, dialect, groups, written)
+    packing = _Packing(dims, request, scheme, dialect, groups, written, kv_cache)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = _excluded_modules(tasks, family, dims, globs=dialect.reads_globs) if dialect else ()
-    quant_config = dialect.config(excluded, kv_cache) if dialect else None
+    quant_config = dialect.config(excluded, kv_cache.format if kv_cache else None) if dialect else None
     files = _cut_into_files(in_order(tasks), request.max_shard_size)
     return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
 
@@ -169,6 +169,7 @@ class _Packing:
         dialect: How that is spelled on disk; None likewise.
         groups: The scale group of every weight that is in one.
         written: The row by which each weight is written.
+        kv_cache: The KV cache that the checkpoint asks for; None for one in 16 bits.
     """
 
     dims: ModelDimensions
@@ -177,6 +178,7 @@ class _Packing:
     dialect: Dialect | None
     groups: Mapping[ParamKey, str]
     written: Mapping[ParamKey, WeightMapping]
+    kv_cache: KVCache | None
 
     def task(
         self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
@@ -193,7 +195,7 @@ class _Packing:
         plain = self._plain_dtypes(weight, mapping, len(shapes))
         formats = [None if pattern in mapping.high_precision else packing for pattern in mapping.hf]
         outputs = tuple(
-            PartOutput(name, shape, self._tensors(name, shape, dtype, of_part, placement), of_part, placement)
+            self._output(weight, name, shape, dtype, of_part, placement)
             for name, shape, dtype, of_part in zip(
                 mapping.hf_names(weight.key, self.dims), shapes, plain, formats, strict=True
             )
@@ -207,14 +209,13 @@ class _Packing:
             gather_first=must_gather_first(weight.shape, len(assigned.ranks), mapping, packing, self.dims),
             format=packing,
             amax=weight.weight.amax if weight.weight and quantized else None,
-            input_amax=weight.activation.amax if weight.activation and quantized else None,
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
             row_step=None if placement else 1 if packing is None else packing.cut_steps[0],
             outputs=outputs,
             # A source may hold a copy for every MTP layer, or none: what is written follows it. Where nothing is known
             # of its tensors, every copy is written.
             duplicates=tuple(
-                PartOutput(name, shapes[0], self._tensors(name, shapes[0], plain[0], packing, None), packing)
+                self._output(weight, name, shapes[0], plain[0], packing, None)
                 for name in mapping.duplicate_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
@@ -241,22 +242,31 @@ class _Packing:
             return torch.promote_types(self.request.source_types.get(name, self.request.dtype), self.request.dtype)
         return (self.request.router_dtype if mapping.role.is_of_router else None) or self.request.dtype
 
-    def _tensors(
+    def _output(
         self,
+        weight: WholeWeight,
         name: str,
         shape: tuple[int, ...],
         plain: torch.dtype,
         packing: WeightFormat | None,
         placement: Placement | None,
-    ) -> tuple[TensorSpec, ...]:
+    ) -> PartOutput:
+        """One part of a weight: its tensors, then the scales that are made of no row of it."""
+        scalars: list[tuple[str, float]] = []
         if packing is None or self.scheme is None or self.dialect is None:
-            return (self._stored(TensorSpec(name, shape, plain), placement),)
-        tensors = packing.outputs(shape)
-        if self.scheme.has_input_scale:
-            # The last one, behind all that is packed from rows: assembling a piece looks for it there.
-            tensors = (*tensors, INPUT_SCALE)
-        stored = (self._stored(tensor, placement) for tensor in tensors)
-        return tuple(self.dialect.spec(name, tensor) for tensor in stored)
+            tensors: tuple[TensorSpec, ...] = (self._stored(TensorSpec(name, shape, plain), placement),)
+        else:
+            stored = [self._stored(tensor, placement) for tensor in packing.outputs(shape)]
+            if self.scheme.has_input_scale:
+                stored.append(INPUT_SCALE)
+            tensors = tuple(self.dialect.spec(name, tensor) for tensor in stored)
+            # Before calibration there is no amax, and nothing is written of such a plan.
+            if self.scheme.has_input_scale and weight.activation and weight.activation.amax is not None:
+                scale = packing.input_scale(torch.tensor(weight.activation.amax, dtype=torch.float32))
+                scalars.append((tensors[-1].name, float(scale)))
+        of_cache = [*self.kv_cache.scales_of(weight.key, name)] if self.kv_cache else []
+        tensors += tuple(TensorSpec(scale, (), torch.float32) for scale, _ in of_cache)
+        return PartOutput(name, shape, tensors, packing, placement, (*scalars, *of_cache))
 
     def _stored(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
         """The tensor as it is on disk: of one expert's slice, the tensor of all experts that the slice is part of.
@@ -347,7 +357,7 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
         "tensors": [
             # repr gives every bit of a float back: an amax that differs in the last one makes other bytes, and finished
             # files of an earlier run must then not be taken over.
-            [spec.name, spec.shape, str(spec.dtype), repr(task.amax), repr(task.input_amax), task.mapping.offset]
+            [spec.name, spec.shape, str(spec.dtype), repr(task.amax), part.scalars, task.mapping.offset]
             for task in tasks
             for part in task.all_outputs
             for spec in part.tensors

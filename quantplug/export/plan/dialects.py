@@ -163,7 +163,7 @@ Dialect = ModelOptDialect | DeepSeekDialect | CompressedTensorsDialect
 
 _NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 _FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
-_KV_ALGORITHMS: Mapping[KVCacheFormat, str] = {KVCacheFormat.FP8_CAST: "FP8"}
+_KV_ALGORITHMS: Mapping[KVCacheFormat, str] = {KVCacheFormat.FP8_CAST: "FP8", KVCacheFormat.FP8: "FP8"}
 
 _DIALECTS: Mapping[QuantFormat, Dialect] = {
     QuantFormat.W4A16_NVFP4: ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),

@@ -1,23 +1,41 @@
-"""Whether the quantizers of attention's keys and values can be written, and as which quantized KV cache."""
+"""Whether the quantizers of attention's keys and values can be written, and as which quantized KV cache.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A cast is said by the config alone. A calibrated cache has two scales an attention layer beside, `k_proj.k_scale` and
+`v_proj.v_scale`, FP32 scalars by the names that ModelOpt gives them in a Hugging Face model, which vLLM and SGLang
+read. Their value is that of ModelOpt's exporter of Megatron models (`get_kv_cache_scaling_factor` of its
+export/quant_utils.py): amax / 448, but not below 1.0. A float type gains nothing from a smaller scale but a few
+subnormals, and saturates at the first key that is larger than those of calibration.
+"""
 
-from quantplug.errors import UnsupportedQuantizationError
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from quantplug.errors import CalibrationError, UnsupportedQuantizationError
 from quantplug.export.plan.types import QuantizerState
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import KVCacheFormat
+from quantplug.formats.scale_types import scale_from_amax
+from quantplug.formats.table import FP8
+from quantplug.mappings.table import ParamKey
 
 _SETTING = Kind(
     UnsupportedQuantizationError,
     "Quantizers of a KV cache are set in a way that is not written.",
-    "Use ModelOpt's FP8 cast (num_bits (4, 3), use_constant_amax, of '*[kv]_bmm_quantizer'; "
-    'quant_cfg(..., kv_cache="fp8_cast") has it), or disable them.',
+    "Use ModelOpt's FP8 (num_bits (4, 3) of '*[kv]_bmm_quantizer', with use_constant_amax or calibrated; "
+    'quant_cfg(..., kv_cache="fp8_cast") or "fp8" has it), or disable them.',
+)
+_UNCALIBRATED = Kind(
+    CalibrationError,
+    "Quantizers of a KV cache hold no usable amax.",
+    'Calibrate with a forward loop; or cast, which needs no data (use_constant_amax; kv_cache="fp8_cast").',
 )
 _UNLIKE = Kind(
     UnsupportedQuantizationError,
-    "The KV cache is quantized in some layers, or for keys or values alone, and servers have one type for all of it.",
-    "Enable '*[kv]_bmm_quantizer' in all attention layers, or in none.",
+    "The KV cache is not quantized alike for keys and values of all layers, and servers have one type for all of it.",
+    "Enable '*[kv]_bmm_quantizer' in all attention layers, with one setting, or in none.",
 )
 _ALONE = Kind(
     UnsupportedQuantizationError,
@@ -34,14 +52,16 @@ _UNSAID = Kind(
 
 @dataclass(frozen=True)
 class KVQuantizers:
-    """The quantizers of one attention's keys and values.
+    """The quantizers of one attention's keys and values, as one rank has them.
 
     Attributes:
-        attention: Name of the module in the model, as its rank has it.
+        attention: Name of the module in the model, for messages.
         keys: State of `k_bmm_quantizer`; None if it is disabled.
         values: State of `v_bmm_quantizer`, likewise.
         cast: Whether both have a constant amax in place of a calibrated one (ModelOpt's `use_constant_amax`), which is
             the largest value of FP8 and so a scale of 1.0.
+        linear: The weight that makes keys and values, beside whose parts their scales are written; None where there is
+            no such one, as in MLA.
         rank: A rank that has it, for messages.
     """
 
@@ -49,40 +69,106 @@ class KVQuantizers:
     keys: QuantizerState | None
     values: QuantizerState | None
     cast: bool
+    linear: ParamKey | None = None
     rank: int | None = None
 
+    @property
+    def states(self) -> tuple[QuantizerState, ...]:
+        """Those that are enabled."""
+        return tuple(state for state in (self.keys, self.values) if state is not None)
 
-def check_kv_cache(attentions: Sequence[KVQuantizers], findings: Findings) -> KVCacheFormat | None:
+
+@dataclass(frozen=True)
+class KVCache:
+    """The KV cache that a checkpoint asks for.
+
+    Attributes:
+        scales: Of the weights that make keys and values: the scale of each; none for a cast.
+    """
+
+    format: KVCacheFormat
+    scales: Mapping[ParamKey, tuple[float, float]] = field(default_factory=dict)
+
+    def scales_of(self, key: ParamKey, part: str) -> Iterator[tuple[str, float]]:
+        """Name and value of the scales that are written beside a part of a weight.
+
+        Args:
+            part: Hugging Face name of the part, such as `model.layers.0.self_attn.k_proj.weight`.
+        """
+        module = part.removesuffix(".weight")
+        if key in self.scales:
+            keys, values = self.scales[key]
+            if module.endswith(".k_proj"):
+                yield f"{module}.k_scale", keys
+            elif module.endswith(".v_proj"):
+                yield f"{module}.v_scale", values
+
+
+def check_kv_cache(
+    attentions: Sequence[KVQuantizers], asked: KVCacheFormat | None, findings: Findings, *, calibrated: bool
+) -> KVCache | None:
     """The one KV cache that the quantizers of all attention layers mean; None for one in 16 bits.
 
     What cannot be written goes into `findings`.
+
+    Args:
+        asked: A format that is asked for by name, where no quantizers say it.
+        calibrated: Whether calibration is over; before it, no amax is asked for.
     """
-    enabled = [it for it in attentions if it.keys is not None or it.values is not None]
+    enabled = [it for it in attentions if it.states]
     if not enabled:
-        return None
+        return None if asked is None else KVCache(asked)
     for it in attentions:
         off = " and ".join(
             name for name, state in (("k_bmm_quantizer", it.keys), ("v_bmm_quantizer", it.values)) if state is None
         )
         if off:
             findings.add(_UNLIKE, it.attention, f"{off} is disabled", rank=it.rank)
-    for it in enabled:
-        for state in (it.keys, it.values):
-            problem = None if state is None else _problem(state, cast=it.cast)
-            if state is not None and problem is not None:
-                findings.add(_SETTING, state.name, problem, rank=it.rank)
-    return KVCacheFormat.FP8_CAST
+        elif it.cast is not enabled[0].cast:
+            findings.add(_UNLIKE, it.attention, f"is {_way(it)}, {enabled[0].attention} is not", rank=it.rank)
+        for state in it.states:
+            _check_setting(it, state, findings)
+    if all(it.cast for it in enabled):
+        return KVCache(KVCacheFormat.FP8_CAST)
+    if calibrated:
+        for it in enabled:
+            for state in it.states:
+                if state.amax is None or not math.isfinite(state.amax) or state.amax <= 0:
+                    reason = "has no amax" if state.amax is None else f"has the amax {state.amax}"
+                    findings.add(_UNCALIBRATED, state.name, reason, rank=it.rank)
+    return KVCache(KVCacheFormat.FP8, _scales(enabled))
 
 
-def _problem(state: QuantizerState, *, cast: bool) -> str | None:
+def _way(attention: KVQuantizers) -> str:
+    return "cast" if attention.cast else "calibrated"
+
+
+def _check_setting(attention: KVQuantizers, state: QuantizerState, findings: Findings) -> None:
     if state.unsupported:
-        return ", ".join(state.unsupported)
-    if state.num_bits != (4, 3) or state.block_sizes or state.axis is not None:
-        return "is not FP8 with one scale"
-    return None if cast else "has a calibrated scale"
+        findings.add(_SETTING, state.name, ", ".join(state.unsupported), rank=attention.rank)
+    elif state.num_bits != (4, 3) or state.block_sizes or state.axis is not None:
+        findings.add(_SETTING, state.name, "is not FP8 with one scale", rank=attention.rank)
+    elif not attention.cast and attention.linear is None:
+        reason = "is calibrated, and of a latent (MLA), whose cache has no scales of keys and values"
+        findings.add(_SETTING, state.name, reason, rank=attention.rank)
 
 
-def check_kv_place(kv_cache: KVCacheFormat | None, *, quantized: bool, has_place: bool, findings: Findings) -> None:
+def _scales(attentions: Sequence[KVQuantizers]) -> dict[ParamKey, tuple[float, float]]:
+    """The scales by weight, of the largest amax over all ranks: each has seen the heads that it holds alone."""
+    amaxes: dict[ParamKey, tuple[float, float]] = {}
+    for it in attentions:
+        found = [state.amax for state in (it.keys, it.values) if state is not None and state.amax is not None]
+        if it.linear is not None and len(found) == 2:
+            keys, values = amaxes.get(it.linear, (0.0, 0.0))
+            amaxes[it.linear] = max(keys, found[0]), max(values, found[1])
+    return {key: (_scale(keys), _scale(values)) for key, (keys, values) in amaxes.items()}
+
+
+def _scale(amax: float) -> float:
+    return max(1.0, float(scale_from_amax(torch.tensor(amax, dtype=torch.float32), FP8.encoding.largest)))
+
+
+def check_kv_place(kv_cache: KVCache | None, *, quantized: bool, has_place: bool, findings: Findings) -> None:
     """Whether there is a config that can name the KV cache.
 
     Args:
@@ -90,6 +176,6 @@ def check_kv_place(kv_cache: KVCacheFormat | None, *, quantized: bool, has_place
         has_place: Whether the format's config can name it.
     """
     if kv_cache is not None and not quantized:
-        findings.add(_ALONE, "kv_cache", f"is {kv_cache}")
+        findings.add(_ALONE, "kv_cache", f"is {kv_cache.format}")
     elif kv_cache is not None and not has_place:
-        findings.add(_UNSAID, "kv_cache", f"is {kv_cache}")
+        findings.add(_UNSAID, "kv_cache", f"is {kv_cache.format}")

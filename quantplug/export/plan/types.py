@@ -141,9 +141,11 @@ class PartOutput:
     Attributes:
         name: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
         shape: Its shape before packing; of one expert's slice where the tensors hold all experts of a layer.
-        tensors: What is written for it, in this order.
+        tensors: What is written for it, in this order: first what is packed of its rows, then `scalars`.
         format: How it is packed; None for a plain tensor.
         placement: Where the slice lies in those tensors; None if they are all its own.
+        scalars: Name and FP32 value of tensors without axes that are made of no row: the scale of a linear's input, or
+            of a KV cache.
     """
 
     name: str
@@ -151,6 +153,7 @@ class PartOutput:
     tensors: tuple[TensorSpec, ...]
     format: WeightFormat | None = None
     placement: Placement | None = None
+    scalars: tuple[tuple[str, float], ...] = ()
 
     @property
     def plain_dtype(self) -> torch.dtype | None:
@@ -181,7 +184,6 @@ class ExportTask:
             them; otherwise every rank packs its own slice and only packed bytes travel.
         format: How its parts are packed, but for those that stay plain; None if all do.
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
-        input_amax: Calibrated amax of the linear's input, shared alike; None for weight-only quantization.
         row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
             give the part's bytes.
         outputs: The parts, in the order of the layout.
@@ -199,7 +201,6 @@ class ExportTask:
     gather_first: bool
     format: WeightFormat | None
     amax: float | None
-    input_amax: float | None
     # Of the format, not of the layout: 16 columns share a scale of NVFP4, any rows can be parted; FP8 blocks part at
     # 128.
     row_step: int | None

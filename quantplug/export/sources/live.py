@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
+from megatron.core.transformer.attention import Attention, SelfAttention
 from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.qtensor import QTensorWrapper
 
@@ -14,6 +16,7 @@ from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings
 from quantplug.export.sources.vocabulary import ToldVocabulary
 from quantplug.findings import Findings, Kind
+from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
 OUTPUT_LAYER = "output_layer.weight"
@@ -92,9 +95,10 @@ def live_weights(model: Model) -> LiveWeights:
                 unquantized=unquantized.get(id(parameter.tensor)),
             )
         )
-    pairs_of_attention = list(_kv_quantizers(model))
-    claimed.update(quantizer for pair in pairs_of_attention for quantizer in pair)
-    attentions = tuple(_attention(names, keys, values) for keys, values in pairs_of_attention)
+    cached = list(_attentions(model))
+    claimed.update(quantizer for attention in cached for quantizer in (attention.keys, attention.values))
+    keys_of = {id(parameter.tensor): parameter.key for parameter in parameters}
+    attentions = tuple(_kv_quantizers(attention, names, keys_of) for attention in cached)
     # Such as those of attention's queries or of a linear's output: nothing that is written would carry their scales.
     unclaimed = [
         name
@@ -176,20 +180,35 @@ def _unquantized(model: Model, pairs: Mapping[int, tuple[Quantizer, Quantizer]])
     return found
 
 
-def _kv_quantizers(model: Model) -> Iterator[tuple[TensorQuantizer, TensorQuantizer]]:
-    """The quantizers of what every attention layer puts into its KV cache: keys after rotation, and values."""
+class _Attention(NamedTuple):
+    """The quantizers of what an attention layer puts into its KV cache: keys after rotation, and values."""
+
+    name: str
+    keys: TensorQuantizer
+    values: TensorQuantizer
+    linear: torch.Tensor | None
+
+
+def _attentions(model: Model) -> Iterator[_Attention]:
     for chunk in model_chunks(model):
-        for module in chunk.modules():
-            if isinstance(module, QuantModule):
-                children = dict(module.named_children())
-                pair = [children.get(f"{letter}_bmm_quantizer") for letter in "kv"]
-                if all(isinstance(quantizer, TensorQuantizer) for quantizer in pair):
-                    yield pair[0], pair[1]
+        for name, module in chunk.named_modules():
+            if isinstance(module, Attention):
+                # ModelOpt has no public name for its subclass of Transformer Engine's attention; these two are what it
+                # gives it.
+                children = dict(module.core_attention.named_children())
+                keys, values = (children.get(f"{letter}_bmm_quantizer") for letter in "kv")
+                if isinstance(keys, TensorQuantizer) and isinstance(values, TensorQuantizer):
+                    linear = module.linear_qkv.weight if isinstance(module, SelfAttention) else None
+                    yield _Attention(f"{name}.core_attention", keys, values, linear)
 
 
-def _attention(names: Mapping[torch.nn.Module, str], keys: TensorQuantizer, values: TensorQuantizer) -> KVQuantizers:
-    cast = all(quantizer._use_constant_amax for quantizer in (keys, values))  # ModelOpt has no public name for it.
-    return KVQuantizers(names[keys].rpartition(".")[0], _state(names, keys), _state(names, values), cast)
+def _kv_quantizers(
+    attention: _Attention, names: Mapping[torch.nn.Module, str], keys_of: Mapping[int, ParamKey]
+) -> KVQuantizers:
+    keys, values = (_state(names, quantizer) for quantizer in (attention.keys, attention.values))
+    cast = all(quantizer._use_constant_amax for quantizer in (attention.keys, attention.values))
+    linear = None if attention.linear is None else keys_of.get(id(attention.linear))
+    return KVQuantizers(attention.name, keys, values, cast, linear)
 
 
 def _state(names: Mapping[torch.nn.Module, str], quantizer: Quantizer) -> QuantizerState | None:

@@ -10,10 +10,19 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+from modelopt.torch.export.quant_utils import get_kv_cache_scaling_factor
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from quantplug import export_mcore_gpt_to_hf, load_checkpoint, quant_cfg, quantize_checkpoint, save_checkpoint
-from quantplug.errors import ArgumentError, UnsupportedQuantizationError
+from quantplug import (
+    export_hf_weights_quant,
+    export_mcore_gpt_to_hf,
+    load_checkpoint,
+    quant_cfg,
+    quantize_checkpoint,
+    save_checkpoint,
+)
+from quantplug.errors import ArgumentError, CalibrationError, UnsupportedQuantizationError
+from quantplug.export.live_plan import plan_export
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, read, same_bytes
 from tests.export.refusals import offenders, refused, rules
@@ -83,9 +92,9 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], set[str]]] = {
         ({"quantizer_name": KEYS, "cfg": {"num_bits": (2, 1), "block_sizes": {-1: 16}, "use_constant_amax": True}},),
         {KEYS},
     ),
-    "a calibrated scale": (
+    "one layer calibrated": (
         ({"quantizer_name": "*layers.0.*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},),
-        {KEYS, VALUES},
+        {"decoder.layers.1.self_attention.core_attention"},
     ),
     "queries too": (
         ({"quantizer_name": "*layers.0.*q_bmm_quantizer", "cfg": {"num_bits": (4, 3), "use_constant_amax": True}},),
@@ -103,6 +112,61 @@ def test_what_no_server_is_told_is_refused_by_name(case: str, sources: Sources, 
     assert names <= {name for name, _ in offenders(caught)}
 
 
+def calibrated_model(source: Path) -> torch.nn.Module:
+    """With amaxes set by hand: a forward of Transformer Engine's attention needs a GPU."""
+    model = mtq.quantize(load(source), rules({**CAST, "cfg": {"num_bits": (4, 3)}}))
+    for layer in range(2):
+        core = model.decoder.layers[layer].self_attention.core_attention
+        core.k_bmm_quantizer.amax = torch.tensor(3.0 + layer)
+        core.v_bmm_quantizer.amax = torch.tensor(900.0 + layer)
+    return model
+
+
+def test_calibrated_scales_are_modelopt_s_beside_k_and_v(sources: Sources, tmp_path: Path) -> None:
+    model = calibrated_model(sources("moe"))
+    export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    tensors = read(tmp_path / "out")
+    for layer in range(2):
+        core = model.decoder.layers[layer].self_attention.core_attention
+        expected = get_kv_cache_scaling_factor(core)
+        for projection, scale, modelopts in zip(("k_proj", "v_proj"), ("k_scale", "v_scale"), expected, strict=True):
+            ours = tensors[f"model.layers.{layer}.self_attn.{projection}.{scale}"]
+            assert ours.shape == ()
+            assert same_bytes(ours, modelopts.reshape(()).float())
+    quantize_checkpoint(sources("moe"), tmp_path / "plain", "w4a16_nvfp4")
+    plain = read(tmp_path / "plain")
+    assert {name for name in tensors if name.endswith(("k_scale", "v_scale"))} == tensors.keys() - plain.keys()
+    assert all(same_bytes(tensors[name], plain[name]) for name in plain)
+    assert configs(tmp_path / "out")[1]["quantization"]["kv_cache_quant_algo"] == "FP8"
+    assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
+    streamed = dict(export_hf_weights_quant(model, sources("moe"), quant_format="as_quantized"))
+    assert streamed.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("amax", [None, 0.0, torch.inf, torch.nan])
+def test_an_amax_that_is_none_is_refused(amax: float | None, sources: Sources, tmp_path: Path) -> None:
+    model = calibrated_model(sources("moe"))
+    quantizer = model.decoder.layers[0].self_attention.core_attention.k_bmm_quantizer
+    if amax is None:
+        quantizer.reset_amax()
+    else:
+        quantizer.amax = torch.tensor(amax)
+    with refused(CalibrationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert offenders(caught) == {(KEYS, None)}
+
+
+def test_calibrated_scales_of_a_latent_have_no_place(sources: Sources, tmp_path: Path) -> None:
+    source = sources("latent_blocks")
+    config = quant_cfg("w4a16_nvfp4", source, kv_cache="fp8")
+    model = mtq.quantize(load(source), {**config, "algorithm": None})
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        plan_export(model, source, calibrated=False)
+    assert {KEYS, VALUES} <= {name for name, _ in offenders(caught)}
+    cast = mtq.quantize(load(source), {**quant_cfg("w4a16_nvfp4", source, kv_cache="fp8_cast"), "algorithm": None})
+    assert plan_export(cast, source, calibrated=False).plan.quant_config is not None
+
+
 def test_a_cache_without_quantized_weights_has_no_config(sources: Sources, tmp_path: Path) -> None:
     config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, CAST], "algorithm": None}
     with refused(UnsupportedQuantizationError, tmp_path):
@@ -118,5 +182,7 @@ def test_deepseek_s_blocks_have_no_place_for_it(sources: Sources, tmp_path: Path
 def test_an_unknown_cache_is_an_argument_error(sources: Sources, tmp_path: Path) -> None:
     with refused(ArgumentError, tmp_path):
         quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", kv_cache="int8")
+    with refused(UnsupportedQuantizationError, tmp_path):
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", kv_cache="fp8")
     with refused(ArgumentError, tmp_path):
         quant_cfg("w4a16_nvfp4", sources("moe"), kv_cache="int8")
