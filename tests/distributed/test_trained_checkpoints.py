@@ -46,6 +46,15 @@ def test_it_loads_at_every_layout_to_the_weights_of_the_source(trained: tuple[Pa
     assert run.output.count(" ok\n") == 2 * 3 + 1 * 5 + 2 * 3
 
 
+def test_the_export_takes_it_as_it_is(trained: tuple[Path, Ended], sources: dict[str, Path], tmp_path: Path) -> None:
+    """As a trainer left it, not quantized: the bytes of the source."""
+    name = "qwen3_mixed"
+    about = ("--hf-model-id", sources[name], "--megatron-load-path", trained[0] / name / "vpp2")
+    exported = run_ranks(2, EXAMPLES / "export.py", *about, "--export-dir", tmp_path / "out", "--tp", "2")
+    assert exported.ok, exported.output[-9000:]
+    assert_same_tensors(tmp_path / "out", sources[name])
+
+
 @pytest.mark.parametrize(
     ("name", "label", "quantized_at", "exported_at"),
     [

@@ -3,15 +3,25 @@
 Usage: trained_worker.py OUTPUT_DIR NAME=SOURCE_DIR ...
 """
 
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
+import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
 import quantplug
+from quantplug.errors import CheckpointError
+from quantplug.megatron import cpu
+from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.parallel import destroy_parallel
 from quantplug.megatron.parameters import iter_parameters
 from tests.distributed.checkpoint_worker import relayout
@@ -45,6 +55,46 @@ def set_up(layout: Layout) -> None:
     relayout(**{name: size for name, size in layout.items() if name not in ("vpp", "stages")})
 
 
+class Hostile:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def hostile(directory: Path, source: Path) -> None:
+    """An object that two of four ranks read ends all of them alike, and runs on none."""
+    set_up({"ep": 2})
+    model = quantplug.build_model(source, import_weights=True)
+    quantplug.save_checkpoint(
+        mtq.quantize(model, quantplug.quant_cfg("w4a16_nvfp4", source)), directory / "q", extra={}
+    )
+    with cpu.checkpointing(), results_within_process():
+        state = model.sharded_state_dict()
+        for name, entry in state.items():
+            if isinstance(entry, ShardedObject) and entry.key.endswith(
+                "layers.1.mlp.experts.experts.7.linear_fc2._extra_state"
+            ):
+                state[name].data = Hostile(directory / "mark")
+        if dist.get_rank() == 0:
+            (directory / "q" / "quantplug.json").unlink()
+            shutil.move(directory / "q" / "modelopt_state", directory / "kept")
+            shutil.rmtree(directory / "q")
+            (directory / "q").mkdir()
+            shutil.move(directory / "kept", directory / "q" / "modelopt_state")
+        dist.barrier()
+        dist_checkpointing.save(state, str(directory / "q"))
+    with pytest.raises(CheckpointError, match=r"experts\.7\.linear_fc2\._extra_state/shard_0_1") as caught:
+        quantplug.load_checkpoint(quantplug.build_model(source), directory / "q")
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, str(caught.value))
+    assert len(set(texts)) == 1, texts
+    assert not (directory / "mark").exists()
+
+
 def main(directory: Path, sources: dict[str, Path]) -> None:
     quantplug.initialize_parallel()
     for name, source in sources.items():
@@ -63,6 +113,7 @@ def main(directory: Path, sources: dict[str, Path]) -> None:
                 assert {"optimizer", "random number generators"} <= {it.kind for it in report.aside}
                 if dist.get_rank() == 0:
                     sys.stdout.write(f"{name} {label} {layout} ok\n")
+    hostile(directory, sources["qwen3_moe"])
     destroy_parallel()
 
 
