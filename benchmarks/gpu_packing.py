@@ -17,7 +17,7 @@ import typer
 from results import machine, write_section
 from torch.utils.benchmark import Timer
 
-from quantplug.formats import FP8, FP8_BLOCK, NVFP4, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, WeightFormat
 from quantplug.formats.kernels import kernels_for, reference
 from quantplug.formats.scales import weight_amax
 
@@ -55,7 +55,7 @@ def main(
     require_right_bytes(group[0])
     rows = [copied(large, seconds)]
     rows.append(measured("amax", large.nbytes, lambda: weight_amax(large), seconds))
-    for packing in (NVFP4, FP8, FP8_BLOCK):
+    for packing in (NVFP4, FP8, FP8_ROW, FP8_BLOCK):
         rows += packed(packing, large, group, seconds)
     text = f"{heading(device, experts)}\n\n{table(rows)}"
     typer.echo(text)
@@ -67,7 +67,7 @@ def require_right_bytes(weight: torch.Tensor) -> None:
     """Those of the reference, by the kernels that are measured."""
     if weight.is_cuda and kernels_for(weight) is reference:
         raise RuntimeError("The Triton kernels are not used here; the log says why.")
-    for packing in (NVFP4, FP8, FP8_BLOCK):
+    for packing in (NVFP4, FP8, FP8_ROW, FP8_BLOCK):
         here, there = packing.pack(weight).tensors, packing.pack(weight.double()).tensors
         for name, tensor in here.items():
             if not torch.equal(tensor.reshape(-1).view(torch.uint8), there[name].reshape(-1).view(torch.uint8)):

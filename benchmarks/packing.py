@@ -25,9 +25,9 @@ from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 from results import machine, write_section
 from rich.console import Console
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
-from torchao.quantization import Float8Tensor, PerBlock, PerTensor
+from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
 
-from quantplug.formats import FP8, FP8_BLOCK, NVFP4, BlockFormat, PackedWeight
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, BlockFormat, PackedWeight
 from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
 from quantplug.formats.kernels import Encoded, kernels_for, reference
 from quantplug.formats.scale_types import scale_from_amax
@@ -39,7 +39,7 @@ CASES = {
 }
 CLONE, QUANTPLUG, PLAIN, MODELOPT = "`Tensor.clone`", "**quantplug**", "quantplug without numba", "ModelOpt"
 SQUARES = {-1: 128, -2: 128}
-FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_BLOCK)
+FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_ROW, FP8_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def compressed_tensors_nvfp4(weight: Weight) -> object:
 
 def contestants() -> list[Contestant]:
     """All of them; the first is what the others are compared with."""
-    nvfp4, fp8, fp8_block = FORMATS
+    nvfp4, fp8, fp8_row, fp8_block = FORMATS
     e4m3, per_block = E4M3_MAX, PerBlock((128, 128))
     return [
         Contestant("copy", CLONE, "", lambda w: w.values.clone()),
@@ -147,6 +147,10 @@ def contestants() -> list[Contestant]:
         Contestant("FP8", PLAIN, "given", partial(plain, FP8)),
         Contestant("FP8", MODELOPT, "given", lambda w: FP8QTensor.quantize(w.values, scale_from_amax(w.amax, e4m3))),
         Contestant("FP8", "torchao", "found", lambda w: Float8Tensor.from_hp(w.values, granularity=PerTensor())),
+        Contestant("FP8 a row", QUANTPLUG, "", lambda w: fp8_row.pack(w.values)),
+        Contestant("FP8 a row", PLAIN, "", partial(plain, FP8_ROW)),
+        Contestant("FP8 a row", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, axis=0)),
+        Contestant("FP8 a row", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=PerRow())),
         Contestant("FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.pack(w.values)),
         Contestant("FP8 128x128", PLAIN, "", partial(plain, FP8_BLOCK)),
         Contestant("FP8 128x128", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES)),
@@ -155,6 +159,7 @@ def contestants() -> list[Contestant]:
         Contestant("unpack NVFP4", PLAIN, "", partial(plain_unpack, NVFP4)),
         Contestant("unpack NVFP4", MODELOPT, "", modelopt_unpack),
         Contestant("unpack FP8", QUANTPLUG, "", lambda w: fp8.unpack(w.packed["fp8"])),
+        Contestant("unpack FP8 a row", QUANTPLUG, "", lambda w: fp8_row.unpack(w.packed["fp8_row"])),
         Contestant("unpack FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.unpack(w.packed["fp8_block"])),
     ]
 

@@ -105,5 +105,6 @@ class Encoding:
 
 NVFP4_ENCODING = Encoding(E2M1, Block(1, NVFP4_BLOCK), E4M3_SCALE, levels=2)
 FP8_ENCODING = Encoding(E4M3, WHOLE_TENSOR, F32_SCALE)
+FP8_ROW_ENCODING = Encoding(E4M3, Block(1, None), F32_SCALE)
 FP8_BLOCK_ENCODING = Encoding(E4M3, Block(FP8_BLOCK_SIDE, FP8_BLOCK_SIDE), F32_SCALE, partial_blocks=True)
-"""These three have loops of their own in `kernels`; any other encoding is worked on by plain PyTorch."""
+"""These four have loops of their own in `kernels`; any other encoding is worked on by plain PyTorch."""

@@ -17,6 +17,12 @@ its dtype: dividing in BF16 rounds twice.
     weight        F8_E4M3  [out, in]
     weight_scale  F32      []          amax / 448
 
+FP8 with a scale a row (compressed-tensors' strategy `channel`, compressed_tensors/quantization/quant_args.py). A value
+is `weight * weight_scale` of its row. Activations are quantized at run time, each token by a scale of its own.
+
+    weight        F8_E4M3  [out, in]
+    weight_scale  F32      [out, 1]    amax of the row / 448
+
 FP8 in blocks of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A value is `weight * weight_scale` of its
 block. Activations are quantized at run time, so there is no `input_scale`.
 
@@ -28,8 +34,9 @@ linears or cut them they need whole blocks, which is for the plan of an export t
 """
 
 from quantplug.formats.block_format import BlockFormat
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING
 
 NVFP4 = BlockFormat("nvfp4", NVFP4_ENCODING, ("weight_scale", "weight_scale_2"), static_activations=True)
 FP8 = BlockFormat("fp8", FP8_ENCODING, ("weight_scale",), static_activations=True)
+FP8_ROW = BlockFormat("fp8_row", FP8_ROW_ENCODING, ("weight_scale",), static_activations=False)
 FP8_BLOCK = BlockFormat("fp8_block", FP8_BLOCK_ENCODING, ("weight_scale",), static_activations=False)

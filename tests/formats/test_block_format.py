@@ -5,26 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchao.quantization import Float8Tensor, PerRow
 
-from quantplug.formats import FP8, NVFP4, BlockFormat
-from quantplug.formats.codes import E2M1, E4M3
+from quantplug.formats import FP8, FP8_ROW, NVFP4, BlockFormat
+from quantplug.formats.codes import E2M1
 from quantplug.formats.encoding import Block, Encoding
-from quantplug.formats.scale_types import E4M3_SCALE, F32_SCALE, ScaleType
+from quantplug.formats.scale_types import E4M3_SCALE, ScaleType
 from quantplug.verify import decode
 from tests.formats.weights import DTYPES, bits, heavy_tailed
-
-PER_ROW = BlockFormat("per_row", Encoding(E4M3, Block(1, None), F32_SCALE), ("weight_scale",), static_activations=False)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_scale_a_row_is_torchaos(dtype: torch.dtype) -> None:
-    weight = heavy_tailed((48, 80), dtype)
-    packed = PER_ROW.pack(weight)
-    theirs = Float8Tensor.from_hp(weight.float(), granularity=PerRow())
-    assert torch.equal(bits(packed.tensors["weight_scale"]), bits(theirs.scale))
-    assert torch.equal(PER_ROW.unpack(packed), theirs.qdata.float() * theirs.scale)
-    assert PER_ROW.cut_steps == (1, None)
 
 
 def powers_of_two(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -87,7 +74,7 @@ def test_two_levels_over_blocks_with_partial_ones_at_the_edges(shape: tuple[int,
 
 
 def test_what_a_row_says_is_what_pack_makes() -> None:
-    for packing, shape in ((PER_ROW, (5, 7)), (MXFP4, (2, 64)), (TILES, (4, 10)), (NVFP4, (2, 32))):
+    for packing, shape in ((FP8_ROW, (5, 7)), (MXFP4, (2, 64)), (TILES, (4, 10)), (NVFP4, (2, 32))):
         made = packing.pack(torch.ones(shape)).tensors
         specs = packing.outputs(shape)
         assert [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()] == [
@@ -98,7 +85,7 @@ def test_what_a_row_says_is_what_pack_makes() -> None:
 @pytest.mark.parametrize(
     ("packing", "shape", "problem"),
     [
-        (PER_ROW, (1, 1), None),
+        (FP8_ROW, (1, 1), None),
         (TILES, (5, 10), None),
         (TILES, (5, 9), "in_features 9 is not a multiple of the block size 2"),
         (TILES, (0, 10), "out_features is 0"),
@@ -109,7 +96,7 @@ def test_shapes_that_do_not_go(packing: BlockFormat, shape: tuple[int, int], pro
     assert packing.problem(shape) == problem
 
 
-@pytest.mark.parametrize("packing", [PER_ROW, MXFP4, TILES], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("packing", [FP8_ROW, MXFP4, TILES], ids=lambda packing: packing.name)
 def test_cut_where_the_row_says_parts_are_the_whole(packing: BlockFormat) -> None:
     weight, amax = heavy_tailed((12, 96), torch.bfloat16), torch.tensor(3.0)
     whole = packing.pack(weight, amax).tensors

@@ -13,7 +13,7 @@ import torch
 
 from quantplug.formats import e2m1
 from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import loops, reference
 from quantplug.formats.kernels.loops import Array
 from quantplug.formats.kernels.protocol import Encoded, Loops
@@ -105,6 +105,22 @@ def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
         run_each(unpack, zip(_alongside(pieces, of_weight.codes), repeat(scale), pieces, strict=False))
 
 
+def _pack_fp8_row(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    def pack(rows: Array, scales: Array, codes: Array) -> None:
+        loops.pack_fp8_row(_contiguous(rows), scales, codes)
+
+    pairs = zip(weights, encoded.of_each(), strict=True)
+    run_each(pack, chain.from_iterable(_scaled_rows(_bits(weight), of_weight) for weight, of_weight in pairs))
+
+
+def _unpack_fp8_row(encoded: Encoded, values: torch.Tensor) -> None:
+    def unpack(rows: Array, scales: Array, codes: Array) -> None:
+        loops.unpack_fp8_row(codes, scales, _e4m3_values(), rows)
+
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        run_each(unpack, _scaled_rows(of_values.numpy(), of_weight))
+
+
 def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def pack(bands: Array, scales: Array, codes: Array) -> None:
         # The codes too: at partial squares the loop fills a padded copy, and only what lies in the weight is kept.
@@ -129,6 +145,7 @@ def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
 _LOOPS: Mapping[Encoding, Loops] = {
     NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
+    FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),
     FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
 }
 """The encodings that have compiled loops. One that is not here is worked on by the reference: right, but slower."""
@@ -191,13 +208,19 @@ def _beside(pieces: list[Array], encoded: Encoded) -> list[Array]:
     return _alongside(pieces, encoded.block_scales, NVFP4_BLOCK)
 
 
-def _bands(weight: Array, encoded: Encoded) -> Iterator[tuple[Array, Array, Array]]:
-    """Weight, block scales and codes in the same pieces: bands of 128 rows, some of them each."""
+def _bands(weight: Array, encoded: Encoded, height: int = FP8_BLOCK_SIDE) -> Iterator[tuple[Array, Array, Array]]:
+    """Weight, block scales and codes in the same pieces: bands as high as a block, some of them each."""
     block_scales, codes = encoded.block_scales.numpy(), _bytes(encoded.codes)
     step = max(_piece_elements(weight) * len(block_scales) // weight.size, 1)
     for start in range(0, len(block_scales), step):
-        rows = slice(start * FP8_BLOCK_SIDE, (start + step) * FP8_BLOCK_SIDE)
+        rows = slice(start * height, (start + step) * height)
         yield weight[rows], block_scales[start : start + step], codes[rows]
+
+
+def _scaled_rows(weight: Array, encoded: Encoded) -> Iterator[tuple[Array, Array, Array]]:
+    """Weight, scales [rows] and codes in the same pieces: some rows each."""
+    for rows, scales, codes in _bands(weight, encoded, height=1):
+        yield rows, scales.reshape(-1), codes
 
 
 def _in_squares(rows: Array) -> Array:

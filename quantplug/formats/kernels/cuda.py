@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from quantplug.formats.constants import FP8_BLOCK_SIDE
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import reference, triton_loops
 from quantplug.formats.kernels.protocol import Encoded, Loops
 
@@ -20,6 +20,9 @@ _BLOCKS = 128
 
 _TILE = 4096
 """Elements that one program works on where there are no blocks."""
+
+_ROW_TILE = 1024
+"""Columns that the program of a row works on at a time: experts' rows are one to a few times as long."""
 
 _SQUARE_WARPS = 8
 """Warps of a program that holds a square of 128 x 128 elements in its registers: 64 elements a thread."""
@@ -111,6 +114,32 @@ def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
             )
 
 
+def _pack_fp8_row(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    first = weights[0].detach()
+    rows, columns = first.shape
+    with _on(first):
+        triton_loops.pack_fp8_row[(rows, len(weights))](
+            _source(weights),
+            *first.stride(),
+            encoded.codes.view(torch.uint8),
+            encoded.block_scales,
+            rows,
+            columns,
+            **_kind(weights),
+            TILES=triton.cdiv(columns, _ROW_TILE),
+            TILE=_ROW_TILE,
+        )
+
+
+def _unpack_fp8_row(encoded: Encoded, values: torch.Tensor) -> None:
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        rows, columns = of_values.shape
+        with _on(values):
+            triton_loops.unpack_fp8_row[(rows, triton.cdiv(columns, _ROW_TILE))](
+                of_weight.codes.view(torch.uint8), of_weight.block_scales, of_values, columns, TILE=_ROW_TILE
+            )
+
+
 def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     first, block_scales = weights[0].detach(), encoded.block_scales
     rows, columns = first.shape
@@ -155,6 +184,7 @@ def _has_partial_squares(rows: int, columns: int) -> bool:
 _LOOPS: Mapping[Encoding, Loops] = {
     NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
+    FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),
     FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
 }
 """The encodings that have Triton loops. One that is not here is worked on by the reference: right, but slower."""

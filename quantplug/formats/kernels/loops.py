@@ -280,17 +280,44 @@ def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> No
 
 
 @njit(**_OPTIONS)
-def _square_scale(bands: Array, band: int, block: int) -> Any:
-    """The FP32 scale of one square of [bands, 128, blocks, 128], as `scale_from_amax` gives it of the square's amax."""
-    largest = _magnitude(bands[band, 0, block, 0])
-    for row in range(FP8_BLOCK_SIDE):
-        for i in range(FP8_BLOCK_SIDE):
-            largest = max(largest, _magnitude(bands[band, row, block, i]))
-    amax = _fp32(largest)
+def _e4m3_scale(amax: Any) -> Any:
+    """The FP32 scale that maps an FP32 amax to 448, as `scale_from_amax` gives it."""
     scale = np.float32(amax / _E4M3_LARGEST)
     # NaN is not below the smallest, and stays NaN.
     scale = _SMALLEST_SCALE if scale < _SMALLEST_SCALE else scale
     return _ZERO_AMAX_SCALE if amax == np.float32(0) else scale
+
+
+@njit(**_OPTIONS)
+def pack_fp8_row(rows: Array, row_scales: Array, codes: Array) -> None:
+    """Bits of [rows, columns] elements to an FP32 scale for each row and as many E4M3 codes as elements."""
+    for row in range(rows.shape[0]):
+        largest = _magnitude(rows[row, 0])
+        for i in range(rows.shape[1]):
+            largest = max(largest, _magnitude(rows[row, i]))
+        scale = _e4m3_scale(_fp32(largest))
+        row_scales[row] = scale
+        # A row is short enough to be in a core's cache still.
+        for i in range(rows.shape[1]):
+            codes[row, i] = _e4m3(np.float32(_fp32(rows[row, i]) / scale))
+
+
+@njit(**_OPTIONS)
+def unpack_fp8_row(codes: Array, row_scales: Array, e4m3: Array, out: Array) -> None:
+    """Undoes `pack_fp8_row` in FP32."""
+    for row in range(codes.shape[0]):
+        for i in range(codes.shape[1]):
+            out[row, i] = e4m3[codes[row, i]] * row_scales[row]
+
+
+@njit(**_OPTIONS)
+def _square_scale(bands: Array, band: int, block: int) -> Any:
+    """The FP32 scale of one square of [bands, 128, blocks, 128]."""
+    largest = _magnitude(bands[band, 0, block, 0])
+    for row in range(FP8_BLOCK_SIDE):
+        for i in range(FP8_BLOCK_SIDE):
+            largest = max(largest, _magnitude(bands[band, row, block, i]))
+    return _e4m3_scale(_fp32(largest))
 
 
 @njit(**_OPTIONS)

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from quantplug.formats.constants import FP8_BLOCK_SIDE
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.protocol import Encoded, Kernels
 
@@ -20,7 +20,7 @@ _SCALES = (1.0, 7.0, 61.0, 7.0 * 2.0**-60, 1 / 3)
 """Under the first ones, of few bits, many quotients are ties, which no product with a reciprocal of 7 or 61 hits."""
 
 # Scales of 1, of few bits, of many, and one that is raised to the smallest normal FP32 (0 in FP16, which gets 1).
-_SQUARE_AMAXES = (448.0, 21.0, 0.29, 2.0**-140)
+_BLOCK_AMAXES = (448.0, 21.0, 0.29, 2.0**-140)
 _SIDE = 256
 
 # Among so many patterns, one of every n, 16 neighbours spread over the five binades that E2M1 tells apart.
@@ -54,9 +54,12 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     yield lambda kernels: (kernels.amax(weight), kernels.amax(weight[:, 1::2]))
     for encoding, scale in product((NVFP4_ENCODING, FP8_ENCODING), _SCALES):
         yield partial(_packed, encoding, weight, weight.new_tensor([scale, scale * 8], dtype=torch.float32))
-    for amax in _SQUARE_AMAXES:
-        # No element is above the amax, and the first of each square is it: all squares have the scale that is tried.
+    for amax in _BLOCK_AMAXES:
+        # No element is above the amax, and the first of each row and square is it: all have the scale that is tried.
         clipped = torch.where(weight.abs() <= amax, weight, 0)
+        of_rows = clipped.clone()
+        of_rows[:, 0] = amax
+        yield partial(_packed, FP8_ROW_ENCODING, of_rows, None)
         clipped[::FP8_BLOCK_SIDE, ::FP8_BLOCK_SIDE] = amax
         for part in (clipped, clipped[:-1, :-3]):  # Of whole squares, and of partial ones at both edges.
             yield partial(_packed, FP8_BLOCK_ENCODING, part, None)

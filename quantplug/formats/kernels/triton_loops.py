@@ -161,6 +161,54 @@ def unpack_fp8(
 
 
 @triton.jit
+def pack_fp8_row(
+    weights: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    codes: tl.tensor,
+    row_scales: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """One row a program, in TILES of TILE columns: once for its amax, and again, out of the cache, for its codes.
+
+    A model has few widths, so that to compile for each number of tiles costs little.
+    """
+    number, row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    weight = _weight(weights, number, ELEMENT, ALIGNED)
+    places, codes = weight + row * row_stride, codes + (number * rows + row) * columns
+    magnitudes = tl.zeros((TILE,), tl.int32)
+    for tile in range(TILES):
+        column = tile * TILE + tl.arange(0, TILE).to(tl.int64)
+        values = _fp32(tl.load(places + column * column_stride, mask=column < columns, other=0.0))
+        # As integers, NaN is above all numbers, and no maximum drops it.
+        magnitudes = tl.maximum(magnitudes, values.to(tl.int32, bitcast=True) & _MAGNITUDE)
+    scale = _e4m3_scale(tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True))
+    tl.store(row_scales + number * rows + row, scale)
+    for tile in range(TILES):
+        column = tile * TILE + tl.arange(0, TILE).to(tl.int64)
+        values = _fp32(tl.load(places + column * column_stride, mask=column < columns, other=0.0))
+        code = _e4m3(values, scale, weight.dtype.element_ty != tl.float32)
+        tl.store(codes + column, code.to(tl.uint8), mask=column < columns)
+
+
+@triton.jit
+def unpack_fp8_row(
+    codes: tl.tensor, row_scales: tl.tensor, values: tl.tensor, columns: tl.tensor, TILE: tl.constexpr
+) -> None:
+    """TILE columns of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    places = row * columns + column
+    code = tl.load(codes + places, mask=column < columns, other=0).to(tl.int32)
+    tl.store(values + places, _e4m3_value(code) * tl.load(row_scales + row), mask=column < columns)
+
+
+@triton.jit
 def pack_fp8_block(
     weights: tl.tensor,
     row_stride: tl.tensor,
@@ -188,7 +236,7 @@ def pack_fp8_block(
         read = tl.load(weight + row * row_stride + column * column_stride)
     values = _fp32(read)
     magnitudes = values.to(tl.int32, bitcast=True) & _MAGNITUDE
-    scale = _square_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True))
+    scale = _e4m3_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True))
     tl.store(block_scales + number * squares + square, scale)
     code = _e4m3(values, scale, weight.dtype.element_ty != tl.float32)
     if PARTIAL:
@@ -282,8 +330,8 @@ def _block_scale(amax: tl.tensor, scale_2: tl.tensor) -> tuple[tl.tensor, tl.ten
 
 
 @triton.jit
-def _square_scale(amax: tl.tensor) -> tl.tensor:
-    """The FP32 scale of a square's amax, as `scale_from_amax` gives it."""
+def _e4m3_scale(amax: tl.tensor) -> tl.tensor:
+    """The FP32 scale that maps an amax to 448, as `scale_from_amax` gives it."""
     # A divisor that is a tensor: by a constant the compiler multiplies with its reciprocal.
     scale = tl.div_rn(amax, tl.full((), _E4M3_LARGEST, tl.float32))
     scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)

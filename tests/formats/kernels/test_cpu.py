@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from quantplug.formats.codes import E4M3
 from quantplug.formats.constants import NVFP4_MAX
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Block, Encoding
+from quantplug.formats.encoding import (
+    FP8_BLOCK_ENCODING,
+    FP8_ENCODING,
+    FP8_ROW_ENCODING,
+    NVFP4_ENCODING,
+    Block,
+    Encoding,
+)
 from quantplug.formats.kernels import cpu, reference
 from quantplug.formats.kernels.protocol import Encoded, Kernels
 from quantplug.formats.scale_types import F32_SCALE
@@ -29,6 +36,10 @@ def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tupl
 
 def fp8(kernels: Kernels, weight: torch.Tensor, weight_scale: float) -> tuple[torch.Tensor, ...]:
     return pack_one(kernels, FP8_ENCODING, weight, weight_scale)
+
+
+def fp8_row(kernels: Kernels, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return pack_one(kernels, FP8_ROW_ENCODING, weight)
 
 
 def fp8_block(kernels: Kernels, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -73,6 +84,27 @@ def test_fp8_of_every_value(dtype: torch.dtype, weight_scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amax", [1.0, 448.0, 3e-6, 2.0**-140, 65504.0, 1 / 3])
+def test_fp8_row_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> None:
+    values = all_values(dtype)
+    values = values[values.abs() <= amax]
+    # Rows of a length that no vector instruction divides, each with the amax at another place.
+    weight = torch.nn.functional.pad(values, (0, -values.numel() % 251)).view(-1, 251)
+    weight[torch.arange(len(weight)), torch.arange(len(weight)) % 251] = amax
+    assert_same_bits(fp8_row(cpu, weight), fp8_row(reference, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_row_scale_of_every_amax(dtype: torch.dtype) -> None:
+    """Inf, zeros of both signs and subnormals among them; of NaN one, as its payload is nobody's."""
+    values = all_values(dtype)
+    values = torch.cat((values[~values.isnan()], torch.tensor([float("nan")], dtype=dtype)))
+    weight = torch.zeros(values.numel(), 7, dtype=dtype)
+    weight[:, 5] = values
+    assert_same_bits(fp8_row(cpu, weight), fp8_row(reference, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amax", [1.0, 448.0, 3e-6, 2.0**-140, 65504.0, 1 / 3])
 def test_fp8_block_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> None:
     values = all_values(dtype)
     values = values[values.abs() <= amax]
@@ -111,6 +143,7 @@ def test_any_weight_packs_alike(weight: torch.Tensor, share: float) -> None:
     scale = max(amax.item() * share / NVFP4_MAX, 2.0**-126)
     assert_same_bits(nvfp4(cpu, weight, scale), nvfp4(reference, weight, scale))
     assert_same_bits(fp8(cpu, weight, scale), fp8(reference, weight, scale))
+    assert_same_bits(fp8_row(cpu, weight), fp8_row(reference, weight))
 
 
 def views(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -140,6 +173,7 @@ def test_strides_and_threads_change_no_bit(dtype: torch.dtype, threads: int, wit
         assert cpu.bit_sums(weight) == reference.bit_sums(whole)
         assert_same_bits(nvfp4(cpu, weight, 1e-4), nvfp4(reference, whole, 1e-4))
         assert_same_bits(fp8(cpu, weight, 1e-3), fp8(reference, whole, 1e-3))
+        assert_same_bits(fp8_row(cpu, weight), fp8_row(reference, whole))
         assert_same_bits(fp8_block(cpu, weight), fp8_block(reference, whole))
         assert torch.equal(bits(weight.detach()), before), name
 
@@ -165,6 +199,7 @@ def test_fp8_is_of_any_matrix(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     for view in (weight, weight.t()):
         assert_same_bits(fp8(cpu, view, 0.01), fp8(reference, view, 0.01))
+        assert_same_bits(fp8_row(cpu, view), fp8_row(reference, view))
 
 
 @pytest.mark.parametrize("weight_scale_2", [*TENSOR_SCALES, 3e38])
@@ -181,6 +216,8 @@ def test_every_fp8_code_unpacks_alike(scale: float) -> None:
     scales = torch.tensor([[[scale], [scale * 3], [-scale]]])
     assert_unpacks_alike(FP8_ENCODING, Encoded(codes, None, scales[:, 0, 0]), codes.shape)
     assert_unpacks_alike(FP8_BLOCK_ENCODING, Encoded(codes, scales), codes.shape)
+    of_rows = scales.repeat_interleave(128, dim=1) * torch.logspace(-1, 1, 384)[:, None]
+    assert_unpacks_alike(FP8_ROW_ENCODING, Encoded(codes, of_rows), codes.shape)
 
 
 def assert_unpacks_alike(encoding: Encoding, encoded: Encoded, shape: tuple[int, ...]) -> None:

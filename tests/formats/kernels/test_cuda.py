@@ -107,6 +107,10 @@ def fp8(weight: torch.Tensor, weight_scale: float) -> Call:
     return packing("FP8_ENCODING", [weight], (weight_scale,))
 
 
+def fp8_row(weight: torch.Tensor) -> Call:
+    return packing("FP8_ROW_ENCODING", [weight])
+
+
 def fp8_block(weight: torch.Tensor) -> Call:
     return packing("FP8_BLOCK_ENCODING", [weight])
 
@@ -132,6 +136,20 @@ def test_fp8_of_every_value(dtype: torch.dtype, assert_interpreted_as_the_refere
     # With both signs and without NaN, whose code has the sign of the value, not of an operation.
     values = values[~values.isnan()][None]
     assert_interpreted_as_the_reference([fp8(values, scale) for scale in (1.0, 1 / 3, 2.0**-126)], large=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_row_of_every_value_up_to_its_amax(
+    dtype: torch.dtype, assert_interpreted_as_the_reference: Compare
+) -> None:
+    calls = []
+    for amax in (448.0, 1 / 3, 3e-6, 2.0**-140):
+        values = all_values(dtype)
+        values = values[values.abs() <= amax][:: 1 if dtype.itemsize == 2 else 7]
+        weight = torch.nn.functional.pad(values, (0, -values.numel() % 4097)).view(-1, 4097)
+        weight[:, -1] = amax
+        calls.append(fp8_row(weight))
+    assert_interpreted_as_the_reference(calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,6 +186,7 @@ def test_shapes_strides_and_what_is_not_finite(
     views = [weight, weight[:1, :16], weight.t().contiguous().t(), torch.cat((weight, weight), 1)[:, :160], weight[::2]]
     calls = [nvfp4(view, 1e-4) for view in views]
     calls += [fp8(view.nan_to_num(0.0), 1e-3) for view in (*views, weight.view(1, -1), weight.view(-1, 1))]
+    calls += [fp8_row(view) for view in (*views, weight.view(1, -1), weight.view(-1, 1)[:99])]
     calls += [
         Call("amax", "", [view]) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)
     ]
@@ -184,7 +203,7 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, assert_interprete
     calls: list[Call] = []
     for group in groups:
         scales = [1e-3, 2e-3, 1 / 3][: len(group)]
-        for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_BLOCK_ENCODING"):
+        for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_ROW_ENCODING", "FP8_BLOCK_ENCODING"):
             calls.append(packing(encoding, group, scales))
     assert_interpreted_as_the_reference(calls)
 
@@ -201,6 +220,8 @@ def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) 
         calls.append(Call("unpack", "NVFP4_ENCODING", [values], nvfp4_tensors))
         calls.append(Call("unpack", "FP8_ENCODING", [halves], (codes, None, scales)))
         calls.append(Call("unpack", "FP8_BLOCK_ENCODING", [halves], (codes, squares)))
+        of_rows = squares.reshape(2, 2, 1).repeat_interleave(64, dim=1)
+        calls.append(Call("unpack", "FP8_ROW_ENCODING", [halves], (codes, of_rows)))
     assert_interpreted_as_the_reference(calls)
 
 
@@ -209,11 +230,13 @@ TARGETS = [("*bf16", 80), *((weight, 90) for weight in WEIGHTS), ("*bf16", 100)]
 STRIDES = {"row_stride": "i32", "column_stride": "i32"}
 NVFP4 = {"weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8", "blocks_a_row": "i32", "blocks": "i32"}
 FP8 = {"columns": "i32", "elements": "i32", "weight_scale": "*fp32", "codes": "*u8"}
+FP8_ROW = {"codes": "*u8", "row_scales": "*fp32", "rows": "i32", "columns": "i32"}
 SQUARES = {"rows": "i32", "columns": "i32", "squares_a_row": "i32"}
 FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "squares": "i32"} | SQUARES
 OF_A_WEIGHT: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "pack_nvfp4": (STRIDES | NVFP4, {"ROWS": False, "BLOCKS": 128}),
     "pack_fp8": (STRIDES | FP8, {"ROWS": False, "TILE": 4096}),
+    "pack_fp8_row": (STRIDES | FP8_ROW, {"TILES": 1, "TILE": 1024}),
     "pack_fp8_block": (STRIDES | FP8_BLOCK, {"PARTIAL": False}),
 }
 OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -224,6 +247,10 @@ OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "unpack_fp8": (
         {"codes": "*u8", "weight_scale": "*fp32", "values": "*fp32", "elements": "i32"},
         {"TILE": 4096},
+    ),
+    "unpack_fp8_row": (
+        {"codes": "*u8", "row_scales": "*fp32", "values": "*fp32", "columns": "i32"},
+        {"TILE": 1024},
     ),
     "unpack_fp8_block": ({"codes": "*u8", "block_scales": "*fp32", "values": "*fp32"} | SQUARES, {"PARTIAL": False}),
 }

@@ -55,13 +55,13 @@ def test_with_numba_s_compiler_turned_off_the_bytes_are_the_same(tmp_path: Path)
 
 OF_ALL_ENDS = """
 import torch
-from quantplug.formats import FP8, NVFP4, FP8_BLOCK
+from quantplug.formats import FP8, NVFP4, FP8_BLOCK, FP8_ROW
 from quantplug.formats.kernels import kernels_for
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     # Neither a whole number of tiles nor of pieces.
     small, large = torch.randn(3, 48).to(dtype), torch.randn(130, 2064).to(dtype)
     for weight in (small, large, torch.randn(2064, 144).to(dtype).t()):
-        for packing in (NVFP4, FP8):
+        for packing in (NVFP4, FP8, FP8_ROW):
             packing.unpack(packing.pack(weight))
         kernels_for(weight).bit_sums(weight)
     FP8_BLOCK.unpack(FP8_BLOCK.pack(torch.randn(384, 256).to(dtype)))

@@ -10,7 +10,7 @@ import torch
 
 from quantplug.formats import kernels
 from quantplug.formats.codes import E2M1, E4M3
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
 from quantplug.formats.kernels import cpu, cuda, reference
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
 from quantplug.formats.kernels.protocol import Encoded
@@ -76,12 +76,13 @@ def without_the_last(weight: torch.Tensor) -> torch.Tensor:
     [
         ("pack", packing_with_fault(NVFP4_ENCODING, reciprocal_nvfp4)),
         ("pack", packing_with_fault(FP8_ENCODING, reciprocal_fp8)),
+        ("pack", packing_with_fault(FP8_ROW_ENCODING, rounded_twice)),
         ("pack", packing_with_fault(FP8_BLOCK_ENCODING, rounded_twice)),
         ("pack", first_alone),
         ("unpack", flushed),
         ("amax", without_the_last),
     ],
-    ids=["nvfp4", "fp8", "fp8_block", "group", "unpack", "amax"],
+    ids=["nvfp4", "fp8", "fp8_row", "fp8_block", "group", "unpack", "amax"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_that_round_otherwise_do_not(name: str, fault: Callable[..., Any], dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, NVFP4_ENCODING
+from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.chunks import CHUNK_ELEMENTS
 from quantplug.formats.kernels.protocol import Encoded
@@ -37,6 +37,18 @@ def test_fp8_equals_modelopt(dtype: torch.dtype) -> None:
     values = torch.empty(1, *SHAPE)
     reference.unpack(FP8_ENCODING, Encoded(codes, None, scales), values)
     assert torch.equal(bits(values), bits(quantized.dequantize(dtype=torch.float32, scale=scale)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_row_equals_modelopt(dtype: torch.dtype) -> None:
+    weight = heavy_tailed(SHAPE, dtype)
+    quantized, scales = FP8QTensor.quantize(weight.float(), axis=0)
+    encoded = Encoded(*pack_one(reference, FP8_ROW_ENCODING, weight))
+    assert torch.equal(bits(encoded.codes), bits(quantized._quantized_data))
+    assert torch.equal(bits(encoded.block_scales), bits(scales))
+    values = torch.empty(1, *SHAPE)
+    reference.unpack(FP8_ROW_ENCODING, encoded, values)
+    assert torch.equal(bits(values), bits(quantized.dequantize(dtype=torch.float32, scale=scales)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
