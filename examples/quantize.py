@@ -74,6 +74,9 @@ def main(
         str | None,
         typer.Option(help="Layers of each pipeline stage in Megatron's words, E|ttttL; as many on each if not."),
     ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens that a loaded model was trained with; by default as --hf-model-id says.")
+    ] = None,
     calib_dataset: Annotated[str, typer.Option(help="Data set for activations.")] = "cnn_dailymail",
     calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
@@ -126,6 +129,7 @@ def main(
             hf_model_id,
             import_weights=megatron_load_path is None,
             pipeline_layout=pipeline_layout,
+            vocab_size=vocab_size,
             trust_remote_code=trust_remote_code,
             progress=bars,
         )
@@ -153,6 +157,7 @@ def main(
             hf_model_id,
             trust_remote_code=trust_remote_code,
             calibrated=False,
+            vocab_size=vocab_size,
             unchecked_settings=unchecked_setting or (),
         )
         record = quantplug.calibrate(model, forward_loop, policy, progress=bars)

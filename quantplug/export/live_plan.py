@@ -17,7 +17,7 @@ from quantplug.export.sources.live_rows import LiveSource
 from quantplug.export.sources.live_settings import check_settings
 from quantplug.export.sources.passthrough import Passthrough, has_passthrough, passthrough_refs
 from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
-from quantplug.export.sources.vocabulary import add_grown, with_vocabulary
+from quantplug.export.sources.vocabulary import add_grown, vocabulary_signs, with_vocabulary
 from quantplug.findings import Findings
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family
@@ -85,6 +85,7 @@ def plan_export(
     all_or_none(lambda: check_settings(model, source, unchecked_settings))
     weights = all_or_none(lambda: live_weights(model))
     refs = (*(ref for ref in weights.refs if not (drop_mtp and ref.key.is_mtp)), *beside.refs)
+    vocabulary = all_or_none(lambda: vocabulary_signs(model, weights.refs, family))
     inventories = gather_inventories(
         RankInventory(
             topology.rank,
@@ -93,7 +94,7 @@ def plan_export(
             weights.unclaimed,
             weights.attentions,
             judge_rules(model),
-            weights.vocabulary,
+            vocabulary,
         )
     )
 
@@ -105,7 +106,7 @@ def plan_export(
     findings = Findings(ranks=len(inventories) > 1)
     wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
     if vocab_size is None:
-        add_grown(wholes, family, dims, inventories[0].vocabulary, findings)
+        add_grown(wholes, family, dims, [inventory.vocabulary for inventory in inventories], findings)
     findings.raise_if_any()
     # Copies on several ranks are named once.
     unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))

@@ -14,7 +14,6 @@ from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings
-from quantplug.export.sources.vocabulary import ToldVocabulary
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
@@ -39,13 +38,11 @@ class LiveWeights:
         refs: One for each weight, of this rank's slice.
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear, nor to a KV cache.
         attentions: What the quantizers of its attention layers say of a KV cache.
-        vocabulary: What the model's own config says of its vocabulary.
     """
 
     refs: tuple[WeightRef, ...]
     unclaimed: tuple[str, ...]
     attentions: tuple[KVQuantizers, ...]
-    vocabulary: ToldVocabulary
 
 
 def live_weights(model: Model) -> LiveWeights:
@@ -105,16 +102,7 @@ def live_weights(model: Model) -> LiveWeights:
         for quantizer, name in names.items()
         if isinstance(quantizer, TensorQuantizer) and quantizer.is_enabled and quantizer not in claimed
     ]
-    return LiveWeights(tuple(refs), tuple(unclaimed), attentions, _told_vocabulary(model))
-
-
-def _told_vocabulary(model: Model) -> ToldVocabulary:
-    """What a config that is more than Megatron-Core's says, as Megatron-Bridge's providers are."""
-    said = vars(model_chunks(model)[0].config)
-    tokens, multiple = (said.get(name) for name in ("vocab_size", "make_vocab_size_divisible_by"))
-    return ToldVocabulary(
-        tokens if isinstance(tokens, int) else None, multiple if isinstance(multiple, int) and multiple > 0 else None
-    )
+    return LiveWeights(tuple(refs), tuple(unclaimed), attentions)
 
 
 def _is_tied(model: Model) -> bool:

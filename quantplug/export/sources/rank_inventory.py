@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from quantplug.errors import CalibrationError, MappingError, ShapeError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef, WholeWeight, not_here
-from quantplug.export.sources.vocabulary import ToldVocabulary
+from quantplug.export.sources.vocabulary import VocabularySigns
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import gather_objects
@@ -48,7 +48,7 @@ class RankInventory:
         unclaimed: Names of enabled quantizers that belong to none of them.
         attentions: What the quantizers of its attention layers say of a KV cache.
         rules: The rules of its quantizer config, judged by its quantizers.
-        vocabulary: What the model's own config says of its vocabulary.
+        vocabulary: What it knows of the vocabulary beside the rows.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class RankInventory:
     unclaimed: tuple[str, ...] = ()
     attentions: tuple[KVQuantizers, ...] = ()
     rules: tuple[JudgedRule, ...] = ()
-    vocabulary: ToldVocabulary = field(default_factory=ToldVocabulary)
+    vocabulary: VocabularySigns = field(default_factory=VocabularySigns)
 
 
 def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:

@@ -1,17 +1,23 @@
 """Rows of the vocabulary beyond those of the config: padding, which is cut off, or tokens that would be lost."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from quantplug.errors import ShapeError
-from quantplug.export.plan.types import WholeWeight
+from quantplug.export.plan.types import WeightRef, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.mappings.table import Family
+from quantplug.megatron.models.build import VOCABULARY_MULTIPLE
+from quantplug.megatron.parameters import model_chunks
 
 LARGEST_MULTIPLE = 1024
-"""Largest power of two that a vocabulary is taken to be padded to on each tensor parallel rank (Megatron-LM: 128)."""
+"""Largest power of two of rows, on all tensor parallel ranks together, that a vocabulary is taken to be padded to."""
+
+_ROWS_AT_ONCE = 1024
 
 _GROWN = Kind(
     ShapeError,
@@ -23,58 +29,72 @@ _GROWN = Kind(
 
 
 @dataclass(frozen=True)
-class ToldVocabulary:
-    """What a model's own config says of its vocabulary, as that of Megatron-Bridge does; Megatron-Core's says nothing.
+class VocabularySigns:
+    """What a rank knows of its model's vocabulary beside its rows.
 
     Attributes:
-        tokens: Its tokens (`vocab_size`); None where it does not say.
-        multiple: What their number is padded to, by rank (`make_vocab_size_divisible_by`); None likewise.
+        tokens: Number of tokens by the model's own config, as that of Megatron-Bridge says it (`vocab_size`);
+            Megatron-Core's says nothing, which is None.
+        multiple: What their number is padded to, by tensor parallel rank (`make_vocab_size_divisible_by`), likewise.
+        used: Number of rows up to the last one that is not all zeros, as padding is that an import has made; 0 if the
+            rank has no such row.
     """
 
     tokens: int | None = None
     multiple: int | None = None
+    used: int = 0
+
+
+def vocabulary_signs(
+    model: torch.nn.Module | Sequence[torch.nn.Module], refs: Iterable[WeightRef], family: Family
+) -> VocabularySigns:
+    """What this rank knows. It looks at no more than padding and the rows before it."""
+    said = vars(model_chunks(model)[0].config)
+    tokens, multiple = (
+        value if isinstance(value, int) and value > 0 else None
+        for value in (said.get(name) for name in ("vocab_size", "make_vocab_size_divisible_by"))
+    )
+    used = (_used_rows(ref) for ref in refs if _is_of_vocabulary(ref, family))
+    return VocabularySigns(tokens, multiple, max(used, default=0))
 
 
 def add_grown(
-    weights: Iterable[WholeWeight], family: Family, dims: ModelDimensions, told: ToldVocabulary, findings: Findings
+    weights: Iterable[WholeWeight],
+    family: Family,
+    dims: ModelDimensions,
+    signs: Sequence[VocabularySigns],
+    findings: Findings,
 ) -> None:
-    """Finds vocabularies with more rows than those of the config and padding to a multiple of rows a rank.
+    """Finds vocabularies with more rows than those of the config and padding.
 
-    The multiple is whatever the model says it is. If it says nothing, it is the largest power of two, up to
-    `LARGEST_MULTIPLE`, that the rows of each rank divide by: real ones are of two, and rows that nothing has padded
-    mostly do not divide by a large one.
+    Rows beyond the config's that are all zeros are padding, and so are as many as the model's own config says.
+    Otherwise there must be fewer of them than the multiple that all rows are of: a power of two, up to
+    `LARGEST_MULTIPLE` rows or Megatron-LM's 128 a tensor parallel rank. Rows that nothing has padded mostly are of no
+    large power of two.
+
+    Args:
+        signs: Of all ranks.
     """
-    table = family.by_megatron()
+    used = max(sign.used for sign in signs)
     for weight in weights:
-        row = table.get(weight.key.module)
-        if row is not None and isinstance(row.layout, VocabularyRows):
+        if _is_of_vocabulary(weight, family):
             rows, ranks = weight.shape[0], len(weight.replicas[0])
-            if not _is_explained(rows, ranks, dims.vocab_size, told):
-                findings.add_weight(_GROWN, weight, _said(rows, ranks, dims.vocab_size, told))
+            problem = _unexplained(rows, ranks, dims.vocab_size, signs[0])
+            if rows > dims.vocab_size and used > dims.vocab_size and problem is not None:
+                beyond = f"has {rows} rows, {rows - dims.vocab_size} more than the {dims.vocab_size} of the config"
+                findings.add_weight(_GROWN, weight, f"{beyond}; {problem}")
 
 
-def _is_explained(rows: int, ranks: int, tokens: int, told: ToldVocabulary) -> bool:
-    # Fewer rows than tokens are told where shapes are.
-    if rows <= tokens or (told.tokens is not None and told.tokens <= tokens):
-        return True
-    # A model made with all its rows for tokens says no more than the rows do.
+def _unexplained(rows: int, ranks: int, tokens: int, told: VocabularySigns) -> str | None:
+    """Why rows beyond those of the tokens may not all be padding; None if they are."""
+    # A model that is made with all its rows for tokens says no more than the rows do.
     if told.tokens is not None and told.tokens != rows:
-        return False
-    return any(rows % (step * ranks) == 0 and rows - tokens < step * ranks for step in _steps(rows, ranks, told))
-
-
-def _steps(rows: int, ranks: int, told: ToldVocabulary) -> tuple[int, ...]:
-    power = math.gcd(rows // ranks, LARGEST_MULTIPLE)
-    return (power, told.multiple) if told.multiple else (power,)
-
-
-def _said(rows: int, ranks: int, tokens: int, told: ToldVocabulary) -> str:
-    beyond = f"has {rows} rows, {rows - tokens} more than the {tokens} of vocab_size in the config"
-    if told.tokens is not None and told.tokens != rows:
-        return f"{beyond}; the model's own config says {told.tokens} tokens"
-    most = max(_steps(rows, ranks, told)) * ranks
-    over = f" on {ranks} tensor parallel ranks" if ranks > 1 else ""
-    return f"{beyond}; {rows} rows{over} are a multiple of {most}, so that padding explains no more than {most - 1}"
+        return None if told.tokens <= tokens else f"the model's own config says {told.tokens} tokens"
+    steps = [math.gcd(rows, LARGEST_MULTIPLE), math.gcd(rows // ranks, VOCABULARY_MULTIPLE) * ranks]
+    if told.multiple is not None and rows % (told.multiple * ranks) == 0:
+        steps.append(told.multiple * ranks)
+    # Padded to the next multiple: fewer rows than it is.
+    return None if rows - tokens < max(steps) else f"as a multiple of {max(steps)}, it has {max(steps) - 1} for padding"
 
 
 def with_vocabulary(
@@ -91,3 +111,21 @@ def with_vocabulary(
     }
     of_vocabulary |= {copy for copy, original in copies.items() if original in of_vocabulary}
     return {name: (dims.vocab_size, *shape[1:]) if name in of_vocabulary else shape for name, shape in shapes.items()}
+
+
+def _is_of_vocabulary(weight: WeightRef | WholeWeight, family: Family) -> bool:
+    row = family.by_megatron().get(weight.key.module)
+    return row is not None and isinstance(row.layout, VocabularyRows)
+
+
+def _used_rows(ref: WeightRef) -> int:
+    """Number of the whole weight's rows up to the last one of this slice that is not all zeros."""
+    weight = ref.load()
+    before = ref.shard.index * len(weight) if ref.shard else 0
+    # From the end, where padding is: mostly one look.
+    for end in range(len(weight), 0, -_ROWS_AT_ONCE):
+        first = max(0, end - _ROWS_AT_ONCE)
+        used = (weight[first:end] != 0).any(dim=1).nonzero()
+        if len(used):
+            return before + first + int(used.max()) + 1
+    return 0

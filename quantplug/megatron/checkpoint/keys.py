@@ -127,8 +127,8 @@ def _misfits(live: Mapping[str, ShardedTensor], stored: Stored, padded_to: int |
         # Megatron sets this where the vocabulary is padded to a multiple of the TP size, which may be another here.
         if tensor.allow_shape_mismatch and there[1:] == here[1:]:
             if not is_padding(there[0], here[0], tp, padded_to):
-                reason = f"has {there[0]} rows in the checkpoint and {here[0]} in the model, and padding explains fewer"
-                yield Offender(key, reason)
+                rows = f"has {there[0]} rows in the checkpoint and {here[0]} in the model, and padding explains fewer"
+                yield Offender(key, f"{rows}: vocab_size (--vocab-size) builds a model for other tokens")
         elif there != here:
             yield Offender(key, f"has shape {there} in the checkpoint and {here} in the model")
         elif stored[key].dtype is not tensor.dtype and not {stored[key].dtype, tensor.dtype} <= _PLAIN:

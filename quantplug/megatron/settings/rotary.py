@@ -63,7 +63,8 @@ def expected_rotary(family_config: MegatronConfig, config: TransformerConfig) ->
     Args:
         config: `family_config` as Megatron has it.
     """
-    arguments = family_config.model
+    # What a family from outside leaves to GPTModel has GPTModel's defaults.
+    arguments = {"position_embedding_type": "none", "rotary_percent": 1.0, "rotary_base": 10000, **family_config.model}
     # Megatron's own modules, made as its models make them; on the current device, which may be a GPU.
     with cpu.construction():
         if config.multi_latent_attention:
@@ -74,7 +75,7 @@ def expected_rotary(family_config: MegatronConfig, config: TransformerConfig) ->
                     config.kv_channels,
                     arguments["rotary_percent"],
                     rotary_base=arguments["rotary_base"],
-                    rope_scaling=arguments.get("rope_scaling", False),
+                    rope_scaling=bool(arguments.get("rope_scaling")),
                     rope_scaling_factor=arguments.get("rope_scaling_factor", 8.0),
                 )
                 if family_config.rope_scaling:
