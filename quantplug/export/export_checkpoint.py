@@ -38,7 +38,7 @@ from quantplug.export.sources.hf_directory import FittedTable, fit_table, known_
 from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
-from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_without_data
+from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
 from quantplug.selection import by_exclude
@@ -133,7 +133,7 @@ def export_checkpoint(
     """
     policy = weight_amax_policy(amax)
     scheme = _scheme(format)
-    cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
+    cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     if scheme is None:
         _refuse_choices(exclude=exclude, quantize_mtp=quantize_mtp, kv_cache=kv_cache)
     target = Path(destination)

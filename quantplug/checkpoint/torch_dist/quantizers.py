@@ -87,13 +87,26 @@ class SavedQuantizers:
         name, settings = self._named(spelling, key, INPUT)
         return None if settings is None else SavedQuantizer(name, settings, self._amax(spelling, key, INPUT))
 
-    def of_attention(self) -> Iterator[tuple[str, Settings, Settings]]:
-        """The quantizers of what every attention layer puts into its KV cache: its name, of keys, and of values."""
+    def of_cache(self, spelling: str, key: ParamKey) -> tuple[SavedQuantizer, ...]:
+        """The quantizers of what an attention layer puts into its KV cache, of keys and of values; none if it has none.
+
+        Args:
+            spelling: Of the attention core with a tensor's name behind it, as `of_checkpoint` gives that of a weight.
+            key: Of a weight in the same layer.
+        """
+        named = [(quantizer, *self._named(spelling, key, quantizer)) for quantizer in _OF_CACHE]
+        return tuple(
+            SavedQuantizer(name, settings, self._amax(spelling, key, quantizer))
+            for quantizer, name, settings in named
+            if settings is not None
+        )
+
+    def of_other_caches(self) -> Iterator[tuple[SavedQuantizer, ...]]:
+        """As `of_cache`, of all attention layers that were not asked for: those of a latent have no linear of keys."""
         for module, quantizers in self._settings.items():
-            keys, values = (quantizers.get(name) for name in _OF_CACHE)
-            if isinstance(keys, Mapping) and isinstance(values, Mapping):
-                self._claimed.update((module, name) for name in _OF_CACHE)
-                yield _label(module), keys, values
+            if (module, _OF_CACHE[0]) not in self._claimed:
+                claims = [self._claim(module, quantizers, name) for name in _OF_CACHE]
+                yield tuple(SavedQuantizer(name, settings, None) for name, settings in claims if settings is not None)
 
     def all(self) -> Iterator[tuple[str, Settings]]:
         """Every quantizer, by its name."""

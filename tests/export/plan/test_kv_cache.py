@@ -14,6 +14,7 @@ from modelopt.torch.export.quant_utils import get_kv_cache_scaling_factor
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 from quantplug import (
+    export_checkpoint,
     export_hf_weights_quant,
     export_mcore_gpt_to_hf,
     load_checkpoint,
@@ -141,6 +142,21 @@ def test_calibrated_scales_are_modelopt_s_beside_k_and_v(sources: Sources, tmp_p
     assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
     streamed = dict(export_hf_weights_quant(model, sources("moe"), quant_format="as_quantized"))
     assert streamed.keys() == tensors.keys()
+
+
+def test_scales_come_straight_from_a_megatron_checkpoint(sources: Sources, tmp_path: Path) -> None:
+    model = calibrated_model(sources("moe"))
+    export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "live")
+    live = read(tmp_path / "live")
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    export_checkpoint(tmp_path / "saved", tmp_path / "out", sources("moe"))
+    assert configs(tmp_path / "out") == configs(tmp_path / "live")
+    tensors = read(tmp_path / "out")
+    assert tensors.keys() == live.keys()
+    assert [name for name in live if not same_bytes(tensors[name], live[name])] == []
+    # A format by name leaves out what quantizers say, and then only a cast needs no data.
+    with refused(UnsupportedQuantizationError, tmp_path):
+        export_checkpoint(tmp_path / "saved", tmp_path / "no", sources("moe"), "w4a16_nvfp4", kv_cache="fp8")
 
 
 @pytest.mark.parametrize("amax", [None, 0.0, torch.inf, torch.nan])

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any
 
 from quantplug.checkpoint.torch_dist.aside import Aside, left_aside
@@ -20,6 +19,8 @@ from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSe
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
+
+_LINEAR_OF_KEYS = ".linear_qkv.weight"
 
 _SAME_MODEL = "Pass the Hugging Face directory of this very model: --hf, whose config.json says its sizes."
 _UNKNOWN = Kind(
@@ -99,7 +100,7 @@ def checkpoint_weights(
         for parameter in found
     )
     findings.raise_if_any()
-    attentions = tuple(starmap(_attention, quantizers.of_attention())) if quantizers else ()
+    attentions = tuple(_attentions(found, quantizers)) if quantizers else ()
     return CheckpointWeights(
         weights,
         {parameter.key: parameter.segments for parameter in found},
@@ -154,13 +155,22 @@ def _state(quantizer: SavedQuantizer | None) -> QuantizerState | None:
     return _settings(quantizer.name, quantizer.settings).state(quantizer.name, quantizer.amax)
 
 
-def _attention(name: str, keys: Settings, values: Settings) -> KVQuantizers:
-    states = [
-        _state(SavedQuantizer(f"{name}.{letter}_bmm_quantizer", settings, None))
-        for letter, settings in (("k", keys), ("v", values))
-    ]
-    cast = all(settings.get("_use_constant_amax") is True for settings in (keys, values))
-    return KVQuantizers(name, states[0], states[1], cast)
+def _attentions(found: Sequence[FoundParameter], quantizers: SavedQuantizers) -> Iterator[KVQuantizers]:
+    """What the quantizers of every attention layer say of a KV cache."""
+    for parameter in found:
+        attention, dot, linear = parameter.key.module.rpartition(_LINEAR_OF_KEYS)
+        if dot and not linear:
+            core = of_checkpoint(f"{attention}.core_attention.weight")
+            yield from _attention(quantizers.of_cache(core, parameter.key), parameter.key)
+    for pair in quantizers.of_other_caches():
+        yield from _attention(pair, None)
+
+
+def _attention(pair: Sequence[SavedQuantizer], linear: ParamKey | None) -> Iterator[KVQuantizers]:
+    if len(pair) == 2:
+        keys, values = pair
+        cast = all(quantizer.settings.get("_use_constant_amax") is True for quantizer in pair)
+        yield KVQuantizers(keys.name.rpartition(".")[0], _state(keys), _state(values), cast, linear)
 
 
 def _refuse_changed_inputs(quantizers: SavedQuantizers) -> None:
