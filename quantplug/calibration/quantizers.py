@@ -1,8 +1,9 @@
 """What calibration asks of a quantizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 
@@ -34,3 +35,10 @@ def weights_to_calibrate(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, tor
                 for weight, quantizer in module.iter_weights_for_calibration():
                     if any(map(needs_amax, leaf_quantizers(quantizer))):
                         yield names.get(id(weight), prefix), weight, quantizer
+
+
+def quantized_roots(chunks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that `mtq.quantize` was called on: inside of wrappers that were put around them later."""
+    for chunk in chunks:
+        # By its private name: `is_converted` says whether there is one, and fails where there are several.
+        yield from (module for module in chunk.modules() if ModeloptStateManager._state_key in vars(module))

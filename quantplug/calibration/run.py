@@ -18,6 +18,7 @@ from quantplug.calibration.policy import (
     refuse_weight_only_fallback,
 )
 from quantplug.calibration.progress import reporting
+from quantplug.calibration.quantizers import quantized_roots
 from quantplug.calibration.shared_amax import plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
@@ -60,7 +61,8 @@ def calibrate(
     depend on the model (`sync`, `tokens`).
 
     Args:
-        model: A quantized model, or the list of them that virtual pipelining makes.
+        model: A quantized model, bare or wrapped since (Float16Module, DDP), or the list of them that virtual
+            pipelining makes.
         forward_loop: Runs calibration data through the model that it is given (the list under virtual pipelining), the
             layers of multi-token prediction too; without labels. None calibrates the weights alone.
         policy: The choices; by default every expert has its own weight amax, and a cold expert is an error.
@@ -76,10 +78,12 @@ def calibrate(
         UnsupportedQuantizationError: The policy `weight_only_fallback` does not go with a format of the model.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
+    # ModelOpt calibrates nothing but the very module that it has quantized, which a trainer may have wrapped since.
+    roots = list(quantized_roots(chunks)) or chunks
 
     def collect(loop: ForwardLoop | None) -> None:
         with reporting(chunks, progress) if progress else nullcontext():
-            _collect(chunks, None if loop is None else lambda: loop(model))
+            _collect(roots, None if loop is None else lambda: loop(model))
 
     return _calibrate(chunks, collect, forward_loop, policy or CalibrationPolicy(), strict=True)
 

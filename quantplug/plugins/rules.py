@@ -18,6 +18,7 @@ from modelopt.torch.quantization.conversion import _match_quantizer
 from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from torch import nn
 
+from quantplug.calibration.quantizers import quantized_roots
 from quantplug.errors import MappingError, Offender
 
 # What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
@@ -71,7 +72,8 @@ def judge_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[JudgedRule, ...
         model: One module, or all virtual pipeline stages of this rank, of which one match is enough.
     """
     # A pipeline stage sees its own layers only, so no match here says nothing yet: the verdict is over all ranks.
-    roots = list(_quantized_roots([model] if isinstance(model, nn.Module) else model))
+    # The rules are about names as seen from the modules that `mtq.quantize` was called on.
+    roots = list(quantized_roots([model] if isinstance(model, nn.Module) else model))
     rules = dict.fromkeys(rule for root in roots for rule in _rules_to_judge(root))
     return tuple(JudgedRule(rule, any(map(rule.matches, roots)), _reason(rule, roots)) for rule in rules)
 
@@ -105,12 +107,6 @@ def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
             [Offender(rule.quantizer_name, reason) for rule, reason in unmatched.items()],
             "Use the names of this Megatron model, or leave out the rules for what it does not have.",
         )
-
-
-def _quantized_roots(chunks: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """The modules that `mtq.quantize` was called on: the rules are about names as seen from there."""
-    for chunk in chunks:
-        yield from (module for module in chunk.modules() if ModeloptStateManager._state_key in vars(module))
 
 
 def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:

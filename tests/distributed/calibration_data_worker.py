@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 import quantplug.plugins  # noqa: F401
-from quantplug import import_mcore_gpt_from_hf
+from quantplug import LayerSpec, build_model, import_mcore_gpt_from_hf
 from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.run import CalibrationRecord, calibrate
@@ -119,6 +119,39 @@ def layouts(directory: Path) -> None:
         done(f"layout {layout}")
 
 
+def run_staged(model: GPTModel) -> None:
+    """All sequences through a pipeline of two ranks, one after the other."""
+    length, first = SEQUENCES.shape[1], parallel_state.is_pipeline_first_stage()
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
+    for sequence in SEQUENCES:
+        if not first:
+            hidden = torch.empty(length, 1, model.config.hidden_size)
+            dist.recv(hidden, 0)
+            model.set_input_tensor(hidden)
+        with torch.no_grad(), cpu.local_forward():
+            output = model(sequence[None], torch.arange(length)[None], mask)
+        if first:
+            dist.send(output.contiguous(), 1)
+
+
+def pipelines(directory: Path) -> None:
+    """Stages with layers and without: the tokens and amaxes of the whole model."""
+    reference, _ = calibrated(directory)
+    for layout in ("Et|tL", "E|ttL", "Ett|L"):
+        relayout(pp=2)
+        model = build_model(directory, layer_spec=LayerSpec.LOCAL, dtype=torch.float32, pipeline_layout=layout)
+        import_mcore_gpt_from_hf(model, directory)
+        mtq.quantize(model, {**mtq.FP8_DEFAULT_CFG, "algorithm": None})
+        record = calibrate(model, run_staged)
+        table = gather_statistics(model, record)
+        assert [row.key for row in table.rows] == [row.key for row in reference.rows], layout
+        for row, expected in zip(table.rows, reference.rows, strict=True):
+            assert (row.tokens, row.coverage) == (expected.tokens, expected.coverage), (layout, row, expected)
+            # None of quantizers that are disabled.
+            assert row.amax == (expected.amax and pytest.approx(expected.amax, rel=1e-5)), (layout, row)
+        done(f"pipeline {layout}")
+
+
 def cold(directory: Path) -> None:
     """Every token goes to experts 0 and 1 of rank 0: the error names experts of both ranks, on both ranks."""
     relayout(ep=2)
@@ -184,6 +217,7 @@ def done(what: str) -> None:
 def main(moe: Path, dense: Path) -> None:
     initialize_parallel()
     layouts(moe)
+    pipelines(moe)
     cold(moe)
     failing_rank(dense)
     dist.destroy_process_group()

@@ -61,6 +61,20 @@ def test_the_same_bytes_in_every_layout_as_on_one_rank(
             assert_same(tmp_path / f"loaded-{number}", tmp_path / "one")
 
 
+@pytest.mark.distributed
+@pytest.mark.usefixtures("single_rank")
+def test_the_same_bytes_in_a_trainers_wrappers(tiny_qwen3_mixed_dir: Path, tmp_path: Path) -> None:
+    source = tiny_qwen3_mixed_dir
+    model = mtq.quantize(quantplug.build_model(source, import_weights=True), quant_cfg(FORMAT, source))
+    quantplug.export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "one")
+
+    ended = run_ranks(2, WORKER.with_name("wrapped_worker.py"), source, tmp_path)
+
+    assert ended.ok, ended.output[-9000:]
+    assert_same(tmp_path / "exported", tmp_path / "one")
+    assert_same(tmp_path / "loaded", tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("layout", "virtual", "reason"),
     [
