@@ -41,8 +41,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def one_rank() -> Iterator[None]:
     """Megatron's parallel state of one rank, which stays for the tests that follow.
 
-    Models keep the groups that they were made with, and every group has threads that wake up now and then: hundreds of
-    groups, one set for each test, slow all tests down.
+    Models keep the groups that they were made with, and every group has threads: one set for each test would be
+    thousands of them.
     """
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel()

@@ -23,16 +23,6 @@ def apart_from_experts(name: str) -> bool:
     return ".experts." not in name and not name.startswith("mtp.") and "latent_proj" not in name
 
 
-def by_megatron(source: Path, format_name: str, out: Path, *, keep_experts: bool) -> dict[str, torch.Tensor]:
-    """Streamed from a model that was never quantized; then the same model is quantized, and exported to files."""
-    checker = apart_from_experts if keep_experts else None
-    with one_rank():
-        model = load(source)
-        streamed = dict(export_hf_weights_quant(model, source, checker, quant_format=format_name))
-        export_mcore_gpt_to_hf(quantize(model, format_name, source, keep_experts=keep_experts), source, out)
-    return streamed
-
-
 def of_megatron(tensors: dict[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
     """Without what Megatron's model does not hold, which a receiver of a stream has already."""
     config = read_source_config(source)
@@ -44,24 +34,31 @@ def of_megatron(tensors: dict[str, torch.Tensor], source: Path) -> dict[str, tor
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_the_bytes_are_the_same_in_every_way(
-    family: str, format_name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    family: str, format_name: str, checkpoint: Callable[[str], Path], export: Callable[..., Path], tmp_path: Path
 ) -> None:
-    out, exported = tmp_path / "out", tmp_path / "by_megatron"
+    source, out = checkpoint(family), tmp_path / "out"
     # What no server loads is left out in each of the ways.
-    keep_experts = has_experts(checkpoint(family)) and not serves_experts(family, format_name)
-    result = quantize_checkpoint(checkpoint(family), out, format_name, exclude=["*.experts*"] if keep_experts else [])
-    streamed = by_megatron(checkpoint(family), format_name, exported, keep_experts=keep_experts)
+    keep_experts = has_experts(source) and not serves_experts(family, format_name)
+    result = quantize_checkpoint(source, out, format_name, exclude=["*.experts*"] if keep_experts else [])
+    with one_rank():
+        model, checker = load(source), apart_from_experts if keep_experts else None
+        streamed = dict(export_hf_weights_quant(model, source, checker, quant_format=format_name))
+        if format_name == "w4a16_nvfp4":
+            exported = export(family, format_name)  # Which other tests look at too.
+        else:
+            exported = tmp_path / "by_megatron"  # Of the very model that was streamed, and never quantized before.
+            export_mcore_gpt_to_hf(quantize(model, format_name, source, keep_experts=keep_experts), source, exported)
     expected, found = read(exported), read(out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not same_bytes(found[name], expected[name])] == []
-    received = of_megatron(expected, checkpoint(family))
+    received = of_megatron(expected, source)
     assert streamed.keys() == received.keys()
     assert [name for name in received if not same_bytes(streamed[name], received[name])] == []
     assert {path.name for path in out.iterdir()} == {path.name for path in exported.iterdir()}
     for path in exported.glob("*.json"):
         assert (out / path.name).read_text() == path.read_text(), path.name
     assert result.tensors == len(expected)
-    assert errors_of(out, checkpoint(family)) == set()
+    assert errors_of(out, source) == set()
 
 
 def test_multi_token_prediction_is_quantized_on_demand(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

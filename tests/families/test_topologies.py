@@ -24,7 +24,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
         (work / name / "hf").symlink_to(checkpoint(name))
     names = list(CASES)
     for size in (1, 2):
-        # Models keep their groups, and each has threads that wake up now and then: few models for each set of ranks.
+        # Models keep their groups, and each group has threads: few models for each set of ranks.
         for few in (names[first : first + 5] for first in range(0, len(names), 5)):
             run = run_ranks(size, WORKER, work, size, size, *few, timeout=300)
             assert run.ok, run.output[-9000:]
