@@ -46,6 +46,10 @@ def export(
     amax: Annotated[
         WeightAmax, typer.Option(help="Of a quantized model: what becomes of weights that have grown since.")
     ] = WeightAmax.CALIBRATED,
+    unchecked_setting: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A setting of DIR that may differ from the trainer's; repeatable."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that DIR brings for its readers to run.")
     ] = False,
@@ -69,6 +73,7 @@ def export(
             kv_cache=kv_cache,
             amax=amax,
             trust_remote_code=trust_remote_code,
+            unchecked_settings=unchecked_setting or (),
             progress=bar,
         )
     print_written(result, time.perf_counter() - start, Console())

@@ -5,13 +5,14 @@ that would be loaded from it, and so are the bytes. Nothing that the checkpoint 
 plain data.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.checkpoint.torch_dist.arguments import require_as_trained
 from quantplug.checkpoint.torch_dist.aside import Aside, unwrapped
 from quantplug.checkpoint.torch_dist.common import read_common
 from quantplug.checkpoint.torch_dist.index import read_index
@@ -84,6 +85,7 @@ def export_checkpoint(
     kv_cache: KVCacheFormat | str | None = None,
     amax: WeightAmax | str = WeightAmax.CALIBRATED,
     trust_remote_code: bool = False,
+    unchecked_settings: Collection[str] = (),
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = silent,
 ) -> CheckpointExport:
@@ -112,13 +114,16 @@ def export_checkpoint(
         amax: Of a model that was quantized before: what becomes of weights that are larger than their quantizers'
             amaxes, as in `export_mcore_gpt_to_hf`.
         trust_remote_code: Whether code that the Hugging Face directory brings is carried over; none is run here.
+        unchecked_settings: Settings in which the config may differ from the arguments that Megatron-LM notes in its
+            checkpoints, by the names that errors give them.
         max_shard_size: Largest size of one safetensors file in bytes.
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
     Raises:
         ArgumentError: A format, `dtype`, `max_shard_size` or `amax` that is not known or not served; or `exclude`,
             `quantize_mtp` or `kv_cache` without a format that quantizes.
-        CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read.
+        CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
+            it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The Hugging Face directory has no usable config, or its files to be copied cannot be read; or the
             checkpoint changes while it is read.
@@ -144,7 +149,12 @@ def export_checkpoint(
     model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
-    padding = padded_to(read_common(directory, index).arguments)
+    arguments = read_common(directory, index).arguments
+    if arguments:
+        by_config = model.family.megatron_config(model.config)
+        settings = {**by_config.model, **by_config.transformer}
+        require_as_trained(arguments, settings, "in config.json", unchecked_settings)
+    padding = padded_to(arguments)
     with TorchDistReader(index) as reader:
         found = checkpoint_weights(reader, model.family, model.dims, padding)
         weights = (*found.weights, *_beside(table))

@@ -41,6 +41,7 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
+from quantplug.checkpoint.torch_dist.arguments import require_as_trained
 from quantplug.checkpoint.torch_dist.aside import Aside
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.errors import CheckpointError, Offender
@@ -67,7 +68,7 @@ from quantplug.megatron.checkpoint.layouts import (
 )
 from quantplug.megatron.checkpoint.modelopt_state import MODELOPT_STATE, has_quantizers, read_modelopt_state
 from quantplug.megatron.parameters import LanguageModel, model_chunks
-from quantplug.megatron.settings.trained import require_as_trained
+from quantplug.megatron.settings.trained import settings_of
 
 _WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
 
@@ -327,7 +328,9 @@ def _load_tensors(
     state = redirected(state, displaced, contents.tensors)
     require_same_keys(state, contents.tensors, padded_to=contents.padded_to)
     # After the weights, which tell another model in fewer words.
-    all_or_none(lambda: require_as_trained(chunks, contents.arguments, unchecked_settings))
+    all_or_none(
+        lambda: require_as_trained(contents.arguments, settings_of(chunks[0]), "in the model", unchecked_settings)
+    )
     # Settings have been loaded, and other objects are no part of the model.
     objects = {
         number: {name: torch.empty(0, dtype=torch.uint8) for name, entry in entries.items() if _is_object(entry)}

@@ -1,5 +1,6 @@
 """Checkpoints of trainers, loaded on one rank; on several, see tests/distributed/test_trained_checkpoints.py."""
 
+import argparse
 import io
 import os
 import pickle
@@ -189,6 +190,18 @@ AS_TRAINED: dict[str, Any] = {
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 0.01,
 }
+
+
+@with_samples
+def test_an_export_without_a_model_asks_the_config(tmp_path: Path) -> None:
+    hf, checkpoint = CHECKPOINTS / "hf", tmp_path / "iter_0000100"
+    shutil.copytree(CHECKPOINTS / "megatron-lm" / checkpoint.name, checkpoint)
+    (checkpoint / "common.pt").chmod(0o600)
+    torch.save({"args": argparse.Namespace(moe_router_topk=4, norm_epsilon=1e-6)}, checkpoint / "common.pt")
+    with pytest.raises(CheckpointError, match=r"moe_router_topk: is 4 by the trainer's arguments, 2 in config\.json"):
+        quantplug.export_checkpoint(checkpoint, tmp_path / "out", hf)
+    assert not (tmp_path / "out").exists()
+    quantplug.export_checkpoint(checkpoint, tmp_path / "out", hf, unchecked_settings=["moe_router_topk"])
 
 
 def test_arguments_of_the_model_that_was_trained_are_those_of_this_one(tmp_path: Path) -> None:

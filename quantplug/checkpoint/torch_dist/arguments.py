@@ -1,0 +1,129 @@
+"""What a model was trained with, by the arguments that Megatron-LM notes, against what it is taken for now.
+
+Shapes do not show how many experts a token goes to, or how fast queries and keys turn. Arguments have the names of
+Megatron-Core's settings but for two (megatron/training/arguments.py, `core_transformer_config_from_args`,
+core_v0.16.1).
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from quantplug.checkpoint.torch_dist.common import Plain
+from quantplug.errors import CheckpointError, Offender
+
+Settings = Mapping[str, Any]
+"""By the names of Megatron-Core; what is not there has its default."""
+
+_OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+
+
+def _plain(name: str, default: object) -> Callable[[Settings], object]:
+    return lambda settings: default if (value := settings.get(name)) is None else value
+
+
+def _of_experts(value: Callable[[Settings], object]) -> Callable[[Settings], object]:
+    return lambda settings: value(settings) if settings.get("num_moe_experts") else None
+
+
+def _of_heads(name: str) -> Callable[[Settings], object]:
+    # The shapes of latent attention tell its heads. Elsewhere other heads may have the same shapes all together.
+    return lambda settings: None if settings.get("multi_latent_attention") else settings.get(name)
+
+
+def _of_rotary(name: str, default: float) -> Callable[[Settings], object]:
+    # Said of models that do not rotate, too.
+    rotates = ("rope", "yarn", "mrope")
+    return lambda it: _plain(name, default)(it) if it.get("position_embedding_type") in rotates else None
+
+
+def _pre_softmax(settings: Settings) -> bool:
+    is_softmax = _plain("moe_router_score_function", "softmax")(settings) == "softmax"
+    return is_softmax and bool(settings.get("moe_router_pre_softmax"))
+
+
+def _scaling(settings: Settings) -> float:
+    return settings.get("moe_router_topk_scaling_factor") or 1.0
+
+
+def _groups(settings: Settings) -> tuple[object, object] | None:
+    """Of how many groups of experts a token may use how many; None where it may use all of them."""
+    groups, used = settings.get("moe_router_num_groups"), settings.get("moe_router_group_topk")
+    return (groups, used) if groups and used and used < groups else None
+
+
+def _routing(settings: Settings) -> str:
+    """How experts are chosen: all kinds of balancing but Sinkhorn choose alike."""
+    kinds = settings.get("moe_router_load_balancing_type")
+    return "sinkhorn" if "sinkhorn" in (kinds if isinstance(kinds, list | tuple) else [kinds]) else "the highest scores"
+
+
+# The defaults are Megatron-Core's (TransformerConfig, GPTModel).
+_COMPUTED_WITH: Mapping[str, Callable[[Settings], object]] = {
+    "num_attention_heads": _of_heads("num_attention_heads"),
+    "num_query_groups": _of_heads("num_query_groups"),
+    "kv_channels": _of_heads("kv_channels"),
+    "normalization": _plain("normalization", "LayerNorm"),
+    "layernorm_epsilon": _plain("layernorm_epsilon", 1e-5),
+    # Norms are stored with or without their one.
+    "layernorm_zero_centered_gamma": _plain("layernorm_zero_centered_gamma", False),
+    "rotary_base": _of_rotary("rotary_base", 10000),
+    "rotary_percent": _of_rotary("rotary_percent", 1.0),
+    "rotary_interleaved": _of_rotary("rotary_interleaved", False),
+    "moe_router_topk": _of_experts(_plain("moe_router_topk", 2)),
+    "moe_router_score_function": _of_experts(_plain("moe_router_score_function", "softmax")),
+    "moe_router_pre_softmax": _of_experts(_pre_softmax),
+    "moe_router_topk_scaling_factor": _of_experts(_scaling),
+    "moe_router_group_topk": _of_experts(_groups),
+    "moe_router_load_balancing_type": _of_experts(_routing),
+}
+_SAID = frozenset({*_COMPUTED_WITH, "moe_router_num_groups"}) - {"num_query_groups"}
+
+
+def require_as_trained(
+    arguments: Mapping[str, Plain], settings: Settings, what: str, unchecked: Collection[str] = ()
+) -> None:
+    """Refuses a model that computes otherwise than the one that was trained.
+
+    Args:
+        arguments: Of Megatron-LM, by name; what they do not say is not asked for.
+        settings: Of the model, or those that a config means.
+        what: Where these are: `in the model`.
+        unchecked: Settings that may differ.
+
+    Raises:
+        CheckpointError: Names every setting with both values.
+    """
+    offenders = [
+        Offender(name, f"is {trained} by the trainer's arguments, {here} {what}")
+        for name, trained, here in _differing(arguments, settings)
+        if name not in unchecked
+    ]
+    if offenders:
+        raise CheckpointError(
+            f"The checkpoint was trained with other settings than are {what}.",
+            offenders,
+            "Make config.json say what the model was trained with, and build the model by it: a server runs what it "
+            "says. A setting that differs on purpose can be named in unchecked_settings (--unchecked-setting).",
+        )
+
+
+def _differing(arguments: Mapping[str, Plain], settings: Settings) -> Iterator[tuple[str, object, object]]:
+    trained = {**settings, **_as_settings(arguments)}
+    for name, value in _COMPUTED_WITH.items():
+        there, here = value(trained), value(settings)
+        if not _same(there, here):
+            yield name, there, here
+
+
+def _as_settings(arguments: Mapping[str, Plain]) -> dict[str, Plain]:
+    said = {name: arguments.get(_OTHER_NAMES.get(name, name)) for name in _SAID}
+    # It is there whether or not groups are used.
+    if arguments.get("group_query_attention") is True:
+        said["num_query_groups"] = arguments.get("num_query_groups")
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _same(first: object, second: object) -> bool:
+    numbers = [value for value in (first, second) if isinstance(value, int | float) and not isinstance(value, bool)]
+    return math.isclose(*numbers, rel_tol=1e-6) if len(numbers) == 2 else first == second
