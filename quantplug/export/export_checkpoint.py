@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.checkpoint.torch_dist.arguments import require_as_trained
+from quantplug.checkpoint.torch_dist.arguments import read_arguments, require_as_trained
 from quantplug.checkpoint.torch_dist.aside import Aside, unwrapped
-from quantplug.checkpoint.torch_dist.common import read_common
 from quantplug.checkpoint.torch_dist.index import read_index
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
 from quantplug.checkpoint.torch_dist.roots import find_iteration
@@ -114,8 +113,8 @@ def export_checkpoint(
         amax: Of a model that was quantized before: what becomes of weights that are larger than their quantizers'
             amaxes, as in `export_mcore_gpt_to_hf`.
         trust_remote_code: Whether code that the Hugging Face directory brings is carried over; none is run here.
-        unchecked_settings: Settings in which the config may differ from the arguments that Megatron-LM notes in its
-            checkpoints, by the names that errors give them.
+        unchecked_settings: Settings in which the config may differ from those that the trainer noted in the
+            checkpoint, by the names that errors give them.
         max_shard_size: Largest size of one safetensors file in bytes.
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
@@ -149,7 +148,7 @@ def export_checkpoint(
     model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
-    arguments = read_common(directory, index).arguments
+    arguments = read_arguments(directory, index)
     if arguments:
         by_config = model.family.megatron_config(model.config)
         settings = {**by_config.model, **by_config.transformer}

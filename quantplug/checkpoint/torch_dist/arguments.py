@@ -1,21 +1,63 @@
-"""What a model was trained with, by the arguments that Megatron-LM notes, against what it is taken for now.
+"""What a model was trained with, by the arguments that its trainer noted, against what it is taken for now.
 
-Shapes do not show how many experts a token goes to, or how fast queries and keys turn. Arguments have the names of
-Megatron-Core's settings but for two (megatron/training/arguments.py, `core_transformer_config_from_args`,
-core_v0.16.1).
+Shapes do not show how many experts a token goes to, or how fast queries and keys turn. Megatron-LM's arguments have the
+names of Megatron-Core's settings but for two (megatron/training/arguments.py, `core_transformer_config_from_args`,
+core_v0.16.1). Megatron-Bridge (0.3) notes the settings themselves, under `model:` in run_config.yaml.
 """
 
+import json
 import math
+import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.torch_dist.common import Plain
+from quantplug.checkpoint.torch_dist.common import Plain, read_common
+from quantplug.checkpoint.torch_dist.files import read_file
+from quantplug.checkpoint.torch_dist.index import Index
 from quantplug.errors import CheckpointError, Offender
 
 Settings = Mapping[str, Any]
 """By the names of Megatron-Core; what is not there has its default."""
 
+_RUN_CONFIG, _MOST_RUN_CONFIG_BYTES = "run_config.yaml", 2**22
+_MODEL_SECTION = re.compile(r"^model:\n(?:[ #].*\n|\n)*", re.MULTILINE)
+_SETTING = re.compile(r"^  (\w+): (\S.*)$", re.MULTILINE)
+
 _OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+
+
+def read_arguments(directory: Path, index: Index) -> Mapping[str, Plain]:
+    """What a trainer noted of a checkpoint, by the names of Megatron-LM's arguments; empty where it noted nothing.
+
+    Raises:
+        CheckpointError: What it noted is damaged.
+    """
+    return read_common(directory, index).arguments or _arguments_of_bridge(directory)
+
+
+def _arguments_of_bridge(directory: Path) -> dict[str, Plain]:
+    if not os.path.lexists(directory / _RUN_CONFIG):
+        return {}
+    text = read_file(directory, _RUN_CONFIG, _MOST_RUN_CONFIG_BYTES).decode(errors="replace")
+    # Of all that YAML can say, one setting a line is what is asked for: no reader of YAML is needed.
+    section = _MODEL_SECTION.search(text)
+    settings = {it[1]: _scalar(it[2]) for it in _SETTING.finditer(section[0])} if section is not None else {}
+    arguments = {_OTHER_NAMES.get(name, name): value for name, value in settings.items()}
+    # With None each head has a group of its own.
+    arguments["group_query_attention"] = arguments.get("num_query_groups") is not None
+    if arguments.get("should_pad_vocab") is False:
+        arguments |= {"make_vocab_size_divisible_by": 1, "tensor_model_parallel_size": 1}
+    return arguments
+
+
+def _scalar(text: str) -> Plain:
+    try:
+        value: Plain = json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip("'\" ")
+    return value
 
 
 def _plain(name: str, default: object) -> Callable[[Settings], object]:
@@ -86,7 +128,7 @@ def require_as_trained(
     """Refuses a model that computes otherwise than the one that was trained.
 
     Args:
-        arguments: Of Megatron-LM, by name; what they do not say is not asked for.
+        arguments: By the names of Megatron-LM; what they do not say is not asked for.
         settings: Of the model, or those that a config means.
         what: Where these are: `in the model`.
         unchecked: Settings that may differ.

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from quantplug.checkpoint.torch_dist.arguments import read_arguments
 from quantplug.checkpoint.torch_dist.aside import Aside, kind_of, left_aside, unwrapped
-from quantplug.checkpoint.torch_dist.common import Plain, read_common
+from quantplug.checkpoint.torch_dist.common import Plain
 from quantplug.checkpoint.torch_dist.index import Index, read_index, require_covered
 from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 from quantplug.megatron.checkpoint.keys import Stored
@@ -30,7 +31,7 @@ class Contents:
         directory: Where it is.
         index: What of it may be a model's.
         aside: What is there beside the model.
-        arguments: Megatron-LM's, by name, if it wrote the checkpoint.
+        arguments: Those of its trainer, by the names of Megatron-LM.
     """
 
     directory: Path
@@ -68,7 +69,7 @@ def read_contents(directory: Path) -> Contents:
         {key: extent for key, extent in index.objects.items() if kind_of(key) is None},
     )
     require_covered(own, own.tensors)
-    return Contents(directory, own, left_aside(index), read_common(directory, index).arguments)
+    return Contents(directory, own, left_aside(index), read_arguments(directory, index))
 
 
 def index_for_torch(index: Index) -> Metadata:

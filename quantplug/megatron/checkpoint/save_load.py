@@ -152,8 +152,8 @@ def load_checkpoint(
             trainer was told to save to, of which the newest iteration is loaded.
         iteration: Which iteration of those that a trainer saved.
         quantized: Whether the checkpoint must be that of a quantized model, or must not; None for either.
-        unchecked_settings: Settings in which the model may differ from the arguments that Megatron-LM notes in its
-            checkpoints, by the names that errors give them.
+        unchecked_settings: Settings in which the model may differ from those that the trainer noted in the checkpoint,
+            by the names that errors give them.
 
     Raises:
         CheckpointError: `directory` is not a checkpoint, or of a format that is not read; is damaged or incomplete;

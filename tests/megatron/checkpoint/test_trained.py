@@ -204,6 +204,21 @@ def test_an_export_without_a_model_asks_the_config(tmp_path: Path) -> None:
     quantplug.export_checkpoint(checkpoint, tmp_path / "out", hf, unchecked_settings=["moe_router_topk"])
 
 
+@with_samples
+def test_bridges_settings_are_asked_too(tmp_path: Path) -> None:
+    bridge = CHECKPOINTS / "megatron-bridge-quantized" / "iter_0000000"
+    copy = tmp_path / "copy"
+    shutil.copytree(bridge, copy, copy_function=shutil.copyfile)
+    text = (bridge / "run_config.yaml").read_text()
+    changed = text.replace("  moe_router_topk: 2\n", "  moe_router_topk: 4\n").replace("1.0e-06", "1.0e-05")
+    (copy / "run_config.yaml").write_text(changed.replace("  rotary_base: 10000\n", "  rotary_base: 1000000\n"))
+    with pytest.raises(CheckpointError, match="was trained with other settings") as caught:
+        quantplug.export_checkpoint(copy, tmp_path / "out", CHECKPOINTS / "hf")
+    assert [it.parameter for it in caught.value.offenders] == ["layernorm_epsilon", "rotary_base", "moe_router_topk"]
+    with pytest.raises(CheckpointError, match="moe_router_topk: is 4 by the trainer's arguments, 2 in the model"):
+        load_checkpoint(quantplug.build_model(CHECKPOINTS / "hf"), copy)
+
+
 def test_arguments_of_the_model_that_was_trained_are_those_of_this_one(tmp_path: Path) -> None:
     save_trained([seeded()], tmp_path, **AS_TRAINED)
     load_checkpoint(tiny_model(), tmp_path)
