@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KVCacheFormat",
     "LayerSpec",
+    "Preset",
     "QuantFormat",
     "QuantplugError",
     "WeightAmax",
@@ -49,6 +50,7 @@ __all__ = [
 _HOMES = {
     "KVCacheFormat": "quantplug.formats.names",
     "LayerSpec": "quantplug.megatron.models.build",
+    "Preset": "quantplug.selection",
     "QuantFormat": "quantplug.formats.names",
     "WeightAmax": "quantplug.export.pipeline.amaxes",
     "build_model": "quantplug.import_hf.new_model",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from quantplug.megatron.models.build import LayerSpec
     from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
     from quantplug.plugins.configs import quant_cfg
+    from quantplug.selection import Preset
     from quantplug.verify import verify_checkpoint
 else:
     # In the branch that type checkers do not read, or they would take every misspelt name for one that exists.

@@ -12,10 +12,10 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, StrEnum
 from fnmatch import fnmatchcase
 
-from quantplug.errors import MappingError, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, MappingError, Offender, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
@@ -45,7 +45,41 @@ class Reason(Enum):
     ROLE = "what it is to the model"
     BITS = "too few bits for some server"
     MTP = "multi-token prediction"
+    PRESET = "outside the preset"
     EXCLUDED = "excluded by the user"
+
+
+class Preset(StrEnum):
+    """Which linears of a model are quantized at all, by the names of ModelOpt's recipes."""
+
+    ALL = "all"
+    EXPERTS_ONLY = "experts_only"
+    MLP_ONLY = "mlp_only"
+    OMLP_ONLY = "omlp_only"
+
+    def holds(self, row: WeightMapping) -> bool:
+        """Whether weights of a row are quantized: routed experts; all of the MLPs; these and attention's o_proj."""
+        if self is Preset.ALL or row.scope is Scope.EXPERT:
+            return True
+        (name, *_) = row.megatron
+        # By Megatron's names, which are the same in every architecture: dense MLPs and shared experts are below `mlp`.
+        in_mlp = ".mlp." in name and self is not Preset.EXPERTS_ONLY
+        return in_mlp or (self is Preset.OMLP_ONLY and name.endswith(".self_attention.linear_proj.weight"))
+
+
+def preset_named(name: str, argument: str) -> Preset:
+    """The preset of a name.
+
+    Args:
+        argument: What the name was given as, for the message.
+
+    Raises:
+        ArgumentError: There is no such preset.
+    """
+    if name not in list(Preset):
+        offenders = [Offender(argument, f"is {name!r}")]
+        raise ArgumentError("There is no such preset.", offenders, f"Use one of: {', '.join(Preset)}.")
+    return Preset(name)
 
 
 @dataclass(frozen=True)
@@ -68,11 +102,13 @@ class Policy:
         weight_bits: Bits of a code of the format.
         quantize_mtp: Whether layers of multi-token prediction are quantized too.
         loads_experts: Whether servers load routed experts in the format.
+        preset: Which linears are quantized at all.
     """
 
     weight_bits: int
     quantize_mtp: bool = False
     loads_experts: bool = True
+    preset: Preset = Preset.ALL
 
     def why_kept(self, row: WeightMapping) -> Kept | None:
         """Why weights of a row stay in high precision; None where they are quantized."""
@@ -83,6 +119,8 @@ class Policy:
             return Kept(Reason.BITS, f"linear weight that not every server reads in {self.weight_bits} bits")
         if row.block.is_mtp and not self.quantize_mtp:
             return Kept(Reason.MTP, "linear weight of multi-token prediction, kept unless quantize_mtp asks for it")
+        if not self.preset.holds(row):
+            return Kept(Reason.PRESET, f"linear weight that {self.preset} leaves out")
         return None
 
     def why_unserved(self, row: WeightMapping) -> str | None:

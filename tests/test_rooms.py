@@ -18,6 +18,7 @@ ROWS = (
     ("calibration",),
     ("megatron",),
     ("checkpoint",),
+    ("recipes",),
     ("selection",),
     ("mappings", "formats"),
     ("findings",),

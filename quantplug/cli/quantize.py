@@ -9,14 +9,30 @@ from rich.console import Console
 
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
+from quantplug.errors import ArgumentError, Offender
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import KVCacheFormat, QuantFormat
+from quantplug.recipes import RECIPES, Recipe, recipe_named
+from quantplug.selection import Preset
 
 
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id: plain, FP8 in blocks, or MXFP4.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is new or empty.")],
-    format: Annotated[QuantFormat, typer.Option(help="Formats of activations take a model and data.")],  # noqa: A002
+    format: Annotated[  # noqa: A002
+        QuantFormat | None,
+        typer.Option(help="Formats of activations take a model and data, or --input-scale."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"In place of the format and its options: {', '.join(RECIPES)}.")
+    ] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Which linears are quantized at all, by the names of ModelOpt's recipes.")
+    ] = None,
+    input_scale: Annotated[
+        float | None,
+        typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
@@ -40,14 +56,43 @@ def quantize(
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
+        asked = _asked(recipe, format=format, preset=preset, input_scale=input_scale, kv_cache=kv_cache)
         result = quantize_checkpoint(
             source,
             destination,
-            format,
+            asked.format,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
-            kv_cache=kv_cache,
+            preset=asked.preset,
+            input_scale=asked.input_scale,
+            kv_cache=asked.kv_cache,
             trust_remote_code=trust_remote_code,
             progress=bar,
         )
     print_written(result, time.perf_counter() - start, Console())
+
+
+def _asked(
+    recipe: str | None,
+    *,
+    format: QuantFormat | None,  # noqa: A002
+    preset: Preset | None,
+    input_scale: float | None,
+    kv_cache: KVCacheFormat | None,
+) -> Recipe:
+    """What the options ask for: a recipe by its name, or one of one's own.
+
+    Raises:
+        ArgumentError: Neither is asked for, or both are; or no recipe has this name.
+    """
+    own = {"--format": format, "--preset": preset, "--input-scale": input_scale, "--kv-cache": kv_cache}
+    if recipe is not None:
+        beside = [Offender(name, f"is {value}, beside --recipe") for name, value in own.items() if value is not None]
+        if beside:
+            remedy = "Give a recipe alone, or a format and what goes with it."
+            raise ArgumentError("A recipe says the format and all that goes with it.", beside, remedy)
+        return recipe_named(recipe, "--recipe")
+    if format is None:
+        remedy = f"Give --format ({', '.join(QuantFormat)}) or --recipe ({', '.join(RECIPES)})."
+        raise ArgumentError("Nothing says how to quantize.", [Offender("--format", "is missing")], remedy)
+    return Recipe(format, preset or Preset.ALL, input_scale, kv_cache)

@@ -41,7 +41,7 @@ from quantplug.export.sources.trained.weights import checkpoint_weights
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
-from quantplug.selection import by_exclude
+from quantplug.selection import Policy, by_exclude
 
 PLAIN = "plain"
 """The name of no format: weights are written as they are, also those of a quantized model."""
@@ -172,7 +172,7 @@ def export_checkpoint(
         else:
             weights = _without_quantizers(weights)
         if scheme is not None:
-            chosen = chosen_weights(weights, model, scheme, exclude, quantize_mtp)
+            chosen = chosen_weights(weights, model, Policy(scheme.weight_bits, quantize_mtp), exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
             plan_of = WeightOnlyPlan(weights, model, chosen, scheme.weight, request)
         else:

@@ -26,8 +26,7 @@ from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.scheme import quantizer_for
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, WholeWeight
-from quantplug.formats import WeightFormat
-from quantplug.formats.names import Scheme
+from quantplug.formats.block_format import BlockFormat
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
@@ -89,15 +88,14 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
 
 
 def chosen_weights(
-    weights: Sequence[WholeWeight], model: ModelByConfig, scheme: Scheme, exclude: Sequence[str], quantize_mtp: bool
+    weights: Sequence[WholeWeight], model: ModelByConfig, policy: Policy, exclude: Sequence[str]
 ) -> frozenset[ParamKey]:
-    """The weights that a weight-only format packs, by the one policy and what a user leaves out.
+    """The weights that a format packs, by the one policy and what a user leaves out.
 
     Raises:
         MappingError: A pattern of `exclude` matches nothing.
         UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
     """
-    policy = Policy(scheme.weight_bits, quantize_mtp)
     decisions = decide((weight.key for weight in weights), model.family, policy)
     return frozenset(quantized(excluding(decisions, exclude, model.family, model.dims)))
 
@@ -109,17 +107,19 @@ PlanOf = Callable[[Amaxes | None], ExportPlan]
 
 @dataclass(frozen=True)
 class WeightOnlyPlan:
-    """Makes the plan of a format that quantizes weights alone; a `PlanOf`.
+    """Makes the plan of a format of which weights alone are calibrated; a `PlanOf`.
 
     Attributes:
         chosen: The weights that are packed.
+        input_scale: The scale of all their inputs, of which nothing was calibrated; None where inputs have none.
     """
 
     weights: Sequence[WholeWeight]
     model: ModelByConfig
     chosen: frozenset[ParamKey]
-    packing: WeightFormat
+    packing: BlockFormat
     request: ExportRequest
+    input_scale: float | None = None
 
     def __call__(self, amaxes: Amaxes | None) -> ExportPlan:
         """The plan; without amaxes all is checked that needs none."""
@@ -129,9 +129,14 @@ class WeightOnlyPlan:
         return build_plan(weights, self.model.family, self.model.dims, request)
 
     def _quantized(self, weight: WholeWeight, amaxes: Amaxes | None) -> WholeWeight:
-        # A weight-only format needs no data: max|weight| is all of its calibration.
+        # Without data max|weight| is all of the calibration.
         amax = None if amaxes is None else amaxes[weight.key]
-        return replace(weight, weight=replace(quantizer_for(self.packing, weight.label), amax=amax))
+        quantizer = quantizer_for(self.packing, weight.label)
+        if self.input_scale is None:
+            return replace(weight, weight=replace(quantizer, amax=amax))
+        # The amax that ModelOpt's `constant_amax` would pin: 2688 for NVFP4 and a scale of 1.0.
+        of_input = replace(quantizer, amax=self.input_scale * self.packing.encoding.largest)
+        return replace(weight, weight=replace(quantizer, amax=amax), activation=of_input)
 
 
 def write_export(

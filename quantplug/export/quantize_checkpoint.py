@@ -4,6 +4,7 @@ Weights need no data to be calibrated, so no model is built: needs torch, safete
 plan, packing and files are those of an export from Megatron-Core, and so are the bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,23 @@ from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.errors import ArgumentError, Offender
 from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import WeightOnlyPlan, chosen_weights, read_model, require_free, write_export
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
-from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_without_data, scheme_without_data
+from quantplug.formats.names import (
+    KVCacheFormat,
+    QuantFormat,
+    Scheme,
+    kv_cache_without_data,
+    scheme_named,
+    scheme_without_data,
+)
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
-from quantplug.selection import by_exclude
+from quantplug.selection import Policy, Preset, by_exclude, preset_named
 
 __all__ = ["QuantFormat", "quantize_checkpoint"]
 
@@ -35,6 +44,8 @@ def quantize_checkpoint(
     *,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    preset: Preset | str = Preset.ALL,
+    input_scale: float | None = None,
     kv_cache: KVCacheFormat | str | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -52,10 +63,14 @@ def quantize_checkpoint(
         source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
         destination: A directory that is new or empty.
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor) or `fp8_blockwise`
-            (128x128).
+            (128x128); or with an `input_scale` one that quantizes activations.
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
+        preset: Which linears are quantized at all, a `Preset` or its name: `all`, `experts_only` (routed experts),
+            `mlp_only` (dense MLPs and shared experts too) or `omlp_only` (and attention's o_proj).
+        input_scale: With `nvfp4` or `fp8`: the scale of all inputs in place of calibrated ones, as 1.0 in ModelOpt's
+            recipe `nvfp4_experts_only_input_scale1-kv_fp8_cast`.
         kv_cache: The format of the KV cache that servers are asked for, a `KVCacheFormat` or its name: `fp8_cast` needs
             no data. None leaves it in 16 bits.
         trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
@@ -63,8 +78,8 @@ def quantize_checkpoint(
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
-        ArgumentError: A format that is not known, of weights or of the KV cache, or a `max_shard_size` that cannot be
-            served.
+        ArgumentError: A format or a preset that is not known, an `input_scale` that is none or goes with no input, or a
+            `max_shard_size` that cannot be served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The source is missing, incomplete, damaged or already quantized, or changes while it is read; or
             tensors that it holds twice differ; or it brings its own code, and that is not trusted.
@@ -76,7 +91,9 @@ def quantize_checkpoint(
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    scheme = scheme_without_data(format, "format")
+    scheme = scheme_without_data(format, "format") if input_scale is None else scheme_named(format, "format")
+    _check_input_scale(input_scale, scheme)
+    policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     target = Path(destination)
     require_free(target)
@@ -100,9 +117,9 @@ def quantize_checkpoint(
             leave_out=by_exclude,
             kv_cache=cache,
         )
-        chosen = chosen_weights(weights, model, scheme, exclude, quantize_mtp)
+        chosen = chosen_weights(weights, model, policy, exclude)
         plan = write_export(
-            WeightOnlyPlan(weights, model, chosen, scheme.weight, request),
+            WeightOnlyPlan(weights, model, chosen, scheme.weight, request, input_scale),
             CheckpointSource(checkpoint, model.dims),
             Beside(model.directory, model.config, side_files),
             target,
@@ -110,3 +127,18 @@ def quantize_checkpoint(
             progress=progress,
         )
     return result_of(plan, target, side_files, model.lost_mtp)
+
+
+def _check_input_scale(input_scale: float | None, scheme: Scheme) -> None:
+    if input_scale is None:
+        return
+    offenders = []
+    # As FP32, which is what is written.
+    if not math.isfinite(input_scale) or not float(torch.tensor(input_scale, dtype=torch.float32)) > 0:
+        offenders.append(Offender("input_scale", f"is {input_scale}"))
+    if not scheme.has_input_scale:
+        offenders.append(Offender("format", f"is {scheme.format}, which has no scale of inputs"))
+    if offenders:
+        raise ArgumentError(
+            "The scale of inputs cannot be served.", offenders, "Give a number above 0, and a format such as nvfp4."
+        )

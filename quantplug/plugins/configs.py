@@ -15,7 +15,7 @@ from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Role, Scope, WeightMapping
-from quantplug.selection import Policy, quantizer_rule
+from quantplug.selection import Policy, Preset, preset_named, quantizer_rule
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 # ModelOpt's stock configs leave multi-token prediction in high precision by this rule.
@@ -45,6 +45,7 @@ def quant_cfg(
     *,
     quantize_mtp: bool = False,
     keep_experts: bool = False,
+    preset: Preset | str = Preset.ALL,
     kv_cache: KVCacheFormat | str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -56,11 +57,12 @@ def quant_cfg(
         quantize_mtp: Whether layers of multi-token prediction are quantized too; they are kept in any case.
         keep_experts: Whether routed experts stay in high precision, as they must where no server loads them in the
             format.
+        preset: Which linears are quantized at all, a `Preset` or its name.
         kv_cache: The format of the KV cache, a `KVCacheFormat` or its name; None leaves it in 16 bits.
         trust_remote_code: Whether transformers may run code from the source to read its config.
 
     Raises:
-        ArgumentError: No format has this name, of weights or of a KV cache.
+        ArgumentError: No format has this name, of weights or of a KV cache, or there is no such preset.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
         UnsupportedQuantizationError: No server loads its experts in the format, and they are not to be kept.
@@ -70,7 +72,7 @@ def quant_cfg(
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
-    policy = Policy(scheme.weight_bits, quantize_mtp, scheme.loads_experts)
+    policy = Policy(scheme.weight_bits, quantize_mtp, scheme.loads_experts, preset_named(preset, "preset"))
     linears = [row for row in family.mappings if _stands_for_modules(row, dims)]
     if not keep_experts:
         _refuse_unserved(linears, policy, scheme)

@@ -27,6 +27,28 @@ def test_quantize_leaves_out_what_is_excluded(tiny_qwen3_dir: Path, tmp_path: Pa
     assert "model.layers.1.mlp.down_proj" not in ignored
 
 
+def test_quantize_by_a_recipe(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:
+    recipe = "nvfp4_experts_only_input_scale1-kv_fp8_cast"
+    assert run("quantize", tiny_qwen3_moe_dir, tmp_path / "a", "--recipe", recipe)[0] == 0
+    options = ("--format", "nvfp4", "--preset", "experts_only", "--input-scale", "1", "--kv-cache", "fp8_cast")
+    assert run("quantize", tiny_qwen3_moe_dir, tmp_path / "b", *options)[0] == 0
+    for name in ("config.json", "hf_quant_config.json", "model-00001-of-00001.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert run("verify", tmp_path / "a", "--source", tiny_qwen3_moe_dir)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [("--recipe", "nvfp4_default-kv_fp8"), ("--recipe", "nvfp4_weight_only-kv_fp16", "--preset", "all")]
+)
+def test_a_recipe_that_needs_data_or_is_not_alone_exits_2(
+    options: tuple[str, ...], tiny_qwen3_dir: Path, tmp_path: Path
+) -> None:
+    code, output = run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)
+    assert code == 2
+    assert "What to do" in output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quantize_asks_for_a_kv_cache(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     options = ("--format", "w4a16_nvfp4", "--kv-cache", "fp8_cast")
     assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 0

@@ -1,0 +1,91 @@
+"""Recipes and presets: straight from a checkpoint the bytes of a live model that ModelOpt quantized by its own."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import modelopt_recipes
+import pytest
+import torch
+from modelopt.recipe import load_recipe
+
+from quantplug import export_mcore_gpt_to_hf, quant_cfg, quantize_checkpoint
+from quantplug.errors import ArgumentError
+from quantplug.recipes import RECIPES
+from quantplug.verify import verify_checkpoint
+from tests.export.checkpoints import load, read, same_bytes
+from tests.export.refusals import refused
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+Sources = Callable[[str], Path]
+
+
+def modelopts(recipe: str) -> dict[str, Any]:
+    path = Path(modelopt_recipes.__file__).parent / "general" / "ptq" / f"{recipe}.yaml"
+    quantize = load_recipe(str(path)).quantize
+    return {"quant_cfg": quantize.quant_cfg, "algorithm": "max"}
+
+
+def assert_same_export(found: Path, expected: Path) -> None:
+    tensors, others = read(found), read(expected)
+    assert tensors.keys() == others.keys()
+    assert [name for name in others if not same_bytes(tensors[name], others[name])] == []
+    for path in expected.glob("*.json"):
+        assert (found / path.name).read_text() == path.read_text(), path.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_without_data_is_modelopt_s(recipe: str, sources: Sources, tmp_path: Path) -> None:
+    source = sources("moe")
+    model = mtq.quantize(load(source), modelopts(recipe))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "live")
+    asked = RECIPES[recipe]
+    quantize_checkpoint(
+        source,
+        tmp_path / "direct",
+        asked.format,
+        preset=asked.preset,
+        input_scale=asked.input_scale,
+        kv_cache=asked.kv_cache,
+    )
+    assert_same_export(tmp_path / "direct", tmp_path / "live")
+    assert verify_checkpoint(tmp_path / "direct", source).ok
+
+
+# Which Hugging Face modules of a layer a preset packs, by hand: a model with dense layers, shared experts and MLA.
+GATED = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = {f"mlp.experts.N.{linear}" for linear in GATED}
+MLP = EXPERTS | {f"mlp.{linear}" for linear in GATED} | {f"mlp.shared_experts.{linear}" for linear in GATED}
+PACKED = {"experts_only": EXPERTS, "mlp_only": MLP, "omlp_only": MLP | {"self_attn.o_proj"}}
+
+
+@pytest.mark.parametrize("preset", PACKED)
+def test_a_preset_packs_the_same_in_both_ways(preset: str, sources: Sources, tmp_path: Path) -> None:
+    source = sources("latent_blocks")
+    quantize_checkpoint(source, tmp_path / "direct", "w4a16_nvfp4", preset=preset)
+    tensors = read(tmp_path / "direct")
+    packed = {name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.uint8}
+    assert {re.sub(r"experts\.\d+", "experts.N", name.split(".", 3)[3]) for name in packed} == PACKED[preset]
+    model = mtq.quantize(load(source), quant_cfg("w4a16_nvfp4", source, preset=preset))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "live")
+    assert_same_export(tmp_path / "direct", tmp_path / "live")
+    assert verify_checkpoint(tmp_path / "direct", source).ok
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), 1e-60])
+def test_an_input_scale_is_a_number_above_0(scale: float, sources: Sources, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path):
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "nvfp4", input_scale=scale)
+
+
+def test_an_input_scale_needs_a_format_with_inputs(sources: Sources, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path):
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", input_scale=1.0)
+
+
+def test_a_preset_that_is_none(sources: Sources, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path):
+        quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", preset="attention_only")
