@@ -36,6 +36,7 @@ from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.export.sources.hf_directory import FittedTable, fit_table, known_tensors, resolve_directory
 from quantplug.export.sources.passthrough import has_passthrough
+from quantplug.export.sources.trained.norms import ZERO_CENTRED, is_zero_centred, with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
@@ -151,12 +152,13 @@ def export_checkpoint(
     arguments = read_arguments(directory, index)
     if arguments:
         by_config = model.family.megatron_config(model.config)
-        settings = {**by_config.model, **by_config.transformer}
+        # What norms multiply with is written, whichever way they were trained.
+        settings = {**by_config.model, **by_config.transformer, ZERO_CENTRED: is_zero_centred(arguments)}
         require_as_trained(arguments, settings, "in config.json", unchecked_settings)
     padding = padded_to(arguments)
     with TorchDistReader(index) as reader:
         found = checkpoint_weights(reader, model.family, model.dims, padding)
-        weights = (*found.weights, *_beside(table))
+        weights = (*with_norms(found.weights, is_zero_centred(arguments)), *_beside(table))
         stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
         request = ExportRequest(
             tied_embeddings=model.tied,
