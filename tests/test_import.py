@@ -10,6 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 import quantplug
+from tests.checkpoint.torch_dist.written import save_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -118,6 +119,16 @@ def test_verify_runs_with_torch_and_safetensors_alone(tiny_qwen3_dir: Path) -> N
 def test_a_checkpoint_is_quantized_with_numpy_beside_them(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     arguments = f"{str(tiny_qwen3_dir)!r}, {str(tmp_path / 'out')!r}, 'w4a16_nvfp4'"
     code = f"from quantplug.export.quantize_checkpoint import quantize_checkpoint as q; print(q({arguments}).algorithm)"
+
+    result = run_with_only_torch_and_safetensors(code, "numpy")
+
+    assert result.stdout.strip() == "W4A16_NVFP4", result.stderr
+
+
+def test_a_training_checkpoint_is_exported_with_numpy_beside_them(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    checkpoint = save_model(tiny_qwen3_dir, tmp_path / "saved")
+    arguments = f"{str(checkpoint)!r}, {str(tmp_path / 'out')!r}, {str(tiny_qwen3_dir)!r}, 'w4a16_nvfp4'"
+    code = f"from quantplug.export.export_checkpoint import export_checkpoint as e; print(e({arguments}).algorithm)"
 
     result = run_with_only_torch_and_safetensors(code, "numpy")
 

@@ -12,7 +12,7 @@ parallelism. Read off what Megatron-Core 0.16.1 writes of every family (`sharded
 """
 
 import re
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -35,6 +35,20 @@ _PARTS = (
 )
 
 
+NORM_SPELLINGS = (
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".self_attention.q_layernorm.", ".self_attention.linear_q_up_proj.layer_norm_"),
+    (".self_attention.q_layernorm.", ".self_attention.linear_q_proj.layer_norm_"),
+    (".self_attention.kv_layernorm.", ".self_attention.linear_kv_up_proj.layer_norm_"),
+    (".norm.", ".mixer.in_proj.layer_norm_"),
+)
+"""Names of a norm that is a module, and of the same norm fused into the linear behind it.
+
+Which of the two it is, is said by the layer spec, and for MLA by Megatron-Core's version.
+"""
+
+
 @dataclass(frozen=True)
 class FoundParameter:
     """A parameter of the model in a checkpoint.
@@ -55,13 +69,23 @@ def find_parameters(family: Family, dims: ModelDimensions, tensors: Collection[s
         tensors: Keys of the checkpoint.
     """
     for row in family.mappings:
-        spellings = {} if row.role.is_passthrough else {of_checkpoint(name): name for name in reversed(row.megatron)}
+        spellings = {} if row.role.is_passthrough else _spellings(row.megatron)
         for key in row.keys(dims) if spellings else ():
             for spelling, module in spellings.items():
                 for whole in places(spelling, key, dims):
                     segments = _segments(whole, tensors)
                     if segments:
                         yield FoundParameter(ParamKey(module, key.layer, key.expert), segments)
+
+
+def _spellings(names: Sequence[str]) -> dict[str, str]:
+    """Every name that a parameter may have in a checkpoint, numbers apart, with its spelling in the table."""
+    spellings = {of_checkpoint(name): name for name in reversed(names)}
+    for name in names:
+        for one, other in (*NORM_SPELLINGS, *(pair[::-1] for pair in NORM_SPELLINGS)):
+            if one in name:
+                spellings.setdefault(name.replace(one, other), name)
+    return spellings
 
 
 def _segments(whole: Segment, tensors: Collection[str]) -> tuple[Segment, ...]:

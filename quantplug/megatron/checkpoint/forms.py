@@ -20,20 +20,12 @@ from typing import Any, TypeAlias
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from quantplug.checkpoint.torch_dist.keys import NORM_SPELLINGS
 from quantplug.megatron.checkpoint.keys import built_entries
 from quantplug.megatron.parameters import LanguageModel
 
 Entry: TypeAlias = ShardedTensor | ShardedObject | ShardedTensorFactory
 
-# A norm is a module, or fused into the linear behind it: by the layer spec, and for MLA by Megatron-Core's version.
-_SPELLINGS = (
-    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
-    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
-    (".self_attention.q_layernorm.", ".self_attention.linear_q_up_proj.layer_norm_"),
-    (".self_attention.q_layernorm.", ".self_attention.linear_q_proj.layer_norm_"),
-    (".self_attention.kv_layernorm.", ".self_attention.linear_kv_up_proj.layer_norm_"),
-    (".norm.", ".mixer.in_proj.layer_norm_"),
-)
 _OF_ALL_LAYERS = re.compile(r"decoder\.layers\.[^\d.]")
 # What Megatron-Core's TransformerBlock asks to know whether layers are alike: those that make it say yes.
 _ALIKE = {
@@ -99,7 +91,7 @@ def _found(state: Mapping[str, Entry], on_disk: Collection[str]) -> dict[str, En
 
 def _respelled(entry: Entry) -> Iterator[Entry]:
     if isinstance(entry, ShardedTensor):
-        for one, other in (*_SPELLINGS, *(pair[::-1] for pair in _SPELLINGS)):
+        for one, other in (*NORM_SPELLINGS, *(pair[::-1] for pair in NORM_SPELLINGS)):
             if one in entry.key:
                 yield replace(entry, key=entry.key.replace(one, other))
 
