@@ -115,36 +115,36 @@ class TorchDistReader:
             CheckpointError: A chunk is not what the index says; names the tensor and the file.
             SourceError: A file is gone or has become another one since the checkpoint was opened.
         """
-        shape, dtype = self.shape(segment), self.index.tensors[segment.key].dtype
+        shape = self.shape(segment)
         if not shape:
-            return self._read_box(segment, (), (), dtype)
+            return self._read_box(segment, self.empty(segment, ()), ())
         stop = shape[0] if stop is None else stop
-        return self._read_box(segment, (start, *(0 for _ in shape[1:])), (stop, *shape[1:]), dtype)
+        rows = self.empty(segment, (stop - start, *shape[1:]))
+        return self._read_box(segment, rows, (start, *(0 for _ in shape[1:])))
 
-    def read_rows(self, segments: Sequence[Segment], start: int, stop: int) -> torch.Tensor:
-        """Rows [stop - start, ...] of segments that lie one below another, as `read`."""
-        if len(segments) == 1:
-            return self.read(segments[0], start, stop)
-        parts, above = [], 0
+    def read_rows(self, segments: Sequence[Segment], start: int, rows: torch.Tensor) -> None:
+        """Fills a tensor [rows, ...] with rows of segments that lie one below another, from `start` on; as `read`."""
+        stop, above = start + len(rows), 0
         for segment in segments:
             height = self.shape(segment)[0]
             first, last = max(start - above, 0), min(stop - above, height)
             if first < last:
-                parts.append(self.read(segment, first, last))
+                target = rows[first + above - start : last + above - start]
+                self._read_box(segment, target, (first, *(0 for _ in target.shape[1:])))
             above += height
-        if not parts:
-            return self.read(segments[0], 0, 0)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def empty(self, segment: Segment, shape: Sequence[int]) -> torch.Tensor:
+        """A tensor of the type of a segment, for rows to be read into."""
+        return torch.empty(shape, dtype=self.index.tensors[segment.key].dtype)
 
     def may_have_changed(self, segment: Segment) -> bool:
         """Whether a file that it lies in has been touched since the checkpoint was opened."""
         files = {chunk.extent.file for chunk in self._chunks_at(segment)}
         return any(identity_of(self.index.directory / file) != self._opened_as[file] for file in files)
 
-    def _read_box(
-        self, segment: Segment, starts: tuple[int, ...], stops: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        found = torch.empty([stop - start for start, stop in zip(starts, stops, strict=True)], dtype=dtype)
+    def _read_box(self, segment: Segment, found: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
+        """Fills a tensor with a box of a segment, which begins at `starts`."""
+        stops = tuple(start + size for start, size in zip(starts, found.shape, strict=True))
         taken = len(segment.place)
         for chunk in self._chunks_at(segment):
             offsets, sizes = chunk.offsets[taken:], chunk.sizes[taken:]

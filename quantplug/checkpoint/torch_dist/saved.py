@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO, Any
 
 from quantplug.checkpoint.torch_dist.files import MOST_BYTES
@@ -16,6 +17,11 @@ from quantplug.checkpoint.torch_dist.pickles import UnusablePickleError, read_pi
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # PKZIP APPNOTE 6.3.10, 4.3.7: signature, ..., lengths of name and extra.
 _PICKLE, _STORAGES, _BYTE_ORDER = "data.pkl", "data/", "byteorder"
+
+
+_SMALL = 4096
+# Chunks of one shape have the same pickle to the last byte, and there may be a hundred thousand of them.
+_read_known = lru_cache(maxsize=64)(read_pickle)
 
 
 class UnusableSaveError(ValueError):
@@ -35,7 +41,7 @@ class Saved:
     """What one `torch.save` wrote.
 
     Attributes:
-        value: What its pickle holds, as plain data.
+        value: What its pickle holds, as plain data. Others may hold it too: it must not be changed.
         storages: Key of a storage to its bytes in the file.
     """
 
@@ -96,7 +102,7 @@ def read_saved(file: IO[bytes], span: Span) -> Saved:
                 for name, info in members.items()
                 if name.startswith(_STORAGES)
             }
-            return Saved(read_pickle(pickled), storages)
+            return Saved(_read_known(pickled) if len(pickled) <= _SMALL else read_pickle(pickled), storages)
         # What zipfile raises of archives that are cut or made up.
         except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, UnicodeError) as error:
             raise UnusableSaveError(f"is no archive of torch.save: {error}"[:300]) from error

@@ -1,4 +1,4 @@
-"""Where the parameters of a model are in a checkpoint; that all of every family are found is shown in tests/families."""
+"""Where the parameters of a model are in a checkpoint; tests/families shows that all of every family are found."""
 
 import pytest
 

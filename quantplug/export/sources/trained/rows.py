@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -48,8 +49,8 @@ class TorchDistSource:
         if task.mapping.role.is_passthrough:
             yield from self._beside.named(task)
         else:
-            segments = self.segments[task.source.key]
-            yield task.source.label, self.reader.read_rows(segments, 0, (task.source.shape or (1,))[0])
+            rows = torch.arange(task.source.shape[0])
+            yield task.source.label, self._rows(self.segments[task.source.key], rows)
 
     def read(self, piece: Piece) -> torch.Tensor:
         if piece.task.mapping.role.is_passthrough:
@@ -67,15 +68,18 @@ class TorchDistSource:
         assert self.passthrough is not None, "a plan has tensors of a checkpoint that was not opened"
         return self.passthrough
 
-    def _rows(self, segments: tuple[Segment, ...], rows: torch.Tensor) -> torch.Tensor:
+    def _rows(self, segments: tuple[Segment, ...], numbers: torch.Tensor) -> torch.Tensor:
         """Rows of a weight by their numbers, in this order."""
-        ends = (rows.diff() != 1).nonzero().flatten() + 1
-        runs = rows.tensor_split(ends.tolist())
-        if len(runs) * _LEAST_RUN > len(rows) and len(runs) > 1:
-            first = int(rows.min())
-            between = self.reader.read_rows(segments, first, int(rows.max()) + 1)
-            return between.index_select(0, rows - first)
-        if not len(rows):
-            return self.reader.read_rows(segments, 0, 0)
-        read = [self.reader.read_rows(segments, int(run[0]), int(run[-1]) + 1) for run in runs]
-        return torch.cat(read) if len(read) > 1 else read[0]
+        row = self.reader.shape(segments[0])[1:]
+        rows = self.reader.empty(segments[0], (len(numbers), *row))
+        # Where one run of consecutive rows ends and the next one begins.
+        ends = [0, *((numbers.diff() != 1).nonzero().flatten() + 1).tolist(), len(numbers)]
+        if (len(ends) - 1) * _LEAST_RUN > len(numbers) and len(ends) > 2:
+            first = int(numbers.min())
+            between = self.reader.empty(segments[0], (int(numbers.max()) + 1 - first, *row))
+            self.reader.read_rows(segments, first, between)
+            return torch.index_select(between, 0, numbers - first, out=rows)
+        for begin, end in pairwise(ends):
+            if begin < end:
+                self.reader.read_rows(segments, int(numbers[begin]), rows[begin:end])
+        return rows
