@@ -25,10 +25,13 @@ from tests.one_event_loop import share_event_loop
 _IMPORTED = [
     "megatron.core.dist_checkpointing",
     "modelopt.torch.opt.plugins.mcore_dist_checkpointing",
+    "numba.extending",  # Of no use without its compiler, but the first weight that is packed asks for it.
     "quantplug.plugins",
     "tests.distributed.export_worker",
     "tests.export.checkpoints",
+    "tests.families.served",
     "torch.testing._internal.distributed.fake_pg",
+    "typer",
     "tests.freeze",  # The last one.
 ]
 _GRACE_SECONDS = 10
