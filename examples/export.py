@@ -59,6 +59,9 @@ def main(
         int | None,
         typer.Option(help="Tokens that the model was trained with; by default as the source says."),
     ] = None,
+    zero_centred_norms: Annotated[
+        bool | None, typer.Option(help="Whether the trainer's norms multiply with 1 + weight (--apply-layernorm-1p).")
+    ] = None,
     drop_mtp: Annotated[
         bool, typer.Option("--drop-mtp", help="Leave out the layers of multi-token prediction.")
     ] = False,
@@ -74,7 +77,11 @@ def main(
         # What can fail on one rank alone runs once there is a process group, so that all ranks end together.
         all_or_none(lambda: quantplug.check_destination(export_dir))
         model = quantplug.build_model(
-            hf_model_id, pipeline_layout=pipeline_layout, trust_remote_code=trust_remote_code, vocab_size=vocab_size
+            hf_model_id,
+            pipeline_layout=pipeline_layout,
+            trust_remote_code=trust_remote_code,
+            vocab_size=vocab_size,
+            zero_centred_norms=zero_centred_norms,
         )
         report = quantplug.load_checkpoint(
             model, megatron_load_path, iteration=iteration, unchecked_settings=unchecked_setting or ()

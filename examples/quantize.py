@@ -77,6 +77,9 @@ def main(
     vocab_size: Annotated[
         int | None, typer.Option(help="Tokens that a loaded model was trained with; by default as --hf-model-id says.")
     ] = None,
+    zero_centred_norms: Annotated[
+        bool | None, typer.Option(help="Whether the trainer's norms multiply with 1 + weight (--apply-layernorm-1p).")
+    ] = None,
     calib_dataset: Annotated[str, typer.Option(help="Data set for activations.")] = "cnn_dailymail",
     calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
@@ -130,6 +133,7 @@ def main(
             import_weights=megatron_load_path is None,
             pipeline_layout=pipeline_layout,
             vocab_size=vocab_size,
+            zero_centred_norms=zero_centred_norms,
             trust_remote_code=trust_remote_code,
             progress=bars,
         )

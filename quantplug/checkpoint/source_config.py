@@ -20,7 +20,7 @@ from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.json_reader import as_object
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
-from quantplug.errors import Offender, UnsupportedModelError
+from quantplug.errors import ArgumentError, Offender, UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import Family, MegatronConfig
 
@@ -62,6 +62,20 @@ class SourceConfig:
         """Type that the weights were saved in, by the config; BF16 if it says none that a model can be built in."""
         spelled = str(self.values.get("dtype")).removeprefix("torch.")
         return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
+
+    def with_tokens(self, vocab_size: int) -> "SourceConfig":
+        """The config with so many tokens.
+
+        Raises:
+            ArgumentError: That is no number of tokens.
+        """
+        if vocab_size < 1:
+            raise ArgumentError(
+                "A vocabulary has at least a token.",
+                [Offender("vocab_size", f"is {vocab_size}")],
+                "Pass the number of tokens that the model was trained with; None for that of the config.",
+            )
+        return self.changed({"vocab_size": vocab_size})
 
     def changed(self, settings: Mapping[str, Any]) -> "SourceConfig":
         """The config with other settings of its (language) model, as it stands in the file too."""

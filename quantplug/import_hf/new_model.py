@@ -1,5 +1,6 @@
 """From a Hugging Face directory to a Megatron-Core model in one call, with or without its weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -8,7 +9,7 @@ import torch
 import quantplug.plugins  # Registers our wrappers with ModelOpt, so that what is built here can be quantized.  # noqa: F401
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
-from quantplug.errors import Offender, TopologyError
+from quantplug.errors import ArgumentError, Offender, TopologyError
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.table import MegatronConfig
 from quantplug.megatron.agreement import all_or_none
@@ -18,6 +19,8 @@ from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.progress import Progress
 from quantplug.topology import ParallelTopology
+
+_ZERO_CENTRED = "layernorm_zero_centered_gamma"
 
 
 @overload
@@ -31,6 +34,7 @@ def build_model(
     pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
     vocab_size: int | None = None,
+    zero_centred_norms: bool | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel: ...
 @overload
@@ -44,6 +48,7 @@ def build_model(
     pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
     vocab_size: int | None = None,
+    zero_centred_norms: bool | None = None,
     progress: Progress | None = None,
 ) -> list[LanguageModel]: ...
 def build_model(
@@ -56,6 +61,7 @@ def build_model(
     pipeline_layout: str | None = None,
     trust_remote_code: bool = False,
     vocab_size: int | None = None,
+    zero_centred_norms: bool | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel | list[LanguageModel]:
     """Builds what this rank holds of a model, from its Hugging Face directory. All ranks call it together.
@@ -75,12 +81,15 @@ def build_model(
             multi-token prediction, and one stage after the other, virtual ones too. None for as many layers on each.
         trust_remote_code: Whether transformers may run the checkpoint's code to read its config.
         vocab_size: Number of tokens that the model has rows for; None for that of the config.
+        zero_centred_norms: Whether norms multiply with 1 + weight, as in a checkpoint that Megatron-LM trained with
+            `--apply-layernorm-1p`; None for what is usual of the architecture.
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Returns:
         A `GPTModel` or `MambaModel`; with `virtual_stages` the list of this rank's.
 
     Raises:
+        ArgumentError: A `vocab_size` that is no number of tokens, or norms that the layer spec has not.
         SourceError: There is no such directory or hub model, or it has no usable config; what the import of its
             weights says of it.
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
@@ -95,7 +104,9 @@ def build_model(
     def fitting() -> MegatronConfig:
         if virtual_stages is not None:
             _require_pipeline(topology)
-        config = megatron_config(source if vocab_size is None else source.changed({"vocab_size": vocab_size}))
+        config = megatron_config(source if vocab_size is None else source.with_tokens(vocab_size))
+        if zero_centred_norms is not None:
+            config = _with_norms(config, zero_centred_norms, layer_spec)
         check_divisible(config, topology, virtual_stages, layer_spec, pipeline_layout)
         return config
 
@@ -121,6 +132,17 @@ def build_model(
 
 def _read(name_or_path: str | Path, weights: bool, trust_remote_code: bool) -> SourceConfig:
     return read_source_config(resolve_source(name_or_path, weights=weights), trust_remote_code)
+
+
+def _with_norms(config: MegatronConfig, zero_centred: bool, layer_spec: LayerSpec) -> MegatronConfig:
+    usual = bool(config.transformer.get(_ZERO_CENTRED, False))
+    if zero_centred is not usual and layer_spec is LayerSpec.LOCAL:
+        raise ArgumentError(
+            "Megatron-Core's own modules have these norms in one way alone.",
+            [Offender("zero_centred_norms", f"is {zero_centred} with LayerSpec.LOCAL")],
+            "Build the model of Transformer Engine's modules, LayerSpec.TRANSFORMER_ENGINE.",
+        )
+    return replace(config, transformer={**config.transformer, _ZERO_CENTRED: zero_centred})
 
 
 def _require_pipeline(topology: ParallelTopology) -> None:

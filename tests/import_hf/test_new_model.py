@@ -7,7 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import quantplug
-from quantplug.errors import SourceError, TopologyError
+from quantplug.errors import ArgumentError, CheckpointError, SourceError, TopologyError
+from quantplug.megatron.models.build import LayerSpec
+from tests.export.checkpoints import read, same_bytes
+from tests.megatron.checkpoint.trained import save_trained
 
 NORM = "decoder.final_layernorm.weight"
 
@@ -58,3 +61,25 @@ def test_a_directory_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_without_parallel_groups_the_way_out_is_named(tiny_qwen3_dir: Path) -> None:
     with pytest.raises(TopologyError, match="initialize_parallel"):
         quantplug.build_model(tiny_qwen3_dir)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_norms_may_be_those_that_a_checkpoint_was_trained_with(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    trained = quantplug.build_model(tiny_qwen3_dir, import_weights=True, zero_centred_norms=True)
+    save_trained([trained], tmp_path / "trained", apply_layernorm_1p=True)
+    with pytest.raises(CheckpointError, match="layernorm_zero_centered_gamma"):
+        quantplug.load_checkpoint(quantplug.build_model(tiny_qwen3_dir), tmp_path / "trained")
+    model = quantplug.build_model(tiny_qwen3_dir, zero_centred_norms=True)
+    quantplug.load_checkpoint(model, tmp_path / "trained")
+    quantplug.export_mcore_gpt_to_hf(model, tiny_qwen3_dir, tmp_path / "out")
+    written, expected = read(tmp_path / "out"), read(tiny_qwen3_dir)
+    assert written.keys() == expected.keys()
+    assert all(same_bytes(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_choices_that_no_model_has_are_refused(tiny_qwen3_dir: Path) -> None:
+    with pytest.raises(ArgumentError, match="zero_centred_norms"):
+        quantplug.build_model(tiny_qwen3_dir, layer_spec=LayerSpec.LOCAL, zero_centred_norms=True)
+    with pytest.raises(ArgumentError, match="vocab_size"):
+        quantplug.build_model(tiny_qwen3_dir, vocab_size=0)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from quantplug.checkpoint.source_config import SourceConfig
-from quantplug.errors import ArgumentError, Offender
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import Family
 
@@ -34,15 +33,8 @@ class Choices:
         Raises:
             ArgumentError: A `vocab_size` that is no number of tokens.
         """
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ArgumentError(
-                "A vocabulary has at least a token.",
-                [Offender("vocab_size", f"is {self.vocab_size}")],
-                "Pass the number of tokens that the model was trained with; None for that of the config.",
-            )
         family = find_family(source.architecture)
         said = source.values[family.nested] if family.nested else source.values
-        changes = {} if self.vocab_size is None else {"vocab_size": self.vocab_size}
         if self.drop_mtp and said.get(family.mtp_setting):
-            changes[family.mtp_setting] = 0
-        return source.changed(changes)
+            source = source.changed({family.mtp_setting: 0})
+        return source if self.vocab_size is None else source.with_tokens(self.vocab_size)
