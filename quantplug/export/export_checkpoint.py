@@ -101,8 +101,9 @@ def export_checkpoint(
         destination: A directory that is new or empty.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model that this is a model of. Its config
             says names and sizes; its tokenizer and generation files are copied.
-        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` or `fp8_blockwise`; or `plain`. None
-            writes a quantized model as its quantizers say, by the amaxes in the checkpoint, and another one plain.
+        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8`, `fp8_blockwise` or `fp8_dynamic`; or
+            `plain`. None writes a quantized model as its quantizers say, by the amaxes in the checkpoint, and another
+            one plain.
         iteration: Which iteration of those that were saved; None for the newest.
         dtype: Type of tensors that are not quantized.
         moe_router_dtype: Type of the routers, None for `dtype`.
@@ -176,7 +177,7 @@ def export_checkpoint(
         if scheme is not None:
             chosen = chosen_weights(weights, model, Policy(scheme.weight_bits, quantize_mtp), exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
-            plan_of = WeightOnlyPlan(weights, model, chosen, scheme.weight, request)
+            plan_of = WeightOnlyPlan(weights, model, chosen, scheme, request)
         else:
             plan_of = _AsSaved(weights, model, request, policy)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model))

@@ -23,10 +23,10 @@ from quantplug.export.pipeline.amaxes import WeightAmax
 from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import ExportRequest, build_plan
-from quantplug.export.plan.scheme import quantizer_for
+from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, WholeWeight
-from quantplug.formats.block_format import BlockFormat
+from quantplug.formats.names import Scheme
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
@@ -117,7 +117,7 @@ class WeightOnlyPlan:
     weights: Sequence[WholeWeight]
     model: ModelByConfig
     chosen: frozenset[ParamKey]
-    packing: BlockFormat
+    scheme: Scheme
     request: ExportRequest
     input_scale: float | None = None
 
@@ -131,12 +131,11 @@ class WeightOnlyPlan:
     def _quantized(self, weight: WholeWeight, amaxes: Amaxes | None) -> WholeWeight:
         # Without data max|weight| is all of the calibration.
         amax = None if amaxes is None else amaxes[weight.key]
-        quantizer = quantizer_for(self.packing, weight.label)
-        if self.input_scale is None:
-            return replace(weight, weight=replace(quantizer, amax=amax))
-        # The amax that ModelOpt's `constant_amax` would pin: 2688 for NVFP4 and a scale of 1.0.
-        of_input = replace(quantizer, amax=self.input_scale * self.packing.encoding.largest)
-        return replace(weight, weight=replace(quantizer, amax=amax), activation=of_input)
+        quantizer, activation = quantizers_for(self.scheme, weight.label)
+        if activation is not None and self.input_scale is not None:
+            # The amax that ModelOpt's `constant_amax` would pin: 2688 for NVFP4 and a scale of 1.0.
+            activation = replace(activation, amax=self.input_scale * self.scheme.weight.encoding.largest)
+        return replace(weight, weight=replace(quantizer, amax=amax), activation=activation)
 
 
 def write_export(

@@ -62,8 +62,9 @@ def quantize_checkpoint(
     Args:
         source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
         destination: A directory that is new or empty.
-        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor) or `fp8_blockwise`
-            (128x128); or with an `input_scale` one that quantizes activations.
+        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor),
+            `fp8_blockwise` (128x128) or `fp8_dynamic` (one scale a row); or with an `input_scale` one that quantizes
+            activations by scales of their own.
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
@@ -119,7 +120,7 @@ def quantize_checkpoint(
         )
         chosen = chosen_weights(weights, model, policy, exclude)
         plan = write_export(
-            WeightOnlyPlan(weights, model, chosen, scheme.weight, request, input_scale),
+            WeightOnlyPlan(weights, model, chosen, scheme, request, input_scale),
             CheckpointSource(checkpoint, model.dims),
             Beside(model.directory, model.config, side_files),
             target,

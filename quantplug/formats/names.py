@@ -11,7 +11,7 @@ from enum import Enum, StrEnum
 
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.formats.block_format import BlockFormat
-from quantplug.formats.table import FP8, FP8_BLOCK, NVFP4
+from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, NVFP4
 from quantplug.formats.weight_format import WeightFormat
 
 
@@ -23,6 +23,7 @@ class QuantFormat(StrEnum):
     FP8 = "fp8"
     W8A16_FP8 = "w8a16_fp8"
     FP8_BLOCKWISE = "fp8_blockwise"
+    FP8_DYNAMIC = "fp8_dynamic"
 
     @property
     def needs_data(self) -> bool:
@@ -96,6 +97,7 @@ _ROWS = (
     # vLLM 0.32 has no method for FP8 experts without quantized activations and stops; transformers refuses them too.
     Scheme(QuantFormat.W8A16_FP8, FP8, Activations.PLAIN, loads_experts=False),
     Scheme(QuantFormat.FP8_BLOCKWISE, FP8_BLOCK, Activations.DYNAMIC),
+    Scheme(QuantFormat.FP8_DYNAMIC, FP8_ROW, Activations.DYNAMIC),
 )
 SCHEMES: Mapping[QuantFormat, Scheme] = {row.format: row for row in _ROWS}
 

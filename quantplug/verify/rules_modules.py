@@ -237,7 +237,7 @@ def _not_served(module: Module) -> str | None:
     if is_expert and isinstance(module.layout, Fp8Layout) and module.layout.weight_only:
         return (
             "experts in FP8 without quantized activations: vLLM stops ('NoneType' object has no attribute "
-            "'num_bits'); use fp8_blockwise or w4a16_nvfp4, or leave the experts out"
+            "'num_bits'); use fp8_dynamic, fp8_blockwise or w4a16_nvfp4, or leave the experts out"
         )
     return None
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from quantplug import import_mcore_gpt_from_hf
+from quantplug.calibration.quantizers import needs_amax
 from quantplug.mappings.families import find_family
 from quantplug.megatron.models.build import LayerSpec, build_model
 from quantplug.megatron.parallel import initialize_parallel, set_virtual_stages
@@ -34,6 +35,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fp8": mtq.FP8_DEFAULT_CFG,
     "w8a16_fp8": _with(mtq.FP8_DEFAULT_CFG, INPUTS_OFF),
     "fp8_blockwise": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+    "fp8_dynamic": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
 }
 
 
@@ -82,7 +84,7 @@ def quantize(
     config = SCHEMES[scheme] if source is None else quant_cfg(scheme, source, keep_experts=keep_experts)
     mtq.quantize(model, config)
     for name, module in model.named_modules():
-        if name.endswith(".input_quantizer") and module.is_enabled:
+        if name.endswith(".input_quantizer") and needs_amax(module):
             module.amax = torch.tensor(input_amax(name.removesuffix(".input_quantizer")))
     return model
 

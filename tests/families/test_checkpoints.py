@@ -49,3 +49,15 @@ def test_a_checkpoint_gives_the_bytes_of_its_model(
 
     assert_same_export(tmp_path / "plain", export(family))
     assert_same_export(tmp_path / "fp8", export(family, "fp8"))
+
+
+def test_a_checkpoint_with_a_scale_a_row_and_dynamic_inputs(
+    checkpoint: Callable[[str], Path], export: Export, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen3_moe")
+    with one_rank():
+        save_checkpoint(quantize(load(source), "fp8_dynamic", source), tmp_path / "quantized", extra={})
+
+    export_checkpoint(tmp_path / "quantized", tmp_path / "out", source)
+
+    assert_same_export(tmp_path / "out", export("qwen3_moe", "fp8_dynamic"))

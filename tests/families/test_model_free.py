@@ -15,7 +15,7 @@ from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
 from tests.families.served import errors_of, has_experts, serves_experts
 
 # Hidden 160 and expert width 96 do not divide by 128: FP8 in blocks has a checkpoint of its own in tests/export.
-FORMATS = ("w4a16_nvfp4", "w8a16_fp8")
+FORMATS = ("w4a16_nvfp4", "fp8_dynamic")
 
 
 def apart_from_experts(name: str) -> bool:

@@ -23,6 +23,7 @@ def test_every_name_says_what_it_means() -> None:
         "fp8": ("fp8", 8, Activations.STATIC),
         "w8a16_fp8": ("fp8", 8, Activations.PLAIN),
         "fp8_blockwise": ("fp8_block", 8, Activations.DYNAMIC),
+        "fp8_dynamic": ("fp8_row", 8, Activations.DYNAMIC),
     }
 
 
@@ -51,6 +52,7 @@ def test_input_scales_are_of_formats_that_have_them(name: QuantFormat) -> None:
         ("fp8", "w8a16_fp8"),
         ("w8a16_fp8", "w8a16_fp8"),
         ("fp8_blockwise", "fp8_blockwise"),
+        ("fp8_dynamic", "fp8_dynamic"),
     ],
 )
 def test_the_same_weights_without_data(name: str, instead: str) -> None:
@@ -64,12 +66,14 @@ def test_the_same_weights_without_data(name: str, instead: str) -> None:
 
 @pytest.mark.parametrize("name", ["W4A16_NVFP4", "int3", "", "Activations"])
 def test_an_unknown_name_is_refused_with_those_that_are_known(name: str) -> None:
-    with pytest.raises(ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise"):
+    with pytest.raises(
+        ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic"
+    ):
         scheme_named(name, "quant_format")
 
 
 def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_does_not() -> None:
     assert [name for name in QuantFormat if name.needs_data] == ["nvfp4", "fp8"]
     assert [name.weight_only for name in QuantFormat] == [
-        "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise",
+        "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic",
     ]  # fmt: skip

@@ -21,3 +21,5 @@ PER_TENSOR: dict[str, dict[str, Any]] = {
 }
 
 BLOCKWISE: dict[str, Any] = mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG
+
+PER_ROW: dict[str, Any] = mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG

@@ -78,11 +78,12 @@ def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Finding
 def check_calibrated(mapped: Mapped, findings: Findings) -> None:
     """Every enabled quantizer has a usable amax.
 
-    A weight's may be 0 (an all-zero expert); an input's may not: served, a scale of 0 divides by zero.
+    A weight's may be 0 (an all-zero expert); an input's may not: served, a scale of 0 divides by zero. A dynamic one
+    has none.
     """
     for whole, _ in mapped:
         for state, zero_allowed in ((whole.weight, True), (whole.activation, False)):
-            if state is None:
+            if state is None or state.dynamic:
                 continue
             if state.amax is None:
                 findings.add(_UNCALIBRATED, state.name, "has no amax", whole.key.expert, whole.rank)

@@ -2,11 +2,12 @@
 
 Sources: ModelOpt's unified Hugging Face checkpoint (`hf_quant_config.json`), DeepSeek-V3's `config.json` for FP8 in
 blocks, and compressed-tensors' `QuantizationConfig` for FP8 weights with 16-bit activations, which ModelOpt's own
-schema cannot say: its `FP8` always means quantized activations.
+schema cannot say (its `FP8` always means quantized activations), and for FP8 with a scale a row, which it can say, but
+of which no server loads experts in its form (vLLM 0.33's `ModelOptFp8MoEMethod` knows scales of whole tensors alone).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -119,22 +120,23 @@ class DeepSeekDialect:
 
 @dataclass(frozen=True)
 class CompressedTensorsDialect:
-    """compressed-tensors' FP8 weights without quantized activations: scales of shape [1]."""
+    """compressed-tensors' FP8: scales of shape [1], or [out, 1] for those of rows.
 
-    fused_is_read: ClassVar[bool] = True
+    Attributes:
+        algorithm: For tables and messages; the schema has no such name.
+        format: How weights are stored (`CompressionFormat`).
+        weights: Arguments of weight quantization, without what all formats of this dialect have.
+        activations: Those of input quantization; None for formats that quantize weights alone.
+    """
+
+    # llm-compressor writes experts one by one, whatever the architecture, and servers load them so.
+    fused_is_read: ClassVar[bool] = False
     reads_globs: ClassVar[bool] = False
     names_kv_cache: ClassVar[bool] = False
-    algorithm: str = "W8A16 FP8"
-    weights: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "num_bits": 8,
-            "type": "float",
-            "strategy": "tensor",
-            "symmetric": True,
-            "dynamic": False,
-            "group_size": None,
-        }
-    )
+    algorithm: str
+    format: str
+    weights: Mapping[str, Any]
+    activations: Mapping[str, Any] | None
 
     def spec(self, weight: str, tensor: TensorSpec) -> TensorSpec:
         # compressed-tensors has scales of a whole tensor in one dimension, ModelOpt in none.
@@ -144,33 +146,51 @@ class CompressedTensorsDialect:
         assert kv_cache is None, "the plan refuses what this dialect cannot name"
         scheme = {
             "targets": ["Linear"],
-            "weights": dict(self.weights),
-            "input_activations": None,
+            "weights": {**_COMPRESSED_FP8, **self.weights},
+            "input_activations": None if self.activations is None else {**_COMPRESSED_FP8, **self.activations},
             "output_activations": None,
         }
         config_json = {
             "quant_method": "compressed-tensors",
-            "format": "naive-quantized",
+            "format": self.format,
             "quantization_status": "compressed",
             "config_groups": {"group_0": scheme},
-            "ignore": list(exclude_modules),
+            "ignore": _with_first_experts(exclude_modules),
             "kv_cache_scheme": None,
         }
         return QuantConfig(self.algorithm, config_json)
+
+
+def _with_first_experts(exclude_modules: Sequence[str]) -> list[str]:
+    """The modules, and for each module of all experts the names by which vLLM asks whether they are plain.
+
+    It asks for three linears of the first expert, by these names in every architecture, and by exact comparison
+    (`CompressedTensorsMoEMethod.get_moe_method` in compressed_tensors_moe.py); the checkpoint may call them otherwise,
+    or hold all experts in one tensor.
+    """
+    experts = [name for name in exclude_modules if name.rpartition(".")[2] == "experts"]
+    asked = {f"{name}.0.{linear}" for name in experts for linear in ("gate_proj", "up_proj", "down_proj")}
+    return [*exclude_modules, *sorted(asked.difference(exclude_modules))]
 
 
 Dialect = ModelOptDialect | DeepSeekDialect | CompressedTensorsDialect
 
 _NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 _FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
+_COMPRESSED_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
+_OF_TENSOR = {"strategy": "tensor", "dynamic": False}
+_OF_ROWS = {"strategy": "channel", "dynamic": False}
+_OF_TOKENS = {"strategy": "token", "dynamic": True}
 _KV_ALGORITHMS: Mapping[KVCacheFormat, str] = {KVCacheFormat.FP8_CAST: "FP8", KVCacheFormat.FP8: "FP8"}
 
 _DIALECTS: Mapping[QuantFormat, Dialect] = {
     QuantFormat.W4A16_NVFP4: ModelOptDialect("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),
     QuantFormat.NVFP4: ModelOptDialect("NVFP4", _NVFP4_ARGUMENTS, _NVFP4_ARGUMENTS, 16),
     QuantFormat.FP8: ModelOptDialect("FP8", _FP8_ARGUMENTS, _FP8_ARGUMENTS),
-    QuantFormat.W8A16_FP8: CompressedTensorsDialect(),
+    QuantFormat.W8A16_FP8: CompressedTensorsDialect("W8A16 FP8", "naive-quantized", _OF_TENSOR, None),
     QuantFormat.FP8_BLOCKWISE: DeepSeekDialect(),
+    # What llm-compressor writes by its scheme FP8_DYNAMIC.
+    QuantFormat.FP8_DYNAMIC: CompressedTensorsDialect("FP8 dynamic", "float-quantized", _OF_ROWS, _OF_TOKENS),
 }
 
 

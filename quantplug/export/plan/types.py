@@ -21,22 +21,25 @@ class QuantizerState:
     Attributes:
         name: The quantizer's name in the model, for messages.
         num_bits: (exponent, mantissa) of a float format, or a number of integer bits.
-        block_sizes: (axis, block size) pairs, such as ((-1, 16),); empty for one scale a tensor.
+        block_sizes: (axis, block size) pairs, such as ((-1, 16),), None being all of an axis; empty for one scale a
+            tensor.
         scale_bits: (exponent, mantissa) of the block scales; None where they stay FP32.
         dynamic_blocks: Whether the block scales are made when a tensor is quantized, not in calibration.
         axis: Axes with a scale of their own; None for one scale a tensor.
         amax: Largest |value| seen in calibration, over all blocks if it has blocks; None if not calibrated.
         unsupported: Features switched on that no output format expresses, such as `pre_quant_scale`.
+        dynamic: Whether its scales are made of each tensor that it sees, so that it needs no amax.
     """
 
     name: str
     num_bits: int | tuple[int, int]
-    block_sizes: tuple[tuple[int, int], ...] = ()
+    block_sizes: tuple[tuple[int, int | None], ...] = ()
     scale_bits: tuple[int, int] | None = None
     dynamic_blocks: bool = False
     axis: int | tuple[int, ...] | None = None
     amax: float | None = None
     unsupported: tuple[str, ...] = ()
+    dynamic: bool = False
 
 
 def not_here() -> torch.Tensor:

@@ -221,6 +221,7 @@ def _settings(quantizer: TensorQuantizer) -> QuantizerSettings:
         fake_quant=bool(quantizer.fake_quant),
         scales_input=quantizer.pre_quant_scale is not None,
         rotates=bool(quantizer.rotate_is_enabled),
+        dynamic=bool(quantizer._dynamic),  # ModelOpt has no public name for it.
     )
 
 

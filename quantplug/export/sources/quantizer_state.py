@@ -29,6 +29,7 @@ class QuantizerSettings:
         has_bias: Whether it is affine.
         scales_input: Whether it has a `pre_quant_scale`.
         rotates: Whether it rotates its input.
+        dynamic: Whether it finds an amax anew in each tensor that it sees.
     """
 
     num_bits: int | tuple[int, int]
@@ -39,6 +40,7 @@ class QuantizerSettings:
     fake_quant: bool = True
     scales_input: bool = False
     rotates: bool = False
+    dynamic: bool = False
 
     def state(self, name: str, amax: float | None) -> QuantizerState:
         """The state of an enabled quantizer.
@@ -56,6 +58,7 @@ class QuantizerSettings:
             axis=self.axis,
             amax=amax,
             unsupported=tuple(self._unsupported()),
+            dynamic=self.dynamic,
         )
 
     def changes_of_input(self) -> Iterator[str]:

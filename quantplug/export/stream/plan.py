@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantplug.export.live_plan import PlannedExport, plan_export
-from quantplug.export.plan.scheme import quantizer_for
+from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
 from quantplug.export.stream.checker import chosen_weights, refuse_widened
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
 from quantplug.export.stream.request import AS_QUANTIZED, OwnQuantizers, StreamRequest
 from quantplug.formats import TensorSpec, WeightFormat
-from quantplug.formats.names import SCHEMES
+from quantplug.formats.names import SCHEMES, Scheme
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
@@ -118,10 +118,12 @@ def _requantized(
     asked = [weight for weight in plain if weight.key in linears]
     # The checker is asked for linears alone: routers and norms are no question.
     chosen = _chosen(asked, lambda weight: linears[weight.key].kept, request, rank)
-    return [
-        replace(weight, weight=quantizer_for(scheme.weight, weight.key.name)) if weight.key in chosen else weight
-        for weight in plain
-    ]
+    return [_quantized(weight, scheme) if weight.key in chosen else weight for weight in plain]
+
+
+def _quantized(weight: WholeWeight, scheme: Scheme) -> WholeWeight:
+    quantizer, activation = quantizers_for(scheme, weight.key.name)
+    return replace(weight, weight=quantizer, activation=activation)
 
 
 def _chosen(

@@ -35,7 +35,7 @@ def test_anything_is_more_than_an_amax_of_0() -> None:
     assert not has_grown(task("fp8", 0.0), 0.0)
 
 
-@pytest.mark.parametrize("scheme", ["fp8_block", "plain"])
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_row", "plain"])
 def test_where_no_scale_is_of_the_whole_weight_nothing_is_clipped(scheme: str) -> None:
     assert not has_grown(task(scheme, 1.0), 64.0)
 

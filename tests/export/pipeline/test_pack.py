@@ -36,9 +36,11 @@ SUFFIXES = {
     "fp8": {"weight", "weight_scale", "input_scale"},
     "w8a16_fp8": {"weight", "weight_scale"},
     "fp8_blockwise": {"weight", "weight_scale_inv"},
+    "fp8_dynamic": {"weight", "weight_scale"},
 }
 # No server loads experts in weight-only FP8, so that nothing writes them.
 CHECKPOINTS = dict.fromkeys(SUFFIXES, AWKWARD) | {"fp8_blockwise": BLOCKS, "w8a16_fp8": ["dense", "tied"]}
+OWN_SCALES = ("fp8_blockwise", "fp8_dynamic")  # Of blocks and rows: no two linears have one in common.
 EVERY_EXPORT = [(name, scheme) for scheme, names in CHECKPOINTS.items() for name in names]
 
 
@@ -115,6 +117,17 @@ def test_fp8_is_the_quotient_in_fp32(name: str, scheme: str, sources: Sources, e
         assert exported[f"{module}.weight_scale"].shape == (() if scheme == "fp8" else (1,))
 
 
+@pytest.mark.parametrize("name", AWKWARD)
+def test_fp8_rows_have_scales_of_their_own(name: str, sources: Sources, exports: Exports) -> None:
+    exported = read(exports(name, "fp8_dynamic"))
+    for module, weight, _ in modules(read(sources(name))):
+        amaxes = weight.float().abs().amax(1, keepdim=True)
+        scales = torch.where(amaxes == 0, 1.0, amaxes / torch.tensor(448.0))
+        assert same_bytes(exported[f"{module}.weight_scale"], scales), module
+        codes = (weight.float() / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert same_bytes(exported[f"{module}.weight"], codes), module
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fp8_blocks_by_a_loop_over_blocks(name: str, sources: Sources, exports: Exports) -> None:
     exported = read(exports(name, "fp8_blockwise"))
@@ -132,7 +145,7 @@ def test_fp8_blocks_by_a_loop_over_blocks(name: str, sources: Sources, exports: 
                 assert same_bytes(got, expected), module
 
 
-@pytest.mark.parametrize(("name", "scheme"), [pair for pair in EVERY_EXPORT if pair[1] != "fp8_blockwise"])
+@pytest.mark.parametrize(("name", "scheme"), [pair for pair in EVERY_EXPORT if pair[1] not in OWN_SCALES])
 def test_fused_projections_share_their_scales(name: str, scheme: str, sources: Sources, exports: Exports) -> None:
     exported = read(exports(name, scheme))
     shared = SUFFIXES[scheme] & (
@@ -177,7 +190,7 @@ def test_every_projection_has_the_input_scale_of_its_linear(
         assert same_bytes(exported[f"{module}.input_scale"], amax / torch.tensor(largest)), module
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8", "fp8_blockwise"])
+@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic"])
 def test_sequential_experts_give_the_bytes_of_grouped_ones(scheme: str, exports: Exports) -> None:
     for name in CHECKPOINTS[scheme]:
         assert files_of(exports(name, scheme, LayerSpec.LOCAL)) == files_of(exports(name, scheme)), name

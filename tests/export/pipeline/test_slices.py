@@ -15,7 +15,7 @@ from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.pieces import cut, travel_specs
 from quantplug.export.plan.types import ExportTask, QuantizerState, WholeWeight
-from quantplug.formats import FP8, FP8_BLOCK, NVFP4
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, VOCABULARY, ModelDimensions
 from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
 from quantplug.topology import ShardAxis
@@ -26,9 +26,11 @@ STATES = {
     "nvfp4": QuantizerState("q", (2, 1), ((-1, 16),), (4, 3), dynamic_blocks=True),
     "fp8": QuantizerState("q", (4, 3)),
     "fp8_block": QuantizerState("q", (4, 3), ((-2, 128), (-1, 128)), axis=(0, 2)),
+    "fp8_row": QuantizerState("q", (4, 3), axis=0),
     "plain": None,
 }
-FORMATS = {"nvfp4": NVFP4, "fp8": FP8, "fp8_block": FP8_BLOCK}
+INPUTS = {"fp8_row": QuantizerState("i", (4, 3), ((-1, None),), dynamic=True)}
+FORMATS = {"nvfp4": NVFP4, "fp8": FP8, "fp8_block": FP8_BLOCK, "fp8_row": FP8_ROW}
 LAYOUTS = {"column": COLUMN, "row": ROW, "gated": GATED, "qkv": QKV}
 
 
@@ -70,6 +72,7 @@ def task_for(layout: str, scheme: str, whole_shape: tuple[int, ...], dims: Model
         ShardAxis.TP if ranks > 1 else None,
         (tuple(range(ranks)),),
         replace(state, amax=amax) if state else None,
+        INPUTS.get(scheme),
     )
     (task,) = build_plan([weight], family, dims, ExportRequest()).tasks
     return task

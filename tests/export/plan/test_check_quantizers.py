@@ -92,6 +92,10 @@ def test_weights_that_came_alive_after_an_amax_of_zero(scheme: str, sources: Sou
 
 
 WEIGHTS = "*decoder*weight_quantizer"
+TOKENS = {
+    "quantizer_name": "*decoder*input_quantizer",
+    "cfg": {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}},
+}
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "int8": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": 8}},),
     "int8 channels": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": 8, "axis": 0}},),
@@ -120,6 +124,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         },
     ),
     "fp8 channels": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "axis": 0}},),
+    "fp8 rows with static inputs": (
+        {"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "axis": 0}},
+        {"quantizer_name": "*decoder*input_quantizer", "cfg": {"num_bits": (4, 3)}},
+    ),
+    "fp8 columns": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "axis": 1}}, TOKENS),
+    "fp8 with inputs by token": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3)}}, TOKENS),
+    "fp8 blocks with inputs by token": (
+        {"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}}},
+        TOKENS,
+    ),
     "fp8 blocks of 32": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "block_sizes": {-1: 32, -2: 32}}},),
     "int4 then fp8": ({"quantizer_name": WEIGHTS, "cfg": [{"num_bits": 4}, {"num_bits": (4, 3)}]},),
     "rotated": ({"quantizer_name": WEIGHTS, "cfg": {**NVFP4_16, "rotate": True}},),

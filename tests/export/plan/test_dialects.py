@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 from compressed_tensors.quantization.utils import is_module_quantized
 from safetensors.torch import save_file
 from torch import nn
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-from quantplug.export.plan.dialects import CompressedTensorsDialect
+from quantplug.export.plan.dialects import dialect_for
 from quantplug.export.plan.types import QuantConfig
+from quantplug.formats.names import SCHEMES, QuantFormat
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import Severity, verify_checkpoint
 from tests.export.checkpoints import linear_weights, load, quantize, read
-from tests.logits import VOCABULARY, megatron_logits, transformers_logits, transformers_model
+from tests.logits import TOKENS, VOCABULARY, megatron_logits, transformers_logits, transformers_model
 
 Sources = Callable[[str], Path]
 Exports = Callable[..., Path]
@@ -35,6 +37,7 @@ def _values(packed: torch.Tensor, module: str, tensors: dict[str, torch.Tensor])
     if f"{module}.weight_scale_inv" in tensors:
         scales = tensors[f"{module}.weight_scale_inv"]
         return packed.float() * scales.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+    # Of a tensor [] or [1], or of rows [out, 1]: as it broadcasts.
     return packed.float() * tensors.get(f"{module}.weight_scale", torch.tensor(1.0))
 
 
@@ -70,6 +73,26 @@ def test_transformers_loads_the_dequantized_weights(
     torch.testing.assert_close(transformers_logits(exports(name, scheme)), expected, rtol=1e-5, atol=1e-6)
 
 
+def _by_tokens(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """The input of a linear in FP8, each token by a scale of its own, as values."""
+    scales = inputs[0].abs().amax(-1, keepdim=True) / 448
+    return (inputs[0] / scales).to(torch.float8_e4m3fn).to(inputs[0].dtype) * scales
+
+
+def test_transformers_computes_with_rows_and_tokens_in_fp8(sources: Sources, exports: Exports, tmp_path: Path) -> None:
+    export = exports("dense", "fp8_dynamic")
+    model = transformers_model(dequantized(export, sources("dense"), tmp_path / "plain"))
+    quantized = {name.removesuffix(".weight_scale") for name in read(export) if name.endswith(".weight_scale")}
+    for name, module in model.named_modules():
+        if name in quantized:
+            module.register_forward_pre_hook(_by_tokens)
+    with torch.no_grad():
+        expected = model(TOKENS, use_cache=False).logits
+    # A value of an activation at the middle between two codes may go either way, where a scale differs in its last bit.
+    found, plain = transformers_logits(export), transformers_logits(sources("dense"))
+    assert (found - expected).norm() < 0.05 * (found - plain).norm()
+
+
 @pytest.mark.parametrize("name", ["dense", "tied"])
 def test_compressed_tensors_reads_our_config_as_fp8_weights_alone(name: str, exports: Exports) -> None:
     written = json.loads((exports(name, "w8a16_fp8") / "config.json").read_text())["quantization_config"]
@@ -82,6 +105,37 @@ def test_compressed_tensors_reads_our_config_as_fp8_weights_alone(name: str, exp
     assert config.format == infer_module_format(nn.Linear, scheme).value
 
 
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_compressed_tensors_reads_our_config_as_its_own_scheme_fp8_dynamic(name: str, exports: Exports) -> None:
+    written = json.loads((exports(name, "fp8_dynamic") / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(written)
+    (scheme,) = config.config_groups.values()
+    assert config.quantization_status is QuantizationStatus.COMPRESSED
+    assert scheme == preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
+    assert config.format == infer_module_format(nn.Linear, scheme).value == "float-quantized"
+
+
+def test_compressed_tensors_decodes_the_weights_that_we_do(sources: Sources, exports: Exports) -> None:
+    scheme, tensors = preset_name_to_scheme("FP8_DYNAMIC", ["Linear"]), read(exports("moe", "fp8_dynamic"))
+    for name, original in linear_weights(read(sources("moe"))).items():
+        state = {"weight": tensors[name], "weight_scale": tensors[f"{name}_scale"]}
+        assert state["weight_scale"].shape == (original.shape[0], 1)
+        decoded = FloatQuantizationCompressor.decompress(dict(state), scheme)["weight"]
+        assert torch.equal(decoded.float(), state["weight"].float() * state["weight_scale"])
+        # E4M3 has three mantissa bits, and below 2^-6 of the scale steps of 2^-9 of it.
+        bound = torch.maximum(original.float().abs() * 2**-4, state["weight_scale"] * 2**-10) * (1 + 2**-20)
+        assert ((decoded.float() - original.float()).abs() <= bound).all()
+
+
+def test_experts_that_stay_plain_are_named_as_vllm_asks_for_them() -> None:
+    """`get_moe_method` in vLLM 0.33's compressed_tensors_moe.py asks for three linears of the first expert."""
+    excluded = ["lm_head", "model.layers.0.mlp.experts", "model.layers.0.mlp.experts.0.gate_proj"]
+    written = dialect_for(SCHEMES[QuantFormat.FP8_DYNAMIC]).config(excluded, None).config_json["ignore"]
+    asked = [f"model.layers.0.mlp.experts.0.{linear}" for linear in ("gate_proj", "up_proj", "down_proj")]
+    assert set(written) == {*excluded, *asked}
+    assert len(written) == len(set(written))
+
+
 def test_compressed_tensors_quantizes_what_we_quantized_and_nothing_else(sources: Sources, exports: Exports) -> None:
     model = transformers_model(exports("dense", "w8a16_fp8"))
     quantized = {f"{name}.weight" for name, module in model.named_modules() if is_module_quantized(module)}
@@ -89,7 +143,7 @@ def test_compressed_tensors_quantizes_what_we_quantized_and_nothing_else(sources
 
 
 def test_a_dialect_writes_the_excludes_it_is_given() -> None:
-    config = CompressedTensorsDialect().config(["model.layers.0.mlp.gate", "lm_head"], None)
+    config = dialect_for(SCHEMES[QuantFormat.W8A16_FP8]).config(["model.layers.0.mlp.gate", "lm_head"], None)
     assert isinstance(config, QuantConfig)
     assert QuantizationConfig.model_validate(dict(config.config_json)).ignore == ["model.layers.0.mlp.gate", "lm_head"]
     assert config.hf_quant_config is None
@@ -105,6 +159,7 @@ def test_a_dialect_writes_the_excludes_it_is_given() -> None:
         ("tied", "nvfp4"),
         ("dense", "w8a16_fp8"),
         ("moe_blocks", "fp8_blockwise"),
+        ("moe", "fp8_dynamic"),
     ],
 )
 def test_megatron_computes_with_the_exported_weights_what_transformers_does(
@@ -133,7 +188,11 @@ def test_the_quantized_megatron_model_computes_what_its_export_does(
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        *((name, scheme) for name in ("moe", "mixed", "dense", "tied") for scheme in ("w4a16_nvfp4", "nvfp4", "fp8")),
+        *(
+            (name, scheme)
+            for name in ("moe", "mixed", "dense", "tied")
+            for scheme in ("w4a16_nvfp4", "nvfp4", "fp8", "fp8_dynamic")
+        ),
         *((name, "w8a16_fp8") for name in ("dense", "tied")),
         *((name, "fp8_blockwise") for name in ("moe_blocks", "wide_moe_blocks", "dense_blocks")),
     ],

@@ -19,7 +19,7 @@ from quantplug.errors import CheckpointError, DestinationError
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.checkpoint.save_load import LoadReport, load_checkpoint, read_extra, save_checkpoint
-from tests.plugins.configs import BLOCKWISE, PER_TENSOR
+from tests.plugins.configs import BLOCKWISE, PER_ROW, PER_TENSOR
 from tests.plugins.tiny_model import DENSE, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -53,7 +53,9 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
         assert tensor.dtype == (others[name] if name in others else other.get_parameter(name)).dtype
 
 
-@pytest.mark.parametrize("config", [*PER_TENSOR.values(), BLOCKWISE], ids=[*PER_TENSOR, "fp8_blockwise"])
+@pytest.mark.parametrize(
+    "config", [*PER_TENSOR.values(), BLOCKWISE, PER_ROW], ids=[*PER_TENSOR, "fp8_blockwise", "fp8_dynamic"]
+)
 def test_a_fresh_model_gets_weights_quantizers_and_amaxes(config: dict[str, Any], tmp_path: Path) -> None:
     saved = with_values_that_no_calibration_gives(quantized(config))
     save_checkpoint(saved, tmp_path / "q", extra=EXTRA)

@@ -200,6 +200,7 @@ def _settings(name: str, saved: Settings) -> QuantizerSettings:
         fake_quant=saved.get("_fake_quant") is not False,
         scales_input="_pre_quant_scale" in _buffers(saved),
         rotates=bool(rotate.get("enable")) if isinstance(rotate, dict) else bool(rotate),
+        dynamic=saved.get("_dynamic") is True,
     )
 
 
@@ -218,4 +219,4 @@ def _are_blocks(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     sizes = [size for axis, size in value.items() if isinstance(axis, int)]
-    return all(isinstance(size, int) for size in sizes) and _are_numbers(value.get("scale_bits") or 0)
+    return all(size is None or isinstance(size, int) for size in sizes) and _are_numbers(value.get("scale_bits") or 0)
