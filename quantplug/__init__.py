@@ -3,12 +3,12 @@
 Importing this package needs torch and safetensors alone. The names below are looked up when they are first used, and
 only then does one that works on a live model import Megatron-Core.
 
-With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `calibrate`, `plan_export`, `save_checkpoint` and
-`load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL `export_hf_weights_quant` or
-`plan_stream`. Without one: `export_checkpoint`, `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` and
-`KVCacheFormat` have the names of all formats, `WeightAmax` what becomes of weights that have grown since calibration,
-`errors` all that is raised.
-`quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
+With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `recipe_cfg`, `calibrate`, `plan_export`,
+`save_checkpoint` and `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL
+`export_hf_weights_quant` or `plan_stream`. Without one: `export_checkpoint`, `quantize_checkpoint` and
+`verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the names of all formats, `WeightAmax` what becomes of
+weights that have grown since calibration, `errors` all that is raised. `quantplug.calibration`,
+`quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
 
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ __all__ = [
     "plan_stream",
     "quant_cfg",
     "quantize_checkpoint",
+    "recipe_cfg",
     "register_family",
     "save_checkpoint",
     "verify_checkpoint",
@@ -67,6 +68,7 @@ _HOMES = {
     "plan_stream": "quantplug.export.stream.api",
     "quant_cfg": "quantplug.plugins.configs",
     "quantize_checkpoint": "quantplug.export.quantize_checkpoint",
+    "recipe_cfg": "quantplug.plugins.configs",
     "register_family": "quantplug.mappings.families",
     "save_checkpoint": "quantplug.megatron.checkpoint.save_load",
     "verify_checkpoint": "quantplug.verify",
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
     from quantplug.megatron.checkpoint.save_load import load_checkpoint, save_checkpoint
     from quantplug.megatron.models.build import LayerSpec
     from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
-    from quantplug.plugins.configs import quant_cfg
+    from quantplug.plugins.configs import quant_cfg, recipe_cfg
     from quantplug.selection import Preset
     from quantplug.verify import verify_checkpoint
 else:

@@ -1,16 +1,18 @@
 """ModelOpt's configs by the public names of the formats, made complete for one model by the policy of selection."""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+from modelopt.recipe import ModelOptPTQRecipe, load_recipe
 
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import read_source_config
-from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_named
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
@@ -38,6 +40,59 @@ _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
     },
     KVCacheFormat.FP8: {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},
 }
+# What Hugging Face calls the linears that Megatron-Core has by other names; some of them are one linear there.
+_IN_MEGATRON: Mapping[str, str] = {
+    "q_proj": "linear_qkv",
+    "k_proj": "linear_qkv",
+    "v_proj": "linear_qkv",
+    "o_proj": "linear_proj",
+    "gate_proj": "linear_fc1",
+    "up_proj": "linear_fc1",
+    "down_proj": "linear_fc2",
+    "lm_head": "output_layer",
+}
+# A segment of a wildcard, whole: `o_proj` of `*o_proj*weight_quantizer`, and not the end of `kv_o_proj`. What is below
+# a `mixer` is Nemotron-H's in Hugging Face; its MLPs are below `mlp` in Megatron-Core, of which recipes have a rule.
+_LINEAR = re.compile(rf"(?<![A-Za-z0-9_])(?<!\.mixer\.)({'|'.join(_IN_MEGATRON)})(?![A-Za-z0-9])")
+
+
+def recipe_cfg(recipe: str | Path) -> dict[str, Any]:
+    """The config for `mtq.quantize` of a Megatron-Core model by one of ModelOpt's recipes.
+
+    Recipes name modules as Hugging Face does. Rules for linears that Megatron-Core has by another name get that name
+    (`*o_proj*` becomes `*linear_proj*`); all else is ModelOpt's, the algorithm too. Where a model keeps linears that
+    the recipe quantizes, the export refuses, with the rules to append.
+
+    Args:
+        recipe: Name of a general recipe, such as `nvfp4_omlp_only-kv_fp8_cast`, or path of a YAML file.
+
+    Raises:
+        ArgumentError: There is no such recipe, or it does not say how to quantize.
+    """
+    path = Path(recipe)
+    name = str(path) if path.suffix in (".yaml", ".yml") else f"general/ptq/{recipe}"
+    try:
+        found = load_recipe(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ArgumentError(
+            "There is no such recipe.",
+            [Offender("recipe", f"is {str(recipe)!r}: {error}")],
+            "Use the name of a recipe of ModelOpt's general/ptq, or the path of a YAML file.",
+        ) from error
+    if not isinstance(found, ModelOptPTQRecipe):
+        reason = f"{str(recipe)!r} is a recipe of another kind"
+        raise ArgumentError("The recipe does not say how to quantize.", [Offender("recipe", reason)], "Use one of PTQ.")
+    config = found.quantize.model_dump()
+    # Two rules for what is one linear in Megatron-Core become one.
+    rules: dict[str, dict[str, Any]] = {}
+    for rule in config["quant_cfg"]:
+        translated = {**rule, "quantizer_name": _in_megatron(rule["quantizer_name"])}
+        rules.setdefault(repr(translated), translated)
+    return {**config, "quant_cfg": list(rules.values())}
+
+
+def _in_megatron(quantizer_name: str) -> str:
+    return _LINEAR.sub(lambda match: _IN_MEGATRON[match[1]], quantizer_name)
 
 
 def quant_cfg(

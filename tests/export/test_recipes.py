@@ -1,5 +1,6 @@
 """Recipes and presets: straight from a checkpoint the bytes of a live model that ModelOpt quantized by its own."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import torch
 from modelopt.recipe import load_recipe
 
-from quantplug import export_mcore_gpt_to_hf, quant_cfg, quantize_checkpoint
-from quantplug.errors import ArgumentError
+from quantplug import export_mcore_gpt_to_hf, plan_export, quant_cfg, quantize_checkpoint, recipe_cfg
+from quantplug.errors import ArgumentError, UnsupportedQuantizationError
 from quantplug.recipes import RECIPES
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, read, same_bytes
@@ -23,9 +24,53 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 Sources = Callable[[str], Path]
 
 
+GENERAL = Path(modelopt_recipes.__file__).parent / "general" / "ptq"
+
+# Why the rest of ModelOpt's general recipes cannot be planned: what no server reads, or we do not write.
+REFUSED = {
+    "int4_blockwise_weight_only": "no output format expresses its weight quantizer (num_bits=4",
+    "mxfp4_mlp_weight_only": "block_sizes={-1: 32}",
+    "nvfp4_mlp_weight_only": "block_sizes={-1: 32}",
+    "nvfp4_default-kv_none-gptq": "static block_sizes",
+    "nvfp4_experts_only_mse-kv_fp8_cast": "static block_sizes",
+    "nvfp4_mlp_only_mse-kv_fp8_cast": "static block_sizes",
+    "nvfp4_default-kv_nvfp4_cast": "is not FP8 with one scale",
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in GENERAL.glob("*.yaml")))
+def test_each_of_modelopts_general_recipes_is_planned_or_refused(recipe: str, sources: Sources) -> None:
+    model = mtq.quantize(load(sources("moe")), {**recipe_cfg(recipe), "algorithm": None})
+    if recipe in REFUSED:
+        with pytest.raises(UnsupportedQuantizationError) as caught:
+            plan_export(model, sources("moe"), calibrated=False)
+        assert REFUSED[recipe] in str(caught.value)
+    else:
+        plan = plan_export(model, sources("moe"), calibrated=False).plan
+        packed = {part.name for task in plan.tasks for part in task.outputs if part.format is not None}
+        leaves_out_o_proj = "experts_only" in recipe or "_mlp_only" in recipe
+        assert any(".o_proj." in name for name in packed) is not leaves_out_o_proj
+
+
+@pytest.mark.parametrize("recipe", ["no_such_recipe", "general/qad/nvfp4_default-kv_fp8", "../x.yaml"])
+def test_a_recipe_that_is_none(recipe: str) -> None:
+    with pytest.raises(ArgumentError, match="recipe"):
+        recipe_cfg(recipe)
+
+
+def test_hugging_face_names_become_megatrons(tmp_path: Path) -> None:
+    names = ("*o_proj*weight_quantizer", "*q_proj.weight_quantizer", "*.k_proj.weight_quantizer", "*lm_head*")
+    rules = [{"quantizer_name": name, "enable": False} for name in (*names, "*kv_o_proj*", "*q_a_proj*")]
+    (tmp_path / "own.yaml").write_text(
+        json.dumps({"metadata": {"recipe_type": "ptq"}, "quantize": {"quant_cfg": rules}})
+    )
+    found = [rule["quantizer_name"] for rule in recipe_cfg(tmp_path / "own.yaml")["quant_cfg"]]
+    translated = ["*linear_proj*weight_quantizer", "*linear_qkv.weight_quantizer", "*.linear_qkv.weight_quantizer"]
+    assert found == [*translated, "*output_layer*", "*kv_o_proj*", "*q_a_proj*"]
+
+
 def modelopts(recipe: str) -> dict[str, Any]:
-    path = Path(modelopt_recipes.__file__).parent / "general" / "ptq" / f"{recipe}.yaml"
-    quantize = load_recipe(str(path)).quantize
+    quantize = load_recipe(str(GENERAL / f"{recipe}.yaml")).quantize
     return {"quant_cfg": quantize.quant_cfg, "algorithm": "max"}
 
 
