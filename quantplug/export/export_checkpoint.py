@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.checkpoint.torch_dist.arguments import read_arguments, require_as_trained
+from quantplug.checkpoint.torch_dist.arguments import is_zero_centred, read_arguments, require_as_trained
 from quantplug.checkpoint.torch_dist.aside import Aside, unwrapped
 from quantplug.checkpoint.torch_dist.index import read_index
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
@@ -36,7 +36,7 @@ from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.export.sources.hf_directory import FittedTable, fit_table, known_tensors, resolve_directory
 from quantplug.export.sources.passthrough import has_passthrough
-from quantplug.export.sources.trained.norms import ZERO_CENTRED, is_zero_centred, with_norms
+from quantplug.export.sources.trained.norms import with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
@@ -154,7 +154,7 @@ def export_checkpoint(
     if arguments:
         by_config = model.family.megatron_config(model.config)
         # What norms multiply with is written, whichever way they were trained.
-        settings = {**by_config.model, **by_config.transformer, ZERO_CENTRED: is_zero_centred(arguments)}
+        settings = {**by_config.model, **by_config.transformer}
         require_as_trained(arguments, settings, "in config.json", unchecked_settings)
     padding = padded_to(arguments)
     with TorchDistReader(index) as reader:

@@ -25,7 +25,26 @@ _RUN_CONFIG, _MOST_RUN_CONFIG_BYTES = "run_config.yaml", 2**22
 _MODEL_SECTION = re.compile(r"^model:\n(?:[ #].*\n|\n)*", re.MULTILINE)
 _SETTING = re.compile(r"^  (\w+): (\S.*)$", re.MULTILINE)
 
-_OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+_ZERO_CENTRED = "apply_layernorm_1p"
+_OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": _ZERO_CENTRED}
+_NORMS = (
+    *("layernorm.weight", "layer_norm_weight", ".final_norm.weight", ".out_norm.weight"),
+    *(".enorm.weight", ".hnorm.weight"),
+)
+
+
+def is_zero_centred(arguments: Mapping[str, Plain]) -> bool | None:
+    """Whether the norms of the model multiply with 1 + weight; None where the trainer did not say."""
+    said = arguments.get(_ZERO_CENTRED)
+    return said if isinstance(said, bool) else None
+
+
+def asks_for_centre(module: str) -> bool:
+    """Whether a parameter is the weight of a norm of which that says how it is stored, by its name in Megatron.
+
+    Of a Mamba mixer's norm, `mixer.norm.weight`, it says nothing.
+    """
+    return module.endswith(_NORMS)
 
 
 def read_arguments(directory: Path, index: Index) -> Mapping[str, Plain]:
@@ -107,8 +126,6 @@ _COMPUTED_WITH: Mapping[str, Callable[[Settings], object]] = {
     "kv_channels": _of_heads("kv_channels"),
     "normalization": _plain("normalization", "LayerNorm"),
     "layernorm_epsilon": _plain("layernorm_epsilon", 1e-5),
-    # Norms are stored with or without their one.
-    "layernorm_zero_centered_gamma": _plain("layernorm_zero_centered_gamma", False),
     "rotary_base": _of_rotary("rotary_base", 10000),
     "rotary_percent": _of_rotary("rotary_percent", 1.0),
     "rotary_interleaved": _of_rotary("rotary_interleaved", False),

@@ -41,7 +41,7 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
-from quantplug.checkpoint.torch_dist.arguments import require_as_trained
+from quantplug.checkpoint.torch_dist.arguments import asks_for_centre, is_zero_centred, require_as_trained
 from quantplug.checkpoint.torch_dist.aside import Aside
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.errors import CheckpointError, Offender
@@ -67,7 +67,7 @@ from quantplug.megatron.checkpoint.layouts import (
     require_own_amax,
 )
 from quantplug.megatron.checkpoint.modelopt_state import MODELOPT_STATE, has_quantizers, read_modelopt_state
-from quantplug.megatron.parameters import LanguageModel, model_chunks
+from quantplug.megatron.parameters import LanguageModel, iter_parameters, model_chunks
 from quantplug.megatron.settings.trained import settings_of
 
 _WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
@@ -82,6 +82,8 @@ class LoadReport:
         fan_outs: Amaxes of all experts of a layer that were given to each of them, on this rank: such a checkpoint
             does not have an amax for every expert.
         aside: What the checkpoint holds beside the model, by kind: that of the optimizer, of random numbers, ...
+        recentred: Norms of this rank whose weights have one more or one less than in the checkpoint, which was trained
+            with `apply_layernorm_1p` while the model is not made so, or the other way round.
         rounded: Tensors of this rank that have another type in the model than in the checkpoint.
         vocabulary: Rows of the vocabulary in the checkpoint, and in the model, where padding makes them different: as
             many as both have are loaded, and others are zero. None where they are the same, or not on this rank.
@@ -90,6 +92,7 @@ class LoadReport:
     extra: Mapping[str, Any]
     fan_outs: tuple[FanOut, ...] = ()
     aside: tuple[Aside, ...] = ()
+    recentred: int = 0
     rounded: tuple[Rounded, ...] = ()
     vocabulary: tuple[int, int] | None = None
 
@@ -100,6 +103,8 @@ class LoadReport:
             f"Rounded: {it.tensors} tensors are {it.stored} in the checkpoint and {it.live} in the model."
             for it in self.rounded
         ]
+        if self.recentred:
+            lines.append(f"Recentred: {self.recentred} norms, for apply_layernorm_1p is another in the model.")
         if self.vocabulary is not None:
             stored, live = self.vocabulary
             lines.append(f"Vocabulary: {stored} rows in the checkpoint, {live} in the model; the others are padding.")
@@ -347,14 +352,33 @@ def _load_tensors(
     for number, chunk in enumerate(chunks):
         # An empty extra state is one that says nothing, to Transformer Engine and to ModelOpt.
         chunk.load_state_dict({**loaded[str(number)], **objects[str(number)]}, strict=True)
+    recentred = _recentre(chunks, is_zero_centred(contents.arguments))
     live = live_tensors(tensors)
     return LoadReport(
         extra={},
         fan_outs=fan_outs(loaded, displaced),
         aside=contents.aside,
+        recentred=recentred,
         rounded=rounded(live, contents.tensors),
         vocabulary=vocabulary_rows(live, contents.tensors),
     )
+
+
+@torch.no_grad()
+def _recentre(chunks: Sequence[LanguageModel], trained: bool | None) -> int:
+    """Gives norms the weights that make them multiply with what they were trained with; how many there are.
+
+    Args:
+        trained: Whether the norms in the checkpoint multiply with 1 + weight; None if nobody says, and then they do as
+            those of the model.
+    """
+    count = 0
+    for parameter in iter_parameters(chunks) if trained is not None else ():
+        if parameter.zero_centred not in (None, trained) and asks_for_centre(parameter.key.module):
+            one = 1.0 if trained else -1.0
+            parameter.tensor.copy_(parameter.tensor.float() + one)  # Rounded once.
+            count += 1
+    return count
 
 
 def _is_object(entry: object) -> bool:

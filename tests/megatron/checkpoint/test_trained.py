@@ -224,6 +224,26 @@ def test_arguments_of_the_model_that_was_trained_are_those_of_this_one(tmp_path:
     load_checkpoint(tiny_model(), tmp_path)
 
 
+def test_norms_of_a_model_trained_around_zero_multiply_with_the_same(tmp_path: Path) -> None:
+    around_zero = seeded(layernorm_zero_centered_gamma=True)
+    norms = {it.key: it.tensor for it in iter_parameters(around_zero) if it.zero_centred}
+    assert len(norms) == 2 * 4 + 1
+    with torch.no_grad():
+        for norm in norms.values():
+            norm.uniform_(-0.5, 0.5)
+    save_trained([around_zero], tmp_path, **{**AS_TRAINED, "apply_layernorm_1p": True})
+    model = tiny_model()
+    report = load_checkpoint(model, tmp_path)
+    for parameter in iter_parameters(model):
+        if parameter.key in norms:
+            assert torch.equal(parameter.tensor, (norms[parameter.key].float() + 1).bfloat16()), parameter.key
+    assert report.recentred == len(norms)
+    assert "Recentred: 9 norms" in "\n".join(report.said())
+    alike = tiny_model(layernorm_zero_centered_gamma=True)
+    assert load_checkpoint(alike, tmp_path).recentred == 0
+    assert_same_weights(alike, around_zero)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -233,7 +253,6 @@ def test_arguments_of_the_model_that_was_trained_are_those_of_this_one(tmp_path:
         ({"rotary_percent": 0.5}, "rotary_percent"),
         ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
         ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor"),
-        ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma"),
         ({"num_query_groups": 4}, "num_query_groups"),
     ],
 )
