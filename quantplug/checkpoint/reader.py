@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint as a lazy source: names, shapes and dtypes first, slices of data when asked for."""
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantplug.checkpoint.safetensors.dtypes import DTYPES
+from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
 from quantplug.errors import Offender, SourceError
 from quantplug.mappings.shapes.kinds import is_recomputed
@@ -25,8 +26,6 @@ _APART = {
     "adapter_model.safetensors": "is an adapter, which is not merged into the weights",
     "mtp.safetensors": "holds layers of multi-token prediction, and the index does not name it",
 }
-
-_MOST_MAPPED = 128 * 2**20
 
 
 def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None, *, weights: bool = True) -> Path:
@@ -95,11 +94,15 @@ def identity_of(path: Path) -> FileIdentity | None:
         found = path.stat()
     except FileNotFoundError:
         return None
+    return _identity(found)
+
+
+def _identity(found: os.stat_result) -> FileIdentity:
     return FileIdentity((found.st_dev, found.st_ino), found.st_size, (found.st_mtime_ns, found.st_ctime_ns))
 
 
 class HFCheckpoint:
-    """A directory of safetensors, read lazily: opening reads the headers, data comes slice by slice from mapped files.
+    """A directory of safetensors, read lazily: opening reads the headers, data comes slice by slice when asked for.
 
     A context manager; tensors can be read until it is left.
 
@@ -112,11 +115,12 @@ class HFCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files: dict[str, safe_open] = self._open_files()
         self._stored_as: dict[str, str] = {}
-        self._opened_as = {file: identity_of(directory / file) for file in self._files}
-        self._touched: Counter[str] = Counter()  # Bytes read of each file since it was mapped.
-        self.tensors: Mapping[str, TensorHeader] = self._read_headers()
+        names = weight_files(directory)
+        self._opened_as = {file: identity_of(directory / file) for file in names}
+        self._starts: dict[str, dict[str, int]] = {}  # Where data begins, of the files that were read from.
+        self._stored = self._read_headers(names)
+        self.tensors: Mapping[str, TensorHeader] = self._stored
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +128,7 @@ class HFCheckpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._files.clear()  # The maps go with the last reference to them.
+        self._starts.clear()  # Files are open only while something is read.
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         """A tensor on CPU, whole, or only what an index along its first axes says."""
@@ -149,56 +153,46 @@ class HFCheckpoint:
         return (self.tensors[name].file,)
 
     def _read(self, name: str, file: str, index: tuple[int | slice, ...]) -> torch.Tensor:
-        self._refuse_cut(name, file)
-        view = self._files[file].get_slice(self._stored_as.get(name, name))
-        tensor = view[index] if index else view[...]
-        self._touched[file] += tensor.nbytes
-        if self._touched.total() > _MOST_MAPPED:
-            self._map_again()
-        return tensor
+        stored = self._stored_as.get(name, name)
+        header, path = self._stored[stored], self.directory / file
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise _has_changed(name, path, f"cannot be read: {error.strerror}") from error
+        try:
+            # The very file whose header was read: another one under its name has its tensors elsewhere.
+            found, opened = _identity(os.fstat(descriptor)), self._opened_as[file]
+            if opened is None or found.file != opened.file or found.size < opened.size:
+                raise _has_changed(name, path, f"is another file, of {found.size} bytes")
+            if file not in self._starts:
+                self._starts[file] = data_starts(descriptor)
+            return read_slice(descriptor, self._starts[file][stored], header.shape, header.dtype, index)
+        # What is cut, or written anew in place, while it is read.
+        except (EOFError, OSError, ValueError, KeyError) as error:
+            raise _has_changed(name, path, "is cut, or has another header") from error
+        finally:
+            os.close(descriptor)
 
-    def _refuse_cut(self, name: str, file: str) -> None:
-        """Refuses a file that is shorter than it was: pages behind its end that are mapped would end the process."""
-        now, opened = identity_of(self.directory / file), self._opened_as[file]
-        if now is None or opened is None or now.size < opened.size or now.file != opened.file:
-            reason = "is gone" if now is None else f"is another file, of {now.size} bytes"
-            raise SourceError(
-                "The source has changed while it was read.",
-                [Offender(name, f"{self.directory / file}, which held it, {reason}")],
-                "Wait until nothing writes there any more, then run the same command again.",
-            )
-
-    def _map_again(self) -> None:
-        """Lets go of pages that were read: as long as they are mapped they count as this process's memory.
-
-        What tensors in use lie in is theirs until they go.
-        """
-        for file in self._touched:
-            self._files[file] = open_safetensors(self.directory, file)
-        self._touched.clear()
-
-    def _open_files(self) -> dict[str, safe_open]:
-        names = weight_files(self.directory)
+    def _read_headers(self, names: Sequence[str]) -> dict[str, TensorHeader]:
         _refuse_apart(self.directory, names)
-        files: dict[str, safe_open] = {}
-        offenders: list[Offender] = []
-        for name in names:
-            try:
-                files[name] = open_safetensors(self.directory, name)
-            except SourceError as error:
-                offenders.extend(error.offenders)
-        if offenders:
-            raise damaged(offenders)
-        return files
-
-    def _read_headers(self) -> dict[str, TensorHeader]:
-        listed = weight_map(self.directory)
         headers: dict[str, TensorHeader] = {}
         found_in: defaultdict[str, list[str]] = defaultdict(list)
-        for file, opened in self._files.items():
-            for name, header in read_headers(opened, file):
-                headers[name] = header
+        unusable: list[Offender] = []
+        for file in names:
+            try:
+                opened = open_safetensors(self.directory, file)
+            except SourceError as error:
+                unusable.extend(error.offenders)
+                continue
+            # Not kept open: a model has more files than a process may have.
+            with opened:
+                of_file = dict(read_headers(opened, file))
+            headers |= of_file
+            for name in of_file:
                 found_in[name].append(file)
+        if unusable:
+            raise damaged(unusable)
+        listed = weight_map(self.directory)
         offenders = [
             Offender(name, f"is in more than one file: {', '.join(files)}")
             for name, files in found_in.items()
@@ -210,6 +204,14 @@ class HFCheckpoint:
         if offenders:
             raise damaged(offenders)
         return {name: header for name, header in headers.items() if not is_recomputed(name)}
+
+
+def _has_changed(name: str, path: Path, reason: str) -> SourceError:
+    return SourceError(
+        "The source has changed while it was read.",
+        [Offender(name, f"{path}, which held it, {reason}")],
+        "Wait until nothing writes there any more, then run the same command again.",
+    )
 
 
 def weight_map(directory: Path) -> dict[str, str] | None:

@@ -1,6 +1,7 @@
 """Lazy reading, and every way a source directory can be wrong."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from quantplug.checkpoint import hub
-from quantplug.checkpoint import reader as hf_source
 from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
+from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.errors import SourceError
 
 
@@ -193,17 +194,54 @@ def test_weights_that_the_index_names_are_fetched_and_no_others(fetched, tmp_pat
     }
 
 
-def test_tensors_outlive_the_map_they_were_read_from(monkeypatch, tmp_path):
-    monkeypatch.setattr(hf_source, "_MOST_MAPPED", 1)
-    tensors = {f"t{index}": torch.randn(5, 7) for index in range(4)}
+INDICES = [(), (slice(1, 4),), (2,), (2, slice(0, 3)), (slice(1, 4), slice(2, 5)), (1, slice(2, 4), slice(3, 6))]
+INDICES += [(slice(None), slice(1, 2), slice(0, 7)), (slice(3, 3),), (slice(-2, None),), (-1, -2), (slice(0, 99),)]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn])
+def test_any_slice_is_what_torch_gives(index, dtype, tmp_path):
+    tensors = {name: (torch.rand(5, 6, 7) * 100).to(dtype) for name in "ab"}
     save_file(tensors, tmp_path / "model.safetensors")
     with HFCheckpoint(tmp_path) as source:
-        read = {name: source.read(name, (slice(1, 4),)) for name in tensors}
-    assert all(torch.equal(read[name], tensor[1:4]) for name, tensor in tensors.items())
+        for name, tensor in tensors.items():
+            found, expected = source.read(name, index), tensor[index] if index else tensor
+            assert (found.shape, found.dtype) == (expected.shape, dtype)
+            assert torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
-def test_what_was_read_does_not_stay_in_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(hf_source, "_MOST_MAPPED", 2**20)
+def test_columns_are_read_some_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantplug.checkpoint.safetensors.rows._BLOCK_BYTES", 100)
+    tensor = torch.rand(9, 8)
+    save_file({"a": tensor, "scalar": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    with HFCheckpoint(tmp_path) as source:
+        assert torch.equal(source.read("a", (slice(1, 9), slice(2, 5))), tensor[1:9, 2:5])
+        assert torch.equal(source.read("scalar"), torch.tensor(3.0))
+
+
+def test_a_file_that_is_cut_is_an_error_and_what_was_read_stays(tmp_path):
+    """Pages of a mapped file that are behind its end would end the process when they are touched."""
+    tensors = {f"t{index}": torch.randn(512, 512) for index in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with HFCheckpoint(tmp_path) as source:
+        read = {name: source.read(name) for name in ("t0", "t1")}
+        os.truncate(tmp_path / "model.safetensors", 4096)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.items())
+        with pytest.raises(SourceError, match="has changed while it was read"):
+            source.read("t2")
+
+
+def test_a_file_that_is_cut_amid_a_read_is_told(tmp_path):
+    save_file({"a": torch.rand(64, 64)}, tmp_path / "model.safetensors")
+    with (tmp_path / "model.safetensors").open("rb+") as file:
+        (start,) = data_starts(file.fileno()).values()
+        file.truncate(start + 64 * 64 * 2)
+        read_slice(file.fileno(), start, (64, 64), torch.float32, (slice(0, 32),))
+        with pytest.raises(EOFError):
+            read_slice(file.fileno(), start, (64, 64), torch.float32, (slice(16, 48),))
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path):
     save_file(
         {f"t{index}": torch.ones(2**20, dtype=torch.uint8) for index in range(64)}, tmp_path / "model.safetensors"
     )
