@@ -51,8 +51,10 @@ def read_slice(descriptor: int, start: int, shape: tuple[int, ...], dtype: torch
     while index and isinstance(index[0], int):
         start += range(shape[0])[index[0]] * math.prod(shape[1:]) * dtype.itemsize
         shape, index = shape[1:], index[1:]
-    rows = range(shape[0])[index[0]] if index else range(shape[0] if shape else 1)
-    row_shape, inner = shape[1:], index[1:]
+    # From here on there are slices alone, and a scalar is one row.
+    slices = [part for part in index if isinstance(part, slice)]
+    rows = range(shape[0])[slices[0]] if slices else range(shape[0] if shape else 1)
+    row_shape, inner = shape[1:], tuple(slices[1:])
     row_bytes = math.prod(row_shape) * dtype.itemsize
     sizes = tuple(len(range(size)[part]) for size, part in zip(row_shape, inner, strict=False))
     found = torch.empty((len(rows), *sizes, *row_shape[len(sizes) :]) if shape else (), dtype=dtype)
