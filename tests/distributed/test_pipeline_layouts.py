@@ -23,7 +23,7 @@ ACCOUNTED = (
     "virtual_pipeline_model_parallel_size=3"
 )
 # Of four layers, of which the second alone is dense.
-LAYOUTS = ["E|ttttL", "E|tt|tt|L", UNEVEN, ACCOUNTED, "Ett||tt|L", "Etttt|L"]
+LAYOUTS = ["E|ttttL", "Ett||tt|L", UNEVEN, ACCOUNTED, "Etttt|L"]
 # Of two layers and one of multi-token prediction, on three ranks: on a stage by itself, on a virtual one, and beside L.
 WITH_MTP = ["Ett|m|L", "E|t|t||m|L", "E|tt|mL"]
 
@@ -79,7 +79,7 @@ def test_the_same_bytes_in_a_trainers_wrappers(tiny_qwen3_mixed_dir: Path, tmp_p
     ("layout", "virtual", "reason"),
     [
         ("E|tL", None, "Number of decoder layers 1must match num_layers 2"),
-        ("Ett|L", 2, "has 2 stages, and there are 2 pipeline ranks of 2 virtual stages each"),
+        ("Ett|L", 2, "has 2 stages, and there are 2 pipeline ranks of 2 virtual stages"),
         ("Ett|L|", None, "has 3 stages, and there are 2 pipeline ranks"),
         ("Etx|L", None, "Invalid layer character: x"),
         ("|EttL", None, "E must be on the first stage, and L on the last"),

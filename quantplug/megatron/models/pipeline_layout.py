@@ -20,8 +20,8 @@ def layout_problem(layout: str, pp: int, virtual_stages: int | None, layers: int
     try:
         stages = PipelineParallelLayerLayout.get_num_stages_from_str(layout)
         if stages != needed:
-            each = "" if virtual_stages is None else f" of {virtual_stages} virtual stages each"
-            return f"{layout!r} has {stages} stages, and there are {pp} pipeline ranks{each}"
+            each = " without" if virtual_stages is None else f" of {virtual_stages}"
+            return f"{layout!r} has {stages} stages, and there are {pp} pipeline ranks{each} virtual stages"
         parsed = PipelineParallelLayerLayout(layout, pp)
         if not parsed.flatten_layout:
             return f"{layout!r} has no layers"
