@@ -163,7 +163,9 @@ def require_as_trained(
             f"The checkpoint was trained with other settings than are {what}.",
             offenders,
             "Make config.json say what the model was trained with, and build the model by it: a server runs what it "
-            "says. A setting that differs on purpose can be named in unchecked_settings (--unchecked-setting).",
+            "says. Whether norms are zero-centred is no matter of the config: build_model takes zero_centred_norms "
+            "(--zero-centred-norms). A setting that differs on purpose can be named in unchecked_settings "
+            "(--unchecked-setting).",
         )
 
 
