@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8, by way of a temporary one beside it: fsync, then rename.
+    """Writes a file, text as UTF-8, by way of a temporary one beside it: fsync, rename, then fsync of the directory.
 
     Raises:
         OSError: The directory is missing or cannot be written; `path` is then as it was.
@@ -24,6 +24,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         os.unlink(temporary)  # noqa: PTH108
         raise
+    # The name is an entry of the directory, which a power cut could lose as well.
+    sync_directory(path.parent)
 
 
 def publish_directory(staging: Path, destination: Path) -> None:

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -202,6 +203,16 @@ def test_llama_3_without_its_factor_is_refused():
     del config["rope_parameters"]["factor"]
     with pytest.raises(UnsupportedModelError, match="factor"):
         find_family("LlamaForCausalLM").megatron_config(config)
+
+
+@pytest.mark.parametrize("lost", ["layer_types", "sliding_window", "factor"])
+def test_gpt_oss_without_a_setting_that_it_needs_is_refused_by_name(lost):
+    config = {**SMALL, **GptOssConfig().to_dict()}
+    config.pop(lost, None)
+    config["rope_parameters"] = {name: it for name, it in config["rope_parameters"].items() if name != lost}
+    with pytest.raises(UnsupportedModelError) as caught:
+        find_family("GptOssForCausalLM").megatron_config(config)
+    assert [offender.parameter for offender in caught.value.offenders] == [lost]
 
 
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones():

@@ -216,7 +216,7 @@ def yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")}
     refuse_settings("YaRN", found, dict.fromkeys(found))
     return {
-        "yarn_rotary_scaling_factor": float(parameters["factor"]),
+        "yarn_rotary_scaling_factor": float(setting(parameters, "factor")),
         "yarn_original_max_position_embeddings": parameters.get("original_max_position_embeddings")
         or config["max_position_embeddings"],
         "yarn_beta_fast": float(parameters.get("beta_fast") or 32.0),

@@ -88,7 +88,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     }
     expected = {"rope_type": "yarn", "attention_bias": True, "hidden_act": "silu", "swiglu_limit": CLAMP}
     common.refuse_settings("GPT-OSS", found, expected)
-    in_window = [kind == "sliding_attention" for kind in config["layer_types"]]
+    in_window = [kind == "sliding_attention" for kind in common.setting(config, "layer_types")]
     transformer = {
         **common.decoder_transformer_config(config),
         "add_bias_linear": True,
@@ -98,7 +98,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         # The sinks: one logit a head that takes part in the softmax and has no value.
         "softmax_type": "learnable",
         # transformers counts the query's own position in the window, Megatron those before it.
-        "window_size": (config["sliding_window"] - 1, 0) if any(in_window) else None,
+        "window_size": (common.setting(config, "sliding_window") - 1, 0) if any(in_window) else None,
         "window_attn_skip_freq": [int(windowed) for windowed in in_window],
         "num_moe_experts": routed.num_experts(config),
         "moe_ffn_hidden_size": config["intermediate_size"],

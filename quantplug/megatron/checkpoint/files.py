@@ -297,7 +297,7 @@ def _damaged(offenders: Sequence[Offender]) -> CheckpointError:
     return CheckpointError(
         "The checkpoint is damaged or incomplete.",
         offenders,
-        "Copy it again from where it was saved, or save it again; nothing of the model has been changed.",
+        "Copy it again from where it was saved, or save it again; then load it into a model that is built anew.",
     )
 
 
