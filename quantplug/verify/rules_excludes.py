@@ -9,6 +9,9 @@ from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, Severity, error, warning
 
 _SHOWN = 4
+# Of compressed-tensors' lists vLLM asks for these linears of the first expert, whatever the checkpoint calls them, and
+# by exact comparison (`CompressedTensorsMoEMethod.get_moe_method`, vLLM 0.33).
+_FIRST_EXPERT = ("0.gate_proj", "0.up_proj", "0.down_proj")
 
 
 def _listed(modules: list[str]) -> str:
@@ -22,6 +25,8 @@ def patterns(inventory: Inventory) -> Iterator[Finding]:
     # ModelOpt excludes a head that is not on disk.
     modules = dict.fromkeys([*inventory.served, *(["lm_head"] if tied else [])])
     known, listed = with_parents(modules) | inventory.merged_plain, inventory.scheme.excludes
+    if inventory.scheme.method == "compressed-tensors":
+        known |= {name for experts in inventory.expert_groups for name in _asked(experts)}
     # Servers hold patterns against the names they give to merged modules, too.
     merged = dict.fromkeys(group.fused for group in inventory.fused_groups)
     hits = listed.hits(modules | merged)
@@ -54,6 +59,30 @@ def _plain_name(inventory: Inventory, pattern: str, parts: NamesByPart) -> Itera
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
 
 
+def plain_experts(inventory: Inventory) -> Iterator[Finding]:
+    """Experts that stay plain are named as vLLM asks for them."""
+    if inventory.scheme.method != "compressed-tensors":
+        return
+    expressions = [pattern for pattern in inventory.scheme.excludes.patterns if pattern.startswith("re:")]
+    names_listed = frozenset(inventory.scheme.excludes.patterns)
+    for experts, members in inventory.expert_groups.items():
+        if not all(inventory.modules[name].excluded and not inventory.modules[name].quantized for name in members):
+            continue
+        missing = [
+            name
+            for name in _asked(experts)
+            if name not in names_listed
+            and not any(excludes.matches_compressed_tensors(pattern, name) for pattern in expressions)
+        ]
+        if missing:
+            message = f"plain, but {', '.join(missing)} are on no exclude list: vLLM asks for these, and expects scales"
+            yield error(Check.EXCLUDE_MISSING, experts, message)
+
+
+def _asked(experts: str) -> list[str]:
+    return [f"{experts}.{linear}" for linear in _FIRST_EXPERT]
+
+
 def sensitive(inventory: Inventory) -> Iterator[Finding]:
     """Routers, the shared expert's gate, head and embeddings are plain, and the config says so."""
     if not inventory.scheme.method:
@@ -79,4 +108,4 @@ def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Se
         yield error(Check.EXCLUDE_MISSING, module.name, message)
 
 
-RULES = (patterns, sensitive)
+RULES = (patterns, plain_experts, sensitive)

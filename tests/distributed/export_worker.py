@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.calibration.quantizers import needs_amax
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.files import write_rounds as work
 from quantplug.export.pipeline.buckets import make_rounds
@@ -44,7 +45,7 @@ def quantized(model: nn.Module, source: Path, name: str) -> nn.Module:
     """The model, quantized by the config of a format; of inputs that are quantized all amaxes are alike."""
     mtq.quantize(model, quant_cfg(name, source))
     for module_name, module in model.named_modules():
-        if module_name.endswith(".input_quantizer") and module.is_enabled:
+        if module_name.endswith(".input_quantizer") and needs_amax(module):
             module.amax = torch.tensor(INPUT_AMAX)
     return model
 

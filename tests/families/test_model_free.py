@@ -1,5 +1,6 @@
 """Every family in every way: from a checkpoint, from a live model to files, and as a stream, in the same bytes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family
-from quantplug.verify import verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.checks import Check
 from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
 from tests.families.served import errors_of, has_experts, serves_experts
 
@@ -67,3 +69,22 @@ def test_multi_token_prediction_is_quantized_on_demand(checkpoint: Callable[[str
     assert "model.layers.3.mlp.experts.0.gate_proj.weight_scale_2" in scaled
     assert "model.layers.3.eh_proj.weight_scale_2" not in scaled
     assert verify_checkpoint(tmp_path / "out", checkpoint("glm4_moe")).ok
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "llama4"])  # One by one; by other names; in one tensor.
+def test_plain_experts_are_excluded_by_the_names_that_vllm_asks_for(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """vLLM 0.33, `get_moe_method` of compressed_tensors_moe.py: three linears of the first expert, compared exactly."""
+    source, out = checkpoint(name), tmp_path / "out"
+    quantize_checkpoint(source, out, "fp8_dynamic", exclude=["*.experts*"])
+    report = verify_checkpoint(out, source)
+    assert report.ok
+    assert Check.EXCLUDE_PATTERN not in report.checks(Severity.WARNING)
+    config = json.loads((out / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    asked = [name for name in ignore if name.endswith(".experts.0.up_proj")]
+    assert asked
+    config["quantization_config"]["ignore"] = [name for name in ignore if name not in asked]
+    (out / "config.json").write_text(json.dumps(config))
+    assert Check.EXCLUDE_MISSING in verify_checkpoint(out, source).checks(Severity.ERROR)

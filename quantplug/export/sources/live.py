@@ -207,7 +207,9 @@ def _state(names: Mapping[torch.nn.Module, str], quantizer: Quantizer) -> Quanti
         return QuantizerState(names[quantizer], num_bits=0, unsupported=("several quantizers in sequence",))
     if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
         return None
-    return _settings(quantizer).state(names[quantizer], _largest(quantizer.amax))
+    settings = _settings(quantizer)
+    # ModelOpt asserts that nobody asks a dynamic one for its amax, which it may still hold from before it became that.
+    return settings.state(names[quantizer], None if settings.dynamic else _largest(quantizer.amax))
 
 
 def _settings(quantizer: TensorQuantizer) -> QuantizerSettings:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import modelopt.torch.quantization as mtq
 import pytest
+import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import UnsupportedQuantizationError
@@ -35,6 +36,14 @@ def test_a_state_says_what_its_quantizer_holds(sources: Sources) -> None:
     assert state.amax == model.get_submodule(FC1).weight3.abs().max().item() == expert.amax.item()
     assert (state.name, state.num_bits, state.block_sizes) == (f"{FC1}.weight_quantizer.3", (2, 1), ((-1, 16),))
     assert (state.scale_bits, state.dynamic_blocks, state.unsupported) == ((4, 3), True, ())
+
+
+def test_a_dynamic_quantizer_has_no_amax_whatever_it_held_before(sources: Sources) -> None:
+    model = quantize(load(sources("dense")), "fp8_dynamic")
+    linear = "decoder.layers.0.mlp.linear_fc1"
+    model.get_submodule(f"{linear}.input_quantizer").amax = torch.tensor(2.0)
+    (state,) = [ref.activation for ref in live_weights(model).refs if ref.key.name == f"{linear}.weight"]
+    assert (state.dynamic, state.amax, state.block_sizes) == (True, None, ((-1, None),))
 
 
 @pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8"])
