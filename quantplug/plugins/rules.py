@@ -105,7 +105,8 @@ def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
         raise MappingError(
             "Rules of the quantizer config match no quantizer of this model.",
             [Offender(rule.quantizer_name, reason) for rule, reason in unmatched.items()],
-            "Use the names of this Megatron model, or leave out the rules for what it does not have.",
+            "Use the names of this Megatron model, which quantplug.recipe_cfg gives to ModelOpt's recipes, or leave "
+            "out the rules for what it does not have.",
         )
 
 
