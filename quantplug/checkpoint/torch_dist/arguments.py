@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantplug.checkpoint.torch_dist.common import Plain, read_common
-from quantplug.checkpoint.torch_dist.files import read_file
+from quantplug.checkpoint.torch_dist.files import damaged, read_file
 from quantplug.checkpoint.torch_dist.index import Index
 from quantplug.errors import CheckpointError, Offender
 
@@ -24,6 +24,10 @@ Settings = Mapping[str, Any]
 _RUN_CONFIG, _MOST_RUN_CONFIG_BYTES = "run_config.yaml", 2**22
 _MODEL_SECTION = re.compile(r"^model:\n(?:[ #].*\n|\n)*", re.MULTILINE)
 _SETTING = re.compile(r"^  (\w+): (\S.*)$", re.MULTILINE)
+
+OWN_FILE = "quantplug.json"
+ZERO_CENTRED_NORMS = "zero_centred_norms"
+"""In it: whether the norms of the model that was saved multiply with 1 + weight."""
 
 _ZERO_CENTRED = "apply_layernorm_1p"
 _OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": _ZERO_CENTRED}
@@ -53,7 +57,20 @@ def read_arguments(directory: Path, index: Index) -> Mapping[str, Plain]:
     Raises:
         CheckpointError: What it noted is damaged.
     """
-    return read_common(directory, index).arguments or _arguments_of_bridge(directory)
+    noted = read_common(directory, index).arguments or _arguments_of_bridge(directory)
+    return noted or _arguments_of_quantplug(directory)
+
+
+def _arguments_of_quantplug(directory: Path) -> dict[str, Plain]:
+    """What `save_checkpoint` notes of a live model, which nothing but its norms need."""
+    if not os.path.lexists(directory / OWN_FILE):
+        return {}
+    try:
+        noted = json.loads(read_file(directory, OWN_FILE))
+    except (ValueError, RecursionError) as error:
+        raise damaged([Offender(str(directory / OWN_FILE), f"is not JSON: {error}")]) from error
+    said = noted.get(ZERO_CENTRED_NORMS) if isinstance(noted, dict) else None
+    return {_ZERO_CENTRED: said} if isinstance(said, bool) else {}
 
 
 def _arguments_of_bridge(directory: Path) -> dict[str, Plain]:
@@ -163,9 +180,7 @@ def require_as_trained(
             f"The checkpoint was trained with other settings than are {what}.",
             offenders,
             "Make config.json say what the model was trained with, and build the model by it: a server runs what it "
-            "says. Whether norms are zero-centred is no matter of the config: build_model takes zero_centred_norms "
-            "(--zero-centred-norms). A setting that differs on purpose can be named in unchecked_settings "
-            "(--unchecked-setting).",
+            "says. A setting that differs on purpose can be named in unchecked_settings (--unchecked-setting).",
         )
 
 

@@ -25,11 +25,12 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from quantplug.atomic import write_atomically
+from quantplug.checkpoint.torch_dist.arguments import OWN_FILE
 from quantplug.errors import CheckpointError, DestinationError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
-METADATA_FILE = "quantplug.json"
+METADATA_FILE = OWN_FILE
 
 Digests = Mapping[str, Mapping[str, object]]
 """Path of a file below a checkpoint to its `bytes` and its `sha256`."""

@@ -41,7 +41,12 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
-from quantplug.checkpoint.torch_dist.arguments import asks_for_centre, is_zero_centred, require_as_trained
+from quantplug.checkpoint.torch_dist.arguments import (
+    ZERO_CENTRED_NORMS,
+    asks_for_centre,
+    is_zero_centred,
+    require_as_trained,
+)
 from quantplug.checkpoint.torch_dist.aside import Aside
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.errors import CheckpointError, Offender
@@ -132,7 +137,11 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
         TypeError: `extra` is not JSON.
     """
     chunks, directory = model_chunks(model), Path(directory)
-    metadata = {"versions": {name: version(name) for name in _WRITERS}, "extra": dict(extra)}
+    metadata = {
+        "versions": {name: version(name) for name in _WRITERS},
+        ZERO_CENTRED_NORMS: bool(chunks[0].config.layernorm_zero_centered_gamma),
+        "extra": dict(extra),
+    }
     json.dumps(metadata)  # Raises before anything is written.
     write_directory(directory, metadata, chunks[0], lambda: _sharded_state(chunks))
 

@@ -239,6 +239,10 @@ def test_norms_of_a_model_trained_around_zero_multiply_with_the_same(tmp_path: P
             assert torch.equal(parameter.tensor, (norms[parameter.key].float() + 1).bfloat16()), parameter.key
     assert report.recentred == len(norms)
     assert "Recentred: 9 norms" in "\n".join(report.said())
+    save_checkpoint(around_zero, tmp_path / "own", extra={})
+    again = tiny_model()
+    assert load_checkpoint(again, tmp_path / "own").recentred == len(norms)
+    assert_same_weights(again, model)
     alike = tiny_model(layernorm_zero_centered_gamma=True)
     assert load_checkpoint(alike, tmp_path).recentred == 0
     assert_same_weights(alike, around_zero)
