@@ -239,6 +239,9 @@ def _not_served(module: Module) -> str | None:
             "experts in FP8 without quantized activations: vLLM stops ('NoneType' object has no attribute "
             "'num_bits'); use fp8_dynamic, fp8_blockwise or w4a16_nvfp4, or leave the experts out"
         )
+    # `CompressedTensorsW8A8Fp8MoEMethod` of vLLM 0.33 asks for it.
+    if is_expert and isinstance(module.layout, Fp8Layout) and module.layout.per_row and module.layout.input_scale:
+        return "experts in FP8 with a scale a row and a static scale of inputs: vLLM wants inputs by token, dynamic"
     return None
 
 

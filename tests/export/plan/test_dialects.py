@@ -20,6 +20,7 @@ from quantplug.export.plan.types import QuantConfig
 from quantplug.formats.names import SCHEMES, QuantFormat
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.checks import Check
 from tests.export.checkpoints import linear_weights, load, quantize, read
 from tests.logits import TOKENS, VOCABULARY, megatron_logits, transformers_logits, transformers_model
 
@@ -125,6 +126,15 @@ def test_compressed_tensors_decodes_the_weights_that_we_do(sources: Sources, exp
         # E4M3 has three mantissa bits, and below 2^-6 of the scale steps of 2^-9 of it.
         bound = torch.maximum(original.float().abs() * 2**-4, state["weight_scale"] * 2**-10) * (1 + 2**-20)
         assert ((decoded.float() - original.float()).abs() <= bound).all()
+
+
+def test_verify_finds_experts_with_a_scale_a_row_and_static_inputs(exports: Exports, tmp_path: Path) -> None:
+    out = shutil.copytree(exports("moe", "fp8_dynamic"), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["input_activations"] |= {"strategy": "tensor", "dynamic": False}
+    (out / "config.json").write_text(json.dumps(config))
+    assert Check.SERVED_EXPERTS in verify_checkpoint(out).checks(Severity.ERROR)
 
 
 def test_experts_that_stay_plain_are_named_as_vllm_asks_for_them() -> None:
