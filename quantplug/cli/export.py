@@ -32,6 +32,9 @@ def export(
     iteration: Annotated[
         int | None, typer.Option(metavar="N", help="Which iteration; the newest without it.", min=0)
     ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that the model was trained with, if not the config's.")
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
@@ -68,6 +71,7 @@ def export(
             hf,
             format,
             iteration=iteration,
+            vocab_size=vocab_size,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
             kv_cache=kv_cache,

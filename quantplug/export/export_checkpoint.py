@@ -39,6 +39,7 @@ from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.export.sources.trained.norms import with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
+from quantplug.export.sources.vocabulary import with_vocabulary
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
@@ -80,6 +81,7 @@ def export_checkpoint(
     iteration: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     moe_router_dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
     kv_cache: KVCacheFormat | str | None = None,
@@ -107,6 +109,8 @@ def export_checkpoint(
         iteration: Which iteration of those that were saved; None for the newest.
         dtype: Type of tensors that are not quantized.
         moe_router_dtype: Type of the routers, None for `dtype`.
+        vocab_size: Number of tokens that the model was trained with, where it is not that of the config; config.json
+            will then say it.
         exclude: With a `format`: modules that stay in high precision, by exact name in Hugging Face or as shell
             patterns (`model.layers.0.*`).
         quantize_mtp: With a `format`: whether the layers of multi-token prediction are quantized too.
@@ -121,7 +125,7 @@ def export_checkpoint(
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
     Raises:
-        ArgumentError: A format, `dtype`, `max_shard_size` or `amax` that is not known or not served; or `exclude`,
+        ArgumentError: A format, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not served; or `exclude`,
             `quantize_mtp` or `kv_cache` without a format that quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
@@ -147,7 +151,7 @@ def export_checkpoint(
     directory = find_iteration(checkpoint, iteration)
     index = unwrapped(read_index(directory))
     has_mtp = any(key.startswith("mtp.") for key in index.tensors)
-    model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp)
+    model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp, vocab_size)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     arguments = read_arguments(directory, index)
@@ -158,15 +162,16 @@ def export_checkpoint(
         require_as_trained(arguments, settings, "in config.json", unchecked_settings)
     padding = padded_to(arguments)
     with TorchDistReader(index) as reader:
-        found = checkpoint_weights(reader, model.family, model.dims, padding)
+        found = checkpoint_weights(reader, model.family, model.dims, padding, grown=vocab_size is not None)
         weights = (*with_norms(found.weights, is_zero_centred(arguments)), *_beside(table))
         stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
+        shapes = {name: header.shape for name, header in stored.items()}
         request = ExportRequest(
             tied_embeddings=model.tied,
             dtype=dtype,
             router_dtype=moe_router_dtype,
             max_shard_size=max_shard_size,
-            reference={name: header.shape for name, header in stored.items()},
+            reference=with_vocabulary(shapes, model.family, model.dims) if vocab_size is not None else shapes,
             source_types={name: header.dtype for name, header in stored.items()},
         )
         plan_of: PlanOf
@@ -213,11 +218,14 @@ def _refuse_choices(**given: object) -> None:
         )
 
 
-def _read_hf(name_or_path: str | Path, trust_remote_code: bool, has_mtp: bool) -> tuple[ModelByConfig, FittedTable]:
+def _read_hf(
+    name_or_path: str | Path, trust_remote_code: bool, has_mtp: bool, vocab_size: int | None
+) -> tuple[ModelByConfig, FittedTable]:
     """The model by its config, with the table fitted to what lies beside the config."""
 
     def read(directory: Path) -> ModelByConfig:
-        return read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
+        model = read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
+        return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     def needs_weights(directory: Path) -> bool:
         model = read(directory)

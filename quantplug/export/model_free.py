@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.config_file import architecture_of, read_config_file, refuse_own_code, ties_embeddings
+from quantplug.checkpoint.config_file import (
+    architecture_of,
+    read_config_file,
+    refuse_own_code,
+    ties_embeddings,
+    with_settings,
+)
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
-from quantplug.errors import SourceError
+from quantplug.errors import ArgumentError, Offender, SourceError
 from quantplug.export.files.finish import Beside, finish
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
@@ -63,6 +69,21 @@ class ModelByConfig:
     def tied(self) -> bool:
         """Whether the output layer is the embedding."""
         return ties_embeddings(self.config)
+
+    def with_vocabulary(self, tokens: int) -> "ModelByConfig":
+        """The same model with another number of tokens.
+
+        Raises:
+            ArgumentError: It is none.
+        """
+        if tokens < 1:
+            raise ArgumentError(
+                "A vocabulary has at least a token.",
+                [Offender("vocab_size", f"is {tokens}")],
+                "Pass the number of tokens that the model was trained with; None for that of the config.",
+            )
+        config = with_settings(self.config, {"vocab_size": tokens}, self.family.nested)
+        return replace(self, config=config, dims=read_dimensions(config, self.family))
 
 
 def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool = False) -> ModelByConfig:

@@ -3,6 +3,7 @@
 That the bytes are those of an export of the model is shown of every family in tests/families/test_checkpoints.py.
 """
 
+import json
 import os
 import pickle
 import shutil
@@ -104,6 +105,21 @@ def test_names_of_wrappers_are_taken_off(tiny_qwen3_dir: Path, tmp_path: Path) -
     assert_same(tmp_path / "out", tiny_qwen3_dir)
 
 
+def test_a_vocabulary_that_grew_is_exported_by_its_number(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        for key in (WORDS, "output_layer.weight"):
+            tensors[key] = torch.cat([tensors[key], *[tensors[key]] * 5])[:2048]
+
+    directory = save_model(tiny_qwen3_dir, tmp_path / "grown", grow)
+    with pytest.raises(ShapeError, match="--vocab-size"):
+        export_checkpoint(directory, tmp_path / "out", tiny_qwen3_dir)
+    export_checkpoint(directory, tmp_path / "out", tiny_qwen3_dir, vocab_size=2000)
+
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 2000
+    assert {len(read(tmp_path / "out")[name]) for name in ("model.embed_tokens.weight", "lm_head.weight")} == {2000}
+    assert read(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].shape == (224, 160)
+
+
 def without(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda tensors: tensors.__delitem__(key)
 
@@ -178,6 +194,7 @@ def test_what_is_not_the_model_of_the_config_is_refused_by_name(
         ({"format": "w4a16_nvfp4", "exclude": ["absent"]}, MappingError),
         ({"dtype": torch.int8}, ArgumentError),
         ({"iteration": 3}, CheckpointError),
+        ({"vocab_size": 0}, ArgumentError),
     ],
 )
 def test_choices_that_cannot_be_served_are_refused(

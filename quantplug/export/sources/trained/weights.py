@@ -30,7 +30,8 @@ _STACK = Kind(ShapeError, "The checkpoint has another number of layers or expert
 _VOCABULARY = Kind(
     ShapeError,
     "The checkpoint's vocabulary is not that of the config: rows of it would be lost.",
-    "Pass the Hugging Face directory with the tokenizer that the model was trained with, and its vocab_size.",
+    "Pass vocab_size (--vocab-size): the number of tokens that the model was trained with, which config.json will then "
+    "say; or the config's own, if all rows beyond it are padding.",
 )
 _PARTS = Kind(ShapeError, "Parts of a tensor in the checkpoint do not fit together.", _SAME_MODEL)
 _DTYPES = Kind(
@@ -60,12 +61,13 @@ class CheckpointWeights:
 
 
 def checkpoint_weights(
-    reader: TorchDistReader, family: Family, dims: ModelDimensions, padded_to: int | None
+    reader: TorchDistReader, family: Family, dims: ModelDimensions, padded_to: int | None, *, grown: bool = False
 ) -> CheckpointWeights:
     """Every weight of a model of these sizes that a checkpoint has. What it lacks, the plan says.
 
     Args:
         padded_to: Multiple to which its vocabulary is padded, where that is known.
+        grown: Whether a caller has said how many tokens there are, so that all rows beyond them are padding.
 
     Raises:
         CheckpointError: Chunks do not make up a tensor, settings of quantizers cannot be read or are missing, or a
@@ -92,7 +94,7 @@ def checkpoint_weights(
     for parameter in found:
         if rows[parameter.key.module].role is Role.VOCABULARY:
             stored = reader.shape(parameter.segments[0])[0]
-            if not is_padding(stored, dims.vocab_size, tp=1, unit=padded_to):
+            if not grown and not is_padding(stored, dims.vocab_size, tp=1, unit=padded_to):
                 reason = f"has {stored} rows, the config counts {dims.vocab_size}, and padding explains fewer"
                 findings.add(_VOCABULARY, parameter.key.name, reason)
     weights = tuple(
