@@ -34,12 +34,17 @@ from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weigh
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
-from quantplug.export.sources.hf_directory import FittedTable, fit_table, known_tensors, resolve_directory
+from quantplug.export.sources.hf_directory import (
+    FittedTable,
+    fit_table,
+    known_tensors,
+    resolve_directory,
+    with_vocabulary,
+)
 from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.export.sources.trained.norms import with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
-from quantplug.export.sources.vocabulary import with_vocabulary
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent

@@ -11,13 +11,13 @@ from quantplug.checkpoint.source_config import SourceConfig, read_source_config
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.choices import Choices
-from quantplug.export.sources.hf_directory import fit_table, known_tensors, resolve_directory
+from quantplug.export.sources.hf_directory import fit_table, known_tensors, resolve_directory, with_vocabulary
 from quantplug.export.sources.live import Model, live_weights
 from quantplug.export.sources.live_rows import LiveSource
 from quantplug.export.sources.live_settings import check_settings
 from quantplug.export.sources.passthrough import Passthrough, has_passthrough, passthrough_refs
 from quantplug.export.sources.rank_inventory import RankInventory, gather_inventories, whole_weights
-from quantplug.export.sources.vocabulary import add_grown, vocabulary_signs, with_vocabulary
+from quantplug.export.sources.vocabulary import add_grown, vocabulary_signs
 from quantplug.findings import Findings
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family

@@ -9,7 +9,7 @@ from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, resolve_source
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.export.sources.passthrough import has_passthrough, open_passthrough
-from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family
 
@@ -74,3 +74,19 @@ def known_tensors(directory: Path, family: Family, *, tied: bool, rank: int, ran
         with HFCheckpoint(directory) as checkpoint:
             check_duplicates(checkpoint, family.tied, rank, ranks)
     return stored
+
+
+def with_vocabulary(
+    shapes: Mapping[str, tuple[int, ...]], family: Family, dims: ModelDimensions
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors as they are with another vocabulary, whose size is that of `dims`."""
+    copies = family.duplicates(dims, tied=True)
+    of_vocabulary = {
+        name
+        for row in family.mappings
+        if isinstance(row.layout, VocabularyRows)
+        for key in row.keys(dims)
+        for name in row.hf_names(key, dims)
+    }
+    of_vocabulary |= {copy for copy, original in copies.items() if original in of_vocabulary}
+    return {name: (dims.vocab_size, *shape[1:]) if name in of_vocabulary else shape for name, shape in shapes.items()}

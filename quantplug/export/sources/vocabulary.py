@@ -1,7 +1,7 @@
 """Rows of the vocabulary beyond those of the config: padding, which is cut off, or tokens that would be lost."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,22 +95,6 @@ def _unexplained(rows: int, ranks: int, tokens: int, told: VocabularySigns) -> s
         steps.append(told.multiple * ranks)
     # Padded to the next multiple: fewer rows than it is.
     return None if rows - tokens < max(steps) else f"as a multiple of {max(steps)}, it has {max(steps) - 1} for padding"
-
-
-def with_vocabulary(
-    shapes: Mapping[str, tuple[int, ...]], family: Family, dims: ModelDimensions
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's tensors as they are with another vocabulary, whose size is that of `dims`."""
-    copies = family.duplicates(dims, tied=True)
-    of_vocabulary = {
-        name
-        for row in family.mappings
-        if isinstance(row.layout, VocabularyRows)
-        for key in row.keys(dims)
-        for name in row.hf_names(key, dims)
-    }
-    of_vocabulary |= {copy for copy, original in copies.items() if original in of_vocabulary}
-    return {name: (dims.vocab_size, *shape[1:]) if name in of_vocabulary else shape for name, shape in shapes.items()}
 
 
 def _is_of_vocabulary(weight: WeightRef | WholeWeight, family: Family) -> bool:
