@@ -120,6 +120,21 @@ def test_a_vocabulary_that_grew_is_exported_by_its_number(tiny_qwen3_dir: Path, 
     assert read(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].shape == (224, 160)
 
 
+@pytest.mark.parametrize("quantizer", ["weight_quantizer", "input_quantizer"])
+def test_an_amax_without_settings_is_damage(quantizer: str, tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    """Nothing would say how it quantizes, and the weight would pass for one that was never quantized."""
+    name = QKV.replace("weight", quantizer)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}._amax"] = torch.ones(())
+
+    directory = save_model(tiny_qwen3_dir, tmp_path / "saved", add)
+    with pytest.raises(CheckpointError) as caught:
+        export_checkpoint(directory, tmp_path / "out", tiny_qwen3_dir)
+    assert [offender.parameter for offender in caught.value.offenders] == [name]
+    assert not (tmp_path / "out").exists()
+
+
 def without(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda tensors: tensors.__delitem__(key)
 

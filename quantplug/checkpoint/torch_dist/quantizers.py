@@ -20,7 +20,7 @@ from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.table import ParamKey, fill
 
 MODELOPT_STATE = "modelopt_state"
 """Directory beside the tensors of a quantized model: the config that its quantizers were inserted by."""
@@ -70,6 +70,7 @@ class SavedQuantizers:
         self._reader, self._dims = reader, dims
         self._settings = _read_settings(reader.index)
         self._claimed: set[tuple[str, str]] = set()
+        self._without_settings: list[Offender] = []
 
     def of_weight(self, spelling: str, key: ParamKey) -> SavedQuantizer | None:
         """The weight quantizer of a linear; None if it has none.
@@ -80,12 +81,31 @@ class SavedQuantizers:
         name, settings = self._named(spelling, key, WEIGHT)
         if key.expert is not None and settings is None:
             name, settings = self._of_expert(spelling, key)
-        return None if settings is None else SavedQuantizer(name, settings, self._amax(spelling, key, WEIGHT))
+        return self._saved(name, key, settings, self._amax(spelling, key, WEIGHT))
 
     def of_input(self, spelling: str, key: ParamKey) -> SavedQuantizer | None:
         """The input quantizer of a linear; None if it has none."""
         name, settings = self._named(spelling, key, INPUT)
-        return None if settings is None else SavedQuantizer(name, settings, self._amax(spelling, key, INPUT))
+        return self._saved(name, key, settings, self._amax(spelling, key, INPUT))
+
+    def _saved(self, name: str, key: ParamKey, settings: Settings | None, amax: float | None) -> SavedQuantizer | None:
+        """A quantizer by its settings; None if the model has none."""
+        if settings is not None:
+            return SavedQuantizer(name, settings, amax)
+        if amax is not None:
+            self._without_settings.append(Offender(fill(name, key.layer, key.expert), "has an amax and no settings"))
+        return None
+
+    def require_settings(self) -> None:
+        """Refuses quantizers, of those that were asked for, that have an amax and no settings.
+
+        Nothing would say how they quantize, and their weights would pass for ones that were never quantized.
+
+        Raises:
+            CheckpointError: Names each.
+        """
+        if self._without_settings:
+            raise damaged(self._without_settings)
 
     def of_cache(self, spelling: str, key: ParamKey) -> tuple[SavedQuantizer, ...]:
         """The quantizers of what an attention layer puts into its KV cache, of keys and of values; none if it has none.

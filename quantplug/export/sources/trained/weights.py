@@ -102,6 +102,8 @@ def checkpoint_weights(
         for parameter in found
     )
     findings.raise_if_any()
+    if quantizers is not None:
+        quantizers.require_settings()
     attentions = tuple(_attentions(found, quantizers)) if quantizers else ()
     return CheckpointWeights(
         weights,
