@@ -17,7 +17,7 @@ import torch
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.errors import QuantplugError, WriteError
-from quantplug.export import quantize_checkpoint as quantize_checkpoint_module
+from quantplug.export import model_free
 from quantplug.export.pipeline import pack
 from quantplug.export.pipeline.prescan import Marks
 from quantplug.export.pipeline.writer_thread import AHEAD, THREAD_NAME
@@ -105,7 +105,7 @@ def test_a_failing_reader_ends_it(
     def failing(source: Source, marks: Marks) -> ReadRows:
         return after(calls, source.read, error)
 
-    monkeypatch.setattr(quantize_checkpoint_module, "unchanged_rows", failing)
+    monkeypatch.setattr(model_free, "unchanged_rows", failing)
 
     def export(out: Path) -> None:
         quantize_checkpoint(sources("moe"), out, "w4a16_nvfp4", max_shard_size=SHARDS)

@@ -22,7 +22,7 @@ from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Sco
 from quantplug.topology import ShardAxis
 from tests.export.checkpoints import same_bytes
 from tests.export.pieces import pack_piece
-from tests.export.pipeline.test_slices import FORMATS, STATES
+from tests.export.pipeline.test_slices import FORMATS, INPUTS, STATES
 
 EXPERTS = 3
 DIMS = ModelDimensions(1, 256, 4, 2, 48, 523, num_experts=EXPERTS, moe_layers=(0,))
@@ -32,8 +32,10 @@ NAME = "model.layers.0.mlp.experts.fused"
 
 def input_state(state: QuantizerState | None) -> QuantizerState | None:
     """Experts are loaded in FP8 with quantized inputs alone."""
-    is_fp8 = state is not None and state.num_bits == STATES["fp8"].num_bits and not state.block_sizes
-    return replace(state, amax=1.0) if state and is_fp8 else None
+    if state is None or state.block_sizes:
+        return None
+    # Scales of rows go with scales of tokens, which the server makes.
+    return INPUTS["fp8_row"] if state.axis == STATES["fp8_row"].axis else replace(state, amax=1.0)
 
 
 def plan_of(

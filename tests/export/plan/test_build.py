@@ -268,11 +268,11 @@ def test_shapes_that_do_not_divide_name_the_divisor():
         replace(NVFP4, block_sizes=((-1, 32),)),
         replace(NVFP4, dynamic_blocks=False),
         replace(NVFP4, scale_bits=(8, 0)),
-        replace(FP8, axis=0),
+        replace(FP8, axis=1),
         replace(FP8, num_bits=8),
         replace(NVFP4, unsupported=("pre_quant_scale",)),
     ],
-    ids=["block 32", "static", "e8m0", "per channel", "int8", "awq"],
+    ids=["block 32", "static", "e8m0", "per column", "int8", "awq"],
 )
 def test_a_quantizer_that_no_format_expresses_is_refused(quantizer):
     with pytest.raises(UnsupportedQuantizationError, match="no output format expresses") as caught:
