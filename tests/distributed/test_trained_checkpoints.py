@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplug import quantize_checkpoint
+from quantplug import export_checkpoint, quantize_checkpoint
 from tests.distributed.test_export_topologies import assert_same_tensors
 from tests.families.cases import CASES, save
 from tests.made_once import MadeOnce
@@ -93,3 +93,8 @@ def test_the_examples_take_it_to_the_bytes_of_the_source(
     assert exported.ok, exported.output[-9000:]
     quantize_checkpoint(sources[name], tmp_path / "expected", "w4a16_nvfp4")
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+    # And straight from both checkpoints, without a model: what the trainer left, and what the example quantized.
+    export_checkpoint(directory / name / label, tmp_path / "straight", sources[name], "w4a16_nvfp4")
+    export_checkpoint(tmp_path / "Q", tmp_path / "as_quantized", sources[name])
+    assert_same_tensors(tmp_path / "straight", tmp_path / "expected")
+    assert_same_tensors(tmp_path / "as_quantized", tmp_path / "expected")
