@@ -3,9 +3,28 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Protocol
+from enum import StrEnum
+from typing import Protocol, TypeVar
 
-from quantplug.errors import Offender, QuantplugError
+from quantplug.errors import ArgumentError, Offender, QuantplugError
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def choice_named(choices: type[_Choice], name: str, argument: str, problem: str) -> _Choice:
+    """The one of several choices that has a name.
+
+    Args:
+        argument: What the name was given as, for the message.
+        problem: What to say where there is none.
+
+    Raises:
+        ArgumentError: None has this name.
+    """
+    # A list: before Python 3.12 `in` an Enum raises TypeError for a plain string.
+    if name not in list(choices):
+        raise ArgumentError(problem, [Offender(argument, f"is {name!r}")], f"Use one of: {', '.join(choices)}.")
+    return choices(name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from fnmatch import fnmatchcase
 
-from quantplug.errors import ArgumentError, MappingError, Offender, UnsupportedQuantizationError
-from quantplug.findings import Findings, Kind, nearest
+from quantplug.errors import MappingError, UnsupportedQuantizationError
+from quantplug.findings import Findings, Kind, choice_named, nearest
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
 
@@ -76,10 +76,7 @@ def preset_named(name: str, argument: str) -> Preset:
     Raises:
         ArgumentError: There is no such preset.
     """
-    if name not in list(Preset):
-        offenders = [Offender(argument, f"is {name!r}")]
-        raise ArgumentError("There is no such preset.", offenders, f"Use one of: {', '.join(Preset)}.")
-    return Preset(name)
+    return choice_named(Preset, name, argument, "There is no such preset.")
 
 
 @dataclass(frozen=True)

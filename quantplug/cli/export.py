@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quantplug.cli.options import Exclude, QuantizeMtp
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
@@ -35,13 +36,8 @@ def export(
     vocab_size: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens that the model was trained with, if not the config's.")
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
-    ] = None,
-    quantize_mtp: Annotated[
-        bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
-    ] = False,
+    exclude: Exclude = None,
+    quantize_mtp: QuantizeMtp = False,
     kv_cache: Annotated[
         KVCacheFormat | None,
         typer.Option(help="With a format: that of the server's KV cache; 16 bits where none is given."),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quantplug.cli.options import Exclude, QuantizeMtp
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
@@ -33,13 +34,8 @@ def quantize(
         float | None,
         typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
-    ] = None,
-    quantize_mtp: Annotated[
-        bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")
-    ] = False,
+    exclude: Exclude = None,
+    quantize_mtp: QuantizeMtp = False,
     kv_cache: Annotated[
         KVCacheFormat | None,
         typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
-from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
+from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.findings import choice_named
 from quantplug.formats.block_format import BlockFormat
 from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, NVFP4
 from quantplug.formats.weight_format import WeightFormat
@@ -122,12 +123,7 @@ def scheme_named(name: str, argument: str) -> Scheme:
     Raises:
         ArgumentError: No format has this name.
     """
-    # A list: before Python 3.12 `in` an Enum raises TypeError for a plain string.
-    if name not in list(QuantFormat):
-        raise ArgumentError(
-            "There is no such format.", [Offender(argument, f"is {name!r}")], f"Use one of: {', '.join(QuantFormat)}."
-        )
-    return SCHEMES[QuantFormat(name)]
+    return SCHEMES[choice_named(QuantFormat, name, argument, "There is no such format.")]
 
 
 def kv_cache_named(name: str, argument: str) -> KVCacheFormat:
@@ -139,13 +135,7 @@ def kv_cache_named(name: str, argument: str) -> KVCacheFormat:
     Raises:
         ArgumentError: No format has this name.
     """
-    if name not in list(KVCacheFormat):
-        raise ArgumentError(
-            "There is no such format of a KV cache.",
-            [Offender(argument, f"is {name!r}")],
-            f"Use one of: {', '.join(KVCacheFormat)}.",
-        )
-    return KVCacheFormat(name)
+    return choice_named(KVCacheFormat, name, argument, "There is no such format of a KV cache.")
 
 
 def kv_cache_without_data(name: str, argument: str) -> KVCacheFormat:

@@ -113,6 +113,16 @@ def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return (first.dtype, first.shape) == (second.dtype, second.shape) and raw(first) == raw(second)
 
 
+def assert_same_export(found: Path, expected: Path) -> None:
+    """The same tensors byte for byte, in files of the same names, and the same JSON."""
+    tensors, others = read(found), read(expected)
+    assert tensors.keys() == others.keys()
+    assert [name for name in others if not same_bytes(tensors[name], others[name])] == []
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    for path in expected.glob("*.json"):
+        assert (found / path.name).read_text() == path.read_text(), path.name
+
+
 def files_of(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 

@@ -16,7 +16,7 @@ from quantplug import export_mcore_gpt_to_hf, plan_export, quant_cfg, quantize_c
 from quantplug.errors import ArgumentError, UnsupportedQuantizationError
 from quantplug.recipes import RECIPES
 from quantplug.verify import verify_checkpoint
-from tests.export.checkpoints import load, read, same_bytes
+from tests.export.checkpoints import assert_same_export, load, read
 from tests.export.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -72,14 +72,6 @@ def test_hugging_face_names_become_megatrons(tmp_path: Path) -> None:
 def modelopts(recipe: str) -> dict[str, Any]:
     quantize = load_recipe(str(GENERAL / f"{recipe}.yaml")).quantize
     return {"quant_cfg": quantize.quant_cfg, "algorithm": "max"}
-
-
-def assert_same_export(found: Path, expected: Path) -> None:
-    tensors, others = read(found), read(expected)
-    assert tensors.keys() == others.keys()
-    assert [name for name in others if not same_bytes(tensors[name], others[name])] == []
-    for path in expected.glob("*.json"):
-        assert (found / path.name).read_text() == path.read_text(), path.name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

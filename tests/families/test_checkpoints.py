@@ -10,7 +10,7 @@ from quantplug import export_checkpoint, save_checkpoint
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.parameters import LanguageModel
-from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
+from tests.export.checkpoints import assert_same_export, load, one_rank, quantize
 from tests.families.served import serves_experts
 
 Export = Callable[..., Path]
@@ -22,15 +22,6 @@ def save_stacked(model: LanguageModel, directory: Path) -> Path:
     with cpu.checkpointing(), results_within_process():
         dist_checkpointing.save(model.sharded_state_dict(), str(directory), validate_access_integrity=False)
     return directory
-
-
-def assert_same_export(found: Path, expected: Path) -> None:
-    tensors, others = read(found), read(expected)
-    assert tensors.keys() == others.keys()
-    assert [name for name in others if not same_bytes(tensors[name], others[name])] == []
-    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
-    for path in expected.glob("*.json"):
-        assert (found / path.name).read_text() == path.read_text(), path.name
 
 
 def test_a_checkpoint_gives_the_bytes_of_its_model(

@@ -6,9 +6,9 @@ from enum import StrEnum
 import torch
 import torch.distributed as dist
 
-from quantplug.errors import ArgumentError, Offender
 from quantplug.export.pipeline.gather import Groups
 from quantplug.export.plan.types import ExportTask
+from quantplug.findings import choice_named
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import collective_device, lost_ranks_named
 
@@ -38,13 +38,7 @@ def weight_amax_policy(name: str) -> WeightAmax:
     Raises:
         ArgumentError: There is none of this name.
     """
-    if name not in list(WeightAmax):
-        raise ArgumentError(
-            "There is no such way to take the amaxes of weights.",
-            [Offender("amax", f"is {name!r}")],
-            f"Use one of: {', '.join(WeightAmax)}.",
-        )
-    return WeightAmax(name)
+    return choice_named(WeightAmax, name, "amax", "There is no such way to take the amaxes of weights.")
 
 
 def has_grown(task: ExportTask, amax: float) -> bool:

@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.pieces import Piece, cut
 from quantplug.export.plan.types import ExportTask
+from quantplug.mappings.layouts import ModelDimensions
 
 # A function and not a method of `Source`: what checks that the source has not changed wraps it (`unchanged_rows`).
 ReadRows = Callable[[Piece], torch.Tensor]
@@ -51,6 +52,15 @@ class Chunk:
 
     place: Place
     rows: torch.Tensor
+
+
+def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, read: ReadRows) -> Iterator[Chunk]:
+    """All of a weight in the very pieces that are packed later, for a source that reads rows where they lie.
+
+    So a row that is read for the second time has a fingerprint of its own to be held against.
+    """
+    for piece in cut(task, dims, bucket_bytes):
+        yield Chunk(place_of(piece), read(piece))
 
 
 class Source(Protocol):

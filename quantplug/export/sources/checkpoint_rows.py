@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from quantplug.checkpoint.reader import HFCheckpoint
-from quantplug.export.plan.pieces import Piece, cut
-from quantplug.export.plan.source import Chunk, place_of
+from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.source import Chunk, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -33,10 +33,7 @@ class CheckpointSource:
         return True
 
     def chunks(self, task: ExportTask) -> Iterator[Chunk]:
-        for piece in cut(task, self.dims, self.bucket_bytes):
-            # In the very pieces that are packed later, so that a row read for the second time has a fingerprint of its
-            # own to be held against.
-            yield Chunk(place_of(piece), self.read(piece))
+        return chunks_by_piece(task, self.dims, self.bucket_bytes, self.read)
 
     def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
         for part, output in enumerate(task.outputs):

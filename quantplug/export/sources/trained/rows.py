@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
-from quantplug.export.plan.pieces import Piece, cut, rows_of
-from quantplug.export.plan.source import Chunk, Source, place_of
+from quantplug.export.plan.pieces import Piece, rows_of
+from quantplug.export.plan.source import Chunk, Source, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.export.sources.checkpoint_rows import BUCKET_BYTES
 from quantplug.mappings.layouts import ModelDimensions
@@ -40,10 +40,7 @@ class TorchDistSource:
         return True
 
     def chunks(self, task: ExportTask) -> Iterator[Chunk]:
-        # In the very pieces that are packed later, so that a row read for the second time has a fingerprint of its own
-        # to be held against.
-        for piece in cut(task, self.dims, self.bucket_bytes):
-            yield Chunk(place_of(piece), self.read(piece))
+        return chunks_by_piece(task, self.dims, self.bucket_bytes, self.read)
 
     def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
         if task.mapping.role.is_passthrough:
