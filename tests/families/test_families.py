@@ -1,4 +1,4 @@
-"""Every family in both directions. The README's table of families has one column for each of these tests."""
+"""Every family in both directions. The table of docs/architectures.md has one column for each of these tests."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -15,7 +15,7 @@ from quantplug.formats.names import (
 
 
 def test_every_name_says_what_it_means() -> None:
-    """As the vocabulary of the README has it; a name of another meaning would be another checkpoint."""
+    """As the vocabulary of the documents has it; a name of another meaning would be another checkpoint."""
     said = {name: (row.weight.name, row.weight_bits, row.activations) for name, row in SCHEMES.items()}
     assert said == {
         "w4a16_nvfp4": ("nvfp4", 4, Activations.PLAIN),

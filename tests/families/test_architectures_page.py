@@ -1,4 +1,4 @@
-"""The README's table of families claims what tests in this directory prove, and nothing else."""
+"""The table of architectures in the documents claims what tests in this directory prove, and nothing else."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 from tests.families import test_families, test_topologies
 from tests.families.cases import CASES
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEADER = "| | config | import | export |"
 
 
 def table() -> tuple[list[str], list[dict[str, str]]]:
-    lines = README.read_text().split(HEADER)[1].split("\n\n")[0].splitlines()
+    lines = DOCUMENT.read_text().split(HEADER)[1].split("\n\n")[0].splitlines()
     columns = ["family", *cells(f"{HEADER.removeprefix('| |')}{lines[0]}")]
     return columns, [dict(zip(columns, cells(line), strict=True)) for line in lines[2:]]
 
