@@ -115,7 +115,7 @@ class Work:
         staging = Staging(self.directory, self.plan.digest, "", rank=0, world_size=1)
         rows = CheckpointSource(self.source, self.plan.dims)
         reading = write_rounds.Reading(rows.read, rows.bucket_bytes)
-        write_rounds.write_tensors(self.plan, reading, staging, 0, {}, silent)
+        write_rounds.write_tensors(self.plan, reading, staging, 0, {}, silent, sizes={})
         staging.close()
 
     def in_turn(self) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantplug.errors import Offender, QuantplugError
-from quantplug.printable import printable, printable_lines
+from quantplug.printable import printable, printable_lines, shown
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,14 @@ def test_the_text_of_an_error_has_one_line_an_offender(name: str, reason: str, p
     assert all(line.isprintable() for line in lines)
     assert len(lines) == 3 + bool(remedy)
     assert error.offenders[0].parameter == name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "None"), ("a\n", r"'a\n'"), ([1] * 99, "[" + "1, " * 25 + "1...")]
+)
+def test_a_value_is_shown_as_python_spells_it_in_a_line(value: object, expected: str) -> None:
+    assert shown(value) == expected
+    assert len(expected) <= 80
 
 
 def test_a_million_offenders_are_counted_not_shown() -> None:

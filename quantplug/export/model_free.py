@@ -22,7 +22,7 @@ from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import ArgumentError, Offender, SourceError
-from quantplug.export.files.finish import Beside, finish
+from quantplug.export.files.finish import Beside, finish, sizes_on_disk
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.pipeline.amaxes import WeightAmax
@@ -190,7 +190,7 @@ def write_export(
     try:
         # Files that were finished before a change was seen may have been packed while it was made.
         with staging.discarded_on(SourceError):
-            write_tensors(plan, reading, staging, rank=0, groups={}, progress=progress)
+            write_tensors(plan, reading, staging, 0, {}, progress, sizes_on_disk(plan, beside, dtype))
             require_unchanged(plan.tasks, rows, found.marks)
         finish(plan, beside, staging, dtype)
     except BaseException:

@@ -8,7 +8,7 @@ import torch
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.errors import RankLostError, SourceError
-from quantplug.export.files.finish import Beside, ExportResult, finish, result_of
+from quantplug.export.files.finish import Beside, ExportResult, finish, result_of, sizes_on_disk
 from quantplug.export.files.shared_directory import require_shared
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
@@ -114,11 +114,12 @@ def export_mcore_gpt_to_hf(
     all_or_none(lambda: refuse_outliers(plan.tasks, found.typical, weights))
     beside = Beside(source.directory, source.raw, side_files)
     reading = Reading(unchanged_rows(weights, found.marks), weights.bucket_bytes)
+    sizes = all_or_none(lambda: sizes_on_disk(plan, beside, dtype))
     staging = Staging(destination, plan.digest, digest_of(found.marks), rank, topology.world_size)
     try:
         # Files that were finished before a change was seen may have been packed while it was made.
         with staging.discarded_on(SourceError):
-            write_tensors(plan, reading, staging, rank, groups, progress)
+            write_tensors(plan, reading, staging, rank, groups, progress, sizes)
             all_or_none(lambda: require_unchanged(plan.tasks, weights, found.marks))
         all_or_none(lambda: _finish_by_first_rank(plan, beside, staging, dtype, rank))
     except RankLostError:

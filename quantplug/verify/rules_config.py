@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts, is_texts
+from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.excludes import with_parents
 from quantplug.verify.modules import Inventory
@@ -98,7 +99,7 @@ def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
     )
     for what, here, there in pairs:
         if here != there:
-            yield error(Check.CONFIG_AGREEMENT, what, f"{CONFIG} says {_short(here)}, {FILE} says {_short(there)}")
+            yield error(Check.CONFIG_AGREEMENT, what, f"{CONFIG} says {shown(here)}, {FILE} says {shown(there)}")
     for where, value in (
         (f"{CONFIG} ignore", config.get("ignore")),
         (f"{FILE} exclude_modules", file.get("exclude_modules")),
@@ -110,11 +111,6 @@ def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
     for pattern in sorted(here ^ there):
         where, other = (CONFIG, FILE) if pattern in here else (FILE, CONFIG)
         yield error(Check.CONFIG_AGREEMENT, pattern, f"excluded by {where}, but not by {other}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def group_size(inventory: Inventory) -> Iterator[Finding]:
@@ -154,7 +150,7 @@ def status(inventory: Inventory) -> Iterator[Finding]:
     found = _quantization_config(inventory).get("quantization_status")
     if inventory.scheme.method == "compressed-tensors" and found not in (None, "compressed"):
         message = (
-            f"quantization_status is {_short(found)}: transformers reads packed weights only where it is 'compressed'"
+            f"quantization_status is {shown(found)}: transformers reads packed weights only where it is 'compressed'"
         )
         yield error(Check.STATUS, CONFIG, message)
 

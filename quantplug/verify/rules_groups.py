@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, is_texts
+from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.modules import Inventory
 from quantplug.verify.report import Finding, error
@@ -24,11 +25,11 @@ def config_groups(inventory: Inventory) -> Iterator[Finding]:
         return
     groups = config["config_groups"]
     if not isinstance(groups, dict) or (compressed and not groups):
-        yield _error("", f"is {_short(groups)}, not an object of groups")
+        yield _error("", f"is {shown(groups)}, not an object of groups")
         return
     for name, group in groups.items():
         if not isinstance(group, dict):
-            yield _error(f".{name}", f"is {_short(group)}, not an object")
+            yield _error(f".{name}", f"is {shown(group)}, not an object")
             continue
         bits = _compressed_bits(config, group) if compressed else _MODELOPT_BITS.get(as_text(config.get("quant_algo")))
         yield from _group(f".{name}", group, bits)
@@ -41,19 +42,19 @@ def _compressed_bits(config: Json, group: Json) -> int | None:
 def _group(name: str, group: Json, bits: int | None) -> Iterator[Finding]:
     """`bits` are those of the algorithm; None when its groups are not known in full."""
     if not is_texts(group.get("targets")) or not group["targets"]:
-        yield _error(name, f"targets is {_short(group.get('targets'))}, not a list of classes or modules")
+        yield _error(name, f"targets is {shown(group.get('targets'))}, not a list of classes or modules")
     weights = group.get("weights")
     # Groups of an algorithm that is not known in full may say it otherwise.
     if bits is None and weights is None:
         return
     if not isinstance(weights, dict):
-        yield _error(name, f"weights is {_short(weights)}, not an object")
+        yield _error(name, f"weights is {shown(weights)}, not an object")
         return
     if as_count(weights.get("num_bits")) is None or (bits is not None and weights["num_bits"] != bits):
-        yield _error(name, f"weights.num_bits is {_short(weights.get('num_bits'))}, expected {bits or 'a number'}")
+        yield _error(name, f"weights.num_bits is {shown(weights.get('num_bits'))}, expected {bits or 'a number'}")
     kind = weights.get("type")
     if not isinstance(kind, str) or (bits is not None and kind != "float"):
-        yield _error(name, f"weights.type is {_short(kind)}, expected {'float' if bits else 'a name'}")
+        yield _error(name, f"weights.type is {shown(kind)}, expected {'float' if bits else 'a name'}")
     if bits == 4 and weights.get("group_size") is None:
         yield _error(name, "weights.group_size is not set, NVFP4 has 16")
 
@@ -67,16 +68,12 @@ def kv_cache_algo(inventory: Inventory) -> Iterator[Finding]:
     for where, holder in (("config.json", config), ("hf_quant_config.json", file)):
         value = holder.get("kv_cache_quant_algo")
         if value is not None and not isinstance(value, str):
-            message = f"is {_short(value)}, neither a name nor null"
+            message = f"is {shown(value)}, neither a name nor null"
             yield error(Check.CONFIG_GROUPS, f"{where} kv_cache_quant_algo", message)
 
 
 def _error(group: str, message: str) -> Finding:
     return error(Check.CONFIG_GROUPS, f"config.json config_groups{group}", message)
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]
 
 
 RULES = (config_groups, kv_cache_algo)

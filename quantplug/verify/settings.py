@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantplug.checkpoint.untrusted.json_reader import Json, as_object
+from quantplug.printable import shown
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
@@ -35,7 +36,16 @@ _SWITCHES = frozenset({
 _ROPE = "rope"  # what both spellings become
 _DEEPEST = 8  # objects within objects; no config known to us has more than three
 _FLOAT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-_ABSENT = object()
+
+
+class _Absent:
+    """Stands for the value of a setting that is not there."""
+
+    def __repr__(self) -> str:
+        return "not set"
+
+
+_ABSENT = _Absent()
 
 
 def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
@@ -50,14 +60,14 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
         if last == "dtype" and _has_type(export, ours, theirs):
             continue
         if theirs is _ABSENT and last not in _SWITCHES:
-            added.append(f"{name} {_short(ours)}")
+            added.append(f"{name} {shown(ours)}")
         elif last == "tie_word_embeddings" and (_ABSENT in (ours, theirs) or _repeats_the_top(name, ours, here)):
             # By default it depends on the architecture, and transformers 5 reads it at the top alone: an export writes
             # the same for the language model inside, where a source may hold a default that nothing reads. Whether the
             # head is there is told by the tensors.
             continue
         else:
-            yield error(Check.SETTINGS, f"config.json {name}", f"is {_short(ours)}, in the source {_short(theirs)}")
+            yield error(Check.SETTINGS, f"config.json {name}", f"is {shown(ours)}, in the source {shown(theirs)}")
     if added:
         message = (
             f"{len(added)} settings are not in the source's: {', '.join(added[:6])}: right where they are defaults"
@@ -119,8 +129,3 @@ def _has_type(export: Checkpoint, ours: Any, theirs: Any) -> bool:
         return True
     types = {_FLOAT_TYPES.get(info.dtype) for info in export.tensors.values() if len(info.shape) > 1}
     return ours in types
-
-
-def _short(value: Any) -> str:
-    text = "not set" if value is _ABSENT else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

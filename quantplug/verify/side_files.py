@@ -8,6 +8,7 @@ from typing import Any
 
 from quantplug.checkpoint.untrusted.files import file_problem
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
+from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
 from quantplug.verify.settings import same
@@ -57,7 +58,7 @@ def _tokenizer_config(export: Path, source: Path) -> Iterator[Finding]:
     if here and there:
         for key in sorted(_DECIDING):
             if not same(_text_of(here.get(key)), _text_of(there.get(key))):
-                message = f"{key} is {here.get(key)!r:.80}, in the source {there.get(key)!r:.80}"
+                message = f"{key} is {shown(here.get(key))}, in the source {shown(there.get(key))}"
                 yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, message)
     elif there:
         yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, "in the source, but not in the export")

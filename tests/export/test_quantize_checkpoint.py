@@ -151,15 +151,19 @@ def test_an_empty_quantization_is_none(sources: Sources, tmp_path: Path) -> None
 def test_a_disk_without_room_is_found_before_a_file_is_made(
     sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize_checkpoint(sources("dense"), tmp_path / "out", "w8a16_fp8")
-    needed = sum(tensor.nbytes for tensor in read(tmp_path / "out").values())
+    source = shutil.copytree(sources("dense"), tmp_path / "in")
+    # A tokenizer can be larger than the weights of a small model.
+    (source / "tokenizer.json").write_text(json.dumps({"": "x" * 2**20}))
+    quantize_checkpoint(source, tmp_path / "out", "w8a16_fp8")
+    needed = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert needed > 2**20
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with refused(WriteError, tmp_path) as caught:
-        quantize_checkpoint(sources("dense"), tmp_path / "again", "w8a16_fp8")
+        quantize_checkpoint(source, tmp_path / "again", "w8a16_fp8")
     assert f"{needed:,} needed" in str(caught.value)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    quantize_checkpoint(sources("dense"), tmp_path / "again", "w8a16_fp8")
+    quantize_checkpoint(source, tmp_path / "again", "w8a16_fp8")
 
 
 def test_an_lm_head_beside_tied_embeddings_is_left_out(sources: Sources, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class SafetensorsFile:
     ) -> None:
         self._path = path
         self._on_full = on_full
-        self._partial = _partial(path)
+        self._partial = partial_path(path)
         self._specs = {spec.name: spec for spec in specs}
         self._is_shared = shares is not None
         if shares is None:
@@ -108,7 +108,7 @@ def make_file(path: Path, specs: Sequence[TensorSpec]) -> None:
     """
     header, _, size = _plan(specs)
     # Readable by its owner alone until it is whole; `finish_file` gives it the mode of an ordinary file.
-    file = os.open(_partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    file = os.open(partial_path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         # Its full size at once, so that any rank can write at any place of it.
         os.ftruncate(file, size)
@@ -123,16 +123,17 @@ def name_file(path: Path, on_full: OnFull | None = None) -> None:
     Args:
         on_full: Called before that, with its final name and the one that it still has.
     """
-    finish_file(_partial(path))
+    finish_file(partial_path(path))
     # Between data and name: whoever notes down that the file is there must not do so before the data is, and must have
     # done so when the name appears.
     if on_full is not None:
-        on_full(path, _partial(path))
-    _partial(path).replace(path)
+        on_full(path, partial_path(path))
+    partial_path(path).replace(path)
     sync_directory(path.parent)
 
 
-def _partial(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """The name that a file has until all of it is there."""
     return path.with_name(f"{path.name}.part")
 
 

@@ -24,7 +24,15 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 def write_configs(
     source: Mapping[str, Any], destination: Path, dtype: torch.dtype | None, quant_config: QuantConfig | None
 ) -> None:
-    """Writes hf_quant_config.json, and config.json as the source has it but for the type and the quantization.
+    """Writes what `configs_of` gives."""
+    for name, content in configs_of(source, dtype, quant_config).items():
+        write_json(destination / name, content)
+
+
+def configs_of(
+    source: Mapping[str, Any], dtype: torch.dtype | None, quant_config: QuantConfig | None
+) -> dict[str, Mapping[str, Any]]:
+    """hf_quant_config.json, and config.json as the source has it but for the type and the quantization, by name.
 
     Without a `dtype` the config keeps its own. What the source says of an earlier quantization is left out: it does not
     hold for what is written. What it says of a language model alone agrees with what it says of the whole.
@@ -44,11 +52,12 @@ def write_configs(
         config |= dict.fromkeys(_spellings(config) or {"dtype"}, _spelled(dtype))
     for key in _QUANTIZATION_KEYS:
         config.pop(key, None)
-    if quant_config is not None:
-        config["quantization_config"] = dict(quant_config.config_json)
-        if quant_config.hf_quant_config is not None:
-            write_json(destination / QUANT_CONFIG_FILE, quant_config.hf_quant_config)
-    write_json(destination / CONFIG_FILE, config)
+    if quant_config is None:
+        return {CONFIG_FILE: config}
+    config["quantization_config"] = dict(quant_config.config_json)
+    if quant_config.hf_quant_config is None:
+        return {CONFIG_FILE: config}
+    return {QUANT_CONFIG_FILE: quant_config.hf_quant_config, CONFIG_FILE: config}
 
 
 def _agreeing(text: dict[str, Any], config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

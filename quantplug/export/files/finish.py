@@ -1,5 +1,6 @@
 """The end of an export to disk: what is written once, last, and what the caller is told."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.lost_mtp import LostMtp
 from quantplug.checkpoint.reader import INDEX_FILE
+from quantplug.checkpoint.safetensors.writer import file_size
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles
-from quantplug.export.files.config_files import copy_side_files, write_configs
-from quantplug.export.files.index import refuse_strays, write_index
+from quantplug.checkpoint.untrusted.files import open_file
+from quantplug.export.files.config_files import configs_of, copy_side_files, write_configs
+from quantplug.export.files.index import index_of, json_bytes, refuse_strays, write_index
 from quantplug.export.files.staging import Staging
 from quantplug.export.plan.types import ExportPlan
 
@@ -61,6 +64,21 @@ class Beside:
     directory: Path
     config: Mapping[str, Any]
     side_files: SideFiles
+
+
+def sizes_on_disk(plan: ExportPlan, source: Beside, dtype: torch.dtype | None) -> dict[str, int]:
+    """Bytes of every file of an export, by its path: what the disk must have room for.
+
+    Raises:
+        SourceError: A file that is to be copied is no longer there.
+    """
+    expected = plan.expected()
+    sizes = {file.name: file_size([expected[name] for name in file.tensors]) for file in plan.files}
+    for name in source.side_files.carried:
+        with open_file(source.directory, name) as file:
+            sizes[name] = os.fstat(file.fileno()).st_size
+    written = {INDEX_FILE: index_of(plan.files, expected), **configs_of(source.config, dtype, plan.quant_config)}
+    return sizes | {name: len(json_bytes(content)) for name, content in written.items()}
 
 
 def finish(plan: ExportPlan, source: Beside, staging: Staging, dtype: torch.dtype | None) -> None:

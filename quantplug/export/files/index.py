@@ -16,18 +16,19 @@ from quantplug.formats import TensorSpec
 
 def write_index(directory: Path, files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> None:
     """Writes the index of what is in the files, by their own headers, which must be what was planned."""
-    weight_map: dict[str, str] = {}
     for file in files:
         # Read by safetensors itself, with which servers read, and not by what wrote the file.
         with safe_open(directory / file.name, framework="pt") as opened:
-            names = set(opened.keys())
-        assert names == set(file.tensors), f"{file.name} does not hold what was planned"
-        weight_map |= dict.fromkeys(names, file.name)
+            assert set(opened.keys()) == set(file.tensors), f"{file.name} does not hold what was planned"
+    write_json(directory / INDEX_FILE, index_of(files, expected))
+
+
+def index_of(files: Sequence[ShardFile], expected: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """What the index says of these files."""
+    weight_map = {name: file.name for file in files for name in file.tensors}
     total_size = sum(expected[name].nbytes for name in weight_map)
     # Names in order, so that the same checkpoint has the same index however many ranks wrote it.
-    write_json(
-        directory / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    return {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def refuse_strays(directory: Path, names: Container[str]) -> None:
@@ -58,4 +59,9 @@ def refuse_strays(directory: Path, names: Container[str]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """A JSON file as every one of ours is spelled."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

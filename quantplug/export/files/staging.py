@@ -14,7 +14,7 @@ from pathlib import Path
 from quantplug.atomic import publish_directory, write_atomically
 from quantplug.checkpoint.lock import take_lock
 from quantplug.checkpoint.reader import INDEX_FILE
-from quantplug.checkpoint.safetensors.writer import file_size
+from quantplug.checkpoint.safetensors.writer import file_size, partial_path
 from quantplug.errors import DestinationError, Offender, QuantplugError, WriteError
 from quantplug.export.files.marks import is_as_marked
 from quantplug.export.plan.types import ShardFile
@@ -84,21 +84,34 @@ class Staging:
         self._made: list[Path] = []
         self._is_ours = False
 
-    def require_space(self, nbytes: int) -> None:
+    def require_space(self, sizes: Mapping[str, int]) -> None:
         """Finds before anything is packed that the disk does not hold all of it; what is there already counts.
+
+        Args:
+            sizes: Bytes of every file that is to be there in the end, by its path.
 
         Raises:
             WriteError: Names how much there is, and how much it takes.
         """
-        there = sum(path.stat().st_size for path in self.directory.glob("*"))
+        needed = sum(max(0, nbytes - self._taken(name)) for name, nbytes in sizes.items())
         parent = next(parent for parent in self.directory.parents if parent.exists())
         free = shutil.disk_usage(parent).free
-        if free + there < nbytes:
+        if free < needed:
             raise WriteError(
                 "The disk has no room for the checkpoint.",
-                [Offender(str(parent), f"has {free:,} bytes free of the {nbytes - there:,} needed")],
+                [Offender(str(parent), f"has {free:,} bytes free of the {needed:,} needed")],
                 "Make room, or choose another directory.",
             )
+
+    def _taken(self, name: str) -> int:
+        """Bytes of the disk that a file of an export, or what a killed one left of it, takes already."""
+        path, taken = self.directory / name, 0
+        for it in (path, partial_path(path)):
+            with suppress(FileNotFoundError):
+                found = it.stat()
+                # In blocks of 512 bytes (stat(2)): an unfinished file has its full size, and holes for what is to come.
+                taken += min(found.st_size, found.st_blocks * 512)
+        return taken
 
     def make(self) -> None:
         """Makes the directory, by rank 0, which then knows what to remove if the export fails."""

@@ -5,7 +5,7 @@ exchanged with nobody: it is written piece by piece while the next piece is pack
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,13 @@ class Reading:
 
 
 def write_tensors(
-    plan: ExportPlan, reading: Reading, staging: Staging, rank: int, groups: Groups, progress: Progress
+    plan: ExportPlan,
+    reading: Reading,
+    staging: Staging,
+    rank: int,
+    groups: Groups,
+    progress: Progress,
+    sizes: Mapping[str, int],
 ) -> None:
     """Writes every tensor of a plan that is not in a finished file yet. A collective of all ranks, which may be one.
 
@@ -52,6 +58,7 @@ def write_tensors(
     Args:
         groups: The process groups of slices; none where a rank holds all of every weight.
         progress: Called in bytes of the weights that this rank writes.
+        sizes: Bytes of all files of the export, by their paths, also of those that are written after these.
 
     Raises:
         DestinationError: Another export left its unfinished files in the way, or still runs.
@@ -60,8 +67,7 @@ def write_tensors(
         RankLostError: A rank ended.
     """
     # Each step on all ranks before the next one: no rank claims the directory while another still finds it locked.
-    nbytes = sum(spec.nbytes for spec in plan.expected().values())
-    for step in (partial(staging.require_space, nbytes), staging.make, staging.lock, staging.open):
+    for step in (partial(staging.require_space, sizes), staging.make, staging.lock, staging.open):
         all_or_none(disk_errors(staging.directory)(step))
     finished = _finished_everywhere(plan, staging, rank)
     # All tensors of a weight are in one file, so that the first one tells of all.

@@ -124,7 +124,7 @@ def corrected_router_settings(config: Mapping[str, Any]) -> Settings:
 
 def latent_settings(config: Mapping[str, Any]) -> Settings:
     """What multi-latent attention may set, and Megatron would compute otherwise."""
-    kind, scaling = common.rope(config)[1], rope_scaling(config)
+    kind, scaling = common.rope(config)[1], common.rope_settings(config)
     heads = config["num_attention_heads"]
     settings = {
         "rope_type": (kind, kind if kind in ("default", "yarn") else "default or yarn"),
@@ -169,14 +169,9 @@ def latent_transformer_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def rope_scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config says of rotary embeddings: `rope_parameters` in transformers 5, `rope_scaling` before."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
 def _yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     """YaRN (https://arxiv.org/abs/2309.00071) with transformers' defaults."""
-    scaling = rope_scaling(config)
+    scaling = common.rope_settings(config)
     original = common.setting(scaling, "original_max_position_embeddings")
     # Without both, transformers takes 0.1 ln(factor) + 1, which these values give in Megatron.
     given = bool(scaling.get("mscale") and scaling.get("mscale_all_dim"))

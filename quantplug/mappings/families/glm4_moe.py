@@ -31,7 +31,7 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
         **deepseek_config.corrected_router_config(config),
     }
     # 0.5 is what transformers has where the config does not say it.
-    rotated = deepseek_config.rope_scaling(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    rotated = common.rope_settings(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
     model = {**common.decoder_model_arguments(config), "rotary_percent": 0.5 if rotated is None else rotated}
     return MegatronConfig(transformer=transformer, model=model)
 

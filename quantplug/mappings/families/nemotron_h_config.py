@@ -14,6 +14,7 @@ from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.families import common, deepseek_config
 from quantplug.mappings.layouts import HybridLayers, MambaSizes, ModelDimensions, Option
 from quantplug.mappings.table import Activation, MegatronConfig, ModelKind, SizeSetting
+from quantplug.printable import shown
 
 
 class LayerKind(Enum):
@@ -70,9 +71,9 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
     if not said:
         yield Offender(f"{_LIST} / {_PATTERN}", "not set")
     if said.get(_LIST, ()) is None:
-        yield Offender(_LIST, f"is {_short(listed)}, not a list of {', '.join(_WORDS)}")
+        yield Offender(_LIST, f"is {shown(listed)}, not a list of {', '.join(_WORDS)}")
     if said.get(_PATTERN, ()) is None:
-        yield Offender(_PATTERN, f"is {_short(pattern)}, not a text of {' '.join(_SYMBOLS)}, one a layer")
+        yield Offender(_PATTERN, f"is {shown(pattern)}, not a text of {' '.join(_SYMBOLS)}, one a layer")
     # Where a config carries both, any server may read either: they must agree.
     kinds = [(name, found) for name, found in said.items() if found]
     if len(kinds) == 2 and kinds[0][1] != kinds[1][1]:
@@ -80,7 +81,7 @@ def _faults(config: Mapping[str, Any]) -> Iterator[Offender]:
     for name, found in kinds:
         count = config.get("num_hidden_layers")
         if count is not None and count != len(found):
-            yield Offender("num_hidden_layers", f"is {_short(count)}, {name} has {len(found)} layers")
+            yield Offender("num_hidden_layers", f"is {shown(count)}, {name} has {len(found)} layers")
         if LayerKind.MOE in found:
             missing = [size for size in _OF_EXPERTS if not config.get(size)]
             yield from (Offender(size, f"is not above zero, and {name} has layers with experts") for size in missing)
@@ -93,11 +94,6 @@ def _read(value: Any, kind: type[Any], known: Mapping[str, LayerKind]) -> tuple[
     if not words or not all(isinstance(word, str) and word in known for word in words):
         return None
     return tuple(known[word] for word in words)
-
-
-def _short(value: object) -> str:
-    """What a config of unknown origin says, not longer than a message can bear."""
-    return repr(value)[:60]
 
 
 def layers(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:

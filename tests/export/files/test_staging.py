@@ -1,12 +1,13 @@
 """The hidden directory in which an export grows: whose it is, while ranks of another one may still write."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from quantplug.errors import DestinationError
+from quantplug.errors import DestinationError, WriteError
 from quantplug.export.files.index import refuse_strays
 from quantplug.export.files.staging import Staging, check_destination
 
@@ -109,3 +110,22 @@ def test_of_a_checkpoint_in_the_way_it_is_said_that_it_may_be_the_wanted_one(tmp
     (out / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(DestinationError, match="holds a checkpoint, and one that an export wrote is complete"):
         check_destination(out)
+
+
+def test_what_a_killed_export_has_not_written_yet_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfinished file has its full size from the first moment on, and holes; a finished one is there."""
+    (staging,) = start(tmp_path / "out", 1)
+    size = 2**20
+    (staging.directory / "one.safetensors").write_bytes(b"x" * size)
+    with (staging.directory / "two.safetensors.part").open("wb") as file:
+        file.truncate(size)
+    usage = shutil.disk_usage(tmp_path)
+    sizes = {"one.safetensors": size, "two.safetensors": size, "tokenizer.json": 7}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size + 6))
+    with pytest.raises(WriteError, match=f"{size + 7:,} needed"):
+        staging.require_space(sizes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size + 7))
+    staging.require_space(sizes)
+    staging.close()
