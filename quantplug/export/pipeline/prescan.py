@@ -14,7 +14,7 @@ import torch
 from quantplug.errors import CalibrationError, SourceError, WeightError
 from quantplug.export.pipeline.amaxes import WeightAmax, has_grown
 from quantplug.export.pipeline.fingerprint import fingerprint
-from quantplug.export.pipeline.outliers import Typical, sampled_amax
+from quantplug.export.pipeline.outliers import Typical, sampled_magnitude
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.source import Place, ReadRows, Source, place_of
 from quantplug.export.plan.types import ExportTask
@@ -66,7 +66,7 @@ class Prescan:
 
     Attributes:
         amaxes: max|weight| of what it has of each weight; of tensors that pass through, none.
-        typical: What blocks have in the middle, of weights that get one scale beside those of blocks.
+        typical: What elements have in the middle, of weights that get a scale of the whole tensor.
     """
 
     amaxes: dict[ParamKey, float] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def prescan(
         for chunk in source.chunks(task):
             if chunk.rows.numel() and not task.mapping.role.is_passthrough:
                 torch.maximum(amax, weight_amax(chunk.rows).to(amax.device), out=amax)  # Lets a NaN through.
-            if (sample := sampled_amax(task, chunk.rows)) is not None:
+            if (sample := sampled_magnitude(task, chunk.rows)) is not None:
                 torch.fmin(typical, sample.to(typical.device), out=typical)  # Lets no NaN through.
             if with_marks:
                 marks[chunk.place] = fingerprint(chunk.rows)
