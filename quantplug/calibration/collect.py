@@ -12,6 +12,7 @@ from transformer_engine.pytorch import GroupedLinear
 from quantplug.calibration.quantizers import is_dynamic, leaf_quantizers
 from quantplug.calibration.run import CalibrationRecord
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
+from quantplug.calibration.tokens import record_layer
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.checkpoint.layouts import FanOut
@@ -72,25 +73,19 @@ def collect_statistics(
     record = record or CalibrationRecord()
     return CalibrationTable.merged(
         CalibrationTable(
-            tuple(
-                _with_tokens(row, record, chunk.config.num_layers)
-                for row in _rows(chunk, record, _fanned_out(fan_outs, number))
-            )
+            tuple(_with_tokens(row, record, chunk) for row in _rows(chunk, record, _fanned_out(fan_outs, number)))
         )
         for number, chunk in enumerate(model_chunks(model))
     )
 
 
-def _record_layer(key: ParamKey, num_layers: int) -> int | None:
-    """The number under which a `CalibrationRecord` has the layer of a key; None outside of layers.
-
-    A key counts the layers of multi-token prediction from 0, a record goes on counting after the decoder's.
-    """
-    return key.layer if key.layer is None or not key.is_mtp else num_layers + key.layer
+def _record_layer(key: ParamKey, chunk: LanguageModel) -> int | None:
+    """The number under which a `CalibrationRecord` has the layer of a key; None outside of layers."""
+    return None if key.layer is None else record_layer(key.layer, key.is_mtp, chunk)
 
 
-def _with_tokens(row: StatisticsRow, record: CalibrationRecord, num_layers: int) -> StatisticsRow:
-    layer, expert = _record_layer(row.key, num_layers), row.key.expert
+def _with_tokens(row: StatisticsRow, record: CalibrationRecord, chunk: LanguageModel) -> StatisticsRow:
+    layer, expert = _record_layer(row.key, chunk), row.key.expert
     tokens = None if layer is None else record.tokens.get(layer)
     # Shared experts and dense layers see every token; only routed ones are counted.
     if tokens is None or expert is None or _EXPERTS not in row.key.module:
@@ -129,7 +124,7 @@ def _rows(chunk: LanguageModel, record: CalibrationRecord, fanned_out: frozenset
             # it has.
             if isinstance(chunk.get_submodule(name.rpartition(".")[0]), GroupedLinear):
                 for layer, expert in sorted(record.fallback):
-                    if layer == _record_layer(key, chunk.config.num_layers):
+                    if layer == _record_layer(key, chunk):
                         yield _activation_row(replace(key, expert=expert), module)
 
 

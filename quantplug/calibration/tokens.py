@@ -19,16 +19,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from quantplug.calibration.quantizers import leaf_quantizers, needs_amax
+from quantplug.megatron.layers import decoder_layers, layers_of
 from quantplug.megatron.parallel import current_topology
-
-_BLOCKS = (TransformerBlock, MultiTokenPredictionBlock)
+from quantplug.megatron.parameters import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -90,23 +87,22 @@ class ExpertLayer:
 
 def expert_layers(chunks: Sequence[nn.Module]) -> list[ExpertLayer]:
     """The mixture-of-experts layers of all virtual pipeline stages of this rank, those of the decoder first."""
-    blocks = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _BLOCKS)]
+    models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModel)]
     return [
-        ExpertLayer(layer.layer_number - 1, layer.mlp, f"{name}.mlp.experts")
-        for block in blocks
-        for name, layer in _layers(block)
-        if isinstance(layer.mlp, MoELayer)
+        ExpertLayer(record_layer(layer.number, layer.is_mtp, model), experts, f"{layer.name}.mlp.experts")
+        for model in models
+        for layer in layers_of(model)
+        for name, experts in layer.module.named_children()
+        if name == "mlp" and isinstance(experts, MoELayer)
     ]
 
 
-def _layers(block: TransformerBlock | MultiTokenPredictionBlock) -> Iterator[tuple[str, TransformerLayer]]:
-    """The transformer layers of a block with their global names; of a layer for MTP the one that it contains."""
-    for layer in block.layers:
-        name = f"layers.{layer.layer_number - 1}"
-        if isinstance(layer, MultiTokenPredictionLayer):
-            yield f"mtp.{name}.transformer_layer", layer.transformer_layer
-        else:
-            yield f"decoder.{name}", layer
+def record_layer(number: int, is_mtp: bool, model: LanguageModel) -> int:
+    """The number under which a `CalibrationRecord` has a layer.
+
+    Keys count the layers of multi-token prediction from 0, a record goes on counting after the decoder's.
+    """
+    return decoder_layers(model) + number if is_mtp else number
 
 
 class TokenCounter:

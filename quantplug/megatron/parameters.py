@@ -1,8 +1,8 @@
 """A live Megatron model as a stream of identified parameters.
 
-Layer and expert ids are read from the modules (`TransformerLayer.layer_number`, `MoELayer.local_expert_indices`), so
-they are global under pipeline, virtual pipeline and expert parallelism, and nothing is parsed out of a name. The layers
-of multi-token prediction are counted from 0 (`MultiTokenPredictionLayer.layer_number`), whatever the decoder has.
+Layer and expert ids are read from the modules (`layers_of`, `MoELayer.local_expert_indices`), so they are global under
+pipeline, virtual pipeline and expert parallelism, and nothing is parsed out of a name. The layers of multi-token
+prediction are counted from 0, whatever the decoder has.
 
 Whether and where tensor parallelism cuts a parameter is read from the *type* of its layer, not from the
 `tensor_model_parallel` / `partition_dim` attributes of the tensor: Megatron sets those only when it initializes
@@ -11,7 +11,7 @@ row parallel ones too, as cut along dimension 0 (megatron.core.extensions.transf
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -26,27 +26,25 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.mamba import MambaModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
-from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from torch.distributed.tensor import DTensor
 
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.table import ParamKey
+from quantplug.megatron.hybrid_class import HybridModel, HybridStack
+from quantplug.megatron.layers import Layer, layers_of, pattern_of_model
 from quantplug.megatron.models.delta_net import ZeroCentredNorm
 from quantplug.megatron.parallel import current_topology
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 
-LanguageModel: TypeAlias = GPTModel | MambaModel
+LanguageModel: TypeAlias = GPTModel | HybridModel
 """What a model is, or each of its virtual pipeline stages."""
 
 # ModelOpt gives a module a subclass of the class that it had, so these hold for quantized layers as well.
@@ -62,8 +60,6 @@ _ROW_PARALLEL = (RowParallelLinear, TERowParallelLinear, TERowParallelGroupedLin
 # A recurrent mixer's convolution has a kernel for each channel, and the mixer itself some values for each head.
 _CUT_BY_CHANNEL = (torch.nn.Conv1d, GatedDeltaNet, MambaMixer)
 _ATTENTION_CORES = (DotProductAttention, TEDotProductAttention)  # Their one weight has an entry for each head.
-# Layers of the decoder, and of multi-token prediction, where a decoder's layer is one module of several.
-_LAYERS = (TransformerLayer, MambaLayer, MultiTokenPredictionLayer)
 # Modules whose children are no part of the model: what hangs below a linear or an attention core are its quantizers.
 _LEAVES = (torch.nn.Conv1d, *_COLUMN_PARALLEL, *_ROW_PARALLEL, TELinear, *_ATTENTION_CORES)
 _TE_NORMS = (te.RMSNorm, te.LayerNorm)
@@ -104,6 +100,9 @@ class _Location:
     experts: tuple[int, ...] = ()
     # Whether this module has a parameter that is cut along dimension 0, though its type does not say so.
     is_cut: bool = False
+    # The model's layers and what keys call them, and what they call the norm behind those of the decoder.
+    layers: Mapping[torch.nn.Module, Layer] = field(default_factory=dict)
+    final_norm: str = ""
 
     def child(self, local_name: str, pattern: str | None = None) -> "_Location":
         return replace(
@@ -117,7 +116,7 @@ def refuse_sharded(models: Iterable[torch.nn.Module]) -> None:
     """Refuses models whose parameters FSDP has cut into shards: PyTorch's `fully_shard`, or Megatron-FSDP.
 
     Args:
-        models: Modules with a `GPTModel` or `MambaModel` inside; others are not looked at.
+        models: Modules with a `GPTModel` or `HybridModel` inside; others are not looked at.
 
     Raises:
         UnsupportedModelError: Names the first such parameter of each.
@@ -139,7 +138,7 @@ def refuse_sharded(models: Iterable[torch.nn.Module]) -> None:
 
 
 def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[LanguageModel]:
-    """The bare `GPTModel`s or `MambaModel`s of a model: one, or one for each virtual pipeline stage.
+    """The bare `GPTModel`s or `HybridModel`s of a model: one, or one for each virtual pipeline stage.
 
     Args:
         model: One of them, one wrapped in Float16Module or DDP, or the list of them that virtual pipelining makes.
@@ -149,7 +148,7 @@ def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Lan
     """
     chunks = unwrap_model([model] if isinstance(model, torch.nn.Module) else list(model))
     offenders = [
-        Offender(f"model[{index}]", f"is a {type(chunk).__name__}, neither a GPTModel nor a MambaModel")
+        Offender(f"model[{index}]", f"is a {type(chunk).__name__}, neither a GPTModel nor a HybridModel")
         for index, chunk in enumerate(chunks)
         if not isinstance(chunk, LanguageModel)
     ]
@@ -157,9 +156,10 @@ def model_chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Lan
         raise UnsupportedModelError(
             "The model holds no GPTModel."
             if not chunks
-            else "Not every part of the model is a GPTModel or MambaModel.",
+            else "Not every part of the model is a GPTModel or HybridModel.",
             offenders,
-            "Pass Megatron-Core's GPTModel or MambaModel, bare or wrapped (Float16Module, DDP), or its virtual stages.",
+            "Pass Megatron-Core's GPTModel or HybridModel (MambaModel), bare or wrapped (Float16Module, DDP), or its "
+            "virtual stages.",
         )
     refuse_sharded(chunks)
     return chunks
@@ -172,12 +172,17 @@ def iter_parameters(model: torch.nn.Module | Sequence[torch.nn.Module]) -> Itera
     `_extra_state` are left out. A quantized model gives the same stream as the model it was made from.
 
     Raises:
-        UnsupportedModelError: There is something else than a `GPTModel` or `MambaModel` inside.
+        UnsupportedModelError: There is something else than a `GPTModel` or `HybridModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     topology = current_topology()
     for chunk in model_chunks(model):
-        yield from _walk(chunk, _Location(), topology)
+        pattern = pattern_of_model(chunk)
+        start = _Location(
+            layers={layer.module: layer for layer in layers_of(chunk)},
+            final_norm="" if pattern is None else pattern.final_norm,
+        )
+        yield from _walk(chunk, start, topology)
 
 
 def _walk(module: torch.nn.Module, location: _Location, topology: ParallelTopology) -> Iterator[MegatronParameter]:
@@ -228,9 +233,11 @@ def _children(module: torch.nn.Module, location: _Location) -> Iterator[tuple[to
             yield child, replace(experts.child(str(index), "*"), expert=expert)
         return
     for name, child in module.named_children():
-        if isinstance(module, torch.nn.ModuleList) and isinstance(child, _LAYERS):
-            # Megatron counts its layers from 1, and over all pipeline stages.
-            yield child, replace(location.child(name, "*"), layer=child.layer_number - 1)
+        if child in location.layers:
+            layer = location.layers[child]
+            yield child, replace(location.child(name), pattern=layer.pattern, layer=layer.number)
+        elif isinstance(module, HybridStack) and name == "final_norm":
+            yield child, location.child(name, location.final_norm)
         elif isinstance(module, MoELayer) and child is module.experts:
             yield child, replace(location.child(name), experts=tuple(module.local_expert_indices))
         # This norm is over the channels of this rank. Its type cannot be asked for: without mamba-ssm there is no such

@@ -11,6 +11,7 @@ from quantplug.errors import MappingError
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import MegatronConfig
 from quantplug.megatron import cpu
+from quantplug.megatron.layers import layers_of, pattern_of_model
 from quantplug.megatron.models.build import transformer_config
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.megatron.settings.computed import Value, computed, same
@@ -63,7 +64,7 @@ def add_differences(
     """
     found: dict[tuple[str, str], None] = {}
     for chunk in chunks:
-        found |= dict.fromkeys(_of_config(chunk.config, wanted.config))
+        found |= dict.fromkeys(_of_config(chunk, wanted.config))
         found |= dict.fromkeys(_of_rotary(chunk, wanted.rotary))
         found |= dict.fromkeys(_of_unit_norms(chunk, wanted.unit_norm_layers))
     for name, reason in found:
@@ -77,10 +78,14 @@ def add_tying(chunks: Sequence[LanguageModel], tied: bool, findings: Findings) -
         findings.add(_TIED_KIND, TIED, _said(not tied, tied))
 
 
-def _of_config(config: TransformerConfig, wanted: TransformerConfig) -> Iterator[tuple[str, str]]:
+def _of_config(chunk: LanguageModel, wanted: TransformerConfig) -> Iterator[tuple[str, str]]:
     theirs = dict(computed(wanted, wanted))
-    for setting, value in computed(config, wanted):
+    pattern = pattern_of_model(chunk)
+    for setting, value in computed(chunk.config, wanted):
         other = theirs[setting]
+        # Of the two that are one layer the first has the attention, which is what these settings are about.
+        if setting.of_layers and pattern is not None and pattern.has_pairs:
+            value = value[::2]  # type: ignore[index]  # A tuple.
         if same(value, other):
             continue
         if not setting.of_layers:
@@ -98,8 +103,10 @@ def _of_rotary(chunk: LanguageModel, wanted: Rotary | None) -> Iterator[tuple[st
 
 def _of_unit_norms(chunk: LanguageModel, wanted: Collection[int]) -> Iterator[tuple[str, str]]:
     norms = {
-        module.layer_number - 1: (isinstance(module.q_layernorm, L2Norm), module.layer_number - 1 in wanted)
-        for module in chunk.decoder.modules()
+        layer.number: (isinstance(module.q_layernorm, L2Norm), layer.number in wanted)
+        for layer in layers_of(chunk)
+        if not layer.is_mtp
+        for module in layer.module.children()
         if isinstance(module, SelfAttention)
     }
     if any(has is not should for has, should in norms.values()):
