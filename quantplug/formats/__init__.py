@@ -2,13 +2,15 @@
 
 from quantplug.formats.block_format import BlockFormat
 from quantplug.formats.nonfinite import first_nonfinite
-from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, NVFP4
+from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4
 from quantplug.formats.weight_format import PackedWeight, TensorSpec, WeightFormat
 
 __all__ = [
     "FP8",
     "FP8_BLOCK",
     "FP8_ROW",
+    "INT4",
+    "INT4_32",
     "NVFP4",
     "BlockFormat",
     "PackedWeight",

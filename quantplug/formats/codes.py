@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from quantplug.formats import e2m1
-from quantplug.formats.constants import E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_SMALLEST_SUBNORMAL
+from quantplug.formats.constants import (
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    E4M3_SMALLEST_SUBNORMAL,
+    INT4_HIGHEST,
+    INT4_LARGEST,
+    INT4_LOWEST,
+)
 
 
 @dataclass(frozen=True)
@@ -15,10 +23,10 @@ class Code:
 
     Attributes:
         bits: Of one code; a divisor of 8, so that a byte holds a whole number of them.
-        largest: Largest finite magnitude.
+        largest: What the amax of a block is mapped to: of a float its largest magnitude.
         smallest: Smallest magnitude above 0; half of it is rounded to 0, ties going to even.
         dtype: Of a tensor of codes, one byte an element.
-        encode: FP32 [..., n] to codes [..., n * bits / 8]: to nearest, ties to even, saturating at `largest`.
+        encode: FP32 [..., n] to codes [..., n * bits / 8]: to nearest, ties to even, saturating at its ends.
         decode: Codes back to FP32 [..., n], exactly.
     """
 
@@ -56,5 +64,17 @@ def _of_e4m3(codes: torch.Tensor) -> torch.Tensor:
     return codes.float()
 
 
+def _int4_pairs(values: torch.Tensor) -> torch.Tensor:
+    # Cut off first: 7.5, which the amax may become, is a tie of 7 and of an 8 that there is not. NaN has no integer.
+    steps = values.clamp(INT4_LOWEST, INT4_HIGHEST).round().nan_to_num(nan=0.0)
+    # Counted from the lowest, so that no code has a sign, as compressed-tensors packs them.
+    return e2m1.pack_pairs((steps - INT4_LOWEST).byte())
+
+
+def _of_int4_pairs(packed: torch.Tensor) -> torch.Tensor:
+    return e2m1.unpack_pairs(packed).float() + INT4_LOWEST
+
+
 E2M1 = Code("E2M1", 4, E2M1_MAX, E2M1_VALUES[1], torch.uint8, _e2m1_pairs, _of_e2m1_pairs)
 E4M3 = Code("E4M3", 8, E4M3_MAX, E4M3_SMALLEST_SUBNORMAL, torch.float8_e4m3fn, saturate_to_e4m3, _of_e4m3)
+INT4 = Code("INT4", 4, INT4_LARGEST, 1.0, torch.uint8, _int4_pairs, _of_int4_pairs)

@@ -5,6 +5,8 @@ Sources:
     [OFP8] OCP 8-bit Floating Point Specification (OFP8) v1.0, table of E4M3.
     [NVFP4] Pretraining Large Language Models with NVFP4, arXiv 2509.25149, section 2 and appendix B.
     [DSV3] DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
+    [CT]   compressed-tensors 0.20, compressed_tensors/quantization/utils/helpers.py (`calculate_range`,
+           `calculate_qparams`).
     [TE]   Transformer Engine, transformer_engine/common/cast/nvfp4/core_nvfp4.cuh.
 """
 
@@ -31,6 +33,15 @@ NVFP4_MAX = E2M1_MAX * E4M3_MAX
 
 FP8_BLOCK_SIDE = 128
 """Side of the square weight block that shares one FP32 scale [DSV3]."""
+
+INT4_LOWEST, INT4_HIGHEST = -8, 7
+"""The integers of 4 bits in two's complement; a code is the integer less the lowest, 0 to 15 [CT]."""
+
+INT4_LARGEST = (INT4_HIGHEST - INT4_LOWEST) / 2
+"""What the amax of a group is mapped to, 7.5: half a step beyond the highest, and short of the lowest [CT]."""
+
+INT4_GROUP, INT4_SMALL_GROUP = 128, 32
+"""Consecutive input features that share one scale of INT4: what llm-compressor's W4A16 has, and a finer one."""
 
 F32_SMALLEST_NORMAL = 2.0**-126
 """Smallest normal FP32 (IEEE 754): no scale is below it.

@@ -6,9 +6,9 @@ Names on disk, activations and whatever else a checkpoint says of a format are n
 from dataclasses import dataclass
 from math import ceil
 
-from quantplug.formats.codes import E2M1, E4M3, Code
-from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
-from quantplug.formats.scale_types import E4M3_SCALE, F32_SCALE, ScaleType
+from quantplug.formats.codes import E2M1, E4M3, INT4, Code
+from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_SMALL_GROUP, NVFP4_BLOCK
+from quantplug.formats.scale_types import BF16_SCALE, E4M3_SCALE, F32_SCALE, ScaleType
 
 
 @dataclass(frozen=True)
@@ -107,4 +107,6 @@ NVFP4_ENCODING = Encoding(E2M1, Block(1, NVFP4_BLOCK), E4M3_SCALE, levels=2)
 FP8_ENCODING = Encoding(E4M3, WHOLE_TENSOR, F32_SCALE)
 FP8_ROW_ENCODING = Encoding(E4M3, Block(1, None), F32_SCALE)
 FP8_BLOCK_ENCODING = Encoding(E4M3, Block(FP8_BLOCK_SIDE, FP8_BLOCK_SIDE), F32_SCALE, partial_blocks=True)
-"""These four have loops of their own in `kernels`; any other encoding is worked on by plain PyTorch."""
+INT4_ENCODING = Encoding(INT4, Block(1, INT4_GROUP), BF16_SCALE)
+INT4_32_ENCODING = Encoding(INT4, Block(1, INT4_SMALL_GROUP), BF16_SCALE)
+"""These have loops of their own in `kernels`; any other encoding is worked on by plain PyTorch."""

@@ -49,5 +49,12 @@ def _e4m3_scales(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return scales.clamp(E4M3_SMALLEST_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def _bf16_scales(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    scales = _f32_scales(amaxes, largest)
+    # Of NaN PyTorch's own rounding makes one pattern or another, as it is in a vector or behind the last one.
+    return scales.to(torch.bfloat16).masked_fill_(scales.isnan(), torch.nan)
+
+
 F32_SCALE = ScaleType("F32", torch.float32, None, _f32_scales)
 E4M3_SCALE = ScaleType("E4M3", torch.float8_e4m3fn, E4M3_MAX, _e4m3_scales, E4M3_SMALLEST_SUBNORMAL)
+BF16_SCALE = ScaleType("BF16", torch.bfloat16, None, _bf16_scales)

@@ -23,6 +23,15 @@ is `weight * weight_scale` of its row. Activations are quantized at run time, ea
     weight        F8_E4M3  [out, in]
     weight_scale  F32      [out, 1]    amax of the row / 448
 
+INT4 in groups of 128 or 32 consecutive input features (compressed-tensors' `pack-quantized`, which llm-compressor
+writes by its scheme W4A16). A value is `(code - 8) * weight_scale` of its group.
+
+    weight        U8    [out, in/2]      two codes a byte, even column in the low nibble
+    weight_scale  BF16  [out, in/group]  amax of the group / 7.5, rounded to BF16
+
+Codes are made by dividing by the rounded scale, in FP32: the bytes of llm-compressor on a GPU, whose kernel divides in
+FP32 too (`_quantize_kernel` of compressed_tensors/quantization/lifecycle/forward_helpers.py).
+
 FP8 in blocks of 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A value is `weight * weight_scale` of its
 block. Activations are quantized at run time, so there is no `input_scale`.
 
@@ -34,9 +43,18 @@ linears or cut them they need whole blocks, which is for the plan of an export t
 """
 
 from quantplug.formats.block_format import BlockFormat
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING
+from quantplug.formats.encoding import (
+    FP8_BLOCK_ENCODING,
+    FP8_ENCODING,
+    FP8_ROW_ENCODING,
+    INT4_32_ENCODING,
+    INT4_ENCODING,
+    NVFP4_ENCODING,
+)
 
 NVFP4 = BlockFormat("nvfp4", NVFP4_ENCODING, ("weight_scale", "weight_scale_2"), static_activations=True)
 FP8 = BlockFormat("fp8", FP8_ENCODING, ("weight_scale",), static_activations=True)
 FP8_ROW = BlockFormat("fp8_row", FP8_ROW_ENCODING, ("weight_scale",), static_activations=False)
 FP8_BLOCK = BlockFormat("fp8_block", FP8_BLOCK_ENCODING, ("weight_scale",), static_activations=False)
+INT4 = BlockFormat("int4", INT4_ENCODING, ("weight_scale",), static_activations=False)
+INT4_32 = BlockFormat("int4_32", INT4_32_ENCODING, ("weight_scale",), static_activations=False)

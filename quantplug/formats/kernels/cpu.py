@@ -13,7 +13,15 @@ import torch
 
 from quantplug.formats import e2m1
 from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import (
+    FP8_BLOCK_ENCODING,
+    FP8_ENCODING,
+    FP8_ROW_ENCODING,
+    INT4_32_ENCODING,
+    INT4_ENCODING,
+    NVFP4_ENCODING,
+    Encoding,
+)
 from quantplug.formats.kernels import loops, reference
 from quantplug.formats.kernels.loops import Array
 from quantplug.formats.kernels.protocol import Encoded, Loops
@@ -142,11 +150,47 @@ def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
         run_each(unpack, _bands(of_values.numpy(), of_weight))
 
 
+def _pack_int4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    group = _group(encoded)
+
+    def pack(piece: Array, codes: Array, scales: Array) -> None:
+        loops.pack_int4(_flat(piece), group, codes, scales.view(np.uint16))
+
+    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
+        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
+            pieces = _pieces(_bits(weight))
+            # Two bytes a scale, so that a byte of them goes with half a group.
+            scales = _alongside(pieces, of_weight.block_scales, group // 2)
+            yield zip(pieces, _alongside(pieces, of_weight.codes, 2), scales, strict=True)
+
+    run_each(pack, chain.from_iterable(calls()))
+
+
+def _unpack_int4(encoded: Encoded, values: torch.Tensor) -> None:
+    group = _group(encoded)
+
+    def unpack(codes: Array, scales: Array, piece: Array) -> None:
+        # NumPy has no BF16, whose bits are the upper half of FP32's.
+        loops.unpack_int4(codes, (scales.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _flat(piece))
+
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        pieces = _pieces(of_values.numpy())
+        scales = _alongside(pieces, of_weight.block_scales, group // 2)
+        run_each(unpack, zip(_alongside(pieces, of_weight.codes, 2), scales, pieces, strict=True))
+
+
+def _group(encoded: Encoded) -> int:
+    """How many columns share a scale of INT4."""
+    return encoded.codes.shape[-1] * 2 // encoded.block_scales.shape[-1]
+
+
 _LOOPS: Mapping[Encoding, Loops] = {
     NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
     FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),
     FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
+    INT4_ENCODING: Loops(_pack_int4, _unpack_int4),
+    INT4_32_ENCODING: Loops(_pack_int4, _unpack_int4),
 }
 """The encodings that have compiled loops. One that is not here is worked on by the reference: right, but slower."""
 

@@ -22,6 +22,10 @@ from quantplug.formats.constants import (
     E4M3_SMALLEST_SUBNORMAL,
     F32_SMALLEST_NORMAL,
     FP8_BLOCK_SIDE,
+    INT4_HIGHEST,
+    INT4_LARGEST,
+    INT4_LOWEST,
+    INT4_SMALL_GROUP,
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
@@ -49,6 +53,11 @@ _F32_MANTISSA_BITS = 23
 _E2M1_MANTISSA, _E2M1_NORMAL, _E2M1_LARGEST = 1, np.uint32(0x3F800000), np.float32(E2M1_MAX)
 _E4M3_MANTISSA, _E4M3_NORMAL, _E4M3_LARGEST = 3, np.uint32(0x3C800000), np.float32(E4M3_MAX)
 _E2M1_SIGN, _E4M3_SIGN_SHIFT, _E4M3_NAN = np.uint32(8), np.uint32(24), np.uint32(0x7F)
+
+_INT4_HIGHEST, _INT4_LOWEST, _INT4_LARGEST = (np.float32(it) for it in (INT4_HIGHEST, INT4_LOWEST, INT4_LARGEST))
+# FP32 holds no fractions beside this number, so that a small one is rounded when it is added; the low bits are then
+# those of its two's complement.
+_INTEGERS = np.float32(1.5 * 2**_F32_MANTISSA_BITS)
 
 _SMALLEST_BLOCK_SCALE = np.float32(E4M3_SMALLEST_SUBNORMAL)
 _SMALLEST_SCALE = np.float32(F32_SMALLEST_NORMAL)
@@ -142,14 +151,24 @@ def _pairwise_max(values: Array, half: Array, count: int) -> None:
 
 
 @njit(**_OPTIONS)
-def _nvfp4_block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> None:
-    """Largest magnitude of each 16 elements, as a tree: a loop over each block would not become vector instructions."""
-    for i in range(weight.size // 2):
+def _block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> None:
+    """Largest magnitude of each block of neighbours, a power of two of them.
+
+    As a tree: a loop over each block would not become vector instructions.
+
+    Args:
+        longer: For half as many elements.
+        shorter: For a quarter.
+    """
+    count = weight.size // 2
+    for i in range(count):
         longer[i] = max(_magnitude(weight[2 * i]), _magnitude(weight[2 * i + 1]))
-    _pairwise_max(longer, shorter, weight.size // 4)
-    _pairwise_max(shorter, longer, weight.size // 8)
+    while count > amax.size:
+        count //= 2
+        _pairwise_max(longer, shorter, count)
+        longer, shorter = shorter, longer
     for i in range(amax.size):
-        amax[i] = _fp32(max(longer[2 * i], longer[2 * i + 1]))
+        amax[i] = _fp32(longer[i])
 
 
 @njit(**_OPTIONS)
@@ -190,7 +209,7 @@ def pack_nvfp4(weight: Array, weight_scale_2: float, packed: Array, block_scales
         tile = weight[start : start + _TILE]
         blocks = tile.size // NVFP4_BLOCK
         first = start // NVFP4_BLOCK
-        _nvfp4_block_amax(tile, longer, shorter, scales[:blocks])
+        _block_amax(tile, longer, shorter, scales[:blocks])
         _nvfp4_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
         _nvfp4_codes(tile.reshape(blocks, NVFP4_BLOCK), scales[:blocks], codes.reshape(-1, NVFP4_BLOCK))
         nibbles = packed[start // 2 : start // 2 + tile.size // 2]
@@ -341,3 +360,75 @@ def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array)
             for block in range(block_scales.shape[1]):
                 for i in range(FP8_BLOCK_SIDE):
                     out[band, row, block, i] = e4m3[codes[band, row, block, i]] * block_scales[band, block]
+
+
+@njit(**_OPTIONS)
+def _int4(quotient: Any) -> Any:
+    """The INT4 code of an FP32 quotient, counted from the lowest, as `codes.INT4` has it: also that of 0 for NaN."""
+    inside = _INT4_HIGHEST if quotient > _INT4_HIGHEST else quotient
+    inside = _INT4_LOWEST if inside < _INT4_LOWEST else inside
+    # In two's complement the highest of four bits is -8 and here it is 8, so that it is the one to be turned.
+    code = np.uint32((np.float32(inside + _INTEGERS).view(np.uint32) & np.uint32(15)) ^ np.uint32(8))
+    return np.uint8(code if quotient == quotient else np.uint32(8))
+
+
+@njit(**_OPTIONS)
+def _bf16_bits(value: Any) -> Any:
+    """BF16 bits of an FP32 value, to nearest, ties to even; NaN becomes the one that PyTorch's scalars have."""
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+    return np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+
+@njit(**_OPTIONS)
+def _int4_scales(scales: Array, group_scales: Array) -> None:
+    """Writes each group's BF16 scale, and replaces its FP32 amax in `scales` by what its elements are divided by."""
+    for i in range(scales.size):
+        amax = scales[i]
+        scale = np.float32(amax / _INT4_LARGEST)
+        scale = _SMALLEST_SCALE if scale < _SMALLEST_SCALE else scale
+        scale = _ZERO_AMAX_SCALE if amax == np.float32(0) else scale
+        bits = _bf16_bits(scale)
+        group_scales[i] = bits
+        scales[i] = np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(**_OPTIONS)
+def _int4_codes(parts: Array, parts_a_group: int, scales: Array, codes: Array) -> None:
+    """Fills `codes` [n, 32] with one code a byte, from the bits of as many elements."""
+    for part in range(parts.shape[0]):
+        scale = scales[part // parts_a_group]
+        for i in range(INT4_SMALL_GROUP):
+            codes[part, i] = _int4(np.float32(_fp32(parts[part, i]) / scale))
+
+
+@njit(**_OPTIONS)
+def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> None:
+    """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128."""
+    parts_a_group = group // INT4_SMALL_GROUP
+    longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
+    scales, codes = np.empty(_TILE // group, np.float32), np.empty(_TILE, np.uint8)
+    pairs = codes.view(np.uint16)
+    for start in range(0, weight.size, _TILE):
+        tile = weight[start : start + _TILE]
+        groups, first = tile.size // group, start // group
+        _block_amax(tile, longer, shorter, scales[:groups])
+        _int4_scales(scales[:groups], group_scales[first : first + groups])
+        _int4_codes(tile.reshape(-1, INT4_SMALL_GROUP), parts_a_group, scales, codes.reshape(-1, INT4_SMALL_GROUP))
+        nibbles = packed[start // 2 : start // 2 + tile.size // 2]
+        for i in range(nibbles.size):
+            nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+
+@njit(**_OPTIONS)
+def unpack_int4(packed: Array, group_scales: Array, out: Array) -> None:
+    """Undoes `pack_int4` in FP32; the scales are given as FP32."""
+    pairs = packed.reshape(group_scales.size, -1)
+    values = out.reshape(group_scales.size, -1, 2)
+    for group in range(group_scales.size):
+        scale = group_scales[group]
+        for i in range(pairs.shape[1]):
+            pair = pairs[group, i]
+            values[group, i, 0] = (np.float32(pair & np.uint8(15)) + _INT4_LOWEST) * scale
+            values[group, i, 1] = (np.float32(pair >> np.uint8(4)) + _INT4_LOWEST) * scale

@@ -16,6 +16,8 @@ from quantplug.formats.encoding import (
     FP8_BLOCK_ENCODING,
     FP8_ENCODING,
     FP8_ROW_ENCODING,
+    INT4_32_ENCODING,
+    INT4_ENCODING,
     NVFP4_ENCODING,
     Block,
     Encoding,
@@ -28,6 +30,7 @@ from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values,
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
 SETS: tuple[Kernels, Kernels] = (cpu, reference)
+GROUPS = {INT4_ENCODING: 128, INT4_32_ENCODING: 32}
 
 
 def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tuple[torch.Tensor, ...]:
@@ -122,6 +125,35 @@ def test_fp8_block_scale_of_extremes_and_of_what_is_not_finite(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amax", [1.0, 448.0, 3e-6, 2.0**-140, 65504.0, 1 / 3])
+def test_int4_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> None:
+    values = all_values(dtype)
+    values = values[values.abs() <= amax]
+    for encoding, group in GROUPS.items():
+        weight = torch.nn.functional.pad(values, (0, -values.numel() % (group - 1))).view(-1, group - 1)
+        # At every place of a group, from the first row on.
+        weight = torch.nn.functional.pad(weight, (0, 1))
+        weight[torch.arange(len(weight)), torch.arange(len(weight)) % group] = amax
+        assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_scale_of_every_amax(dtype: torch.dtype) -> None:
+    for encoding, group in GROUPS.items():
+        weight = torch.zeros(all_values(dtype).numel(), group, dtype=dtype)
+        weight[:, 5] = all_values(dtype)
+        assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, weight))
+
+
+@pytest.mark.parametrize("scale", TENSOR_SCALES)
+def test_every_pair_of_int4_codes_unpacks_alike(scale: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).expand(1, 64, 256).contiguous()
+    for encoding, group in GROUPS.items():
+        scales = torch.linspace(0.5, 2, 64 * 512 // group).mul(scale).bfloat16().view(1, 64, -1)
+        assert_unpacks_alike(encoding, Encoded(codes, scales), (1, 64, 512))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_of_every_value(dtype: torch.dtype) -> None:
     values = all_values(dtype)
     for weight in (values, values.view(16, -1), values.view(-1, 16).t()):
@@ -144,6 +176,12 @@ def test_any_weight_packs_alike(weight: torch.Tensor, share: float) -> None:
     assert_same_bits(nvfp4(cpu, weight, scale), nvfp4(reference, weight, scale))
     assert_same_bits(fp8(cpu, weight, scale), fp8(reference, weight, scale))
     assert_same_bits(fp8_row(cpu, weight), fp8_row(reference, weight))
+
+
+@given(weight=weights(in_features=(128, 384)))
+def test_any_weight_packs_alike_in_groups(weight: torch.Tensor) -> None:
+    for encoding in GROUPS:
+        assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, weight))
 
 
 def views(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -175,6 +213,8 @@ def test_strides_and_threads_change_no_bit(dtype: torch.dtype, threads: int, wit
         assert_same_bits(fp8(cpu, weight, 1e-3), fp8(reference, whole, 1e-3))
         assert_same_bits(fp8_row(cpu, weight), fp8_row(reference, whole))
         assert_same_bits(fp8_block(cpu, weight), fp8_block(reference, whole))
+        for encoding in GROUPS:
+            assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, whole))
         assert torch.equal(bits(weight.detach()), before), name
 
 
