@@ -1,7 +1,7 @@
 """The one table of formats by public name: what each name says of weights and of activations.
 
 Python, the command line, the examples and the documents all use these names. How a format is spelled on disk is said
-in `export/plan/dialects.py`, which settings of ModelOpt's quantizers mean it in `export/plan/scheme.py`; both are keyed
+in `export/plan/dialects`, which settings of ModelOpt's quantizers mean it in `export/plan/scheme.py`; both are keyed
 by this table.
 """
 

@@ -32,7 +32,7 @@ def assemble_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: Mod
             yield from _placed(piece, packed, first_row(piece, slice_index, dims))
     # Once a part, with its first piece: such a scale is no row of anything.
     if piece.start == 0:
-        yield from _scalars(piece)
+        yield from _constants(piece)
 
 
 def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
@@ -48,10 +48,12 @@ def _end_to_end(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
 
 def _placed(piece: Piece, packed: Iterable[torch.Tensor], row: int) -> Iterator[TensorRows]:
     """Packed rows, the first of which is row number `row` of the part, as rows of the tensors that they belong to."""
-    copies = [copy.tensors for copy in piece.task.duplicates]
-    # Not strict: a part may have more tensors than are packed of its rows, and these scales are the last.
-    for specs, tensor in zip(zip(piece.output.tensors, *copies, strict=True), packed, strict=False):
+    outputs = (piece.output, *piece.task.duplicates)
+    reciprocals = frozenset().union(*(output.reciprocals for output in outputs))
+    # Not strict: a part may have more tensors than are packed of its rows, and these are the last.
+    for specs, made in zip(zip(*(output.tensors for output in outputs), strict=True), packed, strict=False):
         for spec in specs:
+            tensor = made.reciprocal() if spec.name in reciprocals else made
             if piece.output.placement is not None:
                 yield from _of_expert(piece.output.placement, spec, tensor)
             elif tensor.numel() and tensor.ndim > 0 and spec.shape:
@@ -68,7 +70,7 @@ def _of_part(piece: Piece, spec: TensorSpec, tensor: torch.Tensor, row: int) -> 
     first = row * spec.shape[0] // piece.output.shape[0]
     left = spec.shape[0] - first  # Behind them there are only Megatron's padding rows of the vocabulary.
     if left > 0:
-        yield TensorRows(spec.name, first, tensor[:left].contiguous())
+        yield TensorRows(spec.name, first, _viewed(tensor[:left].contiguous(), spec.shape[1:], spec.dtype))
 
 
 def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> Iterator[TensorRows]:
@@ -77,16 +79,22 @@ def _of_expert(placement: Placement, spec: TensorSpec, tensor: torch.Tensor) -> 
     A scale of all experts is the same for each of them, and comes with the first.
     """
     if not placement.is_shared(spec.shape):
-        yield TensorRows(spec.name, placement.expert, placement.turned(tensor).unsqueeze(0).contiguous())
+        turned = placement.turned(tensor).unsqueeze(0).contiguous()
+        yield TensorRows(spec.name, placement.expert, _viewed(turned, spec.shape[1:], spec.dtype))
     elif placement.expert == 0:
         yield TensorRows(spec.name, 0, tensor.reshape(spec.shape))
 
 
-def _scalars(piece: Piece) -> Iterator[TensorRows]:
-    """The scales of a part and of its copies that the plan knows already, FP32 without axes."""
+def _viewed(rows: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of contiguous rows as rows of a shape and type on disk, which a dialect may have chosen otherwise."""
+    return rows.view(dtype).reshape(len(rows), *shape)
+
+
+def _constants(piece: Piece) -> Iterator[TensorRows]:
+    """What the plan knows already of a part and of its copies, such as the scale of an input."""
     placement = piece.output.placement
     # Of all experts in one tensor, such a scale is written with the first.
     if placement is None or placement.expert == 0:
         for output in (piece.output, *piece.task.duplicates):
-            for name, value in output.scalars:
-                yield TensorRows(name, 0, torch.tensor(value, dtype=torch.float32))
+            for constant in output.constants:
+                yield TensorRows(constant.spec.name, 0, constant.data())

@@ -7,7 +7,7 @@ packed or written.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,23 +19,28 @@ from quantplug.export.plan.check_quantizers import (
     check_served,
     check_shapes,
 )
-from quantplug.export.plan.dialects import INPUT_SCALE, Dialect, dialect_for
+from quantplug.export.plan.dialects.dialect import INPUT_SCALE, Dialect, Spelled
+from quantplug.export.plan.dialects.table import DialectName, choose_dialect
 from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
 from quantplug.export.plan.kv_cache import KVCache, KVQuantizers, check_kv_cache, check_kv_place
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
+from quantplug.export.plan.modules import excluded_modules, quantized_modules
 from quantplug.export.plan.ownership import Assignment, assign, in_order
 from quantplug.export.plan.slices import must_gather_first
 from quantplug.export.plan.types import (
     ON_ONE_RANK,
+    Constant,
     ExportPlan,
     ExportTask,
     PartOutput,
     QuantConfig,
+    QuantizerState,
+    Schemes,
     ShardFile,
     WholeWeight,
 )
 from quantplug.findings import Findings
-from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.formats import TensorSpec
 from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
@@ -63,6 +68,7 @@ class ExportRequest:
         kv_cache: The format of a KV cache that is asked for by name; None where quantizers say it, or for 16 bits.
         calibrated: Whether calibration is over; before it, no amax is asked for.
         leave_out: How a user leaves weights out, for the advice of errors.
+        dialect: The dialect that is asked for; None for the default of the formats.
     """
 
     tied_embeddings: bool = False
@@ -76,6 +82,7 @@ class ExportRequest:
     kv_cache: KVCacheFormat | None = None
     calibrated: bool = True
     leave_out: LeaveOut = by_rules
+    dialect: DialectName | None = None
 
 
 def build_plan(
@@ -99,11 +106,11 @@ def build_plan(
     shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
     # From here on shapes are known to be right, so that what follows may divide and cut them.
-    scheme = check_quantizers(mapped, request.unclaimed, findings)
-    check_served(mapped, scheme, dims, request.leave_out, findings)
+    schemes = check_quantizers(mapped, request.unclaimed, findings)
+    check_served(mapped, schemes, dims, request.leave_out, findings)
     kv_cache = check_kv_cache(request.attentions, request.kv_cache, findings, calibrated=request.calibrated)
-    check_shapes(mapped, shapes, scheme, dims, request.leave_out, findings)
-    dialect = dialect_for(scheme) if scheme else None
+    check_shapes(mapped, shapes, schemes, dims, request.leave_out, findings)
+    dialect = choose_dialect(mapped, schemes, request.dialect, findings)
     if not findings.found:
         # After all else: where a setting is refused there may be no scheme, and its absence would be told as a second
         # fault.
@@ -113,8 +120,7 @@ def build_plan(
     written = _rows_written(mapped, dialect)
     groups = group_names(mapped, written, dims)
     mapped = with_shared_amaxes(mapped, groups, findings)
-    if scheme is not None:
-        check_block_borders(mapped, written, groups, scheme.weight, dims, findings)
+    check_block_borders(mapped, written, groups, schemes, dims, findings)
     # A group's amax has replaced only usable ones: where one member has none, or a NaN, this still finds it.
     if request.calibrated:
         check_calibrated(mapped, findings)
@@ -122,10 +128,11 @@ def build_plan(
 
     # Nothing below refuses anything: it says who writes what, into which file and under which name.
     assigned = assign([weight for weight, _ in mapped])
-    packing = _Packing(dims, request, scheme, dialect, groups, written, kv_cache)
+    packing = _Packing(dims, request, schemes, dialect, groups, written, kv_cache)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
-    excluded = _excluded_modules(tasks, family, dims, globs=dialect.reads_globs) if dialect else ()
-    quant_config = dialect.config(excluded, kv_cache.format if kv_cache else None) if dialect else None
+    excluded = excluded_modules(tasks, family, dims, globs=dialect.reads_globs) if dialect else ()
+    modules = quantized_modules(tasks, dims)
+    quant_config = dialect.config(modules, excluded, kv_cache.format if kv_cache else None) if dialect else None
     files = _cut_into_files(in_order(tasks), request.max_shard_size)
     return ExportPlan(tasks, dims, excluded, quant_config, files, _digest(tasks, quant_config, files))
 
@@ -165,8 +172,8 @@ class _Packing:
     """What is the same for all tasks of a plan.
 
     Attributes:
-        scheme: How quantized linears are packed; None for a plan without any.
-        dialect: How that is spelled on disk; None likewise.
+        schemes: How each quantized linear is packed.
+        dialect: How that is spelled on disk; None for a plan without any.
         groups: The scale group of every weight that is in one.
         written: The row by which each weight is written.
         kv_cache: The KV cache that the checkpoint asks for; None for one in 16 bits.
@@ -174,7 +181,7 @@ class _Packing:
 
     dims: ModelDimensions
     request: ExportRequest
-    scheme: Scheme | None
+    schemes: Schemes
     dialect: Dialect | None
     groups: Mapping[ParamKey, str]
     written: Mapping[ParamKey, WeightMapping]
@@ -183,8 +190,8 @@ class _Packing:
     def task(
         self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
     ) -> ExportTask:
-        quantized = weight.weight is not None and self.scheme is not None
-        packing = self.scheme.weight if self.scheme and quantized else None
+        scheme = self.schemes.get(weight.key)
+        packing = None if scheme is None else scheme.weight
         stored, mapping = mapping, self.written[weight.key]
         # The shapes are those of the stored row: gate and up in one tensor are one part, written one by one they are
         # two.
@@ -193,11 +200,11 @@ class _Packing:
         # By the row that is written, which may place no expert where the stored one does.
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtypes(weight, mapping, len(shapes))
-        formats = [None if pattern in mapping.high_precision else packing for pattern in mapping.hf]
+        of_parts = [None if pattern in mapping.high_precision else scheme for pattern in mapping.hf]
         outputs = tuple(
             self._output(weight, name, shape, dtype, of_part, placement)
             for name, shape, dtype, of_part in zip(
-                mapping.hf_names(weight.key, self.dims), shapes, plain, formats, strict=True
+                mapping.hf_names(weight.key, self.dims), shapes, plain, of_parts, strict=True
             )
         )
         return ExportTask(
@@ -207,19 +214,20 @@ class _Packing:
             ranks=assigned.ranks,
             owner=assigned.owner,
             gather_first=must_gather_first(weight.shape, len(assigned.ranks), mapping, packing, self.dims),
+            scheme=scheme,
             format=packing,
-            amax=weight.weight.amax if weight.weight and quantized else None,
+            amax=weight.weight.amax if weight.weight and scheme else None,
             # One expert's slice is stored as one: transposed, it is no rows of a tensor of all experts.
             row_step=None if placement else 1 if packing is None else packing.cut_steps[0],
             outputs=outputs,
             # A source may hold a copy for every MTP layer, or none: what is written follows it. Where nothing is known
             # of its tensors, every copy is written.
             duplicates=tuple(
-                self._output(weight, name, shapes[0], plain[0], packing, None)
+                self._output(weight, name, shapes[0], plain[0], scheme, None)
                 for name in mapping.duplicate_names(self.dims)
                 if not self.request.reference or name in self.request.reference
             ),
-            scale_group=self.groups.get(weight.key) if quantized else None,
+            scale_group=self.groups.get(weight.key) if scheme else None,
         )
 
     def _plain_dtypes(self, weight: WholeWeight, mapping: WeightMapping, parts: int) -> tuple[torch.dtype, ...]:
@@ -248,27 +256,40 @@ class _Packing:
         name: str,
         shape: tuple[int, ...],
         plain: torch.dtype,
-        packing: WeightFormat | None,
+        scheme: Scheme | None,
         placement: Placement | None,
     ) -> PartOutput:
-        """One part of a weight: its tensors, then the scales that are made of no row of it."""
-        scalars: list[tuple[str, float]] = []
-        if packing is None or self.scheme is None or self.dialect is None:
-            tensors: tuple[TensorSpec, ...] = (self._stored(TensorSpec(name, shape, plain), placement),)
-        else:
-            stored = [self._stored(tensor, placement) for tensor in packing.outputs(shape)]
-            if self.scheme.has_input_scale:
-                stored.append(INPUT_SCALE)
-            tensors = tuple(self.dialect.spec(name, tensor) for tensor in stored)
-            # Before calibration there is no amax, and nothing is written of such a plan.
-            if self.scheme.has_input_scale and weight.activation and weight.activation.amax is not None:
-                scale = packing.input_scale(torch.tensor(weight.activation.amax, dtype=torch.float32))
-                scalars.append((tensors[-1].name, float(scale)))
-        of_cache = [*self.kv_cache.scales_of(weight.key, name)] if self.kv_cache else []
-        tensors += tuple(TensorSpec(scale, (), torch.float32) for scale, _ in of_cache)
-        return PartOutput(name, shape, tensors, packing, placement, (*scalars, *of_cache))
+        """One part of a weight: its tensors, then those that are made of no row of it."""
+        tensors = [self._of_all_experts(TensorSpec(name, shape, plain), placement)]
+        constants: list[Constant] = []
+        reciprocals: frozenset[str] = frozenset()
+        if scheme is not None and self.dialect is not None:
+            packed = [self._of_all_experts(tensor, placement) for tensor in scheme.weight.outputs(shape)]
+            stored = [self.dialect.stored(scheme, name, tensor) for tensor in packed]
+            reciprocals = frozenset(it.spec.name for it in stored if it.reciprocal)
+            tensors = [it.spec for it in stored]
+            if scheme.has_input_scale:
+                scale = self.dialect.stored(scheme, name, INPUT_SCALE)
+                tensors.append(scale.spec)
+                constants += _input_scale(weight.activation, scheme, scale)
+            beside = self.dialect.constants(scheme, name, shape)
+            tensors += [it.spec for it in beside]
+            constants += beside
+        of_cache = [
+            Constant(TensorSpec(scale_name, (), torch.float32), (value,))
+            for scale_name, value in (self.kv_cache.scales_of(weight.key, name) if self.kv_cache else ())
+        ]
+        return PartOutput(
+            name,
+            shape,
+            (*tensors, *(it.spec for it in of_cache)),
+            None if scheme is None else scheme.weight,
+            placement,
+            (*constants, *of_cache),
+            reciprocals,
+        )
 
-    def _stored(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
+    def _of_all_experts(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
         """The tensor as it is on disk: of one expert's slice, the tensor of all experts that the slice is part of.
 
         A scale without axes holds for all experts, and is stored once.
@@ -278,45 +299,11 @@ class _Packing:
         return replace(tensor, shape=placement.stored_shape(tensor.shape))
 
 
-def _excluded_modules(
-    tasks: Sequence[ExportTask], family: Family, dims: ModelDimensions, *, globs: bool
-) -> tuple[str, ...]:
-    """Names of the modules with a matrix product that stay unquantized, exact but for whole layers.
-
-    A tied lm_head has no tensor of its own, but servers build the module and look it up. Of experts, which are plain in
-    all of a layer or in none, they build one module and look up its name; as of some linears, which they merge.
-
-    Args:
-        globs: Whether the dialect's list may hold shell patterns.
-    """
-    multiplying = [task for task in tasks if task.mapping.role.multiplies]
-    parts = [part for task in multiplying for part in task.all_outputs]
-    plain = {part.name for part in parts if part.format is None and part.placement is None}
-    names = {name.removesuffix(".weight") for name in (*plain, *family.tied)}
-    # What servers merge they look up by the name of the merged module, which is on no disk. It stays plain only if all
-    # that it is made of is plain.
-    merged = (found for task in multiplying for found in task.mapping.merged_names(task.source.key, dims))
-    names |= {name for name, merged_parts in merged if plain.issuperset(merged_parts)}
-    experts = {task.mapping.experts_module(task.source.key, dims) for task in multiplying if task.format is None}
-    names |= {name for name in experts if name is not None}
-    return tuple(sorted(_with_whole_layers(names, multiplying, dims) if globs else names))
-
-
-def _with_whole_layers(names: set[str], multiplying: Sequence[ExportTask], dims: ModelDimensions) -> set[str]:
-    """The names, those of a layer of multi-token prediction that is plain throughout as one `model.layers.N.*`.
-
-    vLLM calls the head of such a layer `model.layers.N.head`, which is on no disk, and looks that name up. SGLang
-    compares no more than the last segment of MLA's projections (`is_layer_excluded` in its modelopt_quant.py), so that
-    their exact names would leave those of every layer unquantized.
-    """
-    quantized: defaultdict[str, bool] = defaultdict(bool)
-    for task in multiplying:
-        layer = task.mapping.mtp_layer_module(task.source.key, dims)
-        if layer is not None:
-            quantized[layer] |= task.format is not None
-    # With the dot: in vLLM and SGLang a pattern `model.layers.1*` would hit layers 10 to 19 as well.
-    plain = tuple(f"{layer}." for layer, is_quantized in quantized.items() if not is_quantized)
-    return {name for name in names if not name.startswith(plain)} | {f"{layer}*" for layer in plain}
+def _input_scale(activation: QuantizerState | None, scheme: Scheme, stored: Spelled) -> Iterator[Constant]:
+    """The scale of a linear's input; before calibration there is none, and nothing is written of such a plan."""
+    if activation is not None and activation.amax is not None:
+        scale = scheme.weight.input_scale(torch.tensor(activation.amax, dtype=torch.float32))
+        yield Constant(stored.spec, (float(scale.reciprocal() if stored.reciprocal else scale),))
 
 
 def _cut_into_files(tasks: Sequence[ExportTask], limit: int) -> tuple[ShardFile, ...]:
@@ -357,7 +344,14 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
         "tensors": [
             # repr gives every bit of a float back: an amax that differs in the last one makes other bytes, and finished
             # files of an earlier run must then not be taken over.
-            [spec.name, spec.shape, str(spec.dtype), repr(task.amax), part.scalars, task.mapping.offset]
+            [
+                spec.name,
+                spec.shape,
+                str(spec.dtype),
+                repr(task.amax),
+                [it.values for it in part.constants],
+                task.mapping.offset,
+            ]
             for task in tasks
             for part in task.all_outputs
             for spec in part.tensors

@@ -1,4 +1,4 @@
-"""Whether the quantizers of a model can be written, and by which one scheme."""
+"""Whether the quantizers of a model can be written, and by which scheme each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.match import Mapped
-from quantplug.export.plan.types import QuantizerState, WholeWeight
+from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, Role, fill
+from quantplug.mappings.table import ParamKey, Role, WeightMapping, fill
 from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rules
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
@@ -19,11 +19,6 @@ _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled that no part of the checkpoint expresses.",
     "Disable them: served without them, the checkpoint would not compute what was calibrated.",
-)
-_MIXED = Kind(
-    UnsupportedQuantizationError,
-    "The model mixes quantization schemes, which is not written yet.",
-    "Quantize all linears by one config; disable the quantizers of those that should stay in high precision.",
 )
 _PARTIAL = Kind(
     UnsupportedQuantizationError,
@@ -45,15 +40,12 @@ _DIVISOR = "Weights do not divide as their format needs."
 _UNSERVED = "No server loads these weights in this format."
 
 
-def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Findings) -> Scheme | None:
-    """The one scheme of all quantized weights; None if none is quantized, or they have several.
-
-    What cannot be written goes into `findings`.
-    """
+def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Findings) -> Schemes:
+    """The scheme of every quantized weight; what cannot be written goes into `findings`, and has none."""
     _check_coverage(mapped, findings)
     for name in unclaimed:
         findings.add(_UNCLAIMED, name, "is enabled")
-    by_scheme: dict[Scheme, list[WholeWeight]] = {}
+    found: dict[ParamKey, Scheme] = {}
     against_policy: list[tuple[WholeWeight, Kept]] = []
     for whole, mapping in mapped:
         if whole.weight is None:
@@ -68,11 +60,10 @@ def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Finding
         if kept is not None:
             against_policy.append((whole, kept))
         elif scheme is not None:
-            by_scheme.setdefault(scheme, []).append(whole)
+            found[whole.key] = scheme
     _refuse_against_policy(against_policy, findings)
     _check_experts(mapped, findings)
-    _check_uniform(by_scheme, findings)
-    return next(iter(by_scheme)) if len(by_scheme) == 1 else None
+    return found
 
 
 def check_calibrated(mapped: Mapped, findings: Findings) -> None:
@@ -115,51 +106,58 @@ def _refuse_against_policy(against_policy: Sequence[tuple[WholeWeight, Kept]], f
 def check_shapes(
     mapped: Mapped,
     shapes: Mapping[ParamKey, tuple[tuple[int, ...], ...]],
-    scheme: Scheme | None,
+    schemes: Schemes,
     dims: ModelDimensions,
     leave_out: LeaveOut,
     findings: Findings,
 ) -> None:
-    """Whether the packed parts of quantized weights divide as the scheme needs; else what to leave out.
+    """Whether the packed parts of quantized weights divide as their formats need; else what to leave out.
 
     Shapes are [out_features, in_features] of each part; what does not divide goes into `findings`.
     """
-    rows = {whole.key: mapping for whole, mapping in mapped if whole.weight is not None and mapping.role is Role.LINEAR}
     uneven: list[tuple[WholeWeight, str]] = []
-    for whole, mapping in mapped if scheme else ():
-        if scheme is None or whole.key not in rows:
+    for whole, mapping in mapped:
+        if whole.key not in schemes:
             continue
+        packing = schemes[whole.key].weight
         for name, shape in zip(mapping.hf, shapes[whole.key], strict=True):
-            problem = None if name in mapping.high_precision else scheme.weight.problem(shape)
+            problem = None if name in mapping.high_precision else packing.problem(shape)
             if problem is not None:
-                uneven.append((whole, problem))
-    if not uneven or scheme is None:
+                uneven.append((whole, f"{packing.name}: {problem}"))
+    if not uneven:
         return
-    way_out = leave_out([whole.key for whole, _ in uneven], rows, dims)
+    way_out = leave_out([whole.key for whole, _ in uneven], _quantized_rows(mapped), dims)
     kind = Kind(ShapeError, _DIVISOR, f"Choose a format whose block size divides them. Or: {way_out}")
     for whole, problem in uneven:
-        findings.add_weight(kind, whole, f"{scheme.weight.name}: {problem}")
+        findings.add_weight(kind, whole, problem)
 
 
 def check_served(
-    mapped: Mapped, scheme: Scheme | None, dims: ModelDimensions, leave_out: LeaveOut, findings: Findings
+    mapped: Mapped, schemes: Schemes, dims: ModelDimensions, leave_out: LeaveOut, findings: Findings
 ) -> None:
-    """Whether some server loads each quantized weight in the scheme; else what to leave out, in `findings`."""
-    if scheme is None:
-        return
-    rows = {whole.key: row for whole, row in mapped if whole.weight is not None and row.role is Role.LINEAR}
-    policy = Policy(scheme.weight_bits, loads_experts=scheme.loads_experts)
-    unserved = [(whole, why) for whole, row in mapped if whole.key in rows and (why := policy.why_unserved(row))]
+    """Whether some server loads each quantized weight in its scheme; else what to leave out, in `findings`."""
+    unserved = [
+        (whole, scheme, why)
+        for whole, row in mapped
+        if (scheme := schemes.get(whole.key))
+        and (why := Policy(scheme.weight_bits, loads_experts=scheme.loads_experts).why_unserved(row))
+    ]
     if not unserved:
         return
-    way_out = leave_out([whole.key for whole, _ in unserved], rows, dims)
+    rows = _quantized_rows(mapped)
+    way_out = leave_out([whole.key for whole, *_ in unserved], rows, dims)
     others = [row.format for row in SCHEMES.values() if row.loads_experts and not row.has_input_scale]
     # Of experts that no format serves, another format would be the next refusal.
     if all(row.unserved is None for row in rows.values()):
         way_out = f"Choose {' or '.join(others)}, in which servers load experts. Or: {way_out}"
     kind = Kind(UnsupportedQuantizationError, _UNSERVED, way_out)
-    for whole, why in unserved:
+    for whole, scheme, why in unserved:
         findings.add_weight(kind, whole, f"{scheme.format}: {why}")
+
+
+def _quantized_rows(mapped: Mapped) -> dict[ParamKey, WeightMapping]:
+    """All weights whose quantizers are enabled, with or without a scheme: what advice to leave some out is made of."""
+    return {whole.key: row for whole, row in mapped if whole.weight is not None and row.role is Role.LINEAR}
 
 
 def _check_coverage(mapped: Mapped, findings: Findings) -> None:
@@ -195,11 +193,3 @@ def _check_experts(mapped: Mapped, findings: Findings) -> None:
         if len(by_state) == 2:
             for whole in by_state[False]:
                 findings.add_weight(_PARTIAL, whole, f"unquantized, others of layer {number} are")
-
-
-def _check_uniform(by_scheme: Mapping[Scheme, list[WholeWeight]], findings: Findings) -> None:
-    if len(by_scheme) < 2:
-        return
-    for scheme, wholes in by_scheme.items():
-        for whole in wholes:
-            findings.add_weight(_MIXED, whole, f"is {scheme.format}")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from quantplug.errors import ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan.match import Mapped
-from quantplug.export.plan.types import QuantizerState, WholeWeight
+from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats import WeightFormat
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
@@ -85,18 +85,25 @@ def _with_amax(state: QuantizerState | None, largest: float | None) -> Quantizer
 
 @dataclass(frozen=True)
 class _Part:
-    """A packed part of a weight, by its name on disk and its shape [out, in]."""
+    """A packed part of a weight, by its name on disk, its shape [out, in] and its format."""
 
     whole: WholeWeight
     name: str
     shape: tuple[int, ...]
+    packing: WeightFormat
+
+    @property
+    def step(self) -> int | None:
+        """Rows of a block; None where rows cannot be cut at all."""
+        rows, _ = self.packing.cut_steps
+        return rows
 
 
 def check_block_borders(
     mapped: Mapped,
     written: Mapping[ParamKey, WeightMapping],
     groups: Mapping[ParamKey, str],
-    packing: WeightFormat,
+    schemes: Schemes,
     dims: ModelDimensions,
     findings: Findings,
 ) -> None:
@@ -106,21 +113,24 @@ def check_block_borders(
         written: The row by which each weight is written.
         groups: Names of the linears that servers make of several weights, by weight.
     """
-    rows, _ = packing.cut_steps
-    for merged in _merged_linears(mapped, written, groups, dims):
+    for merged in _merged_linears(mapped, written, groups, schemes, dims):
         # The last one may end inside a block: nothing lies below it.
         *inner, _ = merged
-        cut = [part for part in inner if rows is not None and part.shape[0] % rows]
+        cut = [part for part in inner if part.step is not None and part.shape[0] % part.step]
         # Each weight once, though several of its parts are merged.
         for whole in {part.whole.key: part.whole for part in merged}.values() if cut else ():
-            findings.add_weight(_BORDER, whole, _merged_reason(packing, cut[0], merged))
+            findings.add_weight(_BORDER, whole, _merged_reason(cut[0], merged))
     for whole, _ in mapped:
-        if whole.weight is not None and whole.key.expert is not None:
-            _check_width(whole, written[whole.key], packing, dims, findings)
+        if whole.key in schemes and whole.key.expert is not None:
+            _check_width(whole, written[whole.key], schemes[whole.key].weight, dims, findings)
 
 
 def _merged_linears(
-    mapped: Mapped, written: Mapping[ParamKey, WeightMapping], groups: Mapping[ParamKey, str], dims: ModelDimensions
+    mapped: Mapped,
+    written: Mapping[ParamKey, WeightMapping],
+    groups: Mapping[ParamKey, str],
+    schemes: Schemes,
+    dims: ModelDimensions,
 ) -> Iterator[Sequence[_Part]]:
     """The packed parts of each linear that a server makes, in the order in which it puts them below one another.
 
@@ -130,7 +140,7 @@ def _merged_linears(
     linears: defaultdict[tuple[ParamKey | str, str | None], list[_Part]] = defaultdict(list)
     for whole, _ in mapped:
         row = written[whole.key]
-        if whole.weight is None or whole.key.expert is not None:
+        if whole.key not in schemes or whole.key.expert is not None:
             continue
         shapes = layout_shapes(whole.shape, row.layout, dims)
         for pattern, name, shape in zip(row.hf, row.hf_names(whole.key, dims), shapes, strict=True):
@@ -138,15 +148,16 @@ def _merged_linears(
                 merged = next((linear.name for linear in row.merged if pattern in linear.parts), None)
                 # Parts of a scale group come together over several weights; where a row says that a server makes two
                 # modules of one weight, each has parts of its own.
-                linears[groups.get(whole.key, whole.key), merged].append(_Part(whole, name, shape))
+                linears[groups.get(whole.key, whole.key), merged].append(
+                    _Part(whole, name, shape, schemes[whole.key].weight)
+                )
     return iter(linears.values())
 
 
-def _merged_reason(packing: WeightFormat, cut: _Part, merged: Sequence[_Part]) -> str:
+def _merged_reason(cut: _Part, merged: Sequence[_Part]) -> str:
     others = ", ".join(_short(part) for part in merged if part is not cut)
-    rows, _ = packing.cut_steps
     return (
-        f"{packing.name}: out_features {cut.shape[0]} of {_short(cut)} end inside a block of {rows} rows, "
+        f"{cut.packing.name}: out_features {cut.shape[0]} of {_short(cut)} end inside a block of {cut.step} rows, "
         f"and servers merge it with {others}"
     )
 

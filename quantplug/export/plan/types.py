@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.formats.names import Scheme
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Placement, WeightMapping
 from quantplug.topology import Shard, ShardAxis
@@ -138,17 +139,34 @@ class WholeWeight:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A tensor that is made of no row of a weight, and known in the plan: the scale of a linear's input, for example.
+
+    Attributes:
+        values: Its elements, row after row; each is one of `spec.dtype`.
+    """
+
+    spec: TensorSpec
+    values: tuple[float, ...]
+
+    def data(self) -> torch.Tensor:
+        """The tensor itself, on the CPU."""
+        return torch.tensor(self.values, dtype=self.spec.dtype).reshape(self.spec.shape)
+
+
+@dataclass(frozen=True)
 class PartOutput:
     """One Hugging Face weight of a task and the tensors it becomes on disk.
 
     Attributes:
         name: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
         shape: Its shape before packing; of one expert's slice where the tensors hold all experts of a layer.
-        tensors: What is written for it, in this order: first what is packed of its rows, then `scalars`.
+        tensors: What is written for it, in this order: first what is packed of its rows, then `constants`.
         format: How it is packed; None for a plain tensor.
         placement: Where the slice lies in those tensors; None if they are all its own.
-        scalars: Name and FP32 value of tensors without axes that are made of no row: the scale of a linear's input, or
-            of a KV cache.
+        constants: Those of the tensors that are made of no row, as far as their values are known: the scale of a
+            linear's input is not before calibration.
+        reciprocals: Names of those of which 1 / value is written, of the scale without axes that the format makes.
     """
 
     name: str
@@ -156,7 +174,8 @@ class PartOutput:
     tensors: tuple[TensorSpec, ...]
     format: WeightFormat | None = None
     placement: Placement | None = None
-    scalars: tuple[tuple[str, float], ...] = ()
+    constants: tuple[Constant, ...] = ()
+    reciprocals: frozenset[str] = frozenset()
 
     @property
     def plain_dtype(self) -> torch.dtype | None:
@@ -185,6 +204,7 @@ class ExportTask:
         owner: The one of them that writes it.
         gather_first: Whether its slices are put together before they are packed, because a block or a head straddles
             them; otherwise every rank packs its own slice and only packed bytes travel.
+        scheme: How its linear is quantized; None if it stays plain, or a function of the caller's packs it.
         format: How its parts are packed, but for those that stay plain; None if all do.
         amax: Calibrated amax of the weight. All parts (gate and up; q, k and v) share it, and so one `weight_scale_2`.
         row_step: Rows of a part can be packed apart from the others in multiples of this many; None if only all of them
@@ -202,6 +222,7 @@ class ExportTask:
     # Decided once, in the plan: every rank must know whether rows or packed bytes will travel, as the sizes of a
     # collective follow from it.
     gather_first: bool
+    scheme: Scheme | None
     format: WeightFormat | None
     amax: float | None
     # Of the format, not of the layout: 16 columns share a scale of NVFP4, any rows can be parted; FP8 blocks part at
@@ -235,6 +256,10 @@ class TensorRows:
     name: str
     first: int
     data: torch.Tensor
+
+
+Schemes = Mapping[ParamKey, Scheme]
+"""How each quantized weight is; plain ones are not in it."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
 from quantplug.export.pipeline.amaxes import WeightAmax, weight_amax_policy
-from quantplug.export.plan.dialects import INPUT_SCALE
+from quantplug.export.plan.dialects.dialect import INPUT_SCALE
 from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-from quantplug.export.plan.dialects import dialect_for
+from quantplug.export.plan.dialects.compressed_tensors import CompressedTensorsDialect
 from quantplug.export.plan.types import QuantConfig
 from quantplug.formats.names import SCHEMES, QuantFormat
 from quantplug.megatron.models.build import LayerSpec
@@ -140,7 +140,8 @@ def test_verify_finds_experts_with_a_scale_a_row_and_static_inputs(exports: Expo
 def test_experts_that_stay_plain_are_named_as_vllm_asks_for_them() -> None:
     """`get_moe_method` in vLLM 0.33's compressed_tensors_moe.py asks for three linears of the first expert."""
     excluded = ["lm_head", "model.layers.0.mlp.experts", "model.layers.0.mlp.experts.0.gate_proj"]
-    written = dialect_for(SCHEMES[QuantFormat.FP8_DYNAMIC]).config(excluded, None).config_json["ignore"]
+    modules = {"model.layers.0.self_attn.o_proj": SCHEMES[QuantFormat.FP8_DYNAMIC]}
+    written = CompressedTensorsDialect().config(modules, excluded, None).config_json["ignore"]
     asked = [f"model.layers.0.mlp.experts.0.{linear}" for linear in ("gate_proj", "up_proj", "down_proj")]
     assert set(written) == {*excluded, *asked}
     assert len(written) == len(set(written))
@@ -153,7 +154,8 @@ def test_compressed_tensors_quantizes_what_we_quantized_and_nothing_else(sources
 
 
 def test_a_dialect_writes_the_excludes_it_is_given() -> None:
-    config = dialect_for(SCHEMES[QuantFormat.W8A16_FP8]).config(["model.layers.0.mlp.gate", "lm_head"], None)
+    modules = {"model.layers.0.self_attn.o_proj": SCHEMES[QuantFormat.W8A16_FP8]}
+    config = CompressedTensorsDialect().config(modules, ["model.layers.0.mlp.gate", "lm_head"], None)
     assert isinstance(config, QuantConfig)
     assert QuantizationConfig.model_validate(dict(config.config_json)).ignore == ["model.layers.0.mlp.gate", "lm_head"]
     assert config.hf_quant_config is None

@@ -1,0 +1,92 @@
+"""What a dialect is: how a checkpoint spells its quantized weights, and the config that announces them.
+
+A checkpoint has one dialect, as it has one config. Of each weight it is asked by itself what its tensors are called and
+how they lie, by the weight's own scheme; of the config once, with all of them.
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from quantplug.export.plan.types import Constant, QuantConfig
+from quantplug.formats import TensorSpec
+from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
+
+INPUT_SCALE = TensorSpec("input_scale", (), torch.float32)
+"""The scale of a linear's input, amax / (largest value of the format), which follows what is packed of its weight."""
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A tensor of a packed weight as a dialect stores it.
+
+    Attributes:
+        spec: Its name, shape and type on disk. A row of it has the bytes of a row of the packed tensor, which may be
+            viewed as another type, or cut into more axes.
+        reciprocal: Whether 1 / value is stored, in FP32; for scales without axes alone.
+    """
+
+    spec: TensorSpec
+    reciprocal: bool = False
+
+
+class Dialect(Protocol):
+    """A way to spell a checkpoint.
+
+    Attributes:
+        fused_is_read: Whether servers read all experts in one tensor, of any architecture, in this dialect.
+        reads_globs: Whether its list of plain modules may hold shell patterns.
+        names_kv_cache: Whether its config has a place for the format of a KV cache.
+    """
+
+    fused_is_read: ClassVar[bool]
+    reads_globs: ClassVar[bool]
+    names_kv_cache: ClassVar[bool]
+
+    @property
+    def formats(self) -> Set[QuantFormat]:
+        """The formats that it can say of all quantized weights of a checkpoint."""
+
+    def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
+        """How a tensor of a packed weight is stored.
+
+        Args:
+            weight: Hugging Face name of the plain weight, such as `model.layers.0.self_attn.q_proj.weight`.
+            tensor: As the format makes it, or `INPUT_SCALE`; its name is a suffix, and its shape that of all experts
+                where these are one tensor.
+        """
+
+    def constants(self, scheme: Scheme, weight: str, shape: tuple[int, ...]) -> tuple[Constant, ...]:
+        """Tensors that stand beside those of a packed weight and are made of no data.
+
+        Args:
+            weight: Hugging Face name of the plain weight.
+            shape: Its shape before packing.
+        """
+        return ()
+
+    def config(
+        self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None
+    ) -> QuantConfig:
+        """The config files of a checkpoint.
+
+        Args:
+            modules: The scheme of every quantized module by its Hugging Face name; that of all experts of a layer where
+                these are one tensor. At least one, of `formats` alone.
+            excluded: Names of the modules that stay plain.
+            kv_cache: The KV cache that the checkpoint asks for; None unless `names_kv_cache`.
+        """
+
+
+def stored_name(weight: str, tensor: str) -> str:
+    """Name on disk of a tensor of a weight, in most dialects.
+
+    A module's `weight` has its scales beside it (`q_proj.weight_scale`). Experts in one tensor, which is a parameter by
+    another name, have it in theirs (`experts.gate_up_proj_weight_scale`), as ModelOpt writes them for GPT-OSS.
+    """
+    module, dot, last = weight.rpartition(".")
+    if last == "weight":
+        return f"{module}{dot}{tensor}"
+    return weight if tensor == "weight" else f"{weight}_{tensor}"

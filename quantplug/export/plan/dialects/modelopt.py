@@ -1,0 +1,90 @@
+"""ModelOpt's unified Hugging Face checkpoint: `hf_quant_config.json` and `quantization_config` of config.json."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from quantplug import __version__
+from quantplug.export.plan.dialects.dialect import Dialect, Spelled, stored_name
+from quantplug.export.plan.types import QuantConfig
+from quantplug.formats import TensorSpec
+from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
+
+# Servers look for this producer name; the version is ours.
+PRODUCER = {"name": "modelopt", "version": f"quantplug-{__version__}"}
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How the schema says a format.
+
+    Attributes:
+        algorithm: `quant_algo`, in the upper case that servers spell it in.
+        weights: Arguments of weight quantization in `config_groups`.
+        activations: Those of input quantization; None for formats that quantize weights alone.
+        group_size: Input features that share a block scale; None without blocks.
+    """
+
+    algorithm: str
+    weights: Mapping[str, Any]
+    activations: Mapping[str, Any] | None
+    group_size: int | None = None
+
+    def group(self, targets: Sequence[str]) -> dict[str, Any]:
+        """An entry of `config_groups`."""
+        group = {"weights": dict(self.weights), "targets": list(targets)}
+        return group if self.activations is None else group | {"input_activations": dict(self.activations)}
+
+
+_NVFP4_ARGUMENTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_FP8_ARGUMENTS = {"dynamic": False, "num_bits": 8, "type": "float"}
+_SPELLINGS: Mapping[QuantFormat, _Spelling] = {
+    QuantFormat.W4A16_NVFP4: _Spelling("W4A16_NVFP4", _NVFP4_ARGUMENTS, None, 16),
+    QuantFormat.NVFP4: _Spelling("NVFP4", _NVFP4_ARGUMENTS, _NVFP4_ARGUMENTS, 16),
+    QuantFormat.FP8: _Spelling("FP8", _FP8_ARGUMENTS, _FP8_ARGUMENTS),
+}
+_KV_ALGORITHMS: Mapping[KVCacheFormat, str] = {KVCacheFormat.FP8_CAST: "FP8", KVCacheFormat.FP8: "FP8"}
+
+
+@dataclass(frozen=True)
+class ModelOptDialect(Dialect):
+    """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
+
+    fused_is_read: ClassVar[bool] = True
+    reads_globs: ClassVar[bool] = True
+    names_kv_cache: ClassVar[bool] = True
+
+    @property
+    def formats(self) -> Set[QuantFormat]:
+        return _SPELLINGS.keys()
+
+    def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
+        return Spelled(replace(tensor, name=stored_name(weight, tensor.name)))
+
+    def config(
+        self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None
+    ) -> QuantConfig:
+        (spelling,) = (_SPELLINGS[name] for name in {scheme.format for scheme in modules.values()})
+        config_json = {
+            "quant_method": "modelopt",
+            "quant_algo": spelling.algorithm,
+            "config_groups": {"group_0": spelling.group(["Linear"])},
+            # The same list as exclude_modules of the other file: a module that only one of them spares would be read in
+            # two ways.
+            "ignore": list(excluded),
+            "producer": PRODUCER,
+        }
+        if kv_cache is not None:
+            # As ModelOpt's own converter writes it (export/convert_hf_config.py). Without `k_scale` and `v_scale`
+            # beside the weights vLLM and SGLang take a scale of 1.0, which is what a cast means.
+            config_json["kv_cache_scheme"] = dict(_FP8_ARGUMENTS)
+        # TensorRT-LLM reads this file and vLLM and SGLang config.json, so that both must say the same. vLLM's reader of
+        # it wants kv_cache_quant_algo there, null too (modelopt.py).
+        quantization: dict[str, Any] = {
+            "quant_algo": spelling.algorithm,
+            "kv_cache_quant_algo": kv_cache and _KV_ALGORITHMS[kv_cache],
+        }
+        if spelling.group_size is not None:
+            quantization["group_size"] = spelling.group_size
+        quantization["exclude_modules"] = list(excluded)
+        return QuantConfig(spelling.algorithm, config_json, {"producer": PRODUCER, "quantization": quantization})

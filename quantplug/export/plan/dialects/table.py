@@ -1,0 +1,66 @@
+"""The dialects that there are, what each can say, and which is taken."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from quantplug.errors import UnsupportedQuantizationError
+from quantplug.export.plan.dialects.compressed_tensors import CompressedTensorsDialect
+from quantplug.export.plan.dialects.deepseek import DeepSeekDialect
+from quantplug.export.plan.dialects.dialect import Dialect
+from quantplug.export.plan.dialects.modelopt import ModelOptDialect
+from quantplug.export.plan.match import Mapped
+from quantplug.export.plan.types import Schemes
+from quantplug.findings import Findings, Kind
+from quantplug.formats.names import QuantFormat
+
+
+class DialectName(StrEnum):
+    """The dialects by name."""
+
+    MODELOPT = "modelopt"
+    DEEPSEEK = "deepseek"
+    COMPRESSED_TENSORS = "compressed-tensors"
+
+
+# Of several that can say a format the first is taken where none is asked for.
+DIALECTS: Mapping[DialectName, Dialect] = {
+    DialectName.MODELOPT: ModelOptDialect(),
+    DialectName.DEEPSEEK: DeepSeekDialect(),
+    DialectName.COMPRESSED_TENSORS: CompressedTensorsDialect(),
+}
+
+_MIXED = Kind(
+    UnsupportedQuantizationError,
+    "The model mixes quantization schemes, which is not written yet.",
+    "Quantize all linears by one config; disable the quantizers of those that should stay in high precision.",
+)
+
+
+def dialects_of(quant_format: QuantFormat) -> tuple[DialectName, ...]:
+    """Names of the dialects that can say a format, its default first."""
+    return tuple(name for name, dialect in DIALECTS.items() if quant_format in dialect.formats)
+
+
+def choose_dialect(mapped: Mapped, schemes: Schemes, asked: DialectName | None, findings: Findings) -> Dialect | None:
+    """The dialect of a checkpoint: the one that is asked for, or the default of its formats; None for a plain one.
+
+    What it cannot say goes into `findings`.
+    """
+    formats = {scheme.format for scheme in schemes.values()}
+    if len(formats) > 1:
+        for whole, _ in mapped:
+            if whole.key in schemes:
+                findings.add_weight(_MIXED, whole, f"is {schemes[whole.key].format}")
+    if len(formats) != 1:
+        return None
+    (quant_format,) = formats
+    names = dialects_of(quant_format)
+    if asked is None or asked in names:
+        return DIALECTS[asked or names[0]]
+    kind = Kind(
+        UnsupportedQuantizationError,
+        "The format cannot be said in the dialect.",
+        f"Use {' or '.join(names)}, or leave the dialect out.",
+    )
+    findings.add(kind, "dialect", f"is {asked}, which has no name for {quant_format}")
+    return None
