@@ -22,6 +22,7 @@ ROWS = (
     ("selection",),
     ("mappings", "formats"),
     ("findings",),
+    ("releases",),
     ("atomic", "errors", "lazy", "progress", "topology"),
     ("printable",),
 )

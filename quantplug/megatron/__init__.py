@@ -1,0 +1,6 @@
+"""Megatron-Core models: found, built, saved. A release that is not known is refused before it breaks an import."""
+
+from quantplug.megatron.releases.installed import VERSION
+from quantplug.releases import require_known
+
+require_known({"megatron-core": VERSION})

@@ -13,11 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from megatron.core.ssm import gated_delta_net, mamba_mixer
+from megatron.core.ssm import mamba_mixer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 
 from quantplug.megatron.models import mamba_reference
+from quantplug.megatron.releases import delta_net
 
 
 def has_cuda() -> bool:
@@ -36,7 +37,7 @@ def construction() -> AbstractContextManager[None]:
         # TE's attention makes its sinks (softmax_offset) on "cuda" by name.
         (torch, "zeros", _on_cpu(torch.zeros)),
         # Gated delta nets refuse to be built without FLA, whose kernels only a forward needs.
-        (gated_delta_net, "HAVE_FLA", True),
+        (delta_net.MODULE, "HAVE_FLA", True),
         # A Mamba mixer asks for the package of its kernels, and makes some parameters under CUDA's generator.
         (mamba_mixer, "HAVE_MAMBA_SSM", True),
         (mamba_mixer, "ExtendedRMSNorm", mamba_reference.GatedGroupNorm),
@@ -75,7 +76,7 @@ def _answers_in_a_forward() -> AbstractContextManager[None]:
         # The mask of a sliding window is made on "cuda" by name.
         (torch, "ones", _on_cpu(torch.ones)),
         # FLA's, which a gated delta net calls in deterministic mode too.
-        (gated_delta_net, "l2norm", _unit_length),
+        (delta_net.MODULE, "l2norm", _unit_length),
         # The kernels of Mamba mixers (with `use_mamba_mem_eff_path=False`).
         (mamba_mixer, "mamba_chunk_scan_combined", mamba_reference.scan),
         (mamba_mixer, "causal_conv1d_fn", None),

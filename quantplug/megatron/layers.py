@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from quantplug.mappings.hybrid_pattern import HybridPattern
-from quantplug.megatron.hybrid_class import HybridModel, HybridStack, layer_pattern
+from quantplug.megatron.releases.hybrid import HybridModel, HybridStack, layer_pattern
 
 _DECODER, _MTP = "decoder.layers.*", "mtp.layers.*"
 _IN_MTP = f"{_MTP}.transformer_layer"

@@ -5,16 +5,17 @@ ones. `quantplug.plugins.transformer_engine` and `quantplug.plugins.megatron` sa
 Importing twice, or calling `register` again, changes nothing.
 
 Raises:
-    UnsupportedModelError: On import: the installed Transformer Engine is not a version that the wrappers know.
+    UnsupportedModelError: On import: a release of Transformer Engine, ModelOpt or Megatron-Core is installed that the
+        wrappers do not know.
 """
 
-# ruff: noqa: E402  # An unknown Transformer Engine is refused before an import of ours breaks on it.
+# ruff: noqa: E402  # An unknown release is refused before an import of ours breaks on it.
 
 from importlib.metadata import version
 
-from quantplug.plugins.known_versions import require_known_version
+from quantplug.releases import require_known
 
-require_known_version(version("transformer-engine"))
+require_known({name: version(name) for name in ("transformer-engine", "nvidia-modelopt")})
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP

@@ -1,17 +1,17 @@
 """Dense Megatron layers: ModelOpt's wrappers, corrected where their groups or their sharding of scales are wrong.
 
-ModelOpt 0.47 takes any amax that a tensor parallel rank has as a shard of the whole weight's, in rank order. That is so
-for a per-tensor amax (it is reduced over the ranks), and for one of blocks or channels where every shard holds whole
-blocks. It is not where a block straddles two shards, nor in a gated MLP's first layer and the projection of a gated
-delta net: there each rank has rows of every part, one above the other.
+ModelOpt 0.47 and 0.48 take any amax that a tensor parallel rank has as a shard of the whole weight's, in rank order.
+That is so for a per-tensor amax (it is reduced over the ranks), and for one of blocks or channels where every shard
+holds whole blocks. It is not where a block straddles two shards, nor in a gated MLP's first layer and the projection of
+a gated delta net: there each rank has rows of every part, one above the other.
 
-ModelOpt 0.47 also takes the whole world for the data parallel group of a linear layer that tensor parallelism leaves
-whole (TELinear): its amax would be reduced over pipeline stages, which hold other layers.
+They also take the whole world for the data parallel group of a linear layer that tensor parallelism leaves whole
+(TELinear): its amax would be reduced over pipeline stages, which hold other layers.
 
-ModelOpt 0.47 saves the sinks of an attention (`softmax_offset`, one a head) as if every tensor parallel rank had the
-same: loaded again, all ranks get the first one's.
+They save the sinks of an attention (`softmax_offset`, one a head) as if every tensor parallel rank had the same: loaded
+again, all ranks get the first one's.
 
-This is the one file that names ModelOpt's private classes.
+This is the one file that names ModelOpt's private classes, with `modelopt_names` beside it.
 """
 
 from typing import Any, ClassVar
@@ -28,7 +28,6 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from modelopt.torch.quantization.nn import QuantModule
 from modelopt.torch.quantization.plugins.megatron import (
-    _QuantTEDotProductAttention,
     _QuantTELayerNormColumnParallelLinear,
     _QuantTEMCoreColumnParallelLinear,
     _QuantTEMCoreLinear,
@@ -39,6 +38,7 @@ from torch import nn
 
 from quantplug.errors import Offender, UnsupportedQuantizationError
 from quantplug.plugins.amax_state import ShardDim, leaf_quantizers, shard_axis
+from quantplug.plugins.modelopt_names import QuantCoreAttention
 
 Offsets = tuple[tuple[int, int, int], ...]
 
@@ -113,7 +113,7 @@ class QuantTELinear(_QuantTEMCoreLinear):
         super()._setup()
 
 
-class QuantTEDotProductAttention(_QuantTEDotProductAttention):
+class QuantTEDotProductAttention(QuantCoreAttention):
     """ModelOpt's quantized TEDotProductAttention, with its sinks sharded as Megatron shards them."""
 
     def sharded_state_dict(

@@ -114,7 +114,7 @@ class QuantGroupedLinear(QuantModule):
 def require_known_forward(linear: type[GroupedLinear] = GroupedLinear) -> None:
     """Refuses a TE version whose grouped forward does not have the seam that quantizes its weights.
 
-    The seam (TE 2.20): `forward(self, inp, m_splits, ...)` takes its weights from `self._get_weight_tensors()`.
+    The seam (TE 2.14 to 2.20): `forward(self, inp, m_splits, ...)` takes its weights from `self._get_weight_tensors()`.
 
     Raises:
         UnsupportedModelError: Names the version and what it lacks.
@@ -132,5 +132,5 @@ def _unknown_version(reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         "This version of Transformer Engine runs its grouped linear in a way we do not know.",
         [Offender(f"transformer-engine {transformer_engine.__version__}", reason)],
-        "Install transformer-engine 2.20, or use SequentialMLP (moe_grouped_gemm=False).",
+        "Install transformer-engine 2.14 to 2.20, or use SequentialMLP (moe_grouped_gemm=False).",
     )

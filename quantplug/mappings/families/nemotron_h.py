@@ -84,15 +84,20 @@ MAMBA = (
         PROJECTED,
         Role.LINEAR,
     ),
-    # [d + 2gn, 1, 4]: servers have no quantized convolution.
+    # [d + 2gn, 1, 4]: servers have no quantized convolution. From Megatron-Core 0.19 on it is the mixer's own.
     WeightMapping(
-        ("decoder.layers.*.mixer.conv1d.weight",),
+        ("decoder.layers.*.mixer.conv1d.weight", "decoder.layers.*.mixer.conv1d_weight"),
         (f"{_MIXER}.conv1d.weight",),
         Scope.MAMBA_LAYER,
         CONVOLVED,
         Role.HIGH_PRECISION,
     ),
-    WeightMapping(("decoder.layers.*.mixer.conv1d.bias",), (f"{_MIXER}.conv1d.bias",), Scope.MAMBA_LAYER, CONVOLVED),
+    WeightMapping(
+        ("decoder.layers.*.mixer.conv1d.bias", "decoder.layers.*.mixer.conv1d_bias"),
+        (f"{_MIXER}.conv1d.bias",),
+        Scope.MAMBA_LAYER,
+        CONVOLVED,
+    ),
     # The mixer computes with these in FP32, and not all sources hold them so.
     *(replace(_of_mamba(name), keep_source_dtype=True) for name in ("A_log", "D", "dt_bias")),
     _of_mamba("norm.weight"),

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import StateDict
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -22,42 +20,20 @@ from torch.futures import Future
 
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron.checkpoint.files import DAMAGE
+from quantplug.megatron.releases.common_state import replaced
 
 _OF_TE = "extra_state"
-
-
-class NoCommonState(LoadCommonStrategy):
-    """Stands for the reader of common.pt: what a trainer keeps there is no part of a model."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        return {}
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> StateDict:
-        return {}
-
-    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> StateDict:
-        return {}
-
-    def check_backend_compatibility(self, loaded_version: int) -> None:
-        pass
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        pass
 
 
 @contextmanager
 def of_index(metadata: Metadata) -> Iterator[None]:
     """On while Megatron loads: its reader has this index, and does not read another."""
-    made = torch_strategy._get_filesystem_reader
 
-    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> FileSystemReader:
+    def reader(checkpoint_dir: str | Path, **unused: Any) -> FileSystemReader:
         return _Reader(checkpoint_dir, metadata)
 
-    torch_strategy._get_filesystem_reader = reader
-    try:
+    with replaced(torch_strategy, "_get_filesystem_reader", reader):
         yield
-    finally:
-        torch_strategy._get_filesystem_reader = made
 
 
 class _Reader(FileSystemReader):

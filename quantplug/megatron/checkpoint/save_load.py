@@ -35,7 +35,6 @@ from typing import Any
 import modelopt.torch.opt as mto
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
@@ -73,6 +72,7 @@ from quantplug.megatron.checkpoint.layouts import (
 )
 from quantplug.megatron.checkpoint.modelopt_state import MODELOPT_STATE, has_quantizers, read_modelopt_state
 from quantplug.megatron.parameters import LanguageModel, iter_parameters, model_chunks
+from quantplug.megatron.releases.common_state import load_sharded
 from quantplug.megatron.settings.trained import settings_of
 
 _WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
@@ -302,7 +302,7 @@ def _load(state: ShardedStateDict, contents: Contents) -> Any:
     loaded, failure = None, None
     try:
         with reading.of_index(index_for_torch(contents.index)):
-            loaded = dist_checkpointing.load(state, str(contents.directory), common_strategy=reading.NoCommonState())
+            loaded = load_sharded(state, contents.directory)
     except DAMAGE as error:
         failure = error
     all_or_none(lambda: refuse_damaged(contents.directory, failure))

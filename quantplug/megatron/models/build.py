@@ -31,6 +31,7 @@ from quantplug.megatron.models.pipeline_layout import layout_problem
 from quantplug.megatron.models.unit_norm import add_unit_norms
 from quantplug.megatron.parallel import current_topology, set_virtual_stages
 from quantplug.megatron.parameters import LanguageModel
+from quantplug.megatron.releases.query_norm import project_queries_directly
 from quantplug.topology import ParallelTopology
 
 
@@ -173,6 +174,8 @@ def _decoder_block(
         )
     if config.multi_latent_attention and not with_te:
         use_local_core(block)
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        project_queries_directly(block)
     return block
 
 

@@ -1,4 +1,4 @@
-"""A `MambaModel` of Transformer Engine's modules, or of those of Megatron-Core 0.16, which has no spec of its own."""
+"""A `MambaModel` of Transformer Engine's modules, or of Megatron-Core's own, of which it has no spec."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,9 +7,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.mamba import MambaModel
-from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.ssm import mamba_mixer
-from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -31,6 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from quantplug.errors import Offender, UnsupportedModelError
+from quantplug.megatron.releases.hybrid import HybridStack, HybridStackSubmodules, hybrid_stack_spec
 
 
 def hybrid_model(config: TransformerConfig, arguments: Mapping[str, Any], *, with_te: bool) -> MambaModel:
@@ -50,7 +49,7 @@ def hybrid_model(config: TransformerConfig, arguments: Mapping[str, Any], *, wit
             [Offender("mamba-ssm", "is not installed")],
             "pip install mamba-ssm causal-conv1d, built for the torch beside them.",
         )
-    return MambaModel(config, mamba_stack_spec if with_te else _local_stack(config), **arguments)
+    return MambaModel(config, hybrid_stack_spec if with_te else _local_stack(config), **arguments)
 
 
 def single_precision(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -79,13 +78,13 @@ class WholeLinear(nn.Module):
         return functional.linear(x, self.weight), None
 
 
-class LocalMambaStack(MambaStack):
+class LocalMambaStack(HybridStack):
     """Megatron-Core's stack of layers, without what it takes from Transformer Engine in any spec.
 
     That is the norm behind all layers, and the linears around a latent of experts.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **settings: Any) -> None:
+    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **settings: Any) -> None:
         super().__init__(config, submodules, **settings)
         if self.post_process:
             # The base class has just made one of Transformer Engine's. The new one takes its place and its name, so
@@ -100,10 +99,10 @@ class LocalMambaStack(MambaStack):
 
 
 def _local_stack(config: TransformerConfig) -> ModuleSpec:
-    """What `mamba_stack_spec` is, of Megatron-Core's own modules: every norm stands before its linear."""
+    """What the spec of the stack is, of Megatron-Core's own modules: every norm stands before its linear."""
     return ModuleSpec(
         module=LocalMambaStack,
-        submodules=MambaStackSubmodules(
+        submodules=HybridStackSubmodules(
             mamba_layer=ModuleSpec(
                 module=MambaLayer,
                 submodules=MambaLayerSubmodules(

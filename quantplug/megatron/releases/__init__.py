@@ -1,0 +1,1 @@
+"""Where releases of Megatron-Core differ: one small file for each difference, which asks `installed`."""

@@ -1,0 +1,38 @@
+"""Megatron-Core's models whose layers are of one module each: `HybridModel`, which was `MambaModel` before 0.18."""
+
+from quantplug.mappings.hybrid_pattern import MAMBA, HybridPattern, parse
+from quantplug.megatron.releases.installed import MEGATRON_CORE
+
+HAS_HYBRID_MODEL = MEGATRON_CORE >= (0, 18)
+
+if HAS_HYBRID_MODEL:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+else:
+    from megatron.core.models.mamba import MambaModel as HybridModel
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as hybrid_stack_spec
+    from megatron.core.ssm.mamba_block import MambaStack as HybridStack
+    from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
+
+_PATTERN = "hybrid_override_pattern" if MEGATRON_CORE < (0, 17) else "hybrid_layer_pattern"
+
+__all__ = [
+    "HAS_HYBRID_MODEL",
+    "HybridModel",
+    "HybridStack",
+    "HybridStackSubmodules",
+    "hybrid_stack_spec",
+    "layer_pattern",
+]
+
+
+def layer_pattern(model: HybridModel) -> HybridPattern:
+    """Which layers a model has, on all pipeline stages.
+
+    Raises:
+        UnsupportedModelError: It has layers that are not converted.
+    """
+    text = vars(model)[_PATTERN]
+    # By ratios, which were there before patterns, a model has Mamba mixers: every layer is one by itself.
+    return HybridPattern(MAMBA * model.config.num_layers) if text is None else parse(text)
