@@ -38,10 +38,10 @@ from torch.distributed.tensor import DTensor
 
 from quantplug.errors import Offender, UnsupportedModelError
 from quantplug.mappings.table import ParamKey
-from quantplug.megatron.releases.hybrid import HybridModel, HybridStack
 from quantplug.megatron.layers import Layer, layers_of, pattern_of_model
 from quantplug.megatron.models.delta_net import ZeroCentredNorm
 from quantplug.megatron.parallel import current_topology
+from quantplug.megatron.releases.hybrid import HybridModel, HybridStack
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 
 LanguageModel: TypeAlias = GPTModel | HybridModel
