@@ -11,12 +11,23 @@ import triton
 import triton.language as tl
 
 from quantplug.formats.constants import FP8_BLOCK_SIDE
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import (
+    FP8_BLOCK_ENCODING,
+    FP8_ENCODING,
+    FP8_ROW_ENCODING,
+    INT4_32_ENCODING,
+    INT4_ENCODING,
+    NVFP4_ENCODING,
+    Encoding,
+)
 from quantplug.formats.kernels import reference, triton_loops
 from quantplug.formats.kernels.protocol import Encoded, Loops
 
 _BLOCKS = 128
 """Blocks of NVFP4 that one program works on."""
+
+_IN_GROUPS = 2048
+"""Elements of INT4 that one program works on, in groups of 32 or of 128: those of `_BLOCKS` blocks of NVFP4."""
 
 _TILE = 4096
 """Elements that one program works on where there are no blocks."""
@@ -177,6 +188,40 @@ def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
             )
 
 
+def _pack_int4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    first, group_scales = weights[0].detach(), encoded.block_scales
+    groups = group_scales.numel() // len(weights)
+    sizes = _group_sizes(encoded)
+    with _on(first):
+        triton_loops.pack_int4[(triton.cdiv(groups, sizes["BLOCKS"]), len(weights))](
+            _source(weights),
+            *first.stride(),
+            encoded.codes,
+            group_scales.view(torch.int16),
+            group_scales.shape[-1],
+            groups,
+            ROWS=not first.is_contiguous(),
+            **_kind(weights),
+            **sizes,
+        )
+
+
+def _unpack_int4(encoded: Encoded, values: torch.Tensor) -> None:
+    sizes = _group_sizes(encoded)
+    for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
+        groups = of_weight.block_scales.numel()
+        with _on(values):
+            triton_loops.unpack_int4[(triton.cdiv(groups, sizes["BLOCKS"]),)](
+                of_weight.codes, of_weight.block_scales.view(torch.int16), of_values, groups, **sizes
+            )
+
+
+def _group_sizes(encoded: Encoded) -> dict[str, int]:
+    """How many columns share a scale of INT4, and how many such groups one program works on."""
+    group = encoded.codes.shape[-1] * 2 // encoded.block_scales.shape[-1]
+    return {"BLOCKS": _IN_GROUPS // group, "GROUP": group}
+
+
 def _has_partial_squares(rows: int, columns: int) -> bool:
     return rows % FP8_BLOCK_SIDE != 0 or columns % FP8_BLOCK_SIDE != 0
 
@@ -186,6 +231,8 @@ _LOOPS: Mapping[Encoding, Loops] = {
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
     FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),
     FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
+    INT4_ENCODING: Loops(_pack_int4, _unpack_int4),
+    INT4_32_ENCODING: Loops(_pack_int4, _unpack_int4),
 }
 """The encodings that have Triton loops. One that is not here is worked on by the reference: right, but slower."""
 

@@ -10,8 +10,16 @@ from itertools import product
 
 import torch
 
-from quantplug.formats.constants import FP8_BLOCK_SIDE
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_SMALL_GROUP
+from quantplug.formats.encoding import (
+    FP8_BLOCK_ENCODING,
+    FP8_ENCODING,
+    FP8_ROW_ENCODING,
+    INT4_32_ENCODING,
+    INT4_ENCODING,
+    NVFP4_ENCODING,
+    Encoding,
+)
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.protocol import Encoded, Kernels
 
@@ -60,6 +68,10 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
         of_rows = clipped.clone()
         of_rows[:, 0] = amax
         yield partial(_packed, FP8_ROW_ENCODING, of_rows, None)
+        for encoding, group in ((INT4_ENCODING, INT4_GROUP), (INT4_32_ENCODING, INT4_SMALL_GROUP)):
+            of_groups = clipped.clone()
+            of_groups[:, ::group] = amax
+            yield partial(_packed, encoding, of_groups, None)
         clipped[::FP8_BLOCK_SIDE, ::FP8_BLOCK_SIDE] = amax
         for part in (clipped, clipped[:-1, :-3]):  # Of whole squares, and of partial ones at both edges.
             yield partial(_packed, FP8_BLOCK_ENCODING, part, None)

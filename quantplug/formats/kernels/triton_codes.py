@@ -12,21 +12,31 @@ from quantplug.formats.constants import (
     E4M3_MAX,
     E4M3_SMALLEST_SUBNORMAL,
     F32_SMALLEST_NORMAL,
+    INT4_HIGHEST,
+    INT4_LARGEST,
+    INT4_LOWEST,
     ZERO_AMAX_SCALE,
 )
 
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 """All bits of FP32 but its sign."""
 
-E2M1_LARGEST = tl.constexpr(E2M1_MAX)
+E2M1_LARGEST, E4M3_LARGEST = tl.constexpr(E2M1_MAX), tl.constexpr(E4M3_MAX)
 
-_E4M3_LARGEST = tl.constexpr(E4M3_MAX)
 _E4M3_SMALLEST = tl.constexpr(E4M3_SMALLEST_SUBNORMAL)
+_INT4_LARGEST, _INT4_HIGHEST, _INT4_LOWEST = (
+    tl.constexpr(INT4_LARGEST),
+    tl.constexpr(INT4_HIGHEST),
+    tl.constexpr(INT4_LOWEST),
+)
 _ZERO_AMAX_SCALE = tl.constexpr(ZERO_AMAX_SCALE)
 _SMALLEST_SCALE = tl.constexpr(F32_SMALLEST_NORMAL)
 
 _EXPONENT = tl.constexpr(0x7F800000)
 _MANTISSA_BITS = tl.constexpr(23)
+# FP32 holds no fractions beside this number: see `loops._INTEGERS`.
+_INTEGERS = tl.constexpr(1.5 * 2.0**23)
+_BF16_NAN = tl.constexpr(0x7FC0)
 
 # FP32 mantissa bits more than the code's, FP32 bits of its smallest normal magnitude, and where steps are counted.
 _E2M1_SHIFT, _E2M1_NORMAL, _E2M1_STEPS = tl.constexpr(22), tl.constexpr(0x3F800000), tl.constexpr(0x07)
@@ -58,18 +68,29 @@ def nvfp4_block_scale(amax: tl.tensor, scale_2: tl.tensor) -> tuple[tl.tensor, t
     # The order of `scale_types._e4m3_scales`. A comparison with NaN is false, so NaN is remembered and put back.
     scale = tl.where(scale == 0, _ZERO_AMAX_SCALE, scale)
     scale = tl.where(scale > _E4M3_SMALLEST, scale, _E4M3_SMALLEST)
-    scale = tl.where(scale < _E4M3_LARGEST, scale, _E4M3_LARGEST)
+    scale = tl.where(scale < E4M3_LARGEST, scale, E4M3_LARGEST)
     code, value = _rounded(scale, _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
     return tl.where(is_nan, _E4M3_NAN, code), tl.where(is_nan, float("nan"), value)
 
 
 @triton.jit
-def f32_scale(amax: tl.tensor) -> tl.tensor:
-    """The FP32 scale that maps an amax to 448, as `scale_from_amax` gives it."""
+def f32_scale(amax: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
+    """The FP32 scale that maps an amax to LARGEST, as `scale_from_amax` gives it."""
     # A divisor that is a tensor: by a constant the compiler multiplies with its reciprocal.
-    scale = tl.div_rn(amax, tl.full((), _E4M3_LARGEST, tl.float32))
+    scale = tl.div_rn(amax, tl.full((), LARGEST, tl.float32))
     scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
     return tl.where(amax == 0, _ZERO_AMAX_SCALE, scale)
+
+
+@triton.jit
+def int4_group_scale(amax: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """BF16 bits and FP32 value of the scale that maps the amax of a group to 7.5, as `scale_types` gives it."""
+    scale = f32_scale(amax, _INT4_LARGEST)
+    bits = scale.to(tl.int32, bitcast=True)
+    # To nearest, ties to even: a half less one, and that one too where the last bit that stays is odd.
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(scale == scale, bits, _BF16_NAN)
+    return bits, (bits << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -117,10 +138,24 @@ def e2m1_code(quotient: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def int4_code(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
+    """The INT4 code of `values / scale` [groups, n], scales [groups, 1], counted from the lowest; of NaN that of 0."""
+    # One branch for all groups of a program: that of a zero group, 1, is as good as any.
+    ordinary = (scale >= _LEAST_SCALE) & (scale <= _LARGEST_SCALE)
+    is_ordinary = tl.min(tl.min(ordinary.to(tl.int32), axis=1), axis=0) > 0
+    quotient = rounded_quotient(values, scale, -_INT4_LOWEST, is_ordinary, SHORT)
+    inside = tl.where(quotient > _INT4_HIGHEST, _INT4_HIGHEST, quotient)
+    inside = tl.where(inside < _INT4_LOWEST, _INT4_LOWEST, inside)
+    # Two's complement has the highest of four bits for -8, and here it is 8.
+    code = ((inside + _INTEGERS).to(tl.int32, bitcast=True) & 0xF) ^ 0x8
+    return tl.where(quotient == quotient, code, -_INT4_LOWEST)
+
+
+@triton.jit
 def e4m3_code(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
     """The E4M3 code of `values / scale`, as `codes.saturate_to_e4m3` gives it; the sign, of NaN too, is the value's."""
     is_ordinary = (scale >= _LEAST_SCALE) & (scale <= _LARGEST_SCALE)
-    quotient = rounded_quotient(values, scale, _E4M3_LARGEST, is_ordinary, SHORT)
+    quotient = rounded_quotient(values, scale, E4M3_LARGEST, is_ordinary, SHORT)
     code, _ = _rounded(tl.abs(quotient), _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
     code = tl.where(quotient == quotient, code, _E4M3_NAN)
     return code | tl.where(values.to(tl.int32, bitcast=True) < 0, _E4M3_SIGN, 0)
@@ -143,6 +178,12 @@ def e2m1_value(code: tl.tensor) -> tl.tensor:
     """FP32 value of the E2M1 code in the lower four bits, as `e2m1.decode` gives it."""
     magnitude = ((code & 0x7) << _E2M1_SHIFT).to(tl.float32, bitcast=True) * _E2M1_BIAS
     return _signed(magnitude, (code & _E2M1_SIGN) << _E2M1_SIGN_SHIFT)
+
+
+@triton.jit
+def int4_value(code: tl.tensor) -> tl.tensor:
+    """FP32 value of an INT4 code in the lower four bits."""
+    return (code + _INT4_LOWEST).to(tl.float32)
 
 
 @triton.jit

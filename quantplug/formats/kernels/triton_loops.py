@@ -11,6 +11,7 @@ import triton.language as tl
 from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
 from quantplug.formats.kernels.triton_codes import (
     E2M1_LARGEST,
+    E4M3_LARGEST,
     MAGNITUDE,
     e2m1_code,
     e2m1_value,
@@ -18,6 +19,9 @@ from quantplug.formats.kernels.triton_codes import (
     e4m3_value,
     f32_scale,
     fp32,
+    int4_code,
+    int4_group_scale,
+    int4_value,
     nvfp4_block_scale,
     rounded_quotient,
 )
@@ -168,7 +172,7 @@ def pack_fp8_row(
         values = fp32(tl.load(places + column * column_stride, mask=column < columns, other=0.0))
         # As integers, NaN is above all numbers, and no maximum drops it.
         magnitudes = tl.maximum(magnitudes, values.to(tl.int32, bitcast=True) & MAGNITUDE)
-    scale = f32_scale(tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True))
+    scale = f32_scale(tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True), E4M3_LARGEST)
     tl.store(row_scales + number * rows + row, scale)
     for tile in range(TILES):
         column = tile * TILE + tl.arange(0, TILE).to(tl.int64)
@@ -217,7 +221,7 @@ def pack_fp8_block(
         read = tl.load(weight + row * row_stride + column * column_stride)
     values = fp32(read)
     magnitudes = values.to(tl.int32, bitcast=True) & MAGNITUDE
-    scale = f32_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True))
+    scale = f32_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True), E4M3_LARGEST)
     tl.store(block_scales + number * squares + square, scale)
     code = e4m3_code(values, scale, weight.dtype.element_ty != tl.float32)
     if PARTIAL:
@@ -248,6 +252,64 @@ def unpack_fp8_block(
     else:
         code = tl.load(codes + places).to(tl.int32)
         tl.store(values + places, e4m3_value(code) * scale)
+
+
+@triton.jit
+def pack_int4(
+    weights: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    codes: tl.tensor,
+    group_scales: tl.tensor,
+    groups_a_row: tl.tensor,
+    groups: tl.tensor,
+    ROWS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """BLOCKS groups of GROUP elements a program; their BF16 scales are stored as the integers of their bits."""
+    number = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    is_there = group < groups
+    element = tl.arange(0, GROUP)[None, :]
+    if ROWS:
+        column = (group % groups_a_row)[:, None] * GROUP + element
+        offsets = (group // groups_a_row)[:, None] * row_stride + column * column_stride
+    else:
+        offsets = group[:, None] * GROUP + element
+    weight = _weight(weights, number, ELEMENT, ALIGNED)
+    values = fp32(tl.load(weight + offsets, mask=is_there[:, None], other=0.0))
+
+    largest = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
+    scale_bits, scale = int4_group_scale(largest.to(tl.float32, bitcast=True))
+    tl.store(group_scales + number * groups + group, scale_bits.to(tl.int16), mask=is_there)
+
+    code = int4_code(values, scale[:, None], weight.dtype.element_ty != tl.float32)
+    low, high = tl.split(tl.reshape(code, (BLOCKS, GROUP // 2, 2)))
+    pairs = (number * groups + group)[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+    tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
+
+
+@triton.jit
+def unpack_int4(
+    codes: tl.tensor,
+    group_scales: tl.tensor,
+    values: tl.tensor,
+    groups: tl.tensor,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    group = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    is_there = group < groups
+    pairs = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+    pair = tl.load(codes + pairs, mask=is_there[:, None], other=0).to(tl.int32)
+    scale_bits = tl.load(group_scales + group, mask=is_there, other=0).to(tl.int32)
+    scale = (scale_bits << 16).to(tl.float32, bitcast=True)
+    code = tl.reshape(tl.join(pair & 0xF, pair >> 4), (BLOCKS, GROUP))
+    places = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tl.store(values + places, int4_value(code) * scale[:, None], mask=is_there[:, None])
 
 
 @triton.jit

@@ -34,18 +34,20 @@ interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.Te
     fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar
 )
 from quantplug.formats.kernels import cuda
-blocks, tile = cuda._BLOCKS, cuda._TILE
+blocks, tile, in_groups = cuda._BLOCKS, cuda._TILE, cuda._IN_GROUPS
 for line in sys.stdin:
     signal.alarm(300)
     file = line.rstrip()
     calls, large = torch.load(file, weights_only=False)
-    cuda._BLOCKS, cuda._TILE = blocks * large, tile * large
+    cuda._BLOCKS, cuda._TILE, cuda._IN_GROUPS = blocks * large, tile * large, in_groups * large
     torch.save([call.made_by(cuda) for call in calls], file)
     signal.alarm(0)
     print("made", flush=True)
 """
 
 Compare = Callable[..., None]
+
+IN_GROUPS = ("INT4_ENCODING", "INT4_32_ENCODING")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,24 @@ def test_fp8_block_of_every_value_up_to_its_amax(
     assert_interpreted_as_the_reference(calls)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_of_every_value_up_to_its_amax(dtype: torch.dtype, assert_interpreted_as_the_reference: Compare) -> None:
+    calls = []
+    for amax in (448.0, 1 / 3, 3e-6, 2.0**-140):
+        values = all_values(dtype)
+        values = values[values.abs() <= amax][:: 1 if dtype.itemsize == 2 else 7]
+        weight = torch.nn.functional.pad(values, (0, -values.numel() % 127)).view(-1, 127)
+        weight = torch.nn.functional.pad(weight, (0, 1), value=amax)
+        calls += [packing(encoding, [weight]) for encoding in IN_GROUPS]
+    assert_interpreted_as_the_reference(calls, large=16)
+
+
+def test_int4_scale_of_every_amax_that_a_bf16_group_can_have(assert_interpreted_as_the_reference: Compare) -> None:
+    weight = torch.zeros(2**16, 32, dtype=torch.bfloat16)
+    weight[:, 5] = all_values(torch.bfloat16)
+    assert_interpreted_as_the_reference([packing("INT4_32_ENCODING", [weight])], large=16)
+
+
 def test_fp8_block_with_partial_squares_at_the_edges(assert_interpreted_as_the_reference: Compare) -> None:
     weight = heavy_tailed((131, 200), torch.bfloat16)
     views = [weight, weight.t(), weight[:, :1], weight[:1], torch.cat((weight, weight), 1)[:, :129]]
@@ -187,6 +207,9 @@ def test_shapes_strides_and_what_is_not_finite(
     calls = [nvfp4(view, 1e-4) for view in views]
     calls += [fp8(view.nan_to_num(0.0), 1e-3) for view in (*views, weight.view(1, -1), weight.view(-1, 1))]
     calls += [fp8_row(view) for view in (*views, weight.view(1, -1), weight.view(-1, 1)[:99])]
+    groups = torch.cat((weight, weight), 1)[:, :256]
+    for view in (groups, groups[:1, :128], groups.t().contiguous().t(), groups[::2]):
+        calls += [packing(encoding, [view]) for encoding in IN_GROUPS]
     calls += [
         Call("amax", "", [view]) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)
     ]
@@ -203,7 +226,7 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, assert_interprete
     calls: list[Call] = []
     for group in groups:
         scales = [1e-3, 2e-3, 1 / 3][: len(group)]
-        for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_ROW_ENCODING", "FP8_BLOCK_ENCODING"):
+        for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_ROW_ENCODING", "FP8_BLOCK_ENCODING", *IN_GROUPS):
             calls.append(packing(encoding, group, scales))
     assert_interpreted_as_the_reference(calls)
 
@@ -222,6 +245,9 @@ def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) 
         calls.append(Call("unpack", "FP8_BLOCK_ENCODING", [halves], (codes, squares)))
         of_rows = squares.reshape(2, 2, 1).repeat_interleave(64, dim=1)
         calls.append(Call("unpack", "FP8_ROW_ENCODING", [halves], (codes, of_rows)))
+        for encoding, groups in zip(IN_GROUPS, (4, 16), strict=True):
+            of_groups = torch.linspace(0.5, 1, 2 * 256 * groups).mul(scale).bfloat16().view(2, 256, groups)
+            calls.append(Call("unpack", encoding, [values], (pairs, of_groups)))
     assert_interpreted_as_the_reference(calls)
 
 
@@ -232,12 +258,14 @@ NVFP4 = {"weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8", "bloc
 FP8 = {"columns": "i32", "elements": "i32", "weight_scale": "*fp32", "codes": "*u8"}
 FP8_ROW = {"codes": "*u8", "row_scales": "*fp32", "rows": "i32", "columns": "i32"}
 SQUARES = {"rows": "i32", "columns": "i32", "squares_a_row": "i32"}
+INT4 = {"codes": "*u8", "group_scales": "*i16", "groups_a_row": "i32", "groups": "i32"}
 FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "squares": "i32"} | SQUARES
 OF_A_WEIGHT: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "pack_nvfp4": (STRIDES | NVFP4, {"ROWS": False, "BLOCKS": 128}),
     "pack_fp8": (STRIDES | FP8, {"ROWS": False, "TILE": 4096}),
     "pack_fp8_row": (STRIDES | FP8_ROW, {"TILES": 1, "TILE": 1024}),
     "pack_fp8_block": (STRIDES | FP8_BLOCK, {"PARTIAL": False}),
+    "pack_int4": (STRIDES | INT4, {"ROWS": False, "BLOCKS": 16, "GROUP": 128}),
 }
 OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "unpack_nvfp4": (
@@ -251,6 +279,10 @@ OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "unpack_fp8_row": (
         {"codes": "*u8", "row_scales": "*fp32", "values": "*fp32", "columns": "i32"},
         {"TILE": 1024},
+    ),
+    "unpack_int4": (
+        {"codes": "*u8", "group_scales": "*i16", "values": "*fp32", "groups": "i32"},
+        {"BLOCKS": 16, "GROUP": 128},
     ),
     "unpack_fp8_block": ({"codes": "*u8", "block_scales": "*fp32", "values": "*fp32"} | SQUARES, {"PARTIAL": False}),
 }
@@ -297,7 +329,9 @@ def test_packing_on_a_gpu_rounds_as_ieee_says_and_reads_16_bytes_at_once(
 
     ptx = compiled(name, arguments, constants | source, capability).asm["ptx"]
 
-    elements_of_a_thread = constants.get("TILE", constants.get("BLOCKS", 0) * 16) // 128 or 128**2 // (4 * 32)
+    elements_of_a_thread = constants.get(
+        "TILE", constants.get("BLOCKS", 0) * constants.get("GROUP", 16)
+    ) // 128 or 128**2 // (4 * 32)
     assert_ieee(ptx, fused=0 if weight == "*fp32" else 2 * elements_of_a_thread)
     assert "div.rn.f32" in ptx
     loads = re.findall(r"ld\.global\S*\.v4\.b32", ptx)
