@@ -62,6 +62,10 @@ def main(
     zero_centred_norms: Annotated[
         bool | None, typer.Option(help="Whether the trainer's norms multiply with 1 + weight (--apply-layernorm-1p).")
     ] = None,
+    dialect: Annotated[
+        quantplug.DialectName | None,
+        typer.Option(help="How the format is spelled on disk, where there are several ways."),
+    ] = None,
     drop_mtp: Annotated[
         bool, typer.Option("--drop-mtp", help="Leave out the layers of multi-token prediction.")
     ] = False,
@@ -102,6 +106,7 @@ def main(
             amax=amax,
             vocab_size=vocab_size,
             drop_mtp=drop_mtp,
+            dialect=dialect,
             progress=StageBars(),
         )
         say(

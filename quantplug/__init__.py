@@ -6,7 +6,8 @@ only then does one that works on a live model import Megatron-Core.
 With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `recipe_cfg`, `calibrate`, `plan_export`,
 `save_checkpoint` and `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL
 `export_hf_weights_quant` or `plan_stream`. Without one: `export_checkpoint`, `quantize_checkpoint` and
-`verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the names of all formats, `WeightAmax` what becomes of
+`verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the names of all formats, `DialectName`
+those of their spellings on disk, `WeightAmax` what becomes of
 weights that have grown since calibration, `errors` all that is raised. `quantplug.calibration`,
 `quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
 """
@@ -20,6 +21,7 @@ from quantplug.lazy import attributes_from
 __version__ = "0.1.0"
 
 __all__ = [
+    "DialectName",
     "KVCacheFormat",
     "LayerSpec",
     "Preset",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DialectName": "quantplug.export.plan.dialects.table",
     "KVCacheFormat": "quantplug.formats.names",
     "LayerSpec": "quantplug.megatron.models.build",
     "Preset": "quantplug.selection",
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
     from quantplug.export.files.staging import check_destination
     from quantplug.export.live_plan import plan_export
     from quantplug.export.pipeline.amaxes import WeightAmax
+    from quantplug.export.plan.dialects.table import DialectName
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
     from quantplug.export.stream.api import export_hf_weights_quant, plan_stream
     from quantplug.export.to_disk import export_mcore_gpt_to_hf

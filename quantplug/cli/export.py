@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Exclude, QuantizeMtp
+from quantplug.cli.options import Dialect, Exclude, QuantizeMtp
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
@@ -42,6 +42,7 @@ def export(
         KVCacheFormat | None,
         typer.Option(help="With a format: that of the server's KV cache; 16 bits where none is given."),
     ] = None,
+    dialect: Dialect = None,
     amax: Annotated[
         WeightAmax, typer.Option(help="Of a quantized model: what becomes of weights that have grown since.")
     ] = WeightAmax.CALIBRATED,
@@ -71,6 +72,7 @@ def export(
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
             kv_cache=kv_cache,
+            dialect=dialect,
             amax=amax,
             trust_remote_code=trust_remote_code,
             unchecked_settings=unchecked_setting or (),

@@ -4,8 +4,14 @@ from typing import Annotated
 
 import typer
 
+from quantplug.export.plan.dialects.table import DialectName
+
 Exclude = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
+]
+Dialect = Annotated[
+    DialectName | None,
+    typer.Option(help="How the format is spelled on disk, where there are several ways; that of most servers without."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Exclude, QuantizeMtp
+from quantplug.cli.options import Dialect, Exclude, QuantizeMtp
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
@@ -40,6 +40,7 @@ def quantize(
         KVCacheFormat | None,
         typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),
     ] = None,
+    dialect: Dialect = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
     ] = False,
@@ -62,6 +63,7 @@ def quantize(
             preset=asked.preset,
             input_scale=asked.input_scale,
             kv_cache=asked.kv_cache,
+            dialect=dialect,
             trust_remote_code=trust_remote_code,
             progress=bar,
         )

@@ -32,6 +32,7 @@ from quantplug.export.model_free import (
 )
 from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weight_amax_policy
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
+from quantplug.export.plan.dialects.table import DialectName, dialect_named
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.export.sources.hf_directory import (
@@ -90,6 +91,7 @@ def export_checkpoint(
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
     kv_cache: KVCacheFormat | str | None = None,
+    dialect: DialectName | str | None = None,
     amax: WeightAmax | str = WeightAmax.CALIBRATED,
     trust_remote_code: bool = False,
     unchecked_settings: Collection[str] = (),
@@ -121,6 +123,7 @@ def export_checkpoint(
         quantize_mtp: With a `format`: whether the layers of multi-token prediction are quantized too.
         kv_cache: With a `format`: in which format servers keep keys and values, `fp8_cast`; None for 16 bits. Without a
             `format` the quantizers in the checkpoint say it.
+        dialect: How tensors and config spell the formats, as in `quantize_checkpoint`.
         amax: Of a model that was quantized before: what becomes of weights that are larger than their quantizers'
             amaxes, as in `export_mcore_gpt_to_hf`.
         trust_remote_code: Whether code that the Hugging Face directory brings is carried over; none is run here.
@@ -130,8 +133,8 @@ def export_checkpoint(
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
     Raises:
-        ArgumentError: A format, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not served; or `exclude`,
-            `quantize_mtp` or `kv_cache` without a format that quantizes.
+        ArgumentError: A format, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not served; or
+            `exclude`, `quantize_mtp` or `kv_cache` without a format that quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
@@ -146,7 +149,7 @@ def export_checkpoint(
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    policy = weight_amax_policy(amax)
+    policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
     scheme = _scheme(format)
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     if scheme is None:
@@ -178,6 +181,7 @@ def export_checkpoint(
             max_shard_size=max_shard_size,
             reference=with_vocabulary(shapes, model.family, model.dims) if vocab_size is not None else shapes,
             source_types={name: header.dtype for name, header in stored.items()},
+            dialect=spelling,
         )
         plan_of: PlanOf
         if format is None:

@@ -9,6 +9,7 @@ import torch
 from quantplug.checkpoint.config_file import ties_embeddings
 from quantplug.checkpoint.source_config import SourceConfig, read_source_config
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
+from quantplug.export.plan.dialects.table import DialectName, dialect_named
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.choices import Choices
 from quantplug.export.sources.hf_directory import fit_table, known_tensors, resolve_directory, with_vocabulary
@@ -64,6 +65,7 @@ def plan_export(
     with_passthrough: bool = True,
     requantize: Requantize | None = None,
     leave_out: LeaveOut = by_rules,
+    dialect: DialectName | str | None = None,
 ) -> PlannedExport:
     """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
 
@@ -78,7 +80,7 @@ def plan_export(
     """
     # Before anything is read, as it raises where Megatron's groups are not initialized.
     topology = current_topology()
-    choices = Choices(vocab_size, drop_mtp)
+    choices, spelling = Choices(vocab_size, drop_mtp), all_or_none(lambda: dialect_named(dialect, "dialect"))
     source = all_or_none(lambda: _read_source(model, pretrained_model_name_or_path, trust_remote_code, choices))
     family, dims, beside = all_or_none(lambda: _fit(source, topology, choices, with_passthrough=with_passthrough))
     # First of all: where a setting differs, what follows from it would fill pages, or nothing does.
@@ -133,6 +135,7 @@ def plan_export(
         attentions=attentions,
         calibrated=calibrated,
         leave_out=leave_out,
+        dialect=spelling,
     )
     # Deterministic, so that all ranks raise alike; but the ranks' sources may differ, and then one raises alone.
     plan = all_or_none(lambda: build_plan(wholes, family, dims, request))

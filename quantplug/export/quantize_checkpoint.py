@@ -19,6 +19,7 @@ from quantplug.errors import ArgumentError, Offender
 from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import WeightOnlyPlan, chosen_weights, read_model, require_free, write_export
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest
+from quantplug.export.plan.dialects.table import DialectName, dialect_named
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.formats.names import (
@@ -47,6 +48,7 @@ def quantize_checkpoint(
     preset: Preset | str = Preset.ALL,
     input_scale: float | None = None,
     kv_cache: KVCacheFormat | str | None = None,
+    dialect: DialectName | str | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = silent,
@@ -74,21 +76,23 @@ def quantize_checkpoint(
             recipe `nvfp4_experts_only_input_scale1-kv_fp8_cast`.
         kv_cache: The format of the KV cache that servers are asked for, a `KVCacheFormat` or its name: `fp8_cast` needs
             no data. None leaves it in 16 bits.
+        dialect: How tensors and config spell the format, where there are several ways: a `DialectName` or its name,
+            `modelopt`, `compressed-tensors` or `deepseek`. None takes what most servers read.
         trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
         max_shard_size: Largest size of one safetensors file in bytes.
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
-        ArgumentError: A format or a preset that is not known, an `input_scale` that is none or goes with no input, or a
-            `max_shard_size` that cannot be served.
+        ArgumentError: A format, preset or dialect that is not known, an `input_scale` that is none or goes with no
+            input, or a `max_shard_size` that cannot be served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The source is missing, incomplete, damaged or already quantized, or changes while it is read; or
             tensors that it holds twice differ; or it brings its own code, and that is not trusted.
         UnsupportedModelError: Its architecture is not supported.
         MappingError: Tensors are missing or unknown, or a pattern of `exclude` matches nothing.
         ShapeError: A shape disagrees with the config, or does not divide as the format needs.
-        UnsupportedQuantizationError: A format that has calibrated scales, of activations or of the KV cache; or
-            `exclude` parts what servers load alike, or leaves nothing to quantize.
+        UnsupportedQuantizationError: A format that has calibrated scales, of activations or of the KV cache, or that
+            the dialect cannot say; or `exclude` parts what servers load alike, or leaves nothing to quantize.
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
@@ -96,6 +100,7 @@ def quantize_checkpoint(
     _check_input_scale(input_scale, scheme)
     policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
+    spelling = dialect_named(dialect, "dialect")
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)
@@ -117,6 +122,7 @@ def quantize_checkpoint(
             reference={name: header.shape for name, header in checkpoint.tensors.items()},
             leave_out=by_exclude,
             kv_cache=cache,
+            dialect=spelling,
         )
         chosen = chosen_weights(weights, model, policy, exclude)
         plan = write_export(

@@ -17,6 +17,7 @@ from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weigh
 from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import digest_of, prescan, refuse_diverged, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import MAX_SHARD_SIZE
+from quantplug.export.plan.dialects.table import DialectName
 from quantplug.export.plan.types import ExportPlan
 from quantplug.export.sources.live import Model
 from quantplug.megatron.agreement import all_or_none, gather_objects
@@ -40,6 +41,7 @@ def export_mcore_gpt_to_hf(
     unchecked_settings: Collection[str] = (),
     vocab_size: int | None = None,
     drop_mtp: bool = False,
+    dialect: DialectName | str | None = None,
     progress: Progress = silent,
 ) -> ExportResult:
     """Writes a Megatron-Core model as a Hugging Face checkpoint, quantized as its quantizers say.
@@ -66,10 +68,12 @@ def export_mcore_gpt_to_hf(
             are written, and config.json says it. None for that of the config; a model with more rows than padding
             explains is then refused.
         drop_mtp: Whether layers of multi-token prediction are left out; config.json then counts none.
+        dialect: How tensors and config spell the formats, where there are several ways: a `DialectName` or its name,
+            `modelopt`, `compressed-tensors` or `deepseek`. None takes what most servers read.
         progress: Called as (stage, done, total), in bytes of the weights that this rank has.
 
     Raises:
-        ArgumentError: A `dtype`, `max_shard_size` or `amax` that cannot be served.
+        ArgumentError: A `dtype`, `max_shard_size`, `dialect` or `amax` that cannot be served.
         DestinationError: `export_dir` is not empty, is not the same directory on all ranks, or is on a file system
             without file locks; or another export left its unfinished files beside it.
         SourceError: The source has no usable config, its tokenizer or another file to copy cannot be read, or tensors
@@ -80,7 +84,7 @@ def export_mcore_gpt_to_hf(
         RankLostError: Another rank ended.
         MappingError: Rules of the quantizer config match nothing, or the model is not the one the config describes.
         ShapeError: The model is not the one that the config describes, or does not divide as its format needs.
-        UnsupportedQuantizationError: Quantizers that cannot be written.
+        UnsupportedQuantizationError: Quantizers that cannot be written, or not in the dialect.
         CalibrationError: Enabled quantizers without a usable amax, or weights that have grown beyond it.
         WeightError: NaN or Inf in a weight, a value beside which most others would be packed to zero, or copies on
             several ranks that differ.
@@ -100,6 +104,7 @@ def export_mcore_gpt_to_hf(
         unchecked_settings=unchecked_settings,
         vocab_size=vocab_size,
         drop_mtp=drop_mtp,
+        dialect=dialect,
     )
     plan, weights, source, rank = planned.plan, planned.weights, planned.source, topology.rank
     side_files = all_or_none(lambda: choose_side_files(source.directory, code=trust_remote_code))

@@ -57,9 +57,23 @@ def test_quantize_asks_for_a_kv_cache(tiny_qwen3_dir: Path, tmp_path: Path) -> N
     assert run("verify", tmp_path / "out", "--source", tiny_qwen3_dir)[0] == 0
 
 
+def test_quantize_spells_a_format_as_it_is_asked_to(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    options = ("--format", "fp8", "--input-scale", "1", "--dialect", "compressed-tensors")
+    assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "compressed-tensors"
+    assert run("verify", tmp_path / "out", "--source", tiny_qwen3_dir)[0] == 0
+
+
 @pytest.mark.parametrize(
     "options",
-    [(), ("--format", "nvfp4"), ("--format", "w8a16_fp8", "--exclude", "absent"), ("--format", "fp8_blockwise")],
+    [
+        (),
+        ("--format", "nvfp4"),
+        ("--format", "w8a16_fp8", "--exclude", "absent"),
+        ("--format", "fp8_blockwise"),
+        ("--format", "w4a16_nvfp4", "--dialect", "deepseek"),
+    ],
 )
 def test_quantize_that_cannot_be_done_exits_2(options: tuple[str, ...], tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     assert run("quantize", tiny_qwen3_dir, tmp_path / "out", *options)[0] == 2

@@ -150,6 +150,8 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         vocab_size: Number of tokens that the model was trained with, so many rows of the embedding and the output layer
             are given; None for that of the config.
         drop_mtp: Whether layers of multi-token prediction are left out.
+        dialect: How tensors are named and `quant_config` is spelled, where a format has several ways: a `DialectName`
+            or its name. None takes what most servers read.
 
     Returns:
         An iterator over (name, tensor): each weight with its scales right after it, layer by layer; CPU tensors with
@@ -161,7 +163,8 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         TopologyError: Megatron's groups are not initialized, receivers that are no ranks, or ranks that disagree.
         MappingError: The model is not the one that the config describes.
         ShapeError: Likewise by its shapes, or they do not divide as the format needs.
-        ArgumentError: No format has the name in `quant_format`, or no policy that in `amax`.
+        ArgumentError: No format has the name in `quant_format`, no policy that in `amax`, or no dialect that in
+            `dialect`.
         UnsupportedQuantizationError: A format that quantizes activations, which needs data; arguments, checker or
             function that cannot be used, or quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax (as_quantized); while it runs, before the first

@@ -77,6 +77,7 @@ def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device:
         unchecked_settings=request.unchecked_settings,
         vocab_size=request.vocab_size,
         drop_mtp=request.drop_mtp,
+        dialect=request.dialect,
         with_passthrough=False,  # A receiver has what never changes.
         leave_out=by_rules if request.named_format is AS_QUANTIZED else by_checker,
         # None leaves the model's own quantizers in force. In all other cases they are not looked at, so that a model

@@ -13,6 +13,7 @@ import torch
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
 from quantplug.export.pipeline.amaxes import WeightAmax, weight_amax_policy
 from quantplug.export.plan.dialects.dialect import INPUT_SCALE
+from quantplug.export.plan.dialects.table import DialectName
 from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
@@ -69,6 +70,7 @@ class StreamRequest:
     unchecked_settings: Collection[str] = ()
     vocab_size: int | None = None
     drop_mtp: bool = False
+    dialect: DialectName | str | None = None
 
     @property
     def named_format(self) -> QuantFormat | OwnQuantizers | None:
@@ -136,6 +138,8 @@ class StreamRequest:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if self.named_format is AS_QUANTIZED and self.quantize_mtp:
             found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
+        if self.quant_fn is not None and self.dialect is not None:
+            found.append(("dialect", "is given beside quant_fn, whose tensors have names of their own"))
         # Without a suffix the scale would have the weight's own name; and a receiver takes `input_scale` for that of
         # activations.
         if not self.scale_suffix or self.scale_suffix.endswith(INPUT_SCALE.name):

@@ -11,12 +11,15 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 from compressed_tensors.quantization.utils import is_module_quantized
+from modelopt.torch.quantization.qtensor import FP8QTensor
 from safetensors.torch import save_file
 from torch import nn
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
 from quantplug.export.plan.dialects.compressed_tensors import CompressedTensorsDialect
+from quantplug.export.plan.dialects.table import DialectName
 from quantplug.export.plan.types import QuantConfig
+from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import SCHEMES, QuantFormat
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import Severity, verify_checkpoint
@@ -135,6 +138,25 @@ def test_verify_finds_experts_with_a_scale_a_row_and_static_inputs(exports: Expo
     group["input_activations"] |= {"strategy": "tensor", "dynamic": False}
     (out / "config.json").write_text(json.dumps(config))
     assert Check.SERVED_EXPERTS in verify_checkpoint(out).checks(Severity.ERROR)
+
+
+def test_a_weight_in_two_dialects_decodes_to_the_same_values(sources: Sources, tmp_path: Path) -> None:
+    written = {}
+    for dialect in (DialectName.MODELOPT, DialectName.COMPRESSED_TENSORS):
+        out = tmp_path / dialect
+        quantize_checkpoint(sources("moe"), out, QuantFormat.FP8, input_scale=0.5, dialect=dialect)
+        assert verify_checkpoint(out, sources("moe")).ok
+        written[dialect] = read(out)
+    ours, theirs = written.values()
+    config = json.loads((tmp_path / DialectName.COMPRESSED_TENSORS / "config.json").read_text())
+    (scheme,) = QuantizationConfig.model_validate(config["quantization_config"]).config_groups.values()
+    assert scheme == preset_name_to_scheme("FP8", ["Linear"])
+    for name in linear_weights(read(sources("moe"))):
+        state = {"weight": theirs[name], "weight_scale": theirs[f"{name}_scale"]}
+        decoded = FloatQuantizationCompressor.decompress(dict(state), scheme)["weight"]
+        codes = FP8QTensor(ours[name].shape, torch.float32, ours[name])
+        assert torch.equal(decoded, codes.dequantize(dtype=torch.float32, scale=ours[f"{name}_scale"]))
+        assert theirs[f"{name.removesuffix('weight')}input_scale"].tolist() == [0.5]
 
 
 def test_experts_that_stay_plain_are_named_as_vllm_asks_for_them() -> None:

@@ -46,6 +46,8 @@ _OF_TENSOR = {**_FP8, "strategy": "tensor", "dynamic": False}
 _OF_ROWS = {**_FP8, "strategy": "channel", "dynamic": False}
 _OF_TOKENS = {**_FP8, "strategy": "token", "dynamic": True}
 _SPELLINGS: Mapping[QuantFormat, _Spelling] = {
+    # What llm-compressor writes by its scheme FP8.
+    QuantFormat.FP8: _Spelling("FP8", "float-quantized", _OF_TENSOR, _OF_TENSOR),
     QuantFormat.W8A16_FP8: _Spelling("W8A16 FP8", "naive-quantized", _OF_TENSOR, None),
     # What llm-compressor writes by its scheme FP8_DYNAMIC.
     QuantFormat.FP8_DYNAMIC: _Spelling("FP8 dynamic", "float-quantized", _OF_ROWS, _OF_TOKENS),

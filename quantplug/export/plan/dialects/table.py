@@ -10,7 +10,7 @@ from quantplug.export.plan.dialects.dialect import Dialect
 from quantplug.export.plan.dialects.modelopt import ModelOptDialect
 from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import Schemes
-from quantplug.findings import Findings, Kind
+from quantplug.findings import Findings, Kind, choice_named
 from quantplug.formats.names import QuantFormat
 
 
@@ -29,11 +29,28 @@ DIALECTS: Mapping[DialectName, Dialect] = {
     DialectName.COMPRESSED_TENSORS: CompressedTensorsDialect(),
 }
 
+_PLAIN = Kind(
+    UnsupportedQuantizationError,
+    "Nothing is quantized that a dialect could be for.",
+    "Quantize weights, by a format or a model's quantizers; or leave the dialect out.",
+)
 _MIXED = Kind(
     UnsupportedQuantizationError,
     "The model mixes quantization schemes, which is not written yet.",
     "Quantize all linears by one config; disable the quantizers of those that should stay in high precision.",
 )
+
+
+def dialect_named(name: str | None, argument: str) -> DialectName | None:
+    """The dialect of a name; None where none is asked for.
+
+    Args:
+        argument: What the name was given as, for the message.
+
+    Raises:
+        ArgumentError: No dialect has this name.
+    """
+    return None if name is None else choice_named(DialectName, name, argument, "There is no such dialect.")
 
 
 def dialects_of(quant_format: QuantFormat) -> tuple[DialectName, ...]:
@@ -51,6 +68,8 @@ def choose_dialect(mapped: Mapped, schemes: Schemes, asked: DialectName | None, 
         for whole, _ in mapped:
             if whole.key in schemes:
                 findings.add_weight(_MIXED, whole, f"is {schemes[whole.key].format}")
+    if asked is not None and not formats and not findings.found:
+        findings.add(_PLAIN, "dialect", f"is {asked}")
     if len(formats) != 1:
         return None
     (quant_format,) = formats
