@@ -7,6 +7,8 @@ an expert's `decoder.layers.3.mlp.experts.linear_fc1.weight69`
     one by one   `decoder.layers.3.mlp.experts.experts.69.linear_fc1.weight`, or
     stacked      expert 69 of `decoder.layers.3.mlp.experts.experts.linear_fc1.weight` [experts, ...], where layers are
                  stacked too layer 3, expert 69 of `decoder.layers.mlp.experts.experts.linear_fc1.weight`.
+A `HybridModel` of pairs, of attention and networks in turn, has names of its own (`quantplug.mappings.hybrid_pattern`),
+and no stacked layers: `decoder.layers.6.self_attention.linear_proj.weight` and `decoder.layers.7.mlp.…` of layer 3.
 Some are cut into parts, each a tensor of its own, whose rows follow one another as in a model without tensor
 parallelism. Read off what Megatron-Core 0.16.1 writes of every family (`sharded_state_dict` of its modules).
 """
@@ -18,8 +20,9 @@ from itertools import product
 
 from quantplug.checkpoint.torch_dist.aside import kind_of
 from quantplug.checkpoint.torch_dist.reader import Segment
+from quantplug.mappings.hybrid_pattern import in_hybrid_model
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family, ParamKey, Scope
 
 _EXPERT = re.compile(r"(?P<above>.*\.experts)\.(?:local_experts\.\*\.)?(?P<linear>linear_fc[12]\.\w+)\*?")
 # Suffixes of the parts in their order, longer lists before those that they contain: gate and up of an expert or MLP
@@ -62,17 +65,63 @@ class FoundParameter:
     segments: tuple[Segment, ...]
 
 
-def find_parameters(family: Family, dims: ModelDimensions, tensors: Collection[str]) -> Iterator[FoundParameter]:
-    """Every parameter of a model of these sizes that a checkpoint has; one that it has twice comes twice.
+@dataclass(frozen=True)
+class Naming:
+    """How the model that was saved names its parameters.
+
+    Attributes:
+        dims: Its sizes.
+        in_pairs: Whether it is a `HybridModel`, two of whose layers are one of the table's.
+    """
+
+    dims: ModelDimensions
+    in_pairs: bool = False
+
+    def places(self, spelling: str, key: ParamKey) -> Iterator[Segment]:
+        """Where a parameter may be: under names with its numbers, or in tensors of all layers, all experts, or both.
+
+        Args:
+            spelling: As `of_checkpoint` gives it.
+        """
+        layer, axes = key.layer, []
+        if self.in_pairs:
+            spelling, layer = in_hybrid_model(spelling, layer)
+        if layer is not None:
+            count = self.dims.mtp_layers if key.stack == "mtp" else self.dims.num_layers
+            axes.append(("layers.*", layer, count, (False,) if self.in_pairs else (False, True)))
+        if key.expert is not None:
+            axes.append(("experts.*", key.expert, self.dims.num_experts, (False, True)))
+        for stacked in product(*(ways for *_, ways in axes)):
+            name, place, of = spelling, [], []
+            for (numbered, number, count, _), is_stacked in zip(axes, stacked, strict=True):
+                name = name.replace(numbered, numbered[:-2] if is_stacked else numbered[:-1] + str(number), 1)
+                place += [number] if is_stacked else []
+                of += [count] if is_stacked else []
+            yield Segment(name, tuple(place), tuple(of))
+
+
+def naming_of(family: Family, dims: ModelDimensions, tensors: Container[str]) -> Naming:
+    """How a checkpoint names the parameters of a model of these sizes: by the norm behind all layers.
+
+    Args:
+        tensors: Keys of the checkpoint.
+    """
+    outside = (name for row in family.mappings if row.scope is Scope.MODEL for name in row.megatron)
+    in_pairs = [(name, in_hybrid_model(name, None)[0]) for name in outside]
+    return Naming(dims, any(theirs != own and theirs in tensors for own, theirs in in_pairs))
+
+
+def find_parameters(family: Family, naming: Naming, tensors: Collection[str]) -> Iterator[FoundParameter]:
+    """Every parameter of a model that a checkpoint has; one that it has twice comes twice.
 
     Args:
         tensors: Keys of the checkpoint.
     """
     for row in family.mappings:
         spellings = {} if row.role.is_passthrough else _spellings(row.megatron)
-        for key in row.keys(dims) if spellings else ():
+        for key in row.keys(naming.dims) if spellings else ():
             for spelling, module in spellings.items():
-                for whole in places(spelling, key, dims):
+                for whole in naming.places(spelling, key):
                     segments = _segments(whole, tensors)
                     if segments:
                         yield FoundParameter(ParamKey(module, key.layer, key.expert), segments)
@@ -94,26 +143,6 @@ def _segments(whole: Segment, tensors: Collection[str]) -> tuple[Segment, ...]:
         if all(whole.key + part in tensors for part in parts):
             return tuple(replace(whole, key=whole.key + part) for part in parts)
     return ()
-
-
-def places(spelling: str, key: ParamKey, dims: ModelDimensions) -> Iterator[Segment]:
-    """Where a parameter may be: under names with its numbers, or in tensors of all layers, all experts, or both.
-
-    Args:
-        spelling: As `of_checkpoint` gives it.
-    """
-    axes = []
-    if key.layer is not None:
-        axes.append(("layers.*", key.layer, dims.mtp_layers if key.stack == "mtp" else dims.num_layers))
-    if key.expert is not None:
-        axes.append(("experts.*", key.expert, dims.num_experts))
-    for stacked in product((False, True), repeat=len(axes)):
-        name, place, of = spelling, [], []
-        for (numbered, number, count), is_stacked in zip(axes, stacked, strict=True):
-            name = name.replace(numbered, numbered[:-2] if is_stacked else numbered[:-1] + str(number), 1)
-            place += [number] if is_stacked else []
-            of += [count] if is_stacked else []
-        yield Segment(name, tuple(place), tuple(of))
 
 
 def of_checkpoint(spelling: str) -> str:

@@ -14,12 +14,11 @@ import torch
 
 from quantplug.checkpoint.torch_dist.files import damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import Extent, Index
-from quantplug.checkpoint.torch_dist.keys import places
+from quantplug.checkpoint.torch_dist.keys import Naming
 from quantplug.checkpoint.torch_dist.pickles import Made
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
-from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, fill
 
 MODELOPT_STATE = "modelopt_state"
@@ -61,13 +60,14 @@ class SavedQuantizers:
 
     Args:
         reader: Of the checkpoint.
+        naming: How its model names its modules.
 
     Raises:
         CheckpointError: Settings cannot be read; names each.
     """
 
-    def __init__(self, reader: TorchDistReader, dims: ModelDimensions) -> None:
-        self._reader, self._dims = reader, dims
+    def __init__(self, reader: TorchDistReader, naming: Naming) -> None:
+        self._reader, self._naming = reader, naming
         self._settings = _read_settings(reader.index)
         self._claimed: set[tuple[str, str]] = set()
         self._without_settings: list[Offender] = []
@@ -145,7 +145,7 @@ class SavedQuantizers:
     def _module(self, spelling: str, key: ParamKey) -> tuple[str, Mapping[str, Any]]:
         """Key of the extra state of a weight's module, and the quantizers in it."""
         module = spelling.rpartition(".")[0]
-        for segment in places(module, key, self._dims):
+        for segment in self._naming.places(module, key):
             name = _extra_state_key(segment)
             if name in self._settings:
                 return name, self._settings[name]
@@ -171,7 +171,7 @@ class SavedQuantizers:
 
     def _amax(self, spelling: str, key: ParamKey, quantizer: str) -> float | None:
         module = spelling.rpartition(".")[0]
-        for segment in places(f"{module}.{quantizer}._amax", key, self._dims):
+        for segment in self._naming.places(f"{module}.{quantizer}._amax", key):
             # Gate and up of blocks are apart.
             for parts in (("",), ("_w", "_v")):
                 names = [segment.key + part for part in parts]

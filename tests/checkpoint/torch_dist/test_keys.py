@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantplug.checkpoint.torch_dist.keys import find_parameters, unknown_keys
+from quantplug.checkpoint.torch_dist.keys import find_parameters, naming_of, unknown_keys
 from quantplug.checkpoint.torch_dist.reader import Segment
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
@@ -25,7 +25,7 @@ EXPERT = ParamKey("decoder.layers.*.mlp.experts.linear_fc1.weight*", 1, 5)
 
 
 def found(*keys: str, dims: ModelDimensions = DIMS) -> dict[ParamKey, tuple[Segment, ...]]:
-    return {it.key: it.segments for it in find_parameters(FAMILY, dims, keys)}
+    return {it.key: it.segments for it in find_parameters(FAMILY, naming_of(FAMILY, dims, keys), keys)}
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,29 @@ def test_what_trainers_and_quantizers_keep_is_known() -> None:
     assert unknown_keys([*beside, amax, "decoder.layers.0.mlp.linear_fc3.weight"], ()) == [
         "decoder.layers.0.mlp.linear_fc3.weight"
     ]
+
+
+HYBRID = "decoder.final_norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "parameter"),
+    [
+        ("decoder.layers.2.self_attention.linear_proj.weight", "decoder.layers.1.self_attention.linear_proj.weight"),
+        (f"decoder.layers.3.{BELOW}.5.linear_fc1.weight", EXPERT.name),
+        ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.1.pre_mlp_layernorm.weight"),
+    ],
+)
+def test_a_hybrid_model_has_a_number_for_each_half_of_a_layer(key: str, parameter: str) -> None:
+    segments = {it.name: segments for it, segments in found(key, HYBRID).items()}
+
+    assert segments == {"decoder.final_layernorm.weight": (Segment(HYBRID),), parameter: (Segment(key),)}
+    # Without its own norm it is a GPTModel's, which has no layer of that number.
+    assert found(key) == {}
+
+
+def test_experts_of_a_hybrid_model_are_stacked_by_layer_alone() -> None:
+    of_layer, of_all = f"decoder.layers.3.{BELOW}.linear_fc1.weight", f"decoder.layers.{BELOW}.linear_fc1.weight"
+
+    assert found(of_layer, HYBRID)[EXPERT] == (Segment(of_layer, (5,), (8,)),)
+    assert EXPERT not in found(of_all, HYBRID)

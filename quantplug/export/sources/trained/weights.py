@@ -7,7 +7,7 @@ from typing import Any
 from quantplug.checkpoint.torch_dist.aside import Aside, left_aside
 from quantplug.checkpoint.torch_dist.files import damaged
 from quantplug.checkpoint.torch_dist.index import require_covered
-from quantplug.checkpoint.torch_dist.keys import FoundParameter, find_parameters, of_checkpoint, unknown_keys
+from quantplug.checkpoint.torch_dist.keys import FoundParameter, find_parameters, naming_of, of_checkpoint, unknown_keys
 from quantplug.checkpoint.torch_dist.quantizers import SavedQuantizer, SavedQuantizers, Settings, is_quantized
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.vocabulary import is_padding
@@ -78,7 +78,8 @@ def checkpoint_weights(
         UnsupportedQuantizationError: Weights that AWQ, SmoothQuant or a rotation has changed.
     """
     index = reader.index
-    found = tuple(find_parameters(family, dims, index.tensors))
+    naming = naming_of(family, dims, index.tensors)
+    found = tuple(find_parameters(family, naming, index.tensors))
     used = {segment.key for parameter in found for segment in parameter.segments}
     findings = Findings(ranks=False)
     for key in unknown_keys(index.tensors, used):
@@ -87,7 +88,7 @@ def checkpoint_weights(
         findings.add(_STACK, key, problem)
     findings.raise_if_any()
     require_covered(index, [*used, *(key for key in index.tensors if "_quantizer." in key)])
-    quantizers = SavedQuantizers(reader, dims) if is_quantized(index) else None
+    quantizers = SavedQuantizers(reader, naming) if is_quantized(index) else None
     if quantizers is not None:
         _refuse_changed_inputs(quantizers)
     rows = family.by_megatron()
