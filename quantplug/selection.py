@@ -237,6 +237,8 @@ def quantizer_rule(module: str) -> dict[str, object]:
 
     Of an expert's weight it is the rule of all experts: servers load them alike, and Megatron spells them in two ways.
     """
+    # What a layer of multi-token prediction has inside is called otherwise by Megatron-Core 0.19, and by a HybridModel.
+    module = module.replace(".transformer_layer.", ".")
     mlp, _, in_experts = module.partition(".experts.")
     holder = f"{mlp}.experts" if in_experts else module.rpartition(".")[0]
     return {"quantizer_name": f"*{holder}.*_quantizer*", "enable": False}

@@ -11,10 +11,10 @@ from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.errors import ArgumentError, Offender, TopologyError
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
-from quantplug.mappings.table import MegatronConfig
+from quantplug.mappings.table import MegatronConfig, ModelKind
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.models import build
-from quantplug.megatron.models.build import LayerSpec, check_divisible
+from quantplug.megatron.models.build import LayerSpec, check_divisible, require_class
 from quantplug.megatron.parallel import current_topology
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.progress import Progress
@@ -35,6 +35,7 @@ def build_model(
     trust_remote_code: bool = False,
     vocab_size: int | None = None,
     zero_centred_norms: bool | None = None,
+    hybrid: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel: ...
 @overload
@@ -49,6 +50,7 @@ def build_model(
     trust_remote_code: bool = False,
     vocab_size: int | None = None,
     zero_centred_norms: bool | None = None,
+    hybrid: bool = False,
     progress: Progress | None = None,
 ) -> list[LanguageModel]: ...
 def build_model(
@@ -62,6 +64,7 @@ def build_model(
     trust_remote_code: bool = False,
     vocab_size: int | None = None,
     zero_centred_norms: bool | None = None,
+    hybrid: bool = False,
     progress: Progress | None = None,
 ) -> LanguageModel | list[LanguageModel]:
     """Builds what this rank holds of a model, from its Hugging Face directory. All ranks call it together.
@@ -83,16 +86,19 @@ def build_model(
         vocab_size: Number of tokens that the model has rows for; None for that of the config.
         zero_centred_norms: Whether norms multiply with 1 + weight, as in a checkpoint that Megatron-LM trained with
             `--apply-layernorm-1p`; None for what is usual of the architecture.
+        hybrid: Whether to build the `HybridModel` that Megatron-Core recommends from 0.19 on, in place of a `GPTModel`:
+            the same model of twice as many layers. Of Nemotron-H the one class that it has is built.
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Returns:
-        A `GPTModel` or `MambaModel`; with `virtual_stages` the list of this rank's.
+        A `GPTModel`, `HybridModel` or `MambaModel`; with `virtual_stages` the list of this rank's.
 
     Raises:
         ArgumentError: A `vocab_size` that is no number of tokens, or norms that the layer spec has not.
         SourceError: There is no such directory or hub model, or it has no usable config; what the import of its
             weights says of it.
-        UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
+        UnsupportedModelError: The architecture, or a setting of it, is not one we convert; or Megatron-Core is too old
+            for a `HybridModel`.
         TopologyError: `initialize_parallel` has not been called; or the layout, or a size of the model, does not fit
             the ranks.
         MappingError, ShapeError: The weights are not those of the config.
@@ -105,6 +111,9 @@ def build_model(
         if virtual_stages is not None:
             _require_pipeline(topology)
         config = megatron_config(source if vocab_size is None else source.with_tokens(vocab_size))
+        if hybrid and config.kind is ModelKind.GPT:
+            config = replace(config, kind=ModelKind.HYBRID)
+        require_class(config.kind)
         if zero_centred_norms is not None:
             config = _with_norms(config, zero_centred_norms, layer_spec)
         check_divisible(config, topology, virtual_stages, layer_spec, pipeline_layout)

@@ -1,6 +1,6 @@
 """The layers of Megatron-Core's `HybridModel`, by its pattern, as those that a family's table is written for.
 
-A `HybridModel` (Megatron-Core 0.17 and newer) is a sequence of layers of one module each, one symbol a layer, in the
+A `HybridModel` (Megatron-Core 0.18 and newer) is a sequence of layers of one module each, one symbol a layer, in the
 words of megatron/core/models/hybrid/hybrid_layer_allocation.py:
     M  Mamba mixer          *  attention                +  multi-latent attention    G  gated delta net
     -  dense network        E  mixture of experts

@@ -344,6 +344,7 @@ class ModelKind(Enum):
     """Megatron's classes of language models."""
 
     GPT = "GPTModel"
+    HYBRID = "HybridModel of attention and networks in turn, two of whose layers are one of a GPTModel's"
     MAMBA = "MambaModel, each of whose layers is one mixer, attention or feed-forward network"
 
 
@@ -359,7 +360,7 @@ class MegatronConfig:
         rope_scaling: Arguments of Llama 3's scaling of rotary frequencies, where they are not those that Megatron has
             fixed: `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
         unit_norm_layers: Global ids of the layers that bring queries and keys to unit RMS, without weights.
-        kind: Class of the model.
+        kind: Class of the model. A `HYBRID` has the settings of the GPTModel that it stands for.
     """
 
     transformer: Mapping[str, Any]

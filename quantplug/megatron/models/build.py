@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import replace
 from enum import Enum
 from math import ceil
 from typing import Any
@@ -10,13 +11,17 @@ import torch
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
-from megatron.core.transformer.multi_token_prediction import get_mtp_num_layers_to_build
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
-from quantplug.errors import Offender, TopologyError
+from quantplug.errors import Offender, TopologyError, UnsupportedModelError
+from quantplug.mappings.hybrid_pattern import hybrid_settings, pattern_of
 from quantplug.mappings.table import Activation, MegatronConfig, ModelKind
 from quantplug.megatron import cpu
 from quantplug.megatron.models.delta_net import (
@@ -27,10 +32,12 @@ from quantplug.megatron.models.delta_net import (
 )
 from quantplug.megatron.models.hybrid_model import hybrid_model, single_precision
 from quantplug.megatron.models.latent_attention import use_local_core
-from quantplug.megatron.models.pipeline_layout import layout_problem
+from quantplug.megatron.models.pairs_model import hybrid_arguments, stack_of_local, stack_of_te
+from quantplug.megatron.models.pipeline_layout import decoder_layers_of_stages, layout_problem, mtp_is_last
 from quantplug.megatron.models.unit_norm import add_unit_norms
 from quantplug.megatron.parallel import current_topology, set_virtual_stages
 from quantplug.megatron.parameters import LanguageModel
+from quantplug.megatron.releases.hybrid import HAS_HYBRID_MODEL, HybridModel
 from quantplug.megatron.releases.query_norm import project_queries_directly
 from quantplug.topology import ParallelTopology
 
@@ -75,9 +82,11 @@ def build_model(
 
     Raises:
         TopologyError: The groups are not initialized, or a size of the model, or the layout, does not fit them.
-        UnsupportedModelError: The model has Mamba mixers, and a GPU has not the package of their kernels.
+        UnsupportedModelError: The model has Mamba mixers, and a GPU has not the package of their kernels; or it is to
+            be a `HybridModel`, and Megatron-Core has none.
     """
     topology = current_topology()
+    require_class(family_config.kind)
     # Without an agreement: in between, Megatron builds chunks with collectives of the first and the last rank alone.
     check_divisible(family_config, topology, virtual_stages, layer_spec, pipeline_layout)
     set_virtual_stages(virtual_stages)
@@ -110,6 +119,9 @@ def build_model(
                 built: LanguageModel = _gpt_model(
                     family_config, config, model, with_te=with_te, virtual_stage=virtual_stage
                 )
+            case ModelKind.HYBRID:
+                own = {**settings, "pipeline_model_parallel_layout": None}
+                built = _model_of_pairs(family_config, config, own, model, with_te=with_te, virtual_stage=virtual_stage)
             case ModelKind.MAMBA:
                 config.use_mamba_mem_eff_path = with_te  # Fused with the convolution, that path has no other way.
                 built = hybrid_model(config, model, with_te=with_te)
@@ -147,19 +159,76 @@ def _gpt_model(
         # The family names global layers, and the block has the layers of this stage alone.
         first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
         add_unit_norms(block, family_config.unit_norm_layers, first)
-    mtp = None
-    if get_mtp_num_layers_to_build(config, vp_stage=virtual_stage):
-        # Made like the last layer of the decoder, which may be on another stage.
-        whole = _decoder_block(_on_one_stage(config), with_te=with_te, virtual_stage=None)
-        mtp = get_gpt_mtp_block_spec(config, whole, use_transformer_engine=with_te, vp_stage=virtual_stage)
-    if mtp is not None and has_delta_nets(config) and not with_te:
-        mtp = with_zero_centred_norms(mtp)
+    mtp = _mtp_block(config, with_te=with_te, virtual_stage=virtual_stage)
     built = GPTModel(config, block, mtp_block_spec=mtp, vp_stage=virtual_stage, **arguments)
     if family_config.rope_scaling:
         # GPTModel takes the factor of Llama 3.1's scaling as an argument, and none of the other three numbers.
-        rotary = built.rotary_pos_emb
-        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **family_config.rope_scaling)
+        _scale_rotary(built, family_config.rope_scaling)
     return built
+
+
+def _model_of_pairs(
+    family_config: MegatronConfig,
+    of_gpt: TransformerConfig,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    *,
+    with_te: bool,
+    virtual_stage: int | None,
+) -> HybridModel:
+    """A `HybridModel` of a family whose settings are those of a `GPTModel`.
+
+    Args:
+        of_gpt: The config of that `GPTModel`.
+        settings: Those of the config that no family has.
+        arguments: As of the `GPTModel`.
+    """
+    pattern, alone = pattern_of(family_config.transformer), _on_one_stage(of_gpt)
+    config = transformer_config(
+        replace(family_config, transformer=hybrid_settings(family_config.transformer)), **settings
+    )
+    if with_te:
+        stack = stack_of_te(family_config.unit_norm_layers)
+    else:
+        block = _decoder_block(alone, with_te=False, virtual_stage=None)
+        stack = stack_of_local(pattern, block, _mtp_block(of_gpt, with_te=False), family_config.unit_norm_layers)
+        config.deterministic_mode = alone.deterministic_mode
+    # With norms without weights in the spec Megatron wants this set; which layers have them is the spec's.
+    config.qk_l2_norm = config.qk_l2_norm or bool(family_config.unit_norm_layers)
+    built = HybridModel(
+        config,
+        stack,
+        hybrid_layer_pattern=pattern.with_stages(decoder_layers_of_stages(of_gpt)),
+        vp_stage=virtual_stage,
+        **hybrid_arguments(arguments),
+    )
+    if not config.multi_latent_attention and arguments["position_embedding_type"] in ("rope", "yarn"):
+        # HybridModel leaves it out (0.19.2), and attention would turn other pairs than the embedding has angles for.
+        built.rotary_pos_emb.rotary_interleaved = config.rotary_interleaved
+    # HybridModel takes nothing of Llama 3's scaling. Where a family says no more than the factor, the other numbers are
+    # Megatron's own.
+    if family_config.rope_scaling:
+        _scale_rotary(built, family_config.rope_scaling)
+    elif arguments.get("rope_scaling"):
+        _scale_rotary(built, {"factor": arguments["rope_scaling_factor"]})
+    return built
+
+
+def _scale_rotary(model: LanguageModel, scaling: Mapping[str, float]) -> None:
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
+
+
+def _mtp_block(
+    config: TransformerConfig, *, with_te: bool, virtual_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The specs of the layers of multi-token prediction on this pipeline stage; None where it has none."""
+    if not get_mtp_num_layers_to_build(config, vp_stage=virtual_stage):
+        return None
+    # Made like the last layer of the decoder, which may be on another stage.
+    whole = _decoder_block(_on_one_stage(config), with_te=with_te, virtual_stage=None)
+    mtp = get_gpt_mtp_block_spec(config, whole, use_transformer_engine=with_te, vp_stage=virtual_stage)
+    return with_zero_centred_norms(mtp) if mtp is not None and has_delta_nets(config) and not with_te else mtp
 
 
 def _decoder_block(
@@ -187,6 +256,20 @@ def _on_one_stage(config: TransformerConfig) -> TransformerConfig:
     alone.virtual_pipeline_model_parallel_size = None
     alone.pipeline_model_parallel_layout = None
     return alone
+
+
+def require_class(kind: ModelKind) -> None:
+    """Refuses a `HybridModel` where Megatron-Core has none.
+
+    Raises:
+        UnsupportedModelError: It is older than 0.18.
+    """
+    if kind is ModelKind.HYBRID and not HAS_HYBRID_MODEL:
+        raise UnsupportedModelError(
+            "This Megatron-Core has no HybridModel.",
+            [Offender("hybrid", "is True, and Megatron-Core is older than 0.18")],
+            "Build a GPTModel, hybrid=False; or use a newer Megatron-Core.",
+        )
 
 
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = VOCABULARY_MULTIPLE) -> int:
@@ -253,6 +336,8 @@ def check_divisible(
                 pipeline_layout, topology.pp, virtual_stages, sizes["num_layers"], sizes.get("mtp_num_layers")
             )
         )
+        if problem is None and family_config.kind is ModelKind.HYBRID and not mtp_is_last(pipeline_layout, topology.pp):
+            problem = f"{pipeline_layout!r}: m must be on the last stage of a HybridModel"
         if problem is not None:
             offenders.append(Offender("pipeline_layout", problem))
     if offenders:

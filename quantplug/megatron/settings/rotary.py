@@ -26,11 +26,14 @@ class Rotary:
         frequencies: By how many radians each pair of entries turns from one position to the next.
         scale: What the turned entries are multiplied with (YaRN's attention factor, arXiv 2309.00071, section 3.4).
         unread: Class of an embedding that is not Megatron-Core's, so that nobody knows what it does; else None.
+        interleaved: Whether entries 2i and 2i + 1 of a head are a pair, or i and i + n of 2n. Attention asks the config
+            the same once more, and a HybridModel does not hand it on to the embedding.
     """
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
     unread: str | None = None
+    interleaved: bool = False
 
     @property
     def base(self) -> float | None:
@@ -75,6 +78,7 @@ def expected_rotary(family_config: MegatronConfig, config: TransformerConfig) ->
                     config.kv_channels,
                     arguments["rotary_percent"],
                     rotary_base=arguments["rotary_base"],
+                    rotary_interleaved=config.rotary_interleaved,
                     rope_scaling=bool(arguments.get("rope_scaling")),
                     rope_scaling_factor=arguments.get("rope_scaling_factor", 8.0),
                 )
@@ -88,6 +92,7 @@ def expected_rotary(family_config: MegatronConfig, config: TransformerConfig) ->
                     YarnRotaryEmbedding(
                         config.kv_channels,
                         rotary_base=arguments["rotary_base"],
+                        rotary_interleaved=config.rotary_interleaved,
                         scaling_factor=factor,
                         **settings,
                     )
@@ -117,13 +122,15 @@ def _read(embedding: nn.Module) -> Rotary:
         # moves its own references.
         with cpu.construction():
             angles, scale = copy.copy(embedding).get_emb(2)
-        # Angles at position 1; the second half of a row repeats the first.
-        return Rotary(tuple(angles[1, 0, 0, : angles.shape[-1] // 2].tolist()), float(scale))
+        # Angles at position 1, each twice: in the second half of a row, or beside itself.
+        once = angles[1, 0, 0, ::2] if embedding.rotary_interleaved else angles[1, 0, 0, : angles.shape[-1] // 2]
+        return Rotary(tuple(once.tolist()), float(scale), interleaved=embedding.rotary_interleaved)
     if not isinstance(embedding, RotaryEmbedding | MultimodalRotaryEmbedding):
         return Rotary((), unread=type(embedding).__name__)
     # Positions are divided by the factor, which is the same.
     factor = embedding.seq_len_interpolation_factor or 1.0
-    return Rotary(tuple(frequency / factor for frequency in embedding.inv_freq.tolist()))
+    frequencies = tuple(frequency / factor for frequency in embedding.inv_freq.tolist())
+    return Rotary(frequencies, interleaved=embedding.rotary_interleaved)
 
 
 def differences(model: Rotary | None, config: Rotary | None) -> Iterator[tuple[str, str, str]]:
@@ -132,6 +139,8 @@ def differences(model: Rotary | None, config: Rotary | None) -> Iterator[tuple[s
         if model is not config:
             yield "position_embedding_type", _kind(model), _kind(config)
         return
+    if model.interleaved is not config.interleaved:
+        yield "rotary_interleaved", str(model.interleaved), str(config.interleaved)
     if len(model.frequencies) != len(config.frequencies):
         yield "rotary_percent", _turned(model), _turned(config)
     if model.base is not None and config.base is not None:
