@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantplug.checkpoint.untrusted.files import read_json
 from quantplug.errors import Offender, SourceError
 
@@ -49,6 +51,16 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     if said is None and isinstance(text, Mapping):
         said = text.get(_TIED)
     return bool(said)
+
+
+def saved_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Type that the weights were saved in, by the config; BF16 where it names none that a model can be built in."""
+    text = config.get(_TEXT)
+    # Transformers 5 writes `dtype`, earlier ones `torch_dtype`; a vision-language model may say it inside alone.
+    places = (config, text if isinstance(text, Mapping) else {})
+    said = (place.get(key) for place in places for key in ("dtype", "torch_dtype"))
+    spelled = str(next(filter(None, said), None)).removeprefix("torch.")
+    return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
 
 
 def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any], nested: str | None) -> dict[str, Any]:

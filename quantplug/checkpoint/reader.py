@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as a lazy source: names, shapes and dtypes first, slices of data when asked for."""
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,27 @@ class TensorHeader:
 
 
 @dataclass(frozen=True)
+class ScalesAside:
+    """Scales of a quantized checkpoint that are none of its weights, and so none of what it is read as.
+
+    Attributes:
+        names: Of the tensors.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def said(self) -> Iterator[str]:
+        """A line that tells a user of them; none where there are none."""
+        counts = Counter(name.rpartition(".")[2] for name in self.names)
+        if counts:
+            said = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+            yield f"Left aside: the source's scales of activations and of its KV cache ({said})"
+
+
+NONE_ASIDE = ScalesAside()
+
+
+@dataclass(frozen=True)
 class FileIdentity:
     """What the file system says of a file for nothing; equal before and after, nobody has written to it in between.
 
@@ -115,6 +136,7 @@ class HFCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.aside = NONE_ASIDE
         self._stored_as: dict[str, str] = {}
         names = weight_files(directory)
         self._opened_as = {file: identity_of(directory / file) for file in names}

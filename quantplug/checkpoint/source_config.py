@@ -14,6 +14,7 @@ from quantplug.checkpoint.config_file import (
     config_error,
     read_config_file,
     refuse_own_code,
+    saved_dtype,
     with_settings,
 )
 from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
@@ -44,7 +45,6 @@ class SourceConfig:
 
     Attributes:
         architecture: `architectures[0]`.
-        quantization: What it says of an earlier quantization, None if nothing.
         raw: config.json as it stands in the file.
         values: All settings, with the defaults of the architecture filled in as transformers does.
         lost_mtp: That it counted layers which the checkpoint has not: `raw` and `values` count none any more.
@@ -52,7 +52,6 @@ class SourceConfig:
 
     directory: Path
     architecture: str
-    quantization: dict[str, Any] | None
     raw: dict[str, Any]
     values: dict[str, Any]
     lost_mtp: LostMtp | None = None
@@ -60,8 +59,7 @@ class SourceConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Type that the weights were saved in, by the config; BF16 if it says none that a model can be built in."""
-        spelled = str(self.values.get("dtype")).removeprefix("torch.")
-        return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
+        return saved_dtype(self.values)
 
     def with_tokens(self, vocab_size: int) -> "SourceConfig":
         """The config with so many tokens.
@@ -108,7 +106,7 @@ def read_source_config(
         dims = read_dimensions(values, family)
     except _REFUSALS as error:
         raise config_error(directory, str(error).strip()) from error
-    found = SourceConfig(directory, architecture, raw.get("quantization_config"), raw, values)
+    found = SourceConfig(directory, architecture, raw, values)
     lost = None if model_has_mtp else lost_mtp(values, family, dims, stored_names(directory))
     return found if lost is None else replace(found, raw=lost.without(raw), values=lost.without(values), lost_mtp=lost)
 

@@ -104,10 +104,10 @@ def quantize_checkpoint(
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)
-    refuse_quantized(model.directory, model.config.get("quantization_config"))
+    refuse_quantized(model.directory, model.config)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
-    with open_plain(model.directory, model.config.get("quantization_config")) as checkpoint:
+    with open_plain(model.directory, model.config) as checkpoint:
         if model.tied:
             checkpoint.take_for(model.family.tied)
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
@@ -133,7 +133,8 @@ def quantize_checkpoint(
             dtype=None,
             progress=progress,
         )
-    return result_of(plan, target, side_files, model.lost_mtp)
+        aside = checkpoint.aside
+    return result_of(plan, target, side_files, model.lost_mtp, aside)
 
 
 def _check_input_scale(input_scale: float | None, scheme: Scheme) -> None:

@@ -58,7 +58,7 @@ def import_mcore_gpt_from_hf(
     dims = family.dimensions(config.values)
     parameters = all_or_none(lambda: tuple(iter_parameters(model)))
     # From here to the end no parameter is written before all ranks have agreed that everything fits.
-    with all_or_none(lambda: open_plain(config.directory, config.quantization)) as source:
+    with all_or_none(lambda: open_plain(config.directory, config.raw)) as source:
         tied = ties_embeddings(config.values)
         if tied:
             source.take_for(family.tied)
@@ -90,7 +90,7 @@ def _read_config(name_or_path: str | Path, cache_dir: str | Path | None, trust_r
     # Refuses settings that a Megatron model cannot have been built with.
     megatron_config(config)
     # Said here, from the config, rather than as a thousand unknown names of scales.
-    refuse_quantized(config.directory, config.quantization)
+    refuse_quantized(config.directory, config.raw)
     return config
 
 

@@ -49,14 +49,26 @@ def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDi
     Args:
         shapes: Of the checkpoint's tensors, by name.
     """
-    varying = {row.megatron for form in family.forms for row in form}
+    forms = (*family.forms, *_experts_apart(family))
+    varying = {row.megatron for form in forms for row in form}
     own = tuple(row for row in family.mappings if row.megatron in varying)
     # The table's own form is tried first. Only rows that differ between forms are looked at: what else is missing from
     # a checkpoint must not decide how its experts are read.
-    for form in ((), *family.forms):
+    for form in ((), *forms):
         if _is_here(_with_form(own, form), shapes, dims):
             return replace(family, mappings=_with_form(family.mappings, form))
     return family
+
+
+def _experts_apart(family: Family) -> Iterator[tuple[WeightMapping, ...]]:
+    """The form of experts one by one, of a family that is published with all of a layer in one tensor.
+
+    So tools write them that quantize them, this one too, and what is quantized may be a source again.
+    """
+    apart = tuple(row.when_packed(fused_is_read=False) for row in family.mappings)
+    form = tuple(row for row, own in zip(apart, family.mappings, strict=True) if row is not own)
+    if form:
+        yield form
 
 
 def _with_form(rows: tuple[WeightMapping, ...], form: tuple[WeightMapping, ...]) -> tuple[WeightMapping, ...]:

@@ -27,6 +27,7 @@ from quantplug.verify.checkpoint import Checkpoint, open_checkpoint
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
 from quantplug.verify.known import known_architecture, table_of
 from quantplug.verify.modules import Inventory, take_inventory
+from quantplug.verify.originals import Originals
 from quantplug.verify.report import Finding, KindError, Severity, Size, TensorError, VerifyReport
 from quantplug.verify.scheme import read_scheme
 
@@ -52,7 +53,7 @@ def verify_checkpoint(
 
     Args:
         directory: Holds config.json and the safetensors files.
-        source: The BF16, FP16 or FP32 checkpoint it was quantized from, or GPT-OSS's own in MXFP4.
+        source: The BF16, FP16 or FP32 checkpoint it was quantized from; or one in FP8, or GPT-OSS's own in MXFP4.
         on_progress: Called with (bytes read so far, bytes to read in all).
 
     Returns:
@@ -123,7 +124,9 @@ def _judge(
     # Without a head readers compute with the embedding. Whether that is right, the source's head tells.
     if not any(names.last(module) == "lm_head" for module in inventory.modules):
         findings += tied_head.lost_head(export.config, original, "the source")
-    errors, compare_findings = source_rules.compare(inventory, original, source_experts, on_bytes)
+    # What is wrong with the scheme is no finding of the export's: weights that cannot be read so are named one by one.
+    originals = Originals(original, read_scheme(original)[0])
+    errors, compare_findings = source_rules.compare(inventory, originals, source_experts, on_bytes)
     findings.extend(compare_findings)
     return errors
 

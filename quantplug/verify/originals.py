@@ -1,20 +1,22 @@
 """The weights of a source, a few rows [out, in] at a time, in FP32 or as they are stored.
 
-Floating-point tensors, GPT-OSS's own MXFP4, and FP8 in blocks as DeepSeek-V3 is published.
+Floating-point tensors, GPT-OSS's own MXFP4, and FP8 of whichever tool, with a scale a tensor, a row or a block.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
+from quantplug.checkpoint.untrusted.json_reader import Json, as_object, as_text
 from quantplug.verify import decode, names
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, rows_at_a_time
-from quantplug.verify.layouts import is_plain
+from quantplug.verify.layouts import KV_SUFFIXES, SCALARS, Fp8Layout, is_plain
 from quantplug.verify.matrices import Matrix
+from quantplug.verify.scheme import DeclaredScheme
 
 _MXFP4_BYTES = decode.MXFP4_BLOCK // 2
-_FP8_SCALES = "weight_scale_inv"
+_EVERYTHING = 2**40  # more than any side of a weight
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers 5, and of earlier ones
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,19 @@ class Mxfp4Original:
 
 @dataclass(frozen=True)
 class Fp8Original:
-    """FP8 in blocks: `weight` F8_E4M3 [out, in] times `weight_scale_inv` of its block, rounded to BF16.
+    """FP8: `weight` F8_E4M3 times its scales, rounded to the type that config.json names; one weight or all experts.
 
     Attributes:
-        scales: One a block.
-        block: Rows and columns of a block.
+        layout: What shares a scale.
+        experts: How many matrices the tensor holds; None for one that is a matrix.
+        transposed: Whether the experts' matrices are stored as [in, out].
     """
 
     source: Checkpoint
     info: TensorInfo
-    scales: TensorInfo
-    block: tuple[int, int]
+    layout: Fp8Layout
+    experts: int | None
+    transposed: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,49 +95,41 @@ class Fp8Original:
         return self.info.shape
 
     def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
-        """FP32 rows [first, last)."""
-        codes = self.source.rows(self.info.name, first, last).view(torch.uint8)
-        scales = self.source.read(self.scales.name).float()
-        spread = decode.spread_blocks(scales, first, codes.shape[0], codes.shape[1], self.block)
-        # Rounded to BF16, which is what an importer reads from such a source and so what was quantized.
-        return (decode.decode_e4m3(codes) * spread).bfloat16().float()
-
-    def step(self, columns: int) -> int:
-        """How many rows of so many columns are read at a time: as of BF16."""
-        return rows_at_a_time(columns * ITEM_BYTES["BF16"])
-
-
-@dataclass(frozen=True)
-class Fp8ExpertsOriginal:
-    """All experts of a layer in one FP8 tensor [experts, ., .], each with a table of blocks in `weight_scale_inv`.
-
-    Attributes:
-        block: Rows and columns of a block, as the matrices are stored.
-        transposed: Whether they are stored as [in, out].
-    """
-
-    source: Checkpoint
-    info: TensorInfo
-    block: tuple[int, int]
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    def rows(self, expert: int | None, first: int, last: int) -> torch.Tensor:
-        """FP32 rows [first, last) of one expert's weight."""
-        matrix = Matrix(self.source, names.split(self.info.name)[0], expert, self.transposed)
+        """FP32 rows [first, last) of one weight [out, in]."""
+        module = names.split(self.info.name)[0]
+        matrix = Matrix(self.source, module, expert, self.transposed)
         codes = matrix.rows("weight", first, last).view(torch.uint8)
-        # The table is of the matrix as it is stored; turned to [out, in], rows and columns of a block change places.
-        block = (self.block[1], self.block[0]) if self.transposed else self.block
+        scales = self._table(module, expert)
         rows, columns = codes.shape
-        spread = decode.spread_blocks(matrix.scales(_FP8_SCALES).float(), first, rows, columns, block)
-        return (decode.decode_e4m3(codes) * spread).bfloat16().float()
+        sides = self._sides(scales)
+        values = decode.decode_e4m3(codes) * decode.spread_blocks(scales, first, rows, columns, sides)
+        # Rounded, which is what an importer reads from such a source and so what was quantized.
+        return values.to(_saved_dtype(self.source.config)).float()
 
     def step(self, columns: int) -> int:
         """How many rows of so many columns are read at a time: as of BF16."""
         return rows_at_a_time(columns * ITEM_BYTES["BF16"])
+
+    def _table(self, module: str, expert: int | None) -> torch.Tensor:
+        """FP32 scales [., .] of one matrix [out, in]."""
+        name = f"{module}.{self.layout.scale}"
+        of_each = expert is not None and self.source.tensors[name].shape[:1] == (self.experts,)
+        scales = (
+            self.source.part(name, (expert,)) if of_each and expert is not None else self.source.read(name)
+        ).float()
+        if scales.numel() == 1:
+            return scales.reshape(1, 1)
+        table = scales.reshape(-1, 1) if scales.dim() == 1 else scales
+        # It is of the matrix as it is stored; turned to [out, in], rows and columns change places.
+        return table.mT if self.transposed else table
+
+    def _sides(self, table: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of a matrix [out, in] that share a scale."""
+        if self.layout.block is not None and not self.layout.per_row:
+            rows, columns = self.layout.block
+            return (columns, rows) if self.transposed else (rows, columns)
+        rows, columns = (1 if count > 1 else _EVERYTHING for count in table.shape)
+        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ class ExpertPart:
 class PartOriginal:
     """What one expert's tensor is in a source that holds all experts of a layer in one."""
 
-    all_experts: PlainOriginal | Fp8ExpertsOriginal
+    all_experts: PlainOriginal | Fp8Original
     part: ExpertPart
 
     @property
@@ -190,87 +186,112 @@ class PartOriginal:
         return self.all_experts.step(columns)
 
 
-Original = PlainOriginal | Mxfp4Original | Fp8Original | Fp8ExpertsOriginal | PartOriginal
+Original = PlainOriginal | Mxfp4Original | Fp8Original | PartOriginal
 
 
-def is_decoded(config: Json) -> bool:
-    """Whether a source of this config is quantized in a way that is read here."""
-    return as_object(config.get("quantization_config")).get("quant_method") == "mxfp4" or _fp8_block(config) is not None
+@dataclass(frozen=True)
+class Originals:
+    """The weights of a source, of whichever form.
 
+    Attributes:
+        scheme: What its configs say of its quantization.
+    """
 
-def _fp8_block(config: Json) -> tuple[int, int] | None:
-    said = as_object(config.get("quantization_config"))
-    sizes = said.get("weight_block_size")
-    if said.get("quant_method") != "fp8" or not isinstance(sizes, list) or len(sizes) != 2:
+    source: Checkpoint
+    scheme: DeclaredScheme
+
+    @property
+    def undecoded(self) -> bool:
+        """Whether the source says that it is quantized, and none of its weights is so in a way that is read here."""
+        said = as_object(self.source.config.get("quantization_config"))
+        if not (said or self.scheme.method) or said.get("quant_method") == "mxfp4":
+            return False
+        return all(self._layout(info) is None for info in self.source.tensors.values())
+
+    def is_packed(self, info: TensorInfo) -> bool:
+        """Whether a tensor holds codes, so that it has to be decoded before its values mean anything."""
+        return is_mxfp4(info) or self._layout(info) is not None
+
+    def is_no_weight(self, info: TensorInfo) -> bool:
+        """Whether a tensor is read together with a packed one and not by itself, or says nothing of a weight.
+
+        Those are the scales of a packed weight; of its linear's input and of a KV cache, which an export has its own
+        of.
+        """
+        module, suffix = names.split(info.name)
+        if suffix in KV_SUFFIXES:
+            return bool(self.scheme.method)
+        # Only where the weight is there to be read with them; scales without it stay tensors of the source that the
+        # export lacks.
+        weight = self.source.tensors.get(f"{module}.weight")
+        layout = None if weight is None else self._layout(weight)
+        if layout is not None and suffix in (layout.scale, "input_scale"):
+            return True
+        return is_mxfp4(info) and suffix == "scales" and f"{module}.blocks" in self.source.tensors
+
+    def of(self, info: TensorInfo, transposed: bool | None) -> Original | None:
+        """How to read a weight; None for one that cannot be read.
+
+        Args:
+            transposed: Whether the tensor is [experts, in, out] in floating point; None where it does not hold all
+                experts.
+        """
+        layout = self._layout(info)
+        if layout is not None:
+            return self._fp8(info, layout, transposed)
+        if not is_mxfp4(info):
+            return PlainOriginal(self.source, info, bool(transposed)) if is_plain(info) else None
+        scales = self.source.tensors.get(f"{names.split(info.name)[0]}.scales")
+        # Anybody's file: what does not fit together has no original, and the caller says so.
+        shapes_fit = len(info.shape) == 4 and info.shape[-1] == _MXFP4_BYTES
+        if scales is None or not shapes_fit or scales.shape != info.shape[:-1] or {info.dtype, scales.dtype} != {"U8"}:
+            return None
+        return Mxfp4Original(self.source, info)
+
+    def of_part(self, part: ExpertPart) -> PartOriginal | None:
+        """How to read one expert's tensor out of the tensor of all; None for one that cannot be read."""
+        match self.of(part.info, part.transposed):
+            case PlainOriginal() | Fp8Original() as whole:
+                return PartOriginal(whole, part)
         return None
-    rows, columns = map(as_count, sizes)
-    return (rows, columns) if rows and columns else None
+
+    def _layout(self, info: TensorInfo) -> Fp8Layout | None:
+        """How a tensor's scales lie beside it; None where it is no FP8 weight that has some."""
+        module, suffix = names.split(info.name)
+        # Both must hold: a BF16 tensor beside FP8 ones is plain, whatever the config says of the others.
+        if info.dtype != "F8_E4M3" or suffix != "weight":
+            return None
+        layout = self.scheme.layout_of(module)
+        is_beside = isinstance(layout, Fp8Layout) and f"{module}.{layout.scale}" in self.source.tensors
+        return layout if isinstance(layout, Fp8Layout) and is_beside else None
+
+    def _fp8(self, info: TensorInfo, layout: Fp8Layout, transposed: bool | None) -> Fp8Original | None:
+        scales = self.source.tensors[f"{names.split(info.name)[0]}.{layout.scale}"]
+        if len(info.shape) != (2 if transposed is None else 3) or not (is_plain(scales) or scales.dtype == "F8_E8M0"):
+            return None
+        if scales.shape not in _scale_shapes(info.shape, layout):
+            return None
+        return Fp8Original(self.source, info, layout, None if transposed is None else info.shape[0], bool(transposed))
 
 
-def is_packed(source: Checkpoint, info: TensorInfo) -> bool:
-    """Whether a tensor of the source holds codes, so that it has to be decoded before its values mean anything."""
-    return is_mxfp4(info) or (_fp8_block(source.config) is not None and _is_fp8(source, info))
+def _scale_shapes(shape: tuple[int, ...], layout: Fp8Layout) -> tuple[tuple[int, ...], ...]:
+    """The shapes that the scales of a weight [out, in], or of all experts', may have."""
+    experts, (rows, columns) = shape[:-2], shape[-2:]
+    if layout.block is None:
+        return (*SCALARS, *((experts, (*experts, 1), (*experts, 1, 1)) if experts else ()))
+    if layout.per_row:
+        return ((*experts, rows, 1), (*experts, 1, columns)) if experts else ((rows,), (rows, 1))
+    # A partial block at the edge has a scale too.
+    return ((*experts, -(-rows // layout.block[0]), -(-columns // layout.block[1])),)
 
 
-def is_read_with_another(source: Checkpoint, info: TensorInfo) -> bool:
-    """Whether a tensor holds the scales of a packed one, and so is read together with that and not by itself."""
-    module, suffix = names.split(info.name)
-    # Only where the weight is there to be read with them; scales without it stay tensors of the source that the export
-    # lacks.
-    if suffix == _FP8_SCALES:
-        weight = source.tensors.get(f"{module}.weight")
-        return weight is not None and is_packed(source, weight)
-    return is_mxfp4(info) and suffix == "scales" and f"{module}.blocks" in source.tensors
-
-
-def _is_fp8(source: Checkpoint, info: TensorInfo) -> bool:
-    return info.dtype == "F8_E4M3" and f"{names.split(info.name)[0]}.{_FP8_SCALES}" in source.tensors
+def _saved_dtype(config: Json) -> torch.dtype:
+    """Type that the weights of a config are in once they are decoded."""
+    named = (as_text(place.get(key)) for place in (config, as_object(config.get("text_config"))) for key in _DTYPE_KEYS)
+    spelled = next(filter(None, named), "").removeprefix("torch.")
+    return {"float16": torch.float16, "float32": torch.float32}.get(spelled, torch.bfloat16)
 
 
 def is_mxfp4(info: TensorInfo) -> bool:
     """Whether a tensor is part of the experts' MXFP4, by its name: blocks or scales."""
     return info.stored != info.name and names.split(info.name)[1] in ("blocks", "scales")
-
-
-def original_of(source: Checkpoint, info: TensorInfo, transposed: bool | None) -> Original | None:
-    """How to read a weight of the source; None for one that cannot be read.
-
-    Args:
-        transposed: Whether the tensor is [experts, in, out] in floating point; None where it does not hold all experts.
-    """
-    block = _fp8_block(source.config)
-    # Both must hold: a BF16 tensor beside FP8 ones is plain, whatever the config says of the others.
-    if block is not None and _is_fp8(source, info):
-        return _fp8_original(source, info, block, transposed)
-    if not is_mxfp4(info):
-        return PlainOriginal(source, info, bool(transposed)) if is_plain(info) else None
-    scales = source.tensors.get(f"{names.split(info.name)[0]}.scales")
-    # Anybody's file: what does not fit together has no original, and the caller says so.
-    shapes_fit = len(info.shape) == 4 and info.shape[-1] == _MXFP4_BYTES
-    if scales is None or not shapes_fit or scales.shape != info.shape[:-1] or {info.dtype, scales.dtype} != {"U8"}:
-        return None
-    return Mxfp4Original(source, info)
-
-
-def _fp8_original(
-    source: Checkpoint, info: TensorInfo, block: tuple[int, int], transposed: bool | None
-) -> Fp8Original | Fp8ExpertsOriginal | None:
-    scales = source.tensors[f"{names.split(info.name)[0]}.{_FP8_SCALES}"]
-    experts, matrix = info.shape[:-2], info.shape[-2:]
-    # A partial block at the edge has a scale too.
-    blocks = tuple(-(-size // side) for size, side in zip(matrix, block, strict=False))
-    rank = 2 if transposed is None else 3
-    readable = is_plain(scales) or scales.dtype == "F8_E8M0"
-    if len(info.shape) != rank or scales.shape != (*experts, *blocks) or not readable:
-        return None
-    if transposed is None:
-        return Fp8Original(source, info, scales, block)
-    return Fp8ExpertsOriginal(source, info, block, transposed)
-
-
-def part_original(source: Checkpoint, part: ExpertPart) -> PartOriginal | None:
-    """How to read one expert's tensor out of the source's tensor of all; None for one that cannot be read."""
-    match original_of(source, part.info, part.transposed):
-        case PlainOriginal() | Fp8ExpertsOriginal() as whole:
-            return PartOriginal(whole, part)
-    return None

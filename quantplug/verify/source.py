@@ -15,7 +15,7 @@ from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, is_plain
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.measure import Meter, meter_for
 from quantplug.verify.modules import Inventory, Module
-from quantplug.verify.originals import ExpertPart, Original
+from quantplug.verify.originals import ExpertPart, Original, Originals
 from quantplug.verify.report import Finding, Size, TensorError, error, warning
 from quantplug.verify.threads import in_threads
 from quantplug.verify.tied_head import is_tied
@@ -30,7 +30,7 @@ def bytes_to_read(source: Checkpoint) -> int:
 
 
 def compare(
-    inventory: Inventory, source: Checkpoint, experts: FusedExperts, on_bytes: OnBytes
+    inventory: Inventory, source: Originals, experts: FusedExperts, on_bytes: OnBytes
 ) -> tuple[list[TensorError], list[Finding]]:
     """The error of every quantized weight, and all findings on names, shapes and values.
 
@@ -38,20 +38,21 @@ def compare(
         experts: The source's tensors that hold all experts of a layer; the export may have these one by one.
     """
     # Found before the threads begin: what the export has too much is told from all names together.
-    apart = {name: _apart(inventory, experts, info) for name, info in source.tensors.items()}
+    tensors = source.source.tensors
+    apart = {name: _apart(inventory, experts, info) for name, info in tensors.items()}
     findings = [
         *_source_findings(source),
         *_extra(inventory, source, {part.name for p in apart.values() for part in p}),
     ]
     measured: list[TensorError] = []
-    meter = meter_for(bytes_to_read(source))
+    meter = meter_for(bytes_to_read(source.source))
 
     def judged(info: TensorInfo) -> tuple[list[TensorError], list[Finding]]:
         # A list of its own for each tensor: threads then share nothing, and the report has the order of the source.
         errors: list[TensorError] = []
         return errors, list(_tensor(inventory, source, info, apart[info.name], meter, errors))
 
-    for info, (errors, found) in in_threads(judged, source.tensors.values()):
+    for info, (errors, found) in in_threads(judged, tensors.values()):
         measured.extend(errors)
         findings.extend(found)
         on_bytes(info.nbytes)
@@ -60,7 +61,7 @@ def compare(
 
 def _tensor(
     inventory: Inventory,
-    source: Checkpoint,
+    source: Originals,
     info: TensorInfo,
     apart: Collection[ExpertPart],
     meter: Meter,
@@ -76,9 +77,10 @@ def _tensor(
         yield error(Check.FILES, info.name, f"its data cannot be read: {problem}")
 
 
-def _source_findings(source: Checkpoint) -> Iterator[Finding]:
-    if source.config.get("quantization_config") and not originals.is_decoded(source.config):
-        yield error(Check.SOURCE, "config.json", "the source is itself quantized: give the BF16, FP16 or FP32 original")
+def _source_findings(source: Originals) -> Iterator[Finding]:
+    if source.undecoded:
+        message = f"the source is itself quantized ({source.scheme.label}): give the BF16, FP16 or FP32 original"
+        yield error(Check.SOURCE, "config.json", message)
 
 
 def _target(inventory: Inventory, info: TensorInfo) -> str:
@@ -106,7 +108,7 @@ def _apart(inventory: Inventory, experts: FusedExperts, info: TensorInfo) -> tup
 
 
 def _part(
-    inventory: Inventory, part: ExpertPart, source: Checkpoint, meter: Meter, measured: list[TensorError]
+    inventory: Inventory, part: ExpertPart, source: Originals, meter: Meter, measured: list[TensorError]
 ) -> Iterator[Finding]:
     """A tensor of one expert, against its share of the source's tensor of all."""
     module = inventory.modules.get(names.split(part.name)[0])
@@ -115,7 +117,7 @@ def _part(
         yield error(
             Check.SOURCE_NAMES, part.name, f"its values are in the source's {part.info.stored}, not in the export"
         )
-    elif (original := originals.part_original(source, part)) is None:
+    elif (original := source.of_part(part)) is None:
         yield error(Check.SOURCE, part.info.name, f"is {part.info.dtype} in the source, no floating-point original")
     elif not module.quantized:
         yield from _decoded(inventory, original, target, module)
@@ -123,11 +125,11 @@ def _part(
         yield from _quantized(inventory, original, module, meter, measured)
 
 
-def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> Iterator[Finding]:
+def _extra(inventory: Inventory, source: Originals, apart: Collection[str]) -> Iterator[Finding]:
     known = {
         _target(inventory, info)
-        for info in source.tensors.values()
-        if not originals.is_read_with_another(source, info) or originals.is_mxfp4(info)
+        for info in source.source.tensors.values()
+        if not source.is_no_weight(info) or originals.is_mxfp4(info)
     } | set(apart)
     for name in inventory.checkpoint.tensors:
         module, suffix = names.split(name)
@@ -138,9 +140,9 @@ def _extra(inventory: Inventory, source: Checkpoint, apart: Collection[str]) -> 
 
 
 def _one(
-    inventory: Inventory, source: Checkpoint, info: TensorInfo, meter: Meter, measured: list[TensorError]
+    inventory: Inventory, source: Originals, info: TensorInfo, meter: Meter, measured: list[TensorError]
 ) -> Iterator[Finding]:
-    if originals.is_read_with_another(source, info) or is_recomputed(info.name):
+    if source.is_no_weight(info) or is_recomputed(info.name):
         return
     target = inventory.checkpoint.tensors.get(_target(inventory, info))
     if target is None:
@@ -150,8 +152,8 @@ def _one(
         return
     module = inventory.modules[names.split(target.name)[0]]
     is_weight = target.name.endswith((".weight", ".weight_packed"))
-    if is_weight and (module.quantized or originals.is_packed(source, info)):
-        original = originals.original_of(source, info, module.transposed)
+    if is_weight and (module.quantized or source.is_packed(info)):
+        original = source.of(info, module.transposed)
         if original is None:
             yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
         elif not module.quantized:
@@ -167,7 +169,7 @@ def _one(
         yield error(Check.SOURCE_VALUES, info.name, message)
     elif target.shape != info.shape:
         yield error(Check.SOURCE_NAMES, info.name, f"is {list(target.shape)}, in the source {list(info.shape)}")
-    elif differing := _differing(inventory.checkpoint, source, info.name):
+    elif differing := _differing(inventory.checkpoint, source.source, info.name):
         message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
         yield error(Check.SOURCE_VALUES, info.name, message)
 

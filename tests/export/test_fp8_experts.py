@@ -1,6 +1,7 @@
 """All experts of a layer in one FP8 tensor, as Qwen3-VL-MoE FP8 is published: read as the BF16 model it stands for."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.checkpoint.encoded.described import FP8Storage, Sharing
 from quantplug.checkpoint.encoded.fp8_source import FP8Checkpoint
+from quantplug.checkpoint.encoded.plain import open_plain
 from quantplug.errors import SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import verify_checkpoint
@@ -85,5 +88,72 @@ def test_scales_of_another_number_of_blocks_are_refused(sources: tuple[Path, Ten
     tensors[name] = tensors[name][:, :, :1].repeat(1, 1, 5)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError) as caught:
-        FP8Checkpoint(tmp_path, BLOCK)
+        FP8Checkpoint(tmp_path, FP8Storage("_scale_inv", frozenset({Sharing.BLOCKS}), BLOCK))
     assert [offender.parameter for offender in caught.value.offenders] == [name.removesuffix("_scale_inv")]
+
+
+def one_scale(shape: torch.Size, transposed: bool) -> tuple[int, ...]:
+    return ()
+
+
+def one_an_expert(shape: torch.Size, transposed: bool) -> tuple[int, ...]:
+    return (shape[0], 1, 1)
+
+
+def one_a_channel(shape: torch.Size, transposed: bool) -> tuple[int, ...]:
+    """Of [experts, in, out] as of [experts, out, in]: an output has a scale."""
+    return (shape[0], 1, shape[2]) if transposed else (shape[0], shape[1], 1)
+
+
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
+CHANNEL = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("scales", "quantization"), [(one_scale, MODELOPT), (one_an_expert, MODELOPT), (one_a_channel, CHANNEL)]
+)
+@pytest.mark.parametrize(("family", "transposed"), [("qwen3_vl_moe_resaved", False), ("llama4", True)])
+def test_scales_of_a_tensor_or_a_channel_are_read_too(
+    scales: Callable[[torch.Size, bool], tuple[int, ...]],
+    quantization: dict[str, object],
+    family: str,
+    transposed: bool,
+    tmp_path: Path,
+) -> None:
+    """In ModelOpt's spelling of a parameter that is no module's weight: `experts.down_proj_weight_scale`."""
+    source = make(family, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    names = [name for name in tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    decoded: Tensors = {}
+    for name in names:
+        scale = torch.rand(scales(tensors[name].shape, transposed)) * 0.01 + 0.005
+        tensors[name] = (tensors[name].float() * 100).to(torch.float8_e4m3fn)
+        tensors[f"{name}_weight_scale"] = scale
+        tensors[f"{name}_input_scale"] = torch.ones(())
+        decoded[name] = (tensors[name].float() * scale).bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    with open_plain(source, {**config, "quantization_config": quantization}) as checkpoint:
+        assert all(same_bytes(checkpoint.read(name), decoded[name]) for name in names)
+        expert = (1, slice(3, 40), slice(7, 90))
+        assert all(same_bytes(checkpoint.read(name, expert), decoded[name][expert].contiguous()) for name in names)
+    quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    report = verify_checkpoint(tmp_path / "out", source)
+    assert report.ok, [str(finding) for finding in report.findings]
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_vl_moe"])
+def test_our_own_export_is_a_source(family: str, tmp_path: Path) -> None:
+    """With experts one by one, of families that are published with all of a layer in one tensor."""
+    source = make(family, tmp_path / "source")
+    quantize_checkpoint(source, tmp_path / "fp8", "fp8_dynamic")
+    quantize_checkpoint(tmp_path / "fp8", tmp_path / "out", "w4a16_nvfp4")
+    report = verify_checkpoint(tmp_path / "out", tmp_path / "fp8")
+    assert report.ok, [str(finding) for finding in report.findings]

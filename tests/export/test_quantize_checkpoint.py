@@ -349,7 +349,7 @@ REFUSALS: list[tuple[dict[str, torch.Tensor | None], dict[str, object], type[Qua
         {UP: torch.zeros(96, 160).to(torch.float8_e4m3fn)},
         {"quantization_config": {"quant_method": "fp8"}},
         SourceError,
-        "quantized already",
+        "is FP8 without its *_scale",
     ),
     (
         {f"{UP}_scale": torch.ones(1)},

@@ -1,99 +1,172 @@
-"""A checkpoint whose linears are FP8 in blocks, as DeepSeek-V3 and Qwen3 FP8 are published, read as plain BF16.
+"""A checkpoint whose linears are FP8, read as the model in 16 bits that it stands for.
 
-`X.weight` F8_E4M3 [out, in] and `X.weight_scale_inv` [ceil(out / rows), ceil(in / columns)], which despite its name
-multiplies (config.json of deepseek-ai/DeepSeek-V3, `weight_block_size`). Experts in one tensor, `X` [experts, ., .],
-have `X_scale_inv`, a table of blocks for each (as vLLM, SGLang and transformers read Qwen3-VL-MoE FP8). Only what is
-asked for is read and decoded.
+`X.weight` F8_E4M3 [out, in] times the scales beside it: one of the tensor, one a row (`X.weight_scale`, as
+compressed-tensors and ModelOpt write them) or one a block (`X.weight_scale_inv`, which despite its name multiplies:
+config.json of deepseek-ai/DeepSeek-V3, `weight_block_size`). Experts in one tensor, `X` [experts, ., .], have theirs in
+`X_weight_scale` or `X_scale_inv`, one for all, one an expert, one a channel, or a table of blocks for each (as vLLM,
+SGLang and transformers read Qwen3-VL-MoE FP8). Only what is asked for is read and decoded.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, damaged
+from quantplug.checkpoint.encoded.described import BlockSize, FP8Storage, Sharing
+from quantplug.checkpoint.reader import HFCheckpoint, ScalesAside, TensorHeader, damaged
 from quantplug.errors import Offender
 
-METHOD = "fp8"
-
-_SCALES = "_scale_inv"
 # The last is a power of two alone, 2^(code - 127) (OCP Microscaling Formats v1.0, 5.4.1).
-_SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+_SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+# Scales of activations and of KV caches, as all of these tools name them: they say nothing of a weight.
+_OF_INPUTS = "input_scale"
+_OF_CACHE = ("k_scale", "v_scale")
 
-BlockSize = tuple[int, int]
+Shape = tuple[int, ...]
+Steps = tuple[int | None, ...]
+"""Along each axis how many neighbours share a scale; None for all of them."""
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The scales of one weight.
+
+    Attributes:
+        header: As they are stored.
+        table: Their shape with an axis for each of the weight's.
+    """
+
+    name: str
+    header: TensorHeader
+    table: Shape
+    steps: Steps
 
 
 class FP8Checkpoint(HFCheckpoint):
-    """A directory of safetensors with FP8 weights, which it gives as BF16; other tensors are as they are.
+    """A directory of safetensors with FP8 weights, which it gives in 16 bits; other tensors are as they are.
+
+    Scales of activations and of a KV cache are none of its tensors; `aside` names them.
 
     Args:
-        block_size: Rows and columns that share a scale.
+        storage: How its config says that they are stored.
+        dtype: Type that the weights are given in.
 
     Raises:
-        SourceError: As `HFCheckpoint`; or an FP8 weight is without scales, or scales do not go with their weight.
+        SourceError: As `HFCheckpoint`; or an FP8 weight is without scales, or scales do not go with their weight, or
+            the config says that the weight is not quantized.
     """
 
-    def __init__(self, directory: Path, block_size: BlockSize) -> None:
+    def __init__(self, directory: Path, storage: FP8Storage, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(directory)
-        stored, self._block_size = self.tensors, block_size
+        stored = self.tensors
         # By type, not by name: the norms, embeddings and routers beside them are BF16 or FP32.
-        packed = [name for name, header in stored.items() if header.dtype is torch.float8_e4m3fn]
-        scales = {name: name + _SCALES for name in packed}
-        offenders = [
-            Offender(name, problem)
-            for name in sorted(packed)
-            if (problem := _problem(stored[name], stored.get(scales[name]), block_size))
-        ]
+        packed = sorted(name for name, header in stored.items() if header.dtype is torch.float8_e4m3fn)
+        self._scales: dict[str, _Scales] = {}
+        offenders: list[Offender] = []
+        for name in packed:
+            found = _scales_of(name, stored, storage)
+            if isinstance(found, _Scales):
+                self._scales[name] = found
+            else:
+                offenders.append(Offender(name, found))
         if offenders:
             raise damaged(offenders)
-        self._scales = {name: (scale, stored[scale].file) for name, scale in scales.items()}
+        self.aside = ScalesAside(tuple(_scales_aside(stored, packed)))
         # To a reader the scales are no tensors: they are part of how a weight is written.
-        plain = {name: header for name, header in stored.items() if name not in scales.values()}
-        decoded = {name: TensorHeader(stored[name].shape, torch.bfloat16, stored[name].file) for name in packed}
-        self.tensors = plain | decoded
+        hidden = {scales.name for scales in self._scales.values()}.union(self.aside.names)
+        plain = {name: header for name, header in stored.items() if name not in hidden}
+        self.tensors = plain | {name: TensorHeader(stored[name].shape, dtype, stored[name].file) for name in packed}
 
     def _files_of(self, name: str) -> tuple[str, ...]:
         files = super()._files_of(name)
         # The scales may lie in another file than the codes.
-        return (*files, self._scales[name][1]) if name in self._scales else files
+        return (*files, self._scales[name].header.file) if name in self._scales else files
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         codes = super().read(name, index)
-        if name not in self._scales:
+        scales = self._scales.get(name)
+        if scales is None:
             return codes
-        shape = self.tensors[name].shape
-        # An index may leave out last axes; from here on there is one for each.
-        parts = (*index, *(slice(None) for _ in shape))[: len(shape)]
-        experts, bounds = parts[:-2], [_bounds(*part) for part in zip(parts[-2:], shape[-2:], strict=True)]
-        # Whole blocks around what is asked for: a slice may begin or end inside of one.
-        covering = tuple(
-            slice(start // block, -(-stop // block))
-            for (start, stop), block in zip(bounds, self._block_size, strict=True)
-        )
-        scales = self._read(*self._scales[name], (*experts, *covering)).float()
-        for axis, ((start, stop), block) in enumerate(zip(bounds, self._block_size, strict=True), start=-2):
-            # For each row (then column) that is read, the place of its block among the scales that are read. Counted
-            # from the end, as an integer index has taken the axis of experts away.
-            of_entry = torch.arange(start, stop) // block - start // block
-            scales = scales.index_select(axis, of_entry)
         # Multiplied in FP32 and rounded once, as DeepSeek's own `weight_dequant` does (deepseek-ai/DeepSeek-V3,
         # inference/kernel.py).
-        return (codes.float() * scales).bfloat16()
+        values = codes.float().mul_(self._spread(scales, self.tensors[name].shape, index))
+        return values.to(self.tensors[name].dtype)
+
+    def _spread(self, scales: _Scales, shape: Shape, index: tuple[int | slice, ...]) -> torch.Tensor:
+        """FP32 scales that broadcast to what an index gives of a weight of this shape."""
+        # An index may leave out last axes; from here on there is one for each.
+        parts = (*index, *(slice(None) for _ in shape))[: len(shape)]
+        one = isinstance(parts[0], int)
+        # Of a table for each expert that of the one is read; all other tables are small beside their weights.
+        alone = one and scales.steps[0] == 1 and scales.header.shape[:1] == shape[:1]
+        table = self._read(scales.name, scales.header.file, (parts[0],) if alone else ()).float()
+        table = table.reshape((1, *scales.table[1:]) if alone else scales.table)
+        for axis, (part, step, size) in enumerate(zip(parts, scales.steps, shape, strict=True)):
+            if step is not None and not (alone and axis == 0):
+                # For each row (then column) that is read, the place of its scale in the table.
+                table = table.index_select(axis, _places(part, size) // step)
+        return table[0] if one else table
 
 
-def _bounds(part: int | slice, size: int) -> tuple[int, int]:
-    assert isinstance(part, slice)
-    start, stop, _ = part.indices(size)
-    return start, max(start, stop)
+def _places(part: int | slice, size: int) -> torch.Tensor:
+    """The indices that an index takes of an axis of this size."""
+    start, stop, _ = part.indices(size) if isinstance(part, slice) else (part, part + 1, 1)
+    return torch.arange(start, max(start, stop))
 
 
-def _problem(weight: TensorHeader, scales: TensorHeader | None, block_size: BlockSize) -> str | None:
-    if scales is None:
-        return f"is FP8 without its *{_SCALES}"
-    experts, matrix = weight.shape[:-2], weight.shape[-2:]
-    # The last block of an axis may be partial, and has a scale all the same.
-    blocks = tuple(-(-size // block) for size, block in zip(matrix, block_size, strict=False))
-    if len(weight.shape) not in (2, 3) or scales.shape != (*experts, *blocks):
-        return f"has shape {list(weight.shape)}, its *{_SCALES} {list(scales.shape)} for blocks of {list(block_size)}"
-    if scales.dtype not in _SCALE_TYPES:
-        return f"has *{_SCALES} in {scales.dtype}, not {' or '.join(map(str, _SCALE_TYPES))}"
-    return None
+def _scales_of(name: str, stored: Mapping[str, TensorHeader], storage: FP8Storage) -> _Scales | str:
+    """The scales of an FP8 weight, or what is wrong with them."""
+    if name.removesuffix(".weight") in storage.plain:
+        return "is FP8, and the list of modules that are not quantized names it"
+    suffix, scales = storage.scales, _beside(name, storage.scales)
+    if scales not in stored:
+        return f"is FP8 without its *{suffix}"
+    weight, header = stored[name], stored[scales]
+    if header.dtype not in _SCALE_TYPES:
+        return f"has *{suffix} in {header.dtype}, not {' or '.join(map(str, _SCALE_TYPES))}"
+    kinds = [kind for kind in Sharing if kind in storage.sharing]
+    for kind in kinds:
+        for table, steps, shapes in _tables(weight.shape, kind, storage.block):
+            if header.shape in shapes:
+                return _Scales(scales, header, table, steps)
+    said = " or ".join(f"one a {kind.value}" for kind in kinds)
+    blocks = "" if storage.block is None else f" of {list(storage.block)}"
+    return f"has shape {list(weight.shape)}, its *{suffix} {list(header.shape)}, which is not {said}{blocks}"
+
+
+def _beside(weight: str, suffix: str) -> str:
+    """Name of the scales of a weight: a parameter that is no module's `weight` has the word in its scale's name."""
+    is_module = weight.endswith(".weight") or suffix == "_scale_inv"
+    return weight + (suffix if is_module else f"_weight{suffix}")
+
+
+def _tables(shape: Shape, kind: Sharing, block: BlockSize | None) -> Iterator[tuple[Shape, Steps, tuple[Shape, ...]]]:
+    """The ways to have scales of this kind: as a table with all axes, with its steps, and the shapes on disk."""
+    if len(shape) not in (2, 3):
+        return
+    experts, (rows, columns) = shape[:-2], shape[-2:]
+    own, each = tuple(1 for _ in experts), tuple(1 for _ in experts)
+    every: Steps = tuple(None for _ in experts)
+    if kind is Sharing.TENSOR:
+        yield (*own, 1, 1), (*every, None, None), ((), (1,), (*own, 1, 1))
+        if experts:
+            yield (*experts, 1, 1), (*each, None, None), (experts, (*experts, 1), (*experts, 1, 1))
+    elif kind is Sharing.ROWS:
+        # ModelOpt writes one axis, compressed-tensors two.
+        yield (*experts, rows, 1), (*each, 1, None), ((*experts, rows, 1), *(() if experts else ((rows,),)))
+        if experts:  # Of matrices that are stored as [in, out].
+            yield (*experts, 1, columns), (*each, None, 1), ((*experts, 1, columns),)
+    elif block is not None:
+        # The last block of an axis may be partial, and has a scale all the same.
+        blocks = tuple(-(-size // side) for size, side in zip((rows, columns), block, strict=True))
+        yield (*experts, *blocks), (*each, *block), ((*experts, *blocks),)
+
+
+def _scales_aside(stored: Mapping[str, TensorHeader], packed: list[str]) -> Iterator[str]:
+    """Scales of the inputs of FP8 linears, and those of KV caches."""
+    for name in packed:
+        stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+        if stem + _OF_INPUTS in stored:
+            yield stem + _OF_INPUTS
+    yield from (name for name in stored if name.rpartition(".")[2] in _OF_CACHE)

@@ -11,7 +11,7 @@ import torch
 from quantplug.checkpoint.config_file import CONFIG_FILE
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.checkpoint.lost_mtp import LostMtp
-from quantplug.checkpoint.reader import INDEX_FILE
+from quantplug.checkpoint.reader import INDEX_FILE, NONE_ASIDE, ScalesAside
 from quantplug.checkpoint.safetensors.writer import file_size
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles
 from quantplug.checkpoint.untrusted.files import open_file
@@ -34,6 +34,7 @@ class ExportResult:
         side_files: What was copied of the source beside the weights, and what was not, with the reason.
         lost_mtp: That the source's config counts layers of multi-token prediction and the source has none; the config
             that was written counts none. Its text says so.
+        scales_aside: Scales of a quantized source that hold for nothing that was written.
     """
 
     directory: Path
@@ -44,11 +45,13 @@ class ExportResult:
     weight_bytes: int
     side_files: SideFiles
     lost_mtp: LostMtp | None = None
+    scales_aside: ScalesAside = NONE_ASIDE
 
     def said(self) -> Iterator[str]:
         """Lines that tell a user what became of the source, beside its weights."""
         if self.lost_mtp is not None:
             yield str(self.lost_mtp)
+        yield from self.scales_aside.said()
         yield from self.side_files.said()
 
 
@@ -108,7 +111,11 @@ def finish(plan: ExportPlan, source: Beside, staging: Staging, dtype: torch.dtyp
 
 
 def result_of(
-    plan: ExportPlan, directory: Path, side_files: SideFiles, lost_mtp: LostMtp | None = None
+    plan: ExportPlan,
+    directory: Path,
+    side_files: SideFiles,
+    lost_mtp: LostMtp | None = None,
+    scales_aside: ScalesAside = NONE_ASIDE,
 ) -> ExportResult:
     """The result of an export by its plan, which is what has been written once it has come to its end."""
     expected = plan.expected().values()
@@ -116,4 +123,6 @@ def result_of(
     nbytes = sum(spec.nbytes for spec in expected)
     weight_bytes = sum(task.source.nbytes for task in plan.tasks)
     files = len(plan.files)
-    return ExportResult(directory, algorithm, len(expected), nbytes, files, weight_bytes, side_files, lost_mtp)
+    return ExportResult(
+        directory, algorithm, len(expected), nbytes, files, weight_bytes, side_files, lost_mtp, scales_aside
+    )

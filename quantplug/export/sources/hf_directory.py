@@ -54,7 +54,7 @@ def fit_table(
     """
     if with_passthrough and has_passthrough(directory, config, family, dims):
         # Opened once and kept open: rows are read from it when they are written.
-        beside = open_passthrough(directory, family)
+        beside = open_passthrough(directory, config, family)
         return FittedTable(fitted(family, beside.tensors, dims), beside)
     # A source without such tensors, or a stream, which sends none: the table has no rows for them then.
     return FittedTable(fitted(replace(family, passthrough=()), stored_tensors(directory), dims))

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from quantplug.checkpoint.encoded.plain import open_plain
 from quantplug.checkpoint.reader import INDEX_FILE, SINGLE_FILE, HFCheckpoint, weight_map
 from quantplug.checkpoint.stored_tensors import stored_tensors
 from quantplug.errors import Offender, SourceError
@@ -52,8 +53,11 @@ def has_passthrough(directory: Path, config: Mapping[str, Any], family: Family, 
     return any(name.startswith(family.passthrough) for name in found - table)
 
 
-def open_passthrough(directory: Path, family: Family) -> HFCheckpoint:
-    """Opens the source of an architecture that has such tensors.
+def open_passthrough(directory: Path, config: Mapping[str, Any], family: Family) -> HFCheckpoint:
+    """Opens the source of an architecture that has such tensors; those that it has in an encoding as what they mean.
+
+    Args:
+        config: What its config.json says.
 
     Raises:
         SourceError: There are no weights beside the config, or they are incomplete or damaged.
@@ -66,7 +70,7 @@ def open_passthrough(directory: Path, family: Family) -> HFCheckpoint:
             [Offender(f"{beginning}*", f"is not in {directory}") for beginning in family.passthrough],
             "Pass the whole checkpoint that the model was made from.",
         )
-    return HFCheckpoint(directory)
+    return open_plain(directory, config)
 
 
 def passthrough_refs(source: HFCheckpoint, family: Family, rank: int, ranks: int) -> Iterator[WeightRef]:

@@ -11,12 +11,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug.checkpoint.encoded.described import FP8Storage, Sharing
 from quantplug.checkpoint.encoded.fp8_source import FP8Checkpoint
 from quantplug.errors import SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, linear_weights, one_rank, read, same_bytes
 from tests.families.cases import Tensors, make
+
+
+def opened(directory: Path, block: tuple[int, int]) -> FP8Checkpoint:
+    return FP8Checkpoint(directory, FP8Storage("_scale_inv", frozenset({Sharing.BLOCKS}), block))
 
 
 def packed(directory: Path, block: tuple[int, int]) -> Path:
@@ -108,7 +113,7 @@ def test_scales_that_are_powers_of_two_may_be_written_as_such(divisible_dir: Pat
     save_file({**tensors, **exact}, source / "model.safetensors", metadata={"format": "pt"})
     expected = decoded(source, block)
     save_file({**tensors, **stored}, source / "model.safetensors", metadata={"format": "pt"})
-    with FP8Checkpoint(source, block) as checkpoint:
+    with opened(source, block) as checkpoint:
         assert checkpoint.tensors.keys() == expected.keys()
         assert all(same_bytes(checkpoint.read(name), expected[name]) for name in expected)
     quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
@@ -119,7 +124,7 @@ def test_scales_that_are_powers_of_two_may_be_written_as_such(divisible_dir: Pat
     "index", [(slice(32, 64),), (slice(17, 83), slice(5, 90)), (slice(None), slice(48, 96)), (slice(3, 3),), ()]
 )
 def test_any_slice_is_that_of_the_whole(source: Path, block: tuple[int, int], index: tuple[slice, ...]) -> None:
-    with FP8Checkpoint(source, block) as checkpoint:
+    with opened(source, block) as checkpoint:
         for name in linear_weights(dict.fromkeys(checkpoint.tensors)):
             assert torch.equal(checkpoint.read(name, index), checkpoint.read(name)[index])
 
@@ -129,7 +134,7 @@ def test_any_slice_is_that_of_the_whole(source: Path, block: tuple[int, int], in
     [
         (lambda scales, tensors: tensors.pop(scales), "is FP8 without its *_scale_inv"),
         (lambda scales, tensors: tensors.update({scales: torch.zeros(9, 9)}), "its *_scale_inv [9, 9]"),
-        (lambda scales, tensors: tensors.update({scales: tensors[scales].half()}), "float16"),
+        (lambda scales, tensors: tensors.update({scales: tensors[scales].double()}), "float64"),
     ],
 )
 def test_scales_that_do_not_fit_are_all_named(
@@ -142,16 +147,18 @@ def test_scales_that_do_not_fit_are_all_named(
         damage(name, tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError) as caught:
-        FP8Checkpoint(directory, block)
+        opened(directory, block)
     assert len(caught.value.offenders) == len(scales)
     assert all(reason in offender.reason for offender in caught.value.offenders)
 
 
-@pytest.mark.parametrize("size", [None, [128], [128, 0], "128"])
-def test_fp8_without_blocks_is_refused(size: object, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "said"), [(None, "without its \\*_scale"), ([128], "already"), ([128, 0], "already"), ("128", "already")]
+)
+def test_blocks_of_no_size_are_refused(size: object, said: str, source: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(source, tmp_path / "other")
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = size
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="quantized already"):
+    with pytest.raises(SourceError, match=said):
         quantize_checkpoint(directory, tmp_path / "out", "w4a16_nvfp4")
