@@ -33,6 +33,7 @@ def fitted(family: Family, stored: Mapping[str, Stored], dims: ModelDimensions) 
     Args:
         stored: What the headers of the checkpoint say, by name.
     """
+    family = replace(family, forms=(*family.forms, *_experts_apart(family)))
     chosen = in_form(family, {name: tensor.shape for name, tensor in stored.items()}, dims)
     # Layers of multi-token prediction may be rows of the table or carried over, by what the config counts: what the
     # table expects of this model is not carried a second time.
@@ -49,12 +50,11 @@ def in_form(family: Family, shapes: Mapping[str, tuple[int, ...]], dims: ModelDi
     Args:
         shapes: Of the checkpoint's tensors, by name.
     """
-    forms = (*family.forms, *_experts_apart(family))
-    varying = {row.megatron for form in forms for row in form}
+    varying = {row.megatron for form in family.forms for row in form}
     own = tuple(row for row in family.mappings if row.megatron in varying)
     # The table's own form is tried first. Only rows that differ between forms are looked at: what else is missing from
     # a checkpoint must not decide how its experts are read.
-    for form in ((), *forms):
+    for form in ((), *family.forms):
         if _is_here(_with_form(own, form), shapes, dims):
             return replace(family, mappings=_with_form(family.mappings, form))
     return family
