@@ -2,7 +2,7 @@
 
 from quantplug.formats.block_format import BlockFormat
 from quantplug.formats.nonfinite import first_nonfinite
-from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4
+from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
 from quantplug.formats.weight_format import PackedWeight, TensorSpec, WeightFormat
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "FP8_ROW",
     "INT4",
     "INT4_32",
+    "MXFP4",
+    "MXFP8",
     "NVFP4",
     "BlockFormat",
     "PackedWeight",

@@ -1,7 +1,7 @@
 """Every number of the formats, once, with its source.
 
 Sources:
-    [MX]   OCP Microscaling Formats (MX) Specification v1.0, section 5.3.3 (FP4 E2M1).
+    [MX]   OCP Microscaling Formats (MX) Specification v1.0: sections 5.3.3 (FP4 E2M1), 5.4.1 (E8M0), 6.3 (conversion).
     [OFP8] OCP 8-bit Floating Point Specification (OFP8) v1.0, table of E4M3.
     [NVFP4] Pretraining Large Language Models with NVFP4, arXiv 2509.25149, section 2 and appendix B.
     [DSV3] DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.

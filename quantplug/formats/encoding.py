@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from quantplug.formats.codes import E2M1, E4M3, INT4, Code
-from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_SMALL_GROUP, NVFP4_BLOCK
-from quantplug.formats.scale_types import BF16_SCALE, E4M3_SCALE, F32_SCALE, ScaleType
+from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_SMALL_GROUP, MX_BLOCK, NVFP4_BLOCK
+from quantplug.formats.scale_types import BF16_SCALE, E4M3_SCALE, E8M0_SCALE, F32_SCALE, ScaleType
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,6 @@ FP8_ROW_ENCODING = Encoding(E4M3, Block(1, None), F32_SCALE)
 FP8_BLOCK_ENCODING = Encoding(E4M3, Block(FP8_BLOCK_SIDE, FP8_BLOCK_SIDE), F32_SCALE, partial_blocks=True)
 INT4_ENCODING = Encoding(INT4, Block(1, INT4_GROUP), BF16_SCALE)
 INT4_32_ENCODING = Encoding(INT4, Block(1, INT4_SMALL_GROUP), BF16_SCALE)
+MXFP8_ENCODING = Encoding(E4M3, Block(1, MX_BLOCK), E8M0_SCALE)
+MXFP4_ENCODING = Encoding(E2M1, Block(1, MX_BLOCK), E8M0_SCALE)
 """These have loops of their own in `kernels`; any other encoding is worked on by plain PyTorch."""

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.formats.constants import E4M3_MAX, E4M3_SMALLEST_SUBNORMAL, F32_SMALLEST_NORMAL, ZERO_AMAX_SCALE
+from quantplug.formats.constants import (
+    E4M3_MAX,
+    E4M3_SMALLEST_SUBNORMAL,
+    E8M0_BIAS,
+    E8M0_NAN,
+    F32_SMALLEST_NORMAL,
+    ZERO_AMAX_SCALE,
+)
+
+# Of FP32.
+_MANTISSA_BITS = 23
+_BINADE = 1 << _MANTISSA_BITS
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,7 @@ class ScaleType:
             as far as FP32, so that it needs no second level.
         from_amax: From the amaxes of blocks, FP32 of any shape, and the FP32 scalar that they are to be mapped to, to
             scales of `dtype`: finite and above 0 whatever finite amax they are of.
+        decode: Scales of `dtype` to the FP32 values that codes are multiplied by, exactly.
         smallest: What a smaller scale is raised to; None where no amax of a model comes near it.
     """
 
@@ -24,6 +36,7 @@ class ScaleType:
     dtype: torch.dtype
     largest: float | None
     from_amax: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
     smallest: float | None = None
 
 
@@ -55,6 +68,29 @@ def _bf16_scales(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return scales.to(torch.bfloat16).masked_fill_(scales.isnan(), torch.nan)
 
 
-F32_SCALE = ScaleType("F32", torch.float32, None, _f32_scales)
-E4M3_SCALE = ScaleType("E4M3", torch.float8_e4m3fn, E4M3_MAX, _e4m3_scales, E4M3_SMALLEST_SUBNORMAL)
-BF16_SCALE = ScaleType("BF16", torch.bfloat16, None, _bf16_scales)
+def _e8m0_scales(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """The exponent of the smallest power of two under which no amax is above the largest code, plus the bias.
+
+    [MX] 6.3 rounds down instead: the scale is the power of two in the amax, less that in the largest code. Amaxes of up
+    to 2 times that power then stand against codes of up to 1.5 times it (6) or 1.75 (448), and saturate: of amaxes
+    spread evenly over a binade two in five with E2M1, one in five with E4M3. Rounded up none does, which is what
+    ModelOpt (modelopt/torch/quantization/qtensor/mxfp8_tensor.py, mxfp4_tensor.py: ceil of log2(amax / largest)),
+    NVIDIA's recipe of MXFP8 (arXiv 2506.08027, section 3.1) and torchao's RCEIL do. Zeros get the smallest scale.
+    """
+    # The bits of magnitudes count steps of FP32, 2^23 a binade: their difference, in binades and rounded up, is the
+    # exponent. A logarithm would be rounded, and leave outside what is just above a border.
+    steps = amaxes.float().view(torch.int32) - largest.view(torch.int32)
+    exponents = (steps + (_BINADE - 1) >> _MANTISSA_BITS) + E8M0_BIAS
+    return torch.where(amaxes.isnan(), E8M0_NAN, exponents.clamp(min=0)).to(torch.uint8)
+
+
+def _of_e8m0(scales: torch.Tensor) -> torch.Tensor:
+    # Exact, the smallest one too: 2^-127 is a subnormal of FP32.
+    return scales.view(torch.float8_e8m0fnu).float()
+
+
+F32_SCALE = ScaleType("F32", torch.float32, None, _f32_scales, torch.Tensor.float)
+E4M3_SCALE = ScaleType("E4M3", torch.float8_e4m3fn, E4M3_MAX, _e4m3_scales, torch.Tensor.float, E4M3_SMALLEST_SUBNORMAL)
+# As integers: what reads or writes these files knows an exponent as U8, and few tools the type F8_E8M0.
+E8M0_SCALE = ScaleType("E8M0", torch.uint8, None, _e8m0_scales, _of_e8m0)
+BF16_SCALE = ScaleType("BF16", torch.bfloat16, None, _bf16_scales, torch.Tensor.float)

@@ -40,6 +40,16 @@ block. Activations are quantized at run time, so there is no `input_scale`.
 
 The last blocks may be partial, as in DeepSeek-V3's own files (`kv_a_proj_with_mqa` has 576 rows). Where servers merge
 linears or cut them they need whole blocks, which is for the plan of an export to know, not for the numerics.
+
+MXFP8 and MXFP4 (OCP Microscaling Formats v1.0), a power of two for each block of 32 consecutive input features. A value
+is `code * 2^(weight_scale - 127)`. Activations, where a server quantizes them, are so at run time.
+
+    weight        F8_E4M3  [out, in]     MXFP8
+    weight        U8       [out, in/2]   MXFP4: two E2M1 codes a byte, even column in the low nibble
+    weight_scale  U8       [out, in/32]  exponent plus 127
+
+The bytes are those of ModelOpt (modelopt/torch/quantization/qtensor/mxfp8_tensor.py, mxfp4_tensor.py), but for two
+things of its MXFP4: it rounds ties down where every other format here rounds them to even, and gives 0 a sign.
 """
 
 from quantplug.formats.block_format import BlockFormat
@@ -49,6 +59,8 @@ from quantplug.formats.encoding import (
     FP8_ROW_ENCODING,
     INT4_32_ENCODING,
     INT4_ENCODING,
+    MXFP4_ENCODING,
+    MXFP8_ENCODING,
     NVFP4_ENCODING,
 )
 
@@ -58,3 +70,5 @@ FP8_ROW = BlockFormat("fp8_row", FP8_ROW_ENCODING, ("weight_scale",), static_act
 FP8_BLOCK = BlockFormat("fp8_block", FP8_BLOCK_ENCODING, ("weight_scale",), static_activations=False)
 INT4 = BlockFormat("int4", INT4_ENCODING, ("weight_scale",), static_activations=False)
 INT4_32 = BlockFormat("int4_32", INT4_32_ENCODING, ("weight_scale",), static_activations=False)
+MXFP8 = BlockFormat("mxfp8", MXFP8_ENCODING, ("weight_scale",), static_activations=False)
+MXFP4 = BlockFormat("mxfp4", MXFP4_ENCODING, ("weight_scale",), static_activations=False)

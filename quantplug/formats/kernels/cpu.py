@@ -3,22 +3,24 @@
 A contiguous weight is read where it is. Of any other, each thread copies one piece at a time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import accumulate, chain, pairwise, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from quantplug.formats import e2m1
-from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
+from quantplug.formats.constants import FP8_BLOCK_SIDE
 from quantplug.formats.encoding import (
     FP8_BLOCK_ENCODING,
     FP8_ENCODING,
     FP8_ROW_ENCODING,
     INT4_32_ENCODING,
     INT4_ENCODING,
+    MXFP4_ENCODING,
+    MXFP8_ENCODING,
     NVFP4_ENCODING,
     Encoding,
 )
@@ -26,6 +28,7 @@ from quantplug.formats.kernels import loops, reference
 from quantplug.formats.kernels.loops import Array
 from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.kernels.threads import run, run_each
+from quantplug.formats.scale_types import E8M0_SCALE
 
 _PIECE = 1 << 18
 """Least elements of a piece: some tens of microseconds of work, and a copy of it stays in a core's cache."""
@@ -66,28 +69,31 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
 
 # The pieces of all weights of a group go to the threads at once: no thread waits for another between small weights.
 # A tensor's FP32 scale is handed over as a Python float, which holds it exactly; the loop makes FP32 of it again.
-def _pack_nvfp4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+def _pack_blocks(
+    loop: Callable[..., None], encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded
+) -> None:
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
         for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
             pieces = _pieces(_bits(weight))
-            codes, scales = _alongside(pieces, of_weight.codes, 2), _beside(pieces, of_weight)
-            yield zip(pieces, repeat(float(of_weight.tensor_scales)), codes, scales, strict=False)
+            codes, scales = _beside(pieces, encoding, of_weight)
+            yield zip(pieces, repeat(_above_blocks(of_weight)), codes, scales, strict=False)
 
     def pack(piece: Array, scale_2: float, packed: Array, scales: Array) -> None:
-        loops.pack_nvfp4(_flat(piece), scale_2, packed, scales)
+        loop(_flat(piece), scale_2, packed, scales)
 
     run_each(pack, chain.from_iterable(calls()))
 
 
-def _unpack_nvfp4(encoded: Encoded, values: torch.Tensor) -> None:
+def _unpack_blocks(
+    loop: Callable[..., None], encoding: Encoding, tables: "_Tables", encoded: Encoded, values: torch.Tensor
+) -> None:
     def unpack(packed: Array, scales: Array, scale_2: float, piece: Array) -> None:
-        loops.unpack_nvfp4(packed, scales, scale_2, _e2m1_values(), _e4m3_values(), _flat(piece))
+        loop(packed, scales, scale_2, tables.codes(), tables.scales(), _flat(piece))
 
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         pieces = _pieces(of_values.numpy())
-        codes, scales = _alongside(pieces, of_weight.codes, 2), _beside(pieces, of_weight)
-        scale_2 = float(of_weight.tensor_scales)
-        run_each(unpack, zip(codes, scales, repeat(scale_2), pieces, strict=False))
+        codes, scales = _beside(pieces, encoding, of_weight)
+        run_each(unpack, zip(codes, scales, repeat(_above_blocks(of_weight)), pieces, strict=False))
 
 
 def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
@@ -184,8 +190,43 @@ def _group(encoded: Encoded) -> int:
     return encoded.codes.shape[-1] * 2 // encoded.block_scales.shape[-1]
 
 
+# Tables of all codes' values, made by the decoders that the reference uses, so that they cannot differ from it.
+@cache
+def _e2m1_values() -> Array:
+    return e2m1.decode(torch.arange(16, dtype=torch.uint8)).numpy()
+
+
+@cache
+def _e4m3_values() -> Array:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+
+@cache
+def _e8m0_values() -> Array:
+    return E8M0_SCALE.decode(torch.arange(256, dtype=torch.uint8)).numpy()
+
+
+class _Tables(NamedTuple):
+    """The values of all codes and of all scales of blocks."""
+
+    codes: Callable[[], Array]
+    scales: Callable[[], Array]
+
+
+def _of_blocks(encoding: Encoding, pack: Callable[..., None], unpack: Callable[..., None], tables: _Tables) -> Loops:
+    return Loops(partial(_pack_blocks, pack, encoding), partial(_unpack_blocks, unpack, encoding, tables))
+
+
 _LOOPS: Mapping[Encoding, Loops] = {
-    NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
+    NVFP4_ENCODING: _of_blocks(
+        NVFP4_ENCODING, loops.pack_nvfp4, loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
+    ),
+    MXFP4_ENCODING: _of_blocks(
+        MXFP4_ENCODING, loops.pack_mxfp4, loops.unpack_mxfp4, _Tables(_e2m1_values, _e8m0_values)
+    ),
+    MXFP8_ENCODING: _of_blocks(
+        MXFP8_ENCODING, loops.pack_mxfp8, loops.unpack_mxfp8, _Tables(_e4m3_values, _e8m0_values)
+    ),
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
     FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),
     FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),
@@ -225,7 +266,7 @@ def _contiguous(piece: Array) -> Array:
 
 def _pieces(weight: Array) -> list[Array]:
     """The weight in row-major order: flat pieces where it is contiguous, some rows each where it is not."""
-    # Neither kind cuts a block of 16: flat pieces are multiples of `_PIECE`, and a row is a whole number of blocks.
+    # Neither kind cuts a block: flat pieces are multiples of `_PIECE`, and a row is a whole number of blocks.
     rows = weight.reshape(-1, 1) if weight.flags.c_contiguous else weight
     step = max(_piece_elements(weight) * len(rows) // rows.size, 1)
     return [rows[start : start + step] for start in range(0, len(rows), step)]
@@ -247,9 +288,17 @@ def _alongside(pieces: list[Array], tensor: torch.Tensor, per: int = 1) -> list[
     return [flat[start:end] for start, end in pairwise(ends)]
 
 
-def _beside(pieces: list[Array], encoded: Encoded) -> list[Array]:
-    """The bytes of NVFP4's block scales in the same pieces."""
-    return _alongside(pieces, encoded.block_scales, NVFP4_BLOCK)
+def _beside(pieces: list[Array], encoding: Encoding, encoded: Encoded) -> tuple[list[Array], list[Array]]:
+    """The bytes of codes and of scales of blocks, which are neighbours of a row, in the same pieces."""
+    # For type checkers: the encodings of these loops have blocks of some columns of one row.
+    assert encoding.block.columns is not None
+    codes = _alongside(pieces, encoded.codes, encoding.code.in_a_byte)
+    return codes, _alongside(pieces, encoded.block_scales, encoding.block.columns)
+
+
+def _above_blocks(encoded: Encoded) -> float:
+    """The scale of the tensor that stands above those of its blocks, where there is one."""
+    return 1.0 if encoded.whole is None else float(encoded.whole)
 
 
 def _bands(weight: Array, encoded: Encoded, height: int = FP8_BLOCK_SIDE) -> Iterator[tuple[Array, Array, Array]]:
@@ -286,14 +335,3 @@ def _copy_back(squares: Array, rows: Array) -> None:
     if not np.may_share_memory(squares, rows):
         height, width = rows.shape
         rows[:] = squares.reshape(len(squares) * FP8_BLOCK_SIDE, -1)[:height, :width]
-
-
-# Tables of all codes' values, made by the decoders that the reference uses, so that they cannot differ from it.
-@cache
-def _e2m1_values() -> Array:
-    return e2m1.decode(torch.arange(16, dtype=torch.uint8)).numpy()
-
-
-@cache
-def _e4m3_values() -> Array:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()

@@ -4,12 +4,14 @@ Nothing waits for the GPU, but a group, whose addresses are copied there.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from quantplug.formats.codes import E2M1
 from quantplug.formats.constants import FP8_BLOCK_SIDE
 from quantplug.formats.encoding import (
     FP8_BLOCK_ENCODING,
@@ -17,14 +19,17 @@ from quantplug.formats.encoding import (
     FP8_ROW_ENCODING,
     INT4_32_ENCODING,
     INT4_ENCODING,
+    MXFP4_ENCODING,
+    MXFP8_ENCODING,
     NVFP4_ENCODING,
     Encoding,
 )
 from quantplug.formats.kernels import reference, triton_loops
 from quantplug.formats.kernels.protocol import Encoded, Loops
+from quantplug.formats.scale_types import E8M0_SCALE
 
 _BLOCKS = 128
-"""Blocks of NVFP4 that one program works on."""
+"""Blocks of neighbours that one program works on."""
 
 _IN_GROUPS = 2048
 """Elements of INT4 that one program works on, in groups of 32 or of 128: those of `_BLOCKS` blocks of NVFP4."""
@@ -64,38 +69,48 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
     _loops(encoding).unpack(encoded, values)
 
 
-def _pack_nvfp4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+def _pack_blocks(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     first, block_scales = weights[0].detach(), encoded.block_scales
     blocks = block_scales.numel() // len(weights)
     with _on(first):
-        triton_loops.pack_nvfp4[(triton.cdiv(blocks, _BLOCKS), len(weights))](
+        triton_loops.pack_blocks[(triton.cdiv(blocks, _BLOCKS), len(weights))](
             _source(weights),
             *first.stride(),
-            encoded.tensor_scales,
-            encoded.codes,
+            encoded.whole,
+            encoded.codes.view(torch.uint8),
             block_scales.view(torch.uint8),
             block_scales.shape[-1],
             blocks,
             ROWS=not first.is_contiguous(),
             **_kind(weights),
-            BLOCKS=_BLOCKS,
+            **_blocks_of(encoding),
         )
 
 
 # Unpacking has no group form: readers take one weight at a time, and values in FP32 are eight times their codes.
-def _unpack_nvfp4(encoded: Encoded, values: torch.Tensor) -> None:
+def _unpack_blocks(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         block_scales = of_weight.block_scales
         blocks = block_scales.numel()
         with _on(values):
-            triton_loops.unpack_nvfp4[(triton.cdiv(blocks, _BLOCKS),)](
-                of_weight.codes,
+            triton_loops.unpack_blocks[(triton.cdiv(blocks, _BLOCKS),)](
+                of_weight.codes.view(torch.uint8),
                 block_scales.view(torch.uint8),
-                of_weight.tensor_scales,
+                of_weight.whole,
                 of_values,
                 blocks,
-                BLOCKS=_BLOCKS,
+                **_blocks_of(encoding),
             )
+
+
+def _blocks_of(encoding: Encoding) -> dict[str, Any]:
+    """What a loop over blocks of neighbours must be told of an encoding, when it is compiled."""
+    return {
+        "WIDTH": encoding.block.columns,
+        "POWERS": encoding.scale == E8M0_SCALE,
+        "PAIRS": encoding.code == E2M1,
+        "BLOCKS": _BLOCKS,
+    }
 
 
 def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
@@ -227,7 +242,10 @@ def _has_partial_squares(rows: int, columns: int) -> bool:
 
 
 _LOOPS: Mapping[Encoding, Loops] = {
-    NVFP4_ENCODING: Loops(_pack_nvfp4, _unpack_nvfp4),
+    **{
+        encoding: Loops(partial(_pack_blocks, encoding), partial(_unpack_blocks, encoding))
+        for encoding in (NVFP4_ENCODING, MXFP4_ENCODING, MXFP8_ENCODING)
+    },
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
     FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),
     FP8_BLOCK_ENCODING: Loops(_pack_fp8_block, _unpack_fp8_block),

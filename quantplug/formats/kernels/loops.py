@@ -20,12 +20,15 @@ from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
     E4M3_SMALLEST_SUBNORMAL,
+    E8M0_BIAS,
+    E8M0_NAN,
     F32_SMALLEST_NORMAL,
     FP8_BLOCK_SIDE,
     INT4_HIGHEST,
     INT4_LARGEST,
     INT4_LOWEST,
     INT4_SMALL_GROUP,
+    MX_BLOCK,
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
@@ -39,7 +42,7 @@ Array = np.ndarray[Any, Any]
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 _TILE = 8192
-"""Elements of NVFP4 worked on at a time: few enough that they and their temporaries, 64 KiB, stay in a core's cache."""
+"""Elements worked on at a time: few enough that they and their temporaries, 64 KiB, stay in a core's cache."""
 
 _SIDE = 64
 """Rows and columns of the squares in which a transposed weight is copied."""
@@ -47,12 +50,16 @@ _SIDE = 64
 _F32_SIGN = np.uint32(0x80000000)
 _F32_EXPONENT = np.uint32(0x7F800000)
 _F32_MANTISSA_BITS = 23
+_BELOW_A_BINADE = np.uint32((1 << _F32_MANTISSA_BITS) - 1)
+_F32_E8M0_SMALLEST = np.uint32(1 << (_F32_MANTISSA_BITS - 1))
+"""The bits of 2^-127, which E8M0's exponent 0 stands for: a subnormal of FP32."""
 
 # 1.0 is E2M1's smallest normal magnitude (exponent bias 1), 2^-6 is E4M3's (bias 7).
 # Codes as (mantissa bits, FP32 bits of the smallest normal magnitude, largest magnitude).
 _E2M1_MANTISSA, _E2M1_NORMAL, _E2M1_LARGEST = 1, np.uint32(0x3F800000), np.float32(E2M1_MAX)
 _E4M3_MANTISSA, _E4M3_NORMAL, _E4M3_LARGEST = 3, np.uint32(0x3C800000), np.float32(E4M3_MAX)
 _E2M1_SIGN, _E4M3_SIGN_SHIFT, _E4M3_NAN = np.uint32(8), np.uint32(24), np.uint32(0x7F)
+_E8M0_NAN = np.uint32(E8M0_NAN)
 
 _INT4_HIGHEST, _INT4_LOWEST, _INT4_LARGEST = (np.float32(it) for it in (INT4_HIGHEST, INT4_LOWEST, INT4_LARGEST))
 # FP32 holds no fractions beside this number, so that a small one is rounded when it is added; the low bits are then
@@ -187,51 +194,109 @@ def _nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> No
         scales[i] = np.float32((value if scale == scale else scale) * weight_scale_2)
 
 
-@njit(**_OPTIONS)
-def _nvfp4_codes(blocks: Array, scales: Array, codes: Array) -> None:
-    """Fills `codes` [n, 16] with one code a byte, from the bits of blocks [n, 16] and their divisors [n]."""
-    for block in range(scales.size):
-        scale = scales[block]
-        for i in range(NVFP4_BLOCK):
-            # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
-            codes[block, i] = _e2m1(np.float32(_fp32(blocks[block, i]) / scale))
+def _e8m0_scales(largest: float) -> Callable[[Array, Any, Array], None]:
+    """As `_nvfp4_scales`, of powers of two and without a scale of the tensor, for codes up to `largest`."""
+    # All amaxes up to this one get exponent 0, less the bias.
+    floor = np.float32(largest * 2.0**-E8M0_BIAS).view(np.uint32)
+
+    @njit(**_OPTIONS)
+    def fill(scales: Array, unused: Any, block_scales: Array) -> None:
+        for i in range(scales.size):
+            # `scale_types._e8m0_scales` says why the bits of the amax give the exponent.
+            bits = np.float32(scales[i]).view(np.uint32)
+            steps = np.uint32(max(bits, floor) - floor)
+            code = np.uint32(np.uint32(steps + _BELOW_A_BINADE) >> np.uint32(_F32_MANTISSA_BITS))
+            # FP32 itself ends at exponent 1: what exponent 0 stands for is its subnormal 2^-127.
+            value = np.uint32(code << np.uint32(_F32_MANTISSA_BITS)) if code > np.uint32(0) else _F32_E8M0_SMALLEST
+            is_nan = bits > _F32_EXPONENT
+            block_scales[i] = np.uint8(_E8M0_NAN if is_nan else code)
+            scales[i] = scales[i] if is_nan else np.uint32(value).view(np.float32)
+
+    return fill
 
 
-@njit(**_OPTIONS)
-def pack_nvfp4(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
-    """Bits of n elements to n/2 bytes of codes and n/16 bytes of E4M3 scales."""
-    scale_2 = np.float32(weight_scale_2)
-    # One step after another over a tile: each is a loop simple enough to become vector instructions.
-    longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
-    scales, codes = np.empty(_TILE // NVFP4_BLOCK, np.float32), np.empty(_TILE, np.uint8)
-    pairs = codes.view(np.uint16)
-    for start in range(0, weight.size, _TILE):
-        tile = weight[start : start + _TILE]
-        blocks = tile.size // NVFP4_BLOCK
-        first = start // NVFP4_BLOCK
-        _block_amax(tile, longer, shorter, scales[:blocks])
-        _nvfp4_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
-        _nvfp4_codes(tile.reshape(blocks, NVFP4_BLOCK), scales[:blocks], codes.reshape(-1, NVFP4_BLOCK))
-        nibbles = packed[start // 2 : start // 2 + tile.size // 2]
-        for i in range(nibbles.size):
-            # Two bytes 0H 0L, little-endian, become HL.
-            nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) -> Any:
+    """Packs blocks of `width` neighbours: a loop is compiled for each, in which all of these are known.
+
+    Args:
+        fill_scales: Of blocks, from their amaxes.
+        encode: FP32 to a code.
+        in_a_byte: Codes, 1 or 2.
+    """
+
+    @njit(**_OPTIONS)
+    def encode_blocks(blocks: Array, scales: Array, codes: Array) -> None:
+        """One code a byte, from the bits of blocks [n, width] and their divisors [n]."""
+        for block in range(scales.size):
+            scale = scales[block]
+            for i in range(width):
+                # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
+                codes[block, i] = encode(np.float32(_fp32(blocks[block, i]) / scale))
+
+    @njit(**_OPTIONS)
+    def pack(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
+        """Bits of n elements to n / in_a_byte bytes of codes and n / width scales."""
+        scale_2 = np.float32(weight_scale_2)
+        # One step after another over a tile: each is a loop simple enough to become vector instructions.
+        longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
+        scales, codes = np.empty(_TILE // width, np.float32), np.empty(_TILE, np.uint8)
+        pairs = codes.view(np.uint16)
+        for start in range(0, weight.size, _TILE):
+            tile = weight[start : start + _TILE]
+            blocks = tile.size // width
+            first = start // width
+            _block_amax(tile, longer, shorter, scales[:blocks])
+            fill_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
+            if in_a_byte == 1:
+                whole = packed[start : start + tile.size]
+                encode_blocks(tile.reshape(blocks, width), scales[:blocks], whole.reshape(blocks, width))
+            else:
+                encode_blocks(tile.reshape(blocks, width), scales[:blocks], codes.reshape(-1, width))
+                nibbles = packed[start // 2 : start // 2 + tile.size // 2]
+                for i in range(nibbles.size):
+                    # Two bytes 0H 0L, little-endian, become HL.
+                    nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+    return pack
 
 
-@njit(**_OPTIONS)
-def unpack_nvfp4(
-    packed: Array, block_scales: Array, weight_scale_2: float, e2m1: Array, e4m3: Array, out: Array
-) -> None:
-    """Undoes `pack_nvfp4` in FP32; `e2m1` and `e4m3` are the values of all codes."""
-    scale_2 = np.float32(weight_scale_2)
-    pairs, values = packed.reshape(-1, NVFP4_BLOCK // 2), out.reshape(-1, NVFP4_BLOCK // 2, 2)
-    for block in range(block_scales.size):
-        # Both scales first, then the code: another order of the FP32 products would give other last bits.
-        scale = np.float32(e4m3[block_scales[block]] * scale_2)
-        for i in range(NVFP4_BLOCK // 2):
-            pair = pairs[block, i]
-            values[block, i, 0] = e2m1[pair & 15] * scale
-            values[block, i, 1] = e2m1[pair >> 4] * scale
+def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
+    """Undoes what `_blocks_packer` makes, in FP32."""
+
+    @njit(**_OPTIONS)
+    def unpack_pairs(
+        packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
+    ) -> None:
+        scale_2 = np.float32(weight_scale_2)
+        pairs, values = packed.reshape(-1, width // 2), out.reshape(-1, width // 2, 2)
+        for block in range(block_scales.size):
+            # Both scales first, then the code: another order of the FP32 products would give other last bits.
+            scale = np.float32(scale_values[block_scales[block]] * scale_2)
+            for i in range(width // 2):
+                pair = pairs[block, i]
+                values[block, i, 0] = code_values[pair & 15] * scale
+                values[block, i, 1] = code_values[pair >> 4] * scale
+
+    @njit(**_OPTIONS)
+    def unpack(
+        packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
+    ) -> None:
+        scale_2 = np.float32(weight_scale_2)
+        codes, values = packed.reshape(-1, width), out.reshape(-1, width)
+        for block in range(block_scales.size):
+            scale = np.float32(scale_values[block_scales[block]] * scale_2)
+            for i in range(width):
+                values[block, i] = code_values[codes[block, i]] * scale
+
+    return unpack if in_a_byte == 1 else unpack_pairs
+
+
+pack_nvfp4 = _blocks_packer(NVFP4_BLOCK, _nvfp4_scales, _e2m1, in_a_byte=2)
+pack_mxfp4 = _blocks_packer(MX_BLOCK, _e8m0_scales(E2M1_MAX), _e2m1, in_a_byte=2)
+pack_mxfp8 = _blocks_packer(MX_BLOCK, _e8m0_scales(E4M3_MAX), _e4m3, in_a_byte=1)
+unpack_nvfp4 = _blocks_unpacker(NVFP4_BLOCK, in_a_byte=2)
+unpack_mxfp4 = _blocks_unpacker(MX_BLOCK, in_a_byte=2)
+unpack_mxfp8 = _blocks_unpacker(MX_BLOCK, in_a_byte=1)
 
 
 @njit(**_OPTIONS)

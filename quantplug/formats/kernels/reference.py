@@ -63,7 +63,7 @@ def _pack_one(encoding: Encoding, weight: torch.Tensor, encoded: Encoded) -> Non
         scales = encoded.block_scales[_in_steps(rows, block_rows)]
         scales.copy_(encoding.scale.from_amax(blocks.abs().amax((1, 3)), _largest(encoding, encoded)))
         # Divided by the scale as the reader will see it, after its rounding to the type that it is stored in.
-        quotients = blocks / _multipliers(scales, encoded)
+        quotients = blocks / _multipliers(encoding, scales, encoded)
         encoded.codes[rows] = encode(_in_rows(quotients, values.shape))
 
 
@@ -75,7 +75,7 @@ def _unpack_one(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> N
             torch.mul(decoded, encoded.tensor_scales, out=values[rows])
             continue
         scales = encoded.block_scales[_in_steps(rows, block_rows)]
-        blocks = _in_blocks(decoded, encoding.block) * _multipliers(scales, encoded)
+        blocks = _in_blocks(decoded, encoding.block) * _multipliers(encoding, scales, encoded)
         values[rows] = _in_rows(blocks, decoded.shape)
 
 
@@ -88,9 +88,9 @@ def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:
     return largest if encoded.whole is None else largest * encoded.whole
 
 
-def _multipliers(scales: torch.Tensor, encoded: Encoded) -> torch.Tensor:
+def _multipliers(encoding: Encoding, scales: torch.Tensor, encoded: Encoded) -> torch.Tensor:
     """The FP32 factors of the values of codes, one a block and shaped to broadcast over it: [n, 1, m, 1]."""
-    multipliers = scales.float()
+    multipliers = encoding.scale.decode(scales)
     # The two scales are multiplied before any code is: FP32 products in another order differ in their last bits.
     if encoded.whole is not None:
         multipliers = multipliers * encoded.whole

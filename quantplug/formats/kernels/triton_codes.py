@@ -11,6 +11,8 @@ from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
     E4M3_SMALLEST_SUBNORMAL,
+    E8M0_BIAS,
+    E8M0_NAN,
     F32_SMALLEST_NORMAL,
     INT4_HIGHEST,
     INT4_LARGEST,
@@ -30,6 +32,7 @@ _INT4_LARGEST, _INT4_HIGHEST, _INT4_LOWEST = (
     tl.constexpr(INT4_LOWEST),
 )
 _ZERO_AMAX_SCALE = tl.constexpr(ZERO_AMAX_SCALE)
+_E8M0_SMALLEST, _E8M0_NAN = tl.constexpr(2.0**-E8M0_BIAS), tl.constexpr(E8M0_NAN)
 _SMALLEST_SCALE = tl.constexpr(F32_SMALLEST_NORMAL)
 
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -37,6 +40,7 @@ _MANTISSA_BITS = tl.constexpr(23)
 # FP32 holds no fractions beside this number: see `loops._INTEGERS`.
 _INTEGERS = tl.constexpr(1.5 * 2.0**23)
 _BF16_NAN = tl.constexpr(0x7FC0)
+_BELOW_A_BINADE = tl.constexpr((1 << 23) - 1)
 
 # FP32 mantissa bits more than the code's, FP32 bits of its smallest normal magnitude, and where steps are counted.
 _E2M1_SHIFT, _E2M1_NORMAL, _E2M1_STEPS = tl.constexpr(22), tl.constexpr(0x3F800000), tl.constexpr(0x07)
@@ -61,9 +65,9 @@ def fp32(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def nvfp4_block_scale(amax: tl.tensor, scale_2: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """E4M3 code and value of the scale that maps the amax of a block to 6, for blocks [n] of one weight."""
-    scale = tl.div_rn(amax, scale_2 * E2M1_LARGEST)
+def e4m3_scale(amax: tl.tensor, scale_2: tl.tensor, largest: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """E4M3 code and value of the scale that maps the amax of a block to `largest`, for blocks [n] of one weight."""
+    scale = tl.div_rn(amax, scale_2 * largest)
     is_nan = scale != scale
     # The order of `scale_types._e4m3_scales`. A comparison with NaN is false, so NaN is remembered and put back.
     scale = tl.where(scale == 0, _ZERO_AMAX_SCALE, scale)
@@ -71,6 +75,22 @@ def nvfp4_block_scale(amax: tl.tensor, scale_2: tl.tensor) -> tuple[tl.tensor, t
     scale = tl.where(scale < E4M3_LARGEST, scale, E4M3_LARGEST)
     code, value = _rounded(scale, _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
     return tl.where(is_nan, _E4M3_NAN, code), tl.where(is_nan, float("nan"), value)
+
+
+@triton.jit
+def e8m0_scale(amax: tl.tensor, LARGEST: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """E8M0 code of the scale under which the amax of a block is at most LARGEST, and 1 / the scale, which is exact.
+
+    `scale_types._e8m0_scales` says why the bits of the amax give the exponent.
+    """
+    # Floats of at least 0 are in the order of their bits; all amaxes up to this one get exponent 0.
+    floor = tl.full(amax.shape, LARGEST * _E8M0_SMALLEST, tl.float32).to(tl.int32, bitcast=True)
+    bits = amax.to(tl.int32, bitcast=True)
+    code = (tl.maximum(bits, floor) - floor + _BELOW_A_BINADE) >> _MANTISSA_BITS
+    # 1 / 2^(code - 127) has exponent 254 - code, above FP32's subnormals for every amax that is finite.
+    inverse = ((254 - code) << _MANTISSA_BITS).to(tl.float32, bitcast=True)
+    is_nan = bits > _EXPONENT
+    return tl.where(is_nan, _E8M0_NAN, code), tl.where(is_nan, float("nan"), inverse)
 
 
 @triton.jit
@@ -117,14 +137,14 @@ def rounded_quotient(
             left = tl.fma(product, divisor * -1, clamped)
             quotient = tl.fma(left, reciprocal, product)
         else:
-            quotient = _saturated(tl.div_rn(values, divisor), largest)
+            quotient = saturated(tl.div_rn(values, divisor), largest)
     else:
-        quotient = _saturated(tl.div_rn(values, divisor), largest)
+        quotient = saturated(tl.div_rn(values, divisor), largest)
     return quotient
 
 
 @triton.jit
-def _saturated(quotient: tl.tensor, largest: tl.tensor) -> tl.tensor:
+def saturated(quotient: tl.tensor, largest: tl.tensor) -> tl.tensor:
     # Without being told to, a GPU's minimum and maximum drop NaN, and a broken weight would become a finite one.
     return tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
 
@@ -152,10 +172,15 @@ def int4_code(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def e4m3_code(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
-    """The E4M3 code of `values / scale`, as `codes.saturate_to_e4m3` gives it; the sign, of NaN too, is the value's."""
+def e4m3_quotient(values: tl.tensor, scale: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
+    """`values / scale`, at most 448 or just beside it."""
     is_ordinary = (scale >= _LEAST_SCALE) & (scale <= _LARGEST_SCALE)
-    quotient = rounded_quotient(values, scale, E4M3_LARGEST, is_ordinary, SHORT)
+    return rounded_quotient(values, scale, E4M3_LARGEST, is_ordinary, SHORT)
+
+
+@triton.jit
+def e4m3_code(quotient: tl.tensor, values: tl.tensor) -> tl.tensor:
+    """The E4M3 code of a quotient of values, as `codes.saturate_to_e4m3` gives it; the sign, of NaN too, is theirs."""
     code, _ = _rounded(tl.abs(quotient), _E4M3_SHIFT, _E4M3_NORMAL, _E4M3_STEPS)
     code = tl.where(quotient == quotient, code, _E4M3_NAN)
     return code | tl.where(values.to(tl.int32, bitcast=True) < 0, _E4M3_SIGN, 0)
@@ -192,6 +217,14 @@ def e4m3_value(code: tl.tensor) -> tl.tensor:
     magnitude = ((code & 0x7F) << _E4M3_SHIFT).to(tl.float32, bitcast=True) * _E4M3_BIAS
     magnitude = tl.where((code & 0x7F) == _E4M3_NAN, float("nan"), magnitude)
     return _signed(magnitude, (code & _E4M3_SIGN) << _E4M3_SIGN_SHIFT)
+
+
+@triton.jit
+def e8m0_value(code: tl.tensor) -> tl.tensor:
+    """FP32 value of an E8M0 code: FP32's own exponent, but for 0, which stands for 2^-127 there, and 255 for NaN."""
+    value = (code << _MANTISSA_BITS).to(tl.float32, bitcast=True)
+    value = tl.where(code == 0, _E8M0_SMALLEST, value)
+    return tl.where(code == _E8M0_NAN, float("nan"), value)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ Without ROWS the elements of a weight follow each other, and no index has to be 
 import triton
 import triton.language as tl
 
-from quantplug.formats.constants import FP8_BLOCK_SIDE, NVFP4_BLOCK
+from quantplug.formats.constants import FP8_BLOCK_SIDE
 from quantplug.formats.kernels.triton_codes import (
     E2M1_LARGEST,
     E4M3_LARGEST,
@@ -16,17 +16,20 @@ from quantplug.formats.kernels.triton_codes import (
     e2m1_code,
     e2m1_value,
     e4m3_code,
+    e4m3_quotient,
+    e4m3_scale,
     e4m3_value,
+    e8m0_scale,
+    e8m0_value,
     f32_scale,
     fp32,
     int4_code,
     int4_group_scale,
     int4_value,
-    nvfp4_block_scale,
     rounded_quotient,
+    saturated,
 )
 
-_ELEMENTS = tl.constexpr(NVFP4_BLOCK)
 _SIDE = tl.constexpr(FP8_BLOCK_SIDE)
 
 # So many times an E4M3 block scale, from 2^-9 to 448, is between those with which a quotient needs no care.
@@ -52,11 +55,11 @@ def amax(
 
 
 @triton.jit
-def pack_nvfp4(
+def pack_blocks(
     weights: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    weight_scale_2: tl.tensor,
+    tensor_scales: tl.tensor,
     codes: tl.tensor,
     block_scales: tl.tensor,
     blocks_a_row: tl.tensor,
@@ -64,54 +67,75 @@ def pack_nvfp4(
     ROWS: tl.constexpr,
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    POWERS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """BLOCKS blocks of 16 elements a program."""
+    """BLOCKS blocks of WIDTH neighbours a program.
+
+    With POWERS their scales are E8M0 and `tensor_scales` is None, else E4M3 under a scale of the tensor. With PAIRS the
+    codes are E2M1, two to a byte, else E4M3.
+    """
     number = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_there = block < blocks
-    # A block never reaches over the end of a row, so one mask of blocks is enough for its 16 elements.
-    element = tl.arange(0, _ELEMENTS)[None, :]
+    # A block never reaches over the end of a row, so one mask of blocks is enough for its elements.
+    element = tl.arange(0, WIDTH)[None, :]
     if ROWS:
-        column = (block % blocks_a_row)[:, None] * _ELEMENTS + element
+        column = (block % blocks_a_row)[:, None] * WIDTH + element
         offsets = (block // blocks_a_row)[:, None] * row_stride + column * column_stride
     else:
-        offsets = block[:, None] * _ELEMENTS + element
+        offsets = block[:, None] * WIDTH + element
     weight = _weight(weights, number, ELEMENT, ALIGNED)
     values = fp32(tl.load(weight + offsets, mask=is_there[:, None], other=0.0))
-
-    scale_2 = tl.load(weight_scale_2 + number)
-    largest = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
-    scale_code, scale = nvfp4_block_scale(largest.to(tl.float32, bitcast=True), scale_2)
+    amax = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1).to(tl.float32, bitcast=True)
+    largest: tl.constexpr = E2M1_LARGEST if PAIRS else E4M3_LARGEST
+    if POWERS:
+        scale_code, inverse = e8m0_scale(amax, largest)
+        quotient = saturated(values * inverse[:, None], largest)
+    else:
+        scale_2 = tl.load(tensor_scales + number)
+        scale_code, scale = e4m3_scale(amax, scale_2, largest)
+        is_ordinary = (scale_2 >= _LEAST_SCALE_2) & (scale_2 <= _LARGEST_SCALE_2)
+        divisor = (scale * scale_2)[:, None]
+        quotient = rounded_quotient(values, divisor, largest, is_ordinary, weight.dtype.element_ty != tl.float32)
     tl.store(block_scales + number * blocks + block, scale_code.to(tl.uint8), mask=is_there)
-
-    divisor = (scale * scale_2)[:, None]
-    is_ordinary = (scale_2 >= _LEAST_SCALE_2) & (scale_2 <= _LARGEST_SCALE_2)
-    quotient = rounded_quotient(values, divisor, E2M1_LARGEST, is_ordinary, weight.dtype.element_ty != tl.float32)
-    # Neighbours [.., 8, 2] become the nibbles of one byte: `low` holds the even columns.
-    low, high = tl.split(tl.reshape(e2m1_code(quotient), (BLOCKS, _ELEMENTS // 2, 2)))
-    pairs = (number * blocks + block)[:, None] * (_ELEMENTS // 2) + tl.arange(0, _ELEMENTS // 2)[None, :]
-    tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
+    place = (number * blocks + block)[:, None]
+    if PAIRS:
+        # Neighbours [.., WIDTH / 2, 2] become the nibbles of one byte: `low` holds the even columns.
+        low, high = tl.split(tl.reshape(e2m1_code(quotient), (BLOCKS, WIDTH // 2, 2)))
+        pairs = place * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+        tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
+    else:
+        tl.store(codes + place * WIDTH + element, e4m3_code(quotient, values).to(tl.uint8), mask=is_there[:, None])
 
 
 @triton.jit
-def unpack_nvfp4(
+def unpack_blocks(
     codes: tl.tensor,
     block_scales: tl.tensor,
-    weight_scale_2: tl.tensor,
+    tensor_scale: tl.tensor,
     values: tl.tensor,
     blocks: tl.tensor,
+    WIDTH: tl.constexpr,
+    POWERS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_there = block < blocks
-    pairs = block[:, None] * (_ELEMENTS // 2) + tl.arange(0, _ELEMENTS // 2)[None, :]
-    pair = tl.load(codes + pairs, mask=is_there[:, None], other=0).to(tl.int32)
+    scale_code = tl.load(block_scales + block, mask=is_there, other=0).to(tl.int32)
     # Both scales first, then the code, as in the reference: FP32 products in another order differ in their last bits.
-    scale = e4m3_value(tl.load(block_scales + block, mask=is_there, other=0).to(tl.int32)) * tl.load(weight_scale_2)
-    code = tl.reshape(tl.join(pair & 0xF, pair >> 4), (BLOCKS, _ELEMENTS))
-    places = block[:, None] * _ELEMENTS + tl.arange(0, _ELEMENTS)[None, :]
-    tl.store(values + places, e2m1_value(code) * scale[:, None], mask=is_there[:, None])
+    scale = e8m0_value(scale_code) if POWERS else e4m3_value(scale_code) * tl.load(tensor_scale)
+    places = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if PAIRS:
+        pairs = block[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+        pair = tl.load(codes + pairs, mask=is_there[:, None], other=0).to(tl.int32)
+        value = e2m1_value(tl.reshape(tl.join(pair & 0xF, pair >> 4), (BLOCKS, WIDTH)))
+    else:
+        value = e4m3_value(tl.load(codes + places, mask=is_there[:, None], other=0).to(tl.int32))
+    tl.store(values + places, value * scale[:, None], mask=is_there[:, None])
 
 
 @triton.jit
@@ -132,7 +156,8 @@ def pack_fp8(
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     weight = _weight(weights, number, ELEMENT, ALIGNED)
     values = _values(weight, index, elements, row_stride, column_stride, columns, ROWS)
-    code = e4m3_code(values, tl.load(weight_scale + number), weight.dtype.element_ty != tl.float32)
+    quotient = e4m3_quotient(values, tl.load(weight_scale + number), weight.dtype.element_ty != tl.float32)
+    code = e4m3_code(quotient, values)
     tl.store(codes + number * elements + index, code.to(tl.uint8), mask=index < elements)
 
 
@@ -177,7 +202,7 @@ def pack_fp8_row(
     for tile in range(TILES):
         column = tile * TILE + tl.arange(0, TILE).to(tl.int64)
         values = fp32(tl.load(places + column * column_stride, mask=column < columns, other=0.0))
-        code = e4m3_code(values, scale, weight.dtype.element_ty != tl.float32)
+        code = e4m3_code(e4m3_quotient(values, scale, weight.dtype.element_ty != tl.float32), values)
         tl.store(codes + column, code.to(tl.uint8), mask=column < columns)
 
 
@@ -223,7 +248,7 @@ def pack_fp8_block(
     magnitudes = values.to(tl.int32, bitcast=True) & MAGNITUDE
     scale = f32_scale(tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True), E4M3_LARGEST)
     tl.store(block_scales + number * squares + square, scale)
-    code = e4m3_code(values, scale, weight.dtype.element_ty != tl.float32)
+    code = e4m3_code(e4m3_quotient(values, scale, weight.dtype.element_ty != tl.float32), values)
     if PARTIAL:
         tl.store(codes + places, code.to(tl.uint8), mask=is_there)
     else:
