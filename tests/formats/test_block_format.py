@@ -15,14 +15,14 @@ from tests.formats.weights import DTYPES, bits, heavy_tailed
 
 
 def powers_of_two(amaxes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """E8M0 as MXFP4 has it: the largest power of two that is in the amax, without that of the largest code."""
+    """As [MX] 6.3 would have it: the largest power of two that is in the amax, without that of the largest code."""
     exponents = torch.frexp(amaxes)[1] - torch.frexp(largest)[1]
     return (exponents + 127).clamp(0, 254).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-MXFP4 = BlockFormat(
-    "mxfp4",
-    Encoding(E2M1, Block(1, 32), ScaleType("E8M0", torch.float8_e8m0fnu, None, powers_of_two)),
+FLOORED = BlockFormat(
+    "floored",
+    Encoding(E2M1, Block(1, 32), ScaleType("floored", torch.float8_e8m0fnu, None, powers_of_two, torch.Tensor.float)),
     ("weight_scale",),
     static_activations=False,
 )
@@ -33,11 +33,11 @@ def test_a_new_type_of_scale_and_another_width_of_blocks_are_read_by_the_checker
     dtype: torch.dtype,
 ) -> None:
     weight = heavy_tailed((24, 96), dtype)
-    packed = MXFP4.pack(weight)
+    packed = FLOORED.pack(weight)
     codes, scales = packed.tensors["weight"], packed.tensors["weight_scale"]
     assert (codes.shape, scales.shape) == ((24, 48), (24, 3))
     values = decode.decode_mxfp4(codes.view(24, 3, 16), scales.view(torch.uint8))
-    assert torch.equal(MXFP4.unpack(packed), values)
+    assert torch.equal(FLOORED.unpack(packed), values)
     # Floor as it is, the scale leaves up to 8 where the largest code is 6; below 6, codes are 2 apart at most.
     scale = decode.E8M0_VALUES[scales.view(torch.uint8).int()].repeat_interleave(32, 1)
     assert ((values - weight.float()).abs() <= 2 * scale).all()
@@ -74,7 +74,7 @@ def test_two_levels_over_blocks_with_partial_ones_at_the_edges(shape: tuple[int,
 
 
 def test_what_a_row_says_is_what_pack_makes() -> None:
-    for packing, shape in ((FP8_ROW, (5, 7)), (MXFP4, (2, 64)), (TILES, (4, 10)), (NVFP4, (2, 32))):
+    for packing, shape in ((FP8_ROW, (5, 7)), (FLOORED, (2, 64)), (TILES, (4, 10)), (NVFP4, (2, 32))):
         made = packing.pack(torch.ones(shape)).tensors
         specs = packing.outputs(shape)
         assert [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()] == [
@@ -89,14 +89,14 @@ def test_what_a_row_says_is_what_pack_makes() -> None:
         (TILES, (5, 10), None),
         (TILES, (5, 9), "in_features 9 is not a multiple of the block size 2"),
         (TILES, (0, 10), "out_features is 0"),
-        (MXFP4, (5, 48), "in_features 48 is not a multiple of the block size 32"),
+        (FLOORED, (5, 48), "in_features 48 is not a multiple of the block size 32"),
     ],
 )
 def test_shapes_that_do_not_go(packing: BlockFormat, shape: tuple[int, int], problem: str | None) -> None:
     assert packing.problem(shape) == problem
 
 
-@pytest.mark.parametrize("packing", [FP8_ROW, MXFP4, TILES], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("packing", [FP8_ROW, FLOORED, TILES], ids=lambda packing: packing.name)
 def test_cut_where_the_row_says_parts_are_the_whole(packing: BlockFormat) -> None:
     weight, amax = heavy_tailed((12, 96), torch.bfloat16), torch.tensor(3.0)
     whole = packing.pack(weight, amax).tensors

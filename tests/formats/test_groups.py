@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, MXFP4, MXFP8, NVFP4, WeightFormat
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
-FORMATS = [NVFP4, FP8, FP8_ROW, FP8_BLOCK]
+FORMATS = [NVFP4, FP8, FP8_ROW, FP8_BLOCK, MXFP8, MXFP4]
 
 
 @pytest.mark.parametrize("packing", FORMATS, ids=lambda packing: packing.name)

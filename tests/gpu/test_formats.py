@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
 from quantplug.formats.encoding import NVFP4_ENCODING
 from quantplug.formats.kernels import Encoded, cuda, kernels_for
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, every_block
@@ -13,13 +13,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
+FORMATS = [NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32, MXFP8, MXFP4]
+all_of_them = pytest.mark.parametrize("packing", FORMATS, ids=lambda packing: packing.name)
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_triton_kernels_prove_themselves_here(dtype):
     assert kernels_for(torch.ones(2, 2, dtype=dtype, device="cuda")) is cuda
 
 
-@pytest.mark.parametrize("packing", [NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32], ids=lambda packing: packing.name)
+@all_of_them
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_experts_in_one_launch_have_the_bytes_of_each_on_the_cpu(packing, dtype):
     # Of blocks of 128 x 128 the last ones are partial.
@@ -35,7 +38,7 @@ def test_experts_in_one_launch_have_the_bytes_of_each_on_the_cpu(packing, dtype)
         assert torch.equal(there, packing.unpack(packing.pack(weight, amax)))
 
 
-@pytest.mark.parametrize("packing", [NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32], ids=lambda packing: packing.name)
+@all_of_them
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bytes_do_not_depend_on_the_device(packing, dtype):
     weight = torch.randn(384, 1280, generator=torch.Generator().manual_seed(0)).to(dtype)

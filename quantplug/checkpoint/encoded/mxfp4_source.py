@@ -11,7 +11,8 @@ import torch
 from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, damaged
 from quantplug.errors import Offender
 from quantplug.formats.constants import MX_BLOCK
-from quantplug.formats.mx import unpack_mxfp4
+from quantplug.formats.table import MXFP4
+from quantplug.formats.weight_format import PackedWeight
 
 METHOD = "mxfp4"
 
@@ -59,13 +60,29 @@ class MXFP4Checkpoint(HFCheckpoint):
         # Whole blocks of 32 inputs around what is asked for; the values beyond it are cut off once they are decoded.
         covering = slice(first // MX_BLOCK, -(-last // MX_BLOCK))
         blocks, scales = self._packed[name]
-        values = unpack_mxfp4(
+        values = unpack_blocks(
             self._read(f"{name}{_BLOCKS}", blocks.file, (expert, rows, covering)),
             self._read(f"{name}{_SCALES}", scales.file, (expert, rows, covering)),
         )
         start = first - covering.start * MX_BLOCK
         # [out, in] to [in, out], as a view: nothing is copied.
         return values[..., start : start + last - first].mT
+
+
+def unpack_blocks(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The BF16 values [..., K] of blocks uint8 [..., K / 32, 16] and scales uint8 [..., K / 32].
+
+    Exact: a code has one bit of mantissa, and its exponent is one of BF16's; only 4 and 6 times the largest scale
+    overflow, to Inf. A scale of 255 is NaN.
+    """
+    codes = blocks.flatten(-2)
+    rows = PackedWeight(
+        {
+            "weight": codes.reshape(-1, codes.shape[-1]).contiguous(),
+            "weight_scale": scales.reshape(-1, scales.shape[-1]).contiguous(),
+        }
+    )
+    return MXFP4.unpack(rows).to(torch.bfloat16).view(*codes.shape[:-1], -1)
 
 
 def _problem(blocks: TensorHeader, scales: TensorHeader | None) -> str | None:

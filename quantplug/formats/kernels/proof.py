@@ -17,6 +17,8 @@ from quantplug.formats.encoding import (
     FP8_ROW_ENCODING,
     INT4_32_ENCODING,
     INT4_ENCODING,
+    MXFP4_ENCODING,
+    MXFP8_ENCODING,
     NVFP4_ENCODING,
     Encoding,
 )
@@ -62,6 +64,8 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     yield lambda kernels: (kernels.amax(weight), kernels.amax(weight[:, 1::2]))
     for encoding, scale in product((NVFP4_ENCODING, FP8_ENCODING), _SCALES):
         yield partial(_packed, encoding, weight, weight.new_tensor([scale, scale * 8], dtype=torch.float32))
+    # 32 neighbours spread over more binades still, so that values of all sizes stand beside each of the amaxes.
+    yield from (partial(_packed, encoding, weight, None) for encoding in (MXFP4_ENCODING, MXFP8_ENCODING))
     for amax in _BLOCK_AMAXES:
         # No element is above the amax, and the first of each row and square is it: all have the scale that is tried.
         clipped = torch.where(weight.abs() <= amax, weight, 0)

@@ -18,6 +18,8 @@ from quantplug.formats.encoding import (
     FP8_ROW_ENCODING,
     INT4_32_ENCODING,
     INT4_ENCODING,
+    MXFP4_ENCODING,
+    MXFP8_ENCODING,
     NVFP4_ENCODING,
     Block,
     Encoding,
@@ -30,7 +32,7 @@ from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values,
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
 SETS: tuple[Kernels, Kernels] = (cpu, reference)
-GROUPS = {INT4_ENCODING: 128, INT4_32_ENCODING: 32}
+GROUPS = {INT4_ENCODING: 128, INT4_32_ENCODING: 32, MXFP4_ENCODING: 32, MXFP8_ENCODING: 32}
 
 
 def nvfp4(kernels: Kernels, weight: torch.Tensor, weight_scale_2: float) -> tuple[torch.Tensor, ...]:
@@ -126,7 +128,7 @@ def test_fp8_block_scale_of_extremes_and_of_what_is_not_finite(dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amax", [1.0, 448.0, 3e-6, 2.0**-140, 65504.0, 1 / 3])
-def test_int4_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> None:
+def test_groups_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> None:
     values = all_values(dtype)
     values = values[values.abs() <= amax]
     for encoding, group in GROUPS.items():
@@ -138,17 +140,25 @@ def test_int4_of_every_value_up_to_its_amax(dtype: torch.dtype, amax: float) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int4_scale_of_every_amax(dtype: torch.dtype) -> None:
+def test_scale_of_every_amax_that_a_group_can_have(dtype: torch.dtype) -> None:
     for encoding, group in GROUPS.items():
         weight = torch.zeros(all_values(dtype).numel(), group, dtype=dtype)
         weight[:, 5] = all_values(dtype)
         assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, weight))
 
 
+@pytest.mark.parametrize("encoding", [MXFP4_ENCODING, MXFP8_ENCODING], ids=["mxfp4", "mxfp8"])
+def test_every_byte_unpacks_alike_under_every_power_of_two(encoding: Encoding) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).expand(1, 256, 256).contiguous()
+    columns = 256 * encoding.code.in_a_byte
+    scales = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, columns // 32).contiguous()
+    assert_unpacks_alike(encoding, Encoded(codes.view(encoding.code.dtype), scales), (1, 256, columns))
+
+
 @pytest.mark.parametrize("scale", TENSOR_SCALES)
 def test_every_pair_of_int4_codes_unpacks_alike(scale: float) -> None:
     codes = torch.arange(256, dtype=torch.uint8).expand(1, 64, 256).contiguous()
-    for encoding, group in GROUPS.items():
+    for encoding, group in ((INT4_ENCODING, 128), (INT4_32_ENCODING, 32)):
         scales = torch.linspace(0.5, 2, 64 * 512 // group).mul(scale).bfloat16().view(1, 64, -1)
         assert_unpacks_alike(encoding, Encoded(codes, scales), (1, 64, 512))
 

@@ -96,6 +96,9 @@ def comparable(tensor: torch.Tensor) -> torch.Tensor:
     return bits(torch.where(wide.isnan(), torch.full_like(wide, float("nan")), wide))
 
 
+POWERS = ("MXFP4_ENCODING", "MXFP8_ENCODING")
+
+
 def packing(encoding: str, weights: list[torch.Tensor], scales: Sequence[float] = (1.0,)) -> Call:
     encoded = empty(getattr(encodings, encoding), weights[0].shape, scales)
     return Call("pack", encoding, weights, (encoded.codes, encoded.blocks, encoded.whole))
@@ -130,6 +133,23 @@ def test_nvfp4_scale_of_every_amax_that_a_bf16_block_can_have(assert_interpreted
     weight = torch.zeros(2**16, 16, dtype=torch.bfloat16)
     weight[:, 5] = all_values(torch.bfloat16)
     assert_interpreted_as_the_reference([nvfp4(weight, 1 / 3)], large=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("encoding", POWERS)
+def test_powers_of_two_of_every_amax_and_every_value_beside_some(
+    encoding: str, dtype: torch.dtype, assert_interpreted_as_the_reference: Compare
+) -> None:
+    values = all_values(dtype)
+    values = values[values.isfinite()]
+    amaxes = torch.zeros(values[::3].numel(), 32, dtype=dtype)
+    amaxes[:, 5] = values[::3]
+    weights = [amaxes]
+    for amax in (448.0, 1 / 3, 2.0**-130):
+        inside = values[values.abs() <= amax][:: 1 if dtype.itemsize == 2 else 7]
+        weights.append(torch.nn.functional.pad(inside, (0, -inside.numel() % 31)).view(-1, 31))
+        weights[-1] = torch.nn.functional.pad(weights[-1], (1, 0), value=amax)
+    assert_interpreted_as_the_reference([packing(encoding, [weight]) for weight in weights], large=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,6 +230,7 @@ def test_shapes_strides_and_what_is_not_finite(
     groups = torch.cat((weight, weight), 1)[:, :256]
     for view in (groups, groups[:1, :128], groups.t().contiguous().t(), groups[::2]):
         calls += [packing(encoding, [view]) for encoding in IN_GROUPS]
+    calls += [packing(encoding, [view]) for encoding in POWERS for view in views if view.shape[1] % 32 == 0]
     calls += [
         Call("amax", "", [view]) for view in (*views, weight.nan_to_num(0.0), weight[0], weight.view(97, 2, 80).mT)
     ]
@@ -226,7 +247,14 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, assert_interprete
     calls: list[Call] = []
     for group in groups:
         scales = [1e-3, 2e-3, 1 / 3][: len(group)]
-        for encoding in ("NVFP4_ENCODING", "FP8_ENCODING", "FP8_ROW_ENCODING", "FP8_BLOCK_ENCODING", *IN_GROUPS):
+        for encoding in (
+            "NVFP4_ENCODING",
+            "FP8_ENCODING",
+            "FP8_ROW_ENCODING",
+            "FP8_BLOCK_ENCODING",
+            *IN_GROUPS,
+            *POWERS,
+        ):
             calls.append(packing(encoding, group, scales))
     assert_interpreted_as_the_reference(calls)
 
@@ -248,29 +276,33 @@ def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) 
         for encoding, groups in zip(IN_GROUPS, (4, 16), strict=True):
             of_groups = torch.linspace(0.5, 1, 2 * 256 * groups).mul(scale).bfloat16().view(2, 256, groups)
             calls.append(Call("unpack", encoding, [values], (pairs, of_groups)))
+    exponents = block_scales[..., :16].contiguous()
+    calls.append(Call("unpack", "MXFP4_ENCODING", [values], (pairs, exponents)))
+    calls.append(Call("unpack", "MXFP8_ENCODING", [halves], (codes, exponents[:, 64:192, :8].contiguous())))
     assert_interpreted_as_the_reference(calls)
 
 
 WEIGHTS = {"*bf16": tl.bfloat16, "*fp16": tl.float16, "*fp32": tl.float32}
 TARGETS = [("*bf16", 80), *((weight, 90) for weight in WEIGHTS), ("*bf16", 100)]
 STRIDES = {"row_stride": "i32", "column_stride": "i32"}
-NVFP4 = {"weight_scale_2": "*fp32", "codes": "*u8", "block_scales": "*u8", "blocks_a_row": "i32", "blocks": "i32"}
+BLOCKS = {"tensor_scales": "*fp32", "codes": "*u8", "block_scales": "*u8", "blocks_a_row": "i32", "blocks": "i32"}
+MX = {"ROWS": False, "BLOCKS": 128, "WIDTH": 32, "POWERS": True, "tensor_scales": None}
 FP8 = {"columns": "i32", "elements": "i32", "weight_scale": "*fp32", "codes": "*u8"}
 FP8_ROW = {"codes": "*u8", "row_scales": "*fp32", "rows": "i32", "columns": "i32"}
 SQUARES = {"rows": "i32", "columns": "i32", "squares_a_row": "i32"}
 INT4 = {"codes": "*u8", "group_scales": "*i16", "groups_a_row": "i32", "groups": "i32"}
 FP8_BLOCK = {"codes": "*u8", "block_scales": "*fp32", "squares": "i32"} | SQUARES
 OF_A_WEIGHT: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "pack_nvfp4": (STRIDES | NVFP4, {"ROWS": False, "BLOCKS": 128}),
+    "pack_blocks": (STRIDES | BLOCKS, {"ROWS": False, "BLOCKS": 128, "WIDTH": 16, "POWERS": False, "PAIRS": True}),
     "pack_fp8": (STRIDES | FP8, {"ROWS": False, "TILE": 4096}),
     "pack_fp8_row": (STRIDES | FP8_ROW, {"TILES": 1, "TILE": 1024}),
     "pack_fp8_block": (STRIDES | FP8_BLOCK, {"PARTIAL": False}),
     "pack_int4": (STRIDES | INT4, {"ROWS": False, "BLOCKS": 16, "GROUP": 128}),
 }
 OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "unpack_nvfp4": (
-        {"codes": "*u8", "block_scales": "*u8", "weight_scale_2": "*fp32", "values": "*fp32", "blocks": "i32"},
-        {"BLOCKS": 128},
+    "unpack_blocks": (
+        {"codes": "*u8", "block_scales": "*u8", "tensor_scale": "*fp32", "values": "*fp32", "blocks": "i32"},
+        {"BLOCKS": 128, "WIDTH": 16, "POWERS": False, "PAIRS": True},
     ),
     "unpack_fp8": (
         {"codes": "*u8", "weight_scale": "*fp32", "values": "*fp32", "elements": "i32"},
@@ -345,6 +377,16 @@ def test_unpacking_on_a_gpu_rounds_as_ieee_says(name: str, capability: int, own_
     ptx = compiled(name, arguments, constants, capability).asm["ptx"]
     assert_ieee(ptx)
     assert "div" not in ptx.replace("div.s", "").replace("div.u", "")
+
+
+@pytest.mark.parametrize(("weight", "capability"), TARGETS)
+@pytest.mark.parametrize("pairs", [False, True], ids=["mxfp8", "mxfp4"])
+def test_powers_of_two_on_a_gpu_divide_nothing(weight: str, pairs: bool, capability: int, own_cache: None) -> None:
+    arguments = {"weights": weight, **STRIDES, **BLOCKS}
+    ptx = compiled("pack_blocks", arguments, MX | {"PAIRS": pairs, "ELEMENT": None, "ALIGNED": False}, capability)
+    assert_ieee(ptx.asm["ptx"])
+    assert "div.rn.f32" not in ptx.asm["ptx"]
+    assert re.findall(r"ld\.global\S*\.v4\.b32", ptx.asm["ptx"])
 
 
 @pytest.mark.parametrize(("weight", "capability"), TARGETS)

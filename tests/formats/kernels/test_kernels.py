@@ -55,7 +55,7 @@ def test_with_numba_s_compiler_turned_off_the_bytes_are_the_same(tmp_path: Path)
 
 OF_ALL_ENDS = """
 import torch
-from quantplug.formats import FP8, NVFP4, FP8_BLOCK, FP8_ROW, INT4, INT4_32
+from quantplug.formats import FP8, NVFP4, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8
 from quantplug.formats.kernels import kernels_for
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     # Neither a whole number of tiles nor of pieces.
@@ -64,7 +64,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for packing in (NVFP4, FP8, FP8_ROW):
             packing.unpack(packing.pack(weight))
         kernels_for(weight).bit_sums(weight)
-    for packing in (FP8_BLOCK, INT4, INT4_32):
+    for packing in (FP8_BLOCK, INT4, INT4_32, MXFP4, MXFP8):
         packing.unpack(packing.pack(torch.randn(384, 256).to(dtype)))
         packing.unpack(packing.pack(torch.randn(130, 2176).to(dtype)))
 """

@@ -10,7 +10,15 @@ import torch
 
 from quantplug.formats import kernels
 from quantplug.formats.codes import E2M1, E4M3
-from quantplug.formats.encoding import FP8_BLOCK_ENCODING, FP8_ENCODING, FP8_ROW_ENCODING, NVFP4_ENCODING, Encoding
+from quantplug.formats.encoding import (
+    FP8_BLOCK_ENCODING,
+    FP8_ENCODING,
+    FP8_ROW_ENCODING,
+    MXFP4_ENCODING,
+    MXFP8_ENCODING,
+    NVFP4_ENCODING,
+    Encoding,
+)
 from quantplug.formats.kernels import cpu, cuda, reference
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
 from quantplug.formats.kernels.protocol import Encoded
@@ -56,6 +64,11 @@ def rounded_twice(weight: torch.Tensor, encoded: Encoded) -> None:
     encoded.block_scales.copy_(encoded.block_scales.bfloat16())
 
 
+def floored(weight: torch.Tensor, encoded: Encoded) -> None:
+    """The exponent of the largest block alone is rounded down, as [MX] 6.3 has it."""
+    encoded.block_scales.view(-1)[encoded.block_scales.view(-1).argmax()] -= 1
+
+
 def first_alone(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     """Packs the first weight of a group in place of each."""
     reference.pack(encoding, [weights[0]] * len(weights), encoded)
@@ -78,11 +91,13 @@ def without_the_last(weight: torch.Tensor) -> torch.Tensor:
         ("pack", packing_with_fault(FP8_ENCODING, reciprocal_fp8)),
         ("pack", packing_with_fault(FP8_ROW_ENCODING, rounded_twice)),
         ("pack", packing_with_fault(FP8_BLOCK_ENCODING, rounded_twice)),
+        ("pack", packing_with_fault(MXFP4_ENCODING, floored)),
+        ("pack", packing_with_fault(MXFP8_ENCODING, floored)),
         ("pack", first_alone),
         ("unpack", flushed),
         ("amax", without_the_last),
     ],
-    ids=["nvfp4", "fp8", "fp8_row", "fp8_block", "group", "unpack", "amax"],
+    ids=["nvfp4", "fp8", "fp8_row", "fp8_block", "mxfp4", "mxfp8", "group", "unpack", "amax"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_that_round_otherwise_do_not(name: str, fault: Callable[..., Any], dtype: torch.dtype) -> None:
