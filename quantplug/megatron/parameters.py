@@ -113,16 +113,20 @@ class _Location:
 
 
 def refuse_sharded(models: Iterable[torch.nn.Module]) -> None:
-    """Refuses models whose parameters FSDP has cut into shards: PyTorch's `fully_shard`, or Megatron-FSDP.
+    """Refuses models whose parameters are cut into shards that are no tensor parallelism's.
+
+    By FSDP, PyTorch's `fully_shard` or Megatron's own; or by generalized tensor parallelism, whose ranks put a weight
+    together for each forward (`tensor_parallel_num_weight_shards`, Megatron-Core 0.19).
 
     Args:
         models: Modules with a `GPTModel` or `HybridModel` inside; others are not looked at.
 
     Raises:
-        UnsupportedModelError: Names the first such parameter of each.
+        UnsupportedModelError: Names the first such parameter of each model, or the setting.
     """
     offenders = []
-    inside = (module for model in models for module in model.modules() if isinstance(module, LanguageModel))
+    inside = [module for model in models for module in model.modules() if isinstance(module, LanguageModel)]
+    _refuse_weight_shards(inside)
     for index, model in enumerate(inside):
         sharded = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
         if sharded is not None:
@@ -134,6 +138,22 @@ def refuse_sharded(models: Iterable[torch.nn.Module]) -> None:
             offenders,
             "Quantize a model before fully_shard. To save or export one, gather it where it is, with unshard() of "
             "every FSDPModule in it; or load its weights into a model without FSDP.",
+        )
+
+
+def _refuse_weight_shards(models: Sequence[LanguageModel]) -> None:
+    offenders = [
+        Offender(f"model[{index}]: {setting}", f"is {shards}: a rank holds a part of the rows that it computes with")
+        for index, model in enumerate(models)
+        for setting in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+        if (shards := vars(model.config).get(setting, 1)) > 1
+    ]
+    if offenders:
+        raise UnsupportedModelError(
+            "Weights that generalized tensor parallelism has cut into shards are not gathered.",
+            offenders,
+            "Save a checkpoint, and load it into a model that is built without tensor_parallel_num_weight_shards and "
+            "expert_tensor_parallel_num_weight_shards.",
         )
 
 

@@ -1,4 +1,4 @@
-"""NVFP4 fake quantization of CPU tensors, where ModelOpt 0.47 has a CUDA kernel only.
+"""NVFP4 fake quantization of CPU tensors, where ModelOpt has a CUDA kernel only.
 
 ModelOpt's quantizers call the PyTorch operator `tensorrt::dynamic_block_quantize_op`. Its CPU kernel raises ("amax must
 be a CUDA tensor"); this registers one that packs and unpacks by our format. So the forward of a quantized model,
@@ -33,11 +33,13 @@ def fake_quantize(
     exponent_bits: int,
     scale_num_bits: int,
     scale_exponent_bits: int,
+    *of_onnx: str | None,
 ) -> torch.Tensor:
     """Values [..., K] as a reader of their packed NVFP4 form has them, in their own dtype.
 
     Args:
         amax: Of the whole tensor; the largest element counts.
+        of_onnx: What ModelOpt 0.48 says of an ONNX graph, and no values depend on.
 
     Raises:
         UnsupportedQuantizationError: Another format than NVFP4 with blocks of 16.

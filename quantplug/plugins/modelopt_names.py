@@ -2,12 +2,14 @@
 
 from importlib.metadata import version
 
-from quantplug.releases import release_of
+from quantplug.releases import Release, release_of
 
-if release_of(version("nvidia-modelopt")) < (0, 48):
+MODELOPT: Release = release_of(version("nvidia-modelopt"))
+
+if MODELOPT < (0, 48):
     from modelopt.torch.quantization.plugins.megatron import _QuantTEDotProductAttention as QuantCoreAttention
 else:
     # It wraps DeepSeek's sparse attention as well since then.
     from modelopt.torch.quantization.plugins.megatron import _QuantCoreAttention as QuantCoreAttention
 
-__all__ = ["QuantCoreAttention"]
+__all__ = ["MODELOPT", "QuantCoreAttention"]

@@ -8,6 +8,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 import quantplug.plugins  # noqa: F401
 from quantplug.errors import UnsupportedModelError
+from quantplug.megatron.parameters import iter_parameters
 from tests.plugins.tiny_model import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -34,6 +35,17 @@ def op_fuser(model: nn.Module) -> None:
 
 def interleave(model: nn.Module) -> None:
     experts(model)[0].config.moe_mlp_glu_interleave_size = 32
+
+
+@pytest.mark.parametrize("setting", ["gtp_weight_remat_size", "expert_gtp_weight_remat_size"])
+def test_shards_of_generalized_tensor_parallelism_are_refused(setting: str) -> None:
+    model = tiny_model()
+    # A setting of Megatron-Core 0.19.
+    vars(model.config)[setting] = 2
+    for refused in (lambda: mtq.quantize(model, mtq.W4A16_NVFP4_CFG), lambda: list(iter_parameters(model))):
+        with pytest.raises(UnsupportedModelError, match=rf"model\[0\]: {setting}: is 2"):
+            refused()
+    assert not any(isinstance(module, QuantModule) for module in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformer_engine.pytorch import GroupedLinear
 import quantplug.plugins
 from quantplug.errors import UnsupportedModelError
 from quantplug.megatron import cpu
+from quantplug.plugins.modelopt_names import MODELOPT
 from quantplug.plugins.transformer_engine import QuantGroupedLinear, require_known_forward
 from tests.plain_modelopt import restore_experts
 from tests.plugins.configs import BLOCKWISE, PER_TENSOR, WEIGHT_ONLY_FP8
@@ -147,7 +148,9 @@ def test_an_amax_that_no_longer_fits_becomes_nan_until_it_is_loaded() -> None:
 
 def test_plain_modelopt_loses_experts_in_a_restore_and_ours_does_not(plain_checkpoints: Path) -> None:
     plain = (plain_checkpoints / "restored.txt").read_text()
-    assert 'Unexpected key(s) in state_dict: "0.weight_quantizer.1._amax"' in plain
+    # ModelOpt mended it in 0.48.
+    lost = 'Unexpected key(s) in state_dict: "0.weight_quantizer.1._amax"' if MODELOPT < (0, 48) else "restored"
+    assert lost in plain
     restore_experts()
 
 

@@ -2,7 +2,7 @@
 
 The keys are those of Megatron-LM's `generate_state_dict` (megatron/training/checkpointing.py, core_v0.16.1) and of
 Megatron-Core's optimizers (megatron/core/optimizer/distrib_optimizer.py), `chained_0.` before them where there are
-several; `common_state` is what Megatron-Core 0.19 keeps of common.pt once more.
+several; `common_state` is what Megatron-Core 0.19 keeps in place of common.pt.
 """
 
 import re
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from quantplug.checkpoint.torch_dist.index import Index
 
+_NOTES = "common state"
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("optimizer", re.compile(r"(chained_\d+\.)*optimizer(_state)?[./_].*")),
     ("random number generators", re.compile(r"(chained_\d+\.)*rng_state(/.*)?")),
     ("rerun state", re.compile(r"rerun_state_machine(_state)?(/.*)?")),
     ("scheduler", re.compile(r"(opt_param_scheduler|lr_scheduler)[./].*")),
     ("train state", re.compile(r"(train_state|dataloader_state|iteration)[./].*")),
-    ("common state", re.compile(r"common_state/.*")),
+    (_NOTES, re.compile(r"common_state/.*")),
 )
 # An object's key ends in the place of its shard. No weight is an object.
 _OBJECT = re.compile(r".*/shard_[\d.]+_[\d.]+")
@@ -52,13 +53,13 @@ def kind_of(key: str) -> str | None:
 
 
 def left_aside(index: Index) -> tuple[Aside, ...]:
-    """All of a checkpoint that is no part of a model, by kind."""
+    """All of a checkpoint that is no part of a model, by kind; but what a trainer noted, which is asked for."""
     nbytes: defaultdict[str, list[int]] = defaultdict(list)
     for key, tensor in index.tensors.items():
         if (kind := kind_of(key)) is not None:
             nbytes[kind].append(sum(chunk.extent.length for chunk in tensor.chunks))
     for key, extent in index.objects.items():
-        if (kind := kind_of(key)) is not None:
+        if (kind := kind_of(key)) is not None and kind != _NOTES:
             nbytes[kind].append(extent.length)
     return tuple(Aside(kind, len(lengths), sum(lengths)) for kind, lengths in nbytes.items())
 

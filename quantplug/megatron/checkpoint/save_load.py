@@ -40,6 +40,7 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
+from quantplug import __version__
 from quantplug.checkpoint.torch_dist.arguments import (
     ZERO_CENTRED_NORMS,
     asks_for_centre,
@@ -75,7 +76,7 @@ from quantplug.megatron.parameters import LanguageModel, iter_parameters, model_
 from quantplug.megatron.releases.common_state import load_sharded
 from quantplug.megatron.settings.trained import settings_of
 
-_WRITERS = ("quantplug", "megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
+_WRITERS = ("megatron-core", "nvidia-modelopt", "transformer-engine", "torch")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
     """
     chunks, directory = model_chunks(model), Path(directory)
     metadata = {
-        "versions": {name: version(name) for name in _WRITERS},
+        "versions": {"quantplug": __version__} | {name: version(name) for name in _WRITERS},
         ZERO_CENTRED_NORMS: bool(chunks[0].config.layernorm_zero_centered_gamma),
         "extra": dict(extra),
     }

@@ -46,13 +46,19 @@ class Computed:
     where: Callable[[TransformerConfig], bool] = lambda config: True
 
 
-def _plain(name: str, where: Callable[[TransformerConfig], bool] = lambda config: True) -> Computed:
-    """A setting that is what is computed with."""
-    return Computed(name, (name,), partial(_field, name), where=where)
+def _plain(
+    name: str, where: Callable[[TransformerConfig], bool] = lambda config: True, absent: Value = None
+) -> Computed:
+    """A setting that is what is computed with.
+
+    Args:
+        absent: What a Megatron-Core computes with that lacks the setting.
+    """
+    return Computed(name, (name,), partial(_field, name, absent), where=where)
 
 
-def _field(name: str, config: TransformerConfig) -> Any:
-    return getattr(config, name)
+def _field(name: str, absent: Value, config: TransformerConfig) -> Any:
+    return vars(config).get(name, absent)
 
 
 def _activation(config: TransformerConfig) -> str:
@@ -115,9 +121,17 @@ def _groups(config: TransformerConfig) -> tuple[int, int] | None:
 
 
 def _routing(config: TransformerConfig) -> str:
-    """How experts are chosen. All kinds of balancing choose alike; Sinkhorn has other scores, in an evaluation too."""
+    """How experts are chosen. Most kinds of balancing choose alike; these two do not, in an evaluation either."""
+    # Sinkhorn has other scores, quantile balancing a bias of its own beside the router's.
     kinds = config.moe_router_load_balancing_type
-    return "sinkhorn" if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) else "the highest scores"
+    others = {"sinkhorn", "quantile_balancing"} & set(kinds if isinstance(kinds, list) else [kinds])
+    return min(others, default="the highest scores")
+
+
+def _of_mup(name: str, config: TransformerConfig) -> float:
+    """A multiplier of maximal update parametrization (Megatron-Core 0.17), which is 1 where that is off."""
+    settings = vars(config)
+    return float(settings[name]) if settings.get("use_mup", False) else 1.0
 
 
 def _mamba_heads(config: TransformerConfig) -> int:
@@ -146,7 +160,19 @@ COMPUTED = (
     _plain("normalization"),
     _plain("layernorm_epsilon"),
     _plain("apply_residual_connection_post_layernorm"),
-    Computed("softmax_scale", ("softmax_scale", "mscale_all_dim"), _softmax_scale),
+    # A maximal update parametrization has set softmax_scale to what its two settings say.
+    Computed(
+        "softmax_scale",
+        ("softmax_scale", "mscale_all_dim", "mup_base_head_dim", "mup_attn_scale_power"),
+        _softmax_scale,
+    ),
+    Computed("mup_embedding_mult", ("use_mup", "mup_embedding_mult"), partial(_of_mup, "mup_embedding_mult")),
+    # Of logits; the other two are what it is made of.
+    Computed(
+        "mup_output_mult",
+        ("mup_output_mult", "mup_width_mult", "mup_base_hidden_size"),
+        partial(_of_mup, "mup_output_mult"),
+    ),
     _plain("softmax_type"),
     Computed("window_size", ("window_size", "window_attn_skip_freq"), _windows, of_layers=True),
     _plain("attention_output_gate"),
@@ -160,6 +186,10 @@ COMPUTED = (
     _plain("moe_router_enable_expert_bias", _has_experts),
     Computed("moe_router_load_balancing_type", ("moe_router_load_balancing_type",), _routing, where=_has_experts),
     _plain("moe_router_force_load_balancing", _has_experts),
+    _plain("moe_router_force_biased", _has_experts),
+    # Rows of gate and up in turns: the shapes are the same.
+    _plain("moe_mlp_glu_interleave_size", _has_experts),
+    _plain("moe_shared_expert_glu_interleave_size", _has_experts),
     _plain("moe_apply_probs_on_input", _has_experts),
     # Two groups of 64 states have the shapes of four of 32.
     *(_plain(name, _has_mixers) for name in ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups")),

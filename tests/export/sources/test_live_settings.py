@@ -21,6 +21,7 @@ from quantplug.mappings.table import Activation
 from quantplug.megatron import cpu
 from quantplug.megatron.models import build
 from quantplug.megatron.parameters import LanguageModel
+from quantplug.megatron.releases.installed import MEGATRON_CORE
 from tests.export.refusals import refused
 from tests.families.cases import CASES
 from tests.made_once import MadeOnce
@@ -135,6 +136,29 @@ OTHERS = (
         {"rotary_percent": 1.0},
     ),
 )
+
+# Settings that Megatron-Core has since then.
+LATER = (
+    (
+        (0, 17),
+        _of(
+            "qwen3_moe",
+            "softmax_scale",
+            "mup_embedding_mult",
+            "mup_output_mult",
+            use_mup=True,
+            mup_base_hidden_size=16,
+            mup_embedding_mult=2.0,
+        ),
+    ),
+    ((0, 17), _of("qwen3_moe", "moe_router_force_biased", moe_router_force_biased=-1.0)),
+    ((0, 18), _of("qwen3_moe", "moe_mlp_glu_interleave_size", moe_mlp_glu_interleave_size=32)),
+    (
+        (0, 19),
+        _of("qwen3_moe", "moe_router_load_balancing_type", moe_router_load_balancing_type="quantile_balancing"),
+    ),
+)
+OTHERS += tuple(other for release, other in LATER if release <= MEGATRON_CORE)
 
 
 def _named(other: Other) -> str:

@@ -21,7 +21,7 @@ from quantplug.megatron.parallel import current_topology
 
 CHECKPOINTS = Path(__file__).parents[4] / "shared" / "checkpoints"
 """Of trainers themselves; not everywhere."""
-BESIDE = {"optimizer": 4, "random number generators": 1, "rerun state": 1, "common state": 1}
+BESIDE = {"optimizer": 4, "random number generators": 1, "rerun state": 1}
 """What `save_trained` writes beside the model: how many entries of each kind, on one rank."""
 
 
@@ -74,5 +74,4 @@ def _beside() -> ShardedStateDict:
         "optimizer": {**optimizer, "numel": step},
         "rng_state": ShardedObject("rng_state", [{"seed": 3}], shape, place, replica_id=replica),
         "rerun": ShardedObject("rerun_state_machine_state", {"mode": "x"}, (world,), (rank,)),
-        "common": ShardedObject("common_state", {"args": {}}, (1,), (0,), replica_id=rank),
     }
