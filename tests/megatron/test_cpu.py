@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from megatron.core.ssm import gated_delta_net, mamba_mixer
+from megatron.core.ssm import mamba_mixer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from transformer_engine.pytorch import Linear
 
 from quantplug.megatron import cpu
+from quantplug.megatron.releases import delta_net
 
 CONTEXTS = [cpu.construction, cpu.checkpointing, cpu.local_forward]
 without_gpu = pytest.mark.skipif(torch.cuda.device_count() > 0, reason="nothing is answered on a machine with a GPU")
@@ -20,8 +21,8 @@ def answered_for() -> tuple[object, ...]:
         torch.cuda.synchronize,
         CudaRNGStatesTracker.fork,
         moe_utils.te_general_gemm,
-        gated_delta_net.HAVE_FLA,
-        vars(gated_delta_net).get("l2norm"),
+        delta_net.MODULE.HAVE_FLA,
+        vars(delta_net.MODULE).get("l2norm"),
         mamba_mixer.HAVE_MAMBA_SSM,
         mamba_mixer.ExtendedRMSNorm,
         vars(mamba_mixer).get("mamba_chunk_scan_combined"),
@@ -91,7 +92,7 @@ def test_local_forward_forks_no_generator():
 def test_local_forward_has_flas_norm_and_compiles_nothing():
     rows = torch.randn(5, 16, dtype=torch.float64)
     with cpu.local_forward():
-        unit = gated_delta_net.l2norm(rows)
+        unit = delta_net.MODULE.l2norm(rows)
         unchanged = torch.compile(lambda x: torch.compiler.is_compiling())(rows)
     torch.testing.assert_close(unit, rows / (rows.norm(dim=-1, keepdim=True).square() + 1e-6).sqrt())
     assert unchanged is False

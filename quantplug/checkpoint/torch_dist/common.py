@@ -12,11 +12,10 @@ from typing import Any, TypeAlias
 from quantplug.checkpoint.torch_dist.files import MOST_BYTES, damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import Extent, Index
 from quantplug.checkpoint.torch_dist.pickles import Made
-from quantplug.checkpoint.torch_dist.roots import COMMON_FILE
+from quantplug.checkpoint.torch_dist.roots import COMMON_FILE, COMMON_OBJECT
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
 
-COMMON_OBJECT = "common_state/"  # Of Megatron-Core 0.19, which keeps the same in an object of the index.
 _DEEPEST = 4
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"

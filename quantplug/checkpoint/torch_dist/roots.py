@@ -21,6 +21,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 BACKEND_FILE = "metadata.json"
 INDEX_FILE = ".metadata"
 COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/"  # Of Megatron-Core 0.19, which keeps the same in an object of the index.
 
 _RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,12})")
@@ -124,9 +125,13 @@ def _format_of(directory: Path) -> str | None:
     if any(entry.name.startswith("mp_rank_") for entry in directory.iterdir()):
         return "torch"
     # Megatron-Core writes metadata.json last: without it this is what a killed save, or an incomplete copy, left.
-    if os.path.lexists(directory / COMMON_FILE):
+    has_index = os.path.lexists(directory / INDEX_FILE)
+    # Keys are text in an index, which another reader takes apart.
+    if os.path.lexists(directory / COMMON_FILE) or (
+        has_index and COMMON_OBJECT.encode() in read_file(directory, INDEX_FILE)
+    ):
         raise damaged([Offender(str(directory / BACKEND_FILE), "is missing")])
-    if os.path.lexists(directory / INDEX_FILE):
+    if has_index:
         # PyTorch's own distributed checkpoint, of shards that FSDP made. Bridge says which of the two it is.
         config = directory / "run_config.yaml"
         is_stated = config.is_file() and re.search(

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.torch_dist.common import COMMON_OBJECT
 from quantplug.checkpoint.torch_dist.files import open_regular
 from quantplug.checkpoint.torch_dist.index import read_index
-from quantplug.checkpoint.torch_dist.roots import BACKEND_FILE, COMMON_FILE, INDEX_FILE
+from quantplug.checkpoint.torch_dist.roots import BACKEND_FILE, COMMON_FILE, COMMON_OBJECT, INDEX_FILE
 from quantplug.megatron.checkpoint.files import damage_named, require_files
 
 MODELOPT_STATE = "modelopt_state"
@@ -40,9 +39,9 @@ def read_modelopt_state(checkpoint: Path) -> dict[str, Any] | None:
         stated = json.loads((part / BACKEND_FILE).read_bytes())
         if stated["sharded_backend"] != "torch_dist":
             raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
-    pickled = _pickled(part)
+    name, pickled = _pickled(part)
     # Megatron's reader of it, `load_common_state_dict`, would run a pickle where the environment tells torch to.
-    with damage_named(part / COMMON_FILE):
+    with damage_named(part / name):
         state = torch.load(pickled, map_location="cpu", weights_only=True)
         # An object is kept as a list, with one for every rank that had it.
         while isinstance(state, list) and len(state) == 1:
@@ -57,13 +56,17 @@ def has_quantizers(state: dict[str, Any] | None) -> bool:
     return state is not None and any(mode[0] in _QUANTIZES for mode in state[_MODES] if isinstance(mode, tuple | list))
 
 
-def _pickled(part: Path) -> io.BytesIO:
+def _pickled(part: Path) -> tuple[str, io.BytesIO]:
+    """The file that has the notes, and they themselves."""
     if os.path.lexists(part / INDEX_FILE):
         index = read_index(part)
         kept = [extent for key, extent in index.objects.items() if key.startswith(COMMON_OBJECT)]
         if kept and not os.path.lexists(part / COMMON_FILE):
             with open_regular(part, kept[0].file) as file:
                 file.seek(kept[0].offset)
-                return io.BytesIO(file.read(kept[0].length))
+                return kept[0].file, io.BytesIO(file.read(kept[0].length))
+    elif not os.path.lexists(part / COMMON_FILE):
+        # One of the two is there in a checkpoint of any release.
+        require_files(part, [INDEX_FILE, COMMON_FILE])
     require_files(part, [COMMON_FILE])
-    return io.BytesIO((part / COMMON_FILE).read_bytes())
+    return COMMON_FILE, io.BytesIO((part / COMMON_FILE).read_bytes())

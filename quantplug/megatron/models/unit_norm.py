@@ -2,10 +2,26 @@
 
 import copy
 from collections.abc import Container
+from typing import Any
 
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class UnitNormAttention(SelfAttention):
+    """Megatron-Core's, with `L2Norm` on queries and keys whatever its config says, which is one for all layers.
+
+    Named in the spec alone, the norms are refused by Megatron-Core 0.19.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **settings: Any) -> None:
+        super().__init__(config, *args, **settings)
+        # It has no weights, so that its size does not matter.
+        self.q_layernorm = L2Norm(self.hidden_size_per_attention_head, config.layernorm_epsilon)
+        self.k_layernorm = L2Norm(self.hidden_size_per_attention_head, config.layernorm_epsilon)
 
 
 def add_unit_norms(block: TransformerBlockSubmodules, layers: Container[int], first: int) -> None:
@@ -21,10 +37,10 @@ def add_unit_norms(block: TransformerBlockSubmodules, layers: Container[int], fi
 
 
 def _with_unit_norm(spec: ModuleSpec) -> ModuleSpec:
-    """A copy of the spec of a layer, with `L2Norm` on its queries and keys."""
+    """A copy of the spec of a layer, with norms on its queries and keys."""
     # Megatron puts one and the same spec object at every layer of a kind: changed in place, all of them would get the
     # norm.
     layer = copy.deepcopy(spec)
     attention: ModuleSpec = layer.submodules.self_attention
-    attention.submodules.q_layernorm = attention.submodules.k_layernorm = L2Norm
+    attention.module = UnitNormAttention
     return layer

@@ -14,6 +14,7 @@ from quantplug.megatron.models import build, hybrid_model
 from quantplug.megatron.models.build import LayerSpec, build_model, check_divisible
 from quantplug.megatron.models.mamba_reference import GatedGroupNorm
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
+from quantplug.megatron.releases.installed import MEGATRON_CORE
 from quantplug.topology import ParallelTopology, Shard, ShardAxis
 from tests.families import hybrid_cases as hybrid
 
@@ -48,7 +49,9 @@ def test_what_tensor_parallelism_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     of_mixer = {
         name.removeprefix(f"{MIXER}."): shard for name, shard in shards.items() if shard and name.startswith(MIXER)
     }
-    by_rows = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight")
+    convolution = "conv1d." if MEGATRON_CORE < (0, 19) else "conv1d_"
+    of_channels = (f"{convolution}weight", f"{convolution}bias", "A_log", "D", "dt_bias", "norm.weight")
+    by_rows = ("in_proj.weight", *of_channels)
     rows, columns = (Shard(ShardAxis.TP, dim, 1, 2) for dim in (0, 1))
     assert of_mixer == {**dict.fromkeys(by_rows, rows), "out_proj.weight": columns}
     whole = {f"{MIXER}.in_proj.layer_norm_weight", "decoder.final_norm.weight"}
