@@ -188,13 +188,11 @@ def _model_of_pairs(
         replace(family_config, transformer=hybrid_settings(family_config.transformer)), **settings
     )
     if with_te:
-        stack = stack_of_te(family_config.unit_norm_layers)
+        stack = stack_of_te(config, family_config.unit_norm_layers)
     else:
         block = _decoder_block(alone, with_te=False, virtual_stage=None)
         stack = stack_of_local(pattern, block, _mtp_block(of_gpt, with_te=False), family_config.unit_norm_layers)
         config.deterministic_mode = alone.deterministic_mode
-    # With norms without weights in the spec Megatron wants this set; which layers have them is the spec's.
-    config.qk_l2_norm = config.qk_l2_norm or bool(family_config.unit_norm_layers)
     built = HybridModel(
         config,
         stack,

@@ -9,13 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -25,20 +23,27 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from quantplug.mappings.hybrid_pattern import ATTENTION, DELTA, DENSE, EXPERTS, LATENT, HybridPattern
+from quantplug.megatron.models.unit_norm import UnitNormAttention
 from quantplug.megatron.releases.hybrid import HybridStack, HybridStackSubmodules, hybrid_stack_spec
+from quantplug.megatron.releases.query_norm import with_direct_queries
 
 # Which of a stack's specs is that of a symbol.
 _MIXERS = {ATTENTION: "attention_layer", LATENT: "mla_layer", DELTA: "gdn_layer"}
 _NETWORKS = {DENSE: ("mlp_layer", MLPLayer), EXPERTS: ("moe_layer", MoETransformerLayer)}
 
 
-def stack_of_te(unit_norm_layers: Collection[int]) -> ModuleSpec:
+def stack_of_te(config: TransformerConfig, unit_norm_layers: Collection[int]) -> ModuleSpec:
     """The spec of a stack of Transformer Engine's modules.
 
     Args:
+        config: Of the model.
         unit_norm_layers: Layers, as keys count them, that bring queries and keys to unit RMS.
     """
-    return _with_unit_norms(hybrid_stack_spec, unit_norm_layers)
+    stack = _with_unit_norms(hybrid_stack_spec, unit_norm_layers)
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        latent = with_direct_queries(stack.submodules.mla_layer)
+        stack = replace(stack, submodules=replace(stack.submodules, mla_layer=latent))
+    return stack
 
 
 def stack_of_local(
@@ -80,37 +85,17 @@ class LocalStack(HybridStack):
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
-class AttentionInUnitNorm(TransformerLayer):
-    """A layer of attention alone that brings queries and keys to unit RMS if it is one of those named.
-
-    The spec of a stack has one layer of attention for all of them.
-
-    Args:
-        unit_norm_layers: Layers, as keys count them.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: TransformerLayerSubmodules,
-        layer_number: int,
-        unit_norm_layers: Collection[int],
-        **settings: Any,
-    ) -> None:
-        # Counted from 1, and two for each that keys count.
-        norm = L2Norm if (layer_number - 1) // 2 in unit_norm_layers else IdentityOp
-        attention: ModuleSpec = submodules.self_attention
-        attention = replace(attention, submodules=replace(attention.submodules, q_layernorm=norm, k_layernorm=norm))
-        super().__init__(config, replace(submodules, self_attention=attention), layer_number=layer_number, **settings)
-
-
 def _with_unit_norms(stack: ModuleSpec, layers: Collection[int]) -> ModuleSpec:
+    """The spec of a stack in which these layers, as keys count them, bring queries and keys to unit RMS."""
     if not layers:
         return stack
-    attention = replace(
-        stack.submodules.attention_layer, module=AttentionInUnitNorm, params={"unit_norm_layers": layers}
-    )
-    return replace(stack, submodules=replace(stack.submodules, attention_layer=attention))
+    # The one layer of attention that the spec has is that of all of them; Megatron counts from 1, and both halves.
+    normed = frozenset(2 * layer + 1 for layer in layers)
+    layer = stack.submodules.attention_layer
+    attention: ModuleSpec = layer.submodules.self_attention
+    attention = replace(attention, module=UnitNormAttention, params={**attention.params, "normed": normed})
+    layer = replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    return replace(stack, submodules=replace(stack.submodules, attention_layer=layer))
 
 
 def _mixer(layer: ModuleSpec) -> ModuleSpec:

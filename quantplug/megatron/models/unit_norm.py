@@ -15,13 +15,19 @@ class UnitNormAttention(SelfAttention):
     """Megatron-Core's, with `L2Norm` on queries and keys whatever its config says, which is one for all layers.
 
     Named in the spec alone, the norms are refused by Megatron-Core 0.19.
+
+    Args:
+        normed: Megatron's numbers of the layers that have them; None for all that are made by this spec.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **settings: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, normed: Container[int] | None = None, **settings: Any
+    ) -> None:
         super().__init__(config, *args, **settings)
-        # It has no weights, so that its size does not matter.
-        self.q_layernorm = L2Norm(self.hidden_size_per_attention_head, config.layernorm_epsilon)
-        self.k_layernorm = L2Norm(self.hidden_size_per_attention_head, config.layernorm_epsilon)
+        if normed is None or self.layer_number in normed:
+            # It has no weights, so that its size does not matter.
+            self.q_layernorm = L2Norm(self.hidden_size_per_attention_head, config.layernorm_epsilon)
+            self.k_layernorm = L2Norm(self.hidden_size_per_attention_head, config.layernorm_epsilon)
 
 
 def add_unit_norms(block: TransformerBlockSubmodules, layers: Container[int], first: int) -> None:

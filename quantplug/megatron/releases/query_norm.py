@@ -5,6 +5,7 @@ Megatron-Core 0.19 has one setting for the norms of queries and of keys and valu
 hidden states, behind `input_layernorm`. Releases before have none there.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,8 +25,15 @@ class DirectQueries(MLASelfAttention):
 
 def project_queries_directly(block: TransformerBlockSubmodules) -> None:
     """Gives every layer of a block of latent attention queries without a norm, in place."""
-    for layer in block.layer_specs if MEGATRON_CORE >= (0, 19) else ():
-        attention: ModuleSpec = layer.submodules.self_attention
-        attention.module = DirectQueries
-        # The local spec names one, which would not be used: that is refused.
-        attention.submodules.q_layernorm = IdentityOp
+    block.layer_specs = [with_direct_queries(layer) for layer in block.layer_specs]
+
+
+def with_direct_queries(layer: ModuleSpec) -> ModuleSpec:
+    """The spec of a layer of latent attention whose queries have no norm."""
+    if MEGATRON_CORE < (0, 19):
+        return layer
+    attention: ModuleSpec = layer.submodules.self_attention
+    # The local spec names a norm of queries, which would not be used: that is refused.
+    submodules = replace(attention.submodules, q_layernorm=IdentityOp)
+    attention = replace(attention, module=DirectQueries, submodules=submodules)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
