@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_SMALL_GROUP
+from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_LARGEST, INT4_SMALL_GROUP
 from quantplug.formats.encoding import (
     FP8_BLOCK_ENCODING,
     FP8_ENCODING,
@@ -31,6 +31,8 @@ _SCALES = (1.0, 7.0, 61.0, 7.0 * 2.0**-60, 1 / 3)
 
 # Scales of 1, of few bits, of many, and one that is raised to the smallest normal FP32 (0 in FP16, which gets 1).
 _BLOCK_AMAXES = (448.0, 21.0, 0.29, 2.0**-140)
+# INT4 scales of 7, whose reciprocal makes no tie of what is one, of many bits, and a raised one.
+_GROUP_AMAXES = (7 * INT4_LARGEST, 0.29, 2.0**-140)
 _SIDE = 256
 
 # Among so many patterns, one of every n, 16 neighbours spread over the five binades that E2M1 tells apart.
@@ -72,13 +74,14 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
         of_rows = clipped.clone()
         of_rows[:, 0] = amax
         yield partial(_packed, FP8_ROW_ENCODING, of_rows, None)
-        for encoding, group in ((INT4_ENCODING, INT4_GROUP), (INT4_32_ENCODING, INT4_SMALL_GROUP)):
-            of_groups = clipped.clone()
-            of_groups[:, ::group] = amax
-            yield partial(_packed, encoding, of_groups, None)
         clipped[::FP8_BLOCK_SIDE, ::FP8_BLOCK_SIDE] = amax
         for part in (clipped, clipped[:-1, :-3]):  # Of whole squares, and of partial ones at both edges.
             yield partial(_packed, FP8_BLOCK_ENCODING, part, None)
+    for amax in _GROUP_AMAXES:
+        for encoding, group in ((INT4_ENCODING, INT4_GROUP), (INT4_32_ENCODING, INT4_SMALL_GROUP)):
+            of_groups = torch.where(weight.abs() <= amax, weight, 0)
+            of_groups[:, ::group] = amax
+            yield partial(_packed, encoding, of_groups, None)
 
 
 def _packed(

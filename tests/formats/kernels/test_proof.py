@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from quantplug.formats import kernels
-from quantplug.formats.codes import E2M1, E4M3
+from quantplug.formats.codes import E2M1, E4M3, INT4
 from quantplug.formats.encoding import (
     FP8_BLOCK_ENCODING,
     FP8_ENCODING,
     FP8_ROW_ENCODING,
+    INT4_32_ENCODING,
+    INT4_ENCODING,
     MXFP4_ENCODING,
     MXFP8_ENCODING,
     NVFP4_ENCODING,
@@ -56,6 +58,17 @@ def reciprocal_nvfp4(weight: torch.Tensor, encoded: Encoded) -> None:
     encoded.codes.copy_(E2M1.encode(quotients.flatten(-2)))
 
 
+def reciprocal_int4(weight: torch.Tensor, encoded: Encoded) -> None:
+    groups = weight.float().reshape(*encoded.block_scales.shape, -1)
+    encoded.codes.copy_(INT4.encode((groups * (1 / encoded.block_scales.float()).unsqueeze(-1)).flatten(-2)))
+
+
+def truncated(weight: torch.Tensor, encoded: Encoded) -> None:
+    """The BF16 scale made by leaving bits away."""
+    groups = weight.float().reshape(*encoded.block_scales.shape, -1).abs().amax(-1) / 7.5
+    encoded.block_scales.copy_((groups.view(torch.int32) >> 16 << 16).view(torch.float32))
+
+
 def reciprocal_fp8(weight: torch.Tensor, encoded: Encoded) -> None:
     encoded.codes.copy_(E4M3.encode(weight.float() * (1 / encoded.tensor_scales)))
 
@@ -93,11 +106,13 @@ def without_the_last(weight: torch.Tensor) -> torch.Tensor:
         ("pack", packing_with_fault(FP8_BLOCK_ENCODING, rounded_twice)),
         ("pack", packing_with_fault(MXFP4_ENCODING, floored)),
         ("pack", packing_with_fault(MXFP8_ENCODING, floored)),
+        ("pack", packing_with_fault(INT4_ENCODING, reciprocal_int4)),
+        ("pack", packing_with_fault(INT4_32_ENCODING, truncated)),
         ("pack", first_alone),
         ("unpack", flushed),
         ("amax", without_the_last),
     ],
-    ids=["nvfp4", "fp8", "fp8_row", "fp8_block", "mxfp4", "mxfp8", "group", "unpack", "amax"],
+    ids=["nvfp4", "fp8", "fp8_row", "fp8_block", "mxfp4", "mxfp8", "int4", "int4_32", "group", "unpack", "amax"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_that_round_otherwise_do_not(name: str, fault: Callable[..., Any], dtype: torch.dtype) -> None:
