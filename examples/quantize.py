@@ -63,6 +63,9 @@ def main(
         bool,
         typer.Option("--weight-only", help="w4a16_nvfp4 for nvfp4, w8a16_fp8 for fp8."),
     ] = False,
+    group_size: Annotated[
+        int | None, typer.Option(help="With int4: input features that share a scale, 128 (without it) or 32.")
+    ] = None,
     kv_cache: Annotated[
         KVCacheFormat | None, typer.Option(help="Format of the server's KV cache; 16 bits where none is given.")
     ] = None,
@@ -117,6 +120,7 @@ def main(
             return quantplug.quant_cfg(
                 quant_format,
                 hf_model_id,
+                group_size=group_size,
                 quantize_mtp=mtp is Treatment.QUANTIZED,
                 kv_cache=kv_cache,
                 keep_experts=experts is Treatment.KEPT,

@@ -14,4 +14,8 @@ Dialect = Annotated[
     DialectName | None,
     typer.Option(help="How the format is spelled on disk, where there are several ways; that of most servers without."),
 ]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="With int4: input features that share a scale, 128 (without it) or 32."),
+]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Dialect, Exclude, QuantizeMtp
+from quantplug.cli.options import Dialect, Exclude, GroupSize, QuantizeMtp
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
@@ -24,6 +24,7 @@ def quantize(
         QuantFormat | None,
         typer.Option(help="Formats of activations take a model and data, or --input-scale."),
     ] = None,
+    group_size: GroupSize = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"In place of the format and its options: {', '.join(RECIPES)}.")
     ] = None,
@@ -58,6 +59,7 @@ def quantize(
             source,
             destination,
             asked.format,
+            group_size=group_size,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
             preset=asked.preset,

@@ -84,6 +84,7 @@ def export_checkpoint(
     pretrained_model_name_or_path: str | Path,
     format: QuantFormat | str | None = None,  # noqa: A002  # as on the command line
     *,
+    group_size: int | None = None,
     iteration: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     moe_router_dtype: torch.dtype | None = None,
@@ -110,9 +111,10 @@ def export_checkpoint(
         destination: A directory that is new or empty.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model that this is a model of. Its config
             says names and sizes; its tokenizer and generation files are copied.
-        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8`, `fp8_blockwise` or `fp8_dynamic`; or
-            `plain`. None writes a quantized model as its quantizers say, by the amaxes in the checkpoint, and another
-            one plain.
+        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8`, `fp8_blockwise`, `fp8_dynamic` or
+            `int4`; or `plain`. None writes a quantized model as its quantizers say, by the amaxes in the checkpoint,
+            and another one plain.
+        group_size: With a `format`: how many input features share a scale, as in `quantize_checkpoint`.
         iteration: Which iteration of those that were saved; None for the newest.
         dtype: Type of tensors that are not quantized.
         moe_router_dtype: Type of the routers, None for `dtype`.
@@ -133,8 +135,8 @@ def export_checkpoint(
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
     Raises:
-        ArgumentError: A format, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not served; or
-            `exclude`, `quantize_mtp` or `kv_cache` without a format that quantizes.
+        ArgumentError: A format, `group_size`, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not
+            served; or `group_size`, `exclude`, `quantize_mtp` or `kv_cache` without a format that quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
@@ -150,10 +152,10 @@ def export_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
-    scheme = _scheme(format)
+    scheme = _scheme(format, group_size)
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     if scheme is None:
-        _refuse_choices(exclude=exclude, quantize_mtp=quantize_mtp, kv_cache=kv_cache)
+        _refuse_choices(group_size=group_size, exclude=exclude, quantize_mtp=quantize_mtp, kv_cache=kv_cache)
     target = Path(destination)
     require_free(target)
     directory = find_iteration(checkpoint, iteration)
@@ -205,7 +207,7 @@ def export_checkpoint(
     )
 
 
-def _scheme(name: str | None) -> Scheme | None:
+def _scheme(name: str | None, group_size: int | None) -> Scheme | None:
     """How weights are quantized, where that is not said by the checkpoint."""
     if name is None or name == PLAIN:
         return None
@@ -213,7 +215,7 @@ def _scheme(name: str | None) -> Scheme | None:
         raise ArgumentError(
             "There is no such format.", [Offender("format", f"is {name!r}")], f"Use one of: {', '.join(FORMATS)}."
         )
-    return scheme_without_data(name, "format")
+    return scheme_without_data(name, "format", group_size)
 
 
 def _refuse_choices(**given: object) -> None:

@@ -43,6 +43,7 @@ def quantize_checkpoint(
     destination: str | Path,
     format: QuantFormat | str,  # noqa: A002  # as on the command line
     *,
+    group_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
     preset: Preset | str = Preset.ALL,
@@ -65,8 +66,10 @@ def quantize_checkpoint(
         source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
         destination: A directory that is new or empty.
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor),
-            `fp8_blockwise` (128x128) or `fp8_dynamic` (one scale a row); or with an `input_scale` one that quantizes
-            activations by scales of their own.
+            `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row) or `int4`; or with an `input_scale` one that
+            quantizes activations by scales of their own.
+        group_size: How many input features share a scale, where a format leaves the choice: 128 or 32 of `int4`. None
+            for 128.
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
@@ -83,8 +86,8 @@ def quantize_checkpoint(
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
-        ArgumentError: A format, preset or dialect that is not known, an `input_scale` that is none or goes with no
-            input, or a `max_shard_size` that cannot be served.
+        ArgumentError: A format, preset or dialect that is not known, a `group_size` that the format has not, an
+            `input_scale` that is none or goes with no input, or a `max_shard_size` that cannot be served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The source is missing, incomplete, damaged or already quantized, or changes while it is read; or
             tensors that it holds twice differ; or it brings its own code, and that is not trusted.
@@ -96,7 +99,8 @@ def quantize_checkpoint(
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    scheme = scheme_without_data(format, "format") if input_scale is None else scheme_named(format, "format")
+    named = scheme_without_data if input_scale is None else scheme_named
+    scheme = named(format, "format", group_size)
     _check_input_scale(input_scale, scheme)
     policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
-from quantplug.errors import Offender, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.findings import choice_named
 from quantplug.formats.block_format import BlockFormat
-from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, NVFP4
+from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4
 from quantplug.formats.weight_format import WeightFormat
 
 
@@ -25,6 +25,7 @@ class QuantFormat(StrEnum):
     W8A16_FP8 = "w8a16_fp8"
     FP8_BLOCKWISE = "fp8_blockwise"
     FP8_DYNAMIC = "fp8_dynamic"
+    INT4 = "int4"
 
     @property
     def needs_data(self) -> bool:
@@ -64,7 +65,7 @@ class Activations(Enum):
 
 @dataclass(frozen=True)
 class Scheme:
-    """One row of the table: how a linear is quantized.
+    """One row of the table: how a linear is quantized. A name may have several, which differ in their groups alone.
 
     Attributes:
         format: Its public name.
@@ -84,6 +85,12 @@ class Scheme:
         return self.weight.encoding.code.bits
 
     @property
+    def group_size(self) -> int | None:
+        """How many consecutive input features share a scale; None where that is no small part of a row."""
+        block = self.weight.encoding.block
+        return block.columns if block.rows == 1 else None
+
+    @property
     def has_input_scale(self) -> bool:
         """Whether an `input_scale` is written, which takes calibration with data."""
         return self.activations is Activations.STATIC
@@ -99,8 +106,12 @@ _ROWS = (
     Scheme(QuantFormat.W8A16_FP8, FP8, Activations.PLAIN, loads_experts=False),
     Scheme(QuantFormat.FP8_BLOCKWISE, FP8_BLOCK, Activations.DYNAMIC),
     Scheme(QuantFormat.FP8_DYNAMIC, FP8_ROW, Activations.DYNAMIC),
+    # llm-compressor's W4A16 has groups of 128; the smaller ones go with weights that these do not divide.
+    Scheme(QuantFormat.INT4, INT4, Activations.PLAIN),
+    Scheme(QuantFormat.INT4, INT4_32, Activations.PLAIN),
 )
-SCHEMES: Mapping[QuantFormat, Scheme] = {row.format: row for row in _ROWS}
+SCHEMES: Mapping[QuantFormat, Scheme] = {name: next(row for row in _ROWS if row.format is name) for name in QuantFormat}
+"""The row of each name where no size of groups is asked for."""
 
 
 def scheme_of(weight: WeightFormat, *, has_input_scale: bool) -> Scheme | None:
@@ -109,21 +120,38 @@ def scheme_of(weight: WeightFormat, *, has_input_scale: bool) -> Scheme | None:
     return next((row for row in _ROWS if row.weight == weight and row.has_input_scale is has_input_scale), None)
 
 
+def in_smaller_groups(scheme: Scheme) -> tuple[Scheme, ...]:
+    """The rows of the same name whose groups are smaller, the largest of them first."""
+    size = scheme.group_size or 0
+    smaller = (row for row in _ROWS if row.format is scheme.format and (row.group_size or size) < size)
+    return tuple(sorted(smaller, key=lambda row: row.group_size or 0, reverse=True))
+
+
 def without_input_scale(scheme: Scheme) -> Scheme:
     """The row of the same weights whose activations need no data: the row itself where they need none anyway."""
     return next(row for row in _ROWS if row.weight == scheme.weight and not row.has_input_scale)
 
 
-def scheme_named(name: str, argument: str) -> Scheme:
+def scheme_named(name: str, argument: str, group_size: int | None = None) -> Scheme:
     """The row of a name.
 
     Args:
         argument: What the name was given as, for the message.
+        group_size: How many input features are to share a scale; None for what the format has where nobody asks.
 
     Raises:
-        ArgumentError: No format has this name.
+        ArgumentError: No format has this name, or it has no groups of this size.
     """
-    return SCHEMES[choice_named(QuantFormat, name, argument, "There is no such format.")]
+    found = choice_named(QuantFormat, name, argument, "There is no such format.")
+    sizes = {row.group_size: row for row in _ROWS if row.format is found}
+    if group_size is not None and group_size not in sizes:
+        known = " or ".join(str(size) for size in sizes if size is not None)
+        raise ArgumentError(
+            "The format has no groups of this size.",
+            [Offender("group_size", f"is {group_size}, with {found}")],
+            f"Use {known}, or leave it out." if known else f"Leave it out: {found} has no groups.",
+        )
+    return SCHEMES[found] if group_size is None else sizes[group_size]
 
 
 def kv_cache_named(name: str, argument: str) -> KVCacheFormat:
@@ -156,15 +184,15 @@ def kv_cache_without_data(name: str, argument: str) -> KVCacheFormat:
     return kv_cache
 
 
-def scheme_without_data(name: str, argument: str) -> Scheme:
+def scheme_without_data(name: str, argument: str, group_size: int | None = None) -> Scheme:
     """The row of a name where nothing is calibrated with data.
 
     Raises:
-        ArgumentError: No format has this name.
+        ArgumentError: No format has this name, or it has no groups of this size.
         UnsupportedQuantizationError: The format has scales of inputs, which only data can give.
     """
     # Made up input scales would load everywhere and saturate activations: a way without data has to be asked for.
-    scheme = scheme_named(name, argument)
+    scheme = scheme_named(name, argument, group_size)
     if scheme.has_input_scale:
         raise UnsupportedQuantizationError(
             "Activations are quantized by scales that are calibrated with data, and there is none here.",

@@ -31,6 +31,7 @@ _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.W8A16_FP8: {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*mtq.FP8_DEFAULT_CFG["quant_cfg"], _NO_INPUTS]},
     QuantFormat.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
     QuantFormat.FP8_DYNAMIC: mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
+    QuantFormat.INT4: mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
 }
 # As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml, kv_fp8.yaml).
 _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
@@ -99,6 +100,7 @@ def quant_cfg(
     quant_format: QuantFormat | str,
     pretrained_model_name_or_path: str | Path,
     *,
+    group_size: int | None = None,
     quantize_mtp: bool = False,
     keep_experts: bool = False,
     preset: Preset | str = Preset.ALL,
@@ -110,6 +112,7 @@ def quant_cfg(
     Args:
         quant_format: A `QuantFormat` or its name.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model, of which only the config is read.
+        group_size: How many input features share a scale, where a format leaves the choice: 128 or 32 of `int4`.
         quantize_mtp: Whether layers of multi-token prediction are quantized too; they are kept in any case.
         keep_experts: Whether routed experts stay in high precision, as they must where no server loads them in the
             format.
@@ -118,12 +121,13 @@ def quant_cfg(
         trust_remote_code: Whether transformers may run code from the source to read its config.
 
     Raises:
-        ArgumentError: No format has this name, of weights or of a KV cache, or there is no such preset.
+        ArgumentError: No format has this name, of weights or of a KV cache, nor groups of this size, or there is no
+            such preset.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
         UnsupportedQuantizationError: No server loads its experts in the format, and they are not to be kept.
     """
-    scheme = scheme_named(quant_format, "quant_format")
+    scheme = scheme_named(quant_format, "quant_format", group_size)
     cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
@@ -134,6 +138,8 @@ def quant_cfg(
         _refuse_unserved(linears, policy, scheme)
     # ModelOpt's stock configs are objects of its module, which everybody who uses them shares.
     config = copy.deepcopy(dict(_STOCK[scheme.format]))
+    if group_size is not None:
+        config["quant_cfg"] = [_in_groups(rule, group_size) for rule in config["quant_cfg"]]
     if quantize_mtp and _has_mtp(family, dims):
         config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] != _NO_MTP]
     # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
@@ -145,6 +151,14 @@ def quant_cfg(
     if cache is not None:
         config["quant_cfg"].append(copy.deepcopy(_KV_CACHE[cache]))
     return config
+
+
+def _in_groups(rule: dict[str, Any], size: int) -> dict[str, Any]:
+    """The rule of a stock config with another size of groups, if it has any."""
+    settings = rule.get("cfg", {})
+    if -1 not in settings.get("block_sizes", {}):
+        return rule
+    return {**rule, "cfg": {**settings, "block_sizes": {**settings["block_sizes"], -1: size}}}
 
 
 def _stands_for_modules(row: WeightMapping, dims: ModelDimensions) -> bool:

@@ -28,7 +28,6 @@ GENERAL = Path(modelopt_recipes.__file__).parent / "general" / "ptq"
 
 # Why the rest of ModelOpt's general recipes cannot be planned: what no server reads, or we do not write.
 REFUSED = {
-    "int4_blockwise_weight_only": "no output format expresses its weight quantizer (num_bits=4",
     "mxfp4_mlp_weight_only": "block_sizes={-1: 32}",
     "nvfp4_mlp_weight_only": "block_sizes={-1: 32}",
     "nvfp4_default-kv_none-gptq": "static block_sizes",
@@ -38,15 +37,21 @@ REFUSED = {
 }
 
 
+def divided_by(recipe: str, sources: Sources) -> Path:
+    """A model whose linears the recipe's groups divide."""
+    return sources("moe_blocks" if "int4" in recipe else "moe")
+
+
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in GENERAL.glob("*.yaml")))
 def test_each_of_modelopts_general_recipes_is_planned_or_refused(recipe: str, sources: Sources) -> None:
-    model = mtq.quantize(load(sources("moe")), {**recipe_cfg(recipe), "algorithm": None})
+    source = divided_by(recipe, sources)
+    model = mtq.quantize(load(source), {**recipe_cfg(recipe), "algorithm": None})
     if recipe in REFUSED:
         with pytest.raises(UnsupportedQuantizationError) as caught:
-            plan_export(model, sources("moe"), calibrated=False)
+            plan_export(model, source, calibrated=False)
         assert REFUSED[recipe] in str(caught.value)
     else:
-        plan = plan_export(model, sources("moe"), calibrated=False).plan
+        plan = plan_export(model, source, calibrated=False).plan
         packed = {part.name for task in plan.tasks for part in task.outputs if part.format is not None}
         leaves_out_o_proj = "experts_only" in recipe or "_mlp_only" in recipe
         assert any(".o_proj." in name for name in packed) is not leaves_out_o_proj
@@ -76,7 +81,7 @@ def modelopts(recipe: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_without_data_is_modelopt_s(recipe: str, sources: Sources, tmp_path: Path) -> None:
-    source = sources("moe")
+    source = divided_by(recipe, sources)
     model = mtq.quantize(load(source), modelopts(recipe))
     export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "live")
     asked = RECIPES[recipe]

@@ -7,6 +7,7 @@ from quantplug.formats.names import (
     SCHEMES,
     Activations,
     QuantFormat,
+    in_smaller_groups,
     scheme_named,
     scheme_of,
     scheme_without_data,
@@ -24,6 +25,7 @@ def test_every_name_says_what_it_means() -> None:
         "w8a16_fp8": ("fp8", 8, Activations.PLAIN),
         "fp8_blockwise": ("fp8_block", 8, Activations.DYNAMIC),
         "fp8_dynamic": ("fp8_row", 8, Activations.DYNAMIC),
+        "int4": ("int4", 4, Activations.PLAIN),
     }
 
 
@@ -53,6 +55,7 @@ def test_input_scales_are_of_formats_that_have_them(name: QuantFormat) -> None:
         ("w8a16_fp8", "w8a16_fp8"),
         ("fp8_blockwise", "fp8_blockwise"),
         ("fp8_dynamic", "fp8_dynamic"),
+        ("int4", "int4"),
     ],
 )
 def test_the_same_weights_without_data(name: str, instead: str) -> None:
@@ -67,13 +70,39 @@ def test_the_same_weights_without_data(name: str, instead: str) -> None:
 @pytest.mark.parametrize("name", ["W4A16_NVFP4", "int3", "", "Activations"])
 def test_an_unknown_name_is_refused_with_those_that_are_known(name: str) -> None:
     with pytest.raises(
-        ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic"
+        ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic, int4"
     ):
         scheme_named(name, "quant_format")
+
+
+def test_a_name_may_have_groups_of_several_sizes() -> None:
+    large, small = scheme_named("int4", "format"), scheme_named("int4", "format", 32)
+    assert (large.group_size, small.group_size) == (128, 32)
+    assert scheme_named("int4", "format", 128) is large
+    assert scheme_of(small.weight, has_input_scale=False) is small
+    assert without_input_scale(small) is small
+    assert (in_smaller_groups(large), in_smaller_groups(small)) == ((small,), ())
+    assert scheme_without_data("w4a16_nvfp4", "format", 16).group_size == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "remedy"),
+    [
+        ("int4", 64, "Use 128 or 32, or leave it out"),
+        ("int4", 0, "Use 128 or 32"),
+        ("nvfp4", 32, "Use 16, or leave it out"),
+        ("fp8", 128, "Leave it out: fp8 has no groups"),
+        ("fp8_blockwise", 128, "Leave it out: fp8_blockwise has no groups"),
+    ],
+)
+def test_groups_that_a_format_has_not_are_refused_with_those_that_it_has(name: str, size: int, remedy: str) -> None:
+    with pytest.raises(ArgumentError, match=remedy) as caught:
+        scheme_named(name, "format", size)
+    assert [offender.parameter for offender in caught.value.offenders] == ["group_size"]
 
 
 def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_does_not() -> None:
     assert [name for name in QuantFormat if name.needs_data] == ["nvfp4", "fp8"]
     assert [name.weight_only for name in QuantFormat] == [
-        "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic",
+        "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic", "int4",
     ]  # fmt: skip

@@ -276,8 +276,9 @@ class _Packing:
             tensors += [it.spec for it in beside]
             constants += beside
         of_cache = [
-            Constant(TensorSpec(scale_name, (), torch.float32), (value,))
+            Constant(self.dialect.cache_scale(name.removesuffix(".weight"), scale_name), (value,))
             for scale_name, value in (self.kv_cache.scales_of(weight.key, name) if self.kv_cache else ())
+            if self.dialect is not None
         ]
         return PartOutput(
             name,

@@ -8,7 +8,7 @@ from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
-from quantplug.formats.names import SCHEMES, Scheme
+from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role, WeightMapping, fill
 from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rules
@@ -116,6 +116,7 @@ def check_shapes(
     Shapes are [out_features, in_features] of each part; what does not divide goes into `findings`.
     """
     uneven: list[tuple[WholeWeight, str]] = []
+    of_uneven: list[tuple[Scheme, tuple[int, ...]]] = []
     for whole, mapping in mapped:
         if whole.key not in schemes:
             continue
@@ -124,12 +125,28 @@ def check_shapes(
             problem = None if name in mapping.high_precision else packing.problem(shape)
             if problem is not None:
                 uneven.append((whole, f"{packing.name}: {problem}"))
+                of_uneven.append((schemes[whole.key], shape))
     if not uneven:
         return
     way_out = leave_out([whole.key for whole, _ in uneven], _quantized_rows(mapped), dims)
-    kind = Kind(ShapeError, _DIVISOR, f"Choose a format whose block size divides them. Or: {way_out}")
+    kind = Kind(
+        ShapeError, _DIVISOR, f"{_finer(of_uneven)}Choose a format whose block size divides them. Or: {way_out}"
+    )
     for whole, problem in uneven:
         findings.add_weight(kind, whole, problem)
+
+
+def _finer(uneven: Sequence[tuple[Scheme, tuple[int, ...]]]) -> str:
+    """The advice to take smaller groups, where the format has some that divide all of these shapes."""
+    sizes = [
+        {row.group_size for row in in_smaller_groups(scheme) if not row.weight.problem(shape)}
+        for scheme, shape in uneven
+    ]
+    found = max((size for size in set.intersection(*sizes) if size is not None), default=None)
+    if found is None:
+        return ""
+    words = f"group_size={found}, --group-size {found}; in a quant_cfg block_sizes {{-1: {found}}}"
+    return f"Use groups of {found} ({words}). Or: "
 
 
 def check_served(

@@ -1,10 +1,9 @@
 """Whether the quantizers of attention's keys and values can be written, and as which quantized KV cache.
 
-A cast is said by the config alone. A calibrated cache has two scales an attention layer beside, `k_proj.k_scale` and
-`v_proj.v_scale`, FP32 scalars by the names that ModelOpt gives them in a Hugging Face model, which vLLM and SGLang
-read. Their value is that of ModelOpt's exporter of Megatron models (`get_kv_cache_scaling_factor` of its
-export/quant_utils.py): amax / 448, but not below 1.0. A float type gains nothing from a smaller scale but a few
-subnormals, and saturates at the first key that is larger than those of calibration.
+A cast is said by the config alone. A calibrated cache has two scales an attention layer beside, `k_scale` and
+`v_scale`, FP32 and named as the dialect does. Their value is that of ModelOpt's exporter of Megatron models
+(`get_kv_cache_scaling_factor` of its export/quant_utils.py): amax / 448, but not below 1.0. A float type gains nothing
+from a smaller scale but a few subnormals, and saturates at the first key that is larger than those of calibration.
 """
 
 import math
@@ -90,7 +89,7 @@ class KVCache:
     scales: Mapping[ParamKey, tuple[float, float]] = field(default_factory=dict)
 
     def scales_of(self, key: ParamKey, part: str) -> Iterator[tuple[str, float]]:
-        """Name and value of the scales that are written beside a part of a weight.
+        """Kind and value of the scales that are written beside a part of a weight.
 
         Args:
             part: Hugging Face name of the part, such as `model.layers.0.self_attn.k_proj.weight`.
@@ -99,9 +98,9 @@ class KVCache:
         if key in self.scales:
             keys, values = self.scales[key]
             if module.endswith(".k_proj"):
-                yield f"{module}.k_scale", keys
+                yield "k_scale", keys
             elif module.endswith(".v_proj"):
-                yield f"{module}.v_scale", values
+                yield "v_scale", values
 
 
 def check_kv_cache(

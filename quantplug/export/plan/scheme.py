@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantplug.export.plan.types import QuantizerState
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4, WeightFormat
 from quantplug.formats.names import Activations, QuantFormat, Scheme, scheme_of
 
 WAY_OUT = (
     "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG, "
-    "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG or mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, or disable the quantizer."
+    "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG or mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, or "
+    "disable the quantizer."
 )
 
 
@@ -45,6 +46,9 @@ _FORMATS: Mapping[_Settings, WeightFormat] = {
     _Settings((4, 3), ((-2, 128), (-1, 128))): FP8_BLOCK,
     # mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, weights: a scale for each row.
     _Settings((4, 3), axis=0): FP8_ROW,
+    # mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG: integers of 4 bits, a scale for 128 input features; and the same for 32.
+    _Settings(4, ((-1, 128),)): INT4,
+    _Settings(4, ((-1, 32),)): INT4_32,
 }
 _DYNAMIC_INPUTS: Mapping[QuantFormat, _Settings] = {
     # The same config, inputs: a block is all of a token, and its scale is made when the token is seen. ModelOpt has no

@@ -11,9 +11,9 @@ from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
 from quantplug.export.stream.checker import chosen_weights, refuse_widened
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
-from quantplug.export.stream.request import AS_QUANTIZED, OwnQuantizers, StreamRequest
+from quantplug.export.stream.request import AS_QUANTIZED, StreamRequest
 from quantplug.formats import TensorSpec, WeightFormat
-from quantplug.formats.names import SCHEMES, Scheme
+from quantplug.formats.names import Scheme
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
@@ -110,9 +110,9 @@ def _requantized(
     """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
     # Formats of a stream are made of the weights alone: what the model's quantizers say is left out.
     plain = [replace(weight, weight=None, activation=None, unquantized=None) for weight in weights]
-    if request.named_format is None or isinstance(request.named_format, OwnQuantizers):
+    scheme = request.scheme
+    if scheme is None:
         return plain
-    scheme = SCHEMES[request.named_format]
     policy = Policy(scheme.weight_bits, request.quantize_mtp)
     decisions = decide((weight.key for weight in plain), family, policy)
     linears = {key: it for key, it in decisions.items() if it.row.role is Role.LINEAR}

@@ -18,7 +18,7 @@ from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
-from quantplug.formats.names import QuantFormat, scheme_without_data
+from quantplug.formats.names import QuantFormat, Scheme, scheme_without_data
 from quantplug.topology import ParallelTopology
 
 Arguments = ParamSpec("Arguments")
@@ -58,6 +58,7 @@ class StreamRequest:
     quant_block_size: tuple[int, int] | None = None
     _: KW_ONLY
     quant_format: QuantFormat | OwnQuantizers | str | None = None
+    group_size: int | None = None
     quantize_mtp: bool = False
     scale_suffix: str = SCALE_SUFFIX
     dtype: torch.dtype = torch.bfloat16
@@ -77,13 +78,25 @@ class StreamRequest:
         """What `quant_format` names; None where `quant_fn` quantizes.
 
         Raises:
-            ArgumentError: No format has this name.
+            ArgumentError: No format has this name, or none with this `group_size`.
             UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
         """
         # Compared as text: callers pass the name as a string or as the enum.
+        if self.quant_format == AS_QUANTIZED:
+            return AS_QUANTIZED
+        return None if self.scheme is None else self.scheme.format
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How weights are quantized; None where quantizers or a function of the caller's say it.
+
+        Raises:
+            ArgumentError: No format has this name, or none with this `group_size`.
+            UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
+        """
         if self.quant_format is None or self.quant_format == AS_QUANTIZED:
-            return None if self.quant_format is None else AS_QUANTIZED
-        return scheme_without_data(self.quant_format, "quant_format").format
+            return None
+        return scheme_without_data(self.quant_format, "quant_format", self.group_size)
 
     @property
     def policy(self) -> WeightAmax:
@@ -98,7 +111,7 @@ class StreamRequest:
         """Refuses arguments that do not go together.
 
         Raises:
-            ArgumentError: No format has the name in `quant_format`, or no policy that in `amax`.
+            ArgumentError: No format has the name in `quant_format` and `group_size`, or no policy that in `amax`.
             UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
             TopologyError: A receiver that is no rank.
         """
@@ -138,6 +151,8 @@ class StreamRequest:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if self.named_format is AS_QUANTIZED and self.quantize_mtp:
             found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
+        if self.group_size is not None and self.scheme is None:
+            found.append(("group_size", "is given without the name of a format"))
         if self.quant_fn is not None and self.dialect is not None:
             found.append(("dialect", "is given beside quant_fn, whose tensors have names of their own"))
         # Without a suffix the scale would have the weight's own name; and a receiver takes `input_scale` for that of

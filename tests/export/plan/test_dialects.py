@@ -3,14 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.entrypoints.convert.converters import ModelOptNvfp4Converter
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
-from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
 from modelopt.torch.quantization.qtensor import FP8QTensor
 from safetensors.torch import save_file
 from torch import nn
@@ -24,7 +29,7 @@ from quantplug.formats.names import SCHEMES, QuantFormat
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
-from tests.export.checkpoints import linear_weights, load, quantize, read
+from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
 from tests.logits import TOKENS, VOCABULARY, megatron_logits, transformers_logits, transformers_model
 
 Sources = Callable[[str], Path]
@@ -115,8 +120,8 @@ def test_compressed_tensors_reads_our_config_as_its_own_scheme_fp8_dynamic(name:
     config = QuantizationConfig.model_validate(written)
     (scheme,) = config.config_groups.values()
     assert config.quantization_status is QuantizationStatus.COMPRESSED
-    assert scheme == preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
-    assert config.format == infer_module_format(nn.Linear, scheme).value == "float-quantized"
+    assert scheme.model_copy(update={"format": None}) == preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
+    assert config.format == scheme.format == infer_module_format(nn.Linear, scheme).value == "float-quantized"
 
 
 def test_compressed_tensors_decodes_the_weights_that_we_do(sources: Sources, exports: Exports) -> None:
@@ -160,6 +165,97 @@ def test_a_weight_in_two_dialects_decodes_to_the_same_values(sources: Sources, t
         codes = FP8QTensor(ours[name].shape, torch.float32, ours[name])
         assert torch.equal(decoded, codes.dequantize(dtype=torch.float32, scale=ours[f"{name}_scale"]))
         assert theirs[f"{name.removesuffix('weight')}input_scale"].tolist() == [0.5]
+
+
+@pytest.fixture(scope="module")
+def nvfp4_of(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """NVFP4 of the tiny MoE with scales of inputs, or weight-only, in each dialect: a directory of a format's."""
+
+    @cache
+    def written(quant_format: str) -> Path:
+        out = tmp_path_factory.mktemp(quant_format)
+        scale = 0.3 if SCHEMES[QuantFormat(quant_format)].has_input_scale else None
+        for dialect in (DialectName.MODELOPT, DialectName.COMPRESSED_TENSORS):
+            quantize_checkpoint(sources("moe"), out / dialect, quant_format, input_scale=scale, dialect=dialect)
+        return out
+
+    return written
+
+
+NVFP4_SCHEMES = pytest.mark.parametrize(("quant_format", "preset"), [("w4a16_nvfp4", "NVFP4A16"), ("nvfp4", "NVFP4")])
+
+
+@NVFP4_SCHEMES
+def test_nvfp4_of_compressed_tensors_is_what_their_converter_makes_of_modelopts(
+    quant_format: str, preset: str, nvfp4_of: Callable[[str], Path]
+) -> None:
+    ours, theirs = (read(nvfp4_of(quant_format) / name) for name in ("compressed-tensors", "modelopt"))
+    converted = ModelOptNvfp4Converter(targets=["re:.*"]).process(theirs)
+    assert ours.keys() == converted.keys()
+    # A scalar in ModelOpt's spelling is a vector of one in theirs.
+    assert [
+        name for name, tensor in converted.items() if not same_bytes(ours[name], tensor.reshape(ours[name].shape))
+    ] == []
+    assert {ours[name].shape for name in ours if name.endswith("global_scale")} == {(1,)}
+    written = json.loads((nvfp4_of(quant_format) / "compressed-tensors" / "config.json").read_text())
+    config = QuantizationConfig.model_validate(written["quantization_config"])
+    (scheme,) = config.config_groups.values()
+    assert scheme.format == config.format == infer_module_format(nn.Linear, scheme).value == "nvfp4-pack-quantized"
+    assert scheme.model_copy(update={"format": None}) == preset_name_to_scheme(preset, ["Linear"])
+
+
+@NVFP4_SCHEMES
+def test_their_decoder_gives_the_values_of_modelopts_spelling(
+    quant_format: str, preset: str, sources: Sources, nvfp4_of: Callable[[str], Path]
+) -> None:
+    """To three roundings in FP32: of the reciprocal, of the division by it, and of the product with a code.
+
+    Readers of the one dialect multiply by `weight_scale_2`, those of the other divide by what it is the reciprocal of.
+    """
+    ours, theirs = (read(nvfp4_of(quant_format) / name) for name in ("compressed-tensors", "modelopt"))
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    for name in linear_weights(read(sources("moe"))):
+        module = name.removesuffix(".weight")
+        packed, scales = ours[f"{module}.weight_packed"], ours[f"{module}.weight_scale"]
+        codes = unpack_fp4_from_uint8(packed, packed.shape[0], packed.shape[1] * 2, torch.float32)
+        decoded = dequantize(
+            codes, scales.float(), None, scheme.weights, global_scale=ours[f"{module}.weight_global_scale"]
+        )
+        torch.testing.assert_close(decoded, _values(theirs[name], module, theirs), rtol=3 * 2**-24, atol=0)
+    assert verify_checkpoint(nvfp4_of(quant_format) / "compressed-tensors", sources("moe")).ok
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_compressed_tensors_reads_int4_as_its_own_scheme_and_decodes_what_it_would_have_packed(
+    group_size: int | None, sources: Sources, tmp_path: Path
+) -> None:
+    source, out = sources("moe_blocks"), tmp_path / "out"
+    quantize_checkpoint(source, out, "int4", group_size=group_size)
+    config = QuantizationConfig.model_validate(json.loads((out / "config.json").read_text())["quantization_config"])
+    (scheme,) = config.config_groups.values()
+    expected = preset_name_to_scheme("W4A16", ["Linear"])
+    expected.weights.group_size = group_size or 128
+    assert scheme.format == config.format == infer_module_format(nn.Linear, scheme).value == "pack-quantized"
+    assert scheme.model_copy(update={"format": None}) == expected
+    tensors, originals = read(out), linear_weights(read(source))
+    names = set(PackedQuantizationCompressor.compression_param_names(scheme))
+    for name, original in originals.items():
+        module = name.removesuffix("weight")
+        state = {suffix: tensors.pop(f"{module}{suffix}") for suffix in names}
+        groups = original.unflatten(-1, (-1, expected.weights.group_size))
+        scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+        # In FP32, as its kernel for GPUs divides; the scales are rounded to BF16 as the model's type is.
+        theirs = PackedQuantizationCompressor.compress(
+            {"weight": original.float(), "weight_scale": scales.float()}, scheme
+        )
+        assert same_bytes(state["weight_scale"], scales)
+        assert same_bytes(state["weight_packed"], theirs["weight_packed"])
+        assert same_bytes(state["weight_shape"], theirs["weight_shape"])
+        decoded = PackedQuantizationCompressor.decompress(state | {"weight_scale": scales.float()}, scheme)["weight"]
+        steps = scales.float().repeat_interleave(expected.weights.group_size, 1)
+        assert ((decoded - original.float()).abs() <= steps * (0.5 + 7.5 * 2**-7)).all()
+    # All else is plain, and listed.
+    assert {name for name in tensors if name not in read(source)} == set()
 
 
 def test_experts_that_stay_plain_are_named_as_vllm_asks_for_them() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.export.quant_utils import get_kv_cache_scaling_factor
 from modelopt.torch.quantization.nn import TensorQuantizer
+from safetensors.torch import load_file, save_file
 
 from quantplug import (
     export_checkpoint,
@@ -24,8 +27,9 @@ from quantplug import (
 )
 from quantplug.errors import ArgumentError, CalibrationError, UnsupportedQuantizationError
 from quantplug.export.live_plan import plan_export
-from quantplug.verify import verify_checkpoint
-from tests.export.checkpoints import load, read, same_bytes
+from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.checks import Check
+from tests.export.checkpoints import load, one_rank, read, same_bytes
 from tests.export.refusals import offenders, refused, rules
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -142,6 +146,94 @@ def test_calibrated_scales_are_modelopt_s_beside_k_and_v(sources: Sources, tmp_p
     assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
     streamed = dict(export_hf_weights_quant(model, sources("moe"), quant_format="as_quantized"))
     assert streamed.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("quant_format", ["w4a16_nvfp4", "fp8_dynamic"])
+def test_beside_compressed_tensors_a_cast_is_its_own_scheme_of_a_cache(
+    quant_format: str, sources: Sources, tmp_path: Path
+) -> None:
+    quantize_checkpoint(
+        sources("moe"), tmp_path / "out", quant_format, kv_cache="fp8_cast", dialect="compressed-tensors"
+    )
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(written).kv_cache_scheme
+    # What llm-compressor's recipes ask for (examples/quantization_kv_cache), and all that vLLM's method takes.
+    assert scheme == QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+    assert not any(name.endswith(("k_scale", "v_scale")) for name in read(tmp_path / "out"))
+    report = verify_checkpoint(tmp_path / "out", sources("moe"))
+    assert report.ok
+    assert Check.KV_SCALES in report.checks(Severity.NOTE)
+
+
+def test_calibrated_scales_stand_beside_the_projections_in_compressed_tensors(sources: Sources, tmp_path: Path) -> None:
+    model = calibrated_model(sources("moe"))
+    for dialect in ("modelopt", "compressed-tensors"):
+        export_mcore_gpt_to_hf(model, sources("moe"), tmp_path / dialect, dialect=dialect)
+    ours, theirs = read(tmp_path / "compressed-tensors"), read(tmp_path / "modelopt")
+    for layer in range(2):
+        attention = f"model.layers.{layer}.self_attn"
+        for letter in "kv":
+            scale = ours[f"{attention}.{letter}_scale"]
+            assert (scale.dtype, scale.shape) == (torch.float32, (1,))
+            assert scale.tolist() == [theirs[f"{attention}.{letter}_proj.{letter}_scale"].item()]
+    assert verify_checkpoint(tmp_path / "compressed-tensors", sources("moe")).ok
+    streamed = export_hf_weights_quant(model, sources("moe"), quant_format="as_quantized", dialect="compressed-tensors")
+    assert dict(streamed).keys() == ours.keys()
+
+
+def with_changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of an export with other tensors."""
+    shutil.copytree(source, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = target / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps(
+            {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                "weight_map": dict.fromkeys(tensors, file.name),
+            }
+        )
+    )
+    return target
+
+
+SCALE = "model.layers.1.self_attn.k_scale"
+BROKEN: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "missing": lambda tensors: tensors.pop(SCALE),
+    "zero": lambda tensors: tensors[SCALE].zero_(),
+    "negative": lambda tensors: tensors[SCALE].neg_(),
+    "nan": lambda tensors: tensors[SCALE].fill_(torch.nan),
+    "of every head": lambda tensors: tensors.update({SCALE: torch.ones(2)}),
+}
+
+
+@pytest.fixture(scope="module")
+def with_calibrated_cache(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "out"
+    with one_rank():
+        export_mcore_gpt_to_hf(calibrated_model(sources("moe")), sources("moe"), out, dialect="compressed-tensors")
+    return out
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_verify_judges_their_scales(case: str, with_calibrated_cache: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        BROKEN[case](tensors)
+
+    report = verify_checkpoint(with_changed(with_calibrated_cache, tmp_path / "broken", change))
+    assert [finding.subject for finding in report.findings if finding.severity is Severity.ERROR] == [SCALE]
+
+
+def test_verify_takes_both_spellings_of_a_scale(with_calibrated_cache: Path, tmp_path: Path) -> None:
+    """VLLM and SGLang read both (`maybe_remap_kv_scale_name` of vLLM 0.33's weight_utils.py)."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[SCALE.replace("k_scale", "k_proj.k_scale")] = tensors.pop(SCALE)
+
+    assert verify_checkpoint(with_changed(with_calibrated_cache, tmp_path / "below", change)).ok
 
 
 def test_scales_come_straight_from_a_megatron_checkpoint(sources: Sources, tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ class Dialect(Protocol):
         """
         return ()
 
+    def cache_scale(self, projection: str, scale: str) -> TensorSpec:
+        """Where a scale of a calibrated KV cache is stored.
+
+        Args:
+            projection: Hugging Face name of the linear that makes keys or values.
+            scale: `k_scale` or `v_scale`.
+        """
+        return TensorSpec(f"{projection}.{scale}", (), torch.float32)
+
     def config(
         self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None
     ) -> QuantConfig:

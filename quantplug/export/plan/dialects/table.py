@@ -63,14 +63,16 @@ def choose_dialect(mapped: Mapped, schemes: Schemes, asked: DialectName | None, 
 
     What it cannot say goes into `findings`.
     """
+    # One name may stand for several, with groups of other sizes.
     formats = {scheme.format for scheme in schemes.values()}
-    if len(formats) > 1:
+    if len(set(schemes.values())) > 1:
         for whole, _ in mapped:
-            if whole.key in schemes:
-                findings.add_weight(_MIXED, whole, f"is {schemes[whole.key].format}")
+            if (scheme := schemes.get(whole.key)) is not None:
+                groups = f" in groups of {scheme.group_size}" if scheme.group_size else ""
+                findings.add_weight(_MIXED, whole, f"is {scheme.format}{groups}")
     if asked is not None and not formats and not findings.found:
         findings.add(_PLAIN, "dialect", f"is {asked}")
-    if len(formats) != 1:
+    if len(set(schemes.values())) != 1:
         return None
     (quant_format,) = formats
     names = dialects_of(quant_format)
