@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.checkpoint.encoded.described import FP8Storage, Sharing
 from quantplug.checkpoint.encoded.fp8_source import FP8Checkpoint
-from quantplug.errors import SourceError
+from quantplug.errors import SourceError, WeightError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import build, linear_weights, one_rank, read, same_bytes
@@ -50,9 +50,12 @@ def decoded(directory: Path, block: tuple[int, int]) -> Tensors:
     for name in [name for name in tensors if name.endswith("_scale_inv")]:
         scales, weight = tensors.pop(name), name.removesuffix("_scale_inv")
         rows, columns = tensors[weight].shape
-        spread = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-        tensors[weight] = (tensors[weight].float() * spread).to(torch.bfloat16)
+        tensors[weight] = (tensors[weight].float() * spread(scales, block)[:rows, :columns]).to(torch.bfloat16)
     return tensors
+
+
+def spread(scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    return scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
 @pytest.fixture(scope="module", params=[(128, 128), (48, 112)], ids=["128x128", "48x112"])
@@ -103,21 +106,66 @@ def test_nvfp4_of_it_is_verified_against_it(source: Path, tmp_path: Path) -> Non
     assert name.removesuffix(".weight") in str(verify_checkpoint(tmp_path / "out", source).findings)
 
 
-def test_scales_that_are_powers_of_two_may_be_written_as_such(divisible_dir: Path, tmp_path: Path) -> None:
-    block = (128, 128)
-    source = packed(shutil.copytree(divisible_dir, tmp_path / "fp8"), block)
+def powers_of_two(directory: Path, codes: Callable[[torch.Size], torch.Tensor], *, as_floats: bool) -> Path:
+    """A copy's scales as DeepSeek-V3.1 has them: 2^(code - 127), in FP32, or as the codes themselves (F8_E8M0)."""
+    source = packed(directory, (128, 128))
     tensors = load_file(source / "model.safetensors")
-    codes = {name: torch.randint(115, 125, scales.shape) for name, scales in tensors.items() if "_scale_inv" in name}
-    exact = {name: torch.ldexp(torch.ones(code.shape), code - 127) for name, code in codes.items()}
-    stored = {name: code.to(torch.uint8).view(torch.float8_e8m0fnu) for name, code in codes.items()}
-    save_file({**tensors, **exact}, source / "model.safetensors", metadata={"format": "pt"})
-    expected = decoded(source, block)
-    save_file({**tensors, **stored}, source / "model.safetensors", metadata={"format": "pt"})
-    with opened(source, block) as checkpoint:
+    for name in sorted(name for name in tensors if name.endswith("_scale_inv")):
+        code = codes(tensors[name].shape)
+        exact = torch.ldexp(torch.ones(code.shape), code - 127)
+        tensors[name] = exact if as_floats else code.to(torch.uint8).view(torch.float8_e8m0fnu)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_scales_that_are_powers_of_two_are_read_exactly(as_floats: bool, divisible_dir: Path, tmp_path: Path) -> None:
+    """From 2^-127 on, which is code 0 and no normal FP32 number."""
+
+    def codes(shape: torch.Size) -> torch.Tensor:
+        found = torch.randint(110, 135, shape)
+        found[0, 0] = 0
+        return found
+
+    source = powers_of_two(shutil.copytree(divisible_dir, tmp_path / "fp8"), codes, as_floats=as_floats)
+    expected = {}
+    for name, tensor in read(source).items():
+        if name.endswith("_scale_inv"):
+            continue
+        scales = read(source).get(f"{name}_scale_inv")
+        # FP64 holds every product, so that there is the one rounding to BF16.
+        stood_for = tensor.double() if scales is None else tensor.double() * spread(scales.float().double(), (128, 128))
+        expected[name] = stood_for.bfloat16()
+    with opened(source, (128, 128)) as checkpoint:
         assert checkpoint.tensors.keys() == expected.keys()
-        assert all(same_bytes(checkpoint.read(name), expected[name]) for name in expected)
+        assert [name for name in expected if not same_bytes(checkpoint.read(name), expected[name])] == []
     quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
-    assert verify_checkpoint(tmp_path / "out", source).ok
+    report = verify_checkpoint(tmp_path / "out", source)
+    assert report.ok, [str(finding) for finding in report.findings]
+
+
+@pytest.mark.parametrize(("code", "said"), [(255, "NaN"), (254, "Inf")])
+@pytest.mark.parametrize("format_name", ["w4a16_nvfp4", "fp8_blockwise"])
+def test_scales_that_stand_for_no_number_are_refused(
+    code: int, said: str, format_name: str, divisible_dir: Path, tmp_path: Path
+) -> None:
+    """255 is the NaN of E8M0; 2^127 times a code of 448 is beyond BF16."""
+
+    def codes(shape: torch.Size) -> torch.Tensor:
+        return torch.full(shape, 120)
+
+    source = powers_of_two(shutil.copytree(divisible_dir, tmp_path / "fp8"), codes, as_floats=False)
+    tensors, name = read(source), "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[name].view(torch.uint8)[0, 0] = 0x7E
+    tensors[f"{name}_scale_inv"].view(torch.uint8)[0, 0] = code
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=said) as caught:
+        quantize_checkpoint(source, tmp_path / "out", format_name)
+    assert [offender.parameter for offender in caught.value.offenders] == [name]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
