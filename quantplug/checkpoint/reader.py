@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
@@ -15,6 +15,7 @@ from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
 from quantplug.errors import Offender, SourceError
+from quantplug.formats import BlockFormat, PackedWeight
 from quantplug.mappings.shapes.kinds import is_recomputed
 
 SINGLE_FILE = "model.safetensors"
@@ -92,6 +93,7 @@ class ScalesAside:
 
 
 NONE_ASIDE = ScalesAside()
+NONE_PACKED: Mapping[str, BlockFormat] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class HFCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.aside = NONE_ASIDE
+        # The tensors that are stored in a format of ours, so that they need not be decoded to be written in it.
+        self.packed_as = NONE_PACKED
         self._stored_as: dict[str, str] = {}
         names = weight_files(directory)
         self._opened_as = {file: identity_of(directory / file) for file in names}
@@ -155,6 +159,15 @@ class HFCheckpoint:
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         """A tensor on CPU, whole, or only what an index along its first axes says."""
         return self._read(name, self.tensors[name].file, index)
+
+    def read_packed(self, name: str, rows: slice, expert: int | None) -> PackedWeight:
+        """Rows of one of `packed_as` as they are stored, by the names and in the types of its format.
+
+        Args:
+            rows: Of a matrix [out, in]; they begin where blocks do.
+            expert: Which of the matrices of a tensor of all experts; None where it is one matrix.
+        """
+        raise NotImplementedError(f"{name} is not packed")
 
     def take_for(self, tied: Mapping[str, str]) -> None:
         """Gives tensors that are there under one of two tied names alone the other one, if that is what is asked for.

@@ -115,7 +115,7 @@ def quantize_checkpoint(
         if model.tied:
             checkpoint.take_for(model.family.tied)
         model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
-        weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied)
+        weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied, checkpoint.packed_as)
         check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
         # Without a type: plain tensors keep their own. The source is its own reference, whose duplicates are written
         # again.

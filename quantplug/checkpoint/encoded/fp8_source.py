@@ -16,12 +16,17 @@ import torch
 from quantplug.checkpoint.encoded.described import BlockSize, FP8Storage, Sharing
 from quantplug.checkpoint.reader import HFCheckpoint, ScalesAside, TensorHeader, damaged
 from quantplug.errors import Offender
+from quantplug.formats import FP8_BLOCK, FP8_ROW, BlockFormat, PackedWeight
+from quantplug.formats.constants import F32_SMALLEST_NORMAL, FP8_BLOCK_SIDE
 
 # The last is a power of two alone, 2^(code - 127) (OCP Microscaling Formats v1.0, 5.4.1).
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 # Scales of activations and of KV caches, as all of these tools name them: they say nothing of a weight.
 _OF_INPUTS = "input_scale"
 _OF_CACHE = ("k_scale", "v_scale")
+
+# What a linear can be written in with the very codes and scales that it has, by what shares a scale.
+_FORMATS: Mapping["Steps", BlockFormat] = {(FP8_BLOCK_SIDE, FP8_BLOCK_SIDE): FP8_BLOCK, (1, None): FP8_ROW}
 
 Shape = tuple[int, ...]
 Steps = tuple[int | None, ...]
@@ -72,6 +77,8 @@ class FP8Checkpoint(HFCheckpoint):
                 offenders.append(Offender(name, found))
         if offenders:
             raise damaged(offenders)
+        by_steps = {name: _FORMATS.get(scales.steps) for name, scales in self._scales.items()}
+        self.packed_as = {name: packing for name, packing in by_steps.items() if packing is not None}
         self.aside = ScalesAside(tuple(_scales_aside(stored, packed)))
         # To a reader the scales are no tensors: they are part of how a weight is written.
         hidden = {scales.name for scales in self._scales.values()}.union(self.aside.names)
@@ -93,6 +100,34 @@ class FP8Checkpoint(HFCheckpoint):
         values = codes.float().mul_(self._spread(scales, self.tensors[name].shape, index))
         return values.to(self.tensors[name].dtype)
 
+    def read_packed(self, name: str, rows: slice, expert: int | None) -> PackedWeight:
+        assert expert is None, "experts of one tensor are not among `packed_as`"
+        codes, (step, _) = super().read(name, (rows,)), self._scales[name].steps
+        assert step is not None
+        of_rows = slice(rows.start // step, -(-rows.stop // step))
+        scales = self._table(self._scales[name], (of_rows,))
+        odd = ~scales.isnan() & ~((scales >= F32_SMALLEST_NORMAL) & (scales <= 1 / F32_SMALLEST_NORMAL))
+        if odd.any():
+            self._pack_odd(name, rows, odd, codes, scales)
+        return PackedWeight({"weight": codes, self.packed_as[name].scales[0]: scales})
+
+    def _pack_odd(self, name: str, rows: slice, odd: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Packs anew what has a scale that no kernel reads right: 0, one below zero, or one that GPUs flush to 0."""
+        packed = self.packed_as[name].pack(self.read(name, (rows,)))
+        fresh, fresh_scales = packed.tensors.values()
+        spread = odd
+        for axis, step in enumerate(self._scales[name].steps):
+            if step is not None:
+                spread = spread.index_select(axis, torch.arange(codes.shape[axis]) // step)
+        # As bytes: torch selects among no FP8.
+        codes.view(torch.uint8).copy_(torch.where(spread, fresh.view(torch.uint8), codes.view(torch.uint8)))
+        scales.copy_(torch.where(odd, fresh_scales, scales))
+
+    def _table(self, scales: _Scales, index: tuple[int | slice, ...]) -> torch.Tensor:
+        """FP32 scales with an axis for each of the weight's, of which an index gives some along the first."""
+        stored = self._read(scales.name, scales.header.file, index).float()
+        return stored.reshape((-1, *scales.table[1:]))
+
     def _spread(self, scales: _Scales, shape: Shape, index: tuple[int | slice, ...]) -> torch.Tensor:
         """FP32 scales that broadcast to what an index gives of a weight of this shape."""
         # An index may leave out last axes; from here on there is one for each.
@@ -100,8 +135,7 @@ class FP8Checkpoint(HFCheckpoint):
         one = isinstance(parts[0], int)
         # Of a table for each expert that of the one is read; all other tables are small beside their weights.
         alone = one and scales.steps[0] == 1 and scales.header.shape[:1] == shape[:1]
-        table = self._read(scales.name, scales.header.file, (parts[0],) if alone else ()).float()
-        table = table.reshape((1, *scales.table[1:]) if alone else scales.table)
+        table = self._table(scales, (parts[0],) if alone else ())
         for axis, (part, step, size) in enumerate(zip(parts, scales.steps, shape, strict=True)):
             if step is not None and not (alone and axis == 0):
                 # For each row (then column) that is read, the place of its scale in the table.

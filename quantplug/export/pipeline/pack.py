@@ -9,13 +9,17 @@ from collections.abc import Generator, Iterable, Sequence
 import torch
 
 from quantplug.export.plan.pieces import Piece
+from quantplug.export.plan.source import Rows
 from quantplug.export.plan.types import ExportTask, PartOutput
+from quantplug.formats import PackedWeight
 
 Packed = tuple[Piece, Sequence[torch.Tensor]]
 
 
-def pack_in_groups(read: Iterable[tuple[Piece, torch.Tensor]], most: int) -> Generator[Packed, None, None]:
+def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Generator[Packed, None, None]:
     """What a rank sends of pieces, each given with the rows that it has of it; in their order, on the rows' device.
+
+    Rows that are packed already are handed on as they are.
 
     Args:
         most: Bytes of the rows of a group, but of one that is larger by itself; what they are packed to, and working
@@ -23,6 +27,10 @@ def pack_in_groups(read: Iterable[tuple[Piece, torch.Tensor]], most: int) -> Gen
     """
     group: list[tuple[Piece, torch.Tensor]] = []
     for piece, rows in read:
+        if isinstance(rows, PackedWeight):
+            yield from _packed(group)
+            yield piece, tuple(rows.tensors.values())
+            continue
         # Kernels take a group as one batch, which has one shape, dtype, device and stride. Another kind of rows ends
         # it.
         if group and not _are_alike(group[-1], (piece, rows)):

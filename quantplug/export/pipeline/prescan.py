@@ -16,7 +16,7 @@ from quantplug.export.pipeline.amaxes import WeightAmax, has_grown
 from quantplug.export.pipeline.fingerprint import fingerprint
 from quantplug.export.pipeline.outliers import Typical, sampled_magnitude
 from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.source import Place, ReadRows, Source, place_of
+from quantplug.export.plan.source import Place, ReadRows, Rows, Source, place_of
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
 from quantplug.formats import first_nonfinite
@@ -103,13 +103,14 @@ def prescan(
     for task, amax, typical in zip(mine, largest.unbind(), sampled.unbind(), strict=True):
         looked = 0
         for chunk in source.chunks(task):
-            if chunk.rows.numel() and not task.mapping.role.is_passthrough:
-                torch.maximum(amax, weight_amax(chunk.rows).to(amax.device), out=amax)  # Lets a NaN through.
-            if (sample := sampled_magnitude(task, chunk.rows)) is not None:
+            values = chunk.values()
+            if values.numel() and not task.mapping.role.is_passthrough:
+                torch.maximum(amax, weight_amax(values).to(amax.device), out=amax)  # Lets a NaN through.
+            if (sample := sampled_magnitude(task, values)) is not None:
                 torch.fmin(typical, sample.to(typical.device), out=typical)  # Lets no NaN through.
             if with_marks:
                 marks[chunk.place] = fingerprint(chunk.rows)
-            looked += chunk.rows.nbytes
+            looked += values.numel() * task.source.dtype.itemsize
             # Only within a weight. Its end is told below, and by its size in the plan: padding rows are never looked
             # at, and the sum must come out at the total.
             if looked < _share(task):
@@ -205,7 +206,7 @@ def unchanged_rows(source: Source, marks: Marks) -> ReadRows:
         SourceError: Names the tensor.
     """
 
-    def read(piece: Piece) -> torch.Tensor:
+    def read(piece: Piece) -> Rows:
         rows = source.read(piece)
         # After the rows were read: what is touched before that, or while they are, is seen here.
         if source.may_have_changed(piece.task) and marks.get(place_of(piece)) != fingerprint(rows):

@@ -40,7 +40,7 @@ from quantplug.export.plan.types import (
     WholeWeight,
 )
 from quantplug.findings import Findings
-from quantplug.formats import TensorSpec
+from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
@@ -201,10 +201,19 @@ class _Packing:
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtypes(weight, mapping, len(shapes))
         of_parts = [None if pattern in mapping.high_precision else scheme for pattern in mapping.hf]
+        # Written by another row than it is stored by, no part is one that the source holds.
+        packed_as = weight.packed_as if mapping is stored else ()
         outputs = tuple(
-            self._output(weight, name, shape, dtype, of_part, placement)
-            for name, shape, dtype, of_part in zip(
-                mapping.hf_names(weight.key, self.dims), shapes, plain, of_parts, strict=True
+            replace(
+                self._output(weight, name, shape, dtype, of_part, placement), as_stored=_is_stored_so(of_part, held)
+            )
+            for name, shape, dtype, of_part, held in zip(
+                mapping.hf_names(weight.key, self.dims),
+                shapes,
+                plain,
+                of_parts,
+                packed_as or (None,) * len(shapes),
+                strict=True,
             )
         )
         return ExportTask(
@@ -300,6 +309,14 @@ class _Packing:
         return replace(tensor, shape=placement.stored_shape(tensor.shape))
 
 
+def _is_stored_so(scheme: Scheme | None, held: WeightFormat | None) -> bool:
+    """Whether a part is written in the format in which the source holds it, all scales of which are its own.
+
+    A scale of the whole tensor may be one that servers want to be that of other tensors too.
+    """
+    return scheme is not None and scheme.weight == held and not scheme.weight.encoding.has_tensor_scale
+
+
 def _input_scale(activation: QuantizerState | None, scheme: Scheme, stored: Spelled) -> Iterator[Constant]:
     """The scale of a linear's input; before calibration there is none, and nothing is written of such a plan."""
     if activation is not None and activation.amax is not None:
@@ -351,6 +368,7 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
                 str(spec.dtype),
                 repr(task.amax),
                 [it.values for it in part.constants],
+                part.as_stored,
                 task.mapping.offset,
             ]
             for task in tasks

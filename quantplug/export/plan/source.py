@@ -12,11 +12,15 @@ import torch
 
 from quantplug.export.plan.pieces import Piece, cut
 from quantplug.export.plan.types import ExportTask
+from quantplug.formats import PackedWeight, WeightFormat
 from quantplug.mappings.layouts import ModelDimensions
 
+Rows = torch.Tensor | PackedWeight
+"""What a source gives of a piece: values [rows, ...] in its type, or codes and scales where the part is `as_stored`."""
+
 # A function and not a method of `Source`: what checks that the source has not changed wraps it (`unchanged_rows`).
-ReadRows = Callable[[Piece], torch.Tensor]
-"""What this rank has of a piece: Hugging Face values [rows, ...], on the device and in the type of the source."""
+ReadRows = Callable[[Piece], Rows]
+"""What this rank has of a piece, on the device of the source."""
 
 
 # A tuple, so that places are keys of the fingerprints that ranks exchange, and sort alike everywhere.
@@ -47,11 +51,20 @@ class Chunk:
 
     Attributes:
         place: Where it stands, the same whoever looks.
-        rows: A tensor as it lies in the source, on its device and in its dtype; without rows that are never written.
+        rows: As they lie in the source, on its device; without rows that are never written.
+        packed_as: The format of what is packed there.
     """
 
     place: Place
-    rows: torch.Tensor
+    rows: Rows
+    packed_as: WeightFormat | None = None
+
+    def values(self) -> torch.Tensor:
+        """The values [rows, ...] of what it holds; of packed rows in FP32."""
+        if isinstance(self.rows, torch.Tensor):
+            return self.rows
+        assert self.packed_as is not None
+        return self.packed_as.unpack(self.rows)
 
 
 def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, read: ReadRows) -> Iterator[Chunk]:
@@ -60,7 +73,7 @@ def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, 
     So a row that is read for the second time has a fingerprint of its own to be held against.
     """
     for piece in cut(task, dims, bucket_bytes):
-        yield Chunk(place_of(piece), read(piece))
+        yield Chunk(place_of(piece), read(piece), piece.output.format)
 
 
 class Source(Protocol):
@@ -88,7 +101,7 @@ class Source(Protocol):
         Their names are those that the source has for them.
         """
 
-    def read(self, piece: Piece) -> torch.Tensor:
+    def read(self, piece: Piece) -> Rows:
         """Rows of a weight that this rank holds, as `ReadRows`."""
 
     def may_have_changed(self, task: ExportTask) -> bool:

@@ -108,6 +108,8 @@ class WholeWeight:
         zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others, and where
             the values are those of the family.
         part_dtypes: Types of its parts, where they are of several; `dtype` holds the values of all of them then.
+        packed_as: Formats in which the source holds its parts already, None for those that it holds otherwise; empty
+            where no part is.
         unquantized: Said of a weight without a weight quantizer on some rank; None where all have one, or could not.
     """
 
@@ -121,6 +123,7 @@ class WholeWeight:
     source_names: tuple[str, ...] = ()
     zero_centred: bool | None = None
     part_dtypes: tuple[torch.dtype, ...] = ()
+    packed_as: tuple[WeightFormat | None, ...] = ()
     unquantized: Unquantized | None = None
 
     @property
@@ -166,6 +169,8 @@ class PartOutput:
         placement: Where the slice lies in those tensors; None if they are all its own.
         constants: Those of the tensors that are made of no row, as far as their values are known: the scale of a
             linear's input is not before calibration.
+        as_stored: Whether the source holds it in this very format, so that its codes and scales are written as they
+            are: decoded and packed anew, most of them would come out as others.
         reciprocals: Names of those of which 1 / value is written, of the scale without axes that the format makes.
     """
 
@@ -176,6 +181,7 @@ class PartOutput:
     placement: Placement | None = None
     constants: tuple[Constant, ...] = ()
     reciprocals: frozenset[str] = frozenset()
+    as_stored: bool = False
 
     @property
     def plain_dtype(self) -> torch.dtype | None:

@@ -6,11 +6,12 @@ from functools import reduce
 import torch
 
 from quantplug.checkpoint.check_tensors import check_tensors
-from quantplug.checkpoint.reader import TensorHeader
+from quantplug.checkpoint.reader import NONE_PACKED, TensorHeader
 from quantplug.errors import ShapeError, SourceError
 from quantplug.export.plan.build import PLAIN_DTYPES
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind
+from quantplug.formats import WeightFormat
 from quantplug.mappings.layouts import Layout, ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
 
@@ -27,12 +28,17 @@ _DTYPES = Kind(
 
 
 def source_weights(
-    tensors: Mapping[str, TensorHeader], family: Family, dims: ModelDimensions, tied: bool
+    tensors: Mapping[str, TensorHeader],
+    family: Family,
+    dims: ModelDimensions,
+    tied: bool,
+    packed_as: Mapping[str, WeightFormat] = NONE_PACKED,
 ) -> tuple[WholeWeight, ...]:
     """Every weight of a model of these sizes, with the shape of the Megatron tensor that its parts would make.
 
     Args:
         tied: Whether the output layer shares the data of the embedding; a tensor of its own is then no weight.
+        packed_as: Formats of the tensors that are packed already.
 
     Raises:
         MappingError: Tensors are missing or unknown.
@@ -47,7 +53,7 @@ def source_weights(
     findings.raise_if_any()
     table = family.by_megatron()
     weights = tuple(
-        _weight(names, key, table[key.module], tensors, dims, findings)
+        _weight(names, key, table[key.module], tensors, packed_as, dims, findings)
         for (names, _), key in expected.items()
         if not aliases.keys() & set(names)
     )
@@ -60,6 +66,7 @@ def _weight(
     key: ParamKey,
     mapping: WeightMapping,
     tensors: Mapping[str, TensorHeader],
+    packed_as: Mapping[str, WeightFormat],
     dims: ModelDimensions,
     findings: Findings,
 ) -> WholeWeight:
@@ -79,7 +86,9 @@ def _weight(
         said = ", ".join(f"{name} {list(header.shape)}" for name, header in zip(names, headers, strict=True))
         findings.add(_SHAPE, names[0], f"the config asks for other shapes than {said}", key.expert)
     mixed = dtypes if len(set(dtypes)) > 1 else ()
-    return WholeWeight(key, shape or (), dtype, source_names=names, part_dtypes=mixed)
+    packed = tuple(packed_as.get(name) for name in names)
+    held = packed if any(packed) else ()
+    return WholeWeight(key, shape or (), dtype, source_names=names, part_dtypes=mixed, packed_as=held)
 
 
 def _merged_shape(parts: Sequence[tuple[int, ...]], layout: Layout, dims: ModelDimensions) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ import torch
 
 from quantplug.checkpoint.reader import HFCheckpoint
 from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.source import Chunk, chunks_by_piece
+from quantplug.export.plan.source import Chunk, Rows, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -39,8 +39,11 @@ class CheckpointSource:
         for part, output in enumerate(task.outputs):
             yield output.name, self._read_part(task, part)
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        return self._read_part(piece.task, piece.part, slice(piece.start, piece.stop))
+    def read(self, piece: Piece) -> Rows:
+        rows, output, placement = slice(piece.start, piece.stop), piece.output, piece.output.placement
+        if output.as_stored:
+            return self.checkpoint.read_packed(output.name, rows, None if placement is None else placement.expert)
+        return self._read_part(piece.task, piece.part, rows)
 
     def may_have_changed(self, task: ExportTask) -> bool:
         return any(self.checkpoint.may_have_changed(name) for name in self._tensors_of(task))

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from quantplug.export.plan.pieces import BUCKET_BYTES, Piece, rows_of
-from quantplug.export.plan.source import Chunk, Place, Source
+from quantplug.export.plan.source import Chunk, Place, Rows, Source
 from quantplug.export.plan.types import ExportTask, Held, WeightRef, not_here
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -47,7 +47,7 @@ class LiveSource:
         else:
             yield task.source.key.name, written_rows(task, self.held[task.source.key])
 
-    def read(self, piece: Piece) -> torch.Tensor:
+    def read(self, piece: Piece) -> Rows:
         if piece.task.mapping.role.is_passthrough:
             return self._beside.read(piece)
         ref = self.held[piece.task.source.key]

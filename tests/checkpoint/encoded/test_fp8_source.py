@@ -126,7 +126,8 @@ def test_scales_that_are_powers_of_two_are_read_exactly(as_floats: bool, divisib
     """From 2^-127 on, which is code 0 and no normal FP32 number."""
 
     def codes(shape: torch.Size) -> torch.Tensor:
-        found = torch.randint(110, 135, shape)
+        # Few enough doublings apart that no block drowns beside another one of its tensor.
+        found = torch.randint(120, 127, shape)
         found[0, 0] = 0
         return found
 

@@ -9,7 +9,7 @@ import torch
 
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.export.plan.pieces import Piece, rows_of
-from quantplug.export.plan.source import Chunk, Source, chunks_by_piece
+from quantplug.export.plan.source import Chunk, Rows, Source, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.export.sources.checkpoint_rows import BUCKET_BYTES
 from quantplug.mappings.layouts import ModelDimensions
@@ -49,7 +49,7 @@ class TorchDistSource:
             rows = torch.arange(task.source.shape[0])
             yield task.source.label, self._rows(self.segments[task.source.key], rows)
 
-    def read(self, piece: Piece) -> torch.Tensor:
+    def read(self, piece: Piece) -> Rows:
         if piece.task.mapping.role.is_passthrough:
             return self._beside.read(piece)
         rows = self._rows(self.segments[piece.task.source.key], rows_of(piece, 0, self.dims))
