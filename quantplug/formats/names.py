@@ -91,6 +91,12 @@ class Scheme:
         return block.columns if block.rows == 1 else None
 
     @property
+    def label(self) -> str:
+        """Its name for messages, with the size of groups where that is a user's choice."""
+        one_of_several = sum(row.format is self.format for row in _ROWS) > 1
+        return f"{self.format} in groups of {self.group_size}" if one_of_several else str(self.format)
+
+    @property
     def has_input_scale(self) -> bool:
         """Whether an `input_scale` is written, which takes calibration with data."""
         return self.activations is Activations.STATIC

@@ -1,7 +1,7 @@
 """Which modules an exclude list keeps unquantized, as the servers read it.
 
 ModelOpt's lists hold names and shell wildcards (in vLLM 0.33 a plain name also hits every name it is part of).
-compressed-tensors' hold names and `re:` expressions; DeepSeek's `modules_to_not_convert` names or parts of names.
+compressed-tensors' hold exact names and `re:` expressions; DeepSeek's `modules_to_not_convert` names or parts of names.
 """
 
 import re
@@ -26,11 +26,15 @@ def matches_modelopt(pattern: str, module: str) -> bool:
 
 
 def matches_compressed_tensors(pattern: str, module: str) -> bool:
-    """Exact name or parent, or a regular expression from the start of the name (`re:.*lm_head`)."""
+    """Exact name, or a regular expression from the start of the name (`re:.*lm_head`).
+
+    A parent's name stands for what is below it only where that is a layer's experts, of which servers build one module.
+    By which names they look that up is a rule of its own (`exclude-missing`).
+    """
     if pattern.startswith("re:"):
         expression = _expression(pattern.removeprefix("re:"))
         return expression is not None and expression.match(module) is not None
-    return module == pattern or module.startswith(f"{pattern}.")
+    return module == pattern or (pattern.endswith(".experts") and module.startswith(f"{pattern}."))
 
 
 def matches_fp8(pattern: str, module: str) -> bool:
@@ -95,7 +99,7 @@ class PatternList:
             yield from self._names.intersection(_stretches(module, self._sizes))
             return
         prefixes = list(_prefixes(module))
-        yield from (prefix for prefix in prefixes if prefix in self._names)
+        yield from (prefix for prefix in prefixes if prefix in self._names and self.matcher(prefix, module))
         last = module.rpartition(".")[2]
         # What stands before a wildcard is a prefix of the name, and of no name at all for one that begins with it.
         for key in ((begin, end) for begin in (*prefixes, "") for end in dict.fromkeys((last, ""))):

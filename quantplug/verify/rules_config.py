@@ -1,6 +1,6 @@
 """Rules on the two config files: the algorithm, and that they agree."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts, is_texts
 from quantplug.printable import shown
@@ -176,13 +176,40 @@ def mixed(inventory: Inventory) -> Iterator[Finding]:
             CONFIG,
             "neither kv_cache_quant_algo nor kv_cache_scheme: SGLang reads the other file",
         )
-    # A name may stand for all that is below it, as readers take it.
-    known = with_parents(inventory.modules)
+    yield from _listed(inventory, layers, algos)
+    yield from _experts_by_chance(inventory, algos)
+
+
+def _listed(inventory: Inventory, layers: Json, algos: Mapping[str, str]) -> Iterator[Finding]:
+    """Each key names a module, and an algorithm that both servers know in this schema."""
+    known = inventory.served.keys() | inventory.expert_groups.keys()
     for name, algorithm in algos.items():
         if algorithm.upper() == "FP8_PB_WO":
             yield error(Check.MIXED, name, "FP8_PB_WO inside MIXED_PRECISION: vLLM and SGLang want different tensors")
+        if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+            message = (
+                "FP8_PER_CHANNEL_PER_TOKEN inside MIXED_PRECISION: of linears vLLM alone reads it, of experts nobody"
+            )
+            yield error(Check.MIXED, name, message)
+        size = as_object(layers[name]).get("group_size")
+        if algorithm in _NVFP4 and size is not None and as_count(size) != 16:
+            yield error(Check.ALIGNMENT, f"quantized_layers.{name}", f"group_size is {size!r}, NVFP4 has 16")
         if name not in known:
             yield error(Check.MIXED, name, "listed in quantized_layers, but no module on disk has that name")
+
+
+def _experts_by_chance(inventory: Inventory, algos: Mapping[str, str]) -> Iterator[Finding]:
+    """Plain experts beside a listed module: vLLM 0.33 looks for any key below their parent and takes its algorithm."""
+    parents: dict[str, str] = {}
+    for name in algos:
+        for parent in with_parents([name.rpartition(".")[0]]):
+            parents.setdefault(parent, name)
+    for experts, members in inventory.expert_groups.items():
+        beside = parents.get(experts.rpartition(".")[0])
+        is_plain = not any(inventory.modules[name].quantized for name in members)
+        if is_plain and beside is not None and not inventory.scheme.excludes.names(experts):
+            message = f"plain, but on no exclude list: vLLM takes the algorithm of {beside} for them"
+            yield error(Check.MIXED, experts, message)
 
 
 RULES = (algo, fp8_config, config_agreement, group_size, weight_only, status, mixed)

@@ -112,19 +112,24 @@ def _same_for_all(layout: ModuleLayout) -> Callable[[str], ModuleLayout]:
 
 
 def _mixed_layouts(layers: Json) -> Callable[[str], ModuleLayout]:
-    """Listed by full name or by a parent's; what is not listed is unquantized."""
+    """Listed by its own name, or as one of a layer's experts; what is not listed is unquantized."""
     algos = {name: as_text(as_object(entry).get("quant_algo")) for name, entry in layers.items()}
 
     def layout_of(module: str) -> ModuleLayout:
-        name = module
-        # The nearest name above decides, as in the readers' own lookups by prefix.
-        while name:
-            if name in algos:
-                return MODELOPT_LAYOUTS.get(algos[name], UnjudgedLayout(algos[name] or "no quant_algo"))
-            name = name.rpartition(".")[0]
-        return None
+        # Of experts servers build one module, which may be listed by itself; a key stands for no other parent (vLLM
+        # 0.33, `_resolve_quant_algo`).
+        name = module if module in algos else _experts_of(module)
+        if name not in algos:
+            return None
+        return MODELOPT_LAYOUTS.get(algos[name], UnjudgedLayout(algos[name] or "no quant_algo"))
 
     return layout_of
+
+
+def _experts_of(module: str) -> str:
+    """The module of all experts that one is below; empty for what is none's."""
+    experts, dot, _ = module.rpartition(".experts.")
+    return f"{experts}.experts" if dot else ""
 
 
 def _fp8(config: Json) -> DeclaredScheme:

@@ -25,8 +25,10 @@ from quantplug.mappings.table import MegatronConfig
 from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parallel import initialize_parallel
 from quantplug.plugins import quant_cfg
+from tests.export.mixed import mixed_cfg
 
 SMALL_BUCKET_BYTES = 100_000  # So that even this model's weights are cut into pieces, and make many rounds.
+MIXED = "mixed"
 INPUT_AMAX = 2.0  # Of every input, as a forward of Transformer Engine's modules needs a GPU.
 
 
@@ -43,7 +45,7 @@ def quantized_model(source: Path, name: str) -> nn.Module:
 
 def quantized(model: nn.Module, source: Path, name: str) -> nn.Module:
     """The model, quantized by the config of a format; of inputs that are quantized all amaxes are alike."""
-    mtq.quantize(model, quant_cfg(name, source))
+    mtq.quantize(model, mixed_cfg() if name == MIXED else quant_cfg(name, source))
     for module_name, module in model.named_modules():
         if module_name.endswith(".input_quantizer") and needs_amax(module):
             module.amax = torch.tensor(INPUT_AMAX)
@@ -59,11 +61,13 @@ def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
 
 
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
+    """One export for each layout; one that is called `mixed/...` is of two formats."""
     work.make_rounds = lambda tasks, dims, _: make_rounds(tasks, dims, SMALL_BUCKET_BYTES)
     for layout in sizes:
-        tp, ep, etp, pp, *stages = map(int, layout.split("-"))
+        mixed, _, numbers = layout.rpartition("/")
+        tp, ep, etp, pp, *stages = map(int, numbers.split("-"))
         initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
-        model = quantized_stages(source, name, *stages) if stages else quantized_model(source, name)
+        model = quantized_stages(source, name, *stages) if stages else quantized_model(source, mixed or name)
         export_mcore_gpt_to_hf(model, source, export_dir=output / layout)
         parallel_state.destroy_model_parallel()
 

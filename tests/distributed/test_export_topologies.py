@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from quantplug import export_mcore_gpt_to_hf
 from quantplug.verify import Severity, verify_checkpoint
-from tests.distributed.export_worker import quantized_model
+from tests.distributed.export_worker import MIXED, quantized_model
 from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("export_worker.py")
@@ -47,7 +47,8 @@ def assert_same_tensors(directory: Path, expected: Path) -> None:
         ("fp8", "tiny_qwen3_moe_dir", LAYOUTS),
         ("fp8_blockwise", "divisible_dir", LAYOUTS),
         # Rows of o_proj and down_proj are cut by TP and ETP, and each has one scale: of the whole row.
-        ("fp8_dynamic", "tiny_qwen3_moe_dir", ["2-2-2-1", "4-1-4-1"]),
+        # NVFP4 experts beside FP8 attention are written by the same ranks.
+        ("fp8_dynamic", "tiny_qwen3_moe_dir", ["mixed/2-2-1-1", "2-2-2-1", "4-1-4-1"]),
         ("fp8_dynamic", "tiny_llama4_dir", ["2-2-1-1"]),
         ("w4a16_nvfp4", "tiny_qwen3_mixed_dir", PIPELINES),
         ("w4a16_nvfp4", "tiny_llama4_dir", ONE_TENSOR),
@@ -55,14 +56,18 @@ def assert_same_tensors(directory: Path, expected: Path) -> None:
 )
 def test_every_topology_writes_the_same_tensors(name, source, layouts, tmp_path, request):
     source = request.getfixturevalue(source)
-    export_mcore_gpt_to_hf(quantized_model(source, name), source, export_dir=tmp_path / "one")
+    (tmp_path / MIXED).mkdir()
+    for directory in dict.fromkeys((tmp_path / layout).parent for layout in layouts):
+        model = quantized_model(source, MIXED if directory.name == MIXED else name)
+        export_mcore_gpt_to_hf(model, source, export_dir=directory / "one")
     ranks = run_ranks(RANKS, WORKER, "layouts", source, tmp_path, name, *layouts)
     assert ranks.ok, ranks.output[-9000:]
     for layout in layouts:
-        assert_same_tensors(tmp_path / layout, tmp_path / "one")
+        one = (tmp_path / layout).with_name("one")
+        assert_same_tensors(tmp_path / layout, one)
         assert not verify_checkpoint(tmp_path / layout, source).checks(Severity.ERROR)
         config = (tmp_path / layout / "config.json").read_bytes()
-        assert config == (tmp_path / "one" / "config.json").read_bytes()
+        assert config == (one / "config.json").read_bytes()
     # Every rank writes a part: nobody carries it all.
     assert len(list((tmp_path / layouts[-1]).glob("*.safetensors"))) >= RANKS
 

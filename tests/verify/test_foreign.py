@@ -254,6 +254,27 @@ def unlist(key: str) -> Callable[[Any], None]:
     return lambda s: s.quantization_config["quantized_layers"].pop(key)  # the same object as the other file's
 
 
+def by_its_parent(parent: str) -> Callable[[Any], object]:
+    """One key in place of those of all modules below it."""
+
+    def spoil(surgery: Any) -> None:
+        layers = surgery.quantization_config["quantized_layers"]
+        for name in [name for name in layers if name.startswith(f"{parent}.")]:
+            layers[parent] = layers.pop(name)
+
+    return spoil
+
+
+def plain_experts(surgery: Any) -> None:
+    """Experts of a layer in 16 bits that nothing excludes, beside a module of the layer's MLP that is listed."""
+    layers = surgery.quantization_config["quantized_layers"]
+    for name in [name for name in layers if name.startswith("model.layers.1.mlp.experts.")]:
+        surgery.plain(name, 2 * surgery.tensors[f"{name}.weight"].shape[1])
+        del layers[name]
+    # In place of a shared expert, which this model does not have.
+    layers["model.layers.1.mlp.gate"] = {"quant_algo": "NVFP4", "group_size": 16}
+
+
 MIXED_SPOILED: list[tuple[str, Callable[[Any], object], set[str]]] = [
     ("nothing", lambda s: None, set()),
     ("a layer that is not there", in_both("model.layers.7.mlp", {"quant_algo": "NVFP4"}), {"mixed"}),
@@ -261,6 +282,13 @@ MIXED_SPOILED: list[tuple[str, Callable[[Any], object], set[str]]] = [
     ("no KV key", lambda s: s.quantization_config.pop("kv_cache_quant_algo"), {"mixed"}),
     ("layers in one file alone", lambda s: s.quantization.pop("quantized_layers"), {"config-agreement"}),
     ("not listed, yet quantized", unlist("model.layers.0.self_attn.o_proj"), {"coverage"}),
+    ("another format for k than for q", in_both("model.layers.0.self_attn.k_proj", {"quant_algo": "FP8"}), {"architecture", "one-algo", "tensor-layout"}),
+    ("blocks of 32", in_both(EXPERT, {"quant_algo": "NVFP4", "group_size": 32}), {"alignment"}),
+    ("a scale a row", in_both("model.layers.1.mlp.gate", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}), {"mixed"}),
+    ("a pattern", in_both("model.layers.0.self_attn.*", {"quant_algo": "NVFP4", "group_size": 16}), {"mixed"}),
+    ("a parent that no server looks up", by_its_parent("model.layers.0.self_attn"), {"coverage", "mixed"}),
+    ("all experts by one name", by_its_parent("model.layers.1.mlp.experts"), set()),
+    ("plain experts on no list", plain_experts, {"mixed"}),
     ("another algorithm in one expert", in_both(EXPERT, {"quant_algo": "W4A16_NVFP4"}), {"one-algo", "weight-only"}),
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ from quantplug.export.plan.check_quantizers import (
 )
 from quantplug.export.plan.dialects.dialect import INPUT_SCALE, Dialect, Spelled
 from quantplug.export.plan.dialects.table import DialectName, choose_dialect
-from quantplug.export.plan.fused_linears import check_block_borders, group_names, with_shared_amaxes
+from quantplug.export.plan.fused_linears import check_block_borders, check_one_scheme, group_names, with_shared_amaxes
 from quantplug.export.plan.kv_cache import KVCache, KVQuantizers, check_kv_cache, check_kv_place
 from quantplug.export.plan.match import Mapped, match_table, part_shapes
 from quantplug.export.plan.modules import excluded_modules, quantized_modules
@@ -120,6 +120,7 @@ def build_plan(
     written = _rows_written(mapped, dialect)
     groups = group_names(mapped, written, dims)
     mapped = with_shared_amaxes(mapped, groups, findings)
+    check_one_scheme(mapped, groups, schemes, findings)
     check_block_borders(mapped, written, groups, schemes, dims, findings)
     # A group's amax has replaced only usable ones: where one member has none, or a NaN, this still finds it.
     if request.calibrated:

@@ -12,7 +12,7 @@ quantization/fp8.py).
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +28,11 @@ _PARTIAL = Kind(
     UnsupportedQuantizationError,
     "Only some weights of a group are quantized, and servers fuse the group into one linear.",
     "Enable or disable the weight quantizers of the whole group together.",
+)
+_UNLIKE = Kind(
+    UnsupportedQuantizationError,
+    "Linears that servers fuse, or load alike, are quantized in several formats.",
+    "Quantize all of them in one format: the linears of a group, or fc1 and fc2 of all experts of a layer.",
 )
 _BORDER = Kind(
     ShapeError,
@@ -69,6 +74,31 @@ def with_shared_amaxes(mapped: Mapped, groups: Mapping[ParamKey, str], findings:
         )
         for whole, mapping in mapped
     ]
+
+
+def check_one_scheme(mapped: Mapped, groups: Mapping[ParamKey, str], schemes: Schemes, findings: Findings) -> None:
+    """Groups whose members, and layers whose experts, are quantized in several ways go into `findings`.
+
+    vLLM 0.33 and SGLang 0.5.23 take the first key that they find of a layer's experts for all of them, fc1 and fc2
+    (`_resolve_quant_algo` in their modelopt quantization), and stop at linears of several formats that they fuse.
+    """
+    members: defaultdict[str, list[WholeWeight]] = defaultdict(list)
+    for whole, _ in mapped:
+        if whole.key not in schemes:
+            continue
+        if whole.key.expert is not None:
+            members[f"the experts of {whole.key.stack} layer {whole.key.layer}"].append(whole)
+        elif whole.key in groups:
+            members[groups[whole.key]].append(whole)
+    for group, wholes in members.items():
+        counts = Counter(schemes[whole.key] for whole in wholes)
+        (usual, _), *others = counts.most_common()
+        # Those that are most are what was meant, so that the fewest names are told.
+        for whole in wholes if others else ():
+            if schemes[whole.key] != usual:
+                findings.add_weight(
+                    _UNLIKE, whole, f"is {schemes[whole.key].label}, others of {group} are {usual.label}"
+                )
 
 
 def _largest(states: Sequence[QuantizerState | None]) -> float | None:

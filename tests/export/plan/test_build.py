@@ -7,6 +7,7 @@ import torch
 
 from quantplug.errors import ArgumentError, CalibrationError, MappingError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan.build import ExportRequest, build_plan
+from quantplug.export.plan.dialects.table import DialectName
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.formats import TensorSpec
 from quantplug.mappings.families import find_family
@@ -293,13 +294,13 @@ def test_one_unquantized_expert_is_named():
     assert [offender.expert for offender in caught.value.offenders] == [3]
 
 
-def test_mixed_schemes_are_refused():
+def test_formats_that_a_dialect_has_no_name_for_are_refused():
     refs = [
         replace(ref, weight=replace(FP8, name=ref.weight.name)) if ref.weight and ref.key.expert is None else ref
         for ref in weights(quantizer=NVFP4)
     ]
-    with pytest.raises(UnsupportedQuantizationError, match="mixes quantization schemes"):
-        plan(refs)
+    with pytest.raises(UnsupportedQuantizationError, match="has no name for w8a16_fp8"):
+        plan(refs, dialect=DialectName.MODELOPT)
 
 
 @pytest.mark.parametrize(

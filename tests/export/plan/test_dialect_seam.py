@@ -34,6 +34,9 @@ class Turned(Dialect):
     def formats(self) -> Set[QuantFormat]:
         return frozenset((QuantFormat.NVFP4, QuantFormat.W4A16_NVFP4))
 
+    def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
+        return "mixes nothing"
+
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         named = replace(tensor, name=f"{weight.removesuffix('weight')}{scheme.format}.{tensor.name}")
         if tensor.name == "weight":

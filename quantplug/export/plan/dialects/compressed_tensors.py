@@ -7,13 +7,14 @@ row, which that can, but of which no server loads experts in its form (vLLM 0.33
 of whole tensors alone).
 """
 
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
-from quantplug.export.plan.dialects.dialect import Dialect, Spelled, stored_name
+from quantplug.export.plan.dialects.dialect import Dialect, Spelled, modules_by_scheme, stored_name
 from quantplug.export.plan.types import Constant, QuantConfig
 from quantplug.formats import TensorSpec
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
@@ -44,8 +45,8 @@ class _Spelling:
             "targets": list(targets),
             # vLLM asks the group for it before all of the config (`get_scheme_dict` in compressed_tensors.py).
             "format": self.format,
-            "weights": {**self.weights, **group_size},
-            "input_activations": None if self.activations is None else {**self.activations, **group_size},
+            "weights": {**group_size, **self.weights},
+            "input_activations": None if self.activations is None else {**group_size, **self.activations},
             "output_activations": None,
         }
 
@@ -68,6 +69,8 @@ _KV_CACHE = {**_OF_TENSOR, "group_size": None}
 # These divide where ModelOpt's scales multiply: 2688 / amax in place of amax / 2688.
 _DIVISORS = frozenset({"weight_global_scale", "input_global_scale"})
 _CODES_IN_AN_INTEGER = 8
+_OF_BLOCKS = {**_FP8, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
+_OF_TOKEN_GROUPS = {**_FP8, "strategy": "group", "group_size": 128, "dynamic": True}
 _SPELLINGS: Mapping[QuantFormat, _Spelling] = {
     # What llm-compressor writes by its scheme FP8.
     QuantFormat.FP8: _Spelling("FP8", "float-quantized", _OF_TENSOR, _OF_TENSOR),
@@ -78,7 +81,12 @@ _SPELLINGS: Mapping[QuantFormat, _Spelling] = {
     QuantFormat.W4A16_NVFP4: _Spelling("NVFP4A16", "nvfp4-pack-quantized", _NVFP4, None, _NVFP4_NAMES),
     QuantFormat.NVFP4: _Spelling("NVFP4", "nvfp4-pack-quantized", _NVFP4, _OF_NVFP4_INPUTS, _NVFP4_NAMES),
     QuantFormat.INT4: _Spelling("W4A16", "pack-quantized", _INT4, None, {"weight": "weight_packed"}),
+    # And by FP8_BLOCK.
+    QuantFormat.FP8_BLOCKWISE: _Spelling("FP8 128x128", "float-quantized", _OF_BLOCKS, _OF_TOKEN_GROUPS),
 }
+
+
+_FIRST_EXPERT = re.compile(r"(.*\bexperts)(\.0\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,9 @@ class CompressedTensorsDialect(Dialect):
     def formats(self) -> Set[QuantFormat]:
         return _SPELLINGS.keys()
 
+    def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
+        return None
+
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         name = _SPELLINGS[scheme.format].names.get(tensor.name, tensor.name)
         spec = replace(tensor, name=stored_name(weight, name), shape=tensor.shape or (1,))
@@ -118,26 +129,35 @@ class CompressedTensorsDialect(Dialect):
     def config(
         self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None
     ) -> QuantConfig:
-        (scheme,) = set(modules.values())
-        spelling = _SPELLINGS[scheme.format]
+        by_scheme = modules_by_scheme(modules)
+        spellings = {scheme: _SPELLINGS[scheme.format] for scheme in by_scheme}
+        # A class, which means all linears; of several groups each has the names of its own.
+        targets = map(_with_first_experts, by_scheme.values()) if len(by_scheme) > 1 else (["Linear"],)
+        groups = [
+            spelling.group(scheme, names) for (scheme, spelling), names in zip(spellings.items(), targets, strict=True)
+        ]
+        formats = {spelling.format for spelling in spellings.values()}
         config_json = {
             "quant_method": "compressed-tensors",
-            "format": spelling.format,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": spelling.group(scheme, ["Linear"])},
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "ignore": _with_first_experts(excluded),
             "kv_cache_scheme": None if kv_cache is None else dict(_KV_CACHE),
         }
-        return QuantConfig(spelling.algorithm, config_json)
+        algorithms = dict.fromkeys(spelling.algorithm for spelling in spellings.values())
+        return QuantConfig(" + ".join(algorithms), config_json)
 
 
-def _with_first_experts(excluded: Sequence[str]) -> list[str]:
-    """The modules, and for each module of all experts the names by which vLLM asks whether they are plain.
+def _with_first_experts(modules: Sequence[str]) -> list[str]:
+    """The modules, and for all experts of a layer the names by which vLLM asks how they are.
 
     It asks for three linears of the first expert, by these names in every architecture, and by exact comparison
     (`CompressedTensorsMoEMethod.get_moe_method` in compressed_tensors_moe.py); the checkpoint may call them otherwise,
     or hold all experts in one tensor.
     """
-    experts = [name for name in excluded if name.rpartition(".")[2] == "experts"]
+    listed = set(modules)
+    # Of `model.layers.0.mlp.experts` itself, and of `model.layers.0.mlp.experts.0.w1`.
+    experts = {match[1] for name in modules if (match := _FIRST_EXPERT.fullmatch(name))}
     asked = {f"{name}.0.{linear}" for name in experts for linear in ("gate_proj", "up_proj", "down_proj")}
-    return [*excluded, *sorted(asked.difference(excluded))]
+    return [*modules, *sorted(asked - listed)]

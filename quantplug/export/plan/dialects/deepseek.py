@@ -25,6 +25,9 @@ class DeepSeekDialect(Dialect):
     def formats(self) -> Set[QuantFormat]:
         return frozenset((QuantFormat.FP8_BLOCKWISE,))
 
+    def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
+        raise AssertionError("one format is no mix")
+
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         # The suffix goes behind the whole name: `q_proj.weight_scale_inv`, and `experts.gate_up_proj_scale_inv`.
         return Spelled(replace(tensor, name=weight if tensor.name == "weight" else f"{weight}_scale_inv"))

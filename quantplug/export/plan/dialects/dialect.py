@@ -47,7 +47,14 @@ class Dialect(Protocol):
 
     @property
     def formats(self) -> Set[QuantFormat]:
-        """The formats that it can say of all quantized weights of a checkpoint."""
+        """The formats that it has a name for."""
+
+    def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
+        """Why it cannot say several of its formats side by side, in words that go on after `which`; None if it can.
+
+        Args:
+            formats: Of `formats` alone; one, where it stands for several schemes.
+        """
 
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         """How a tensor of a packed weight is stored.
@@ -87,6 +94,14 @@ class Dialect(Protocol):
             excluded: Names of the modules that stay plain.
             kv_cache: The KV cache that the checkpoint asks for; None unless `names_kv_cache`.
         """
+
+
+def modules_by_scheme(modules: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
+    """Names of the modules of each scheme, both in an order of their own, whichever way found the modules."""
+    found: dict[Scheme, list[str]] = {}
+    for name, scheme in sorted(modules.items(), key=lambda item: (item[1].label, item[0])):
+        found.setdefault(scheme, []).append(name)
+    return found
 
 
 def stored_name(weight: str, tensor: str) -> str:

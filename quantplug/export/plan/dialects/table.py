@@ -34,11 +34,8 @@ _PLAIN = Kind(
     "Nothing is quantized that a dialect could be for.",
     "Quantize weights, by a format or a model's quantizers; or leave the dialect out.",
 )
-_MIXED = Kind(
-    UnsupportedQuantizationError,
-    "The model mixes quantization schemes, which is not written yet.",
-    "Quantize all linears by one config; disable the quantizers of those that should stay in high precision.",
-)
+_UNSAID = "Nothing that servers read says these formats side by side."
+_NOT_BY_IT = "The dialect that is asked for cannot say the formats."
 
 
 def dialect_named(name: str | None, argument: str) -> DialectName | None:
@@ -53,35 +50,43 @@ def dialect_named(name: str | None, argument: str) -> DialectName | None:
     return None if name is None else choice_named(DialectName, name, argument, "There is no such dialect.")
 
 
-def dialects_of(quant_format: QuantFormat) -> tuple[DialectName, ...]:
-    """Names of the dialects that can say a format, its default first."""
-    return tuple(name for name, dialect in DIALECTS.items() if quant_format in dialect.formats)
-
-
 def choose_dialect(mapped: Mapped, schemes: Schemes, asked: DialectName | None, findings: Findings) -> Dialect | None:
     """The dialect of a checkpoint: the one that is asked for, or the default of its formats; None for a plain one.
 
     What it cannot say goes into `findings`.
     """
-    # One name may stand for several, with groups of other sizes.
-    formats = {scheme.format for scheme in schemes.values()}
-    if len(set(schemes.values())) > 1:
-        for whole, _ in mapped:
-            if (scheme := schemes.get(whole.key)) is not None:
-                groups = f" in groups of {scheme.group_size}" if scheme.group_size else ""
-                findings.add_weight(_MIXED, whole, f"is {scheme.format}{groups}")
-    if asked is not None and not formats and not findings.found:
-        findings.add(_PLAIN, "dialect", f"is {asked}")
-    if len(set(schemes.values())) != 1:
+    formats = frozenset(scheme.format for scheme in schemes.values())
+    if not formats:
+        if asked is not None and not findings.found:
+            findings.add(_PLAIN, "dialect", f"is {asked}")
         return None
-    (quant_format,) = formats
-    names = dialects_of(quant_format)
-    if asked is None or asked in names:
-        return DIALECTS[asked or names[0]]
-    kind = Kind(
-        UnsupportedQuantizationError,
-        "The format cannot be said in the dialect.",
-        f"Use {' or '.join(names)}, or leave the dialect out.",
-    )
-    findings.add(kind, "dialect", f"is {asked}, which has no name for {quant_format}")
+    several = len(set(schemes.values())) > 1  # One name may stand for several, with groups of other sizes.
+    problems = {
+        name: problem for name, dialect in DIALECTS.items() if (problem := _problem(dialect, formats, several=several))
+    }
+    able = [name for name in DIALECTS if name not in problems]
+    if asked is not None and asked in problems:
+        remedy = f"Use {' or '.join(able)}, or leave the dialect out." if able else _all_of(problems)
+        kind = Kind(UnsupportedQuantizationError, _NOT_BY_IT, remedy)
+        findings.add(kind, "dialect", f"is {asked}, which {problems[asked]}")
+    elif not able:
+        kind = Kind(UnsupportedQuantizationError, _UNSAID, _all_of(problems))
+        for whole, _ in mapped:
+            if whole.key in schemes:
+                findings.add_weight(kind, whole, f"is {schemes[whole.key].label}")
+    else:
+        return DIALECTS[asked or able[0]]
     return None
+
+
+def _problem(dialect: Dialect, formats: frozenset[QuantFormat], *, several: bool) -> str | None:
+    """Why a dialect cannot say formats, in words that go on after `which`; None if it can."""
+    unknown = sorted(formats - dialect.formats)
+    if unknown:
+        return f"has no name for {', '.join(unknown)}"
+    return dialect.mix_problem(formats) if several else None
+
+
+def _all_of(problems: Mapping[DialectName, str]) -> str:
+    reasons = "; ".join(f"{name} {problem}" for name, problem in problems.items())
+    return f"Quantize all linears in one format, or in several that one dialect has: {reasons}."

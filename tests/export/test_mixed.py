@@ -1,0 +1,233 @@
+"""Several formats in one checkpoint: ModelOpt's MIXED_PRECISION and compressed-tensors' mixed-precision.
+
+The oracle of values is torchao's and ModelOpt's own decoders, that of the configs what vLLM 0.33 and SGLang 0.5.23 do
+with them, which the rules of `verify` say.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils import match_named_modules
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+from modelopt.torch.quantization.qtensor import FP8QTensor
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantplug import (
+    calibrate,
+    export_checkpoint,
+    export_hf_weights_quant,
+    export_mcore_gpt_to_hf,
+    plan_export,
+    save_checkpoint,
+)
+from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
+from quantplug.calibration.quantizers import needs_amax
+from quantplug.errors import UnsupportedQuantizationError
+from quantplug.megatron import cpu
+from quantplug.megatron.models.build import LayerSpec
+from quantplug.verify import verify_checkpoint
+from tests.export.checkpoints import input_amax, linear_weights, load, read, same_bytes
+from tests.export.mixed import FP8, KV_CACHE, fp8_of, mixed_cfg
+from tests.export.refusals import offenders, refused
+from tests.families.cases import make
+from tests.made_once import MadeOnce
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+Sources = Callable[[str], Path]
+
+
+def quantized(source: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """Transformer Engine's modules, whose forward needs a GPU: amaxes of inputs are set by hand."""
+    model = mtq.quantize(load(source), config)
+    for name, module in model.named_modules():
+        if name.endswith(".input_quantizer") and needs_amax(module):
+            module.amax = torch.tensor(input_amax(name.removesuffix(".input_quantizer")))
+    return model
+
+
+def configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    return config, json.loads((directory / "hf_quant_config.json").read_text())
+
+
+def run(model: torch.nn.Module) -> None:
+    tokens, later = torch.arange(48).view(2, 24) * 7 % 500, torch.ones(1, 1, 24, 24, dtype=torch.bool).triu(1)
+    with torch.no_grad(), cpu.local_forward():
+        model.eval()(tokens, torch.arange(24).expand_as(tokens), later)
+
+
+NETS = [*fp8_of("self_attention.in_proj"), *fp8_of("self_attention.out_proj")]
+
+
+@pytest.mark.parametrize(("name", "more"), [("qwen3_moe", []), ("qwen3_next", NETS)])
+def test_what_is_calibrated_with_data_is_what_servers_read(
+    name: str, more: list[dict[str, Any]], made_once: MadeOnce, tmp_path: Path
+) -> None:
+    """NVFP4 experts beside FP8 attention and delta nets, in FP32 on a CPU, by Megatron's own modules."""
+    source = made_once(f"family_{name}", partial(make, name))
+    model = mtq.quantize(load(source, LayerSpec.LOCAL), {**mixed_cfg(*more), "algorithm": None})
+    calibrate(model, run, CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+
+    assert verify_checkpoint(tmp_path / "out").ok
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    config, legacy = configs(tmp_path / "out")
+    tensors, seen = read(tmp_path / "out"), set()
+    for module, layer in config["quantized_layers"].items():
+        seen.add(layer["quant_algo"])
+        attends = ".self_attn." in module or ".linear_attn." in module
+        assert layer == ({"quant_algo": "FP8"} if attends else {"quant_algo": "NVFP4", "group_size": 16})
+        assert tensors[f"{module}.input_scale"] > 0
+        assert tensors[f"{module}.weight"].dtype == (torch.float8_e4m3fn if attends else torch.uint8)
+    assert seen == {"FP8", "NVFP4"}
+    # Amaxes of inputs are Megatron's own, seen on the way of the tokens.
+    last = len(model.decoder.layers) - 1
+    seen_by = model.decoder.layers[last].self_attention.linear_proj.input_quantizer.amax
+    assert tensors[f"model.layers.{last}.self_attn.o_proj.input_scale"] == seen_by.float() / 448
+    assert legacy["quantization"]["quantized_layers"] == config["quantized_layers"]
+    # ModelOpt's own converter makes of its file what stands in config.json.
+    converted = convert_hf_quant_config_format(json.loads(json.dumps(legacy)))
+    assert converted["quantized_layers"] == config["quantized_layers"]
+    assert sorted(map(repr, converted["config_groups"].values())) == sorted(
+        repr({key: group[key] for key in ("input_activations", "weights", "targets")})
+        for group in config["config_groups"].values()
+    )
+
+
+def test_each_weight_decodes_by_its_own_algorithm(sources: Sources, tmp_path: Path) -> None:
+    source = sources("moe")
+    export_mcore_gpt_to_hf(quantized(source, mixed_cfg(KV_CACHE)), source, export_dir=tmp_path / "out")
+    tensors, (config, legacy) = read(tmp_path / "out"), configs(tmp_path / "out")
+    for name, original in linear_weights(read(source)).items():
+        module, codes = name.removesuffix(".weight"), tensors[name]
+        if config["quantized_layers"][module]["quant_algo"] == "FP8":
+            decoded = FP8QTensor(codes.shape, torch.float32, codes).dequantize(
+                dtype=torch.float32, scale=tensors[f"{module}.weight_scale"]
+            )
+            bound = original.float().abs() * 2**-4 + tensors[f"{module}.weight_scale"] * 2**-10
+        else:
+            blocks, scale = tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"]
+            decoded = NVFP4Tensor(codes, blocks, 16, torch.float32, per_tensor_scale=scale).dequantize()
+            # The widest step of E2M1 is 2, from 4 to 6, and the scale of a block is rounded by 2^-4 at most.
+            bound = (blocks.float() * scale).repeat_interleave(16, 1) * 1.5
+        assert ((decoded - original.float()).abs() <= bound).all(), name
+    assert config["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    assert legacy["quantization"]["kv_cache_quant_algo"] == "FP8"
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_a_model_its_checkpoint_and_a_stream_of_it_give_the_same(sources: Sources, tmp_path: Path) -> None:
+    source = sources("moe")
+    model = quantized(source, mixed_cfg(KV_CACHE))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "live")
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    export_checkpoint(tmp_path / "saved", tmp_path / "straight", source)
+    stream = export_hf_weights_quant(model, source, quant_format="as_quantized")
+    live = read(tmp_path / "live")
+    for tensors in (read(tmp_path / "straight"), dict(stream)):
+        assert tensors.keys() == live.keys()
+        assert [name for name in live if not same_bytes(tensors[name], live[name])] == []
+    assert configs(tmp_path / "straight") == configs(tmp_path / "live")
+
+
+def test_where_one_format_is_left_the_config_is_of_it_alone(sources: Sources) -> None:
+    no_experts = {"quantizer_name": "*mlp*", "enable": False}
+    plan = plan_export(quantized(sources("moe"), mixed_cfg(no_experts)), sources("moe")).plan
+    assert plan.quant_config.algorithm == "FP8"
+    assert "quantized_layers" not in plan.quant_config.config_json
+
+
+def test_experts_that_stay_plain_are_on_both_lists(sources: Sources, tmp_path: Path) -> None:
+    """Else vLLM gives them the format of whatever is listed beside them."""
+    source = sources("latent_blocks")
+    plain = {"quantizer_name": "*mlp.experts.*", "enable": False}
+    kept = {"quantizer_name": "*linear_kv_up_proj*", "enable": False}
+    model = quantized(source, mixed_cfg(plain, kept, *fp8_of("mlp.linear_fc*"), {**kept}))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+    config, legacy = configs(tmp_path / "out")
+    experts = {name.partition(".experts.")[0] + ".experts" for name in read(source) if ".mlp.experts." in name}
+    assert experts
+    assert experts <= {*config["ignore"]} & {*legacy["quantization"]["exclude_modules"]}
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+EXPERT = "decoder.layers.*.mlp.experts"
+NOT_ALIKE = {
+    "fc1 and fc2 apart": fp8_of("mlp.experts.linear_fc2"),
+    "an expert apart": [
+        {"quantizer_name": "*linear_fc1.weight_quantizer.3", "cfg": FP8},
+        {"quantizer_name": "*linear_fc1.input_quantizer", "cfg": FP8},
+    ],
+}
+
+
+@pytest.mark.parametrize("case", NOT_ALIKE)
+def test_experts_of_two_formats_are_refused_by_name(case: str, sources: Sources, tmp_path: Path) -> None:
+    model = quantized(sources("moe"), mixed_cfg(*NOT_ALIKE[case]))
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
+    assert {expert for _, expert in offenders(caught)} >= {3}
+    assert all(".mlp.experts." in name for name, _ in offenders(caught))
+
+
+def test_linears_that_servers_fuse_have_one_format(sources: Sources, tmp_path: Path) -> None:
+    """The two down projections of multi-latent attention, which are two weights of Megatron's."""
+    source = sources("latent_blocks")
+    kept = {"quantizer_name": "*linear_kv_up_proj*", "enable": False}
+    apart = [{**rule, "cfg": {**NVFP4, "enable": True}} for rule in fp8_of("linear_kv_down_proj")]
+    model = quantized(source, mixed_cfg(kept, *apart))
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+    assert "others of" in str(caught.value)
+
+
+NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+ROWS = [
+    {"quantizer_name": "*linear_proj.weight_quantizer", "cfg": {"num_bits": (4, 3), "axis": 0}},
+    {
+        "quantizer_name": "*linear_proj.input_quantizer",
+        "cfg": {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}},
+    },
+]
+
+
+def test_formats_that_modelopt_cannot_say_are_said_by_compressed_tensors(sources: Sources, tmp_path: Path) -> None:
+    """FP8 by tensors and by rows; compressed-tensors' own matching tells which module is in which group."""
+    source = sources("moe")
+    model = quantized(source, mixed_cfg(*ROWS, base=mtq.FP8_DEFAULT_CFG))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out").ok
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(written)
+    assert config.format == "float-quantized"  # How weights are stored is alike in both.
+    with torch.device("meta"):
+        reader = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    found = {}
+    for group in config.config_groups.values():
+        assert group.format == "float-quantized"
+        for name, _ in match_named_modules(reader, group.targets, config.ignore):
+            assert name not in found
+            found[name] = str(group.weights.strategy)
+    attention = {name: strategy for name, strategy in found.items() if ".self_attn." in name}
+    assert len(attention) == 4 * 2
+    assert {strategy for name, strategy in attention.items() if name.endswith("o_proj")} == {"channel"}
+    assert {strategy for name, strategy in attention.items() if not name.endswith("o_proj")} == {"tensor"}
+
+
+def test_formats_that_nothing_says_together_are_refused_with_each_dialect_s_reason(
+    sources: Sources, tmp_path: Path
+) -> None:
+    model = quantized(sources("moe"), mixed_cfg(*ROWS, base=mtq.FP8_DEFAULT_CFG))
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out", dialect="modelopt")
+    assert "has no name for fp8_dynamic" in str(caught.value)
