@@ -38,6 +38,7 @@ def construction() -> AbstractContextManager[None]:
         (torch, "zeros", _on_cpu(torch.zeros)),
         # Gated delta nets refuse to be built without FLA, whose kernels only a forward needs.
         (delta_net.MODULE, "HAVE_FLA", True),
+        (delta_net.RULE_MODULE, "chunk_gated_delta_rule", _no_kernel),
         # A Mamba mixer asks for the package of its kernels, and makes some parameters under CUDA's generator.
         (mamba_mixer, "HAVE_MAMBA_SSM", True),
         (mamba_mixer, "ExtendedRMSNorm", mamba_reference.GatedGroupNorm),
@@ -86,6 +87,11 @@ def _answers_in_a_forward() -> AbstractContextManager[None]:
 def _cpu_device() -> str:
     """Stands for `torch.cuda.current_device`, whose result Megatron only hands on as `device=`."""
     return "cpu"
+
+
+def _no_kernel(*arguments: object, **settings: object) -> None:
+    """Stands for a kernel that a module wants to have where it is built. Nothing runs it without a GPU."""
+    raise NotImplementedError("FLA's kernels run on a GPU alone")
 
 
 def _stay(tensor: torch.Tensor, *where: object, **how: object) -> torch.Tensor:

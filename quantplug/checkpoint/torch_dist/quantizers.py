@@ -139,8 +139,16 @@ class SavedQuantizers:
     def _all(self) -> Iterator[tuple[tuple[str, str], str, Settings]]:
         for module, quantizers in self._settings.items():
             for name, settings in quantizers.items():
-                if isinstance(settings, Mapping):
+                if isinstance(settings, Mapping) and not self._is_of_child(module, name):
                     yield (module, name), f"{_label(module)}.{name}", settings
+
+    def _is_of_child(self, module: str, name: str) -> bool:
+        """Whether a module below has this quantizer too, as its own: ModelOpt 0.48 notes those of delta nets twice."""
+        match, (path, _, quantizer) = _EXTRA_STATE.fullmatch(module), name.rpartition(".")
+        if match is None or not path:
+            return False
+        child = f"{match['module']}.{path}._extra_state/shard_{match['place']}_{match['of']}"
+        return quantizer in self._settings.get(child, {})
 
     def _module(self, spelling: str, key: ParamKey) -> tuple[str, Mapping[str, Any]]:
         """Key of the extra state of a weight's module, and the quantizers in it."""

@@ -5,6 +5,7 @@ here, with the zero-centred norm that Megatron's local norms refuse to be.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -64,8 +65,11 @@ def block_with_delta_nets(
         return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
     # FLA's kernels need a GPU; this chooses Megatron's own loop, and it is read as the model runs.
     config.deterministic_mode = True
+    # Asked of a config that does not say it, as Megatron-Core 0.19 wants: attention everywhere, and nets put in below.
+    plain = copy(config)
+    plain.experimental_attention_variant = None
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+        plain, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
     is_delta = get_linear_attention_pattern(config)[get_transformer_layer_offset(config, vp_stage=vp_stage) :]
     # The pattern goes on to the last layer of the model, the block ends with the last one of this stage.
