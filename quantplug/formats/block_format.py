@@ -1,7 +1,7 @@
 """A weight format as a row of data: how values become codes and scales, and what a checkpoint calls them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,6 +9,8 @@ from quantplug.formats.encoding import Encoding
 from quantplug.formats.kernels import Encoded, kernels_for
 from quantplug.formats.scale_types import scale_from_amax
 from quantplug.formats.scales import weight_amax
+from quantplug.formats.search.candidates import ScaleSearch
+from quantplug.formats.search.given import scales_of_block_amaxes
 from quantplug.formats.weight_format import PackedWeight, TensorSpec, empty_groups
 
 _CODES = "weight"
@@ -50,19 +52,30 @@ class BlockFormat:
             specs.append(TensorSpec(self._tensor_scale, (), torch.float32))
         return tuple(specs)
 
+    def searched(self, search: ScaleSearch) -> "BlockFormat":
+        """The same format on disk, with scales of blocks that are found otherwise."""
+        if search == self.encoding.search:
+            return self
+        return replace(self, name=f"{self.name} ({search.name})", encoding=self.encoding.searched(search))
+
     def pack(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> PackedWeight:
         if amax is None:  # Only a scale of the tensor is made of it.
             amax = weight_amax(weight) if self.encoding.has_tensor_scale else torch.zeros((), device=weight.device)
         (packed,) = self.pack_group((weight,), amax.reshape(1))
         return packed
 
-    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+    def pack_group(
+        self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor, block_amaxes: Sequence[torch.Tensor] = ()
+    ) -> Sequence[PackedWeight]:
         first = weights[0]
         # One allocation a name for the whole group: on a GPU one launch then fills the tensors of all its weights.
         tensors = empty_groups(self.outputs(tuple(first.shape)), len(weights), first.device)
         if self._tensor_scale is not None:
             # On the weights' device: CUDA takes a divisor on the CPU for a Python number, and multiplies.
             tensors[self._tensor_scale] = scale_from_amax(amaxes.to(first.device), self.encoding.largest)
+        if self._block_scale is not None and self.encoding.search.is_given:
+            on_device = amaxes.to(first.device, torch.float32)
+            tensors[self._block_scale] = scales_of_block_amaxes(self.encoding, block_amaxes, on_device)
         kernels_for(first).pack(self.encoding, weights, self._encoded(tensors))
         return PackedWeight.of_group(tensors)
 

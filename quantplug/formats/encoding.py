@@ -3,12 +3,13 @@
 Names on disk, activations and whatever else a checkpoint says of a format are no part of it: `block_format` adds them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from quantplug.formats.codes import E2M1, E4M3, INT4, Code
 from quantplug.formats.constants import FP8_BLOCK_SIDE, INT4_GROUP, INT4_SMALL_GROUP, MX_BLOCK, NVFP4_BLOCK
 from quantplug.formats.scale_types import BF16_SCALE, E4M3_SCALE, E8M0_SCALE, F32_SCALE, ScaleType
+from quantplug.formats.search.candidates import BY_MAX, ScaleSearch
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Encoding:
         scale: How the scale of a block is stored; where the block is the whole tensor, how the scale of that is.
         levels: 1, or 2 where an FP32 scale of the tensor stands above those of its blocks.
         partial_blocks: Whether the last blocks of a row or column may be cut off by the edge of the weight.
+        search: How the scale of a block is found. Another one changes what is stored, and not how it is read.
     """
 
     code: Code
@@ -52,6 +54,7 @@ class Encoding:
     scale: ScaleType
     levels: int = 1
     partial_blocks: bool = False
+    search: ScaleSearch = BY_MAX
 
     @property
     def has_block_scales(self) -> bool:
@@ -65,7 +68,16 @@ class Encoding:
     def largest(self) -> float:
         """What the scale of the tensor maps the amax to: the largest code, times the largest scale of a block."""
         # NVFP4: 6 * 448, so that the block with the tensor's amax gets the largest E4M3 scale. FP8 has one level: 448.
-        return self.code.largest * (self.scale.largest or 1.0 if self.levels == 2 else 1.0)
+        return self.code.largest * (self.search.largest or self.scale.largest or 1.0 if self.levels == 2 else 1.0)
+
+    @property
+    def can_search(self) -> bool:
+        """Whether scales of blocks can be found otherwise than of amaxes: where they stand below one of the tensor."""
+        return self.levels == 2
+
+    def searched(self, search: ScaleSearch) -> "Encoding":
+        """The same encoding, with scales that are found otherwise."""
+        return replace(self, search=search)
 
     @property
     def vanishing(self) -> float:

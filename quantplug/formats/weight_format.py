@@ -103,12 +103,16 @@ class WeightFormat(Protocol):
             Tensors on the weight's device.
         """
 
-    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+    def pack_group(
+        self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor, block_amaxes: Sequence[torch.Tensor] = ()
+    ) -> Sequence[PackedWeight]:
         """Packs several weights as `pack` would each: at once on a GPU, which one small weight does not fill.
 
         Args:
             weights: Of one shape, dtype, device and set of strides.
             amaxes: One float for each, [len(weights)].
+            block_amaxes: FP32 [out, blocks] for each, where a format is given the scales of its blocks; others are
+                given none.
         """
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:

@@ -83,7 +83,9 @@ class QuantFunction:
             raise _refusal(f"gives {_described(given)} for {list(weight.shape)} where it gave {_described(expected)}")
         return PackedWeight({"weight": codes, "scale": scale})
 
-    def pack_group(self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor) -> Sequence[PackedWeight]:
+    def pack_group(
+        self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor, block_amaxes: Sequence[torch.Tensor] = ()
+    ) -> Sequence[PackedWeight]:
         return [self.pack(weight) for weight in weights]
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:

@@ -29,6 +29,8 @@ from quantplug.formats.kernels.loops import Array
 from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.kernels.threads import run, run_each
 from quantplug.formats.scale_types import E8M0_SCALE
+from quantplug.formats.search import loops as search_loops
+from quantplug.formats.search.candidates import FOUND, TAKEN, ScaleSearch
 
 _PIECE = 1 << 18
 """Least elements of a piece: some tens of microseconds of work, and a copy of it stays in a core's cache."""
@@ -217,10 +219,28 @@ def _of_blocks(encoding: Encoding, pack: Callable[..., None], unpack: Callable[.
     return Loops(partial(_pack_blocks, pack, encoding), partial(_unpack_blocks, unpack, encoding, tables))
 
 
+def _searching(search: ScaleSearch) -> Callable[..., None]:
+    """The loop of NVFP4 that finds the scales of blocks, or is given them."""
+    if search.is_given:
+        return search_loops.pack_nvfp4_given
+    multiples, offsets = np.array(search.multiples, np.float32), np.array(search.offsets, np.int32)
+
+    def loop(bits: Array, scale_2: float, packed: Array, scales: Array) -> None:
+        search_loops.pack_nvfp4(bits, scale_2, multiples, offsets, packed, scales)
+
+    return loop
+
+
 _LOOPS: Mapping[Encoding, Loops] = {
     NVFP4_ENCODING: _of_blocks(
         NVFP4_ENCODING, loops.pack_nvfp4, loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
     ),
+    **{
+        NVFP4_ENCODING.searched(search): _of_blocks(
+            NVFP4_ENCODING, _searching(search), loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
+        )
+        for search in (*FOUND, *TAKEN)
+    },
     MXFP4_ENCODING: _of_blocks(
         MXFP4_ENCODING, loops.pack_mxfp4, loops.unpack_mxfp4, _Tables(_e2m1_values, _e8m0_values)
     ),

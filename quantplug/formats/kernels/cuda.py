@@ -27,6 +27,8 @@ from quantplug.formats.encoding import (
 from quantplug.formats.kernels import reference, triton_loops
 from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.scale_types import E8M0_SCALE
+from quantplug.formats.search import triton_loops as search_loops
+from quantplug.formats.search.candidates import FOUND, TAKEN, ScaleSearch
 
 _BLOCKS = 128
 """Blocks of neighbours that one program works on."""
@@ -70,10 +72,29 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
 
 
 def _pack_blocks(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    _launch_blocks(triton_loops.pack_blocks, weights, encoded, **_blocks_of(encoding))
+
+
+def _pack_given(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    _launch_blocks(search_loops.pack_nvfp4_given, weights, encoded, BLOCKS=_BLOCKS)
+
+
+def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    device = weights[0].device
+    multiples = torch.tensor(search.multiples, dtype=torch.float32, device=device)
+    offsets = torch.tensor(search.offsets, dtype=torch.int32, device=device)
+    counts = {"MULTIPLES": len(multiples), "OFFSETS": len(offsets), "BLOCKS": _BLOCKS}
+    # Products and sums that become one instruction would round otherwise: see `search_loops`.
+    _launch_blocks(search_loops.pack_nvfp4, weights, encoded, multiples, offsets, **counts, enable_fp_fusion=False)
+
+
+def _launch_blocks(
+    kernel: Any, weights: Sequence[torch.Tensor], encoded: Encoded, *beside: torch.Tensor, **options: Any
+) -> None:
     first, block_scales = weights[0].detach(), encoded.block_scales
     blocks = block_scales.numel() // len(weights)
     with _on(first):
-        triton_loops.pack_blocks[(triton.cdiv(blocks, _BLOCKS), len(weights))](
+        kernel[(triton.cdiv(blocks, _BLOCKS), len(weights))](
             _source(weights),
             *first.stride(),
             encoded.whole,
@@ -81,9 +102,10 @@ def _pack_blocks(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: E
             block_scales.view(torch.uint8),
             block_scales.shape[-1],
             blocks,
+            *beside,
             ROWS=not first.is_contiguous(),
             **_kind(weights),
-            **_blocks_of(encoding),
+            **options,
         )
 
 
@@ -245,6 +267,12 @@ _LOOPS: Mapping[Encoding, Loops] = {
     **{
         encoding: Loops(partial(_pack_blocks, encoding), partial(_unpack_blocks, encoding))
         for encoding in (NVFP4_ENCODING, MXFP4_ENCODING, MXFP8_ENCODING)
+    },
+    **{
+        NVFP4_ENCODING.searched(search): Loops(
+            _pack_given if search.is_given else partial(_pack_searched, search), partial(_unpack_blocks, NVFP4_ENCODING)
+        )
+        for search in (*FOUND, *TAKEN)
     },
     FP8_ENCODING: Loops(_pack_fp8, _unpack_fp8),
     FP8_ROW_ENCODING: Loops(_pack_fp8_row, _unpack_fp8_row),

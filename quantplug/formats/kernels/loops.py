@@ -39,7 +39,7 @@ if config.DISABLE_JIT:
 Array = np.ndarray[Any, Any]
 
 # "numpy": a division by zero gives Inf; a check for it would be a branch. Rounding is IEEE's: fastmath is off.
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 _TILE = 8192
 """Elements worked on at a time: few enough that they and their temporaries, 64 KiB, stay in a core's cache."""
@@ -71,22 +71,22 @@ _SMALLEST_SCALE = np.float32(F32_SMALLEST_NORMAL)
 _ZERO_AMAX_SCALE = np.float32(ZERO_AMAX_SCALE)
 
 
-def _fp32(bits: Any) -> Any:
+def fp32(bits: Any) -> Any:
     """FP32 value of one element's bits; numba takes the one of the overloads below that fits their type."""
 
 
-def _magnitude(bits: Any) -> Any:
+def magnitude_bits(bits: Any) -> Any:
     """An element's bits without the sign: integers in the order of the magnitudes, NaN above Inf."""
 
 
-@overload(_fp32, strict=False)
+@overload(fp32, strict=False)
 def _fp32_of_type(bits: Any) -> Callable[[Any], Any]:
     if bits == types.uint16:
         return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
     return _fp32_of_fp16 if bits == types.int16 else lambda bits: np.uint32(bits).view(np.float32)
 
 
-@overload(_magnitude, strict=False)
+@overload(magnitude_bits, strict=False)
 def _magnitude_of_type(bits: Any) -> Callable[[Any], Any]:
     if bits == types.uint16:
         return lambda bits: np.uint16(bits & np.uint16(0x7FFF))
@@ -110,7 +110,7 @@ def _fp32_of_fp16(bits: Any) -> Any:
     return np.uint32(np.float32(magnitude).view(np.uint32) | sign).view(np.float32)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _rounded(magnitude: Any, mantissa_bits: Any, smallest_normal: Any) -> Any:
     """Code, without sign, and value of a magnitude that is at most the format's largest: to nearest, ties to even.
 
@@ -128,7 +128,7 @@ def _rounded(magnitude: Any, mantissa_bits: Any, smallest_normal: Any) -> Any:
     return np.uint32(steps + np.uint32(np.uint32(binade - smallest_normal) >> shift)), np.float32(total - rounder)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _e2m1(quotient: Any) -> Any:
     """The E2M1 code of an FP32 quotient, as `e2m1.encode` gives it: also code 0 for -0.0 and NaN."""
     magnitude = np.float32(abs(quotient))
@@ -139,7 +139,7 @@ def _e2m1(quotient: Any) -> Any:
     return np.uint8(signed if quotient == quotient else np.uint32(0))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _e4m3(quotient: Any) -> Any:
     """The E4M3 code of an FP32 quotient, as `codes.saturate_to_e4m3` gives it: the sign bit is kept, of -0.0 too."""
     bits = np.float32(quotient).view(np.uint32)
@@ -150,14 +150,14 @@ def _e4m3(quotient: Any) -> Any:
     return np.uint8(np.uint32(code | np.uint32(np.uint32(bits & _F32_SIGN) >> _E4M3_SIGN_SHIFT)))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _pairwise_max(values: Array, half: Array, count: int) -> None:
     """The larger of each two neighbours."""
     for i in range(count):
         half[i] = max(values[2 * i], values[2 * i + 1])
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> None:
     """Largest magnitude of each block of neighbours, a power of two of them.
 
@@ -169,17 +169,17 @@ def _block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> No
     """
     count = weight.size // 2
     for i in range(count):
-        longer[i] = max(_magnitude(weight[2 * i]), _magnitude(weight[2 * i + 1]))
+        longer[i] = max(magnitude_bits(weight[2 * i]), magnitude_bits(weight[2 * i + 1]))
     while count > amax.size:
         count //= 2
         _pairwise_max(longer, shorter, count)
         longer, shorter = shorter, longer
     for i in range(amax.size):
-        amax[i] = _fp32(longer[i])
+        amax[i] = fp32(longer[i])
 
 
-@njit(**_OPTIONS)
-def _nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> None:
+@njit(**OPTIONS)
+def nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> None:
     """Writes each block's E4M3 scale, and replaces its FP32 amax in `scales` by what its elements are divided by."""
     largest = np.float32(_E2M1_LARGEST * weight_scale_2)
     for i in range(scales.size):
@@ -195,11 +195,11 @@ def _nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> No
 
 
 def _e8m0_scales(largest: float) -> Callable[[Array, Any, Array], None]:
-    """As `_nvfp4_scales`, of powers of two and without a scale of the tensor, for codes up to `largest`."""
+    """As `nvfp4_scales`, of powers of two and without a scale of the tensor, for codes up to `largest`."""
     # All amaxes up to this one get exponent 0, less the bias.
     floor = np.float32(largest * 2.0**-E8M0_BIAS).view(np.uint32)
 
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def fill(scales: Array, unused: Any, block_scales: Array) -> None:
         for i in range(scales.size):
             # `scale_types._e8m0_scales` says why the bits of the amax give the exponent.
@@ -215,6 +215,34 @@ def _e8m0_scales(largest: float) -> Callable[[Array, Any, Array], None]:
     return fill
 
 
+def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
+    """Encodes blocks of `width` neighbours under divisors that are there already; arguments as of `_blocks_packer`."""
+
+    @njit(**OPTIONS)
+    def encode_blocks(blocks: Array, scales: Array, codes: Array) -> None:
+        """One code a byte, from the bits of blocks [n, width] and their divisors [n]."""
+        for block in range(scales.size):
+            scale = scales[block]
+            for i in range(width):
+                # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
+                codes[block, i] = encode(np.float32(fp32(blocks[block, i]) / scale))
+
+    @njit(**OPTIONS)
+    def encode_tile(tile: Array, scales: Array, room: Array, packed: Array) -> None:
+        """Bits of n * width elements to bytes of codes; `room` is for a code a byte."""
+        blocks = tile.reshape(scales.size, width)
+        if in_a_byte == 1:
+            encode_blocks(blocks, scales, packed.reshape(scales.size, width))
+        else:
+            encode_blocks(blocks, scales, room.reshape(-1, width))
+            pairs = room.view(np.uint16)
+            for i in range(packed.size):
+                # Two bytes 0H 0L, little-endian, become HL.
+                packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+    return encode_tile
+
+
 def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) -> Any:
     """Packs blocks of `width` neighbours: a loop is compiled for each, in which all of these are known.
 
@@ -223,39 +251,23 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         encode: FP32 to a code.
         in_a_byte: Codes, 1 or 2.
     """
+    encode_tile = _tile_encoder(width, encode, in_a_byte)
 
-    @njit(**_OPTIONS)
-    def encode_blocks(blocks: Array, scales: Array, codes: Array) -> None:
-        """One code a byte, from the bits of blocks [n, width] and their divisors [n]."""
-        for block in range(scales.size):
-            scale = scales[block]
-            for i in range(width):
-                # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
-                codes[block, i] = encode(np.float32(_fp32(blocks[block, i]) / scale))
-
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def pack(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
         """Bits of n elements to n / in_a_byte bytes of codes and n / width scales."""
         scale_2 = np.float32(weight_scale_2)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
         scales, codes = np.empty(_TILE // width, np.float32), np.empty(_TILE, np.uint8)
-        pairs = codes.view(np.uint16)
         for start in range(0, weight.size, _TILE):
             tile = weight[start : start + _TILE]
             blocks = tile.size // width
             first = start // width
             _block_amax(tile, longer, shorter, scales[:blocks])
             fill_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
-            if in_a_byte == 1:
-                whole = packed[start : start + tile.size]
-                encode_blocks(tile.reshape(blocks, width), scales[:blocks], whole.reshape(blocks, width))
-            else:
-                encode_blocks(tile.reshape(blocks, width), scales[:blocks], codes.reshape(-1, width))
-                nibbles = packed[start // 2 : start // 2 + tile.size // 2]
-                for i in range(nibbles.size):
-                    # Two bytes 0H 0L, little-endian, become HL.
-                    nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+            first_byte = start // in_a_byte
+            encode_tile(tile, scales[:blocks], codes, packed[first_byte : first_byte + tile.size // in_a_byte])
 
     return pack
 
@@ -263,7 +275,7 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
 def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
     """Undoes what `_blocks_packer` makes, in FP32."""
 
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def unpack_pairs(
         packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
     ) -> None:
@@ -277,7 +289,7 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
                 values[block, i, 0] = code_values[pair & 15] * scale
                 values[block, i, 1] = code_values[pair >> 4] * scale
 
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def unpack(
         packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
     ) -> None:
@@ -291,7 +303,8 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
     return unpack if in_a_byte == 1 else unpack_pairs
 
 
-pack_nvfp4 = _blocks_packer(NVFP4_BLOCK, _nvfp4_scales, _e2m1, in_a_byte=2)
+encode_nvfp4 = _tile_encoder(NVFP4_BLOCK, _e2m1, in_a_byte=2)
+pack_nvfp4 = _blocks_packer(NVFP4_BLOCK, nvfp4_scales, _e2m1, in_a_byte=2)
 pack_mxfp4 = _blocks_packer(MX_BLOCK, _e8m0_scales(E2M1_MAX), _e2m1, in_a_byte=2)
 pack_mxfp8 = _blocks_packer(MX_BLOCK, _e8m0_scales(E4M3_MAX), _e4m3, in_a_byte=1)
 unpack_nvfp4 = _blocks_unpacker(NVFP4_BLOCK, in_a_byte=2)
@@ -299,7 +312,7 @@ unpack_mxfp4 = _blocks_unpacker(MX_BLOCK, in_a_byte=2)
 unpack_mxfp8 = _blocks_unpacker(MX_BLOCK, in_a_byte=1)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def copy_transposed(source: Array, copy: Array) -> None:
     """Copies [columns, rows] of any strides to contiguous [rows, columns], in squares.
 
@@ -320,16 +333,16 @@ def copy_transposed(source: Array, copy: Array) -> None:
                     copy[left + j, top + i] = square[i, j]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def largest_magnitude(weight: Array) -> Any:
     """Bits of the largest magnitude; those of a NaN where there is one."""
-    largest = _magnitude(weight[0])
+    largest = magnitude_bits(weight[0])
     for i in range(weight.size):
-        largest = max(largest, _magnitude(weight[i]))
+        largest = max(largest, magnitude_bits(weight[i]))
     return largest
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def bit_sums(rows: Array, first: int) -> Any:
     """The sums of `Kernels.bit_sums` of rows [n, columns] of signed integers, the first of which has number `first`."""
     by_row, of_columns = np.int64(0), np.zeros(rows.shape[1], np.int64)
@@ -347,15 +360,15 @@ def bit_sums(rows: Array, first: int) -> Any:
     return by_row, by_column
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
     """Bits of n elements to n E4M3 codes."""
     scale = np.float32(weight_scale)
     for i in range(weight.size):
-        codes[i] = _e4m3(np.float32(_fp32(weight[i]) / scale))
+        codes[i] = _e4m3(np.float32(fp32(weight[i]) / scale))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8` in FP32."""
     scale = np.float32(weight_scale)
@@ -363,7 +376,7 @@ def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> No
         out[i] = e4m3[codes[i]] * scale
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _e4m3_scale(amax: Any) -> Any:
     """The FP32 scale that maps an FP32 amax to 448, as `scale_from_amax` gives it."""
     scale = np.float32(amax / _E4M3_LARGEST)
@@ -372,21 +385,21 @@ def _e4m3_scale(amax: Any) -> Any:
     return _ZERO_AMAX_SCALE if amax == np.float32(0) else scale
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def pack_fp8_row(rows: Array, row_scales: Array, codes: Array) -> None:
     """Bits of [rows, columns] elements to an FP32 scale for each row and as many E4M3 codes as elements."""
     for row in range(rows.shape[0]):
-        largest = _magnitude(rows[row, 0])
+        largest = magnitude_bits(rows[row, 0])
         for i in range(rows.shape[1]):
-            largest = max(largest, _magnitude(rows[row, i]))
-        scale = _e4m3_scale(_fp32(largest))
+            largest = max(largest, magnitude_bits(rows[row, i]))
+        scale = _e4m3_scale(fp32(largest))
         row_scales[row] = scale
         # A row is short enough to be in a core's cache still.
         for i in range(rows.shape[1]):
-            codes[row, i] = _e4m3(np.float32(_fp32(rows[row, i]) / scale))
+            codes[row, i] = _e4m3(np.float32(fp32(rows[row, i]) / scale))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def unpack_fp8_row(codes: Array, row_scales: Array, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8_row` in FP32."""
     for row in range(codes.shape[0]):
@@ -394,17 +407,17 @@ def unpack_fp8_row(codes: Array, row_scales: Array, e4m3: Array, out: Array) -> 
             out[row, i] = e4m3[codes[row, i]] * row_scales[row]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _square_scale(bands: Array, band: int, block: int) -> Any:
     """The FP32 scale of one square of [bands, 128, blocks, 128]."""
-    largest = _magnitude(bands[band, 0, block, 0])
+    largest = magnitude_bits(bands[band, 0, block, 0])
     for row in range(FP8_BLOCK_SIDE):
         for i in range(FP8_BLOCK_SIDE):
-            largest = max(largest, _magnitude(bands[band, row, block, i]))
-    return _e4m3_scale(_fp32(largest))
+            largest = max(largest, magnitude_bits(bands[band, row, block, i]))
+    return _e4m3_scale(fp32(largest))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
     """Bits of [bands, 128, blocks, 128] elements to [bands, blocks] FP32 scales and as many E4M3 codes as elements."""
     for band in range(block_scales.shape[0]):
@@ -413,10 +426,10 @@ def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
             block_scales[band, block] = scale
             for row in range(FP8_BLOCK_SIDE):
                 for i in range(FP8_BLOCK_SIDE):
-                    codes[band, row, block, i] = _e4m3(np.float32(_fp32(bands[band, row, block, i]) / scale))
+                    codes[band, row, block, i] = _e4m3(np.float32(fp32(bands[band, row, block, i]) / scale))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array) -> None:
     """Undoes `pack_fp8_block` in FP32."""
     for band in range(block_scales.shape[0]):
@@ -427,7 +440,7 @@ def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array)
                     out[band, row, block, i] = e4m3[codes[band, row, block, i]] * block_scales[band, block]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _int4(quotient: Any) -> Any:
     """The INT4 code of an FP32 quotient, counted from the lowest, as `codes.INT4` has it: also that of 0 for NaN."""
     inside = _INT4_HIGHEST if quotient > _INT4_HIGHEST else quotient
@@ -437,7 +450,7 @@ def _int4(quotient: Any) -> Any:
     return np.uint8(code if quotient == quotient else np.uint32(8))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _bf16_bits(value: Any) -> Any:
     """BF16 bits of an FP32 value, to nearest, ties to even; NaN becomes the one that PyTorch's scalars have."""
     bits = np.float32(value).view(np.uint32)
@@ -446,7 +459,7 @@ def _bf16_bits(value: Any) -> Any:
     return np.uint16(rounded if value == value else np.uint32(0x7FC0))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _int4_scales(scales: Array, group_scales: Array) -> None:
     """Writes each group's BF16 scale, and replaces its FP32 amax in `scales` by what its elements are divided by."""
     for i in range(scales.size):
@@ -459,16 +472,16 @@ def _int4_scales(scales: Array, group_scales: Array) -> None:
         scales[i] = np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _int4_codes(parts: Array, parts_a_group: int, scales: Array, codes: Array) -> None:
     """Fills `codes` [n, 32] with one code a byte, from the bits of as many elements."""
     for part in range(parts.shape[0]):
         scale = scales[part // parts_a_group]
         for i in range(INT4_SMALL_GROUP):
-            codes[part, i] = _int4(np.float32(_fp32(parts[part, i]) / scale))
+            codes[part, i] = _int4(np.float32(fp32(parts[part, i]) / scale))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> None:
     """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128."""
     parts_a_group = group // INT4_SMALL_GROUP
@@ -486,7 +499,7 @@ def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> 
             nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def unpack_int4(packed: Array, group_scales: Array, out: Array) -> None:
     """Undoes `pack_int4` in FP32; the scales are given as FP32."""
     pairs = packed.reshape(group_scales.size, -1)

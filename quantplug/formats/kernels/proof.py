@@ -24,6 +24,7 @@ from quantplug.formats.encoding import (
 )
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.protocol import Encoded, Kernels
+from quantplug.formats.search.candidates import FOUND, TAKEN
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _SCALES = (1.0, 7.0, 61.0, 7.0 * 2.0**-60, 1 / 3)
@@ -66,6 +67,9 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     yield lambda kernels: (kernels.amax(weight), kernels.amax(weight[:, 1::2]))
     for encoding, scale in product((NVFP4_ENCODING, FP8_ENCODING), _SCALES):
         yield partial(_packed, encoding, weight, weight.new_tensor([scale, scale * 8], dtype=torch.float32))
+    for search, scale in product((*FOUND, *TAKEN), _SCALES[2:]):
+        scales = weight.new_tensor([scale, scale * 8], dtype=torch.float32)
+        yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales)
     # 32 neighbours spread over more binades still, so that values of all sizes stand beside each of the amaxes.
     yield from (partial(_packed, encoding, weight, None) for encoding in (MXFP4_ENCODING, MXFP8_ENCODING))
     for amax in _BLOCK_AMAXES:
@@ -103,10 +107,14 @@ def _packed(
 
 
 def _empty(encoding: Encoding, weight: torch.Tensor, count: int) -> Encoded:
-    """Tensors to be filled for so many weights like this one, without the tensors' scales."""
+    """Tensors to be filled for so many weights like this one; scales of blocks are there where they are given."""
     rows, columns = weight.shape
     codes = weight.new_empty((count, rows, columns // encoding.code.in_a_byte), dtype=encoding.code.dtype)
     if not encoding.has_block_scales:
         return Encoded(codes)
-    blocks = encoding.block.count((rows, columns))
-    return Encoded(codes, weight.new_empty((count, *blocks), dtype=encoding.scale.dtype))
+    scales = weight.new_empty((count, *encoding.block.count((rows, columns))), dtype=encoding.scale.dtype)
+    if encoding.search.is_given:
+        # Every E4M3 number, of which 0 and NaN are no scales.
+        numbers = torch.arange(scales.numel(), device=weight.device) % 126 + 1
+        scales = numbers.to(torch.uint8).view(scales.dtype).view(scales.shape)
+    return Encoded(codes, scales)

@@ -69,7 +69,8 @@ class Kernels(Protocol):
     def pack(self, encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
         """Fills the codes and the block scales of `encoded`.
 
-        Where the encoding has a scale of the whole tensor, `encoded.whole` holds it already and is only read.
+        Where the encoding has a scale of the whole tensor, `encoded.whole` holds it already and is only read; so are
+        scales of blocks where the encoding's search says that they are given.
         """
 
     def unpack(self, encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:

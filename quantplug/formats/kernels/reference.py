@@ -11,6 +11,8 @@ import torch
 from quantplug.formats.encoding import Block, Encoding
 from quantplug.formats.kernels.chunks import CHUNK_ELEMENTS, fp32_row_chunks
 from quantplug.formats.kernels.protocol import Encoded, Loops
+from quantplug.formats.search.candidates import BY_MAX
+from quantplug.formats.search.reference import found_scales
 
 # Integers as wide as an element, whatever its type: sums of bits are exact, where sums of floats depend on their order.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,7 +63,8 @@ def _pack_one(encoding: Encoding, weight: torch.Tensor, encoded: Encoded) -> Non
         # [blocks below each other, rows of one, blocks side by side, columns of one]: axes 1 and 3 are within a block.
         blocks = _in_blocks(values, encoding.block)
         scales = encoded.block_scales[_in_steps(rows, block_rows)]
-        scales.copy_(encoding.scale.from_amax(blocks.abs().amax((1, 3)), _largest(encoding, encoded)))
+        if not encoding.search.is_given:
+            scales.copy_(_scales(encoding, blocks, encoded))
         # Divided by the scale as the reader will see it, after its rounding to the type that it is stored in.
         quotients = blocks / _multipliers(encoding, scales, encoded)
         encoded.codes[rows] = encode(_in_rows(quotients, values.shape))
@@ -77,6 +80,12 @@ def _unpack_one(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> N
         scales = encoded.block_scales[_in_steps(rows, block_rows)]
         blocks = _in_blocks(decoded, encoding.block) * _multipliers(encoding, scales, encoded)
         values[rows] = _in_rows(blocks, decoded.shape)
+
+
+def _scales(encoding: Encoding, blocks: torch.Tensor, encoded: Encoded) -> torch.Tensor:
+    if encoding.search == BY_MAX:
+        return encoding.scale.from_amax(blocks.abs().amax((1, 3)), _largest(encoding, encoded))
+    return found_scales(encoding, blocks, encoded.tensor_scales)
 
 
 def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:

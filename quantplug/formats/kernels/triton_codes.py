@@ -199,6 +199,13 @@ def _rounded(
 
 
 @triton.jit
+def nearest_e2m1(magnitude: tl.tensor) -> tl.tensor:
+    """The E2M1 magnitude that is nearest to an FP32 one: 6 to all above."""
+    _, nearest = _rounded(saturated(magnitude, E2M1_LARGEST), _E2M1_SHIFT, _E2M1_NORMAL, _E2M1_STEPS)
+    return nearest
+
+
+@triton.jit
 def e2m1_value(code: tl.tensor) -> tl.tensor:
     """FP32 value of the E2M1 code in the lower four bits, as `e2m1.decode` gives it."""
     magnitude = ((code & 0x7) << _E2M1_SHIFT).to(tl.float32, bitcast=True) * _E2M1_BIAS

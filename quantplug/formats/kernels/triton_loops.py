@@ -80,16 +80,9 @@ def pack_blocks(
     number = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_there = block < blocks
-    # A block never reaches over the end of a row, so one mask of blocks is enough for its elements.
-    element = tl.arange(0, WIDTH)[None, :]
-    if ROWS:
-        column = (block % blocks_a_row)[:, None] * WIDTH + element
-        offsets = (block // blocks_a_row)[:, None] * row_stride + column * column_stride
-    else:
-        offsets = block[:, None] * WIDTH + element
-    weight = _weight(weights, number, ELEMENT, ALIGNED)
-    values = fp32(tl.load(weight + offsets, mask=is_there[:, None], other=0.0))
-    amax = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1).to(tl.float32, bitcast=True)
+    weight = weight_of(weights, number, ELEMENT, ALIGNED)
+    values = block_values(weight, block, blocks, blocks_a_row, row_stride, column_stride, ROWS, WIDTH)
+    amax = block_amax(values)
     largest: tl.constexpr = E2M1_LARGEST if PAIRS else E4M3_LARGEST
     if POWERS:
         scale_code, inverse = e8m0_scale(amax, largest)
@@ -97,18 +90,62 @@ def pack_blocks(
     else:
         scale_2 = tl.load(tensor_scales + number)
         scale_code, scale = e4m3_scale(amax, scale_2, largest)
-        is_ordinary = (scale_2 >= _LEAST_SCALE_2) & (scale_2 <= _LARGEST_SCALE_2)
-        divisor = (scale * scale_2)[:, None]
-        quotient = rounded_quotient(values, divisor, largest, is_ordinary, weight.dtype.element_ty != tl.float32)
+        quotient = block_quotient(values, scale, scale_2, largest, weight.dtype.element_ty != tl.float32)
     tl.store(block_scales + number * blocks + block, scale_code.to(tl.uint8), mask=is_there)
-    place = (number * blocks + block)[:, None]
+    place = number * blocks + block
     if PAIRS:
-        # Neighbours [.., WIDTH / 2, 2] become the nibbles of one byte: `low` holds the even columns.
-        low, high = tl.split(tl.reshape(e2m1_code(quotient), (BLOCKS, WIDTH // 2, 2)))
-        pairs = place * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
-        tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
+        store_pairs(codes, place, is_there, quotient)
     else:
-        tl.store(codes + place * WIDTH + element, e4m3_code(quotient, values).to(tl.uint8), mask=is_there[:, None])
+        places = place[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(codes + places, e4m3_code(quotient, values).to(tl.uint8), mask=is_there[:, None])
+
+
+@triton.jit
+def block_values(
+    weight: tl.tensor,
+    block: tl.tensor,
+    blocks: tl.tensor,
+    blocks_a_row: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """FP32 values [n, WIDTH] of the blocks with these numbers [n]; 0 behind the last."""
+    # A block never reaches over the end of a row, so one mask of blocks is enough for its elements.
+    element = tl.arange(0, WIDTH)[None, :]
+    if ROWS:
+        column = (block % blocks_a_row)[:, None] * WIDTH + element
+        offsets = (block // blocks_a_row)[:, None] * row_stride + column * column_stride
+    else:
+        offsets = block[:, None] * WIDTH + element
+    return fp32(tl.load(weight + offsets, mask=(block < blocks)[:, None], other=0.0))
+
+
+@triton.jit
+def block_amax(values: tl.tensor) -> tl.tensor:
+    """FP32 amaxes [n] of blocks [n, width]; as integers, NaN is above all numbers."""
+    return tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_quotient(
+    values: tl.tensor, scale: tl.tensor, scale_2: tl.tensor, largest: tl.tensor, SHORT: tl.constexpr
+) -> tl.tensor:
+    """Values [n, width] divided by the E4M3 scales [n] of their blocks under the scale of the tensor."""
+    is_ordinary = (scale_2 >= _LEAST_SCALE_2) & (scale_2 <= _LARGEST_SCALE_2)
+    return rounded_quotient(values, (scale * scale_2)[:, None], largest, is_ordinary, SHORT)
+
+
+@triton.jit
+def store_pairs(codes: tl.tensor, place: tl.tensor, is_there: tl.tensor, quotient: tl.tensor) -> None:
+    """Stores the E2M1 codes of blocks [n, width], two a byte, for blocks that lie at these places [n]."""
+    rows: tl.constexpr = quotient.shape[0]
+    bytes_of_one: tl.constexpr = quotient.shape[1] // 2
+    # Neighbours [.., width / 2, 2] become the nibbles of one byte: `low` holds the even columns.
+    low, high = tl.split(tl.reshape(e2m1_code(quotient), (rows, bytes_of_one, 2)))
+    pairs = place[:, None] * bytes_of_one + tl.arange(0, bytes_of_one)[None, :]
+    tl.store(codes + pairs, (low | (high << 4)).to(tl.uint8), mask=is_there[:, None])
 
 
 @triton.jit
@@ -154,7 +191,7 @@ def pack_fp8(
 ) -> None:
     number = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    weight = _weight(weights, number, ELEMENT, ALIGNED)
+    weight = weight_of(weights, number, ELEMENT, ALIGNED)
     values = _values(weight, index, elements, row_stride, column_stride, columns, ROWS)
     quotient = e4m3_quotient(values, tl.load(weight_scale + number), weight.dtype.element_ty != tl.float32)
     code = e4m3_code(quotient, values)
@@ -189,7 +226,7 @@ def pack_fp8_row(
     A model has few widths, so that to compile for each number of tiles costs little.
     """
     number, row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    weight = _weight(weights, number, ELEMENT, ALIGNED)
+    weight = weight_of(weights, number, ELEMENT, ALIGNED)
     places, codes = weight + row * row_stride, codes + (number * rows + row) * columns
     magnitudes = tl.zeros((TILE,), tl.int32)
     for tile in range(TILES):
@@ -236,7 +273,7 @@ def pack_fp8_block(
     """One square of 128 x 128 elements a program; with PARTIAL the last ones may reach beyond the weight."""
     number, square = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     row, column = _in_square(square, squares_a_row)
-    weight = _weight(weights, number, ELEMENT, ALIGNED)
+    weight = weight_of(weights, number, ELEMENT, ALIGNED)
     places, codes = row * columns + column, codes + number * rows * columns
     # A mask asks for an address of its own for each element: whole squares are read and written without.
     if PARTIAL:
@@ -304,7 +341,7 @@ def pack_int4(
         offsets = (group // groups_a_row)[:, None] * row_stride + column * column_stride
     else:
         offsets = group[:, None] * GROUP + element
-    weight = _weight(weights, number, ELEMENT, ALIGNED)
+    weight = weight_of(weights, number, ELEMENT, ALIGNED)
     values = fp32(tl.load(weight + offsets, mask=is_there[:, None], other=0.0))
 
     largest = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
@@ -338,7 +375,7 @@ def unpack_int4(
 
 
 @triton.jit
-def _weight(weights: tl.tensor, number: tl.tensor, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+def weight_of(weights: tl.tensor, number: tl.tensor, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     """Where the weight begins: `weights` itself if ELEMENT is None."""
     if ELEMENT is None:
         return weights

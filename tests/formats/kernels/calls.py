@@ -8,6 +8,7 @@ import torch
 from quantplug.formats import encoding as encodings
 from quantplug.formats.encoding import Encoding
 from quantplug.formats.kernels.protocol import Encoded, Kernels
+from quantplug.formats.search import candidates
 
 
 def empty(encoding: Encoding, shape: Sequence[int], scales: Sequence[float]) -> Encoded:
@@ -44,18 +45,20 @@ class Call:
         encoding: Name of the encoding; empty for `amax`.
         weights: What is read by `amax` and `pack`, or filled by `unpack`, [count, out, in].
         encoded: Fields of `Encoded`, of which `pack` fills the first two.
+        search: Name of how scales of blocks are found.
     """
 
     name: str
     encoding: str
     weights: list[torch.Tensor]
     encoded: tuple[torch.Tensor | None, ...] = ()
+    search: str = "BY_MAX"
 
     def made_by(self, kernels: Kernels) -> list[torch.Tensor]:
         """All that there is when the call is over; what is filled is filled in a copy."""
         if self.name == "amax":
             return [kernels.amax(*self.weights)]
-        encoding = getattr(encodings, self.encoding)
+        encoding = getattr(encodings, self.encoding).searched(getattr(candidates, self.search))
         encoded = Encoded(*(None if tensor is None else tensor.clone() for tensor in self.encoded))
         if self.name == "pack":
             kernels.pack(encoding, self.weights, encoded)

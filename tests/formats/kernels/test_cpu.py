@@ -4,6 +4,7 @@ What the reference gives is proved against ModelOpt and torchao in tests/formats
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from quantplug.formats.encoding import (
 from quantplug.formats.kernels import cpu, reference
 from quantplug.formats.kernels.protocol import Encoded, Kernels
 from quantplug.formats.scale_types import F32_SCALE
-from tests.formats.kernels.calls import pack_one
+from quantplug.formats.search.candidates import FOUND, GIVEN, ScaleSearch
+from tests.formats.kernels.calls import empty, pack_one
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
@@ -284,3 +286,44 @@ def test_an_encoding_without_loops_is_left_to_the_reference() -> None:
     assert_same_bits(pack_one(cpu, encoding, weight), pack_one(reference, encoding, weight))
     codes, scales = pack_one(cpu, encoding, weight)
     assert_unpacks_alike(encoding, Encoded(codes, scales), codes.shape)
+
+
+@settings(max_examples=100)
+@given(weight=weights(in_features=(16, 48, 160)), share=st.sampled_from([2.0**-20, 0.25, 1.0, 3.0]))
+def test_any_weight_is_searched_alike(weight: torch.Tensor, share: float) -> None:
+    scale = max(cpu.amax(weight).item() * share / NVFP4_MAX, 2.0**-126)
+    for search in FOUND:
+        encoding = NVFP4_ENCODING.searched(search)
+        assert_same_bits(pack_one(cpu, encoding, weight, scale), pack_one(reference, encoding, weight, scale))
+
+
+@pytest.mark.parametrize("search", FOUND, ids=lambda search: search.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_search_in_weights_of_all_strides(dtype: torch.dtype, search: ScaleSearch) -> None:
+    encoding = NVFP4_ENCODING.searched(search)
+    expected = pack_one(reference, encoding, views(dtype)["contiguous"], 1e-4)
+    for weight in views(dtype).values():
+        assert_same_bits(pack_one(cpu, encoding, weight, 1e-4), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_searches_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    weight = heavy_tailed((8, 48), dtype)
+    weight[0, 3], weight[1, 20], weight[2, 40] = float("nan"), float("inf"), -float("inf")
+    for search in FOUND:
+        encoding = NVFP4_ENCODING.searched(search)
+        assert_same_bits(pack_one(cpu, encoding, weight, 1e-4), pack_one(reference, encoding, weight, 1e-4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_scales_are_kept(dtype: torch.dtype) -> None:
+    weight, encoding = heavy_tailed((42, 96), dtype), NVFP4_ENCODING.searched(GIVEN)
+    numbers = (torch.arange(42 * 6, dtype=torch.uint8) % 126 + 1).view(torch.float8_e4m3fn).view(1, 42, 6)
+    filled = []
+    for kernels in SETS:
+        encoded = replace(empty(encoding, weight.shape, (1e-2,)), blocks=numbers.clone())
+        kernels.pack(encoding, (weight,), encoded)
+        assert torch.equal(bits(encoded.block_scales), bits(numbers))
+        filled.append(encoded.codes)
+    assert torch.equal(*filled)
+    assert filled[0].unique().numel() > 100

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from quantplug.formats import encoding as encodings
 from quantplug.formats.kernels import reference, triton_loops
+from quantplug.formats.search import triton_loops as search_loops
 from tests.formats.kernels.calls import Call, empty
 from tests.formats.kernels.values import E4M3_SCALES, all_values, every_block
 from tests.formats.weights import DTYPES, bits, heavy_tailed
@@ -150,6 +151,21 @@ def test_powers_of_two_of_every_amax_and_every_value_beside_some(
         weights.append(torch.nn.functional.pad(inside, (0, -inside.numel() % 31)).view(-1, 31))
         weights[-1] = torch.nn.functional.pad(weights[-1], (1, 0), value=amax)
     assert_interpreted_as_the_reference([packing(encoding, [weight]) for weight in weights], large=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_searched_and_given_scales(dtype: torch.dtype, assert_interpreted_as_the_reference: Compare) -> None:
+    weight = heavy_tailed((32, 96), dtype)
+    weight[3, 16:32] = 0
+    weight[4, 5], weight[5, 6], weight[6, 7] = float("nan"), float("inf"), -0.0
+    numbers = torch.arange(32 * 6) % 126 + 1
+    codes, given = torch.zeros(1, 32, 48, dtype=torch.uint8), numbers.to(torch.uint8).view(torch.float8_e4m3fn)
+    calls = [
+        Call("pack", "NVFP4_ENCODING", [view], (codes, given.view(1, 32, 6), torch.tensor([scale])), search)
+        for search in ("FOUR_OVER_SIX", "BY_ERROR", "GIVEN", "GIVEN_FOUR_OVER_SIX")
+        for view, scale in ((weight, 1e-4), (weight.t().contiguous().t(), 1 / 3), (weight, 2.0**-126))
+    ]
+    assert_interpreted_as_the_reference(calls)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -320,9 +336,11 @@ OF_CODES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 }
 
 
-def compiled(name: str, arguments: dict[str, str], constants: dict[str, Any], capability: int) -> CompiledKernel:
+def compiled(
+    name: str, arguments: dict[str, str], constants: dict[str, Any], capability: int, source: Any = triton_loops
+) -> CompiledKernel:
     """For a GPU that need not be there; pointers and sizes are multiples of 16, as they mostly are."""
-    kernel = getattr(triton_loops, name)
+    kernel = getattr(source, name)
     constants = {"column_stride": 1} | constants
     signature = {
         parameter: "constexpr" if parameter in constants else arguments[parameter] for parameter in kernel.arg_names
@@ -331,7 +349,10 @@ def compiled(name: str, arguments: dict[str, str], constants: dict[str, Any], ca
     sixteens = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind != "constexpr"
     }
-    return triton.compile(ASTSource(kernel, signature, used, sixteens), target=GPUTarget("cuda", capability, 32))
+    # As the search is launched; other loops leave nothing to fuse but what they fuse themselves.
+    options = {"enable_fp_fusion": False} if source is search_loops else None
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(ASTSource(kernel, signature, used, sixteens), target=target, options=options)
 
 
 @pytest.fixture
@@ -368,6 +389,16 @@ def test_packing_on_a_gpu_rounds_as_ieee_says_and_reads_16_bytes_at_once(
     assert "div.rn.f32" in ptx
     loads = re.findall(r"ld\.global\S*\.v4\.b32", ptx)
     assert loads, sorted(set(re.findall(r"ld\.global\S*", ptx)))
+
+
+@pytest.mark.parametrize(("weight", "capability"), TARGETS)
+def test_the_search_on_a_gpu_rounds_products_before_it_adds_them(weight: str, capability: int, own_cache: None) -> None:
+    arguments = {"weights": weight, "multiples": "*fp32", "offsets": "*i32"} | STRIDES | BLOCKS
+    constants = {"ROWS": False, "BLOCKS": 128, "ELEMENT": None, "ALIGNED": False, "MULTIPLES": 1, "OFFSETS": 11}
+
+    ptx = compiled("pack_nvfp4", arguments, constants, capability, search_loops).asm["ptx"]
+
+    assert_ieee(ptx, fused=0 if weight == "*fp32" else 2 * 16)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

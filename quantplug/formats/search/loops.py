@@ -1,0 +1,185 @@
+"""The search for scales on a CPU, compiled by numba: `candidates` says what is computed, `reference` shows it.
+
+Blocks lie side by side in memory, and a sum over each is no vector instruction. So a tile is turned first: row i of
+[16, blocks] holds element i of every block, and all steps after that are of whole rows.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
+from quantplug.formats.kernels.loops import OPTIONS, Array, encode_nvfp4, fp32, magnitude_bits, nvfp4_scales
+
+_TILE = 8192
+"""Elements worked on at a time: few enough that they and their temporaries stay in a core's cache."""
+
+_E2M1_LARGEST = np.float32(E2M1_MAX)
+_ONE_BITS, _EXPONENT, _E2M1_STEP = np.uint32(0x3F800000), np.uint32(0x7F800000), np.uint32(22 << 23)
+_E4M3_SHIFT, _E4M3_BIAS = np.uint32(20), np.float32(2.0**120)
+_E4M3_NAN, _LEAST_CODE, _LARGEST_CODE = np.uint32(127), np.int32(1), np.int32(126)
+
+
+@njit(**OPTIONS)
+def _part(source: Array, parted: Array) -> None:
+    """Elements of even places before those of odd ones."""
+    half = source.size // 2
+    for i in range(half):
+        parted[i] = source[2 * i]
+        parted[half + i] = source[2 * i + 1]
+
+
+@njit(**OPTIONS)
+def _turn(tile: Array, turned: Array, room: Array) -> None:
+    """Bits of blocks of 16 to 16 rows, one behind the other; row i holds element i of every block."""
+    # Each step rotates the bits of a place by one, lowest to highest: after four the place in a block comes first.
+    _part(tile, room)
+    _part(room, turned)
+    _part(turned, room)
+    _part(room, turned)
+
+
+@njit(**OPTIONS)
+def _magnitudes(turned: Array, unit: Any, rows: Array) -> None:
+    for i in range(turned.size):
+        rows[i] = np.float32(abs(fp32(turned[i])) * unit)
+
+
+@njit(**OPTIONS)
+def _larger(turned: Array, other: Array, largest: Array) -> None:
+    for i in range(largest.size):
+        largest[i] = max(magnitude_bits(turned[i]), magnitude_bits(other[i]))
+
+
+@njit(**OPTIONS)
+def _amaxes(turned: Array, room: Array, amaxes: Array) -> None:
+    """Of each block, FP32: as bits, of which those of a NaN are the largest. Both buffers are written over."""
+    half = turned.size // 2
+    # From one buffer to the other: read and written in one, the loop would not become vector instructions.
+    _larger(turned[:half], turned[half:], room[:half])
+    _larger(room[: half // 2], room[half // 2 : half], turned[: half // 2])
+    _larger(turned[: half // 4], turned[half // 4 : half // 2], room[: half // 4])
+    _larger(room[: half // 8], room[half // 8 : half // 4], turned[: half // 8])
+    for i in range(amaxes.size):
+        amaxes[i] = fp32(turned[i])
+
+
+@njit(**OPTIONS)
+def _square(magnitude: Any, reciprocal: Any) -> Any:
+    """What rounding to E2M1 leaves over of a quotient, squared."""
+    quotient = np.float32(magnitude * reciprocal)
+    saturated = np.float32(min(quotient, _E2M1_LARGEST))
+    # `kernels.loops._rounded` says why adding such a number rounds.
+    binade = np.uint32(max(np.uint32(np.float32(saturated).view(np.uint32) & _EXPONENT), _ONE_BITS))
+    rounder = np.uint32(binade + _E2M1_STEP).view(np.float32)
+    left = np.float32(quotient - np.float32(np.float32(saturated + rounder) - rounder))
+    return np.float32(left * left)
+
+
+@njit(**OPTIONS)
+def _errors(rows: Array, reciprocals: Array, errors: Array) -> None:
+    """Sums of 16 squares, neighbours first: written out, as LLVM would sum in another order or element by element."""
+    for i in range(errors.size):
+        by = reciprocals[i]
+        first = np.float32(_square(rows[0, i], by) + _square(rows[1, i], by))
+        second = np.float32(_square(rows[2, i], by) + _square(rows[3, i], by))
+        third = np.float32(_square(rows[4, i], by) + _square(rows[5, i], by))
+        fourth = np.float32(_square(rows[6, i], by) + _square(rows[7, i], by))
+        lower = np.float32(np.float32(first + second) + np.float32(third + fourth))
+        first = np.float32(_square(rows[8, i], by) + _square(rows[9, i], by))
+        second = np.float32(_square(rows[10, i], by) + _square(rows[11, i], by))
+        third = np.float32(_square(rows[12, i], by) + _square(rows[13, i], by))
+        fourth = np.float32(_square(rows[14, i], by) + _square(rows[15, i], by))
+        errors[i] = np.float32(lower + np.float32(np.float32(first + second) + np.float32(third + fourth)))
+
+
+@njit(**OPTIONS)
+def _candidates(nearest: Array, offset: Any, codes: Array, scales: Array, reciprocals: Array) -> None:
+    """E4M3 codes at an offset from the nearest ones, which stay as they are at offset 0, and what they stand for."""
+    least, largest = (_LEAST_CODE, _LARGEST_CODE) if offset else (np.int32(0), np.int32(127))
+    for i in range(codes.size):
+        code = np.uint32(min(max(np.int32(np.int32(nearest[i]) + offset), least), largest))
+        codes[i] = code
+        scales[i] = np.float32(np.uint32(code << _E4M3_SHIFT).view(np.float32) * _E4M3_BIAS)
+        reciprocals[i] = np.float32(np.float32(1) / scales[i])
+
+
+@njit(**OPTIONS)
+def _keep_less(errors: Array, scales: Array, codes: Array, least: Array, found: Array) -> None:
+    for i in range(errors.size):
+        # Read before they are compared: a read that depends on the comparison would not become a vector instruction.
+        error, code, best, kept = (
+            np.float32(errors[i] * np.float32(scales[i] * scales[i])),
+            codes[i],
+            least[i],
+            found[i],
+        )
+        found[i] = code if error < best else kept
+        least[i] = error if error < best else best
+
+
+@njit(**OPTIONS)
+def _finish(found: Array, scale_2: Any, block_scales: Array, divisors: Array) -> None:
+    for i in range(found.size):
+        value = np.float32(np.uint32(found[i] << _E4M3_SHIFT).view(np.float32) * _E4M3_BIAS)
+        block_scales[i] = np.uint8(found[i])
+        divisors[i] = np.float32((np.float32(np.nan) if found[i] == _E4M3_NAN else value) * scale_2)
+
+
+@njit(**OPTIONS)
+def pack_nvfp4(
+    weight: Array, weight_scale_2: float, multiples: Array, offsets: Array, packed: Array, block_scales: Array
+) -> None:
+    """Bits of n elements to n/2 bytes of codes and n/16 bytes of the E4M3 scales that are found for them.
+
+    Args:
+        multiples: Of amaxes, FP32.
+        offsets: Of codes, int32; the candidates are all offsets of the first multiple, then those of the next.
+    """
+    scale_2 = np.float32(weight_scale_2)
+    unit = np.float32(np.float32(1) / scale_2)
+    turned, room = np.empty(_TILE, weight.dtype), np.empty(_TILE, weight.dtype)
+    in_units, codes = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint8)
+    # Rows of one array a block each: amax, divisor, value, reciprocal, error and least error.
+    floats = np.empty((6, _TILE // NVFP4_BLOCK), np.float32)
+    numbers = np.empty((2, _TILE // NVFP4_BLOCK), np.uint32)
+    for start in range(0, weight.size, _TILE):
+        tile = weight[start : start + _TILE]
+        blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
+        scales = block_scales[first : first + blocks]
+        amaxes, divisors, values = floats[0, :blocks], floats[1, :blocks], floats[2, :blocks]
+        reciprocals, errors, least = floats[3, :blocks], floats[4, :blocks], floats[5, :blocks]
+        candidates, found = numbers[0, :blocks], numbers[1, :blocks]
+        _turn(tile, turned[: tile.size], room[: tile.size])
+        _magnitudes(turned[: tile.size], unit, in_units[: tile.size])
+        _amaxes(turned[: tile.size], room[: tile.size], amaxes)
+        rows = in_units[: tile.size].reshape(NVFP4_BLOCK, blocks)
+        least[:] = np.float32(np.inf)
+        for multiple in range(multiples.size):
+            for i in range(blocks):
+                divisors[i] = np.float32(amaxes[i] * multiples[multiple])
+            nvfp4_scales(divisors, scale_2, scales)
+            for offset in range(offsets.size):
+                _candidates(scales, offsets[offset], candidates, values, reciprocals)
+                if multiple == 0 and offset == 0:
+                    found[:] = candidates
+                _errors(rows, reciprocals, errors)
+                _keep_less(errors, values, candidates, least, found)
+        _finish(found, scale_2, scales, divisors)
+        encode_nvfp4(tile, divisors, codes, packed[start // 2 : start // 2 + tile.size // 2])
+
+
+@njit(**OPTIONS)
+def pack_nvfp4_given(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
+    """Bits of n elements to n/2 bytes of codes, by the n/16 bytes of E4M3 scales that are there already."""
+    scale_2 = np.float32(weight_scale_2)
+    codes, divisors = np.empty(_TILE, np.uint8), np.empty(_TILE // NVFP4_BLOCK, np.float32)
+    found = np.empty(_TILE // NVFP4_BLOCK, np.uint32)
+    for start in range(0, weight.size, _TILE):
+        tile = weight[start : start + _TILE]
+        blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
+        scales = block_scales[first : first + blocks]
+        found[:blocks] = scales
+        _finish(found[:blocks], scale_2, scales, divisors[:blocks])
+        encode_nvfp4(tile, divisors[:blocks], codes, packed[start // 2 : start // 2 + tile.size // 2])
