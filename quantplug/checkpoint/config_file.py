@@ -9,6 +9,7 @@ import torch
 
 from quantplug.checkpoint.untrusted.files import read_json
 from quantplug.errors import Offender, SourceError
+from quantplug.mappings.table import Family, MegatronConfig
 
 CONFIG_FILE = "config.json"
 # Where transformers looks for `auto_map` (its *Auto* classes).
@@ -22,6 +23,9 @@ _FILES_THAT_NAME_CODE = (
 _TEXT, _TIED = "text_config", "tie_word_embeddings"
 # What every reader of a config takes for an object, where it is set.
 _OBJECTS = ("quantization_config", "compression_config", "text_config", "vision_config", "auto_map")
+
+UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What a family's table, or a class of transformers, raises of a setting that is missing or of a wrong type."""
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
@@ -111,6 +115,21 @@ def refuse_own_code(directory: Path, *, trusted: bool) -> None:
 def _auto_map(directory: Path, name: str) -> object:
     """What a JSON file says of code; nothing where there is no such file."""
     return read_json(directory, name).get("auto_map") if os.path.lexists(directory / name) else None
+
+
+def in_megatrons_words(config: Mapping[str, Any], family: Family, directory: Path) -> MegatronConfig:
+    """A config as its family's table puts it.
+
+    Raises:
+        UnsupportedModelError: A setting is not one that is converted.
+        SourceError: A setting is missing, or of a type that it cannot have.
+    """
+    try:
+        return family.megatron_config(config)
+    except KeyError as error:
+        raise config_error(directory, f"does not have {error}, which the {family.name} family needs") from error
+    except UNUSABLE as error:
+        raise config_error(directory, f"cannot be converted: {error!r}") from error
 
 
 def config_error(directory: Path, reason: str) -> SourceError:

@@ -112,10 +112,10 @@ class FileIdentity:
 
 
 def identity_of(path: Path) -> FileIdentity | None:
-    """The identity of a file; None if it is not there."""
+    """The identity of a file; None if it is not there, or nobody can say, as of a link to itself."""
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return _identity(found)
 

@@ -10,8 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from quantplug.checkpoint.config_file import (
+    UNUSABLE,
     architecture_of,
     config_error,
+    in_megatrons_words,
     read_config_file,
     refuse_own_code,
     saved_dtype,
@@ -25,18 +27,8 @@ from quantplug.errors import ArgumentError, Offender, UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import Family, MegatronConfig
 
-# What transformers' classes, and the tables after them, raise of settings of a wrong type.
-_REFUSALS = (
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    OSError,
-    ImportError,
-    StrictDataclassError,
-)
+# What transformers' classes raise of settings of a wrong type.
+_REFUSALS = (*UNUSABLE, OSError, ImportError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -136,13 +128,10 @@ def megatron_config(source: SourceConfig) -> MegatronConfig:
     Raises:
         UnsupportedModelError: A setting is not one that we convert.
             Or the family's table is of norms of another kind than its config.
-        SourceError: A setting is of a type that it cannot have.
+        SourceError: A setting is missing, or of a type that it cannot have.
     """
     family = find_family(source.architecture)
-    try:
-        converted = family.megatron_config(source.values)
-    except _REFUSALS as error:
-        raise config_error(source.directory, f"cannot be converted: {error!r}") from error
+    converted = in_megatrons_words(source.values, family, source.directory)
     # Of a table from outside: its norms would come out one too large or too small.
     zero_centred = bool(converted.transformer.get("layernorm_zero_centered_gamma", False))
     if zero_centred is not family.zero_centred:

@@ -1,5 +1,6 @@
 """`quantplug verify`: the judge of quantized checkpoints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,9 @@ from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.errors import ArgumentError, Offender
 from quantplug.verify import verify_checkpoint
 
+_GO_ON = "run the same command again to go on."
+_KEPT_NOTHING = "Nothing was proved. With --resume FILE it goes on where it was."
+
 
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to judge, of whichever tool.")],
@@ -18,14 +22,20 @@ def verify(
         Path | None,
         typer.Option(metavar="DIR", help="The checkpoint it was quantized from: plain, FP8 in blocks, or MXFP4."),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep progress here: the same command, stopped, goes on where it was."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the full report here.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
 ) -> None:
     """Judges a quantized checkpoint by its files alone: no model, no GPU.
 
-    Exit status: 0 without errors (warnings may remain), 1 with errors, 2 when it could not be asked so.
+    Exit status: 0 without errors (warnings may remain), 1 with errors, 2 when it could not be asked so, 130 when Ctrl-C
+    stops it.
     """
-    with user_errors():
+    kept = _KEPT_NOTHING if resume is None else f"What was found so far is kept in {resume}: {_GO_ON}"
+    with user_errors(lambda: kept):
         if json is not None and not json.parent.is_dir():
             raise ArgumentError(
                 "The report cannot be written.",
@@ -33,7 +43,7 @@ def verify(
                 "Make that directory, or write the report elsewhere.",
             )
         with byte_bar() as bar:
-            report = verify_checkpoint(directory, source, lambda done, total: bar("reading", done, total))
+            report = verify_checkpoint(directory, source, partial(bar, "reading"), resume=resume)
         if json is not None:
             # Before the table is printed: where the file cannot be written, the exit status is 2 and nothing looks like
             # a verdict.

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from quantplug.checkpoint.config_file import in_megatrons_words
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.checkpoint.torch_dist.arguments import is_zero_centred, read_arguments, require_as_trained
 from quantplug.checkpoint.torch_dist.aside import Aside, unwrapped
+from quantplug.checkpoint.torch_dist.files import read_own_file, require_as_saved
 from quantplug.checkpoint.torch_dist.index import read_index
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
 from quantplug.checkpoint.torch_dist.roots import find_iteration
@@ -159,6 +161,7 @@ def export_checkpoint(
     target = Path(destination)
     require_free(target)
     directory = find_iteration(checkpoint, iteration)
+    require_as_saved(directory, read_own_file(directory).get("files", {}))
     index = unwrapped(read_index(directory))
     has_mtp = any(key.startswith("mtp.") for key in index.tensors)
     model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp, vocab_size)
@@ -166,7 +169,7 @@ def export_checkpoint(
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     arguments = read_arguments(directory, index)
     if arguments:
-        by_config = model.family.megatron_config(model.config)
+        by_config = in_megatrons_words(model.config, model.family, model.directory)
         # What norms multiply with is written, whichever way they were trained.
         settings = {**by_config.model, **by_config.transformer}
         require_as_trained(arguments, settings, "in config.json", unchecked_settings)

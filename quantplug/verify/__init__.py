@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from quantplug.verify import (
 )
 from quantplug.verify.checkpoint import Checkpoint, open_checkpoint
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
+from quantplug.verify.journal import Journal
 from quantplug.verify.known import known_architecture, table_of
 from quantplug.verify.modules import Inventory, take_inventory
 from quantplug.verify.originals import Originals
@@ -45,7 +47,11 @@ _RULES = (
 
 
 def verify_checkpoint(
-    directory: str | Path, source: str | Path | None = None, on_progress: OnProgress | None = None
+    directory: str | Path,
+    source: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+    *,
+    resume: str | Path | None = None,
 ) -> VerifyReport:
     """Judges a checkpoint directory, of whichever tool, and with the original at hand the error of every tensor.
 
@@ -55,44 +61,45 @@ def verify_checkpoint(
         directory: Holds config.json and the safetensors files.
         source: The BF16, FP16 or FP32 checkpoint it was quantized from; or one in FP8, or GPT-OSS's own in MXFP4.
         on_progress: Called with (bytes read so far, bytes to read in all).
+        resume: A file in which progress is kept, outside of both directories. Where the same call was interrupted it
+            goes on from there, if no file of either directory has changed since; at the end it is removed.
 
     Returns:
         All findings at once; whatever is wrong inside the directories is a finding, never an exception.
 
     Raises:
         SourceError: One of the two is not a directory.
+        ArgumentError: Progress cannot be kept in `resume`.
     """
     export, findings = open_checkpoint(Path(directory))
     original, source_findings = open_checkpoint(Path(source), is_source=True) if source is not None else (None, [])
-    try:
-        scheme, scheme_findings = read_scheme(export)
-        known, size_findings = known_architecture(export)
-        fused = fused_experts(known.family if known else table_of(export.config))
-        export, name_findings = with_inner_names(export, fused)
-        findings += [*source_findings, *scheme_findings, *size_findings, *name_findings]
-        inventory = take_inventory(export, scheme, fused, known)
-        source_experts = fused
-        if original is not None:
-            # The source may be published in another form than the export has, and then has a table of its own.
-            known_source, _ = known_architecture(original)
-            source_experts = fused_experts(known_source.family) if known_source else fused
-            original, _ = with_inner_names(original, source_experts)
-        errors = _judge(inventory, original, source_experts, findings, on_progress)
-        # Rules speak in a module's spelling; a user looks for the name that is on disk.
-        findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
-        return VerifyReport(
-            directory=str(directory),
-            source=None if source is None else str(source),
-            quantization=scheme.label,
-            tensors=len(export.tensors),
-            findings=tuple(sorted(findings, key=_order)),
-            errors_by_tensor=tuple(errors),
-            sizes=tuple(source_rules.sizes(export, original)),
-        )
-    finally:
-        export.close()
-        if original is not None:
-            original.close()
+    scheme, scheme_findings = read_scheme(export)
+    known, size_findings = known_architecture(export)
+    fused = fused_experts(known.family if known else table_of(export.config))
+    export, name_findings = with_inner_names(export, fused)
+    findings += [*source_findings, *scheme_findings, *size_findings, *name_findings]
+    inventory = take_inventory(export, scheme, fused, known)
+    source_experts = fused
+    if original is not None:
+        # The source may be published in another form than the export has, and then has a table of its own.
+        known_source, _ = known_architecture(original)
+        source_experts = fused_experts(known_source.family) if known_source else fused
+        original, _ = with_inner_names(original, source_experts)
+    checkpoints = [export] if original is None else [export, original]
+    with nullcontext() if resume is None else Journal(Path(resume), checkpoints) as journal:
+        errors = _judge(inventory, original, source_experts, findings, on_progress, journal)
+    findings += [finding for checkpoint in checkpoints for finding in checkpoint.changed()]
+    # Rules speak in a module's spelling; a user looks for the name that is on disk.
+    findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
+    return VerifyReport(
+        directory=str(directory),
+        source=None if source is None else str(source),
+        quantization=scheme.label,
+        tensors=len(export.tensors),
+        findings=tuple(sorted(findings, key=_order)),
+        errors_by_tensor=tuple(errors),
+        sizes=tuple(source_rules.sizes(export, original)),
+    )
 
 
 def _judge(
@@ -101,6 +108,7 @@ def _judge(
     source_experts: FusedExperts,
     findings: list[Finding],
     on_progress: OnProgress | None,
+    journal: Journal | None,
 ) -> list[TensorError]:
     """Appends the findings of all rules and gives the measured errors."""
     for rule in _RULES:
@@ -114,7 +122,7 @@ def _judge(
         if on_progress is not None:
             on_progress(done, to_read)
 
-    read, value_findings = values.read_values(inventory, on_bytes)
+    read, value_findings = values.read_values(inventory, on_bytes, journal)
     findings += [*value_findings, *values.shared_scales(inventory, read)]
     export = inventory.checkpoint
     findings += tied_head.lost_head(export.config, export, "the export")
@@ -126,7 +134,7 @@ def _judge(
         findings += tied_head.lost_head(export.config, original, "the source")
     # What is wrong with the scheme is no finding of the export's: weights that cannot be read so are named one by one.
     originals = Originals(original, read_scheme(original)[0])
-    errors, compare_findings = source_rules.compare(inventory, originals, source_experts, on_bytes)
+    errors, compare_findings = source_rules.compare(inventory, originals, source_experts, on_bytes, journal)
     findings.extend(compare_findings)
     return errors
 

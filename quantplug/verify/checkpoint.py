@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from threading import Lock
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from quantplug.checkpoint.reader import open_safetensors, weight_files
+from quantplug.checkpoint.reader import FileIdentity, identity_of, open_safetensors, weight_files
+from quantplug.checkpoint.safetensors.dtypes import DTYPES
+from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import read_json
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
 from quantplug.errors import SourceError
@@ -23,14 +24,12 @@ from quantplug.verify.report import Finding, error, warning
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 4 * 1024 * 1024  # of stored bytes; small, so that what is made of them stays in the cache
 
-_MOST_MAPPED = 64 * 1024 * 1024  # bytes read of mapped files until they are let go
-_MOST_OPEN = 64  # shards at a time: a process may have 1,024 files open
-
 # safetensors' names of the types whose values we read; sizes in bytes.
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+_TORCH_TYPES = {**DTYPES, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
 PLAIN_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -63,15 +62,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory's configs and tensor headers, and the way to the data."""
+    """A directory's configs and tensor headers, and the way to the data.
+
+    Attributes:
+        identities: Of every file that it is made of, before anything of it was read.
+    """
 
     directory: Path
     config: Json
     hf_quant_config: Json | None
     tensors: Mapping[str, TensorInfo]
-    _lock: Lock = field(default_factory=Lock, compare=False, repr=False)
-    _touched: list[int] = field(default_factory=lambda: [0], compare=False, repr=False)
-    _shards: dict[str, safe_open] = field(default_factory=dict, compare=False, repr=False)
+    identities: Mapping[str, FileIdentity | None] = field(default_factory=dict, compare=False, repr=False)
+    _starts: dict[str, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor.
@@ -79,21 +81,37 @@ class Checkpoint:
         Raises:
             UnreadableTensorError: The shard cannot give it.
         """
-        try:
-            return self._touch(self._shard(name).get_tensor(self.tensors[name].stored))
-        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
-            raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
+        return self.part(name, ())
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of a tensor of at least one dimension; raises as `read`."""
         return self.part(name, (slice(first, last),))
 
     def part(self, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
-        """What an index along the first axes of a tensor says; raises as `read`."""
+        """What an index along the first axes of a tensor says, in memory of its own; raises as `read`.
+
+        Not a view of the mapped file: pages that were read would count as this process's memory, and those behind the
+        end of a file that is cut meanwhile would end it.
+        """
+        info = self.tensors[name]
         try:
-            return self._touch(self._shard(name).get_slice(self.tensors[name].stored)[index])
-        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
+            descriptor = os.open(self.directory / info.shard, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                # Threads that come here at once each find the same.
+                if info.shard not in self._starts:
+                    self._starts[info.shard] = data_starts(descriptor)
+                start = self._starts[info.shard][info.stored]
+                return read_slice(descriptor, start, info.shape, _TORCH_TYPES[info.dtype], index)
+            finally:
+                os.close(descriptor)
+        except (OSError, EOFError, ValueError, LookupError) as problem:
             raise UnreadableTensorError(f"{type(problem).__name__}: {problem}") from problem
+
+    def changed(self) -> Iterator[Finding]:
+        """Files that are no longer what they were when the first of them was opened."""
+        for name, before in self.identities.items():
+            if identity_of(self.directory / name) != before:
+                yield error(Check.FILES, name, "has changed while it was read: nothing is proved")
 
     def chunks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows) of a tensor in pieces of about `CHUNK_BYTES`; raises as `read`."""
@@ -104,33 +122,6 @@ class Checkpoint:
         step = rows_at_a_time(prod(info.shape[1:]) * ITEM_BYTES.get(info.dtype, 1))
         for first in range(0, info.shape[0], step):
             yield first, self.rows(name, first, min(first + step, info.shape[0]))
-
-    def _shard(self, name: str) -> safe_open:
-        shard = self.tensors[name].shard
-        with self._lock:
-            if shard not in self._shards:
-                # All of them at once: opening one again costs a header, and no order of use need be kept.
-                if len(self._shards) >= _MOST_OPEN:
-                    self._shards.clear()
-                self._shards[shard] = safe_open(self.directory / shard, framework="pt")
-            return self._shards[shard]
-
-    def _touch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Lets go of files of which much was read: their pages count as this process's memory while they are mapped.
-
-        What tensors in use lie in is theirs until they go.
-        """
-        with self._lock:
-            self._touched[0] += tensor.nbytes
-            # Mapped pages that have been read stay in memory until the file is closed, and add up to the size of the
-            # model.
-            if self._touched[0] > _MOST_MAPPED:
-                self._shards.clear()
-                self._touched[0] = 0
-        return tensor
-
-    def close(self) -> None:
-        self._shards.clear()
 
 
 def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkpoint, list[Finding]]:
@@ -146,15 +137,18 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
     if not directory.is_dir():
         raise SourceError(f"{directory} is not a directory.", remedy="Name the directory that holds config.json.")
     findings: list[Finding] = []
+    identities = {name: identity_of(directory / name) for name in ("config.json", "hf_quant_config.json", INDEX)}
     config = _json(directory, "config.json", findings)
     # One that is there and cannot be read has its finding already.
     if config is None and not os.path.lexists(directory / "config.json"):
         findings.append(error(Check.FILES, "config.json", "missing: no server can load this directory"))
     hf_quant_config = _json(directory, "hf_quant_config.json", findings)
-    tensors = _tensors(directory, _shards(directory, is_source), findings)
+    shards = _shards(directory, is_source)
+    identities |= {shard: identity_of(directory / shard) for shard in shards}
+    tensors = _tensors(directory, shards, findings)
     if not tensors:
         findings.append(error(Check.FILES, directory.name, "holds no tensor in any *.safetensors file"))
-    return Checkpoint(directory, config or {}, hf_quant_config, tensors), findings
+    return Checkpoint(directory, config or {}, hf_quant_config, tensors, identities), findings
 
 
 def _json(directory: Path, name: str, findings: list[Finding]) -> Json | None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -11,13 +13,13 @@ from quantplug.verify import bounds, names, originals
 from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
+from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
 from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, is_plain
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.measure import Meter, meter_for
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.originals import ExpertPart, Original, Originals
 from quantplug.verify.report import Finding, Size, TensorError, error, warning
-from quantplug.verify.threads import in_threads
 from quantplug.verify.tied_head import is_tied
 
 OnBytes = Callable[[int], None]
@@ -30,7 +32,7 @@ def bytes_to_read(source: Checkpoint) -> int:
 
 
 def compare(
-    inventory: Inventory, source: Originals, experts: FusedExperts, on_bytes: OnBytes
+    inventory: Inventory, source: Originals, experts: FusedExperts, on_bytes: OnBytes, journal: Journal | None
 ) -> tuple[list[TensorError], list[Finding]]:
     """The error of every quantized weight, and all findings on names, shapes and values.
 
@@ -52,11 +54,24 @@ def compare(
         errors: list[TensorError] = []
         return errors, list(_tensor(inventory, source, info, apart[info.name], meter, errors))
 
-    for info, (errors, found) in in_threads(judged, tensors.values()):
+    for info, (errors, found) in in_journal(journal, "source", judged, tensors.values(), _FORM):
         measured.extend(errors)
         findings.extend(found)
         on_bytes(info.nbytes)
     return measured, findings
+
+
+def _to_json(judged: tuple[list[TensorError], list[Finding]]) -> Any:
+    errors, findings = judged
+    return [[asdict(it) for it in errors], findings_to_json(findings)]
+
+
+def _of_json(kept: Any) -> tuple[list[TensorError], list[Finding]]:
+    errors, findings = kept
+    return [TensorError(**it) for it in errors], findings_of_json(findings)
+
+
+_FORM = Form(_to_json, _of_json)
 
 
 def _tensor(

@@ -1,18 +1,19 @@
 """Reads every value once: nothing NaN or Inf, scales positive; keeps the scalars for those on sharing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
+from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
 from quantplug.verify.layouts import Nvfp4Layout
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.names import FusedGroup, last, split
 from quantplug.verify.report import Finding, error, note, ranges, warning
-from quantplug.verify.threads import in_threads
 
 # Suffixes of floating-point scales: a multiplier or divisor that must be above zero.
 _POSITIVE = frozenset({
@@ -52,7 +53,7 @@ def bytes_to_read(inventory: Inventory) -> int:
     return sum(info.nbytes for info in inventory.checkpoint.tensors.values() if info.dtype in _READ_DTYPES)
 
 
-def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[Finding]]:
+def read_values(inventory: Inventory, on_bytes: OnBytes, journal: Journal | None) -> tuple[Values, list[Finding]]:
     """All findings on single values, and what the rules on several tensors need."""
     values = Values()
     findings: list[Finding] = []
@@ -65,12 +66,26 @@ def read_values(inventory: Inventory, on_bytes: OnBytes) -> tuple[Values, list[F
         except UnreadableTensorError as problem:
             return own, [error(Check.FILES, info.name, f"its data cannot be read: {problem}")]
 
-    for info, (own, found) in in_threads(judged, read):
+    for info, (own, found) in in_journal(journal, "values", judged, read, _FORM):
         values.add(own)
         findings.extend(found)
         on_bytes(info.nbytes)
     findings.extend(_subnormal_findings(values))
     return values, findings
+
+
+def _to_json(judged: tuple[Values, list[Finding]]) -> Any:
+    values, findings = judged
+    return [asdict(values), findings_to_json(findings)]
+
+
+def _of_json(kept: Any) -> tuple[Values, list[Finding]]:
+    values, findings = kept
+    counts = {name: BlockScaleCount(**count) for name, count in values["block_scales"].items()}
+    return Values(values["scalars"], counts), findings_of_json(findings)
+
+
+_FORM = Form(_to_json, _of_json)
 
 
 def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 That the bytes are those of an export of the model is shown of every family in tests/families/test_checkpoints.py.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -103,6 +104,22 @@ def test_names_of_wrappers_are_taken_off(tiny_qwen3_dir: Path, tmp_path: Path) -
     export_checkpoint(save_model(tiny_qwen3_dir, tmp_path / "wrapped", wrap), tmp_path / "out", tiny_qwen3_dir)
 
     assert_same(tmp_path / "out", tiny_qwen3_dir)
+
+
+def test_a_bit_that_flipped_since_the_save_is_found(copy: Path, tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    """Where `save_checkpoint` noted the digests of all files; trainers note none."""
+    path = next(copy.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (copy / "quantplug.json").write_text(json.dumps({"extra": {}, "files": {path.name: digest}}))
+    export_checkpoint(copy, tmp_path / "out", tiny_qwen3_dir)
+
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256") as caught:
+        export_checkpoint(copy, tmp_path / "again", tiny_qwen3_dir)
+    assert [offender.parameter for offender in caught.value.offenders] == [str(path)]
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_vocabulary_that_grew_is_exported_by_its_number(tiny_qwen3_dir: Path, tmp_path: Path) -> None:

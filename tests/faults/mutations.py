@@ -30,6 +30,7 @@ CONFIG = {
     "num_key_value_heads": 1,
     "head_dim": 16,
     "vocab_size": 40,
+    "max_position_embeddings": 64,
     "tie_word_embeddings": False,
     "sliding_window": None,
     "rope_theta": 10000.0,

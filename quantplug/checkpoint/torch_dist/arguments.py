@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.torch_dist.common import Plain, read_common
-from quantplug.checkpoint.torch_dist.files import damaged, read_file
+from quantplug.checkpoint.torch_dist.common import Plain, is_endless, read_common
+from quantplug.checkpoint.torch_dist.files import read_file, read_own_file
 from quantplug.checkpoint.torch_dist.index import Index
 from quantplug.errors import CheckpointError, Offender
 
@@ -25,9 +25,8 @@ _RUN_CONFIG, _MOST_RUN_CONFIG_BYTES = "run_config.yaml", 2**22
 _MODEL_SECTION = re.compile(r"^model:\n(?:[ #].*\n|\n)*", re.MULTILINE)
 _SETTING = re.compile(r"^  (\w+): (\S.*)$", re.MULTILINE)
 
-OWN_FILE = "quantplug.json"
 ZERO_CENTRED_NORMS = "zero_centred_norms"
-"""In it: whether the norms of the model that was saved multiply with 1 + weight."""
+"""In `quantplug.json`: whether the norms of the model that was saved multiply with 1 + weight."""
 
 _ZERO_CENTRED = "apply_layernorm_1p"
 _OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": _ZERO_CENTRED}
@@ -57,19 +56,13 @@ def read_arguments(directory: Path, index: Index) -> Mapping[str, Plain]:
     Raises:
         CheckpointError: What it noted is damaged.
     """
-    noted = read_common(directory, index).arguments or _arguments_of_bridge(directory)
+    noted = read_common(directory, index) or _arguments_of_bridge(directory)
     return noted or _arguments_of_quantplug(directory)
 
 
 def _arguments_of_quantplug(directory: Path) -> dict[str, Plain]:
     """What `save_checkpoint` notes of a live model, which nothing but its norms need."""
-    if not os.path.lexists(directory / OWN_FILE):
-        return {}
-    try:
-        noted = json.loads(read_file(directory, OWN_FILE))
-    except (ValueError, RecursionError) as error:
-        raise damaged([Offender(str(directory / OWN_FILE), f"is not JSON: {error}")]) from error
-    said = noted.get(ZERO_CENTRED_NORMS) if isinstance(noted, dict) else None
+    said = read_own_file(directory).get(ZERO_CENTRED_NORMS)
     return {_ZERO_CENTRED: said} if isinstance(said, bool) else {}
 
 
@@ -93,7 +86,7 @@ def _scalar(text: str) -> Plain:
         value: Plain = json.loads(text)
     except (ValueError, RecursionError):
         return text.strip("'\" ")
-    return value
+    return text if is_endless(value) else value
 
 
 def _plain(name: str, default: object) -> Callable[[Settings], object]:
@@ -127,7 +120,10 @@ def _scaling(settings: Settings) -> float:
 def _groups(settings: Settings) -> tuple[object, object] | None:
     """Of how many groups of experts a token may use how many; None where it may use all of them."""
     groups, used = settings.get("moe_router_num_groups"), settings.get("moe_router_group_topk")
-    return (groups, used) if groups and used and used < groups else None
+    if isinstance(groups, int) and isinstance(used, int) and used >= groups:
+        return None
+    # What is no number is none of a model's, and so differs from what it is held against.
+    return (groups, used) if groups and used else None
 
 
 def _routing(settings: Settings) -> str:
@@ -171,7 +167,7 @@ def require_as_trained(
         CheckpointError: Names every setting with both values.
     """
     offenders = [
-        Offender(name, f"is {trained} by the trainer's arguments, {here} {what}")
+        Offender(name, f"is {_short(trained)} by the trainer's arguments, {_short(here)} {what}")
         for name, trained, here in _differing(arguments, settings)
         if name not in unchecked
     ]
@@ -182,6 +178,10 @@ def require_as_trained(
             "Make config.json say what the model was trained with, and build the model by it: a server runs what it "
             "says. A setting that differs on purpose can be named in unchecked_settings (--unchecked-setting).",
         )
+
+
+def _short(value: object) -> str:
+    return str(value)[:100]
 
 
 def _differing(arguments: Mapping[str, Plain], settings: Settings) -> Iterator[tuple[str, object, object]]:

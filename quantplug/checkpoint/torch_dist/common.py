@@ -11,42 +11,40 @@ from typing import Any, TypeAlias
 
 from quantplug.checkpoint.torch_dist.files import MOST_BYTES, damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import Extent, Index
-from quantplug.checkpoint.torch_dist.pickles import Made
+from quantplug.checkpoint.torch_dist.pickles import Made, only_one
 from quantplug.checkpoint.torch_dist.roots import COMMON_FILE, COMMON_OBJECT
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
 
-_DEEPEST = 4
+_DEEPEST, _MOST_VALUES = 3, 100_000  # A trainer notes a thousand settings, some of them lists of a layer each.
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """What can be asked of it without knowing a class."""
 
 
-@dataclass(frozen=True)
-class CommonState:
-    """What a trainer noted.
+def read_common(directory: Path, index: Index | None = None) -> Mapping[str, Plain]:
+    """What a trainer noted: the `args` of Megatron-LM by name, such as `num_layers`; empty where none are there.
 
-    Attributes:
-        arguments: Megatron-LM's arguments by name, such as `num_layers`; empty where none are there.
-        values: All else that is plain, such as `iteration` and `content_metadata`.
-    """
-
-    arguments: Mapping[str, Plain]
-    values: Mapping[str, Plain]
-
-
-def read_common(directory: Path, index: Index | None = None) -> CommonState:
-    """Reads `common.pt`, or the object in its place where the index has one. Nothing in it runs.
+    They are in `common.pt`, or in the object in its place where the index has one. Nothing in it runs.
 
     Raises:
         CheckpointError: It is absent or damaged.
     """
     kept = [extent for key, extent in index.objects.items() if key.startswith(COMMON_OBJECT)] if index else []
     if kept and not os.path.lexists(directory / COMMON_FILE):
-        return _common(read_object(directory, kept[0]))
+        return _arguments(directory, kept[0])
     with open_regular(directory, COMMON_FILE) as file:
         size = file.seek(0, os.SEEK_END)
-    return _common(read_object(directory, Extent(COMMON_FILE, 0, size)))
+    return _arguments(directory, Extent(COMMON_FILE, 0, size))
+
+
+def _arguments(directory: Path, extent: Extent) -> Mapping[str, Plain]:
+    noted = only_one(read_object(directory, extent))
+    try:
+        arguments = _Plainly(_MOST_VALUES).of(noted.get("args"), _DEEPEST) if isinstance(noted, dict) else None
+    except _EndlessError as error:
+        raise damaged([Offender(str(directory / extent.file), "holds more than any trainer notes")]) from error
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def read_object(directory: Path, extent: Extent) -> Any:
@@ -64,30 +62,41 @@ def read_object(directory: Path, extent: Extent) -> Any:
             raise damaged([Offender(str(directory / extent.file), str(error))]) from error
 
 
-def _common(value: Any) -> CommonState:
-    # An object is kept as a list, with one for every rank that had it.
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    values = _plain(value, _DEEPEST)
-    if not isinstance(values, dict):
-        return CommonState({}, {})
-    arguments = values.pop("args", None)
-    return CommonState(arguments if isinstance(arguments, dict) else {}, values)
+def is_endless(value: object) -> bool:
+    """Whether it is a number that no setting has: so many digits are neither shown nor compared with a float."""
+    return isinstance(value, int) and value.bit_length() > 64
 
 
-def _plain(value: Any, levels: int) -> Plain:
-    """The plain data in a value; None for what is none, and for what lies deeper than asked for."""
-    if isinstance(value, bool | int | float | str):
-        return value
-    if levels == 0:
+class _EndlessError(ValueError):
+    """A value that goes on and on."""
+
+
+@dataclass
+class _Plainly:
+    """Takes the plain data out of values, as long as these end: what is shared within a pickle is walked each time.
+
+    Attributes:
+        left: How many values are still looked at.
+    """
+
+    left: int
+
+    def of(self, value: Any, levels: int) -> Plain:
+        """The plain data in a value; None for what is none, and for what lies deeper than asked for."""
+        self.left -= 1
+        if self.left < 0 or is_endless(value):
+            raise _EndlessError
+        if isinstance(value, bool | int | float | str):
+            return value
+        if levels == 0:
+            return None
+        if isinstance(value, list | tuple):
+            return [self.of(each, levels - 1) for each in value]
+        if isinstance(value, Made):
+            # A namespace has a state of its attributes; an enum is called with its value.
+            if not isinstance(value.state, dict):
+                return self.of(value.arguments[0], levels - 1) if len(value.arguments) == 1 else None
+            value = value.state
+        if isinstance(value, dict):
+            return {key: self.of(each, levels - 1) for key, each in value.items() if isinstance(key, str)}
         return None
-    if isinstance(value, list | tuple):
-        return [_plain(each, levels - 1) for each in value]
-    if isinstance(value, Made):
-        # A namespace has a state of its attributes; an enum is called with its value.
-        if not isinstance(value.state, dict):
-            return _plain(value.arguments[0], levels - 1) if len(value.arguments) == 1 else None
-        value = value.state
-    if isinstance(value, dict):
-        return {key: _plain(each, levels - 1) for key, each in value.items() if isinstance(key, str)}
-    return None

@@ -1,14 +1,27 @@
-"""Files of a Megatron checkpoint, which is anybody's: regular ones inside of it, and only so much of them."""
+"""Files of a Megatron checkpoint, which is anybody's: regular ones inside of it, and only so much of them.
 
-from collections.abc import Sequence
+`save_checkpoint` notes the SHA-256 of every file in one of its own, `quantplug.json`; trainers note none.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from quantplug.checkpoint.untrusted.files import open_file
 from quantplug.errors import CheckpointError, Offender, SourceError
 
 MOST_BYTES = 256 * 2**20
 """Largest index or settings that are read: an index of a million chunks of tensors has 150 MB."""
+
+OWN_FILE = "quantplug.json"
+"""What `save_checkpoint` notes beside the files that Megatron-Core writes."""
+
+Digests = Mapping[str, Mapping[str, object]]
+"""Path of a file below a checkpoint to its `bytes` and its `sha256`."""
 
 
 def damaged(offenders: Sequence[Offender]) -> CheckpointError:
@@ -37,7 +50,7 @@ def read_file(directory: Path, name: str, most: int = MOST_BYTES) -> bytes:
     return content
 
 
-def open_regular(directory: Path, name: str) -> IO[bytes]:
+def open_regular(directory: Path, name: str) -> BufferedReader:
     """Opens a regular file of a checkpoint for reading.
 
     Raises:
@@ -47,3 +60,49 @@ def open_regular(directory: Path, name: str) -> IO[bytes]:
         return open_file(directory, name)
     except SourceError as error:  # The same rules, said of a checkpoint of another kind.
         raise damaged(error.offenders) from error
+
+
+def read_own_file(directory: Path) -> dict[str, Any]:
+    """What `save_checkpoint` noted: `extra`, `versions`, `files` and the like; nothing if it did not write this.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    # A link that leads nowhere is damage; only where there is nothing at all did somebody else write the checkpoint.
+    if not os.path.lexists(directory / OWN_FILE):
+        return {}
+    content = read_file(directory, OWN_FILE)
+    try:
+        noted = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise damaged([Offender(str(directory / OWN_FILE), f"is not JSON: {error}")]) from error
+    parts = (noted.get("extra"), noted.get("files", {})) if isinstance(noted, dict) else (None,)
+    if not all(isinstance(part, dict) for part in parts):
+        raise damaged([Offender(str(directory / OWN_FILE), "is no object with the objects extra and files")])
+    return dict(noted)
+
+
+def require_as_saved(directory: Path, digests: Digests) -> None:
+    """Refuses files that are not what was saved.
+
+    Args:
+        digests: Of all files, or of some.
+
+    Raises:
+        CheckpointError: Names every file.
+    """
+    offenders = []
+    for name, saved in digests.items():
+        try:
+            with open_regular(directory, name) as file:
+                if saved != digest_of(file):
+                    offenders.append(Offender(str(directory / name), "is not what was saved: its SHA-256 differs"))
+        except CheckpointError as error:
+            offenders.extend(error.offenders)
+    if offenders:
+        raise damaged(offenders)
+
+
+def digest_of(file: BufferedReader) -> dict[str, object]:
+    """Size and SHA-256 of an open file, read in pieces: it may be larger than memory."""
+    return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

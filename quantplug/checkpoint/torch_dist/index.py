@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from quantplug.checkpoint.torch_dist.files import damaged, read_file
-from quantplug.checkpoint.torch_dist.pickles import Made, Named, UnusablePickleError, read_pickle
+from quantplug.checkpoint.torch_dist.pickles import Made, Named, UnusablePickleError, read_pickle, said
 from quantplug.checkpoint.torch_dist.roots import INDEX_FILE
 from quantplug.checkpoint.untrusted.files import file_problem
 from quantplug.errors import Offender
@@ -196,7 +196,7 @@ def _place(index: Any, info: Any) -> tuple[str, tuple[int, ...] | None, Extent]:
     if not isinstance(key, str) or not isinstance(file, str):
         raise _UnusableIndexError("has a place of something without a name")
     if fields.get("transform_descriptors"):
-        raise _UnusableIndexError(f"says that {key} is transformed on disk: {fields['transform_descriptors']}"[:300])
+        raise _UnusableIndexError(f"says that {key} is transformed on disk: {said(fields['transform_descriptors'])}")
     extent = Extent(file, _count(fields.get("offset")), _count(fields.get("length")))
     return key, None if offsets is None else _sizes(offsets), extent
 
@@ -247,7 +247,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_SIZE:
-        raise _UnusableIndexError(f"has {str(value)[:80]!r} where a size belongs")
+        raise _UnusableIndexError(f"has {said(value)} where a size belongs")
     return value
 
 

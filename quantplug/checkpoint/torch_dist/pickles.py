@@ -11,6 +11,10 @@ from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantplug.printable import shown
+
+_MOST_LISTS = 4
+
 
 @dataclass(frozen=True)
 class Named:
@@ -53,6 +57,28 @@ class Outside:
 
 class UnusablePickleError(ValueError):
     """A pickle that no reader of pickles would take, or that has more than data; the text is the reason."""
+
+
+def only_one(value: Any) -> Any:
+    """What lists of one element hold: an object is kept as a list, with one for every rank that had it.
+
+    A list may hold itself: no more of them are opened than a writer makes.
+    """
+    for _ in range(_MOST_LISTS):
+        if not isinstance(value, list) or len(value) != 1:
+            break
+        value = value[0]
+    return value
+
+
+def said(value: Any) -> str:
+    """A value of a pickle in a few words. To spell out a container may take for ever, as it may hold another often."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a number of too many digits"
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return shown(value)
+    name = value.of if isinstance(value, Made) else value.name if isinstance(value, Named) else type(value).__name__
+    return f"a {name}"[:100]
 
 
 def read_pickle(content: bytes, allowed: Container[str] | None = None) -> Any:

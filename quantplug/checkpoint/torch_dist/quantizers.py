@@ -6,7 +6,7 @@ expert's own as `weight_quantizer.0`, and 0.46 one `weight_quantizer` for all (`
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ import torch
 from quantplug.checkpoint.torch_dist.files import damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import Extent, Index
 from quantplug.checkpoint.torch_dist.keys import Naming
-from quantplug.checkpoint.torch_dist.pickles import Made
+from quantplug.checkpoint.torch_dist.pickles import Made, only_one
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
@@ -247,8 +247,7 @@ def _is_archive(file: IO[bytes], span: Span) -> bool:
 
 
 def _bytes_of(value: Any, storages: Mapping[str, Span]) -> Span | None:
-    """Where the data of a tensor of bytes is; an object is kept as a list of one."""
-    while isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 1:
-        value = value[0]
+    """Where the data of a tensor of bytes is."""
+    value = only_one(value)
     is_tensor = isinstance(value, Made) and value.of.startswith("torch._utils._rebuild_tensor")
     return next(iter(storages.values())) if is_tensor and len(storages) == 1 else None

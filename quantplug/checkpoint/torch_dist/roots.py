@@ -80,6 +80,8 @@ def _iteration_of(root: Path, iteration: int | None) -> Path:
             f"holds no {BACKEND_FILE}, no {TRACKER_FILE} and no iteration",
             "Give the directory that the trainer saved to, or one iteration in it.",
         )
+    if name in there and not (root / name).is_dir():
+        raise damaged([Offender(str(root / name), "is not a directory")])
     if name not in there:
         listed = ", ".join(there) or "none"
         asked = f"has no {name}" if iteration is not None else f"has no {name}, which {TRACKER_FILE} names"
@@ -91,8 +93,15 @@ def _iteration_of(root: Path, iteration: int | None) -> Path:
 
 def _iterations(root: Path) -> list[str]:
     """Names of the checkpoints below a directory, the newest last."""
-    found = [(int(match[1]), entry.name) for entry in root.iterdir() if (match := _ITERATION.fullmatch(entry.name))]
+    found = [(int(match[1]), entry.name) for entry in _entries(root) if (match := _ITERATION.fullmatch(entry.name))]
     return [*([_RELEASE] if (root / _RELEASE).is_dir() else []), *(name for _, name in sorted(found))]
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError as error:
+        raise damaged([Offender(str(directory), f"cannot be read: {error.strerror}")]) from error
 
 
 def _newest(root: Path, there: list[str]) -> str | None:
@@ -122,7 +131,7 @@ def _format_of(directory: Path) -> str | None:
     """The format of the checkpoint that a directory itself is; None if it is none."""
     if os.path.lexists(directory / BACKEND_FILE):
         return _stated_backend(directory)
-    if any(entry.name.startswith("mp_rank_") for entry in directory.iterdir()):
+    if any(entry.name.startswith("mp_rank_") for entry in _entries(directory)):
         return "torch"
     # Megatron-Core writes metadata.json last: without it this is what a killed save, or an incomplete copy, left.
     has_index = os.path.lexists(directory / INDEX_FILE)

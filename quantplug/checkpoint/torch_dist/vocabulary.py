@@ -27,7 +27,8 @@ def is_padding(stored: int, live: int, tp: int, unit: int | None = None) -> bool
         # The vocabulary has at most `stored` tokens, and was padded to `live` rows.
         return live - stored < _unit_of(live, LARGEST_UNIT * tp)
     # At most `live` tokens, padded to `stored` rows.
-    return stored - live < (unit or _unit_of(stored, LARGEST_UNIT))
+    is_padded_so = unit is not None and unit > 0 and stored % unit == 0
+    return stored - live < (unit if is_padded_so and unit else _unit_of(stored, LARGEST_UNIT))
 
 
 def _unit_of(rows: int, most: int) -> int:

@@ -8,8 +8,9 @@ what is refused for one is refused for all.
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from quantplug.errors import Offender, SourceError
 
@@ -73,7 +74,7 @@ def leaves(directory: Path, path: Path) -> bool:
     return not (is_cache and real.parent == model / "blobs")
 
 
-def open_file(directory: Path, name: str) -> IO[bytes]:
+def open_file(directory: Path, name: str) -> BufferedReader:
     """Opens a regular file of a directory.
 
     Raises:

@@ -1,6 +1,5 @@
 """The directory of a checkpoint: written beside its place, synced, renamed once; a rank that fails ends all alike."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -25,15 +23,10 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from quantplug.atomic import write_atomically
-from quantplug.checkpoint.torch_dist.arguments import OWN_FILE
+from quantplug.checkpoint.torch_dist.files import OWN_FILE, Digests, digest_of, read_own_file, require_as_saved
 from quantplug.errors import CheckpointError, DestinationError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none, gather_objects
-
-METADATA_FILE = OWN_FILE
-
-Digests = Mapping[str, Mapping[str, object]]
-"""Path of a file below a checkpoint to its `bytes` and its `sha256`."""
 
 # What Megatron, torch and pickle raise of a file that is not what it was: the bytes decide which of them.
 DAMAGE = (
@@ -183,7 +176,7 @@ def _begin(partial: Path) -> None:
 def _finish(partial: Path, directory: Path, metadata: str) -> None:
     if dist.get_rank() == 0:
         try:
-            write_atomically(partial / METADATA_FILE, metadata)
+            write_atomically(partial / OWN_FILE, metadata)
             # Content before the name: after a power cut a directory by the final name must not hold files without their
             # data.
             for path in _tree(partial):
@@ -208,24 +201,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_metadata(directory: Path) -> dict[str, Any]:
-    """What `quantplug.json` says; nothing if `save_checkpoint` did not write the checkpoint.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    path = directory / METADATA_FILE
-    # A link that leads nowhere is damage; only where there is nothing at all did somebody else write the checkpoint.
-    if not os.path.lexists(path):
-        return {}
-    require_files(directory, [METADATA_FILE])
-    with damage_named(path):
-        metadata = json.loads(path.read_bytes())
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("extra"), dict):
-            raise ValueError("is no object with an object extra")
-    return metadata
-
-
 def require_undamaged(directory: Path) -> None:
     """Refuses a checkpoint whose files are not what was saved. A collective.
 
@@ -236,41 +211,10 @@ def require_undamaged(directory: Path) -> None:
     Raises:
         CheckpointError: Names every file.
     """
-    saved = all_or_none(lambda: read_metadata(directory)).get("files")
-    digests: Digests = saved if isinstance(saved, dict) else {}
+    digests: Digests = all_or_none(lambda: read_own_file(directory)).get("files", {})
     # Sorted, so that all ranks share out the same list and every file is hashed by exactly one of them.
     share = sorted(digests)[dist.get_rank() :: dist.get_world_size()]
-    all_or_none(lambda: _require_as_saved(directory, {name: digests[name] for name in share}))
-
-
-def require_files(directory: Path, names: Sequence[str]) -> None:
-    """Refuses names that are not regular files with content: opening a pipe would wait for ever. No collective.
-
-    Raises:
-        CheckpointError: Names every file.
-    """
-    offenders = []
-    for name in names:
-        path = directory / name
-        if not path.is_file():
-            offenders.append(Offender(str(path), "is not a file" if os.path.lexists(path) else "is missing"))
-        elif path.stat().st_size < 1:
-            offenders.append(Offender(str(path), "is empty"))
-    if offenders:
-        raise _damaged(offenders)
-
-
-def _require_as_saved(directory: Path, digests: Digests) -> None:
-    offenders = []
-    for name, saved in digests.items():
-        path = directory / name
-        # The names come with the checkpoint. None of them may make us read outside of it.
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            offenders.append(Offender(str(path), "is missing"))
-        elif saved != _digest(path):
-            offenders.append(Offender(str(path), "is not what was saved: its SHA-256 differs"))
-    if offenders:
-        raise _damaged(offenders)
+    all_or_none(lambda: require_as_saved(directory, {name: digests[name] for name in share}))
 
 
 @contextmanager
@@ -329,9 +273,8 @@ def _writer_of(path: Path) -> int:
 
 
 def _digest(path: Path) -> dict[str, object]:
-    """Size and SHA-256 of a file, read in pieces: it may be larger than memory."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return digest_of(file)
 
 
 def _merged(digests: Sequence[Digests]) -> dict[str, object]:

@@ -8,15 +8,18 @@ they choose among what is registered with it.
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantplug.checkpoint.torch_dist.files import open_regular
+from quantplug.checkpoint.torch_dist.files import damaged, open_regular, read_file
 from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.pickles import only_one
 from quantplug.checkpoint.torch_dist.roots import BACKEND_FILE, COMMON_FILE, COMMON_OBJECT, INDEX_FILE
-from quantplug.megatron.checkpoint.files import damage_named, require_files
+from quantplug.errors import Offender
+from quantplug.megatron.checkpoint.files import damage_named
 
 MODELOPT_STATE = "modelopt_state"
 _MODES = "modelopt_state_dict"
@@ -34,18 +37,17 @@ def read_modelopt_state(checkpoint: Path) -> dict[str, Any] | None:
     part = checkpoint / MODELOPT_STATE
     if not os.path.lexists(part):
         return None
-    require_files(part, [BACKEND_FILE])
+    # By its path below the checkpoint, so that it may not be a link that leads out of it.
+    content = read_file(checkpoint, f"{MODELOPT_STATE}/{BACKEND_FILE}")
     with damage_named(part / BACKEND_FILE):
-        stated = json.loads((part / BACKEND_FILE).read_bytes())
+        stated = json.loads(content)
         if stated["sharded_backend"] != "torch_dist":
             raise ValueError(f"names the backend {stated['sharded_backend']!r}, and torch_dist alone is read")
     name, pickled = _pickled(part)
     # Megatron's reader of it, `load_common_state_dict`, would run a pickle where the environment tells torch to.
     with damage_named(part / name):
         state = torch.load(pickled, map_location="cpu", weights_only=True)
-        # An object is kept as a list, with one for every rank that had it.
-        while isinstance(state, list) and len(state) == 1:
-            state = state[0]
+        state = only_one(state)
         if not isinstance(state, dict) or not isinstance(state.get(_MODES), list):
             raise ValueError("is no state of a model")
     return state
@@ -53,7 +55,13 @@ def read_modelopt_state(checkpoint: Path) -> dict[str, Any] | None:
 
 def has_quantizers(state: dict[str, Any] | None) -> bool:
     """Whether a model that ModelOpt has changed so has quantizers."""
-    return state is not None and any(mode[0] in _QUANTIZES for mode in state[_MODES] if isinstance(mode, tuple | list))
+    modes = [] if state is None else state[_MODES]
+    return any(mode[0] in _QUANTIZES for mode in modes if isinstance(mode, tuple | list) and _is_named(mode))
+
+
+def _is_named(mode: Sequence[Any]) -> bool:
+    """Whether the first word of a mode is its name: a note of ModelOpt's is anybody's, too."""
+    return bool(mode) and isinstance(mode[0], str)
 
 
 def _pickled(part: Path) -> tuple[str, io.BytesIO]:
@@ -67,6 +75,5 @@ def _pickled(part: Path) -> tuple[str, io.BytesIO]:
                 return kept[0].file, io.BytesIO(file.read(kept[0].length))
     elif not os.path.lexists(part / COMMON_FILE):
         # One of the two is there in a checkpoint of any release.
-        require_files(part, [INDEX_FILE, COMMON_FILE])
-    require_files(part, [COMMON_FILE])
-    return COMMON_FILE, io.BytesIO((part / COMMON_FILE).read_bytes())
+        raise damaged([Offender(str(part / name), "is missing") for name in (INDEX_FILE, COMMON_FILE)])
+    return COMMON_FILE, io.BytesIO(read_file(part, COMMON_FILE))

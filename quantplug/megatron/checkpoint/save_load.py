@@ -48,6 +48,7 @@ from quantplug.checkpoint.torch_dist.arguments import (
     require_as_trained,
 )
 from quantplug.checkpoint.torch_dist.aside import Aside
+from quantplug.checkpoint.torch_dist.files import read_own_file
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu
@@ -57,7 +58,6 @@ from quantplug.megatron.checkpoint.contents import Contents, index_for_torch, re
 from quantplug.megatron.checkpoint.files import (
     DAMAGE,
     damage_named,
-    read_metadata,
     refuse_damaged,
     require_undamaged,
     write_directory,
@@ -175,7 +175,7 @@ def load_checkpoint(
             lacks the state of quantizers; is quantized or not where `quantized` says otherwise; is of another model,
             and then says what differs; or was trained with other settings than the model has. Names every file or key
             at fault. The model may by then have quantizers, but no weight of it has changed. Or the one amax of all
-            experts is not of all: that shows only when the weights have been read.
+            experts is not of all, or data without a digest is damaged: that shows only when the weights are read.
         TopologyError: Ranks find different iterations to be the newest.
     """
     chunks = model_chunks(model)
@@ -208,7 +208,7 @@ def read_extra(directory: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: `directory` is not a Megatron distributed checkpoint, or its `quantplug.json` is damaged.
     """
-    extra: dict[str, Any] = read_metadata(find_iteration(directory)).get("extra", {})
+    extra: dict[str, Any] = read_own_file(find_iteration(directory)).get("extra", {})
     return extra
 
 

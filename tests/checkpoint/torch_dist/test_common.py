@@ -31,15 +31,13 @@ def directory(tmp_path: Path) -> Path:
 def test_arguments_are_plain_data(directory: Path) -> None:
     torch.save({"iteration": 100, "args": ARGUMENTS, "rng": torch.zeros(2)}, directory / COMMON_FILE)
 
-    common = read_common(directory)
+    arguments = read_common(directory)
 
-    assert common.arguments == {**SAID, "dtype": None}
-    assert common.values["iteration"] == 100
+    assert arguments == {**SAID, "dtype": None}
 
 
 def test_a_checkpoint_without_arguments_has_none(directory: Path) -> None:
-    assert read_common(directory).arguments == {}
-    assert read_common(directory).values == {"iteration": 7}
+    assert read_common(directory) == {}
 
 
 def test_megatron_core_019_keeps_it_in_the_index(tmp_path: Path) -> None:
@@ -47,22 +45,42 @@ def test_megatron_core_019_keeps_it_in_the_index(tmp_path: Path) -> None:
     put_object(directory, "common_state/shard_0_1", {"args": ARGUMENTS})
     (directory / COMMON_FILE).unlink()
 
-    assert read_common(directory, read_index(directory)).arguments["num_layers"] == 2
+    assert read_common(directory, read_index(directory))["num_layers"] == 2
 
 
 def test_nothing_in_it_runs(directory: Path, tmp_path: Path) -> None:
     torch.save({"args": argparse.Namespace(a=Touching(tmp_path / "ran"), b=3)}, directory / COMMON_FILE)
 
-    assert read_common(directory).arguments == {"a": None, "b": 3}
+    assert read_common(directory) == {"a": None, "b": 3}
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_in_itself_ends(directory: Path) -> None:
     looped: dict[str, object] = {"a": 1}
     looped["self"] = looped
-    torch.save(looped, directory / COMMON_FILE)
+    torch.save({"args": looped}, directory / COMMON_FILE)
+    assert read_common(directory)["a"] == 1
 
-    assert read_common(directory).values["a"] == 1
+    endless: list[object] = []
+    endless.append(endless)
+    torch.save(endless, directory / COMMON_FILE)
+    assert read_common(directory) == {}
+
+
+def shared(times: int, levels: int) -> list[object]:
+    """A list that is in memory once for each level, and a list of `times` to the power of `levels` to who walks it."""
+    value: list[object] = [1] * times
+    for _ in range(levels - 1):
+        value = [value] * times
+    return value
+
+
+@pytest.mark.parametrize("value", [shared(1000, 3), 10**4000], ids=["shared", "digits"])
+def test_what_goes_on_and_on_is_no_note_of_a_trainer(value: object, directory: Path) -> None:
+    torch.save({"args": argparse.Namespace(num_layers=value)}, directory / COMMON_FILE)
+
+    with pytest.raises(CheckpointError, match="more than any trainer notes"):
+        read_common(directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\x80\x04K\x01."])

@@ -311,6 +311,7 @@ def test_values_that_stand_for_others_by_a_scale_are_refused(tmp_path: Path) -> 
         (2048, {}, False),
         (200, {}, False),
         (1024, {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 2}, False),
+        (900, {"make_vocab_size_divisible_by": 4096, "tensor_model_parallel_size": 1}, False),
         (512, {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 4}, True),
     ],
 )

@@ -8,6 +8,7 @@ from quantplug.checkpoint.torch_dist.aside import Aside, left_aside
 from quantplug.checkpoint.torch_dist.files import damaged
 from quantplug.checkpoint.torch_dist.index import require_covered
 from quantplug.checkpoint.torch_dist.keys import FoundParameter, find_parameters, naming_of, of_checkpoint, unknown_keys
+from quantplug.checkpoint.torch_dist.pickles import said
 from quantplug.checkpoint.torch_dist.quantizers import SavedQuantizer, SavedQuantizers, Settings, is_quantized
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.vocabulary import is_padding
@@ -200,7 +201,7 @@ def _settings(name: str, saved: Settings) -> QuantizerSettings:
         num_bits=num_bits if isinstance(num_bits, int) else tuple(num_bits or ()),
         block_sizes=blocks,
         axis=axis,
-        backend=None if backend is None else str(backend)[:100],
+        backend=None if backend is None else said(backend),
         has_bias=saved.get("_bias") is not None,
         fake_quant=saved.get("_fake_quant") is not False,
         scales_input="_pre_quant_scale" in _buffers(saved),
