@@ -15,7 +15,7 @@ from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
 from quantplug.errors import Offender, SourceError
-from quantplug.formats import BlockFormat, PackedWeight
+from quantplug.formats import BlockFormat, EncodedRows
 from quantplug.mappings.shapes.kinds import is_recomputed
 
 SINGLE_FILE = "model.safetensors"
@@ -160,7 +160,7 @@ class HFCheckpoint:
         """A tensor on CPU, whole, or only what an index along its first axes says."""
         return self._read(name, self.tensors[name].file, index)
 
-    def read_packed(self, name: str, rows: slice, expert: int | None) -> PackedWeight:
+    def read_packed(self, name: str, rows: slice, expert: int | None) -> EncodedRows:
         """Rows of one of `packed_as` as they are stored, by the names and in the types of its format.
 
         Args:

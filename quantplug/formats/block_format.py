@@ -5,15 +5,37 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantplug.formats.codes import E4M3
 from quantplug.formats.encoding import Encoding
 from quantplug.formats.kernels import Encoded, kernels_for
-from quantplug.formats.scale_types import scale_from_amax
+from quantplug.formats.scale_types import F32_SCALE, scale_from_amax
 from quantplug.formats.scales import weight_amax
 from quantplug.formats.search.candidates import ScaleSearch
 from quantplug.formats.search.given import scales_of_block_amaxes
 from quantplug.formats.weight_format import PackedWeight, TensorSpec, empty_groups
 
 _CODES = "weight"
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows of a weight in a format, as whoever packed them left them."""
+
+    packing: "BlockFormat"
+    packed: PackedWeight
+
+    @property
+    def nbytes(self) -> int:
+        """Size of codes and scales."""
+        return sum(tensor.nbytes for tensor in self.packed.tensors.values())
+
+    def values(self) -> torch.Tensor:
+        """The FP32 values [rows, in] that a reader computes."""
+        return self.packing.unpack(self.packed)
+
+    def amax(self) -> torch.Tensor:
+        """max|value|, an FP32 scalar; NaN where they hold one."""
+        return self.packing.amax(self.packed)
 
 
 @dataclass(frozen=True)
@@ -87,6 +109,20 @@ class BlockFormat:
         values = torch.empty(*codes.shape[:-1], columns, dtype=torch.float32, device=codes.device)
         kernels_for(values).unpack(self.encoding, self._encoded(group), values)
         return values[0]
+
+    def amax(self, packed: PackedWeight) -> torch.Tensor:
+        """max|value| of a packed weight, an FP32 scalar on its device; NaN where it holds one."""
+        encoding = self.encoding
+        if encoding.code is not E4M3 or encoding.scale is not F32_SCALE or self._block_scale is None:
+            return weight_amax(self.unpack(packed))
+        # Without the sign the bytes of E4M3 are in the order of their values, the NaN above all: those of a block are
+        # compared as they are, which takes a tenth of the time of decoding them.
+        magnitudes = packed.tensors[_CODES].view(torch.uint8) & 0x7F
+        rows, columns = encoding.block.rows or len(magnitudes), encoding.block.columns or magnitudes.shape[1]
+        cut = (0, -magnitudes.shape[1] % columns, 0, -len(magnitudes) % rows)
+        whole = torch.nn.functional.pad(magnitudes, cut) if any(cut) else magnitudes
+        largest = whole.unflatten(0, (-1, rows)).amax(1).unflatten(1, (-1, columns)).amax(2)
+        return (largest.view(torch.float8_e4m3fn).float() * packed.tensors[self._block_scale].abs()).max()
 
     def input_scale(self, amax: torch.Tensor) -> torch.Tensor:
         if not self.static_activations:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantplug.formats import FP8, FP8_ROW, NVFP4, BlockFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, BlockFormat
 from quantplug.formats.codes import E2M1
 from quantplug.formats.encoding import Block, Encoding
 from quantplug.formats.scale_types import E4M3_SCALE, ScaleType
@@ -121,3 +121,24 @@ def test_what_vanishes_beside_an_amax_is_what_is_packed_to_zero(name: str) -> No
     values = row.unpack(row.pack(weight))[0]
     assert values[16] == 0
     assert values[32] > 0
+
+
+@pytest.mark.parametrize("packing", [FP8_BLOCK, FP8_ROW, FP8, NVFP4], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("shape", [(130, 272), (128, 128), (1, 16), (257, 144)])
+def test_the_amax_of_packed_weights_is_that_of_their_values(packing: BlockFormat, shape: tuple[int, int]) -> None:
+    packed = packing.pack(heavy_tailed(shape, torch.float32))
+    assert torch.equal(packing.amax(packed), packing.unpack(packed).abs().max())
+
+
+@pytest.mark.parametrize("packing", [FP8_BLOCK, FP8_ROW], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_an_amax_lets_nan_through(packing: BlockFormat, code: int) -> None:
+    packed = packing.pack(heavy_tailed((130, 144), torch.float32))
+    packed.tensors["weight"].view(torch.uint8)[129, 143] = code
+    assert packing.amax(packed).isnan()
+    other = packing.pack(heavy_tailed((130, 144), torch.float32))
+    other.tensors["weight_scale"][-1, -1] = torch.nan
+    assert packing.amax(other).isnan()
+    # A code of 0 in a block of an infinite scale has no value either.
+    other.tensors["weight_scale"][-1, -1] = torch.inf
+    assert not packing.amax(other).isfinite()

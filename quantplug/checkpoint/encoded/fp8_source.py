@@ -16,7 +16,7 @@ import torch
 from quantplug.checkpoint.encoded.described import BlockSize, FP8Storage, Sharing
 from quantplug.checkpoint.reader import HFCheckpoint, ScalesAside, TensorHeader, damaged
 from quantplug.errors import Offender
-from quantplug.formats import FP8_BLOCK, FP8_ROW, BlockFormat, PackedWeight
+from quantplug.formats import FP8_BLOCK, FP8_ROW, BlockFormat, EncodedRows, PackedWeight
 from quantplug.formats.constants import F32_SMALLEST_NORMAL, FP8_BLOCK_SIDE
 
 # The last is a power of two alone, 2^(code - 127) (OCP Microscaling Formats v1.0, 5.4.1).
@@ -100,7 +100,7 @@ class FP8Checkpoint(HFCheckpoint):
         values = codes.float().mul_(self._spread(scales, self.tensors[name].shape, index))
         return values.to(self.tensors[name].dtype)
 
-    def read_packed(self, name: str, rows: slice, expert: int | None) -> PackedWeight:
+    def read_packed(self, name: str, rows: slice, expert: int | None) -> EncodedRows:
         assert expert is None, "experts of one tensor are not among `packed_as`"
         codes, (step, _) = super().read(name, (rows,)), self._scales[name].steps
         assert step is not None
@@ -109,7 +109,8 @@ class FP8Checkpoint(HFCheckpoint):
         odd = ~scales.isnan() & ~((scales >= F32_SMALLEST_NORMAL) & (scales <= 1 / F32_SMALLEST_NORMAL))
         if odd.any():
             self._pack_odd(name, rows, odd, codes, scales)
-        return PackedWeight({"weight": codes, self.packed_as[name].scales[0]: scales})
+        packing = self.packed_as[name]
+        return EncodedRows(packing, PackedWeight({"weight": codes, packing.scales[0]: scales}))
 
     def _pack_odd(self, name: str, rows: slice, odd: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Packs anew what has a scale that no kernel reads right: 0, one below zero, or one that GPUs flush to 0."""

@@ -15,7 +15,7 @@ def fingerprint(rows: Rows) -> str:
     """
     if isinstance(rows, torch.Tensor):
         return _mark(rows)
-    return hashlib.sha256(" ".join(map(_mark, rows.tensors.values())).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join(map(_mark, rows.packed.tensors.values())).encode()).hexdigest()[:16]
 
 
 def _mark(weight: torch.Tensor) -> str:

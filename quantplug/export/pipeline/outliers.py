@@ -59,7 +59,7 @@ def refuse_outliers(tasks: Sequence[ExportTask], typical: Typical, source: Sourc
             continue
         lost = blocks = 0
         for chunk in source.chunks(task):
-            amaxes = _block_amaxes(chunk.values())
+            amaxes = _block_amaxes(chunk.values)
             blocks += int(amaxes.count_nonzero())
             lost += int(((amaxes > 0) & (amaxes < vanishing)).sum())
         if 2 * lost > blocks:

@@ -11,7 +11,7 @@ import torch
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.source import Rows
 from quantplug.export.plan.types import ExportTask, PartOutput
-from quantplug.formats import PackedWeight
+from quantplug.formats import EncodedRows
 
 Packed = tuple[Piece, Sequence[torch.Tensor]]
 
@@ -27,9 +27,9 @@ def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Generator[P
     """
     group: list[tuple[Piece, torch.Tensor]] = []
     for piece, rows in read:
-        if isinstance(rows, PackedWeight):
+        if isinstance(rows, EncodedRows):
             yield from _packed(group)
-            yield piece, tuple(rows.tensors.values())
+            yield piece, tuple(rows.packed.tensors.values())
             continue
         # Kernels take a group as one batch, which has one shape, dtype, device and stride. Another kind of rows ends
         # it.

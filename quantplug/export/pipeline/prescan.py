@@ -103,14 +103,13 @@ def prescan(
     for task, amax, typical in zip(mine, largest.unbind(), sampled.unbind(), strict=True):
         looked = 0
         for chunk in source.chunks(task):
-            values = chunk.values()
-            if values.numel() and not task.mapping.role.is_passthrough:
-                torch.maximum(amax, weight_amax(values).to(amax.device), out=amax)  # Lets a NaN through.
-            if (sample := sampled_magnitude(task, values)) is not None:
+            if (largest_here := _amax(task, chunk.rows)) is not None:
+                torch.maximum(amax, largest_here.to(amax.device), out=amax)  # Lets a NaN through.
+            if (sample := _sample(task, chunk.rows)) is not None:
                 torch.fmin(typical, sample.to(typical.device), out=typical)  # Lets no NaN through.
             if with_marks:
                 marks[chunk.place] = fingerprint(chunk.rows)
-            looked += values.numel() * task.source.dtype.itemsize
+            looked += chunk.rows.nbytes
             # Only within a weight. Its end is told below, and by its size in the plan: padding rows are never looked
             # at, and the sum must come out at the total.
             if looked < _share(task):
@@ -125,6 +124,20 @@ def prescan(
             amaxes[task.source.key] = found
     findings.raise_if_any()
     return Prescan(amaxes, marks, dict(zip((task.source.key for task in mine), sampled.tolist(), strict=True)))
+
+
+def _amax(task: ExportTask, rows: Rows) -> torch.Tensor | None:
+    """max|weight| of some rows; None of what is carried over, or empty."""
+    if task.mapping.role.is_passthrough:
+        return None
+    if isinstance(rows, torch.Tensor):
+        return weight_amax(rows) if rows.numel() else None
+    return rows.amax()
+
+
+def _sample(task: ExportTask, rows: Rows) -> torch.Tensor | None:
+    """A typical magnitude, as `sampled_magnitude`; what is packed already is not judged by what packing would lose."""
+    return sampled_magnitude(task, rows) if isinstance(rows, torch.Tensor) else None
 
 
 def _share(task: ExportTask) -> int:

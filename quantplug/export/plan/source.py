@@ -12,10 +12,10 @@ import torch
 
 from quantplug.export.plan.pieces import Piece, cut
 from quantplug.export.plan.types import ExportTask
-from quantplug.formats import PackedWeight, WeightFormat
+from quantplug.formats import EncodedRows
 from quantplug.mappings.layouts import ModelDimensions
 
-Rows = torch.Tensor | PackedWeight
+Rows = torch.Tensor | EncodedRows
 """What a source gives of a piece: values [rows, ...] in its type, or codes and scales where the part is `as_stored`."""
 
 # A function and not a method of `Source`: what checks that the source has not changed wraps it (`unchanged_rows`).
@@ -52,19 +52,15 @@ class Chunk:
     Attributes:
         place: Where it stands, the same whoever looks.
         rows: As they lie in the source, on its device; without rows that are never written.
-        packed_as: The format of what is packed there.
     """
 
     place: Place
     rows: Rows
-    packed_as: WeightFormat | None = None
 
+    @property
     def values(self) -> torch.Tensor:
         """The values [rows, ...] of what it holds; of packed rows in FP32."""
-        if isinstance(self.rows, torch.Tensor):
-            return self.rows
-        assert self.packed_as is not None
-        return self.packed_as.unpack(self.rows)
+        return self.rows if isinstance(self.rows, torch.Tensor) else self.rows.values()
 
 
 def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, read: ReadRows) -> Iterator[Chunk]:
@@ -73,7 +69,7 @@ def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, 
     So a row that is read for the second time has a fingerprint of its own to be held against.
     """
     for piece in cut(task, dims, bucket_bytes):
-        yield Chunk(place_of(piece), read(piece), piece.output.format)
+        yield Chunk(place_of(piece), read(piece))
 
 
 class Source(Protocol):
