@@ -13,6 +13,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_named_modules
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
@@ -190,6 +191,7 @@ def test_linears_that_servers_fuse_have_one_format(sources: Sources, tmp_path: P
     assert "others of" in str(caught.value)
 
 
+NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 ROWS = [
     {"quantizer_name": "*linear_proj.weight_quantizer", "cfg": {"num_bits": (4, 3), "axis": 0}},
@@ -222,6 +224,32 @@ def test_formats_that_modelopt_cannot_say_are_said_by_compressed_tensors(sources
     assert len(attention) == 4 * 2
     assert {strategy for name, strategy in attention.items() if name.endswith("o_proj")} == {"channel"}
     assert {strategy for name, strategy in attention.items() if not name.endswith("o_proj")} == {"tensor"}
+
+
+def test_weights_alone_of_two_formats_are_said_by_compressed_tensors(sources: Sources, tmp_path: Path) -> None:
+    """Of one weight the group says how it is stored, and what compressed-tensors decodes is what was written."""
+    source = sources("moe")
+    fp8 = {"quantizer_name": "*self_attention*weight_quantizer", "cfg": FP8}
+    model = mtq.quantize(load(source), mixed_cfg(fp8, NO_INPUTS, base=mtq.W4A16_NVFP4_CFG))
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out").ok
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    )
+    assert config.format == "mixed-precision"
+    tensors, plain = read(tmp_path / "out"), linear_weights(read(source))
+    seen = set()
+    for group in config.config_groups.values():
+        compressor = BaseCompressor.get_value_from_registry(group.format)
+        for module in group.targets:
+            stem = f"{module}."
+            state = {name.removeprefix(stem): tensor for name, tensor in tensors.items() if name.startswith(stem)}
+            decoded = compressor.decompress(state, group)["weight"].float()
+            original = plain[f"{module}.weight"].float()
+            assert (decoded - original).norm() <= {8: 0.05, 4: 0.15}[group.weights.num_bits] * original.norm()
+            seen.add(f"{module}.weight")
+    assert seen == plain.keys()
 
 
 def test_formats_that_nothing_says_together_are_refused_with_each_dialect_s_reason(

@@ -224,13 +224,13 @@ def test_settings_beside_the_format_s_are_not_lost(sources: Sources, tmp_path: P
     assert "four_over_six" in str(caught.value)
 
 
-def test_two_schemes_in_one_model(sources: Sources, tmp_path: Path) -> None:
+def test_two_schemes_that_a_dialect_does_not_have(sources: Sources, tmp_path: Path) -> None:
     fp8 = {"quantizer_name": "*self_attention*weight_quantizer", "cfg": {"num_bits": (4, 3)}}
     model = mtq.quantize(load(sources("moe")), rules(fp8))
     with refused(UnsupportedQuantizationError, tmp_path) as caught:
-        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
-    assert len(caught.value.offenders) == 2 * (2 + 2 * 4)
-    assert {expert for _, expert in offenders(caught)} == {None, 0, 1, 2, 3}
+        export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out", dialect="modelopt")
+    assert offenders(caught) == {("dialect", None)}
+    assert "compressed-tensors" in caught.value.remedy
 
 
 def test_only_some_experts_of_a_layer(sources: Sources, tmp_path: Path) -> None:
