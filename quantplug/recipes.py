@@ -30,6 +30,7 @@ class Recipe:
 
 _CAST = KVCacheFormat.FP8_CAST
 RECIPES: Mapping[str, Recipe] = {
+    "int4_blockwise_weight_only": Recipe(QuantFormat.INT4),
     "nvfp4_weight_only-kv_fp16": Recipe(QuantFormat.W4A16_NVFP4),
     "nvfp4_weight_only-kv_fp8_cast": Recipe(QuantFormat.W4A16_NVFP4, kv_cache=_CAST),
     # Published as nvidia/Kimi-K2.7-Code and GLM-5.2: inputs of experts get ModelOpt's constant_amax 2688, so 1.0.

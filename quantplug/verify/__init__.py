@@ -123,7 +123,7 @@ def _judge(
             on_progress(done, to_read)
 
     read, value_findings = values.read_values(inventory, on_bytes, journal)
-    findings += [*value_findings, *values.shared_scales(inventory, read)]
+    findings += [*value_findings, *values.shared_scales(inventory, read), *values.stored_shapes(inventory)]
     export = inventory.checkpoint
     findings += tied_head.lost_head(export.config, export, "the export")
     if original is None:

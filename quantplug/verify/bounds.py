@@ -21,6 +21,12 @@ A zero block, and so a zero tensor, has bound 0.
 FP8 (E4M3 times one scale s): at most |x| / 16 + s / 1024 a value; ModelOpt divides in BF16 first (another 2^-9 of the
 value, which can move a tie), hence 2^-4 (1 + 2^-4) for the first term.
 
+INT4, one group with the largest magnitude a. Its scale is s = (a / 7.5)(1 + d), |d| <= 2^-8 (BF16), so that rounding
+moves a value by at most s / 2. The largest becomes 7 s where it is positive, and is moved by at most
+a - 7 (a / 7.5)(1 - 2^-8) = (1 + 14 * 2^-8) a / 15, which is a little more and bounds all of them. 0 is on the grid, so
+that no value is moved by more than itself. In place of an E4M3 scale it is the largest value that leaves a group up to
+1 / 15 larger or smaller, which the allowance of 2^-4 below is for as well.
+
 Methods that are not round to nearest (GPTQ, a sweep of the block scales, AWQ) may exceed the bound of a single value
 and still be right; they do not exceed the bound of a whole tensor, nor twice that of a row, unless something is broken.
 
@@ -57,6 +63,7 @@ NVFP4_VALUE_BOUND = 17 / 96
 NVFP4_BLOCK_BOUND = 0.1929
 FP8_RELATIVE_BOUND = 2**-4 * (1 + 2**-4)
 FP8_ABSOLUTE_BOUND = 2**-10  # in units of the scale
+INT4_VALUE_BOUND = (1 + 14 * 2**-8) / 15
 SLACK = 1 + 1e-4  # FP32 rounding of scales and products
 E4M3_SMALLEST_NORMAL = 2**-6
 E4M3_SMALLEST = 2**-9
@@ -74,12 +81,14 @@ class GainBound:
         relative: Largest error of a well held block over its norm.
         deviations: How many standard deviations are left to chance.
         decisive: Difference from the gain of the same values rounded anew that is an error.
+        centre: What the gain is near; 1 unless a format's ends are uneven.
     """
 
     base: float
     relative: float
     deviations: float
     decisive: float
+    centre: float = 1.0
 
     def allowed(self, norm: torch.Tensor, bound: torch.Tensor, quartic: torch.Tensor) -> torch.Tensor:
         """FP64, of sums of any shape."""
@@ -93,6 +102,10 @@ NVFP4_GAIN = GainBound(0.008, NVFP4_BLOCK_BOUND, deviations=2, decisive=0.012)
 NVFP4_ROW_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND, deviations=4, decisive=0.03)
 FP8_GAIN = GainBound(0.006, FP8_RELATIVE_BOUND, deviations=2, decisive=0.008)
 FP8_ROW_GAIN = GainBound(0.01, FP8_RELATIVE_BOUND, deviations=4, decisive=0.01)
+
+# Of the largest value of a group, 7.5, a positive one becomes 7, and a negative one -7 or -8.
+INT4_GAIN = GainBound(0.004, NVFP4_BLOCK_BOUND, deviations=2, decisive=0.012, centre=0.995)
+INT4_ROW_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND, deviations=4, decisive=0.03, centre=0.995)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class RowSums:
         """BOOL [rows]: whose gain is further from 1 than allowed; none of zeros, nor what the other bounds find."""
         finite = self.dot.isfinite() & (self.norm > 0)
         allowed = wanted.allowed(self.norm, self.bound, self.quartic)
-        return finite & ((self.dot / self.norm - 1).abs() > allowed)
+        return finite & ((self.dot / self.norm - wanted.centre).abs() > allowed)
 
 
 @dataclass
@@ -182,7 +195,7 @@ class ErrorSum:
         """Whether the gain of the whole weight is further from 1 than allowed."""
         sums = (torch.tensor([x], dtype=torch.float64) for x in (self.squared_norm, self.squared_bound, self.quartic))
         finite = math.isfinite(self.gain) and self.squared_norm > 0
-        return finite and abs(self.gain - 1) > float(wanted.allowed(*sums))
+        return finite and abs(self.gain - wanted.centre) > float(wanted.allowed(*sums))
 
 
 def _row_sums(
@@ -228,6 +241,19 @@ def nvfp4_sums(decoded: torch.Tensor, original: torch.Tensor, tensor_scale: torc
     # The format could hold the block, and every code of it decodes to zero: somebody lost it.
     lost = ((scales >= E4M3_SMALLEST) & (decoded_blocks == 0).all(dim=-1)).sum(dim=1)
     return _row_sums(decoded_blocks, blocks, bound, value_bound.unsqueeze(-1), lost, original.shape[1])
+
+
+def int4_sums(decoded: torch.Tensor, original: torch.Tensor, group: int) -> RowSums:
+    """Of FP32 rows of an INT4 weight [rows, columns] with a scale for `group` columns."""
+    groups = original.view(original.shape[0], -1, group)
+    amax = groups.abs().amax(dim=-1, keepdim=True)
+    # By the values' own amax, not by the stored scale, which may be what is wrong.
+    value_bound = torch.minimum(groups.abs(), amax * INT4_VALUE_BOUND)
+    decoded_groups = decoded.view_as(groups)
+    # The largest value of a group is seven steps or more from 0.
+    lost = ((amax.squeeze(-1) > 0) & (decoded_groups == 0).all(dim=-1)).sum(dim=1)
+    bound = _squares(value_bound).sum(dim=1)
+    return _row_sums(decoded_groups, groups, bound, value_bound, lost, original.shape[1])
 
 
 def fp8_sums(decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor) -> RowSums:

@@ -39,6 +39,9 @@ E8M0_VALUES = torch.tensor([*(math.ldexp(1.0, code - 127) for code in range(255)
 # Byte to both of its values, so that one lookup decodes two codes: the low nibble is the even column.
 _E2M1_PAIRS = torch.stack([E2M1_VALUES[torch.arange(256) & 15], E2M1_VALUES[torch.arange(256) >> 4]], dim=1)
 
+# compressed-tensors counts INT4 from its lowest, -8.
+_INT4_PAIRS = torch.stack([torch.arange(256) & 15, torch.arange(256) >> 4], dim=1).float() - 8
+
 
 def decode_e4m3(codes_U8: torch.Tensor) -> torch.Tensor:
     """FP32 values of E4M3 bytes, any shape."""
@@ -63,6 +66,18 @@ def decode_nvfp4(packed_U8: torch.Tensor, scales_U8: torch.Tensor, tensor_scale:
     rows, columns = values.shape
     scales = decode_e4m3(scales_U8) * tensor_scale.reshape(())
     return (values.view(rows, -1, NVFP4_BLOCK) * scales.unsqueeze(-1)).view(rows, columns)
+
+
+def decode_int4(packed_U8: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """FP32 weight [rows, columns] of INT4 bytes.
+
+    Args:
+        packed_U8: Code pairs [rows, columns / 2], which are the bytes of little-endian integers of eight codes.
+        scales: FP32 [rows, groups].
+    """
+    rows, packed = packed_U8.shape
+    values = _INT4_PAIRS.index_select(0, packed_U8.flatten().int()).view(rows, scales.shape[1], -1)
+    return (values * scales.unsqueeze(-1)).view(rows, 2 * packed)
 
 
 def decode_mxfp4(blocks_U8: torch.Tensor, scales_U8: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,8 @@ class Part:
 F32 = frozenset({"F32"})
 F8 = frozenset({"F8_E4M3"})
 U8 = frozenset({"U8"})
+I32, I64 = frozenset({"I32"}), frozenset({"I64"})
+FLOATS = frozenset({"F32", "BF16", "F16"})
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,43 @@ class Fp8Layout:
         return (*([self.scale] if self.block is None else []), *([self.input_scale] if self.input_scale else []))
 
 
-Layout = Nvfp4Layout | Fp8Layout
+@dataclass(frozen=True)
+class Int4Layout:
+    """Integers of four bits, eight to one of 32, with a floating-point scale for a group of columns.
+
+    Attributes:
+        block: Columns that share a scale.
+    """
+
+    name: str
+    block: int
+    codes: str = "weight_packed"
+    input_scale: str | None = None
+
+    def columns(self, codes: TensorInfo) -> int:
+        return 8 * codes.shape[-1] if len(codes.shape) == 2 else 0
+
+    def shape_problem(self, codes: TensorInfo) -> str | None:
+        columns = self.columns(codes)
+        if columns % self.block:
+            return f"in_features {columns} is not a multiple of the group of {self.block}"
+        return None
+
+    def parts(self, codes: TensorInfo) -> Mapping[str, Part]:
+        rows, packed = codes.shape
+        return {
+            self.codes: Part(((rows, packed),), I32),
+            "weight_scale": Part(((rows, ceil(8 * packed / self.block)),), FLOATS),
+            "weight_shape": Part(((2,),), I64),
+        }
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """No scale is shared: each group of a row has one."""
+        return ()
+
+
+Layout = Nvfp4Layout | Fp8Layout | Int4Layout
 
 
 @dataclass(frozen=True)

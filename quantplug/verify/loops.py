@@ -29,6 +29,7 @@ _BLOCK_BOUND_2 = bounds.NVFP4_BLOCK_BOUND**2
 _VALUE_BOUND = np.float32(bounds.NVFP4_VALUE_BOUND * bounds.SLACK)
 _SLACK = np.float32(bounds.SLACK)
 _RELATIVE, _ABSOLUTE = np.float32(bounds.FP8_RELATIVE_BOUND), np.float32(bounds.FP8_ABSOLUTE_BOUND)
+_INT4_OFFSET, _INT4_VALUE = np.float32(8), np.float32(bounds.INT4_VALUE_BOUND)
 _REBIAS, _NAN = np.float32(2.0**120), np.float32(np.nan)
 _SEGMENT = bounds.FP8_SEGMENT
 
@@ -159,6 +160,47 @@ def fp8(
                 # In units of the scale, which differs from block to block of the weight.
                 held += int(amax >= np.float32(_SMALLEST * scale) and amax > 0)
             lost += int(held > 0 and filled == 0)
+        _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
+
+
+@njit(**_OPTIONS)
+def int4(packed: Array, scales: Array, original: Array, sums: Array) -> None:
+    """Fills the sums of `packed` bytes [rows, columns / 2] of INT4 codes and FP32 `scales` [rows, groups]."""
+    width = 2 * packed.shape[1] // scales.shape[1]
+    values, decoded = np.empty(width, np.float32), np.empty(width, np.float32)
+    for row in range(packed.shape[0]):
+        error = norm = bound = dot = quartic = 0.0
+        beyond = lost = 0
+        largest = row_amax = np.float32(0)
+        for group in range(scales.shape[1]):
+            scale = scales[row, group]
+            for pair in range(width // 2):
+                byte = packed[row, group * (width // 2) + pair]
+                decoded[2 * pair] = np.float32((np.float32(byte & 15) - _INT4_OFFSET) * scale)
+                decoded[2 * pair + 1] = np.float32((np.float32(byte >> 4) - _INT4_OFFSET) * scale)
+            amax = np.float32(0)
+            for place in range(width):
+                values[place] = _fp32(original[row, group * width + place])
+                amax = max(amax, abs(values[place]))
+            most = np.float32(_INT4_VALUE * amax)
+            group_norm = 0.0
+            worst = np.float32(0)
+            zeros = group_beyond = np.int32(0)
+            for place in range(width):
+                value, difference = values[place], abs(np.float32(decoded[place] - values[place]))
+                allowed = min(abs(value), most)
+                error += np.float64(difference) * np.float64(difference)
+                group_norm += np.float64(value) * np.float64(value)
+                bound += np.float64(allowed) * np.float64(allowed)
+                dot += np.float64(value) * np.float64(decoded[place])
+                group_beyond += np.int32(difference > np.float32(allowed * _SLACK))
+                worst = max(worst, difference)
+                zeros += np.int32(decoded[place] == 0)
+            norm += group_norm
+            quartic += group_norm * group_norm
+            beyond += int(group_beyond)
+            lost += int(amax > 0 and zeros == width)
+            largest, row_amax = max(largest, worst), max(row_amax, amax)
         _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from quantplug.verify import bounds, decode, rounding
 from quantplug.verify.bounds import ErrorSum, GainBound, RowSums
-from quantplug.verify.layouts import Layout, Nvfp4Layout
+from quantplug.verify.layouts import Int4Layout, Layout, Nvfp4Layout
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.originals import Original
 
@@ -56,9 +57,37 @@ class Rows:
         return rounding.nearest_nvfp4(original, self.scales)
 
 
-def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> Rows:
+@dataclass(frozen=True)
+class Int4Rows:
+    """Some rows of an INT4 weight.
+
+    Attributes:
+        codes: U8 [rows, columns / 2] of pairs.
+        scales: FP32 [rows, groups].
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return 2 * self.codes.shape[1] // self.scales.shape[1]
+
+    def decoded(self) -> torch.Tensor:
+        """FP32 values [rows, columns]."""
+        return decode.decode_int4(self.codes, self.scales)
+
+    def nearest(self, original: torch.Tensor) -> torch.Tensor:
+        """What round to nearest gives of the FP32 original."""
+        return rounding.nearest_int4(original, self.group)
+
+
+def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> Rows | Int4Rows:
     # As bytes: E4M3 comes as torch's float8, on which tables and loops cannot work.
     codes = weight.rows(layout.codes, first, last).view(torch.uint8)
+    if isinstance(layout, Int4Layout):
+        return Int4Rows(codes, weight.rows("weight_scale", first, last).float())
     if isinstance(layout, Nvfp4Layout):
         stored = weight.scales(layout.tensor_scale)
         # compressed-tensors stores the divisor 2688 / amax, ModelOpt the multiplier amax / 2688.
@@ -87,9 +116,7 @@ class Meter:
 
     def measure(self, original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> ErrorSum:
         """All sums of a weight [rows, columns]; reads some rows at a time."""
-        is_nvfp4 = isinstance(layout, Nvfp4Layout)
-        gain = bounds.NVFP4_GAIN if is_nvfp4 else bounds.FP8_GAIN
-        row_gain = bounds.NVFP4_ROW_GAIN if is_nvfp4 else bounds.FP8_ROW_GAIN
+        gain, row_gain = _gains(layout)
         total, step = ErrorSum(), original.step(columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
@@ -104,8 +131,12 @@ class Meter:
             total.off = abs(total.dot - nearest) > gain.decisive * total.squared_norm
         return total
 
-    def sums(self, packed: Rows, original: torch.Tensor) -> RowSums:
+    def sums(self, packed: Rows | Int4Rows, original: torch.Tensor) -> RowSums:
         """Of rows of the original in any floating-point type."""
+        if isinstance(packed, Int4Rows):
+            if self.loops is not None:
+                return _compiled_int4(self.loops, packed, original)
+            return bounds.int4_sums(packed.decoded(), original.float(), packed.group)
         # The loops take one scale for 16 columns; blocks of another width are left to PyTorch.
         if self.loops is not None and packed.has_even_blocks:
             return _compiled_sums(self.loops, packed, original)
@@ -113,6 +144,15 @@ class Meter:
         if packed.block_scales is None:
             return bounds.fp8_sums(packed.decoded(), values, packed.spread)
         return bounds.nvfp4_sums(packed.decoded(), values, packed.scales)
+
+
+def _gains(layout: Layout) -> tuple[GainBound, GainBound]:
+    """Of a weight, and of one of its rows."""
+    if isinstance(layout, Int4Layout):
+        return bounds.INT4_GAIN, bounds.INT4_ROW_GAIN
+    if isinstance(layout, Nvfp4Layout):
+        return bounds.NVFP4_GAIN, bounds.NVFP4_ROW_GAIN
+    return bounds.FP8_GAIN, bounds.FP8_ROW_GAIN
 
 
 def meter_for(source_bytes: int) -> Meter:
@@ -130,17 +170,35 @@ def compiled_loops() -> ModuleType | None:
 
 
 def _compiled_sums(loops: ModuleType, packed: Rows, original: torch.Tensor) -> RowSums:
-    rows = original.shape[0]
-    # NumPy has no BF16. The bits go over as they are, without a copy twice the size.
-    bits = original.view(torch.uint16) if original.dtype == torch.bfloat16 else original.float()
-    sums = torch.empty(rows, loops.COLUMNS, dtype=torch.float64)
-    values = bits.contiguous().numpy()
+    sums, values = _empty_sums(loops, original), _values(original)
     codes = packed.codes.contiguous().numpy()
     if packed.block_scales is None:
         loops.fp8(codes, packed.scales.contiguous().numpy(), packed.first, *packed.block, values, sums.numpy())
     else:
         scale = packed.scales.reshape(()).numpy()[()]
         loops.nvfp4(codes, packed.block_scales.contiguous().numpy(), scale, values, sums.numpy())
+    return _row_sums(loops, sums, original)
+
+
+def _compiled_int4(loops: ModuleType, packed: Int4Rows, original: torch.Tensor) -> RowSums:
+    sums = _empty_sums(loops, original)
+    codes, scales = packed.codes.contiguous().numpy(), packed.scales.contiguous().numpy()
+    loops.int4(codes, scales, _values(original), sums.numpy())
+    return _row_sums(loops, sums, original)
+
+
+def _empty_sums(loops: ModuleType, original: torch.Tensor) -> torch.Tensor:
+    return torch.empty(original.shape[0], loops.COLUMNS, dtype=torch.float64)
+
+
+def _values(original: torch.Tensor) -> Any:
+    """Rows of the original as the loops take them."""
+    # NumPy has no BF16. The bits go over as they are, without a copy twice the size.
+    bits = original.view(torch.uint16) if original.dtype == torch.bfloat16 else original.float()
+    return bits.contiguous().numpy()
+
+
+def _row_sums(loops: ModuleType, sums: torch.Tensor, original: torch.Tensor) -> RowSums:
     return RowSums(
         error=sums[:, loops.ERROR],
         norm=sums[:, loops.NORM],
@@ -155,7 +213,7 @@ def _compiled_sums(loops: ModuleType, packed: Rows, original: torch.Tensor) -> R
     )
 
 
-def _off_rows(sums: RowSums, packed: Rows, original: torch.Tensor, gain: GainBound) -> int:
+def _off_rows(sums: RowSums, packed: Rows | Int4Rows, original: torch.Tensor, gain: GainBound) -> int:
     """How many rows have a gain that chance does not give, nor round to nearest of these very values."""
     # Only rows that look wrong are worth rounding anew, and nearly no chunk has one.
     off = sums.off_gain(gain)

@@ -27,6 +27,14 @@ def nearest_fp8(original: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _e4m3(original / scale) * scale
 
 
+def nearest_int4(original: torch.Tensor, group: int) -> torch.Tensor:
+    """FP32 values of rows in INT4 with a scale in BF16 for so many columns."""
+    groups = original.view(original.shape[0], -1, group)
+    scales = (groups.abs().amax(dim=-1, keepdim=True) / 7.5).bfloat16().float()
+    steps = torch.where(scales > 0, groups / scales, 0.0).clamp(-8, 7).round()
+    return (steps * scales).view_as(original)
+
+
 def _e4m3(values: torch.Tensor) -> torch.Tensor:
     # torch's cast makes NaN of what is larger than 448; packers saturate.
     return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).float()

@@ -7,7 +7,15 @@ from quantplug.selection import Policy, Reason, decide
 from quantplug.verify import names
 from quantplug.verify.checkpoint import ITEM_BYTES
 from quantplug.verify.checks import Check
-from quantplug.verify.layouts import KV_SUFFIXES, Fp8Layout, Nvfp4Layout, UnjudgedLayout, is_plain, scale_names
+from quantplug.verify.layouts import (
+    KV_SUFFIXES,
+    Fp8Layout,
+    Int4Layout,
+    Nvfp4Layout,
+    UnjudgedLayout,
+    is_plain,
+    scale_names,
+)
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, note, warning
 
@@ -176,7 +184,7 @@ def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
     """What transformers 5.23 opens without complaint and computes wrongly."""
     label = inventory.scheme.label
     layouts = {(module.layout, names.expert(module.name) is not None) for module in inventory.quantized}
-    if any(part is not None and part.codes == "weight_packed" and expert for part, expert in layouts):
+    if any(isinstance(part, Nvfp4Layout) and part.codes == "weight_packed" and expert for part, expert in layouts):
         message = "transformers 5.23 drops weight_global_scale of NVFP4 experts without a word; serve it elsewhere"
         yield warning(Check.TRANSFORMERS, label, message)
     if inventory.scheme.method == "modelopt" and any(isinstance(part, Fp8Layout) for part, _ in layouts):
@@ -190,7 +198,7 @@ def min_bits(inventory: Inventory) -> Iterator[Finding]:
     kept = {bits: _kept_modules(inventory, bits) for bits in (4, 8)}
     said: set[str] = set()
     for module in inventory.quantized:
-        bits = 4 if isinstance(module.layout, Nvfp4Layout) else 8
+        bits = 4 if isinstance(module.layout, Nvfp4Layout | Int4Layout) else 8
         # Where we have no table of the architecture, MLA's projection is known by its name.
         reads_packed = bits == 4 and names.last(module.name) == names.TAKEN_APART
         subject, words = kind_of(module.name), kept[bits].get(module.name)

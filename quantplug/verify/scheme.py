@@ -10,11 +10,13 @@ from quantplug.verify.checks import Check
 from quantplug.verify.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt
 from quantplug.verify.layouts import (
     F32,
+    FLOATS,
     MODELOPT_FP8,
     MODELOPT_FP8_PER_CHANNEL,
     MODELOPT_NVFP4,
     MODELOPT_W4A16_NVFP4,
     Fp8Layout,
+    Int4Layout,
     Layout,
     Nvfp4Layout,
     UnjudgedLayout,
@@ -33,7 +35,6 @@ MODELOPT_LAYOUTS: Mapping[str, Layout | UnjudgedLayout] = {
     },
 }  # fmt: skip
 ModuleLayout = Layout | UnjudgedLayout | None
-_FLOATS = frozenset({"F32", "BF16", "F16"})
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def _group_layout(group: Json, default_format: str) -> Layout | UnjudgedLayout:
         suffix = "input_global_scale" if inputs and inputs.get("dynamic") is not True else None
         name = "NVFP4" if inputs else "NVFP4A16"
         return Nvfp4Layout(name, "weight_packed", "weight_global_scale", True, suffix)
+    if file_format == "pack-quantized" and _is_int4(weights) and not inputs:
+        return Int4Layout("INT4", as_count(weights.get("group_size")) or 0)
     is_fp8 = as_text(weights.get("type")) == "float" and as_count(weights.get("num_bits")) == 8
     strategy = as_text(weights.get("strategy"))
     block = _ct_block(weights.get("block_structure"))
@@ -188,8 +191,17 @@ def _group_layout(group: Json, default_format: str) -> Layout | UnjudgedLayout:
     blocks: Mapping[str, tuple[int, int] | None] = {"tensor": None, "channel": (1, 0), "block": block}
     if file_format in ("float-quantized", "naive-quantized") and is_fp8 and strategy in blocks:
         suffix = "input_scale" if inputs and inputs.get("dynamic") is False else None
-        return Fp8Layout(f"FP8 ({strategy})", "weight_scale", blocks[strategy], _FLOATS, suffix, weight_only=not inputs)
+        return Fp8Layout(f"FP8 ({strategy})", "weight_scale", blocks[strategy], FLOATS, suffix, weight_only=not inputs)
     return UnjudgedLayout(file_format or "compressed-tensors without a format")
+
+
+def _is_int4(weights: Json) -> bool:
+    """Whether a group's weights are what llm-compressor's W4A16 makes: in groups, symmetric, columns in their order."""
+    is_plain = weights.get("symmetric") is not False and not weights.get("actorder") and not weights.get("dynamic")
+    kind = as_text(weights.get("type")), as_count(weights.get("num_bits")), as_text(weights.get("strategy"))
+    # Codes of a row fill whole integers only in multiples of eight.
+    size = as_count(weights.get("group_size")) or 0
+    return is_plain and kind == ("int", 4, "group") and size > 0 and size % 8 == 0
 
 
 def _ct_block(value: object) -> tuple[int, int]:

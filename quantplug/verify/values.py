@@ -10,7 +10,7 @@ from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
-from quantplug.verify.layouts import Nvfp4Layout
+from quantplug.verify.layouts import Int4Layout, Nvfp4Layout
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.names import FusedGroup, last, split
 from quantplug.verify.report import Finding, error, note, ranges, warning
@@ -159,6 +159,22 @@ def _subnormal_findings(values: Values) -> Iterator[Finding]:
                 "vLLM's and SGLang's Marlin kernels (W4A16) may flush them to zero"
             )
             yield warning(Check.SUBNORMAL_SCALES, name, message)
+
+
+def stored_shapes(inventory: Inventory) -> Iterator[Finding]:
+    """`weight_shape` of INT4 says what the codes are: compressed-tensors and transformers cut them to it."""
+    for module in inventory.quantized:
+        if not isinstance(module.layout, Int4Layout) or not module.sound or module.codes is None:
+            continue
+        name = f"{module.name}.weight_shape"
+        wanted = [module.codes.shape[0], module.layout.columns(module.codes)]
+        try:
+            found = inventory.checkpoint.read(name).tolist()
+        except UnreadableTensorError as problem:
+            yield error(Check.FILES, name, f"its data cannot be read: {problem}")
+            continue
+        if found != wanted:
+            yield error(Check.TENSOR_LAYOUT, name, f"says {found}, the codes are of {wanted}")
 
 
 def shared_scales(inventory: Inventory, values: Values) -> Iterator[Finding]:
