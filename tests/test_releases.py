@@ -24,15 +24,11 @@ except UnsupportedModelError as error:
     print(error)
 print([name for name in ("transformer_engine", "megatron.core", "modelopt") if name in sys.modules])
 """
-IMPORT_BESIDE_ANOTHER_MEGATRON = """
-import megatron.core.package_info
-megatron.core.package_info.__version__ = "0.20.0"
-import quantplug.megatron.parameters
-"""
 
 
-def imported(code: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(quantplug.__file__).parents[1])}
+def imported(code: str, *first: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, (*first, Path(quantplug.__file__).parents[1])))
+    environment = os.environ | {"PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -73,7 +69,10 @@ def test_versions_are_asked_before_anything_else_is_imported() -> None:
     assert run.stdout.splitlines()[-1] == "[]"
 
 
-def test_megatron_core_is_asked_before_any_of_its_names() -> None:
-    run = imported(IMPORT_BESIDE_ANOTHER_MEGATRON)
+def test_megatron_core_is_asked_before_any_of_its_names(tmp_path: Path) -> None:
+    """Beside sources that have no package's metadata, and of which nothing else could be imported."""
+    (tmp_path / "megatron" / "core").mkdir(parents=True)
+    (tmp_path / "megatron" / "core" / "package_info.py").write_text('__version__ = "0.20.0"')
+    run = imported("import quantplug.megatron.parameters", tmp_path)
     assert "UnsupportedModelError: quantplug does not know this release of megatron-core." in run.stderr
     assert "megatron-core 0.20.0: known are 0.16 to 0.19" in run.stderr

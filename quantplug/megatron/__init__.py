@@ -3,4 +3,5 @@
 from quantplug.megatron.releases.installed import VERSION
 from quantplug.releases import require_known
 
-require_known({"megatron-core": VERSION})
+if VERSION is not None:
+    require_known({"megatron-core": VERSION})
