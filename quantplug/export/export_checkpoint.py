@@ -113,9 +113,9 @@ def export_checkpoint(
         destination: A directory that is new or empty.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model that this is a model of. Its config
             says names and sizes; its tokenizer and generation files are copied.
-        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8`, `fp8_blockwise`, `fp8_dynamic` or
-            `int4`; or `plain`. None writes a quantized model as its quantizers say, by the amaxes in the checkpoint,
-            and another one plain.
+        format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8`, `fp8_blockwise`, `fp8_dynamic`,
+            `mxfp8` or `int4`; or `plain`. None writes a quantized model as its quantizers say, by the amaxes in the
+            checkpoint, and another one plain.
         group_size: With a `format`: how many input features share a scale, as in `quantize_checkpoint`.
         iteration: Which iteration of those that were saved; None for the newest.
         dtype: Type of tensors that are not quantized.

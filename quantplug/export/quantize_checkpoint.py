@@ -66,8 +66,8 @@ def quantize_checkpoint(
         source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
         destination: A directory that is new or empty.
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor),
-            `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row) or `int4`; or with an `input_scale` one that
-            quantizes activations by scales of their own.
+            `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row), `mxfp8` or `int4`; or with an `input_scale` one
+            that quantizes activations by scales of their own.
         group_size: How many input features share a scale, where a format leaves the choice: 128 or 32 of `int4`. None
             for 128.
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns

@@ -12,7 +12,7 @@ from enum import Enum, StrEnum
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.findings import choice_named
 from quantplug.formats.block_format import BlockFormat
-from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4
+from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP8, NVFP4
 from quantplug.formats.weight_format import WeightFormat
 
 
@@ -26,6 +26,7 @@ class QuantFormat(StrEnum):
     FP8_BLOCKWISE = "fp8_blockwise"
     FP8_DYNAMIC = "fp8_dynamic"
     INT4 = "int4"
+    MXFP8 = "mxfp8"
 
     @property
     def needs_data(self) -> bool:
@@ -115,6 +116,8 @@ _ROWS = (
     # llm-compressor's W4A16 has groups of 128; the smaller ones go with weights that these do not divide.
     Scheme(QuantFormat.INT4, INT4, Activations.PLAIN),
     Scheme(QuantFormat.INT4, INT4_32, Activations.PLAIN),
+    # vLLM loads experts by `ModelOptMxFp8FusedMoE` (modelopt.py).
+    Scheme(QuantFormat.MXFP8, MXFP8, Activations.DYNAMIC),
 )
 SCHEMES: Mapping[QuantFormat, Scheme] = {name: next(row for row in _ROWS if row.format is name) for name in QuantFormat}
 """The row of each name where no size of groups is asked for."""

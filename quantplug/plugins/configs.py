@@ -32,6 +32,7 @@ _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.FP8_BLOCKWISE: mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
     QuantFormat.FP8_DYNAMIC: mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
     QuantFormat.INT4: mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
+    QuantFormat.MXFP8: mtq.MXFP8_DEFAULT_CFG,
 }
 # As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml, kv_fp8.yaml).
 _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {

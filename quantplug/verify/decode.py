@@ -5,8 +5,8 @@ It shares nothing with the packers, so that an error there cannot hide here.
 E2M1 (OCP Microscaling Formats v1.0, 5.3.3): sign, two exponent bits with bias 1, one mantissa bit; no Inf, no NaN.
 E4M3 (OCP 8-bit Floating Point v1.0, table 1): sign, four exponent bits with bias 7, three mantissa bits; S.1111.111 is
 NaN, no Inf.
-MXFP4 (OCP Microscaling Formats v1.0, 5.2): two E2M1 codes a byte and one E8M0 scale, 2^(byte - 127), for 32 columns;
-0xFF is NaN.
+E8M0 (OCP Microscaling Formats v1.0, 5.4.1): 2^(byte - 127); 0xFF is NaN.
+MXFP8 and MXFP4 (the same, 5.2): E4M3 codes, or two E2M1 codes a byte, and one E8M0 scale for 32 columns.
 NVFP4: two E2M1 codes a byte, the low nibble being the even column; value = code * E4M3 block scale * FP32 tensor scale.
 """
 
@@ -46,6 +46,11 @@ _INT4_PAIRS = torch.stack([torch.arange(256) & 15, torch.arange(256) >> 4], dim=
 def decode_e4m3(codes_U8: torch.Tensor) -> torch.Tensor:
     """FP32 values of E4M3 bytes, any shape."""
     return E4M3_VALUES.index_select(0, codes_U8.flatten().int()).view(codes_U8.shape)
+
+
+def decode_e8m0(scales_U8: torch.Tensor) -> torch.Tensor:
+    """FP32 values of E8M0 bytes, any shape."""
+    return E8M0_VALUES.index_select(0, scales_U8.flatten().int()).view(scales_U8.shape)
 
 
 def decode_e2m1_pairs(packed_U8: torch.Tensor) -> torch.Tensor:
@@ -89,7 +94,7 @@ def decode_mxfp4(blocks_U8: torch.Tensor, scales_U8: torch.Tensor) -> torch.Tens
     """
     rows, blocks, packed = blocks_U8.shape
     values = decode_e2m1_pairs(blocks_U8.reshape(rows * blocks, packed))
-    scales = E8M0_VALUES.index_select(0, scales_U8.flatten().int())
+    scales = decode_e8m0(scales_U8).flatten()
     return (values * scales.unsqueeze(1)).view(rows, blocks * 2 * packed)
 
 

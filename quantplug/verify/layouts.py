@@ -90,6 +90,7 @@ class Fp8Layout:
         block: Rows and columns of one block; None for one scale a tensor, (1, 0) for one a row.
         scale_dtypes: What the scale may be stored as.
         weight_only: Activations stay in 16 bits.
+        exponents: The scales are powers of two, stored as their exponents plus 127 (E8M0).
     """
 
     name: str
@@ -99,6 +100,7 @@ class Fp8Layout:
     input_scale: str | None
     codes: str = "weight"
     weight_only: bool = False
+    exponents: bool = False
 
     @property
     def per_row(self) -> bool:
@@ -108,6 +110,9 @@ class Fp8Layout:
         return codes.shape[-1] if len(codes.shape) == 2 else 0
 
     def shape_problem(self, codes: TensorInfo) -> str | None:
+        columns = self.columns(codes)
+        if self.exponents and self.block is not None and columns % self.block[1]:
+            return f"in_features {columns} is not a multiple of the block of {self.block[1]}"
         return None
 
     def parts(self, codes: TensorInfo) -> Mapping[str, Part]:
@@ -177,6 +182,7 @@ class UnjudgedLayout:
 MODELOPT_NVFP4 = Nvfp4Layout("NVFP4", "weight", "weight_scale_2", False, "input_scale")
 MODELOPT_W4A16_NVFP4 = Nvfp4Layout("W4A16_NVFP4", "weight", "weight_scale_2", False, None)
 MODELOPT_FP8 = Fp8Layout("FP8", "weight_scale", None, F32, "input_scale")
+MODELOPT_MXFP8 = Fp8Layout("MXFP8", "weight_scale", (1, 32), U8, None, exponents=True)
 MODELOPT_FP8_PER_CHANNEL = Fp8Layout("FP8_PER_CHANNEL_PER_TOKEN", "weight_scale", (1, 0), F32, None)
 
 # Suffixes that only a quantized module has.

@@ -93,7 +93,8 @@ def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> Rows | I
         # compressed-tensors stores the divisor 2688 / amax, ModelOpt the multiplier amax / 2688.
         scale = stored.reciprocal() if layout.reciprocal else stored
         return Rows(codes, weight.rows("weight_scale", first, last).view(torch.uint8), scale, (1, 1), first)
-    scales = weight.scales(layout.scale).float()
+    stored = weight.scales(layout.scale)
+    scales = decode.decode_e8m0(stored) if layout.exponents else stored.float()
     # One scale for all rows or columns is a block that no weight is larger than: one way of spreading serves all
     # layouts.
     everything = 2**40  # more than any side of a weight

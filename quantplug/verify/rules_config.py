@@ -12,7 +12,8 @@ from quantplug.verify.scheme import MODELOPT_LAYOUTS, modelopt_kv_cache
 
 FILE = "hf_quant_config.json"
 CONFIG = "config.json"
-_NVFP4 = ("NVFP4", "W4A16_NVFP4")
+# Columns that share a scale, of the algorithms that have a `group_size`.
+_GROUP_SIZES = {"NVFP4": 16, "W4A16_NVFP4": 16, "MXFP8": 32}
 _SERVED_DENSE_ONLY = ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")  # no vLLM MoE, no SGLang (vLLM 0.33, SGLang 0.5.23)
 
 
@@ -69,7 +70,9 @@ def config_agreement(inventory: Inventory) -> Iterator[Finding]:
         return
     if not config:
         yield error(
-            Check.CONFIG_AGREEMENT, CONFIG, f"has no quantization_config, only {FILE}: vLLM refuses W4A16_NVFP4 so"
+            Check.CONFIG_AGREEMENT,
+            CONFIG,
+            f"has no quantization_config, only {FILE}: vLLM refuses W4A16_NVFP4 and MXFP8 so",
         )
     if not file:
         yield error(
@@ -84,7 +87,7 @@ def config_agreement(inventory: Inventory) -> Iterator[Finding]:
             Check.CONFIG_AGREEMENT, FILE, f"producer.name is {producer!r}, vLLM's and SGLang's readers want 'modelopt'"
         )
     yield from _disagreements(config, file)
-    if as_text(file.get("quant_algo")) in _NVFP4:
+    if as_text(file.get("quant_algo")) in _GROUP_SIZES:
         absent = [key for key in ("group_size", "kv_cache_quant_algo", "exclude_modules") if key not in file]
         yield from (
             error(Check.CONFIG_AGREEMENT, FILE, f"quantization lacks {key}, which vLLM reads") for key in absent
@@ -114,18 +117,21 @@ def _disagreements(config: Json, file: Json) -> Iterator[Finding]:
 
 
 def group_size(inventory: Inventory) -> Iterator[Finding]:
-    """NVFP4's block is 16; SGLang asserts it, vLLM's Marlin path assumes it."""
+    """NVFP4's block is 16: SGLang asserts it, vLLM's Marlin path assumes it. MXFP8's is 32, whatever a config says."""
     if inventory.scheme.method != "modelopt":
         return
     config, file = _quantization_config(inventory), _file(inventory)
-    if as_text((config or file).get("quant_algo")) not in _NVFP4:
+    algorithm = as_text((config or file).get("quant_algo"))
+    if algorithm not in _GROUP_SIZES:
         return
-    if "group_size" in file and as_count(file["group_size"]) != 16:
-        yield error(Check.ALIGNMENT, FILE, f"group_size is {file['group_size']!r}, NVFP4 has 16")
+    wanted = _GROUP_SIZES[algorithm]
+    if "group_size" in file and as_count(file["group_size"]) != wanted:
+        yield error(Check.ALIGNMENT, FILE, f"group_size is {file['group_size']!r}, {algorithm} has {wanted}")
     for name, group in as_object(config.get("config_groups")).items():
         size = as_object(as_object(group).get("weights")).get("group_size")
-        if size is not None and as_count(size) != 16:
-            yield error(Check.ALIGNMENT, f"{CONFIG} config_groups.{name}", f"group_size is {size!r}, NVFP4 has 16")
+        if size is not None and as_count(size) != wanted:
+            message = f"group_size is {size!r}, {algorithm} has {wanted}"
+            yield error(Check.ALIGNMENT, f"{CONFIG} config_groups.{name}", message)
 
 
 def weight_only(inventory: Inventory) -> Iterator[Finding]:
@@ -168,7 +174,7 @@ def mixed(inventory: Inventory) -> Iterator[Finding]:
             CONFIG,
             "MIXED_PRECISION without quantized_layers: no layer has an algorithm",
         )
-    elif not set(algos.values()) & set(_NVFP4):
+    elif not set(algos.values()) & {"NVFP4", "W4A16_NVFP4"}:
         yield error(Check.MIXED, CONFIG, "no layer is NVFP4 or W4A16_NVFP4: SGLang reads such a file as w4afp8")
     if "kv_cache_quant_algo" not in config and "kv_cache_scheme" not in config:
         yield error(
@@ -192,8 +198,10 @@ def _listed(inventory: Inventory, layers: Json, algos: Mapping[str, str]) -> Ite
             )
             yield error(Check.MIXED, name, message)
         size = as_object(layers[name]).get("group_size")
-        if algorithm in _NVFP4 and size is not None and as_count(size) != 16:
-            yield error(Check.ALIGNMENT, f"quantized_layers.{name}", f"group_size is {size!r}, NVFP4 has 16")
+        wanted = _GROUP_SIZES.get(algorithm)
+        if wanted is not None and size is not None and as_count(size) != wanted:
+            message = f"group_size is {size!r}, {algorithm} has {wanted}"
+            yield error(Check.ALIGNMENT, f"quantized_layers.{name}", message)
         if name not in known:
             yield error(Check.MIXED, name, "listed in quantized_layers, but no module on disk has that name")
 

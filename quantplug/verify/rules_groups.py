@@ -8,7 +8,7 @@ from quantplug.verify.checks import Check
 from quantplug.verify.modules import Inventory
 from quantplug.verify.report import Finding, error
 
-_MODELOPT_BITS = {"NVFP4": 4, "W4A16_NVFP4": 4, "FP8": 8, "FP8_PER_CHANNEL_PER_TOKEN": 8}
+_MODELOPT_BITS = {"NVFP4": 4, "W4A16_NVFP4": 4, "FP8": 8, "FP8_PER_CHANNEL_PER_TOKEN": 8, "MXFP8": 8}
 _COMPRESSED_BITS = {"nvfp4-pack-quantized": 4, "float-quantized": 8, "naive-quantized": 8}
 
 

@@ -13,6 +13,7 @@ from quantplug.verify.layouts import (
     FLOATS,
     MODELOPT_FP8,
     MODELOPT_FP8_PER_CHANNEL,
+    MODELOPT_MXFP8,
     MODELOPT_NVFP4,
     MODELOPT_W4A16_NVFP4,
     Fp8Layout,
@@ -28,9 +29,10 @@ MODELOPT_LAYOUTS: Mapping[str, Layout | UnjudgedLayout] = {
     "W4A16_NVFP4": MODELOPT_W4A16_NVFP4,
     "FP8": MODELOPT_FP8,
     "FP8_PER_CHANNEL_PER_TOKEN": MODELOPT_FP8_PER_CHANNEL,
+    "MXFP8": MODELOPT_MXFP8,
     **{
         name: UnjudgedLayout(name)
-        for name in ("FP8_PB_WO", "MXFP8", "MXFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "NVFP4_AWQ", "W4A16_AWQ",
+        for name in ("FP8_PB_WO", "MXFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "NVFP4_AWQ", "W4A16_AWQ",
                      "W4A8_AWQ", "INT4_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "NVFP4_SVDQUANT")
     },
 }  # fmt: skip

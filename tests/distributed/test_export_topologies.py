@@ -49,7 +49,7 @@ def assert_same_tensors(directory: Path, expected: Path) -> None:
         # Rows of o_proj and down_proj are cut by TP and ETP, and each has one scale: of the whole row.
         # NVFP4 experts beside FP8 attention are written by the same ranks.
         ("fp8_dynamic", "tiny_qwen3_moe_dir", ["mixed/2-2-1-1", "2-2-2-1", "4-1-4-1"]),
-        ("fp8_dynamic", "tiny_llama4_dir", ["2-2-1-1"]),
+        ("mxfp8", "tiny_llama4_dir", ["2-2-1-1"]),
         ("w4a16_nvfp4", "tiny_qwen3_mixed_dir", PIPELINES),
         ("w4a16_nvfp4", "tiny_llama4_dir", ONE_TENSOR),
     ],

@@ -37,6 +37,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "fp8_blockwise": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
     "fp8_dynamic": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
     "int4": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
+    "mxfp8": mtq.MXFP8_DEFAULT_CFG,
 }
 
 

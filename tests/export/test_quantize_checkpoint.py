@@ -409,7 +409,7 @@ def test_sizes_that_do_not_divide_are_named_as_in_the_checkpoint(sources: Source
 def test_a_format_that_is_not_known_is_refused(name: str, sources: Sources, tmp_path: Path) -> None:
     with refused(ArgumentError, tmp_path) as caught:
         quantize_checkpoint(sources("moe"), tmp_path / "out", name)
-    assert "w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic" in str(caught.value)
+    assert "w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic, int4, mxfp8" in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "instead"), [("nvfp4", "w4a16_nvfp4"), ("fp8", "w8a16_fp8")])

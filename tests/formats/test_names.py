@@ -26,6 +26,7 @@ def test_every_name_says_what_it_means() -> None:
         "fp8_blockwise": ("fp8_block", 8, Activations.DYNAMIC),
         "fp8_dynamic": ("fp8_row", 8, Activations.DYNAMIC),
         "int4": ("int4", 4, Activations.PLAIN),
+        "mxfp8": ("mxfp8", 8, Activations.DYNAMIC),
     }
 
 
@@ -56,6 +57,7 @@ def test_input_scales_are_of_formats_that_have_them(name: QuantFormat) -> None:
         ("fp8_blockwise", "fp8_blockwise"),
         ("fp8_dynamic", "fp8_dynamic"),
         ("int4", "int4"),
+        ("mxfp8", "mxfp8"),
     ],
 )
 def test_the_same_weights_without_data(name: str, instead: str) -> None:
@@ -70,7 +72,7 @@ def test_the_same_weights_without_data(name: str, instead: str) -> None:
 @pytest.mark.parametrize("name", ["W4A16_NVFP4", "int3", "", "Activations"])
 def test_an_unknown_name_is_refused_with_those_that_are_known(name: str) -> None:
     with pytest.raises(
-        ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic, int4"
+        ArgumentError, match="Use one of: w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic, int4, mxfp8"
     ):
         scheme_named(name, "quant_format")
 
@@ -105,4 +107,5 @@ def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_d
     assert [name for name in QuantFormat if name.needs_data] == ["nvfp4", "fp8"]
     assert [name.weight_only for name in QuantFormat] == [
         "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic", "int4",
+        "mxfp8",
     ]  # fmt: skip

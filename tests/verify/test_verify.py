@@ -478,10 +478,14 @@ def test_a_checkpoint_without_quantization(pristine: dict[str, Path]) -> None:
     assert fired(verify_checkpoint(pristine["source"])) == {"no-quantization"}
 
 
-def test_formats_not_judged_say_so(pristine: dict[str, Path]) -> None:
-    report = verify_checkpoint(pristine["mxfp8"], pristine["source"])
+def test_formats_not_judged_say_so(open_copy: Callable[[str], Any], pristine: dict[str, Path]) -> None:
+    surgery = open_copy("w4a16")
+    for config in (surgery.quantization_config, surgery.quantization):
+        config["quant_algo"] = "W4A8_NVFP4_FP8"
+    surgery.close()
+    report = verify_checkpoint(surgery.directory, pristine["source"])
     assert "not-judged" in fired(report)
-    assert any("MXFP8" in finding.message for finding in report.findings)
+    assert any("W4A8_NVFP4_FP8" in finding.message for finding in report.findings)
 
 
 def test_a_second_file_beside_the_single_one(open_copy: Callable[[str], Any]) -> None:

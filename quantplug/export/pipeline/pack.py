@@ -72,8 +72,13 @@ def pack_rows(task: ExportTask, part: PartOutput, rows: torch.Tensor) -> Sequenc
     if part.format is None:
         return (rows.to(part.plain_dtype),)
     # FP32, in which the scale is computed: the same on every rank, so that slices packed apart have one scale.
-    amax = torch.tensor(task.amax, dtype=torch.float32, device=rows.device)
+    amax = torch.tensor(_amax(task), dtype=torch.float32, device=rows.device)
     return tuple(part.format.pack(rows, amax).tensors.values())
+
+
+def _amax(task: ExportTask) -> float:
+    """Of what the scale of the whole is made; a dynamic quantizer has none, nor has its format such a scale."""
+    return 0.0 if task.amax is None else task.amax
 
 
 def pack_alike(
@@ -85,6 +90,6 @@ def pack_alike(
     """
     (_, first, rows), *_ = parts
     assert first.format is not None
-    amaxes = torch.tensor([task.amax for task, _, _ in parts], dtype=torch.float32, device=rows.device)
+    amaxes = torch.tensor([_amax(task) for task, _, _ in parts], dtype=torch.float32, device=rows.device)
     group = first.format.pack_group([rows for _, _, rows in parts], amaxes)
     return [tuple(packed.tensors.values()) for packed in group]

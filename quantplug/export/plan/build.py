@@ -117,7 +117,7 @@ def build_plan(
         has_place = dialect is not None and dialect.names_kv_cache
         check_kv_place(kv_cache, quantized=dialect is not None, has_place=has_place, findings=findings)
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.
-    written = _rows_written(mapped, dialect)
+    written = _rows_written(mapped, schemes, dialect)
     groups = group_names(mapped, written, dims)
     mapped = with_shared_amaxes(mapped, groups, findings)
     check_one_scheme(mapped, groups, schemes, findings)
@@ -153,7 +153,7 @@ def _check_request(request: ExportRequest) -> None:
         )
 
 
-def _rows_written(mapped: Mapped, dialect: Dialect | None) -> dict[ParamKey, WeightMapping]:
+def _rows_written(mapped: Mapped, schemes: Schemes, dialect: Dialect | None) -> dict[ParamKey, WeightMapping]:
     """The row by which each weight is written.
 
     Experts that a plain checkpoint holds in one tensor may have to be written one by one: then all of the model are, as
@@ -162,7 +162,8 @@ def _rows_written(mapped: Mapped, dialect: Dialect | None) -> dict[ParamKey, Wei
     rows = {weight.key: row for weight, row in mapped}
     if dialect is None:
         return rows
-    packed = {key: row.when_packed(fused_is_read=dialect.fused_is_read) for key, row in rows.items()}
+    fused_is_read = {scheme.format for scheme in schemes.values()} <= dialect.fused_is_read
+    packed = {key: row.when_packed(fused_is_read=fused_is_read) for key, row in rows.items()}
     # vLLM and SGLang build one fused module for the experts of a layer, and take its tensors by one naming only.
     apart = any(weight.weight is not None and packed[weight.key] is not row for weight, row in mapped)
     return packed if apart else rows

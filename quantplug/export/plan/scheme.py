@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantplug.export.plan.types import QuantizerState
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP8, NVFP4, WeightFormat
 from quantplug.formats.names import Activations, QuantFormat, Scheme, scheme_of
 
 WAY_OUT = (
     "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG, "
-    "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG or mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, or "
-    "disable the quantizer."
+    "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG or "
+    "mtq.MXFP8_DEFAULT_CFG, or disable the quantizer."
 )
 
 
@@ -36,6 +36,9 @@ class _Settings:
         )
 
 
+# mtq.MXFP8_DEFAULT_CFG, weights and inputs: powers of two for 32 input features, made of what is quantized.
+_MXFP8 = _Settings((4, 3), ((-1, 32),), scale_bits=(8, 0), dynamic_blocks=True, dynamic=True)
+
 _FORMATS: Mapping[_Settings, WeightFormat] = {
     # mtq.NVFP4_DEFAULT_CFG, weights and inputs: E2M1 codes, an E4M3 scale for 16 input features, made anew from the
     # block whenever a tensor is quantized, hence dynamic.
@@ -49,11 +52,13 @@ _FORMATS: Mapping[_Settings, WeightFormat] = {
     # mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG: integers of 4 bits, a scale for 128 input features; and the same for 32.
     _Settings(4, ((-1, 128),)): INT4,
     _Settings(4, ((-1, 32),)): INT4_32,
+    _MXFP8: MXFP8,
 }
 _DYNAMIC_INPUTS: Mapping[QuantFormat, _Settings] = {
     # The same config, inputs: a block is all of a token, and its scale is made when the token is seen. ModelOpt has no
     # such setting for the groups of 128 that go with FP8 in blocks: its config leaves inputs alone.
     QuantFormat.FP8_DYNAMIC: _Settings((4, 3), ((-1, None),), dynamic=True),
+    QuantFormat.MXFP8: _MXFP8,
 }
 
 

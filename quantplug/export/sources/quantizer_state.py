@@ -58,7 +58,7 @@ class QuantizerSettings:
             axis=self.axis,
             amax=amax,
             unsupported=tuple(self._unsupported()),
-            dynamic=self.dynamic,
+            dynamic=self.dynamic or self._is_mx,
         )
 
     def changes_of_input(self) -> Iterator[str]:
@@ -67,6 +67,14 @@ class QuantizerSettings:
             yield "a pre_quant_scale (AWQ, SmoothQuant)"
         if self.rotates:
             yield "a rotation"
+
+    @property
+    def _is_mx(self) -> bool:
+        """Whether its blocks have exponents for scales, which ModelOpt makes of each tensor and never of an amax.
+
+        As its `TensorQuantizer.is_mx_format` has it.
+        """
+        return self.block_sizes.get("type") == "dynamic" and tuple(self.block_sizes.get("scale_bits") or ()) == (8, 0)
 
     def _unsupported(self) -> Iterator[str]:
         """Features that change what the quantizer computes and that no output format expresses."""

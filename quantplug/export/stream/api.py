@@ -131,8 +131,8 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
             embedding and the output layer too; for routers and norms never.
         quant_fn: (weight [out, in], quant_block_size) to (codes, scale).
         quant_block_size: Rows and columns of a block of `quant_fn`; None if it has no blocks.
-        quant_format: w4a16_nvfp4, w8a16_fp8, fp8_blockwise, fp8_dynamic, int4: by the amaxes of the weights alone.
-            as_quantized: as the model's ModelOpt quantizers say, with the amaxes that they hold.
+        quant_format: w4a16_nvfp4, w8a16_fp8, fp8_blockwise, fp8_dynamic, mxfp8, int4: by the amaxes of the weights
+            alone. as_quantized: as the model's ModelOpt quantizers say, with the amaxes that they hold.
         group_size: With int4: how many input features share a scale, 128 (None) or 32.
         quantize_mtp: Whether linears of multi-token prediction are quantized too; they are kept in any case.
         scale_suffix: What a scale of `quant_fn` is called: this behind the weight's name.

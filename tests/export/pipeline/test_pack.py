@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
 from examples.make_tiny_model import ZERO_EXPERT
@@ -37,10 +37,11 @@ SUFFIXES = {
     "w8a16_fp8": {"weight", "weight_scale"},
     "fp8_blockwise": {"weight", "weight_scale_inv"},
     "fp8_dynamic": {"weight", "weight_scale"},
+    "mxfp8": {"weight", "weight_scale"},
 }
 # No server loads experts in weight-only FP8, so that nothing writes them.
 CHECKPOINTS = dict.fromkeys(SUFFIXES, AWKWARD) | {"fp8_blockwise": BLOCKS, "w8a16_fp8": ["dense", "tied"]}
-OWN_SCALES = ("fp8_blockwise", "fp8_dynamic")  # Of blocks and rows: no two linears have one in common.
+OWN_SCALES = ("fp8_blockwise", "fp8_dynamic", "mxfp8")  # Of blocks and rows: no two linears have one in common.
 EVERY_EXPORT = [(name, scheme) for scheme, names in CHECKPOINTS.items() for name in names]
 
 
@@ -128,6 +129,15 @@ def test_fp8_rows_have_scales_of_their_own(name: str, sources: Sources, exports:
         assert same_bytes(exported[f"{module}.weight"], codes), module
 
 
+@pytest.mark.parametrize("name", AWKWARD)
+def test_mxfp8_is_modelopts_of_the_source(name: str, sources: Sources, exports: Exports) -> None:
+    exported = read(exports(name, "mxfp8"))
+    for module, weight, _ in modules(read(sources(name))):
+        expected, scales = MXFP8QTensor.quantize(weight)
+        assert same_bytes(exported[f"{module}.weight"], expected._quantized_data), module
+        assert same_bytes(exported[f"{module}.weight_scale"], scales), module
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fp8_blocks_by_a_loop_over_blocks(name: str, sources: Sources, exports: Exports) -> None:
     exported = read(exports(name, "fp8_blockwise"))
@@ -190,7 +200,7 @@ def test_every_projection_has_the_input_scale_of_its_linear(
         assert same_bytes(exported[f"{module}.input_scale"], amax / torch.tensor(largest)), module
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic"])
+@pytest.mark.parametrize("scheme", ["w4a16_nvfp4", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic", "mxfp8"])
 def test_sequential_experts_give_the_bytes_of_grouped_ones(scheme: str, exports: Exports) -> None:
     for name in CHECKPOINTS[scheme]:
         assert files_of(exports(name, scheme, LayerSpec.LOCAL)) == files_of(exports(name, scheme)), name

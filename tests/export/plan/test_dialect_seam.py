@@ -26,7 +26,7 @@ SHAPE = (8, 64)
 class Turned(Dialect):
     """Codes in 32 bits with an axis more, the scale of the tensor inverted, and a tensor beside."""
 
-    fused_is_read = False
+    fused_is_read = frozenset()
     reads_globs = False
     names_kv_cache = False
 

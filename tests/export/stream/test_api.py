@@ -58,6 +58,7 @@ def quantized_by(
         ("moe_blocks", "fp8_blockwise"),
         ("latent_blocks", "fp8_blockwise"),
         ("moe", "fp8_dynamic"),
+        ("moe", "mxfp8"),
     ],
 )
 def test_a_model_without_quantizers_streams_what_a_calibrated_one_exports(
@@ -67,7 +68,7 @@ def test_a_model_without_quantizers_streams_what_a_calibrated_one_exports(
     assert_same_tensors(dict(stream), read(exports(name, str(quant_format))))
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4", "fp8", "w4a16_nvfp4", "fp8_dynamic"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "fp8", "w4a16_nvfp4", "fp8_dynamic", "mxfp8"])
 def test_as_quantized_streams_the_export_of_the_same_model(
     scheme: str, sources: Sources, exports: Callable[..., Path]
 ) -> None:
@@ -262,7 +263,11 @@ FUNCTION = {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}
     [
         ({}, UnsupportedQuantizationError, "neither given"),
         ({**FUNCTION, "quant_format": "w8a16_fp8"}, UnsupportedQuantizationError, "both given"),
-        ({"quant_format": "int3"}, ArgumentError, "w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic"),
+        (
+            {"quant_format": "int3"},
+            ArgumentError,
+            "w4a16_nvfp4, nvfp4, fp8, w8a16_fp8, fp8_blockwise, fp8_dynamic, int4, mxfp8",
+        ),
         ({"quant_format": "nvfp4"}, UnsupportedQuantizationError, "Use w4a16_nvfp4: the same weights"),
         ({"quant_format": "fp8"}, UnsupportedQuantizationError, "Use w8a16_fp8: the same weights"),
         ({"quant_format": "w8a16_fp8", "quant_block_size": BLOCK}, UnsupportedQuantizationError, "quant_block_size"),

@@ -99,7 +99,7 @@ class CompressedTensorsDialect(Dialect):
     """
 
     # llm-compressor writes experts one by one, whatever the architecture, and servers load them so.
-    fused_is_read: ClassVar[bool] = False
+    fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
     names_kv_cache: ClassVar[bool] = True
 

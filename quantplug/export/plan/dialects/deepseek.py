@@ -17,7 +17,7 @@ class DeepSeekDialect(Dialect):
     Experts in one tensor have `gate_up_proj_scale_inv`, as transformers and servers read it.
     """
 
-    fused_is_read: ClassVar[bool] = False
+    fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
     names_kv_cache: ClassVar[bool] = False  # vLLM's and SGLang's `fp8` configs have no such key.
 

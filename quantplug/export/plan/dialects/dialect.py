@@ -36,12 +36,12 @@ class Dialect(Protocol):
     """A way to spell a checkpoint.
 
     Attributes:
-        fused_is_read: Whether servers read all experts in one tensor, of any architecture, in this dialect.
+        fused_is_read: The formats in which servers read all experts in one tensor, of any architecture.
         reads_globs: Whether its list of plain modules may hold shell patterns.
         names_kv_cache: Whether its config has a place for the format of a KV cache.
     """
 
-    fused_is_read: ClassVar[bool]
+    fused_is_read: ClassVar[Set[QuantFormat]]
     reads_globs: ClassVar[bool]
     names_kv_cache: ClassVar[bool]
 
