@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from quantplug.errors import ArgumentError, Offender
 from quantplug.formats.names import KVCacheFormat, QuantFormat
+from quantplug.formats.search.candidates import Scales
 from quantplug.selection import Preset
 
 
@@ -20,12 +21,14 @@ class Recipe:
         preset: Which linears it quantizes.
         input_scale: The scale of all inputs, of which nothing is calibrated; None for a format without.
         kv_cache: The format of the KV cache; None for 16 bits.
+        scales: How the scales of blocks are found.
     """
 
     format: QuantFormat
     preset: Preset = Preset.ALL
     input_scale: float | None = None
     kv_cache: KVCacheFormat | None = None
+    scales: Scales = Scales.MAX
 
 
 _CAST = KVCacheFormat.FP8_CAST

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Dialect, Exclude, GroupSize, QuantizeMtp
+from quantplug.cli.options import Dialect, Exclude, GroupSize, QuantizeMtp, ScalesOption
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
 from quantplug.export.pipeline.amaxes import WeightAmax
 from quantplug.formats.names import KVCacheFormat
+from quantplug.formats.search.candidates import Scales
 
 
 def export(
@@ -39,6 +40,7 @@ def export(
     ] = None,
     exclude: Exclude = None,
     quantize_mtp: QuantizeMtp = False,
+    scales: ScalesOption = Scales.MAX,
     kv_cache: Annotated[
         KVCacheFormat | None,
         typer.Option(help="With a format: that of the server's KV cache; 16 bits where none is given."),
@@ -73,6 +75,7 @@ def export(
             vocab_size=vocab_size,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
+            scales=scales,
             kv_cache=kv_cache,
             dialect=dialect,
             amax=amax,

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from quantplug.export.plan.dialects.table import DialectName
+from quantplug.formats.search.candidates import Scales
 
 Exclude = Annotated[
     list[str] | None,
@@ -17,5 +18,9 @@ Dialect = Annotated[
 GroupSize = Annotated[
     int | None,
     typer.Option(metavar="N", help="With int4: input features that share a scale, 128 (without it) or 32."),
+]
+ScalesOption = Annotated[
+    Scales,
+    typer.Option("--scales", help="With w4a16_nvfp4: how scales of blocks are found; mse has the least error."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]

@@ -13,6 +13,7 @@ from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import KVCacheFormat, QuantFormat
+from quantplug.formats.search.candidates import Scales
 from quantplug.recipes import RECIPES, Recipe, recipe_named
 from quantplug.selection import Preset
 
@@ -35,6 +36,10 @@ def quantize(
         float | None,
         typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
     ] = None,
+    scales: Annotated[
+        Scales | None,
+        typer.Option(help="With nvfp4, w4a16_nvfp4: how scales of blocks are found; mse has the least error."),
+    ] = None,
     exclude: Exclude = None,
     quantize_mtp: QuantizeMtp = False,
     kv_cache: Annotated[
@@ -54,7 +59,7 @@ def quantize(
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
-        asked = _asked(recipe, format=format, preset=preset, input_scale=input_scale, kv_cache=kv_cache)
+        asked = _asked(recipe, format=format, preset=preset, input_scale=input_scale, scales=scales, kv_cache=kv_cache)
         result = quantize_checkpoint(
             source,
             destination,
@@ -64,6 +69,7 @@ def quantize(
             quantize_mtp=quantize_mtp,
             preset=asked.preset,
             input_scale=asked.input_scale,
+            scales=asked.scales,
             kv_cache=asked.kv_cache,
             dialect=dialect,
             trust_remote_code=trust_remote_code,
@@ -78,6 +84,7 @@ def _asked(
     format: QuantFormat | None,  # noqa: A002
     preset: Preset | None,
     input_scale: float | None,
+    scales: Scales | None,
     kv_cache: KVCacheFormat | None,
 ) -> Recipe:
     """What the options ask for: a recipe by its name, or one of one's own.
@@ -85,7 +92,8 @@ def _asked(
     Raises:
         ArgumentError: Neither is asked for, or both are; or no recipe has this name.
     """
-    own = {"--format": format, "--preset": preset, "--input-scale": input_scale, "--kv-cache": kv_cache}
+    own: dict[str, object] = {"--format": format, "--preset": preset, "--input-scale": input_scale}
+    own |= {"--scales": scales, "--kv-cache": kv_cache}
     if recipe is not None:
         beside = [Offender(name, f"is {value}, beside --recipe") for name, value in own.items() if value is not None]
         if beside:
@@ -95,4 +103,4 @@ def _asked(
     if format is None:
         remedy = f"Give --format ({', '.join(QuantFormat)}) or --recipe ({', '.join(RECIPES)})."
         raise ArgumentError("Nothing says how to quantize.", [Offender("--format", "is missing")], remedy)
-    return Recipe(format, preset or Preset.ALL, input_scale, kv_cache)
+    return Recipe(format, preset or Preset.ALL, input_scale, kv_cache, scales or Scales.MAX)

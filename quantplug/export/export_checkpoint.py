@@ -48,7 +48,15 @@ from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.export.sources.trained.norms import with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
-from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_without_data, scheme_without_data
+from quantplug.formats.names import (
+    KVCacheFormat,
+    QuantFormat,
+    Scheme,
+    kv_cache_without_data,
+    scales_named,
+    scheme_without_data,
+)
+from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
 from quantplug.selection import Policy, by_exclude
@@ -93,6 +101,7 @@ def export_checkpoint(
     vocab_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    scales: Scales | str = Scales.MAX,
     kv_cache: KVCacheFormat | str | None = None,
     dialect: DialectName | str | None = None,
     amax: WeightAmax | str = WeightAmax.CALIBRATED,
@@ -125,6 +134,7 @@ def export_checkpoint(
         exclude: With a `format`: modules that stay in high precision, by exact name in Hugging Face or as shell
             patterns (`model.layers.0.*`).
         quantize_mtp: With a `format`: whether the layers of multi-token prediction are quantized too.
+        scales: With a `format`: how the scales of NVFP4's blocks are found, as in `quantize_checkpoint`.
         kv_cache: With a `format`: in which format servers keep keys and values, `fp8_cast`; None for 16 bits. Without a
             `format` the quantizers in the checkpoint say it.
         dialect: How tensors and config spell the formats, as in `quantize_checkpoint`.
@@ -138,7 +148,8 @@ def export_checkpoint(
 
     Raises:
         ArgumentError: A format, `group_size`, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not
-            served; or `group_size`, `exclude`, `quantize_mtp` or `kv_cache` without a format that quantizes.
+            served; `scales` that the format has not; or `group_size`, `exclude`, `quantize_mtp` or `kv_cache` without a
+            format that quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
@@ -155,6 +166,7 @@ def export_checkpoint(
     """
     policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
     scheme = _scheme(format, group_size)
+    search = scales_named(scales, "scales", scheme)
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     if scheme is None:
         _refuse_choices(group_size=group_size, exclude=exclude, quantize_mtp=quantize_mtp, kv_cache=kv_cache)
@@ -196,7 +208,7 @@ def export_checkpoint(
         if scheme is not None:
             chosen = chosen_weights(weights, model, Policy(scheme.weight_bits, quantize_mtp), exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
-            plan_of = WeightOnlyPlan(weights, model, chosen, scheme, request)
+            plan_of = WeightOnlyPlan(weights, model, chosen, scheme, request, scales=search)
         else:
             plan_of = _AsSaved(weights, model, request, policy)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model))

@@ -33,6 +33,7 @@ from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.formats.names import Scheme
+from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
@@ -133,6 +134,7 @@ class WeightOnlyPlan:
     Attributes:
         chosen: The weights that are packed.
         input_scale: The scale of all their inputs, of which nothing was calibrated; None where inputs have none.
+        scales: How the scales of their blocks are found.
     """
 
     weights: Sequence[WholeWeight]
@@ -141,6 +143,7 @@ class WeightOnlyPlan:
     scheme: Scheme
     request: ExportRequest
     input_scale: float | None = None
+    scales: Scales = Scales.MAX
 
     def __call__(self, amaxes: Amaxes | None) -> ExportPlan:
         """The plan; without amaxes all is checked that needs none."""
@@ -152,7 +155,7 @@ class WeightOnlyPlan:
     def _quantized(self, weight: WholeWeight, amaxes: Amaxes | None) -> WholeWeight:
         # Without data max|weight| is all of the calibration.
         amax = None if amaxes is None else amaxes[weight.key]
-        quantizer, activation = quantizers_for(self.scheme, weight.label)
+        quantizer, activation = quantizers_for(self.scheme, weight.label, self.scales)
         if activation is not None and self.input_scale is not None:
             # The amax that ModelOpt's `constant_amax` would pin: 2688 for NVFP4 and a scale of 1.0.
             activation = replace(activation, amax=self.input_scale * self.scheme.weight.encoding.largest)

@@ -27,9 +27,11 @@ from quantplug.formats.names import (
     QuantFormat,
     Scheme,
     kv_cache_without_data,
+    scales_named,
     scheme_named,
     scheme_without_data,
 )
+from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
 from quantplug.selection import Policy, Preset, by_exclude, preset_named
@@ -48,6 +50,7 @@ def quantize_checkpoint(
     quantize_mtp: bool = False,
     preset: Preset | str = Preset.ALL,
     input_scale: float | None = None,
+    scales: Scales | str = Scales.MAX,
     kv_cache: KVCacheFormat | str | None = None,
     dialect: DialectName | str | None = None,
     trust_remote_code: bool = False,
@@ -77,6 +80,8 @@ def quantize_checkpoint(
             `mlp_only` (dense MLPs and shared experts too) or `omlp_only` (and attention's o_proj).
         input_scale: With `nvfp4` or `fp8`: the scale of all inputs in place of calibrated ones, as 1.0 in ModelOpt's
             recipe `nvfp4_experts_only_input_scale1-kv_fp8_cast`.
+        scales: How the scales of NVFP4's blocks are found, a `Scales` or its name: `max` (of the largest element),
+            `four_over_six` or `mse` (the one with the least squared error). Servers read all of them alike.
         kv_cache: The format of the KV cache that servers are asked for, a `KVCacheFormat` or its name: `fp8_cast` needs
             no data. None leaves it in 16 bits.
         dialect: How tensors and config spell the format, where there are several ways: a `DialectName` or its name,
@@ -86,8 +91,8 @@ def quantize_checkpoint(
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
-        ArgumentError: A format, preset or dialect that is not known, a `group_size` that the format has not, an
-            `input_scale` that is none or goes with no input, or a `max_shard_size` that cannot be served.
+        ArgumentError: A format, preset or dialect that is not known, `scales` or a `group_size` that the format has
+            not, an `input_scale` that is none or goes with no input, or a `max_shard_size` that cannot be served.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
         SourceError: The source is missing, incomplete, damaged or already quantized, or changes while it is read; or
             tensors that it holds twice differ; or it brings its own code, and that is not trusted.
@@ -105,6 +110,7 @@ def quantize_checkpoint(
     policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     spelling = dialect_named(dialect, "dialect")
+    search = scales_named(scales, "scales", scheme)
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)
@@ -130,7 +136,7 @@ def quantize_checkpoint(
         )
         chosen = chosen_weights(weights, model, policy, exclude)
         plan = write_export(
-            WeightOnlyPlan(weights, model, chosen, scheme, request, input_scale),
+            WeightOnlyPlan(weights, model, chosen, scheme, request, input_scale, search),
             CheckpointSource(checkpoint, model.dims),
             Beside(model.directory, model.config, side_files),
             target,

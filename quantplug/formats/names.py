@@ -12,6 +12,7 @@ from enum import Enum, StrEnum
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.findings import choice_named
 from quantplug.formats.block_format import BlockFormat
+from quantplug.formats.search.candidates import Scales
 from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP8, NVFP4
 from quantplug.formats.weight_format import WeightFormat
 
@@ -161,6 +162,28 @@ def scheme_named(name: str, argument: str, group_size: int | None = None) -> Sch
             f"Use {known}, or leave it out." if known else f"Leave it out: {found} has no groups.",
         )
     return SCHEMES[found] if group_size is None else sizes[group_size]
+
+
+def scales_named(name: str, argument: str, scheme: Scheme | None) -> Scales:
+    """How the scales of blocks are found, by a name.
+
+    Args:
+        argument: What the name was given as, for the message.
+        scheme: How weights are quantized; None where that is not asked for, and nothing can be searched.
+
+    Raises:
+        ArgumentError: There is no such search, or the format has no scales to search for.
+    """
+    found = choice_named(Scales, name, argument, "There is no such way to find the scales of blocks.")
+    if found is not Scales.MAX and (scheme is None or not scheme.weight.encoding.can_search):
+        able = ", ".join(row.format for row in SCHEMES.values() if row.weight.encoding.can_search)
+        reason = "without a format" if scheme is None else f"with {scheme.format}"
+        raise ArgumentError(
+            "The scales of this format are not searched for.",
+            [Offender(argument, f"is {found}, {reason}")],
+            f"Leave it out, or choose a format whose blocks have scales of few bits: {able}.",
+        )
+    return found
 
 
 def kv_cache_named(name: str, argument: str) -> KVCacheFormat:

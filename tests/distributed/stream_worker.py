@@ -30,7 +30,9 @@ COLLECTIVES = ("all_reduce", "all_to_all_single", "broadcast", "batch_isend_irec
 def arguments(way: str) -> dict[str, Any]:
     if way == "function":
         return {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}
-    return {"quant_format": way}
+    # A format, and behind a dash how its scales are found.
+    quant_format, _, scales = way.partition("-")
+    return {"quant_format": quant_format, "scales": scales or "max"}
 
 
 @contextmanager

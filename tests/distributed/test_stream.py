@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantplug import export_mcore_gpt_to_hf
+from quantplug import export_mcore_gpt_to_hf, quantize_checkpoint
 from tests.distributed.stream_worker import BLOCK, RECEIVERS
 from tests.export.blockwise import blockwise_fp8
 from tests.export.checkpoints import linear_weights, load, quantize, read, same_bytes
@@ -36,6 +36,10 @@ def expected_tensors(way: str, source: Path, directory: Path) -> dict[str, torch
         quantized = {name: blockwise_fp8(tensor, BLOCK) for name, tensor in linear_weights(weights).items()}
         scales = {f"{name}_scale_inv": scale for name, (_, scale) in quantized.items()}
         return {**weights, **{name: codes for name, (codes, _) in quantized.items()}, **scales}
+    quant_format, _, found_scales = way.partition("-")
+    if found_scales:
+        quantize_checkpoint(source, directory, quant_format, scales=found_scales)
+        return read(directory)
     export_mcore_gpt_to_hf(quantize(load(source), way, source), source, export_dir=directory)
     return read(directory)
 
@@ -44,7 +48,7 @@ def expected_tensors(way: str, source: Path, directory: Path) -> dict[str, torch
 @pytest.mark.parametrize(
     ("layout", "source", "ways"),
     [
-        ("2-2-2-1", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "function"]),
+        ("2-2-2-1", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "w4a16_nvfp4-mse", "w4a16_nvfp4-four_over_six", "function"]),
         ("2-1-1-2", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "function"]),
         ("2-1-1-2", "tiny_qwen3_dir", ["w8a16_fp8", "fp8_dynamic", "mxfp8"]),
         ("2-2-2-1", "divisible_dir", ["fp8_blockwise"]),

@@ -40,7 +40,7 @@ from quantplug.export.plan.types import (
     WholeWeight,
 )
 from quantplug.findings import Findings
-from quantplug.formats import TensorSpec, WeightFormat
+from quantplug.formats import BlockFormat, TensorSpec, WeightFormat
 from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
@@ -193,7 +193,7 @@ class _Packing:
         self, weight: WholeWeight, mapping: WeightMapping, shapes: tuple[tuple[int, ...], ...], assigned: Assignment
     ) -> ExportTask:
         scheme = self.schemes.get(weight.key)
-        packing = None if scheme is None else scheme.weight
+        packing = _format_of(weight, scheme)
         stored, mapping = mapping, self.written[weight.key]
         # The shapes are those of the stored row: gate and up in one tensor are one part, written one by one they are
         # two.
@@ -295,7 +295,7 @@ class _Packing:
             name,
             shape,
             (*tensors, *(it.spec for it in of_cache)),
-            None if scheme is None else scheme.weight,
+            _format_of(weight, scheme),
             placement,
             (*constants, *of_cache),
             reciprocals,
@@ -309,6 +309,11 @@ class _Packing:
         if placement is None or not tensor.shape:
             return tensor
         return replace(tensor, shape=placement.stored_shape(tensor.shape))
+
+
+def _format_of(weight: WholeWeight, scheme: Scheme | None) -> BlockFormat | None:
+    """How a weight is packed: by the format of its scheme, with scales that are found as its quantizer says."""
+    return None if scheme is None or weight.weight is None else scheme.weight.searched(weight.weight.search)
 
 
 def _is_stored_so(scheme: Scheme | None, held: WeightFormat | None) -> bool:
@@ -369,6 +374,8 @@ def _digest(tasks: Sequence[ExportTask], quant_config: QuantConfig | None, files
                 spec.shape,
                 str(spec.dtype),
                 repr(task.amax),
+                # The name says how scales are found, which changes bytes and nothing else that stands here.
+                None if part.format is None else part.format.name,
                 [it.values for it in part.constants],
                 part.as_stored,
                 task.mapping.offset,

@@ -1,11 +1,12 @@
 """From quantizers' settings to a weight format: the one place that knows which settings mean which format."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantplug.export.plan.types import QuantizerState
 from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP8, NVFP4, WeightFormat
 from quantplug.formats.names import Activations, QuantFormat, Scheme, scheme_of
+from quantplug.formats.search.candidates import Scales
 
 WAY_OUT = (
     "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG, "
@@ -68,18 +69,22 @@ def weight_format(state: QuantizerState) -> WeightFormat | None:
     return None if settings is None else _FORMATS.get(settings)
 
 
-def quantizers_for(scheme: Scheme, name: str) -> tuple[QuantizerState, QuantizerState | None]:
+def quantizers_for(
+    scheme: Scheme, name: str, scales: Scales = Scales.MAX
+) -> tuple[QuantizerState, QuantizerState | None]:
     """Uncalibrated quantizers that stand for a scheme: of a weight, and of its linear's input.
 
     This is `scheme_for` backwards.
 
     Args:
         name: Of the weight, for messages.
+        scales: How the scales of the weight's blocks are found.
     """
     settings = next(settings for settings, known in _FORMATS.items() if known == scheme.weight)
     # An input with a calibrated scale is quantized as the weight is.
     inputs = settings if scheme.has_input_scale else _DYNAMIC_INPUTS.get(scheme.format)
-    return settings.state(name), None if inputs is None else inputs.state(name)
+    weight = replace(settings.state(name), search=scales.search)
+    return weight, None if inputs is None else inputs.state(name)
 
 
 def scheme_for(weight: QuantizerState, activation: QuantizerState | None) -> Scheme | str:

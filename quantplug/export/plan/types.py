@@ -10,6 +10,7 @@ import torch
 
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
+from quantplug.formats.search.candidates import BY_MAX, ScaleSearch
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Placement, WeightMapping
 from quantplug.topology import Shard, ShardAxis
@@ -30,6 +31,7 @@ class QuantizerState:
         amax: Largest |value| seen in calibration, over all blocks if it has blocks; None if not calibrated.
         unsupported: Features switched on that no output format expresses, such as `pre_quant_scale`.
         dynamic: Whether its scales are made of each tensor that it sees, so that it needs no amax.
+        search: How the scales of blocks are found: of their amaxes, by error, or by the quantizer already.
     """
 
     name: str
@@ -41,6 +43,7 @@ class QuantizerState:
     amax: float | None = None
     unsupported: tuple[str, ...] = ()
     dynamic: bool = False
+    search: ScaleSearch = BY_MAX
 
 
 def not_here() -> torch.Tensor:

@@ -134,6 +134,8 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         quant_format: w4a16_nvfp4, w8a16_fp8, fp8_blockwise, fp8_dynamic, mxfp8, int4: by the amaxes of the weights
             alone. as_quantized: as the model's ModelOpt quantizers say, with the amaxes that they hold.
         group_size: With int4: how many input features share a scale, 128 (None) or 32.
+        scales: With w4a16_nvfp4: how the scales of blocks are found, a `Scales` or its name: `max` (of the largest
+            element), `four_over_six` or `mse` (the one with the least squared error).
         quantize_mtp: Whether linears of multi-token prediction are quantized too; they are kept in any case.
         scale_suffix: What a scale of `quant_fn` is called: this behind the weight's name.
         dtype: Type of tensors that are not quantized.
@@ -165,7 +167,7 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         MappingError: The model is not the one that the config describes.
         ShapeError: Likewise by its shapes, or they do not divide as the format needs.
         ArgumentError: No format has the name in `quant_format`, no policy that in `amax`, or no dialect that in
-            `dialect`.
+            `dialect`; or the format has not the `scales`.
         UnsupportedQuantizationError: A format that quantizes activations, which needs data; arguments, checker or
             function that cannot be used, or quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax (as_quantized); while it runs, before the first

@@ -14,6 +14,7 @@ from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
 from quantplug.export.stream.request import AS_QUANTIZED, StreamRequest
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
+from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
@@ -119,11 +120,11 @@ def _requantized(
     asked = [weight for weight in plain if weight.key in linears]
     # The checker is asked for linears alone: routers and norms are no question.
     chosen = _chosen(asked, lambda weight: linears[weight.key].kept, request, rank)
-    return [_quantized(weight, scheme) if weight.key in chosen else weight for weight in plain]
+    return [_quantized(weight, scheme, request.found_scales) if weight.key in chosen else weight for weight in plain]
 
 
-def _quantized(weight: WholeWeight, scheme: Scheme) -> WholeWeight:
-    quantizer, activation = quantizers_for(scheme, weight.key.name)
+def _quantized(weight: WholeWeight, scheme: Scheme, scales: Scales) -> WholeWeight:
+    quantizer, activation = quantizers_for(scheme, weight.key.name, scales)
     return replace(weight, weight=quantizer, activation=activation)
 
 

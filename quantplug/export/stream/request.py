@@ -18,7 +18,8 @@ from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
-from quantplug.formats.names import QuantFormat, Scheme, scheme_without_data
+from quantplug.formats.names import QuantFormat, Scheme, scales_named, scheme_without_data
+from quantplug.formats.search.candidates import Scales
 from quantplug.topology import ParallelTopology
 
 Arguments = ParamSpec("Arguments")
@@ -60,6 +61,7 @@ class StreamRequest:
     quant_format: QuantFormat | OwnQuantizers | str | None = None
     group_size: int | None = None
     quantize_mtp: bool = False
+    scales: Scales | str = Scales.MAX
     scale_suffix: str = SCALE_SUFFIX
     dtype: torch.dtype = torch.bfloat16
     moe_router_dtype: torch.dtype | None = None
@@ -99,6 +101,15 @@ class StreamRequest:
         return scheme_without_data(self.quant_format, "quant_format", self.group_size)
 
     @property
+    def found_scales(self) -> Scales:
+        """What `scales` names.
+
+        Raises:
+            ArgumentError: There is no such search, or `quant_format` names no format that has one.
+        """
+        return scales_named(self.scales, "scales", self.scheme)
+
+    @property
     def policy(self) -> WeightAmax:
         """What `amax` names.
 
@@ -115,7 +126,8 @@ class StreamRequest:
             UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
             TopologyError: A receiver that is no rank.
         """
-        _ = self.policy  # Which raises if there is none of this name.
+        _ = self.policy  # Which raises if there is none of this name; as the next one does.
+        _ = self.found_scales
         offenders = [Offender(name, reason) for name, reason in self._contradictions()]
         if offenders:
             raise UnsupportedQuantizationError(
