@@ -25,10 +25,10 @@ from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
 from quantplug.plugins.configs import quant_cfg
-from quantplug.plugins.cpu_kernels import register_cpu_kernels
+from quantplug.plugins.overrides.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.dense import DENSE_WRAPPERS
-from quantplug.plugins.empty_stages import let_stages_be_empty
-from quantplug.plugins.max_calibration import register_max_calibration
+from quantplug.plugins.overrides.empty_stages import let_stages_be_empty
+from quantplug.plugins.overrides.max_calibration import register_max_calibration
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
     QuantRowParallelGroupedLinear,

@@ -15,7 +15,7 @@ from quantplug.calibration.shared_amax import Axis, QuantizerRole, plan_reductio
 from quantplug.calibration.sync import synchronize
 from quantplug.errors import CalibrationError
 from quantplug.megatron.models.build import LayerSpec
-from quantplug.plugins.max_calibration import MODE
+from quantplug.plugins.overrides.max_calibration import MODE
 from tests.calibration.local_model import build, run
 
 FC1 = "decoder.layers.1.mlp.experts.linear_fc1.weight_quantizer"

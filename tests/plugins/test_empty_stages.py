@@ -5,7 +5,7 @@ import os
 import modelopt.torch.quantization as mtq
 import pytest
 
-from quantplug.plugins.empty_stages import let_stages_be_empty
+from quantplug.plugins.overrides.empty_stages import let_stages_be_empty
 from tests.plugins.tiny_model import tiny_model
 
 SKIP = "MODELOPT_SKIP_WEIGHT_QUANT_CHECK"
