@@ -25,15 +25,16 @@ from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
 from quantplug.plugins.configs import quant_cfg
-from quantplug.plugins.overrides.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.dense import DENSE_WRAPPERS
-from quantplug.plugins.overrides.empty_stages import let_stages_be_empty
-from quantplug.plugins.overrides.max_calibration import register_max_calibration
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
     QuantRowParallelGroupedLinear,
     QuantTEGroupedMLP,
 )
+from quantplug.plugins.overrides.cpu_kernels import register_cpu_kernels
+from quantplug.plugins.overrides.empty_stages import let_stages_be_empty
+from quantplug.plugins.overrides.max_calibration import register_max_calibration
+from quantplug.plugins.overrides.search_groups import register_search_groups
 from quantplug.plugins.refusals import refuse_unsupported
 from quantplug.plugins.transformer_engine import QuantGroupedLinear
 
@@ -61,7 +62,7 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
 def register() -> None:
     """Registers our wrappers with ModelOpt in place of its own, our refusals, NVFP4 on CPU, and our reductions.
 
-    And lets stages of a pipeline have nothing to quantize.
+    And lets stages of a pipeline have nothing to quantize, and AutoQuantize tie what servers load alike.
     """
     # ModelOpt asserts that a class is not registered yet, so its own wrappers are taken out first.
     if not all(map(_is_registered, WRAPPERS)):
@@ -75,6 +76,7 @@ def register() -> None:
     CUSTOM_MODEL_PLUGINS.update((refuse_unsupported, let_stages_be_empty))
     register_cpu_kernels()
     register_max_calibration()
+    register_search_groups()
 
 
 def _is_registered(module_class: type[nn.Module]) -> bool:
