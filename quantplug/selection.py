@@ -17,8 +17,9 @@ from fnmatch import fnmatchcase
 
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, choice_named, nearest
+from quantplug.mappings.hybrid_pattern import in_hybrid_model
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping, fill
 
 Rows = Mapping[ParamKey, WeightMapping]
 """Weights with their rows."""
@@ -260,7 +261,15 @@ def by_exclude(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> s
 
 def by_rules(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
     """Advice for a model whose quantizers a `quant_cfg` has placed: the rules to append."""
-    names = _megatron_names(keys, rows, dims)
+    return _rules(_megatron_names(keys, rows, dims))
+
+
+def by_rules_of_pairs(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
+    """The same for a `HybridModel`, whose layers have other numbers."""
+    return _rules(_megatron_names(keys, rows, dims, lambda key: fill(*in_hybrid_model(key.module, key.layer), None)))
+
+
+def _rules(names: Iterable[str]) -> str:
     return f"Append to quant_cfg: {quantizer_rules(names)}." if names else _NONE_LEFT
 
 
@@ -270,7 +279,12 @@ def by_checker(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> s
     return f"Let quantization_checker answer False for {', '.join(names)}." if names else _NONE_LEFT
 
 
-def _megatron_names(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> Sequence[str]:
+def _megatron_names(
+    keys: Iterable[ParamKey],
+    rows: Rows,
+    dims: ModelDimensions,
+    name_of: Callable[[ParamKey], str] = lambda key: key.name,
+) -> Sequence[str]:
     """Megatron's names of weights and of all that goes with them, or patterns; none where no weight would be left.
 
     Where no other layer needs the module quantized, one pattern for all layers says it; else each layer is named, of
@@ -278,7 +292,7 @@ def _megatron_names(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions)
     """
     wanted = fused_with(keys, rows, dims)
     others = {key.module for key in rows.keys() - wanted}
-    names = (replace(key, expert=None).name if key.module in others else key.module for key in sorted(wanted))
+    names = (name_of(replace(key, expert=None)) if key.module in others else key.module for key in sorted(wanted))
     return () if rows.keys() <= wanted else tuple(dict.fromkeys(names))
 
 

@@ -23,10 +23,11 @@ from quantplug.findings import Findings
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family
 from quantplug.megatron.agreement import all_or_none, require_same
+from quantplug.megatron.layers import pattern_of_model
 from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.megatron.parameters import model_chunks
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
-from quantplug.selection import LeaveOut, by_rules
+from quantplug.selection import LeaveOut, by_rules, by_rules_of_pairs
 from quantplug.topology import ParallelTopology
 
 
@@ -64,7 +65,7 @@ def plan_export(
     calibrated: bool = True,
     with_passthrough: bool = True,
     requantize: Requantize | None = None,
-    leave_out: LeaveOut = by_rules,
+    leave_out: LeaveOut | None = None,
     dialect: DialectName | str | None = None,
 ) -> PlannedExport:
     """Everything an export would write, or the error it would raise, without touching data or disk. A collective.
@@ -76,7 +77,7 @@ def plan_export(
             what cannot be exported is refused before calibration is paid for.
         with_passthrough: Whether tensors of the source that Megatron's model does not hold are planned too.
         requantize: Quantizers to plan with in place of the model's own, which are not looked at then.
-        leave_out: How the caller leaves weights out, for the advice of errors.
+        leave_out: How the caller leaves weights out, for the advice of errors; None for rules of a `quant_cfg`.
     """
     # Before anything is read, as it raises where Megatron's groups are not initialized.
     topology = current_topology()
@@ -134,7 +135,7 @@ def plan_export(
         unclaimed=unclaimed,
         attentions=attentions,
         calibrated=calibrated,
-        leave_out=leave_out,
+        leave_out=leave_out or _by_rules(model),
         dialect=spelling,
     )
     # Deterministic, so that all ranks raise alike; but the ranks' sources may differ, and then one raises alone.
@@ -142,6 +143,12 @@ def plan_export(
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
     live = LiveSource({ref.key: ref for ref in refs}, dims, beside.rows(dims))
     return PlannedExport(plan, source, family, live)
+
+
+def _by_rules(model: Model) -> LeaveOut:
+    """Advice in the numbers of the model's own layers."""
+    patterns = [pattern_of_model(chunk) for chunk in model_chunks(model)]
+    return by_rules_of_pairs if any(pattern is not None and pattern.has_pairs for pattern in patterns) else by_rules
 
 
 def _read_source(model: Model, name_or_path: str | Path, trust_remote_code: bool, choices: Choices) -> SourceConfig:

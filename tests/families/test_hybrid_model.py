@@ -9,24 +9,34 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
 
-from quantplug import export_checkpoint, export_mcore_gpt_to_hf, save_checkpoint
+from quantplug import (
+    export_checkpoint,
+    export_mcore_gpt_to_hf,
+    import_mcore_gpt_from_hf,
+    save_checkpoint,
+)
+from quantplug.calibration.collect import gather_statistics
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
+from quantplug.megatron.releases.hybrid import PATTERN, HybridModel, hybrid_stack_spec
 from tests.export.checkpoints import assert_same_export, build, one_rank, quantize
 from tests.families.cases import CASES
 from tests.families.served import serves_experts
+from tests.families.test_families import PADDED_VOCABULARY
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits
-from tests.megatron.hybrid import load_hybrid, needs_hybrid_model
+from tests.megatron.hybrid import hybrid_config, load_hybrid, needs_hybrid_model
 
 Checkpoint = Callable[[str], Path]
 Export = Callable[..., Path]
 
 OF_PAIRS = [name for name in CASES if not name.startswith("nemotron_h")]
 
-pytestmark = [needs_hybrid_model, pytest.mark.parametrize("name", OF_PAIRS)]
+every_family = pytest.mark.parametrize("name", OF_PAIRS)
 
 
 def trained(model: LanguageModel, directory: Path) -> Path:
@@ -37,6 +47,8 @@ def trained(model: LanguageModel, directory: Path) -> Path:
     return directory
 
 
+@needs_hybrid_model
+@every_family
 def test_the_bytes_of_the_gpt_model(name: str, checkpoint: Checkpoint, export: Export, tmp_path: Path) -> None:
     """Plain and in NVFP4; live, and straight from what a trainer saves and from what quantplug saves."""
     source = checkpoint(name)
@@ -57,8 +69,40 @@ def test_the_bytes_of_the_gpt_model(name: str, checkpoint: Checkpoint, export: E
         assert_same_export(tmp_path / f"{made}_again", export(name, scheme))
 
 
+@needs_hybrid_model
+@every_family
 def test_logits(name: str, checkpoint: Checkpoint) -> None:
     """Megatron's own forward of the HybridModel gives transformers' logits."""
     with one_rank():
         logits = megatron_logits(load_hybrid(checkpoint(name), LayerSpec.LOCAL, torch.float32))
     torch.testing.assert_close(logits[..., :VOCABULARY], transformers_logits(checkpoint(name)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_model_that_a_user_builds(checkpoint: Checkpoint, export: Export, tmp_path: Path) -> None:
+    """By Megatron-Core alone, of its own spec; before 0.18 the class is called MambaModel."""
+    source = checkpoint("mixtral")
+    gpt = build(source)
+    settings = {**hybrid_config(source).transformer, "num_layers": 4, "moe_layer_freq": 1}
+    arguments = {PATTERN: "*E*E", "vocab_size": PADDED_VOCABULARY, "max_sequence_length": 128}
+    with cpu.construction():
+        config = TransformerConfig(
+            **settings,
+            activation_func=functional.silu,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            moe_grouped_gemm=True,
+            moe_token_dispatcher_type="allgather",
+            use_cpu_initialization=True,
+        )
+        model = HybridModel(
+            config, hybrid_stack_spec, **arguments, position_embedding_type="rope", rotary_base=gpt.rotary_base
+        )
+    model.bfloat16()
+    import_mcore_gpt_from_hf(model, source)
+    quantize(model, "w4a16_nvfp4", source)
+    table = gather_statistics(model)
+    export_mcore_gpt_to_hf(model, source, tmp_path / "out")
+
+    assert {row.key.layer for row in table.rows if row.key.expert is not None} == {0, 1}
+    assert_same_export(tmp_path / "out", export("mixtral", "w4a16_nvfp4"))

@@ -37,6 +37,8 @@ _PARTS = (
     (".x", ".B", ".C"),
 )
 
+LAYERS_STACKED = re.compile(r"decoder\.layers\.[^\d.]")
+"""Beginning of the key of a tensor of all layers."""
 
 NORM_SPELLINGS = (
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),

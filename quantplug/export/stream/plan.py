@@ -18,7 +18,7 @@ from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
-from quantplug.selection import Kept, Policy, by_checker, by_rules, decide
+from quantplug.selection import Kept, Policy, by_checker, decide
 from quantplug.topology import ParallelTopology
 
 
@@ -80,7 +80,7 @@ def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device:
         drop_mtp=request.drop_mtp,
         dialect=request.dialect,
         with_passthrough=False,  # A receiver has what never changes.
-        leave_out=by_rules if request.named_format is AS_QUANTIZED else by_checker,
+        leave_out=None if request.named_format is AS_QUANTIZED else by_checker,
         # None leaves the model's own quantizers in force. In all other cases they are not looked at, so that a model
         # that was never quantized can be streamed.
         requantize=None

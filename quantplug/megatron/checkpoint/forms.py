@@ -12,7 +12,6 @@ quantplug writes the first, Megatron-LM and Megatron-Bridge one of the others (`
 model that ModelOpt has quantized the first again, but for modules that ModelOpt has not wrapped.
 """
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,13 +19,14 @@ from typing import Any, TypeAlias
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from quantplug.checkpoint.torch_dist.keys import NORM_SPELLINGS
+from quantplug.checkpoint.torch_dist.keys import LAYERS_STACKED, NORM_SPELLINGS
+from quantplug.megatron.checkpoint.classes import as_gpt_model
 from quantplug.megatron.checkpoint.keys import built_entries
 from quantplug.megatron.parameters import LanguageModel
+from quantplug.megatron.releases.hybrid import HybridModel
 
 Entry: TypeAlias = ShardedTensor | ShardedObject | ShardedTensorFactory
 
-_OF_ALL_LAYERS = re.compile(r"decoder\.layers\.[^\d.]")
 # What Megatron-Core's TransformerBlock asks to know whether layers are alike: those that make it say yes.
 _ALIKE = {
     "moe_layer_freq": 1,
@@ -50,7 +50,7 @@ def as_stored(chunk: LanguageModel, on_disk: Collection[str]) -> dict[str, Entry
     """
     state = apart(chunk)
     found = _found(state, on_disk)
-    for form in (_experts_stacked, *([_all_stacked] if any(map(_OF_ALL_LAYERS.match, on_disk)) else [])):
+    for form in (_experts_stacked, *([_all_stacked] if any(map(LAYERS_STACKED.match, on_disk)) else [])):
         missing = state.keys() - found.keys()
         if missing:
             # All forms are of the same live tensors, under the same names: only what they are called on disk differs.
@@ -63,6 +63,9 @@ def _experts_stacked(chunk: LanguageModel) -> dict[str, Any]:
 
 
 def _all_stacked(chunk: LanguageModel) -> dict[str, Any]:
+    # Never so of a HybridModel: a GPTModel saved it.
+    if isinstance(chunk, HybridModel):
+        return as_gpt_model(chunk, _experts_stacked(chunk))
     with _layers_alike(chunk):
         return dict(chunk.sharded_state_dict(metadata={"singleton_local_shards": False}))
 

@@ -36,7 +36,6 @@ import modelopt.torch.opt as mto
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from megatron.core.models.gpt import GPTModel
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
@@ -54,6 +53,7 @@ from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.megatron.checkpoint import forms, reading
+from quantplug.megatron.checkpoint.classes import require_class
 from quantplug.megatron.checkpoint.contents import Contents, index_for_torch, read_contents
 from quantplug.megatron.checkpoint.files import (
     DAMAGE,
@@ -72,6 +72,7 @@ from quantplug.megatron.checkpoint.layouts import (
     require_own_amax,
 )
 from quantplug.megatron.checkpoint.modelopt_state import MODELOPT_STATE, has_quantizers, read_modelopt_state
+from quantplug.megatron.layers import layers_of
 from quantplug.megatron.parameters import LanguageModel, iter_parameters, model_chunks
 from quantplug.megatron.releases.common_state import load_sharded
 from quantplug.megatron.settings.trained import settings_of
@@ -125,7 +126,7 @@ def save_checkpoint(model: nn.Module | Sequence[nn.Module], directory: str | Pat
     It is written beside `directory`, synced to disk, and renamed once: a killed run leaves nothing by that name.
 
     Args:
-        model: A `GPTModel` or `MambaModel`, or the list of them that virtual pipelining makes.
+        model: A `GPTModel` or `HybridModel`, or the list of them that virtual pipelining makes.
         directory: Must not exist, or be empty. One file system for all ranks.
         extra: What to keep beside the tensors, as JSON: the model's id, the name of the quantization config.
 
@@ -161,7 +162,7 @@ def load_checkpoint(
     common.pt as the names and numbers that it holds.
 
     Args:
-        model: A fresh `GPTModel` or `MambaModel`, or the list of them that virtual pipelining makes. If the checkpoint
+        model: A fresh `GPTModel` or `HybridModel`, or the list of them that virtual pipelining makes. If the checkpoint
             is of a quantized model, the quantizers are inserted first, then get their settings and amaxes, bit for bit.
         directory: What `save_checkpoint`, a trainer or `dist_checkpointing.save` wrote, see the table above; or what a
             trainer was told to save to, of which the newest iteration is loaded.
@@ -172,10 +173,11 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: `directory` is not a checkpoint, or of a format that is not read; is damaged or incomplete;
-            lacks the state of quantizers; is quantized or not where `quantized` says otherwise; is of another model,
-            and then says what differs; or was trained with other settings than the model has. Names every file or key
-            at fault. The model may by then have quantizers, but no weight of it has changed. Or the one amax of all
-            experts is not of all, or data without a digest is damaged: that shows only when the weights are read.
+            lacks the state of quantizers; is quantized or not where `quantized` says otherwise; is of another model, or
+            another class of it, and then says what differs; or was trained with other settings than the model has.
+            Names every file or key at fault. The model may by then have quantizers, but no weight of it has changed.
+            Or the one amax of all experts is not of all, or data without a digest is damaged: that shows only when the
+            weights are read.
         TopologyError: Ranks find different iterations to be the newest.
     """
     chunks = model_chunks(model)
@@ -189,6 +191,7 @@ def load_checkpoint(
     _require_kind(found, is_quantized, quantized)
     contents = all_or_none(lambda: read_contents(found))
     require_undamaged(found)
+    all_or_none(lambda: require_class(chunks, contents.keys, quantized=is_quantized))
     with cpu.checkpointing():
         # In three steps. A model has no places for amaxes before it has quantizers, nor places of the right shapes
         # before these have their settings; a state dict made earlier would not ask for them.
@@ -242,7 +245,7 @@ def _sharded_state(chunks: Sequence[LanguageModel], stored: Collection[str] | No
     twice = [
         Offender("embedding.word_embeddings.weight", "is there for MTP, and as the output layer")
         for chunk in chunks
-        if isinstance(chunk, GPTModel) and chunk.mtp_process
+        if any(layer.is_mtp for layer in layers_of(chunk))
         if chunk.share_embeddings_and_output_weights and not chunk.pre_process
     ]
     if twice:

@@ -15,16 +15,24 @@ else:
     from megatron.core.ssm.mamba_block import MambaStack as HybridStack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
 
-_PATTERN = "hybrid_override_pattern" if MEGATRON_CORE < (0, 17) else "hybrid_layer_pattern"
+PATTERN = "hybrid_override_pattern" if MEGATRON_CORE < (0, 17) else "hybrid_layer_pattern"
 
 __all__ = [
     "HAS_HYBRID_MODEL",
+    "PATTERN",
     "HybridModel",
     "HybridStack",
     "HybridStackSubmodules",
     "hybrid_stack_spec",
     "layer_pattern",
+    "pattern_text",
 ]
+
+
+def pattern_text(model: HybridModel) -> str | None:
+    """The pattern of a model as Megatron has it; None of one that was made by ratios."""
+    text: str | None = vars(model)[PATTERN]
+    return text
 
 
 def layer_pattern(model: HybridModel) -> HybridPattern:
@@ -33,6 +41,6 @@ def layer_pattern(model: HybridModel) -> HybridPattern:
     Raises:
         UnsupportedModelError: It has layers that are not converted.
     """
-    text = vars(model)[_PATTERN]
+    text = pattern_text(model)
     # By ratios, which were there before patterns, a model has Mamba mixers: every layer is one by itself.
     return HybridPattern(MAMBA * model.config.num_layers) if text is None else parse(text)
