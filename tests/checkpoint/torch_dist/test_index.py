@@ -1,5 +1,6 @@
 """The index of a checkpoint: what PyTorch says of it, and damage and malice named before a weight is read."""
 
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -220,6 +221,21 @@ def test_an_index_that_is_none_is_damage(content: bytes, directory: Path) -> Non
 
     with pytest.raises(CheckpointError, match="damaged"):
         read_index(directory)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool, directory: Path) -> None:
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        read_index(directory)
+        assert gc.isenabled() is enabled
+        (directory / INDEX_FILE).write_bytes(b"")
+        with pytest.raises(CheckpointError):
+            read_index(directory)
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_an_index_without_end_is_not_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quantplug.checkpoint.torch_dist.pickles import Made, Named, Outside, UnusablePickleError, read_pickle
 from tests.checkpoint.torch_dist.written import Touching
@@ -46,6 +48,21 @@ def test_plain_data_is_what_python_reads(value: Any, protocol: int) -> None:
         value = sorted(map(str, value))
 
     assert read_pickle(pickle.dumps(value, protocol)) == value
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(max_size=5) | st.binary(max_size=5)
+KEYS = SCALARS | st.tuples(SCALARS, SCALARS)
+
+
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    sequences = st.lists(inner, max_size=5)
+    return sequences | sequences.map(tuple) | st.dictionaries(KEYS, inner, max_size=5)
+
+
+@given(value=st.recursive(SCALARS, containers, max_leaves=40), protocol=st.integers(3, pickle.HIGHEST_PROTOCOL))
+def test_any_plain_data_is_what_python_reads(value: Any, protocol: int) -> None:
+    # Twice, so that memory is read as well as written.
+    assert read_pickle(pickle.dumps([value, value], protocol)) == [value, value]
 
 
 def test_one_list_that_is_there_twice_is_one_list() -> None:
