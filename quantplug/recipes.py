@@ -22,6 +22,7 @@ class Recipe:
         input_scale: The scale of all inputs, of which nothing is calibrated; None for a format without.
         kv_cache: The format of the KV cache; None for 16 bits.
         scales: How the scales of blocks are found.
+        experts: The format of routed experts; None where it is that of all.
     """
 
     format: QuantFormat
@@ -29,6 +30,7 @@ class Recipe:
     input_scale: float | None = None
     kv_cache: KVCacheFormat | None = None
     scales: Scales = Scales.MAX
+    experts: QuantFormat | None = None
 
 
 _CAST = KVCacheFormat.FP8_CAST

@@ -25,6 +25,9 @@ def quantize(
         QuantFormat | None,
         typer.Option(help="Formats of activations take a model and data, or --input-scale."),
     ] = None,
+    expert_format: Annotated[
+        QuantFormat | None, typer.Option(help="Format of routed experts, where it is another one.")
+    ] = None,
     group_size: GroupSize = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"In place of the format and its options: {', '.join(RECIPES)}.")
@@ -59,11 +62,20 @@ def quantize(
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
-        asked = _asked(recipe, format=format, preset=preset, input_scale=input_scale, scales=scales, kv_cache=kv_cache)
+        asked = _asked(
+            recipe,
+            format=format,
+            preset=preset,
+            input_scale=input_scale,
+            scales=scales,
+            kv_cache=kv_cache,
+            expert_format=expert_format,
+        )
         result = quantize_checkpoint(
             source,
             destination,
             asked.format,
+            expert_format=asked.experts,
             group_size=group_size,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
@@ -86,6 +98,7 @@ def _asked(
     input_scale: float | None,
     scales: Scales | None,
     kv_cache: KVCacheFormat | None,
+    expert_format: QuantFormat | None,
 ) -> Recipe:
     """What the options ask for: a recipe by its name, or one of one's own.
 
@@ -93,7 +106,7 @@ def _asked(
         ArgumentError: Neither is asked for, or both are; or no recipe has this name.
     """
     own: dict[str, object] = {"--format": format, "--preset": preset, "--input-scale": input_scale}
-    own |= {"--scales": scales, "--kv-cache": kv_cache}
+    own |= {"--scales": scales, "--kv-cache": kv_cache, "--expert-format": expert_format}
     if recipe is not None:
         beside = [Offender(name, f"is {value}, beside --recipe") for name, value in own.items() if value is not None]
         if beside:
@@ -103,4 +116,4 @@ def _asked(
     if format is None:
         remedy = f"Give --format ({', '.join(QuantFormat)}) or --recipe ({', '.join(RECIPES)})."
         raise ArgumentError("Nothing says how to quantize.", [Offender("--format", "is missing")], remedy)
-    return Recipe(format, preset or Preset.ALL, input_scale, kv_cache, scales or Scales.MAX)
+    return Recipe(format, preset or Preset.ALL, input_scale, kv_cache, scales or Scales.MAX, expert_format)

@@ -206,9 +206,10 @@ def export_checkpoint(
         else:
             weights = _without_quantizers(weights)
         if scheme is not None:
-            chosen = chosen_weights(weights, model, Policy(scheme.weight_bits, quantize_mtp), exclude)
+            asked_for = Policy(scheme.weight_bits, quantize_mtp)
+            chosen = chosen_weights(weights, model, lambda _: scheme, asked_for, exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
-            plan_of = WeightOnlyPlan(weights, model, chosen, scheme, request, scales=search)
+            plan_of = WeightOnlyPlan(weights, model, chosen, request, scales=search)
         else:
             plan_of = _AsSaved(weights, model, request, policy)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model))

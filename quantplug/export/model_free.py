@@ -3,6 +3,7 @@
 They need torch, safetensors and NumPy alone.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,14 +32,14 @@ from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchan
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.source import Source
-from quantplug.export.plan.types import ExportPlan, WholeWeight
+from quantplug.export.plan.types import ExportPlan, Schemes, WholeWeight
 from quantplug.formats.names import Scheme
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
 from quantplug.progress import Progress
-from quantplug.selection import Policy, decide, excluding, quantized
+from quantplug.selection import Decision, Policy, decide, excluding, quantized
 
 
 def require_free(destination: Path) -> None:
@@ -110,16 +111,30 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
 
 
 def chosen_weights(
-    weights: Sequence[WholeWeight], model: ModelByConfig, policy: Policy, exclude: Sequence[str]
-) -> frozenset[ParamKey]:
-    """The weights that a format packs, by the one policy and what a user leaves out.
+    weights: Sequence[WholeWeight],
+    model: ModelByConfig,
+    scheme_of: Callable[[ParamKey], Scheme],
+    policy: Policy,
+    exclude: Sequence[str],
+) -> dict[ParamKey, Scheme]:
+    """The weights that are packed, each with its scheme, by the one policy and what a user leaves out.
+
+    Args:
+        scheme_of: How a weight is packed, if it is.
+        policy: What is asked for; the bits are those of each weight's own scheme.
 
     Raises:
         MappingError: A pattern of `exclude` matches nothing.
         UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
     """
-    decisions = decide((weight.key for weight in weights), model.family, policy)
-    return frozenset(quantized(excluding(decisions, exclude, model.family, model.dims)))
+    by_scheme: defaultdict[Scheme, list[ParamKey]] = defaultdict(list)
+    for weight in weights:
+        by_scheme[scheme_of(weight.key)].append(weight.key)
+    decisions: dict[ParamKey, Decision] = {}
+    for scheme, keys in by_scheme.items():
+        decisions |= decide(keys, model.family, replace(policy, weight_bits=scheme.weight_bits))
+    chosen = quantized(excluding(decisions, exclude, model.family, model.dims))
+    return {key: scheme_of(key) for key in chosen}
 
 
 Amaxes = Mapping[ParamKey, float]
@@ -132,15 +147,14 @@ class WeightOnlyPlan:
     """Makes the plan of a format of which weights alone are calibrated; a `PlanOf`.
 
     Attributes:
-        chosen: The weights that are packed.
+        chosen: The weights that are packed, and how.
         input_scale: The scale of all their inputs, of which nothing was calibrated; None where inputs have none.
-        scales: How the scales of their blocks are found.
+        scales: How the scales of their blocks are found, of those that can be searched for.
     """
 
     weights: Sequence[WholeWeight]
     model: ModelByConfig
-    chosen: frozenset[ParamKey]
-    scheme: Scheme
+    chosen: Schemes
     request: ExportRequest
     input_scale: float | None = None
     scales: Scales = Scales.MAX
@@ -148,17 +162,21 @@ class WeightOnlyPlan:
     def __call__(self, amaxes: Amaxes | None) -> ExportPlan:
         """The plan; without amaxes all is checked that needs none."""
         # A quantizer as ModelOpt's would be stands for the format, so that the plan is made as for a live model.
-        weights = [self._quantized(weight, amaxes) if weight.key in self.chosen else weight for weight in self.weights]
+        weights = [
+            self._quantized(weight, self.chosen[weight.key], amaxes) if weight.key in self.chosen else weight
+            for weight in self.weights
+        ]
         request = replace(self.request, calibrated=amaxes is not None)
         return build_plan(weights, self.model.family, self.model.dims, request)
 
-    def _quantized(self, weight: WholeWeight, amaxes: Amaxes | None) -> WholeWeight:
+    def _quantized(self, weight: WholeWeight, scheme: Scheme, amaxes: Amaxes | None) -> WholeWeight:
         # Without data max|weight| is all of the calibration.
         amax = None if amaxes is None else amaxes[weight.key]
-        quantizer, activation = quantizers_for(self.scheme, weight.label, self.scales)
-        if activation is not None and self.input_scale is not None:
+        scales = self.scales if scheme.weight.encoding.can_search else Scales.MAX
+        quantizer, activation = quantizers_for(scheme, weight.label, scales)
+        if activation is not None and scheme.has_input_scale and self.input_scale is not None:
             # The amax that ModelOpt's `constant_amax` would pin: 2688 for NVFP4 and a scale of 1.0.
-            activation = replace(activation, amax=self.input_scale * self.scheme.weight.encoding.largest)
+            activation = replace(activation, amax=self.input_scale * scheme.weight.encoding.largest)
         return replace(weight, weight=replace(quantizer, amax=amax), activation=activation)
 
 

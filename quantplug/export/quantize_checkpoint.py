@@ -45,6 +45,7 @@ def quantize_checkpoint(
     destination: str | Path,
     format: QuantFormat | str,  # noqa: A002  # as on the command line
     *,
+    expert_format: QuantFormat | str | None = None,
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
@@ -71,8 +72,10 @@ def quantize_checkpoint(
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor),
             `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row), `mxfp8` or `int4`; or with an `input_scale` one
             that quantizes activations by scales of their own.
-        group_size: How many input features share a scale, where a format leaves the choice: 128 or 32 of `int4`. None
-            for 128.
+        expert_format: The format of routed experts, where it is another one, such as `nvfp4` with an `input_scale`
+            beside `mxfp8`. One dialect must have names for both.
+        group_size: How many input features share a scale in `format`, where that leaves the choice: 128 or 32 of
+            `int4`. None for 128.
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
@@ -106,15 +109,22 @@ def quantize_checkpoint(
     """
     named = scheme_without_data if input_scale is None else scheme_named
     scheme = named(format, "format", group_size)
-    _check_input_scale(input_scale, scheme)
+    experts = scheme if expert_format is None else named(expert_format, "expert_format")
+    _check_input_scale(input_scale, scheme, experts)
     policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     spelling = dialect_named(dialect, "dialect")
-    search = scales_named(scales, "scales", scheme)
+    search = scales_named(scales, "scales", experts if experts.weight.encoding.can_search else scheme)
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)
     refuse_quantized(model.directory, model.config)
+    if expert_format is not None and not model.dims.num_experts:
+        raise ArgumentError(
+            "The model has no routed experts.",
+            [Offender("expert_format", f"is {expert_format}")],
+            "Leave it out: format is that of all linears.",
+        )
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config) as checkpoint:
@@ -134,9 +144,9 @@ def quantize_checkpoint(
             kv_cache=cache,
             dialect=spelling,
         )
-        chosen = chosen_weights(weights, model, policy, exclude)
+        chosen = chosen_weights(weights, model, lambda key: scheme if key.expert is None else experts, policy, exclude)
         plan = write_export(
-            WeightOnlyPlan(weights, model, chosen, scheme, request, input_scale, search),
+            WeightOnlyPlan(weights, model, chosen, request, input_scale, search),
             CheckpointSource(checkpoint, model.dims),
             Beside(model.directory, model.config, side_files),
             target,
@@ -147,15 +157,15 @@ def quantize_checkpoint(
     return result_of(plan, target, side_files, model.lost_mtp, aside)
 
 
-def _check_input_scale(input_scale: float | None, scheme: Scheme) -> None:
+def _check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
     if input_scale is None:
         return
     offenders = []
     # As FP32, which is what is written.
     if not math.isfinite(input_scale) or not float(torch.tensor(input_scale, dtype=torch.float32)) > 0:
         offenders.append(Offender("input_scale", f"is {input_scale}"))
-    if not scheme.has_input_scale:
-        offenders.append(Offender("format", f"is {scheme.format}, which has no scale of inputs"))
+    if not any(scheme.has_input_scale for scheme in schemes):
+        offenders.append(Offender("format", f"is {schemes[0].format}, which has no scale of inputs"))
     if offenders:
         raise ArgumentError(
             "The scale of inputs cannot be served.", offenders, "Give a number above 0, and a format such as nvfp4."

@@ -27,11 +27,13 @@ from quantplug import (
     export_hf_weights_quant,
     export_mcore_gpt_to_hf,
     plan_export,
+    quantize_checkpoint,
     save_checkpoint,
 )
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.quantizers import needs_amax
-from quantplug.errors import UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, UnsupportedQuantizationError
+from quantplug.formats.names import QuantFormat
 from quantplug.megatron import cpu
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
@@ -250,6 +252,43 @@ def test_weights_alone_of_two_formats_are_said_by_compressed_tensors(sources: So
             assert (decoded - original).norm() <= {8: 0.05, 4: 0.15}[group.weights.num_bits] * original.norm()
             seen.add(f"{module}.weight")
     assert seen == plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("base", "experts", "input_scale", "dialect"),
+    [
+        ("mxfp8", "nvfp4", 1.0, "modelopt"),  # As MiniMax-M3 is published.
+        ("fp8", "nvfp4", 1.0, "modelopt"),
+        ("fp8_dynamic", "w4a16_nvfp4", None, "compressed-tensors"),
+        ("int4", "fp8_dynamic", None, "compressed-tensors"),
+    ],
+)
+def test_experts_of_another_format_without_data(
+    base: str, experts: str, input_scale: float | None, dialect: str, divisible_dir: Path, tmp_path: Path
+) -> None:
+    quantize_checkpoint(
+        divisible_dir, tmp_path / "out", base, expert_format=experts, input_scale=input_scale, kv_cache="fp8_cast"
+    )
+    assert verify_checkpoint(tmp_path / "out").ok
+    assert verify_checkpoint(tmp_path / "out", divisible_dir).ok
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == dialect
+    # Each has the bytes that it has in a checkpoint of its format alone.
+    mixed = read(tmp_path / "out")
+    for name in (base, experts):
+        alone = tmp_path / name
+        needs = input_scale if QuantFormat(name).needs_data else None
+        quantize_checkpoint(divisible_dir, alone, name, input_scale=needs, dialect=dialect)
+        tensors = read(alone)
+        for key in mixed:
+            if (".experts." in key) == (name == experts):
+                assert same_bytes(mixed[key], tensors[key]), key
+
+
+def test_experts_of_another_format_need_experts(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    with refused(ArgumentError, tmp_path) as caught:
+        quantize_checkpoint(tiny_qwen3_dir, tmp_path / "out", "mxfp8", expert_format="w4a16_nvfp4")
+    assert offenders(caught) == {("expert_format", None)}
 
 
 def test_formats_that_nothing_says_together_are_refused_with_each_dialect_s_reason(
