@@ -1,7 +1,7 @@
-# `make demo` and `make test` set up .venv first; a second run reuses it.
+# `make demo` and `make test` set up .venv first; a second run reuses it. PYTHON=python3.12 takes another Python than
+# python3, STACK=newest (or oldest: tools/stacks) other releases of what we work with, in .venv-newest.
 .DEFAULT_GOAL := help
-PYTHON ?= python3
-bin := .venv/bin
+bin := .venv$(if $(STACK),-$(STACK))/bin
 
 .PHONY: help setup demo test bench benchlong lint types format clean
 
@@ -9,10 +9,10 @@ help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## Makes .venv: torch, Transformer Engine, Megatron-Core, ModelOpt, transformers, quantplug.
-	@PYTHON="$(PYTHON)" tools/setup_env.sh
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" tools/setup_env.sh
 
 demo: setup  ## Tiny Qwen3-MoE checkpoint to NVFP4 through Megatron-Core, verified; everything lands in demo-out/.
-	@tools/demo.sh
+	@BIN="$(bin)" tools/demo.sh
 
 test: setup  ## The whole test suite, on two cores. PYTEST_ARGS adds arguments, such as PYTEST_ARGS="-k nvfp4 -n 0".
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -40,6 +40,6 @@ format: setup  ## Lets ruff fix and format the sources.
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
-clean:  ## Removes what the demo, the tests and the tools left; keeps .venv.
+clean:  ## Removes what the demo, the tests and the tools left; keeps the environments.
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find quantplug examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

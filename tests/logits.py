@@ -7,8 +7,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from quantplug.megatron import cpu
-from quantplug.megatron.models.mtp import without_labels
 from quantplug.megatron.parameters import LanguageModel
+from quantplug.megatron.releases.mtp import without_labels
 
 VOCABULARY = 523
 TOKENS = torch.tensor([[0, 7, 522, 31, 31, 400], [5, 4, 3, 2, 1, 0]])

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=demo-out
-bin=.venv/bin
+bin="${BIN:-.venv/bin}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" # Deprecations within torch, Megatron-Core and ModelOpt drown the tables.
 

@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# Makes .venv with everything quantplug meets in the field: torch (CUDA build), Transformer Engine, Megatron-Core,
-# ModelOpt, transformers, and quantplug itself. No GPU and no nvcc needed. A second run with the same pins does nothing.
+# Makes an environment with everything quantplug meets in the field: torch (CUDA build), Transformer Engine,
+# Megatron-Core, ModelOpt, transformers, and quantplug itself. No GPU and no nvcc needed. A second run with the same pins
+# does nothing.
 #
-# Environment: PYTHON (default python3), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel,
-# MAX_JOBS (compilers at once; default: one a core, and no more than memory allows).
+# Environment: PYTHON (default python3), STACK (default: the newest that this Python can have, in .venv; or one of
+# tools/stacks by name, in .venv-NAME), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel, MAX_JOBS
+# (compilers at once; default: one a core, and no more than memory allows).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-python="${PYTHON:-python3}"
-venv="$PWD/.venv"
-command -v "$python" > /dev/null || fail "$python is not here; set PYTHON=/path/to/python3.11"
+chosen="$(tools/choose_stack)"
+read -r stack folder python <<< "$chosen"
+venv="$PWD/$folder"
+pinned="tools/stacks/$stack.txt"
 python_version="$("$python" -V)"
 
 # The folder belongs to the pins too: an environment and an editable install know their absolute path.
-pins="$python_version $PWD $(cat tools/constraints.txt tools/te-build-requirements.txt tools/setup_env.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
+pins="$python_version $PWD $(cat tools/constraints.txt "$pinned" tools/te-build-requirements.txt tools/setup_env.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
 stamp="$venv/.quantplug-pins"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; then
   exit 0
 fi
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-  || fail "$python_version is too old: 3.11 or newer is needed; set PYTHON=/path/to/python3.11"
-
 # Before gigabytes are downloaded: what a build of the binding will need, unless one may be in the cache.
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/quantplug"
-te_version="$(sed -n 's/^transformer-engine-torch==//p' tools/constraints.txt)"
+te_version="$(sed -n 's/^transformer-engine-torch==//p' "$pinned")"
 if ! compgen -G "$wheels/te$te_version-torch*/transformer_engine_torch-*.whl" > /dev/null; then
   command -v g++ > /dev/null || fail "g++ is needed (Debian: apt-get install g++)"
   "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
     || fail "Python's headers are needed (Debian: apt-get install python3-dev)"
 fi
 
-say "virtual environment in .venv"
+say "virtual environment of the $stack stack in $folder, with $python_version"
 rm -f "$stamp"
 if [ "$("$venv/bin/python" -V 2> /dev/null)" != "$python_version" ]; then
   "$python" -m venv --clear "$venv" || fail "no virtual environment could be made (Debian: apt-get install python3-venv)"
@@ -43,7 +43,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install -q --upgrade "pip>=24"
 
 say "torch and Transformer Engine's libraries (about 5 GB; minutes, most of it download)"
-pip install -q -c tools/constraints.txt -r tools/te-build-requirements.txt
+pip install -q -c tools/constraints.txt -c "$pinned" -r tools/te-build-requirements.txt
 "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' \
   || fail "pip chose a torch without CUDA, which Transformer Engine cannot load; remove the CPU index from pip's settings"
 
@@ -80,7 +80,7 @@ fi
 pip install -q --no-deps --force-reinstall "$cache"/transformer_engine_torch-*.whl
 
 say "Megatron-Core, ModelOpt, transformers, quantplug and its tools"
-pip install -q -c tools/constraints.txt -e ".[megatron,plots,dev]"
+pip install -q -c tools/constraints.txt -c "$pinned" -e ".[megatron,plots,dev]"
 
 "$venv/bin/python" -W ignore -c 'import torch, transformer_engine.pytorch, megatron.core, modelopt.torch.quantization' 2> "$venv/import.log" \
   || { cat "$venv/import.log" >&2; fail "the environment does not import; see above"; }

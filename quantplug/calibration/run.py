@@ -23,8 +23,8 @@ from quantplug.calibration.shared_amax import plan_reductions
 from quantplug.calibration.sync import synchronize
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
 from quantplug.megatron.agreement import all_or_none
-from quantplug.megatron.models.mtp import without_labels
 from quantplug.megatron.parameters import refuse_sharded
+from quantplug.megatron.releases.mtp import without_labels
 from quantplug.progress import Progress
 
 Model = nn.Module | Sequence[nn.Module]

@@ -17,6 +17,7 @@ from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Role, Scope, WeightMapping
+from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
 from quantplug.selection import Policy, Preset, preset_named, quantizer_rule
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
@@ -168,7 +169,10 @@ def _stands_for_modules(row: WeightMapping, dims: ModelDimensions) -> bool:
     A rule that matches nothing is refused. The stock configs turn off routers, embeddings, output layers and, unless it
     is asked for, multi-token prediction.
     """
-    is_linear = row.role in (Role.LINEAR, Role.HIGH_PRECISION) and row.megatron[0].rstrip("*").endswith(".weight")
+    name = row.megatron[0]
+    if name.endswith(".mixer.conv1d.weight") and not CONVOLUTION_IS_A_MODULE:
+        return False
+    is_linear = row.role in (Role.LINEAR, Role.HIGH_PRECISION) and name.rstrip("*").endswith(".weight")
     return is_linear and any(True for _ in row.keys(dims))
 
 

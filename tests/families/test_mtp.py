@@ -24,7 +24,7 @@ from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
 from quantplug.megatron.models.build import LayerSpec
-from quantplug.megatron.models.mtp import without_labels
+from quantplug.megatron.releases.mtp import without_labels
 from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint
 from quantplug.verify.checks import Check

@@ -23,6 +23,7 @@ def answered_for() -> tuple[object, ...]:
         moe_utils.te_general_gemm,
         delta_net.MODULE.HAVE_FLA,
         vars(delta_net.MODULE).get("l2norm"),
+        delta_net.RULE_MODULE.chunk_gated_delta_rule,
         mamba_mixer.HAVE_MAMBA_SSM,
         mamba_mixer.ExtendedRMSNorm,
         vars(mamba_mixer).get("mamba_chunk_scan_combined"),

@@ -50,7 +50,23 @@ def read_modelopt_state(checkpoint: Path) -> dict[str, Any] | None:
         state = only_one(state)
         if not isinstance(state, dict) or not isinstance(state.get(_MODES), list):
             raise ValueError("is no state of a model")
-    return state
+        return {**state, _MODES: [_readable(*mode) for mode in state[_MODES]]}
+
+
+def _readable(mode: str, state: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A mode without what a later ModelOpt notes of calibration though nobody set it, and an earlier one refuses."""
+    # A calibration that is over is not done again: its settings are checked by name, and no value of them is used.
+    if mode in _QUANTIZES or not isinstance(state.get("config"), dict):
+        return mode, state
+    return mode, {**state, "config": _of_what_is_set(state["config"])}
+
+
+def _of_what_is_set(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _of_what_is_set(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None
+    }
 
 
 def has_quantizers(state: dict[str, Any] | None) -> bool:

@@ -20,7 +20,7 @@ from torch.futures import Future
 
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron.checkpoint.files import DAMAGE
-from quantplug.megatron.releases.common_state import replaced
+from quantplug.megatron.releases.replaced import replaced
 
 _OF_TE = "extra_state"
 

@@ -4,10 +4,7 @@ Megatron-Core would unpickle it. Releases differ in who reads it: in 0.16 a stra
 a function that reads common.pt, in 0.19 one that reads an object of the index where there is no common.pt.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -15,18 +12,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
 
 from quantplug.megatron.releases.installed import MEGATRON_CORE
-
-
-@contextmanager
-def replaced(module: ModuleType, name: str, stand_in: object) -> Iterator[None]:
-    """On while a module of Megatron's has something else by this name."""
-    before = vars(module)[name]
-    setattr(module, name, stand_in)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
+from quantplug.megatron.releases.replaced import replaced
 
 if MEGATRON_CORE < (0, 17):
     from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy

@@ -15,9 +15,12 @@ else:
     from megatron.core.ssm.mamba_block import MambaStack as HybridStack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
 
+# A module is one that a rule of quantization must leave out. Since then its tensors are the mixer's own.
+CONVOLUTION_IS_A_MODULE = MEGATRON_CORE < (0, 19)
 PATTERN = "hybrid_override_pattern" if MEGATRON_CORE < (0, 17) else "hybrid_layer_pattern"
 
 __all__ = [
+    "CONVOLUTION_IS_A_MODULE",
     "HAS_HYBRID_MODEL",
     "PATTERN",
     "HybridModel",
