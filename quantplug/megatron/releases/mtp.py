@@ -14,12 +14,11 @@ from torch import nn
 from quantplug.megatron.releases.installed import MEGATRON_CORE
 from quantplug.megatron.releases.replaced import replaced
 
+_WITH_LOSS = [gpt_model]
 if MEGATRON_CORE >= (0, 18):
     from megatron.core.models.hybrid import hybrid_model
 
-    _WITH_LOSS = (gpt_model, hybrid_model)
-else:
-    _WITH_LOSS = (gpt_model,)
+    _WITH_LOSS.append(hybrid_model)
 
 
 @contextmanager
