@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer
+from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer, TensorQuantizer
 
 from quantplug.calibration.shared_amax import Axis, QuantizerRole, ReductionPlan, SharedAmax
 from quantplug.errors import CalibrationError, Offender, UnsupportedQuantizationError
@@ -63,13 +63,18 @@ def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
 
 
 def _refuse_static_blocks(amaxes: Sequence[SharedAmax]) -> None:
-    static = [amax for amax in amaxes if any(isinstance(leaf, StaticBlockScaleQuantizer) for leaf in amax.leaves)]
+    static = [amax for amax in amaxes if any(map(_has_scale_above_blocks, amax.leaves))]
     if static:
         raise UnsupportedQuantizationError(
             "Static NVFP4 block scales are not reduced over ranks.",
             [_offender(amax, "has static block scales") for amax in static],
             "Use a config whose block scales are dynamic, or calibrate on one rank.",
         )
+
+
+def _has_scale_above_blocks(leaf: TensorQuantizer) -> bool:
+    """Whether it is of static NVFP4: that of INT4 has amaxes of blocks alone, of which each is on one rank."""
+    return isinstance(leaf, StaticBlockScaleQuantizer) and leaf.global_amax is not None
 
 
 def _agree_on_layout(plan: ReductionPlan, local: Sequence[torch.Tensor]) -> None:

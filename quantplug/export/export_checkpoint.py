@@ -212,7 +212,7 @@ def export_checkpoint(
             plan_of = WeightOnlyPlan(weights, model, chosen, request, scales=search)
         else:
             plan_of = _AsSaved(weights, model, request, policy)
-        rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model))
+        rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model), found.group_amaxes)
         beside = Beside(model.directory, model.config, side_files)
         plan = write_export(plan_of, rows, beside, target, dtype, progress, policy)
     written = result_of(plan, target, side_files, model.lost_mtp)

@@ -61,13 +61,13 @@ def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
 
 
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
-    """One export for each layout; one that is called `mixed/...` is of two formats."""
+    """One export for each layout; one that is called `int4/...` is of that format, `mixed/...` of two."""
     work.make_rounds = lambda tasks, dims, _: make_rounds(tasks, dims, SMALL_BUCKET_BYTES)
     for layout in sizes:
-        mixed, _, numbers = layout.rpartition("/")
+        other, _, numbers = layout.rpartition("/")
         tp, ep, etp, pp, *stages = map(int, numbers.split("-"))
         initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
-        model = quantized_stages(source, name, *stages) if stages else quantized_model(source, mixed or name)
+        model = quantized_stages(source, name, *stages) if stages else quantized_model(source, other or name)
         export_mcore_gpt_to_hf(model, source, export_dir=output / layout)
         parallel_state.destroy_model_parallel()
 

@@ -51,7 +51,7 @@ def expected_tensors(way: str, source: Path, directory: Path) -> dict[str, torch
         ("2-2-2-1", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "w4a16_nvfp4-mse", "w4a16_nvfp4-four_over_six", "function"]),
         ("2-1-1-2", "tiny_qwen3_moe_dir", ["w4a16_nvfp4", "function"]),
         ("2-1-1-2", "tiny_qwen3_dir", ["w8a16_fp8", "fp8_dynamic", "mxfp8"]),
-        ("2-2-2-1", "divisible_dir", ["fp8_blockwise"]),
+        ("2-2-2-1", "divisible_dir", ["fp8_blockwise", "int4"]),
     ],
 )
 def test_receivers_get_what_one_rank_exports(

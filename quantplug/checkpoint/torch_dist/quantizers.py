@@ -71,6 +71,7 @@ class SavedQuantizers:
         self._settings = _read_settings(reader.index)
         self._claimed: set[tuple[str, str]] = set()
         self._without_settings: list[Offender] = []
+        self._group_amaxes: dict[ParamKey, tuple[Segment, ...]] = {}
 
     def of_weight(self, spelling: str, key: ParamKey) -> SavedQuantizer | None:
         """The weight quantizer of a linear; None if it has none.
@@ -82,6 +83,11 @@ class SavedQuantizers:
         if key.expert is not None and settings is None:
             name, settings = self._of_expert(spelling, key)
         return self._saved(name, key, settings, self._amax(spelling, key, WEIGHT))
+
+    @property
+    def group_amaxes(self) -> Mapping[ParamKey, tuple[Segment, ...]]:
+        """Where the amaxes of weights are that have several, of the weights that were asked for."""
+        return self._group_amaxes
 
     def of_input(self, spelling: str, key: ParamKey) -> SavedQuantizer | None:
         """The input quantizer of a linear; None if it has none."""
@@ -184,17 +190,24 @@ class SavedQuantizers:
             for parts in (("",), ("_w", "_v")):
                 names = [segment.key + part for part in parts]
                 if all(name in self._reader.index.tensors for name in names):
-                    values = [self._largest(Segment(name, segment.place, segment.of)) for name in names]
+                    found = tuple(self._placed(Segment(name, segment.place, segment.of)) for name in names)
+                    if quantizer == WEIGHT and any(self._reader.numel(each) > 1 for each in found):
+                        self._group_amaxes[key] = found
+                    values = [self._largest(each) for each in found]
                     # max() would lose a NaN, which must not pass for calibrated.
                     return float(torch.tensor(values).max())
         return None
 
-    def _largest(self, segment: Segment) -> float:
+    def _placed(self, segment: Segment) -> Segment:
+        """The segment by as many of its places as the tensor has axes of layers and experts."""
         shape = self._reader.index.tensors[segment.key].shape
         # One of all experts, under a name without their numbers, has no axis of them: ModelOpt 0.46, and inputs.
         axes = next(count for count in range(len(segment.of), -1, -1) if shape[:count] == segment.of[:count])
-        segment = Segment(segment.key, segment.place[:axes], segment.of[:axes])
+        return Segment(segment.key, segment.place[:axes], segment.of[:axes])
+
+    def _largest(self, segment: Segment) -> float:
         if self._reader.numel(segment) > _MOST_AMAXES:
+            shape = self._reader.index.tensors[segment.key].shape
             raise damaged([Offender(segment.key, f"is no amax: it has the shape {list(shape)}")])
         amaxes = self._reader.read(segment)
         return float(amaxes.float().max()) if amaxes.numel() else float("nan")

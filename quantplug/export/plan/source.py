@@ -100,5 +100,11 @@ class Source(Protocol):
     def read(self, piece: Piece) -> Rows:
         """Rows of a weight that this rank holds, as `ReadRows`."""
 
+    def group_amaxes(self, task: ExportTask) -> torch.Tensor | None:
+        """The amaxes that a weight's quantizer holds of the groups of all that `chunks` gives of it, in any order.
+
+        None where it holds one for all of them, or there is no quantizer.
+        """
+
     def may_have_changed(self, task: ExportTask) -> bool:
         """Whether the file that a weight lies in has been touched since it was opened; False for what is in memory."""

@@ -76,6 +76,7 @@ class WeightRef:
         activation: The input quantizer of its linear, None if it has none or a disabled one.
         zero_centred: Of a norm's weight, whether the norm multiplies with 1 + weight; None for all others.
         unquantized: Said of a weight without a weight quantizer; None where it has one.
+        group_amaxes: Returns the amaxes that its quantizer holds of single groups; None where it holds none or one.
     """
 
     key: ParamKey
@@ -87,6 +88,7 @@ class WeightRef:
     activation: QuantizerState | None = None
     zero_centred: bool | None = None
     unquantized: Unquantized | None = None
+    group_amaxes: Callable[[], torch.Tensor] | None = None
 
 
 Held = Mapping[ParamKey, WeightRef]

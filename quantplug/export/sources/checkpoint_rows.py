@@ -45,6 +45,9 @@ class CheckpointSource:
             return self.checkpoint.read_packed(output.name, rows, None if placement is None else placement.expert)
         return self._read_part(piece.task, piece.part, rows)
 
+    def group_amaxes(self, task: ExportTask) -> torch.Tensor | None:
+        return None
+
     def may_have_changed(self, task: ExportTask) -> bool:
         return any(self.checkpoint.may_have_changed(name) for name in self._tensors_of(task))
 

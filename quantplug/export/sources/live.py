@@ -1,6 +1,6 @@
 """The weights of a live model and what its quantizers say of them, as plain data for the plan."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -90,6 +90,7 @@ def live_weights(model: Model) -> LiveWeights:
                 activation=activation,
                 zero_centred=parameter.zero_centred,
                 unquantized=unquantized.get(id(parameter.tensor)),
+                group_amaxes=_group_amaxes(quantizers[0]),
             )
         )
     cached = list(_attentions(model))
@@ -225,6 +226,14 @@ def _settings(quantizer: TensorQuantizer) -> QuantizerSettings:
         rotates=bool(quantizer.rotate_is_enabled),
         dynamic=bool(quantizer._dynamic),  # ModelOpt has no public name for it.
     )
+
+
+def _group_amaxes(quantizer: Quantizer) -> Callable[[], torch.Tensor] | None:
+    """The amaxes of an enabled quantizer's blocks, which stay where they are until somebody asks; None for one amax."""
+    if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled or quantizer._dynamic:
+        return None
+    amax = quantizer.amax
+    return None if amax is None or amax.numel() < 2 else amax.detach
 
 
 def _largest(amax: torch.Tensor | None) -> float | None:

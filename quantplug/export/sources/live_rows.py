@@ -53,6 +53,10 @@ class LiveSource:
         ref = self.held[piece.task.source.key]
         return slice_rows(piece, ref.load(), _slice_index(ref), self.dims)
 
+    def group_amaxes(self, task: ExportTask) -> torch.Tensor | None:
+        load = None if task.mapping.role.is_passthrough else self.held[task.source.key].group_amaxes
+        return None if load is None else load()
+
     def may_have_changed(self, task: ExportTask) -> bool:
         # Memory is the caller's, who waits for the export and so changes nothing; a file is anybody's.
         return task.mapping.role.is_passthrough and self._beside.may_have_changed(task)

@@ -1,7 +1,7 @@
 """The rows of a training checkpoint, read where they lie: Megatron's tensors, of which a piece needs some rows."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
@@ -26,6 +26,7 @@ class TorchDistSource:
 
     Attributes:
         segments: Where each weight is.
+        group_amaxes_of: Where the amaxes of single groups are, of weights whose quantizers hold such.
         passthrough: Where tensors come from that no parameter stands for; None where there are none.
     """
 
@@ -33,6 +34,7 @@ class TorchDistSource:
     segments: Mapping[ParamKey, tuple[Segment, ...]]
     dims: ModelDimensions
     passthrough: Source | None = None
+    group_amaxes_of: Mapping[ParamKey, tuple[Segment, ...]] = field(default_factory=dict)
     bucket_bytes: int = BUCKET_BYTES
     device: ClassVar[torch.device] = torch.device("cpu")
 
@@ -54,6 +56,10 @@ class TorchDistSource:
             return self._beside.read(piece)
         rows = self._rows(self.segments[piece.task.source.key], rows_of(piece, 0, self.dims))
         return piece.task.mapping.to_hf_values(rows)
+
+    def group_amaxes(self, task: ExportTask) -> torch.Tensor | None:
+        segments = self.group_amaxes_of.get(task.source.key, ())
+        return torch.cat([self.reader.read(each).float().flatten() for each in segments]) if segments else None
 
     def may_have_changed(self, task: ExportTask) -> bool:
         if task.mapping.role.is_passthrough:

@@ -1,7 +1,7 @@
 """The weights of a training checkpoint as an export knows them: by the table of the architecture, from its index."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantplug.checkpoint.torch_dist.aside import Aside, left_aside
@@ -52,6 +52,7 @@ class CheckpointWeights:
         unclaimed: Names of enabled quantizers that belong to no weight or input of a linear.
         attentions: What the quantizers of its attention layers say of a KV cache.
         aside: What is there beside the model.
+        group_amaxes: Where the amaxes of single groups are, of weights whose quantizers hold such.
     """
 
     weights: tuple[WholeWeight, ...]
@@ -59,6 +60,7 @@ class CheckpointWeights:
     unclaimed: tuple[str, ...]
     attentions: tuple[KVQuantizers, ...]
     aside: tuple[Aside, ...]
+    group_amaxes: Mapping[ParamKey, tuple[Segment, ...]] = field(default_factory=dict)
 
 
 def checkpoint_weights(
@@ -113,6 +115,7 @@ def checkpoint_weights(
         tuple(_unclaimed(quantizers)) if quantizers else (),
         attentions,
         left_aside(index),
+        quantizers.group_amaxes if quantizers else {},
     )
 
 
