@@ -33,7 +33,7 @@ def test_without_a_format_a_plain_model_stays_plain(checkpoint: Path, tiny_qwen3
     assert "(not quantized)" in output
 
 
-@pytest.mark.parametrize("options", [("--format", "nvfp4"), ("--format", "int4"), ("--iteration", "8")])
+@pytest.mark.parametrize("options", [("--format", "nvfp4"), ("--format", "int3"), ("--iteration", "8")])
 def test_export_that_cannot_be_done_exits_2(
     options: tuple[str, ...], checkpoint: Path, tiny_qwen3_dir: Path, tmp_path: Path
 ) -> None:

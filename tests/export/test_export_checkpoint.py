@@ -218,7 +218,9 @@ def test_what_is_not_the_model_of_the_config_is_refused_by_name(
     ("choices", "error"),
     [
         ({"format": "nvfp4"}, UnsupportedQuantizationError),
-        ({"format": "int4"}, ArgumentError),
+        ({"format": "int3"}, ArgumentError),
+        ({"format": "int4", "group_size": 64}, ArgumentError),
+        ({"group_size": 32}, ArgumentError),
         ({"exclude": ["model.layers.0.*"]}, ArgumentError),
         ({"format": "plain", "quantize_mtp": True}, ArgumentError),
         ({"kv_cache": "fp8_cast"}, ArgumentError),
