@@ -32,13 +32,13 @@ def gather_statistics(
     A collective: all ranks must call it. Rows are metadata, and travel as objects, once.
 
     Args:
-        model: A quantized `GPTModel` or `MambaModel`, wrapped or bare, or the list of its virtual stages.
+        model: A quantized `GPTModel` or `HybridModel`, wrapped or bare, or the list of its virtual stages.
         record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
         fan_outs: What `load_checkpoint` gave to several experts, if the model was loaded.
 
     Raises:
         CalibrationError: Ranks disagree on what they hold.
-        UnsupportedModelError: There is something else than a `GPTModel` or `MambaModel` inside.
+        UnsupportedModelError: There is something else than a `GPTModel` or `HybridModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     mine = all_or_none(lambda: collect_statistics(model, record, fan_outs))
@@ -62,12 +62,12 @@ def collect_statistics(
     row of its own beside it.
 
     Args:
-        model: A quantized `GPTModel` or `MambaModel`, wrapped or bare, or the list of its virtual stages.
+        model: A quantized `GPTModel` or `HybridModel`, wrapped or bare, or the list of its virtual stages.
         record: What `calibrate` returned, for the experts' tokens; None leaves them blank.
         fan_outs: What `load_checkpoint` gave to several experts, if the model was loaded.
 
     Raises:
-        UnsupportedModelError: There is something else than a `GPTModel` or `MambaModel` inside.
+        UnsupportedModelError: There is something else than a `GPTModel` or `HybridModel` inside.
         TopologyError: Megatron's parallel groups are not initialized.
     """
     record = record or CalibrationRecord()

@@ -50,7 +50,7 @@ def export_mcore_gpt_to_hf(
     rename makes visible: after an error `export_dir` does not exist. The model itself is not changed.
 
     Args:
-        model: A `GPTModel` or `MambaModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
+        model: A `GPTModel` or `HybridModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model it was built from. Its config says
             names and sizes; its tokenizer and generation files are copied.
         export_dir: A directory that is new or empty.

@@ -37,7 +37,7 @@ def import_mcore_gpt_from_hf(
     than the largest of them. No parameter is written before every name and shape is known to fit, on every rank.
 
     Args:
-        model: A `GPTModel` or `MambaModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
+        model: A `GPTModel` or `HybridModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
         pretrained_model_path: A directory that `save_pretrained` wrote, or the id of a hub model.
         workspace_dir: Where a hub model is kept; None for Hugging Face's own cache.
         dtype: Type the weights are rounded to on their way into the parameters; None for that of each parameter.

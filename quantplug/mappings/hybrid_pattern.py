@@ -17,6 +17,7 @@ are. So one parameter has one `ParamKey`, whichever class of model holds it:
     mtp.layers.0.transformer_layer.mlp.*             mtp.layers.0.mtp_model_layer.layers.1.mlp.*
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,6 +38,8 @@ _IN_MTP = ("mtp.layers.*.transformer_layer.", "mtp.layers.*.mtp_model_layer.laye
 _IN_DECODER = "decoder.layers.*."
 # Of a `TransformerLayer`: what belongs to its attention. All else is its network's.
 _OF_MIXER = ("self_attention.", "input_layernorm.", "post_self_attn_layernorm.")
+
+_HALF_IN_MTP = re.compile(r"\.mtp_model_layer\.layers\.\d+\.")
 
 # Settings of Megatron's that say something of each layer.
 _BY_LAYER = ("no_rope_freq", "window_attn_skip_freq")
@@ -69,6 +72,10 @@ class HybridPattern:
     def layer(self, place: int) -> int:
         """What keys call a layer of the decoder, from its place in the pattern, counted from 0."""
         return place // 2 if self.has_pairs else place
+
+    def layers_of(self, first: int, last: int) -> tuple[int, ...]:
+        """What keys call the layers of the decoder at these places, the last one left out."""
+        return tuple(map(self.layer, range(first, last)))
 
     @property
     def final_norm(self) -> str:
@@ -134,6 +141,11 @@ def in_hybrid_model(module: str, layer: int | None) -> tuple[str, int | None]:
     if module.startswith(_IN_DECODER):
         return module, 2 * layer + _half(module.removeprefix(_IN_DECODER))
     return module, layer
+
+
+def outside_pairs(name: str) -> str:
+    """A name in a `HybridModel` of pairs as a `GPTModel` has it, but for the numbers of the decoder's layers."""
+    return _HALF_IN_MTP.sub(".transformer_layer.", name)
 
 
 def _half(below_layer: str) -> int:

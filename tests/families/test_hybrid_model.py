@@ -24,16 +24,18 @@ from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 from quantplug.megatron.releases.hybrid import PATTERN, HybridModel, hybrid_stack_spec
-from tests.export.checkpoints import assert_same_export, build, one_rank, quantize
+from tests.export.checkpoints import assert_same_export, build, one_rank, quantize, read, same_bytes
 from tests.families.cases import CASES
 from tests.families.served import serves_experts
 from tests.families.test_families import PADDED_VOCABULARY
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits
 from tests.megatron.hybrid import hybrid_config, load_hybrid, needs_hybrid_model
+from tests.ranks import run_ranks
 
 Checkpoint = Callable[[str], Path]
 Export = Callable[..., Path]
 
+WORKER = Path(__file__).with_name("hybrid_worker.py")
 OF_PAIRS = [name for name in CASES if not name.startswith("nemotron_h")]
 
 every_family = pytest.mark.parametrize("name", OF_PAIRS)
@@ -106,3 +108,42 @@ def test_a_model_that_a_user_builds(checkpoint: Checkpoint, export: Export, tmp_
 
     assert {row.key.layer for row in table.rows if row.key.expert is not None} == {0, 1}
     assert_same_export(tmp_path / "out", export("mixtral", "w4a16_nvfp4"))
+
+
+@pytest.fixture(scope="module")
+def of_four_ranks(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Path:
+    """FAMILY/out, FAMILY/megatron, and of some FAMILY/virtual for every family, from TP 2, EP 2 and PP 2."""
+    work = tmp_path_factory.mktemp("hybrid")
+    for name in OF_PAIRS:
+        (work / name).mkdir()
+        (work / name / "hf").symlink_to(checkpoint(name))
+    # Models keep their groups, and each group has threads: few models for each set of ranks.
+    for few in (OF_PAIRS[first : first + 5] for first in range(0, len(OF_PAIRS), 5)):
+        run = run_ranks(4, WORKER, work, *few, timeout=300)
+        assert run.ok, run.output[-9000:]
+    return work
+
+
+def assert_same_tensors(found: Path, expected: Path) -> None:
+    """Byte for byte; in which files they are depends on the number of ranks."""
+    tensors, others = read(found), read(expected)
+    assert tensors.keys() == others.keys()
+    assert [name for name in others if not same_bytes(tensors[name], others[name])] == []
+
+
+@needs_hybrid_model
+@pytest.mark.distributed
+@pytest.mark.slow
+@every_family
+def test_the_same_bytes_from_four_ranks(
+    name: str, of_four_ranks: Path, checkpoint: Checkpoint, export: Export, tmp_path: Path
+) -> None:
+    """Live, from virtual stages, and straight from what they save."""
+    made, expected = of_four_ranks / name, export(name, "w4a16_nvfp4")
+
+    assert_same_tensors(made / "out", expected)
+    if (made / "virtual").exists():
+        assert_same_tensors(made / "virtual", expected)
+    if (made / "megatron").exists():
+        export_checkpoint(made / "megatron", tmp_path / "out", checkpoint(name))
+        assert_same_export(tmp_path / "out", expected)

@@ -51,7 +51,7 @@ def live_weights(model: Model) -> LiveWeights:
     Nothing is copied: `WeightRef.load` gives the live tensor.
 
     Raises:
-        UnsupportedModelError: The model holds something else than a GPTModel or MambaModel.
+        UnsupportedModelError: The model holds something else than a GPTModel or HybridModel.
         UnsupportedQuantizationError: Weights that `mtq.compress` has packed, or that AWQ, SmoothQuant or a rotation has
             changed.
         TopologyError: Megatron's parallel groups are not initialized.

@@ -26,7 +26,7 @@ def check_settings(model: Model, source: SourceConfig, unchecked: Collection[str
     Raises:
         MappingError: Names every setting that differs, with the model's value and the config's.
         UnsupportedModelError: The config has settings that are not converted, so that nobody can tell; or the model
-            holds something else than a GPTModel or MambaModel.
+            holds something else than a GPTModel or HybridModel.
         SourceError: A setting is of a type that it cannot have.
     """
     chunks, names = model_chunks(model), frozenset(unchecked)

@@ -26,7 +26,7 @@ _INCOMPLETE = Kind(
 _TWICE = Kind(
     MappingError,
     "Weights stand twice in what a rank passed.",
-    "Pass one model: a GPTModel or MambaModel, or the list of its own virtual pipeline stages.",
+    "Pass one model: a GPTModel or HybridModel, or the list of its own virtual pipeline stages.",
 )
 _DISAGREE = Kind(
     CalibrationError,

@@ -122,7 +122,7 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
     call it, and run through what it returns. For every step of a training: `plan_stream` once, then its `tensors()`.
 
     Args:
-        model: A `GPTModel` or `MambaModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
+        model: A `GPTModel` or `HybridModel`, bare or wrapped (Float16Module, DDP), or the list of its virtual stages.
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model it was built from.
         quantization_checker: Whether to quantize a weight, by its global Megatron name, such as
             `decoder.layers.3.mlp.experts.linear_fc1.weight69`; None for all linears. Each rank is asked for its own

@@ -21,6 +21,7 @@ import torch
 
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
 from quantplug.mappings.amax.rows import AmaxMapping, MoeAmaxFanoutMapping, largest, raise_missing
+from quantplug.mappings.hybrid_pattern import outside_pairs
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import LayerStack, ParamKey
 
@@ -36,7 +37,8 @@ class AmaxPlacement:
 
     Attributes:
         layers: Global ids of its decoder layers; None where names have global numbers already. Layers of multi-token
-            prediction are counted alike on all ranks.
+            prediction are counted alike on all ranks. Of a `HybridModel` that is `HybridPattern.layers_of(first, last)`
+            of those that the rank has, as two of its layers have one id.
         experts: Global ids of its experts in a layer; None where names have global numbers, or the rank holds them all.
         rank: The rank, for messages; None for none.
     """
@@ -184,7 +186,8 @@ class _Reader:
 
     def keys(self, name: str) -> tuple[tuple[ParamKey, ...], str | None]:
         """The quantizers that a name stands for (several where experts share it), or what is wrong with it."""
-        pattern, numbers = _NUMBER.sub("*", name), [int(number) for number in _NUMBER.findall(name)]
+        own = outside_pairs(name)
+        pattern, numbers = _NUMBER.sub("*", own), [int(number) for number in _NUMBER.findall(own)]
         row = self._rows.get(pattern)
         if row is None:
             return (), _unknown(name, self._rows)

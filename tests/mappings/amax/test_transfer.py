@@ -26,6 +26,7 @@ from quantplug.mappings.amax import (
 )
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
+from quantplug.mappings.hybrid_pattern import parse
 from quantplug.mappings.layouts import IDENTITY, ModelDimensions
 from quantplug.mappings.table import LayerStack, ParamKey, Role, Scope, WeightMapping
 
@@ -152,7 +153,15 @@ def test_the_amax_of_a_block_is_given_to_each_expert_of_its_rank_and_taken_back_
     assert float(write_amaxes(rows_of(), raised, [name], DIMS)[name]) == 8.0
 
 
-def test_layers_of_multi_token_prediction_keep_their_number_on_every_stage() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mtp.layers.0.transformer_layer.mlp.linear_fc2.weight_quantizer._amax",
+        "mtp.layers.0.mtp_model_layer.layers.1.mlp.linear_fc2.weight_quantizer._amax",
+    ],
+    ids=["GPTModel", "HybridModel"],
+)
+def test_layers_of_multi_token_prediction_keep_their_number_on_every_stage(name: str) -> None:
     weight = WeightMapping(
         ("mtp.layers.*.transformer_layer.mlp.linear_fc2.weight",),
         ("model.layers.*.mlp.down_proj.weight",),
@@ -161,9 +170,31 @@ def test_layers_of_multi_token_prediction_keep_their_number_on_every_stage() -> 
         block=LayerStack.MTP,
     )
     rows, dims = convert_to_amax_map([weight]).mappings, replace(DIMS, mtp_layers=1)
-    name = "mtp.layers.0.transformer_layer.mlp.linear_fc2.weight_quantizer._amax"
     found = read_amaxes(rows, {name: torch.tensor(2.0)}, dims, AmaxPlacement(layers=[1, 2]))
     assert amaxes_to_hf(rows, found, dims) == {"model.layers.3.mlp.down_proj.weight_quantizer._amax": 2.0}
+
+
+def test_a_hybrid_model_has_two_numbers_for_a_layer() -> None:
+    """A stage of its own layers 2 to 5: attention and experts of layers 1 and 2, of three."""
+    place = AmaxPlacement(layers=parse("*E*E|*E*E").layers_of(2, 6))
+    attention, expert = (
+        "self_attention.linear_proj.weight_quantizer._amax",
+        "mlp.experts.linear_fc2.weight_quantizer.3._amax",
+    )
+    names = [
+        f"decoder.layers.0.{attention}",
+        f"decoder.layers.1.{expert}",
+        f"decoder.layers.2.{attention}",
+        f"decoder.layers.3.{expert}",
+    ]
+    amaxes = {name: torch.tensor(float(number)) for number, name in enumerate(names)}
+    dims = replace(DIMS, num_layers=4, moe_layers=(0, 1, 2, 3))
+
+    found = read_amaxes(rows_of(), amaxes, dims, place)
+
+    numbers = {(key.layer, key.expert): float(amax) for key, amax in found.items()}
+    assert numbers == {(1, None): 0.0, (1, 3): 1.0, (2, None): 2.0, (2, 3): 3.0}
+    assert write_amaxes(rows_of(), found, names, dims, place) == amaxes
 
 
 @pytest.mark.parametrize(
