@@ -3,10 +3,12 @@
 That the bytes are those of an export of the model is shown of every family in tests/families/test_checkpoints.py.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -120,6 +122,25 @@ def test_a_bit_that_flipped_since_the_save_is_found(copy: Path, tiny_qwen3_dir: 
         export_checkpoint(copy, tmp_path / "again", tiny_qwen3_dir)
     assert [offender.parameter for offender in caught.value.offenders] == [str(path)]
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ({"use_rope_scaling": True, "position_embedding_type": "rope"}, "rope_scaling: is 8.0 by"),
+        ({"rotary_seq_len_interpolation_factor": 4}, "seq_len_interpolation_factor: is 4 by"),
+        ({"position_embedding_type": "none"}, "position_embedding_type: is None by"),
+    ],
+)
+def test_rotations_that_shapes_do_not_show_are_those_of_the_config(
+    trained: dict[str, Any], said: str, copy: Path, tiny_qwen3_dir: Path, tmp_path: Path
+) -> None:
+    torch.save({"args": argparse.Namespace(**trained)}, copy / "common.pt")
+    with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+        export_checkpoint(copy, tmp_path / "out", tiny_qwen3_dir)
+    assert not (tmp_path / "out").exists()
+    names = [offender.parameter for offender in caught.value.offenders]
+    export_checkpoint(copy, tmp_path / "out", tiny_qwen3_dir, unchecked_settings=names)
 
 
 def test_a_vocabulary_that_grew_is_exported_by_its_number(tiny_qwen3_dir: Path, tmp_path: Path) -> None:

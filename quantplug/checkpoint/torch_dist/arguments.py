@@ -21,6 +21,7 @@ from quantplug.errors import CheckpointError, Offender
 Settings = Mapping[str, Any]
 """By the names of Megatron-Core; what is not there has its default."""
 
+_MOST_LAYERS = 100_000
 _RUN_CONFIG, _MOST_RUN_CONFIG_BYTES = "run_config.yaml", 2**22
 _MODEL_SECTION = re.compile(r"^model:\n(?:[ #].*\n|\n)*", re.MULTILINE)
 _SETTING = re.compile(r"^  (\w+): (\S.*)$", re.MULTILINE)
@@ -29,7 +30,12 @@ ZERO_CENTRED_NORMS = "zero_centred_norms"
 """In `quantplug.json`: whether the norms of the model that was saved multiply with 1 + weight."""
 
 _ZERO_CENTRED = "apply_layernorm_1p"
-_OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon", "layernorm_zero_centered_gamma": _ZERO_CENTRED}
+_OTHER_NAMES = {
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": _ZERO_CENTRED,
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+}
 _NORMS = (
     *("layernorm.weight", "layer_norm_weight", ".final_norm.weight", ".out_norm.weight"),
     *(".enorm.weight", ".hnorm.weight"),
@@ -74,6 +80,8 @@ def _arguments_of_bridge(directory: Path) -> dict[str, Plain]:
     section = _MODEL_SECTION.search(text)
     settings = {it[1]: _scalar(it[2]) for it in _SETTING.finditer(section[0])} if section is not None else {}
     arguments = {_OTHER_NAMES.get(name, name): value for name, value in settings.items()}
+    # Its Llamas scale by a function of their own, whatever this says.
+    arguments.pop("use_rope_scaling", None)
     # With None each head has a group of its own.
     arguments["group_query_attention"] = arguments.get("num_query_groups") is not None
     if arguments.get("should_pad_vocab") is False:
@@ -103,9 +111,51 @@ def _of_heads(name: str) -> Callable[[Settings], object]:
 
 
 def _of_rotary(name: str, default: float) -> Callable[[Settings], object]:
-    # Said of models that do not rotate, too.
+    # Said of models that do not rotate, too; latent attention always does.
     rotates = ("rope", "yarn", "mrope")
-    return lambda it: _plain(name, default)(it) if it.get("position_embedding_type") in rotates else None
+
+    def value(settings: Settings) -> object:
+        does = settings.get("multi_latent_attention") or settings.get("position_embedding_type") in rotates
+        return _plain(name, default)(settings) if does else None
+
+    return value
+
+
+def _positions(settings: Settings) -> object:
+    """How positions are told, if not by MLA, which rotates in any case; of text alone two ways are the same."""
+    kind = settings.get("position_embedding_type")
+    return None if settings.get("multi_latent_attention") or kind == "none" else {"mrope": "rope"}.get(str(kind), kind)
+
+
+def _rope_scaling(settings: Settings) -> object:
+    """Llama 3's factor; None where rotation is not scaled so."""
+    return _of_rotary("rope_scaling_factor", 8.0)(settings) if settings.get("rope_scaling") else None
+
+
+def _interpolation(settings: Settings) -> object:
+    factor = settings.get("seq_len_interpolation_factor")
+    return None if factor == 1 else factor
+
+
+def _of_latent_yarn(name: str) -> Callable[[Settings], object]:
+    return lambda it: it.get(name) if it.get("multi_latent_attention") and it.get("rope_type") == "yarn" else None
+
+
+def _latent_rope(settings: Settings) -> object:
+    return settings.get("rope_type") if settings.get("multi_latent_attention") else None
+
+
+def _windows(settings: Settings) -> object:
+    """Which layers see how many tokens before their own (`is_layer_window_attention` of Megatron-Core)."""
+    size, skip, layers = (settings.get(name) for name in ("window_size", "window_attn_skip_freq", "num_layers"))
+    before = size[0] if isinstance(size, list | tuple) and size else size
+    if before in (None, -1):
+        return None
+    if isinstance(skip, list | tuple):
+        return before, tuple(map(bool, skip))
+    every = skip if isinstance(skip, int) and skip > 0 else None
+    numbers = range(1, layers + 1) if isinstance(layers, int) and layers < _MOST_LAYERS else ()
+    return before, tuple(every is None or number % every != 0 for number in numbers)
 
 
 def _pre_softmax(settings: Settings) -> bool:
@@ -142,6 +192,15 @@ _COMPUTED_WITH: Mapping[str, Callable[[Settings], object]] = {
     "rotary_base": _of_rotary("rotary_base", 10000),
     "rotary_percent": _of_rotary("rotary_percent", 1.0),
     "rotary_interleaved": _of_rotary("rotary_interleaved", False),
+    "position_embedding_type": _positions,
+    "rope_scaling": _rope_scaling,
+    "seq_len_interpolation_factor": _interpolation,
+    "rope_type": _latent_rope,
+    "rotary_scaling_factor": _of_latent_yarn("rotary_scaling_factor"),
+    "original_max_position_embeddings": _of_latent_yarn("original_max_position_embeddings"),
+    "mscale": _of_latent_yarn("mscale"),
+    "mscale_all_dim": _of_latent_yarn("mscale_all_dim"),
+    "window_size": _windows,
     "moe_router_topk": _of_experts(_plain("moe_router_topk", 2)),
     "moe_router_score_function": _of_experts(_plain("moe_router_score_function", "softmax")),
     "moe_router_pre_softmax": _of_experts(_pre_softmax),
@@ -149,7 +208,8 @@ _COMPUTED_WITH: Mapping[str, Callable[[Settings], object]] = {
     "moe_router_group_topk": _of_experts(_groups),
     "moe_router_load_balancing_type": _of_experts(_routing),
 }
-_SAID = frozenset({*_COMPUTED_WITH, "moe_router_num_groups"}) - {"num_query_groups"}
+_BESIDE = {"moe_router_num_groups", "rope_scaling_factor", "window_attn_skip_freq"}
+_SAID = frozenset({*_COMPUTED_WITH, *_BESIDE}) - {"num_query_groups"}
 
 
 def require_as_trained(
@@ -185,7 +245,11 @@ def _short(value: object) -> str:
 
 
 def _differing(arguments: Mapping[str, Plain], settings: Settings) -> Iterator[tuple[str, object, object]]:
-    trained = {**settings, **_as_settings(arguments)}
+    said = _as_settings(arguments)
+    # What became of it is in the frequencies of a live model, and those are held against the config at its export.
+    if "rope_scaling" not in settings:
+        said.pop("rope_scaling", None)
+    trained = {**settings, **said}
     for name, value in _COMPUTED_WITH.items():
         there, here = value(trained), value(settings)
         if not _same(there, here):

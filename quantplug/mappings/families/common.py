@@ -336,6 +336,6 @@ def decoder_model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "rotary_base": base,
         "rotary_percent": 1.0,
-        **(_llama3_rope(config) if kind == "llama3" else {}),
+        **(_llama3_rope(config) if kind == "llama3" else {"rope_scaling": False}),
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
     }

@@ -18,6 +18,9 @@ def settings_of(chunk: LanguageModel) -> dict[str, Any]:
         of_rotary = {name: vars(chunk)[name] for name in ("rotary_base", "rotary_percent")}
     else:
         of_rotary = dict(_off_embedding(chunk))
+    rotary = dict(chunk.named_children()).get("rotary_pos_emb")
+    if rotary is not None:
+        of_rotary["seq_len_interpolation_factor"] = vars(rotary).get("seq_len_interpolation_factor")
     return {**of_rotary, **settings}
 
 
