@@ -1,7 +1,6 @@
 """ModelOpt's configs by the public names of the formats, made complete for one model by the policy of selection."""
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, Role, Scope, WeightMapping
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
+from quantplug.plugins.recipe_names import in_megatron
 from quantplug.selection import Policy, Preset, preset_named, quantizer_rule
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
@@ -43,31 +43,18 @@ _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
     },
     KVCacheFormat.FP8: {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},
 }
-# What Hugging Face calls the linears that Megatron-Core has by other names; some of them are one linear there.
-_IN_MEGATRON: Mapping[str, str] = {
-    "q_proj": "linear_qkv",
-    "k_proj": "linear_qkv",
-    "v_proj": "linear_qkv",
-    "o_proj": "linear_proj",
-    "gate_proj": "linear_fc1",
-    "up_proj": "linear_fc1",
-    "down_proj": "linear_fc2",
-    "lm_head": "output_layer",
-}
-# A segment of a wildcard, whole: `o_proj` of `*o_proj*weight_quantizer`, and not the end of `kv_o_proj`. What is below
-# a `mixer` is Nemotron-H's in Hugging Face; its MLPs are below `mlp` in Megatron-Core, of which recipes have a rule.
-_LINEAR = re.compile(rf"(?<![A-Za-z0-9_])(?<!\.mixer\.)({'|'.join(_IN_MEGATRON)})(?![A-Za-z0-9])")
 
 
 def recipe_cfg(recipe: str | Path) -> dict[str, Any]:
     """The config for `mtq.quantize` of a Megatron-Core model by one of ModelOpt's recipes.
 
     Recipes name modules as Hugging Face does. Rules for linears that Megatron-Core has by another name get that name
-    (`*o_proj*` becomes `*linear_proj*`); all else is ModelOpt's, the algorithm too. Where a model keeps linears that
-    the recipe quantizes, the export refuses, with the rules to append.
+    (`*o_proj*` becomes `*linear_proj*`, `*mixer.experts*` becomes `*mlp.experts*`); all else is ModelOpt's, the
+    algorithm too. Where a model keeps linears that the recipe quantizes, the export refuses, with the rules to append.
 
     Args:
-        recipe: Name of a general recipe, such as `nvfp4_omlp_only-kv_fp8_cast`, or path of a YAML file.
+        recipe: Name of a general recipe, such as `nvfp4_omlp_only-kv_fp8_cast`, or path of a YAML file: one of
+            ModelOpt's for a model (`models/nvidia/.../ptq/nvfp4-max-calib.yaml`), or of your own.
 
     Raises:
         ArgumentError: There is no such recipe, or it does not say how to quantize.
@@ -86,16 +73,14 @@ def recipe_cfg(recipe: str | Path) -> dict[str, Any]:
         reason = f"{str(recipe)!r} is a recipe of another kind"
         raise ArgumentError("The recipe does not say how to quantize.", [Offender("recipe", reason)], "Use one of PTQ.")
     config = found.quantize.model_dump()
-    # Two rules for what is one linear in Megatron-Core become one.
     rules: dict[str, dict[str, Any]] = {}
     for rule in config["quant_cfg"]:
-        translated = {**rule, "quantizer_name": _in_megatron(rule["quantizer_name"])}
-        rules.setdefault(repr(translated), translated)
+        translated = {**rule, "quantizer_name": in_megatron(rule["quantizer_name"])}
+        # Two rules for what is one linear in Megatron-Core become one, where the last of them stood: later rules
+        # overrule earlier ones.
+        rules.pop(repr(translated), None)
+        rules[repr(translated)] = translated
     return {**config, "quant_cfg": list(rules.values())}
-
-
-def _in_megatron(quantizer_name: str) -> str:
-    return _LINEAR.sub(lambda match: _IN_MEGATRON[match[1]], quantizer_name)
 
 
 def quant_cfg(

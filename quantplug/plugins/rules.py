@@ -7,7 +7,7 @@ restore. Only the first config is kept: what a second `mtq.quantize` applies to 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from quantplug.calibration.quantizers import quantized_roots
 from quantplug.errors import MappingError, Offender
+from quantplug.plugins.recipe_names import meaning
 
 # What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
 _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_proj\.|\.experts\.\*)\w+_quantizer")
@@ -33,11 +34,13 @@ class Rule:
         quantizer_name: Wildcard over quantizer names.
         parent_class: Key in ModelOpt's registry of the only modules it means; None for all.
         enable: Whether it turns quantizers on, or off.
+        setting: What it sets them to, in ModelOpt's words; empty for a rule that only turns them on or off.
     """
 
     quantizer_name: str
     parent_class: str | None
     enable: bool
+    setting: str = ""
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it matches a quantizer of the model, as ModelOpt compares names when it applies it."""
@@ -82,7 +85,7 @@ def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
     """Refuses rules that matched no quantizer on any rank; a model without rules passes.
 
     An enabling rule for another architecture in ModelOpt's stock configs may match nothing, as long as some other
-    enabling rule does.
+    enabling rule does; so may a rule beside which another one says the same by the name that this model has.
 
     Args:
         judged: What `judge_rules` said on all ranks.
@@ -96,10 +99,14 @@ def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
     # A stock config names the experts of several architectures; where its rule for this one matches, the others may
     # not.
     something_is_quantized = any(rule.enable for rule in matched)
+    # Recipes for Megatron list the names of Hugging Face beside those of Megatron-Core.
+    meant = {_meant(rule) for rule in matched}
     unmatched = {
         verdict.rule: verdict.reason
         for verdict in verdicts
-        if verdict.rule not in matched and not (something_is_quantized and _is_for_other_architectures(verdict.rule))
+        if verdict.rule not in matched
+        and not (something_is_quantized and _is_for_other_architectures(verdict.rule))
+        and _meant(verdict.rule) not in meant
     }
     if unmatched:
         raise MappingError(
@@ -120,7 +127,13 @@ def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:
 def _rules(quant_cfg: Any) -> Iterator[Rule]:
     """The rules of a `quant_cfg` in either of ModelOpt's spellings, a list of entries or a dict by name."""
     for entry in normalize_quant_cfg_list(quant_cfg):
-        yield Rule(entry["quantizer_name"], entry.get("parent_class"), entry["enable"])
+        setting = repr(entry.get("cfg") or "") if entry["enable"] else ""
+        yield Rule(entry["quantizer_name"], entry.get("parent_class"), entry["enable"], setting)
+
+
+def _meant(rule: Rule) -> Rule:
+    """The rule by a name that it shares with all that mean the same quantizers."""
+    return replace(rule, quantizer_name=meaning(rule.quantizer_name))
 
 
 def _is_for_other_architectures(rule: Rule) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from modelopt.recipe import load_recipe
 
 from quantplug import export_mcore_gpt_to_hf, plan_export, quant_cfg, quantize_checkpoint, recipe_cfg
-from quantplug.errors import ArgumentError, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, MappingError, QuantplugError, UnsupportedQuantizationError
 from quantplug.recipes import RECIPES
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import assert_same_export, load, read
 from tests.export.refusals import refused
+from tests.families.cases import make
+from tests.made_once import MadeOnce
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -72,6 +75,47 @@ def test_hugging_face_names_become_megatrons(tmp_path: Path) -> None:
     found = [rule["quantizer_name"] for rule in recipe_cfg(tmp_path / "own.yaml")["quant_cfg"]]
     translated = ["*linear_proj*weight_quantizer", "*linear_qkv.weight_quantizer", "*.linear_qkv.weight_quantizer"]
     assert found == [*translated, "*output_layer*", "*kv_o_proj*", "*q_a_proj*"]
+
+
+VENDORS = Path(modelopt_recipes.__file__).parent
+NEMOTRON, QWEN = "models/nvidia/NVIDIA-Nemotron-", "huggingface/qwen3_5"
+# Recipes that NVIDIA has for models of these families: the formats that they give to them, or why they are refused.
+OF_MODELS = {
+    f"{NEMOTRON}3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
+    f"{QWEN}_moe/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5_moe", "output_layer.weight: enabled for the"),
+    f"{QWEN}/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5", "output_layer.weight_quantizer: is enabled"),
+    # Its rules name layers by number, which a model of that size has.
+    f"{NEMOTRON}3-Nano-4B-BF16/ptq/nvfp4_w4a16.yaml": ("nemotron_h", "*layers.3.mlp.linear_fc2*weight_quantizer"),
+}
+
+
+@pytest.mark.parametrize("recipe", OF_MODELS)
+def test_recipes_for_a_model_are_planned_or_refused(recipe: str, made_once: MadeOnce) -> None:
+    name, expected = OF_MODELS[recipe]
+    source = made_once(f"family_{name}", partial(make, name))
+    model = mtq.quantize(load(source), {**recipe_cfg(VENDORS / recipe), "algorithm": None})
+    if isinstance(expected, str):
+        with pytest.raises(QuantplugError) as caught:
+            plan_export(model, source, calibrated=False)
+        assert any(str(offender).startswith(expected) for offender in caught.value.offenders)
+    else:
+        plan = plan_export(model, source, calibrated=False).plan
+        assert {str(task.scheme.format) for task in plan.tasks if task.scheme} == expected
+
+
+def test_a_rule_by_the_other_name_of_what_a_model_has_may_match_nothing(made_once: MadeOnce) -> None:
+    """NVIDIA's own file lists Hugging Face's names beside Megatron-Core's, for its own exporter and loader."""
+    source = made_once("family_nemotron_h_moe", partial(make, "nemotron_h_moe"))
+    quantize = load_recipe(str(VENDORS / NEMOTRON) + "3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib.yaml").quantize
+    config = {"quant_cfg": [*quantize.model_dump()["quant_cfg"]], "algorithm": None}
+    plan = plan_export(mtq.quantize(load(source), config), source, calibrated=False).plan
+    assert {str(task.scheme.format) for task in plan.tasks if task.scheme} == {"nvfp4", "fp8"}
+    # Of another setting it says something else, which then nothing says.
+    for rule in config["quant_cfg"]:
+        if rule["quantizer_name"] == "*mixer.experts.*weight_quantizer":
+            rule["cfg"] = {"num_bits": (4, 3)}
+    with pytest.raises(MappingError, match=r"mixer\.experts"):
+        plan_export(mtq.quantize(load(source), config), source, calibrated=False)
 
 
 def modelopts(recipe: str) -> dict[str, Any]:
