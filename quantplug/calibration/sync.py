@@ -31,7 +31,7 @@ def synchronize(plan: ReductionPlan, *, require_activations: bool) -> None:
     Raises:
         CalibrationError: An amax is missing, negative, NaN or Inf, or ranks that share amaxes hold different ones. No
             quantizer has changed.
-        UnsupportedQuantizationError: The model has static NVFP4 block scales on several ranks.
+        UnsupportedQuantizationError: The model has static NVFP4 block scales, and its weights are cut.
     """
     local = all_or_none(lambda: _local_values(plan))
     _agree_on_layout(plan, local)
@@ -56,8 +56,8 @@ def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
         values.append(value)
     if offenders:
         raise CalibrationError("Calibration did not give every quantizer an amax.", offenders, _REMEDY)
-    # On one rank there is nothing to reduce, and static blocks are right as they are.
-    if plan.groups:
+    # Copies of a weight have the same blocks. Slices have parts of one whole, whose amax no rank knows.
+    if plan.groups.keys() & {Axis.TENSOR, Axis.EXPERT_TENSOR}:
         _refuse_static_blocks(plan.amaxes)
     return values
 
@@ -66,9 +66,10 @@ def _refuse_static_blocks(amaxes: Sequence[SharedAmax]) -> None:
     static = [amax for amax in amaxes if any(map(_has_scale_above_blocks, amax.leaves))]
     if static:
         raise UnsupportedQuantizationError(
-            "Static NVFP4 block scales are not reduced over ranks.",
+            "Static NVFP4 block scales are not found in slices of a weight.",
             [_offender(amax, "has static block scales") for amax in static],
-            "Use a config whose block scales are dynamic, or calibrate on one rank.",
+            "Calibrate without tensor parallelism, over experts or pipeline stages; or use a config whose block scales "
+            'are dynamic, or scales="mse" of an export without data.',
         )
 
 

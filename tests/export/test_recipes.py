@@ -33,9 +33,6 @@ GENERAL = Path(modelopt_recipes.__file__).parent / "general" / "ptq"
 REFUSED = {
     "mxfp4_mlp_weight_only": "block_sizes={-1: 32}",
     "nvfp4_mlp_weight_only": "block_sizes={-1: 32}",
-    "nvfp4_default-kv_none-gptq": "static block_sizes",
-    "nvfp4_experts_only_mse-kv_fp8_cast": "static block_sizes",
-    "nvfp4_mlp_only_mse-kv_fp8_cast": "static block_sizes",
     "nvfp4_default-kv_nvfp4_cast": "is not FP8 with one scale",
 }
 

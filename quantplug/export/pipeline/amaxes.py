@@ -47,7 +47,18 @@ def has_grown(task: ExportTask, amax: float) -> bool:
     Formats whose scales are all made of the blocks that they belong to clip nothing.
     """
     calibrated = task.amax
-    return calibrated is not None and amax > calibrated * (1 + GROWTH) and _has_scale_of_whole(task)
+    return calibrated is not None and amax > calibrated * _reach(task) * (1 + GROWTH) and _has_scale_of_whole(task)
+
+
+def _reach(task: ExportTask) -> float:
+    """How many times its amax a weight may have: scales of blocks that are given may go up to the type's largest.
+
+    An algorithm that changes weights as it quantizes them may put a value where the largest scale has its largest code.
+    """
+    if task.scheme is None or task.source.weight is None or not task.has_given_scales:
+        return 1.0
+    plain = task.scheme.weight.encoding
+    return plain.largest / plain.searched(task.source.weight.search).largest
 
 
 def _has_scale_of_whole(task: ExportTask) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from quantplug.export.plan.source import Rows
+from quantplug.export.plan.source import Rows, ScaledRows
 from quantplug.formats.kernels import kernels_for
 
 
@@ -15,7 +15,9 @@ def fingerprint(rows: Rows) -> str:
     """
     if isinstance(rows, torch.Tensor):
         return _mark(rows)
-    return hashlib.sha256(" ".join(map(_mark, rows.packed.tensors.values())).encode()).hexdigest()[:16]
+    # Amaxes that a quantizer has for blocks make bytes as values do.
+    tensors = tuple(rows) if isinstance(rows, ScaledRows) else rows.packed.tensors.values()
+    return hashlib.sha256(" ".join(map(_mark, tensors)).encode()).hexdigest()[:16]
 
 
 def _mark(weight: torch.Tensor) -> str:

@@ -5,11 +5,12 @@ than the work.
 """
 
 from collections.abc import Generator, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.source import Rows
+from quantplug.export.plan.source import Rows, ScaledRows
 from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.formats import EncodedRows
 
@@ -25,40 +26,64 @@ def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Generator[P
         most: Bytes of the rows of a group, but of one that is larger by itself; what they are packed to, and working
             copies, are no more.
     """
-    group: list[tuple[Piece, torch.Tensor]] = []
+    group: list[_Read] = []
     for piece, rows in read:
         if isinstance(rows, EncodedRows):
             yield from _packed(group)
             yield piece, tuple(rows.packed.tensors.values())
             continue
+        values, block_amaxes = rows if isinstance(rows, ScaledRows) else (rows, None)
         # Kernels take a group as one batch, which has one shape, dtype, device and stride. Another kind of rows ends
         # it.
-        if group and not _are_alike(group[-1], (piece, rows)):
+        if group and not _are_alike(group[-1].piece, group[-1].values, piece, values):
             yield from _packed(group)
-        group.append((piece, rows))
+        group.append(_Read(piece, values, block_amaxes))
         # The group is full if one more of the same size would be too much. What is not packed, but sent or written as
         # it is, gains nothing from company and is handed on at once.
-        if (len(group) + 1) * rows.nbytes > most or not _is_packed(piece):
-            del rows  # Or they would be there while the next ones are read.
+        if (len(group) + 1) * values.nbytes > most or not _is_packed(piece):
+            del rows, values  # Or they would be there while the next ones are read.
             yield from _packed(group)
     yield from _packed(group)
 
 
-def _packed(group: list[tuple[Piece, torch.Tensor]]) -> Generator[Packed, None, None]:
+class _Read(NamedTuple):
+    """A piece with its rows, and what its quantizer says of their blocks."""
+
+    piece: Piece
+    values: torch.Tensor
+    block_amaxes: torch.Tensor | None
+
+    @property
+    def part(self) -> "_Part":
+        return _Part(self.piece.task, self.piece.output, self.values, self.block_amaxes)
+
+
+class _Part(NamedTuple):
+    """Rows of a part of a task's weight."""
+
+    task: ExportTask
+    output: PartOutput
+    values: torch.Tensor
+    block_amaxes: torch.Tensor | None = None
+
+
+def _packed(group: list[_Read]) -> Generator[Packed, None, None]:
     """Empties the group."""
-    pieces = [piece for piece, _ in group]
-    parts = [(piece.task, piece.output, rows) for piece, rows in group]
+    pieces, parts = [read.piece for read in group], [read.part for read in group]
     group.clear()
-    if len(parts) > 1:
-        packed = pack_alike(parts)
+    if len(parts) > 1 or any(part.block_amaxes is not None for part in parts):
+        packed = _pack_parts(parts)
     else:
-        packed = [(rows,) if task.gather_first else pack_rows(task, part, rows) for task, part, rows in parts]
+        packed = [(part.values,) if part.task.gather_first else pack_rows(*part[:3]) for part in parts]
     parts.clear()
     yield from zip(pieces, packed, strict=True)
 
 
-def _are_alike(one: tuple[Piece, torch.Tensor], other: tuple[Piece, torch.Tensor]) -> bool:
-    kinds = [(piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride()) for piece, rows in (one, other)]
+def _are_alike(one: Piece, values: torch.Tensor, other: Piece, others: torch.Tensor) -> bool:
+    kinds = [
+        (piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride())
+        for piece, rows in ((one, values), (other, others))
+    ]
     return kinds[0] == kinds[1]
 
 
@@ -88,8 +113,13 @@ def pack_alike(
 
     They are packed at once, to views of the same memory.
     """
-    (_, first, rows), *_ = parts
-    assert first.format is not None
-    amaxes = torch.tensor([_amax(task) for task, _, _ in parts], dtype=torch.float32, device=rows.device)
-    group = first.format.pack_group([rows for _, _, rows in parts], amaxes)
+    return _pack_parts([_Part(*part) for part in parts])
+
+
+def _pack_parts(parts: Sequence[_Part]) -> Sequence[Sequence[torch.Tensor]]:
+    first = parts[0]
+    assert first.output.format is not None
+    amaxes = torch.tensor([_amax(part.task) for part in parts], dtype=torch.float32, device=first.values.device)
+    block_amaxes = [part.block_amaxes for part in parts if part.block_amaxes is not None]
+    group = first.output.format.pack_group([part.values for part in parts], amaxes, block_amaxes)
     return [tuple(packed.tensors.values()) for packed in group]

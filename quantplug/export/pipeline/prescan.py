@@ -17,10 +17,10 @@ from quantplug.export.pipeline.fingerprint import fingerprint
 from quantplug.export.pipeline.groups import OTHER_GROUPS, amaxes_of_groups, calibrated_group, problem_of_groups
 from quantplug.export.pipeline.outliers import Typical, sampled_magnitude
 from quantplug.export.plan.pieces import Piece
-from quantplug.export.plan.source import Place, ReadRows, Rows, Source, place_of
+from quantplug.export.plan.source import Place, ReadRows, Rows, ScaledRows, Source, place_of
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
-from quantplug.formats import first_nonfinite
+from quantplug.formats import EncodedRows, first_nonfinite
 from quantplug.formats.scales import weight_amax
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
@@ -50,6 +50,12 @@ _LOST = Kind(
     "Weight quantizers hold an amax of 0 for weights that are not zero.",
     "The weights changed after calibration, or the checkpoint's quantizer state was lost: calibrate again, or pass "
     'amax="refresh" (examples: --amax refresh).',
+)
+_STATIC = Kind(
+    CalibrationError,
+    "Amaxes of weights cannot be taken anew where quantizers hold a scale for each block.",
+    'Calibrate again, which searches for scales of the weights as they are; or pass amax="clip" (examples: --amax '
+    "clip), which keeps the scales and clips what lies beyond them.",
 )
 _CHANGED = Kind(
     SourceError,
@@ -166,9 +172,10 @@ def _amax(task: ExportTask, rows: Rows) -> torch.Tensor | None:
     """max|weight| of some rows; None of what is carried over, or empty."""
     if task.mapping.role.is_passthrough:
         return None
-    if isinstance(rows, torch.Tensor):
-        return weight_amax(rows) if rows.numel() else None
-    return rows.amax()
+    if isinstance(rows, EncodedRows):
+        return rows.amax()
+    values = rows.values if isinstance(rows, ScaledRows) else rows
+    return weight_amax(values) if values.numel() else None
 
 
 def _sample(task: ExportTask, rows: Rows) -> torch.Tensor | None:
@@ -183,6 +190,8 @@ def _share(task: ExportTask) -> int:
 
 def _judge(task: ExportTask, amax: float, source: Source, policy: WeightAmax, findings: Findings) -> None:
     name, expert = task.source.label, task.source.key.expert
+    if policy is WeightAmax.REFRESH and task.has_given_scales:
+        findings.add(_STATIC, name, "has scales of blocks that calibration has found", expert)
     # First, as no comparison below is true of a NaN.
     if not math.isfinite(amax):
         _add_nonfinite(task, source, findings)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quantplug.errors import ArgumentError, Offender
+from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.export.plan.check_quantizers import (
     check_calibrated,
     check_quantizers,
@@ -39,7 +39,7 @@ from quantplug.export.plan.types import (
     ShardFile,
     WholeWeight,
 )
-from quantplug.findings import Findings
+from quantplug.findings import Findings, Kind
 from quantplug.formats import BlockFormat, TensorSpec, WeightFormat
 from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
@@ -50,6 +50,12 @@ MAX_SHARD_SIZE = 5 * 10**9
 """Bytes of one file unless a caller says otherwise: what a killed export has not finished of a file is written anew."""
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_STRADDLE = Kind(
+    UnsupportedQuantizationError,
+    "Weights have scales of blocks that calibration has found, and are cut between ranks amid a head or a block.",
+    "Export at a smaller (expert) tensor parallel size, which does not cut them so; or export the checkpoint.",
+)
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,15 @@ def build_plan(
         check_calibrated(mapped, findings)
     findings.raise_if_any()
 
-    # Nothing below refuses anything: it says who writes what, into which file and under which name.
     assigned = assign([weight for weight, _ in mapped])
+    for weight, row in mapped:
+        scheme, slices = schemes.get(weight.key), len(assigned[weight.key].ranks)
+        is_given = scheme is not None and weight.weight is not None and weight.weight.search.is_given
+        if is_given and must_gather_first(weight.shape, slices, row, _format_of(weight, scheme), dims):
+            findings.add_weight(_STRADDLE, weight, f"a head or a block of it straddles {slices} slices")
+    findings.raise_if_any()
+
+    # Nothing below refuses anything: it says who writes what, into which file and under which name.
     packing = _Packing(dims, request, schemes, dialect, groups, written, kv_cache)
     tasks = tuple(packing.task(weight, row, shapes[weight.key], assigned[weight.key]) for weight, row in mapped)
     excluded = excluded_modules(tasks, family, dims, globs=dialect.reads_globs) if dialect else ()

@@ -46,6 +46,11 @@ class Piece:
     def output(self) -> PartOutput:
         return self.task.outputs[self.part]
 
+    @property
+    def has_given_scales(self) -> bool:
+        """Whether it is packed by scales of blocks that its weight's quantizer has."""
+        return self.output.format is not None and self.task.has_given_scales
+
 
 def cut(task: ExportTask, dims: ModelDimensions, bucket_bytes: int) -> Iterator[Piece]:
     """The pieces of a weight, part by part, from the first row to the last."""

@@ -101,6 +101,9 @@ def scheme_for(weight: QuantizerState, activation: QuantizerState | None) -> Sch
 
 def _goes_with(scheme: Scheme, activation: QuantizerState | None) -> bool:
     """Whether an input quantizer is the one that a scheme means."""
+    # Static scales of blocks are of some tokens, and no others.
+    if activation is not None and activation.search.is_given:
+        return False
     # `input_scale` is read by the format of the weight: an input of another format has no row.
     if scheme.activations is Activations.STATIC:
         return activation is not None and weight_format(activation) == scheme.weight
@@ -121,7 +124,9 @@ def _settings(state: QuantizerState) -> _Settings | None:
         if len(axis) != 1:
             return None
         (axis,) = axis
-    return _Settings(state.num_bits, state.block_sizes, state.scale_bits, state.dynamic_blocks, axis, state.dynamic)
+    # Scales that a quantizer has found once are written as those are that are made anew: as one format.
+    dynamic_blocks = state.dynamic_blocks or state.search.is_given
+    return _Settings(state.num_bits, state.block_sizes, state.scale_bits, dynamic_blocks, axis, state.dynamic)
 
 
 def describe(state: QuantizerState) -> str:

@@ -15,8 +15,27 @@ from quantplug.export.plan.types import ExportTask
 from quantplug.formats import EncodedRows
 from quantplug.mappings.layouts import ModelDimensions
 
-Rows = torch.Tensor | EncodedRows
-"""What a source gives of a piece: values [rows, ...] in its type, or codes and scales where the part is `as_stored`."""
+
+class ScaledRows(NamedTuple):
+    """Rows with the scales that a quantizer has found for their blocks.
+
+    Attributes:
+        values: [rows, columns] in the type of the source.
+        block_amaxes: FP32 [rows, blocks of a row], on the same device.
+    """
+
+    values: torch.Tensor
+    block_amaxes: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Of the values, which are what is counted."""
+        return self.values.nbytes
+
+
+Rows = torch.Tensor | ScaledRows | EncodedRows
+"""What a source gives of a piece: values [rows, ...] in its type; with amaxes of blocks where the piece
+`has_given_scales`; or codes and scales where the part is `as_stored`."""
 
 # A function and not a method of `Source`: what checks that the source has not changed wraps it (`unchanged_rows`).
 ReadRows = Callable[[Piece], Rows]
@@ -60,7 +79,13 @@ class Chunk:
     @property
     def values(self) -> torch.Tensor:
         """The values [rows, ...] of what it holds; of packed rows in FP32."""
-        return self.rows if isinstance(self.rows, torch.Tensor) else self.rows.values()
+        match self.rows:
+            case torch.Tensor():
+                return self.rows
+            case ScaledRows():
+                return self.rows.values
+            case EncodedRows():
+                return self.rows.values()
 
 
 def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, read: ReadRows) -> Iterator[Chunk]:

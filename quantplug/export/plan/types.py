@@ -249,6 +249,11 @@ class ExportTask:
         return self.outputs[0].name
 
     @property
+    def has_given_scales(self) -> bool:
+        """Whether its weight's quantizer has scales of blocks already, which its parts are packed by."""
+        return self.scheme is not None and self.source.weight is not None and self.source.weight.search.is_given
+
+    @property
     def all_outputs(self) -> tuple[PartOutput, ...]:
         """Everything that is written for it."""
         return (*self.outputs, *self.duplicates)

@@ -1,19 +1,19 @@
 """The weights of a live model and what its quantizers say of them, as plain data for the plan."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from megatron.core.transformer.attention import Attention, SelfAttention
-from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, StaticBlockScaleQuantizer, TensorQuantizer
 from modelopt.torch.quantization.qtensor import QTensorWrapper
 
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
-from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings
+from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
@@ -78,6 +78,8 @@ def live_weights(model: Model) -> LiveWeights:
         quantizers = pairs.get(id(parameter.tensor), (None, None))
         claimed.update(_leaves(quantizers))
         weight, activation = (_state(names, quantizer) for quantizer in quantizers)
+        if weight is not None and isinstance(quantizers[0], StaticBlockScaleQuantizer) and weight.search.is_given:
+            weight = _with_blocks(weight, quantizers[0], parameter.tensor)
         refs.append(
             WeightRef(
                 key=parameter.key,
@@ -209,8 +211,24 @@ def _state(names: Mapping[torch.nn.Module, str], quantizer: Quantizer) -> Quanti
     if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
         return None
     settings = _settings(quantizer)
+    if settings.is_static_nvfp4:
+        # Without the one of the whole, which its calibration leaves, those of blocks are no scales yet.
+        whole = quantizer.global_amax if isinstance(quantizer, StaticBlockScaleQuantizer) else None
+        return settings.state(names[quantizer], _largest(whole))
     # ModelOpt asserts that nobody asks a dynamic one for its amax, which it may still hold from before it became that.
     return settings.state(names[quantizer], None if settings.dynamic else _largest(quantizer.amax))
+
+
+def _with_blocks(state: QuantizerState, quantizer: StaticBlockScaleQuantizer, weight: torch.Tensor) -> QuantizerState:
+    """The state, with what is wrong with its amaxes of blocks for this weight."""
+    amaxes = quantizer.amax
+    if amaxes is None:
+        return replace(state, amax=None)
+    problem = wrong_blocks(amaxes.numel(), tuple(weight.shape))
+    if problem is not None:
+        return replace(state, unsupported=(*state.unsupported, problem))
+    unusable = amaxes[~(amaxes.isfinite() & (amaxes >= 0))]
+    return replace(state, amax=float(unusable[0])) if unusable.numel() else state
 
 
 def _settings(quantizer: TensorQuantizer) -> QuantizerSettings:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from quantplug.export.plan.pieces import BUCKET_BYTES, Piece, rows_of
-from quantplug.export.plan.source import Chunk, Place, Rows, Source
+from quantplug.export.plan.source import Chunk, Place, Rows, ScaledRows, Source
 from quantplug.export.plan.types import ExportTask, Held, WeightRef, not_here
 from quantplug.mappings.layouts import ModelDimensions
 
@@ -39,7 +39,10 @@ class LiveSource:
             yield from self._beside.chunks(task)
         else:
             ref = self.held[task.source.key]
-            yield Chunk(Place(task.source.key.name, _slice_index(ref)), written_rows(task, ref))
+            values: Rows = written_rows(task, ref)
+            if isinstance(values, torch.Tensor) and task.has_given_scales:
+                values = ScaledRows(values, _block_amaxes(ref))
+            yield Chunk(Place(task.source.key.name, _slice_index(ref)), values)
 
     def named(self, task: ExportTask) -> Iterator[tuple[str, torch.Tensor]]:
         if task.mapping.role.is_passthrough:
@@ -51,7 +54,11 @@ class LiveSource:
         if piece.task.mapping.role.is_passthrough:
             return self._beside.read(piece)
         ref = self.held[piece.task.source.key]
-        return slice_rows(piece, ref.load(), _slice_index(ref), self.dims)
+        values = slice_rows(piece, ref.load(), _slice_index(ref), self.dims)
+        if not piece.has_given_scales:
+            return values
+        # They have the rows of the weight, and so are taken as its rows are.
+        return ScaledRows(values, _taken(_block_amaxes(ref), rows_of(piece, _slice_index(ref), self.dims)))
 
     def group_amaxes(self, task: ExportTask) -> torch.Tensor | None:
         load = None if task.mapping.role.is_passthrough else self.held[task.source.key].group_amaxes
@@ -84,6 +91,12 @@ def written_rows(task: ExportTask, ref: WeightRef) -> torch.Tensor:
     # Slices are equal, so that number i begins at row i times its height. The last ones may lie behind the vocabulary
     # altogether: they have no rows, hence the 0.
     return weight[: max(0, task.outputs[0].shape[0] - _slice_index(ref) * weight.shape[0])]
+
+
+def _block_amaxes(ref: WeightRef) -> torch.Tensor:
+    """FP32 [rows, blocks of a row]: ModelOpt lists blocks as they lie in the weight, row by row."""
+    assert ref.group_amaxes is not None
+    return ref.group_amaxes().float().view(ref.shape[0], -1)
 
 
 def _slice_index(ref: WeightRef) -> int:

@@ -1,5 +1,6 @@
 """What a quantizer of ModelOpt says, put into the plan's words: of a live one, or of one in a checkpoint."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.types import QuantizerState
 from quantplug.findings import Kind
+from quantplug.formats.constants import NVFP4_BLOCK
+from quantplug.formats.search.candidates import BY_MAX, GIVEN, GIVEN_FOUR_OVER_SIX, ScaleSearch
 
 # Enabled or not: ModelOpt's TensorQuantizer.forward scales and rotates its input before it asks whether it is disabled,
 # and the algorithm has changed the weights to fit. What is exported of such weights alone is another model.
@@ -17,6 +20,14 @@ CHANGES_INPUTS = Kind(
     "Quantize the original weights anew by an algorithm that leaves them as they are, such as max: disabling the "
     "quantizers does not undo it.",
 )
+
+
+def wrong_blocks(amaxes: int, shape: tuple[int, ...]) -> str | None:
+    """That a quantizer has scales for another number of blocks than a weight [out, in] of NVFP4 has; None if not."""
+    blocks = math.prod(shape) // NVFP4_BLOCK
+    if shape[-1] % NVFP4_BLOCK == 0 and amaxes == blocks:
+        return None
+    return f"{amaxes} scales for the {blocks} blocks of a weight {list(shape)}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,21 @@ class QuantizerSettings:
             amax=amax,
             unsupported=tuple(self._unsupported()),
             dynamic=self.dynamic or self._is_mx,
+            search=self._search,
         )
+
+    @property
+    def is_static_nvfp4(self) -> bool:
+        """Whether it holds a scale for each block of NVFP4, found once, in place of making them anew."""
+        blocks = self.block_sizes
+        is_nvfp4 = self.num_bits == (2, 1) and tuple(blocks.get("scale_bits") or ()) == (4, 3)
+        return is_nvfp4 and blocks.get("type") != "dynamic" and not self.dynamic
+
+    @property
+    def _search(self) -> ScaleSearch:
+        if not self.is_static_nvfp4:
+            return BY_MAX
+        return GIVEN_FOUR_OVER_SIX if self.block_sizes.get("four_over_six") else GIVEN
 
     def changes_of_input(self) -> Iterator[str]:
         """What it does, enabled or not, to its input before it quantizes."""
@@ -79,9 +104,11 @@ class QuantizerSettings:
     def _unsupported(self) -> Iterator[str]:
         """Features that change what the quantizer computes and that no output format expresses."""
         # Settings that ModelOpt keeps beside those of `QuantizerState`, and that change codes or scales.
-        for setting in ("four_over_six", "scale_block_sizes"):
-            if self.block_sizes.get(setting):
-                yield setting
+        # Four-over-six is a search for static scales; made anew with each block, they would be found otherwise.
+        if self.block_sizes.get("four_over_six") and not self.is_static_nvfp4:
+            yield "four_over_six"
+        if self.block_sizes.get("scale_block_sizes"):
+            yield "scale_block_sizes"
         if self.backend is not None:
             yield f"the backend {self.backend}"
         if self.has_bias:

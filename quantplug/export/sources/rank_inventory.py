@@ -63,7 +63,7 @@ class RankInventory:
 def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:
     """The inventories of all ranks, in order of rank. A collective, of metadata alone."""
     # The way to load a weight is bound to the tensor: pickled, it would take all of the weight's data along.
-    portable = replace(mine, refs=tuple(replace(ref, load=not_here) for ref in mine.refs))
+    portable = replace(mine, refs=tuple(replace(ref, load=not_here, group_amaxes=None) for ref in mine.refs))
     gathered = gather_objects(portable)
     return tuple(sorted(gathered, key=lambda inventory: inventory.rank))
 

@@ -30,6 +30,8 @@ def scales_of_block_amaxes(
     largest = encoding.largest / encoding.code.largest
     of_wholes = scale_from_amax(amaxes, encoding.code.largest)
     scales = of_blocks * largest / of_wholes[:, None, None]
+    # Of an all-zero weight, where ModelOpt divides 0 by 0: as a weight is packed that has no such amaxes.
+    scales = torch.where(amaxes[:, None, None] == 0, torch.ones_like(scales), scales)
     return scales.clamp(E4M3_SMALLEST_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
 
 

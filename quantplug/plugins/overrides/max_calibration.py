@@ -1,14 +1,19 @@
-"""ModelOpt's `max` calibration with our reductions: what plain `mtq.quantize` and `mtq.calibrate` run.
+"""ModelOpt's `max` calibration with our reductions, and `mse` of static NVFP4 with our search.
 
 The mode keeps its name and its config, so that the state of a model it calibrated is ModelOpt's own. Other algorithms
-that begin with a `max` calibration of their own (mse, awq, smoothquant) reduce as ModelOpt does.
+that begin with a `max` calibration of their own (awq, smoothquant, mse of other formats) reduce as ModelOpt does.
 """
 
-from modelopt.torch.quantization.mode import CalibrateModeRegistry, MaxCalibrateModeDescriptor
+from modelopt.torch.quantization.mode import (
+    CalibrateModeRegistry,
+    MaxCalibrateModeDescriptor,
+    MseCalibrateModeDescriptor,
+)
 
 from quantplug.calibration.run import max_calibrate
+from quantplug.calibration.static_scales import mse_calibrate
 
-MODE = "max_calibrate"
+MODE, MSE_MODE = "max_calibrate", "mse_calibrate"
 
 
 class QuantplugMaxCalibration(MaxCalibrateModeDescriptor):
@@ -17,9 +22,16 @@ class QuantplugMaxCalibration(MaxCalibrateModeDescriptor):
     _calib_func = max_calibrate
 
 
+class QuantplugMseCalibration(MseCalibrateModeDescriptor):
+    """The mode `mse_calibrate`."""
+
+    _calib_func = mse_calibrate
+
+
 def register_max_calibration() -> None:
     """Registers the mode, in place of ModelOpt's own; again changes nothing."""
     # Registered under the same name, so it must be taken out first; a second call finds ours and leaves it.
-    if not isinstance(CalibrateModeRegistry[MODE], QuantplugMaxCalibration):
-        CalibrateModeRegistry.remove_mode(MODE)
-        CalibrateModeRegistry.register_mode(QuantplugMaxCalibration)
+    for mode, ours in ((MODE, QuantplugMaxCalibration), (MSE_MODE, QuantplugMseCalibration)):
+        if not isinstance(CalibrateModeRegistry[mode], ours):
+            CalibrateModeRegistry.remove_mode(mode)
+            CalibrateModeRegistry.register_mode(ours)
