@@ -9,7 +9,18 @@ from quantplug.errors import MappingError, QuantplugError, UnsupportedQuantizati
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions, Option
 from quantplug.mappings.table import Family, ParamKey
-from quantplug.selection import Policy, Reason, by_checker, by_exclude, by_rules, decide, excluding, quantized
+from quantplug.selection import (
+    LeaveOut,
+    Policy,
+    Reason,
+    by_checker,
+    by_exclude,
+    by_rules,
+    by_rules_of_pairs,
+    decide,
+    excluding,
+    quantized,
+)
 from tests.export.refusals import offenders
 
 MOE = ModelDimensions(2, 160, 4, 2, 48, vocab_size=523, num_experts=3, moe_layers=(0, 1))
@@ -109,6 +120,21 @@ def test_the_advice_is_all_that_is_fused_and_no_more(family: Family, exclude: li
     words = shlex.split(caught.value.remedy)
     assert [word for word in words if word.startswith("model.")] == advised
     assert words.count("--exclude") == len(advised)
+
+
+@pytest.mark.parametrize(
+    ("advice", "numbers"), [(by_rules, ("1", "1")), (by_rules_of_pairs, ("2", "3"))], ids=["GPTModel", "HybridModel"]
+)
+def test_rules_name_the_layers_that_the_model_has(advice: LeaveOut, numbers: tuple[str, str]) -> None:
+    """Attention and experts of layer 1, of which a HybridModel makes its layers 2 and 3."""
+    rows = quantized(decide((key for _, key in QWEN3_MOE.expected(MOE)), QWEN3_MOE, Policy(weight_bits=4)))
+    attention = ParamKey("decoder.layers.*.self_attention.linear_proj.weight", 1)
+    expert = ParamKey("decoder.layers.*.mlp.experts.linear_fc2.weight*", 1, 0)
+
+    said = advice([attention, expert], rows, MOE)
+
+    assert f"'*decoder.layers.{numbers[0]}.self_attention.linear_proj.*_quantizer*'" in said
+    assert f"'*decoder.layers.{numbers[1]}.mlp.experts.*_quantizer*'" in said
 
 
 def test_a_format_that_fits_no_linear_is_not_advised_with_excludes() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from quantplug import (
     export_checkpoint,
+    export_hf_weights_quant,
     export_mcore_gpt_to_hf,
     import_mcore_gpt_from_hf,
     save_checkpoint,
@@ -69,6 +70,18 @@ def test_the_bytes_of_the_gpt_model(name: str, checkpoint: Checkpoint, export: E
     for made, scheme in (("plain", None), ("nvfp4", "w4a16_nvfp4")):
         assert_same_export(tmp_path / made, export(name, scheme))
         assert_same_export(tmp_path / f"{made}_again", export(name, scheme))
+
+
+@needs_hybrid_model
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
+def test_a_stream_has_the_tensors_of_an_export(name: str, checkpoint: Checkpoint, export: Export) -> None:
+    with one_rank():
+        stream = dict(
+            export_hf_weights_quant(load_hybrid(checkpoint(name)), checkpoint(name), quant_format="w4a16_nvfp4")
+        )
+    expected = read(export(name, "w4a16_nvfp4"))
+    assert stream.keys() == expected.keys()
+    assert [it for it in expected if not same_bytes(stream[it], expected[it])] == []
 
 
 @needs_hybrid_model
