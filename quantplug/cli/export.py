@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Dialect, Exclude, GroupSize, QuantizeMtp, ScalesOption
+from quantplug.cli.options import Dialect, Exclude, GroupSize, InputScale, QuantizeMtp, ScalesOption, WhichLinears
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
 from quantplug.export.pipeline.amaxes import WeightAmax
 from quantplug.formats.names import KVCacheFormat
 from quantplug.formats.search.candidates import Scales
+from quantplug.selection import Preset
 
 
 def export(
@@ -40,6 +41,11 @@ def export(
     ] = None,
     exclude: Exclude = None,
     quantize_mtp: QuantizeMtp = False,
+    drop_mtp: Annotated[
+        bool, typer.Option("--drop-mtp", help="Leave out the layers of multi-token prediction.")
+    ] = False,
+    preset: WhichLinears = None,
+    input_scale: InputScale = None,
     scales: ScalesOption = Scales.MAX,
     kv_cache: Annotated[
         KVCacheFormat | None,
@@ -75,6 +81,9 @@ def export(
             vocab_size=vocab_size,
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
+            drop_mtp=drop_mtp,
+            preset=preset or Preset.ALL,
+            input_scale=input_scale,
             scales=scales,
             kv_cache=kv_cache,
             dialect=dialect,

@@ -6,6 +6,7 @@ import typer
 
 from quantplug.export.plan.dialects.table import DialectName
 from quantplug.formats.search.candidates import Scales
+from quantplug.selection import Preset
 
 Exclude = Annotated[
     list[str] | None,
@@ -22,5 +23,13 @@ GroupSize = Annotated[
 ScalesOption = Annotated[
     Scales,
     typer.Option("--scales", help="With w4a16_nvfp4: how scales of blocks are found; mse has the least error."),
+]
+WhichLinears = Annotated[
+    Preset | None,
+    typer.Option("--preset", help="Which linears are quantized at all, by the names of ModelOpt's recipes."),
+]
+InputScale = Annotated[
+    float | None,
+    typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Dialect, Exclude, GroupSize, QuantizeMtp
+from quantplug.cli.options import Dialect, Exclude, GroupSize, InputScale, QuantizeMtp, WhichLinears
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
@@ -19,7 +19,7 @@ from quantplug.selection import Preset
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id: plain, FP8 in blocks, or MXFP4.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory or hub id: plain, FP8, or MXFP4.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A directory that is new or empty.")],
     format: Annotated[  # noqa: A002
         QuantFormat | None,
@@ -32,13 +32,8 @@ def quantize(
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"In place of the format and its options: {', '.join(RECIPES)}.")
     ] = None,
-    preset: Annotated[
-        Preset | None, typer.Option(help="Which linears are quantized at all, by the names of ModelOpt's recipes.")
-    ] = None,
-    input_scale: Annotated[
-        float | None,
-        typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
-    ] = None,
+    preset: WhichLinears = None,
+    input_scale: InputScale = None,
     scales: Annotated[
         Scales | None,
         typer.Option(help="With nvfp4, w4a16_nvfp4: how scales of blocks are found; mse has the least error."),

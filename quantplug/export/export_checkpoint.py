@@ -5,7 +5,7 @@ that would be loaded from it, and so are the bytes. Nothing that the checkpoint 
 plain data.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from quantplug.checkpoint.config_file import in_megatrons_words
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.checkpoint.torch_dist.arguments import is_zero_centred, read_arguments, require_as_trained
-from quantplug.checkpoint.torch_dist.aside import Aside, unwrapped
+from quantplug.checkpoint.torch_dist.aside import Aside, is_mtp, unwrapped, without_mtp
 from quantplug.checkpoint.torch_dist.files import read_own_file, require_as_saved
 from quantplug.checkpoint.torch_dist.index import read_index
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
@@ -27,6 +27,8 @@ from quantplug.export.model_free import (
     ModelByConfig,
     PlanOf,
     WeightOnlyPlan,
+    asked_scheme,
+    check_input_scale,
     chosen_weights,
     read_model,
     require_free,
@@ -39,10 +41,10 @@ from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.export.sources.hf_directory import (
     FittedTable,
+    against,
     fit_table,
     known_tensors,
     resolve_directory,
-    with_vocabulary,
 )
 from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.export.sources.trained.norms import with_norms
@@ -51,15 +53,13 @@ from quantplug.export.sources.trained.weights import checkpoint_weights
 from quantplug.formats.names import (
     KVCacheFormat,
     QuantFormat,
-    Scheme,
     kv_cache_without_data,
     scales_named,
-    scheme_without_data,
 )
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
-from quantplug.selection import Policy, by_exclude
+from quantplug.selection import Policy, Preset, by_exclude, preset_named
 
 PLAIN = "plain"
 """The name of no format: weights are written as they are, also those of a quantized model."""
@@ -101,6 +101,9 @@ def export_checkpoint(
     vocab_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    drop_mtp: bool = False,
+    preset: Preset | str = Preset.ALL,
+    input_scale: float | None = None,
     scales: Scales | str = Scales.MAX,
     kv_cache: KVCacheFormat | str | None = None,
     dialect: DialectName | str | None = None,
@@ -134,6 +137,10 @@ def export_checkpoint(
         exclude: With a `format`: modules that stay in high precision, by exact name in Hugging Face or as shell
             patterns (`model.layers.0.*`).
         quantize_mtp: With a `format`: whether the layers of multi-token prediction are quantized too.
+        drop_mtp: Whether the layers of multi-token prediction are left out; config.json then counts none.
+        preset: With a `format`: which linears are quantized at all, as in `quantize_checkpoint`.
+        input_scale: With a `format` that quantizes inputs by scales of their own, `nvfp4` or `fp8`: the scale of all
+            of them.
         scales: With a `format`: how the scales of NVFP4's blocks are found, as in `quantize_checkpoint`.
         kv_cache: With a `format`: in which format servers keep keys and values, `fp8_cast`; None for 16 bits. Without a
             `format` the quantizers in the checkpoint say it.
@@ -148,8 +155,8 @@ def export_checkpoint(
 
     Raises:
         ArgumentError: A format, `group_size`, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not
-            served; `scales` that the format has not; or `group_size`, `exclude`, `quantize_mtp` or `kv_cache` without a
-            format that quantizes.
+            served; `scales` that the format has not; an `input_scale` that goes with no input; or `group_size`,
+            `exclude`, `quantize_mtp`, `preset`, `input_scale` or `kv_cache` without a format that quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
@@ -165,18 +172,37 @@ def export_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
-    scheme = _scheme(format, group_size)
+    scheme = None
+    if format is not None and format != PLAIN:
+        scheme = asked_scheme(format, "format", group_size, input_scale=input_scale)
+        check_input_scale(input_scale, scheme)
+    selected = preset_named(preset, "preset")
     search = scales_named(scales, "scales", scheme)
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     if scheme is None:
-        _refuse_choices(group_size=group_size, exclude=exclude, quantize_mtp=quantize_mtp, kv_cache=kv_cache)
+        _refuse_choices(
+            group_size=group_size,
+            exclude=exclude,
+            quantize_mtp=quantize_mtp,
+            preset=selected is not Preset.ALL,
+            input_scale=input_scale is not None,
+            kv_cache=kv_cache,
+        )
     target = Path(destination)
     require_free(target)
     directory = find_iteration(checkpoint, iteration)
     require_as_saved(directory, read_own_file(directory).get("files", {}))
     index = unwrapped(read_index(directory))
-    has_mtp = any(key.startswith("mtp.") for key in index.tensors)
-    model, table = _read_hf(pretrained_model_name_or_path, trust_remote_code, has_mtp, vocab_size)
+    has_mtp = drop_mtp or any(map(is_mtp, index.tensors))
+    if drop_mtp:
+        index = without_mtp(index)
+
+    def read(directory: Path) -> ModelByConfig:
+        model = read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
+        model = model.without_mtp() if drop_mtp else model
+        return model if vocab_size is None else model.with_vocabulary(vocab_size)
+
+    model, table = _read_hf(pretrained_model_name_or_path, read)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     arguments = read_arguments(directory, index)
@@ -190,26 +216,24 @@ def export_checkpoint(
         found = checkpoint_weights(reader, model.family, model.dims, padding, grown=vocab_size is not None)
         weights = (*with_norms(found.weights, is_zero_centred(arguments)), *_beside(table))
         stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
-        shapes = {name: header.shape for name, header in stored.items()}
         request = ExportRequest(
             tied_embeddings=model.tied,
             dtype=dtype,
             router_dtype=moe_router_dtype,
             max_shard_size=max_shard_size,
-            reference=with_vocabulary(shapes, model.family, model.dims) if vocab_size is not None else shapes,
-            source_types={name: header.dtype for name, header in stored.items()},
             dialect=spelling,
         )
+        request = against(stored, request, model.family, model.dims, grown=vocab_size is not None)
         plan_of: PlanOf
         if format is None:
             request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
         else:
             weights = _without_quantizers(weights)
         if scheme is not None:
-            asked_for = Policy(scheme.weight_bits, quantize_mtp)
+            asked_for = Policy(scheme.weight_bits, quantize_mtp, preset=selected)
             chosen = chosen_weights(weights, model, lambda _: scheme, asked_for, exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
-            plan_of = WeightOnlyPlan(weights, model, chosen, request, scales=search)
+            plan_of = WeightOnlyPlan(weights, model, chosen, request, input_scale, search)
         else:
             plan_of = _AsSaved(weights, model, request, policy)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model), found.group_amaxes)
@@ -223,17 +247,6 @@ def export_checkpoint(
     )
 
 
-def _scheme(name: str | None, group_size: int | None) -> Scheme | None:
-    """How weights are quantized, where that is not said by the checkpoint."""
-    if name is None or name == PLAIN:
-        return None
-    if name not in list(QuantFormat):
-        raise ArgumentError(
-            "There is no such format.", [Offender("format", f"is {name!r}")], f"Use one of: {', '.join(FORMATS)}."
-        )
-    return scheme_without_data(name, "format", group_size)
-
-
 def _refuse_choices(**given: object) -> None:
     """Refuses choices of what is quantized where the checkpoint says it, or nothing is."""
     offenders = [Offender(name, "is given without a format") for name, value in given.items() if value]
@@ -245,14 +258,8 @@ def _refuse_choices(**given: object) -> None:
         )
 
 
-def _read_hf(
-    name_or_path: str | Path, trust_remote_code: bool, has_mtp: bool, vocab_size: int | None
-) -> tuple[ModelByConfig, FittedTable]:
+def _read_hf(name_or_path: str | Path, read: Callable[[Path], ModelByConfig]) -> tuple[ModelByConfig, FittedTable]:
     """The model by its config, with the table fitted to what lies beside the config."""
-
-    def read(directory: Path) -> ModelByConfig:
-        model = read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
-        return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     def needs_weights(directory: Path) -> bool:
         model = read(directory)

@@ -12,7 +12,7 @@ from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_pla
 from quantplug.export.plan.dialects.table import DialectName, dialect_named
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.choices import Choices
-from quantplug.export.sources.hf_directory import fit_table, known_tensors, resolve_directory, with_vocabulary
+from quantplug.export.sources.hf_directory import against, fit_table, known_tensors, resolve_directory
 from quantplug.export.sources.live import Model, live_weights
 from quantplug.export.sources.live_rows import LiveSource
 from quantplug.export.sources.live_settings import check_settings
@@ -128,16 +128,13 @@ def plan_export(
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
-        reference=with_vocabulary({name: tensor.shape for name, tensor in stored.items()}, family, dims)
-        if vocab_size is not None
-        else {name: tensor.shape for name, tensor in stored.items()},
-        source_types={name: tensor.dtype for name, tensor in stored.items()},
         unclaimed=unclaimed,
         attentions=attentions,
         calibrated=calibrated,
         leave_out=leave_out or _by_rules(model),
         dialect=spelling,
     )
+    request = against(stored, request, family, dims, grown=vocab_size is not None)
     # Deterministic, so that all ranks raise alike; but the ranks' sources may differ, and then one raises alone.
     plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")

@@ -3,6 +3,7 @@
 They need torch, safetensors and NumPy alone.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, Schemes, WholeWeight
-from quantplug.formats.names import Scheme
+from quantplug.formats.names import Scheme, scheme_named, scheme_without_data
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
@@ -72,6 +73,14 @@ class ModelByConfig:
         """Whether the output layer is the embedding."""
         return ties_embeddings(self.config)
 
+    def without_mtp(self) -> "ModelByConfig":
+        """The same model without layers of multi-token prediction."""
+        family, config = self.family.without_mtp(), self.config
+        settings = config if family.nested is None else config[family.nested]
+        if settings.get(family.mtp_setting):
+            config = with_settings(config, {family.mtp_setting: 0}, family.nested)
+        return replace(self, config=config, family=family, dims=read_dimensions(config, family))
+
     def with_vocabulary(self, tokens: int) -> "ModelByConfig":
         """The same model with another number of tokens.
 
@@ -108,6 +117,41 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
         config = lost.without(config)
         dims = family.dimensions(config)
     return ModelByConfig(directory, config, family, dims, lost)
+
+
+def asked_scheme(name: str, argument: str, group_size: int | None = None, *, input_scale: float | None) -> Scheme:
+    """The scheme of a format where nothing is calibrated with data.
+
+    Args:
+        argument: What the name was given as, for the message.
+        input_scale: The scale of all inputs in place of calibrated ones; None where inputs are to have none.
+
+    Raises:
+        ArgumentError: No format has this name, or it has not this group size.
+        UnsupportedQuantizationError: The format has scales of inputs, and none is given.
+    """
+    named = scheme_without_data if input_scale is None else scheme_named
+    return named(name, argument, group_size)
+
+
+def check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
+    """Refuses a scale of inputs that is none, or goes with no input.
+
+    Raises:
+        ArgumentError: It is no number above 0, or none of the schemes has a scale of inputs.
+    """
+    if input_scale is None:
+        return
+    offenders = []
+    # As FP32, which is what is written.
+    if not math.isfinite(input_scale) or not float(torch.tensor(input_scale, dtype=torch.float32)) > 0:
+        offenders.append(Offender("input_scale", f"is {input_scale}"))
+    if not any(scheme.has_input_scale for scheme in schemes):
+        offenders.append(Offender("format", f"is {schemes[0].format}, which has no scale of inputs"))
+    if offenders:
+        raise ArgumentError(
+            "The scale of inputs cannot be served.", offenders, "Give a number above 0, and a format such as nvfp4."
+        )
 
 
 def chosen_weights(

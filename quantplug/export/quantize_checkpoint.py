@@ -4,7 +4,6 @@ Weights need no data to be calibrated, so no model is built: needs torch, safete
 plan, packing and files are those of an export from Megatron-Core, and so are the bytes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,15 @@ from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.files.finish import Beside, ExportResult, result_of
-from quantplug.export.model_free import WeightOnlyPlan, chosen_weights, read_model, require_free, write_export
+from quantplug.export.model_free import (
+    WeightOnlyPlan,
+    asked_scheme,
+    check_input_scale,
+    chosen_weights,
+    read_model,
+    require_free,
+    write_export,
+)
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest
 from quantplug.export.plan.dialects.table import DialectName, dialect_named
 from quantplug.export.sources.checkpoint import source_weights
@@ -25,11 +32,8 @@ from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.formats.names import (
     KVCacheFormat,
     QuantFormat,
-    Scheme,
     kv_cache_without_data,
     scales_named,
-    scheme_named,
-    scheme_without_data,
 )
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.source_fit import fitted
@@ -67,7 +71,7 @@ def quantize_checkpoint(
     `destination` does not exist.
 
     Args:
-        source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8 in blocks, or with experts in MXFP4.
+        source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8, or with experts in MXFP4.
         destination: A directory that is new or empty.
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor),
             `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row), `mxfp8` or `int4`; or with an `input_scale` one
@@ -107,10 +111,9 @@ def quantize_checkpoint(
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    named = scheme_without_data if input_scale is None else scheme_named
-    scheme = named(format, "format", group_size)
-    experts = scheme if expert_format is None else named(expert_format, "expert_format")
-    _check_input_scale(input_scale, scheme, experts)
+    scheme = asked_scheme(format, "format", group_size, input_scale=input_scale)
+    experts = scheme if expert_format is None else asked_scheme(expert_format, "expert_format", input_scale=input_scale)
+    check_input_scale(input_scale, scheme, experts)
     policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     spelling = dialect_named(dialect, "dialect")
@@ -155,18 +158,3 @@ def quantize_checkpoint(
         )
         aside = checkpoint.aside
     return result_of(plan, target, side_files, model.lost_mtp, aside)
-
-
-def _check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
-    if input_scale is None:
-        return
-    offenders = []
-    # As FP32, which is what is written.
-    if not math.isfinite(input_scale) or not float(torch.tensor(input_scale, dtype=torch.float32)) > 0:
-        offenders.append(Offender("input_scale", f"is {input_scale}"))
-    if not any(scheme.has_input_scale for scheme in schemes):
-        offenders.append(Offender("format", f"is {schemes[0].format}, which has no scale of inputs"))
-    if offenders:
-        raise ArgumentError(
-            "The scale of inputs cannot be served.", offenders, "Give a number above 0, and a format such as nvfp4."
-        )

@@ -46,8 +46,9 @@ def import_mcore_gpt_from_hf(
         progress: Called as ("import", parameters done, parameters of this rank).
 
     Raises:
-        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (MXFP4 and FP8 in blocks are
-            decoded); or tensors that it holds twice, such as the embedding in an MTP layer, differ.
+        SourceError: The checkpoint is missing, incomplete, damaged, or already quantized (FP8 and MXFP4 are
+            decoded, scales of activations and KV caches left aside); or tensors that it holds twice, such as the
+            embedding in an MTP layer, differ.
         UnsupportedModelError: The architecture, or a setting of it, is not one we convert.
         MappingError: Tensors or parameters are missing or unknown.
         ShapeError: Shapes do not agree, the number of experts among them.

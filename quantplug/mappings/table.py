@@ -452,6 +452,10 @@ class Family:
             return names
         return {copy: self.tied.get(name, name) for copy, name in names.items()} | dict(self.tied)
 
+    def without_mtp(self) -> "Family":
+        """The table of a model whose layers of multi-token prediction are left out, so that none are carried over."""
+        return replace(self, passthrough=tuple(start for start in self.passthrough if not start.startswith("mtp.")))
+
     def by_megatron(self) -> dict[str, WeightMapping]:
         """Every Megatron spelling with its row."""
         return {name: mapping for mapping in self.mappings for name in mapping.megatron}

@@ -11,13 +11,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantplug import build_model, export_hf_weights_quant, export_mcore_gpt_to_hf
+from quantplug import (
+    build_model,
+    export_checkpoint,
+    export_hf_weights_quant,
+    export_mcore_gpt_to_hf,
+    quantize_checkpoint,
+    save_checkpoint,
+)
 from quantplug.checkpoint.source_config import megatron_config, read_source_config
 from quantplug.errors import ArgumentError, MappingError, ShapeError
 from quantplug.megatron.models import build
 from quantplug.megatron.parameters import LanguageModel
 from quantplug.verify import verify_checkpoint
-from tests.export.checkpoints import quantize, read, same_bytes
+from tests.export.checkpoints import assert_same_export, quantize, read, same_bytes
 from tests.export.refusals import edited_source, refused
 from tests.families.cases import make
 from tests.made_once import MadeOnce
@@ -155,3 +162,36 @@ def test_what_a_source_has_of_them_is_dropped_likewise(family: str, checkpoint: 
     export_mcore_gpt_to_hf(model, source, tmp_path / "out", drop_mtp=True)
     assert not [name for name in read(tmp_path / "out") if name.startswith("mtp.")]
     assert verify_checkpoint(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize(("family", "quantized"), [("deepseek_v3", False), ("deepseek_v3", True), ("qwen3_5_vl", True)])
+def test_a_checkpoints_layers_are_dropped_as_the_models(
+    family: str, quantized: bool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint(family)
+    model = build_model(source, import_weights=True)
+    if quantized:
+        quantize(model, "w4a16_nvfp4", source)
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    uncounted = source
+    if family == "deepseek_v3":
+        uncounted = edited_source(source, tmp_path / "hf", num_nextn_predict_layers=0)
+    export_mcore_gpt_to_hf(model, source, tmp_path / "expected", drop_mtp=True)
+    for number, hf in enumerate((source, uncounted)):
+        export_checkpoint(tmp_path / "saved", tmp_path / f"out{number}", hf, drop_mtp=True)
+        found, expected = read(tmp_path / f"out{number}"), read(tmp_path / "expected")
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not same_bytes(found[name], expected[name])] == []
+        assert config_of(tmp_path / f"out{number}") == config_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("choices", [{"preset": "experts_only", "input_scale": 1.0}, {"preset": "omlp_only"}])
+def test_a_checkpoint_is_quantized_by_the_same_choices(
+    choices: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen3_moe")
+    save_checkpoint(build_model(source, import_weights=True), tmp_path / "saved", extra={})
+    name = "nvfp4" if "input_scale" in choices else "w4a16_nvfp4"
+    export_checkpoint(tmp_path / "saved", tmp_path / "out", source, name, **choices)
+    quantize_checkpoint(source, tmp_path / "expected", name, **choices)
+    assert_same_export(tmp_path / "out", tmp_path / "expected")

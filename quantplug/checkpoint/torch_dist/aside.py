@@ -76,6 +76,17 @@ def unwrapped(index: Index) -> Index:
     )
 
 
+def without_mtp(index: Index) -> Index:
+    """The index without what is of layers of multi-token prediction."""
+    tensors = {key: tensor for key, tensor in index.tensors.items() if not is_mtp(key)}
+    return Index(index.directory, tensors, {key: at for key, at in index.objects.items() if not is_mtp(key)})
+
+
+def is_mtp(key: str) -> bool:
+    """Whether a key of a model is of its layers of multi-token prediction."""
+    return key.startswith("mtp.")
+
+
 def _wrappers(key: str) -> str:
     match = _WRAPPED.fullmatch(key)
     return match[1] if match else ""

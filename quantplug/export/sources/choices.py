@@ -1,6 +1,6 @@
 """What a caller has chosen to be otherwise than config.json says, which the config that is written will then say."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from quantplug.checkpoint.source_config import SourceConfig
 from quantplug.mappings.families import find_family
@@ -22,10 +22,7 @@ class Choices:
     def family(self, source: SourceConfig) -> Family:
         """The table of a source; one that carries no layers of multi-token prediction over if these are dropped."""
         family = find_family(source.architecture)
-        if not self.drop_mtp:
-            return family
-        kept = tuple(beginning for beginning in family.passthrough if not beginning.startswith("mtp."))
-        return replace(family, passthrough=kept)
+        return family.without_mtp() if self.drop_mtp else family
 
     def of(self, source: SourceConfig) -> SourceConfig:
         """The source's config as it is by these choices.

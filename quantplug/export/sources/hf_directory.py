@@ -8,6 +8,7 @@ from typing import Any
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, resolve_source
 from quantplug.checkpoint.stored_tensors import stored_tensors
+from quantplug.export.plan.build import ExportRequest
 from quantplug.export.sources.passthrough import has_passthrough, open_passthrough
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.mappings.source_fit import fitted
@@ -76,7 +77,24 @@ def known_tensors(directory: Path, family: Family, *, tied: bool, rank: int, ran
     return stored
 
 
-def with_vocabulary(
+def against(
+    stored: Mapping[str, TensorHeader], request: ExportRequest, family: Family, dims: ModelDimensions, *, grown: bool
+) -> ExportRequest:
+    """The request, to be held against the tensors beside the config.
+
+    Args:
+        stored: As `known_tensors`.
+        grown: Whether the vocabulary is another than theirs, of the size of `dims`.
+    """
+    shapes = {name: header.shape for name, header in stored.items()}
+    return replace(
+        request,
+        reference=_with_vocabulary(shapes, family, dims) if grown else shapes,
+        source_types={name: header.dtype for name, header in stored.items()},
+    )
+
+
+def _with_vocabulary(
     shapes: Mapping[str, tuple[int, ...]], family: Family, dims: ModelDimensions
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of a checkpoint's tensors as they are with another vocabulary, whose size is that of `dims`."""
