@@ -19,15 +19,16 @@ from typing import Annotated
 import torch
 import typer
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
-from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+from modelopt.torch.quantization.qtensor import FP8QTensor, INT4QTensor, NVFP4QTensor
 from results import machine, write_section
 from rich.console import Console
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
 
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, BlockFormat, PackedWeight
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4, BlockFormat, PackedWeight
 from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
 from quantplug.formats.kernels import Encoded, kernels_for, reference
 from quantplug.formats.scale_types import scale_from_amax
@@ -39,7 +40,7 @@ CASES = {
 }
 CLONE, QUANTPLUG, PLAIN, MODELOPT = "`Tensor.clone`", "**quantplug**", "quantplug without numba", "ModelOpt"
 SQUARES = {-1: 128, -2: 128}
-FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_ROW, FP8_BLOCK)
+FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32)
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,17 @@ def compressed_tensors_nvfp4(weight: Weight) -> object:
     return NVFP4PackedCompressor.compress(state, arguments)
 
 
+def compressed_tensors_int4(weight: Weight) -> object:
+    """Its scales of groups, then its compressor."""
+    arguments = preset_name_to_scheme("W4A16", ["Linear"])
+    groups = weight.values.unflatten(-1, (-1, 128))
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments.weights)
+    return PackedQuantizationCompressor.compress({"weight": weight.values, "weight_scale": scale}, arguments)
+
+
 def contestants() -> list[Contestant]:
     """All of them; the first is what the others are compared with."""
-    nvfp4, fp8, fp8_row, fp8_block = FORMATS
+    nvfp4, fp8, fp8_row, fp8_block, int4, int4_32 = FORMATS
     e4m3, per_block = E4M3_MAX, PerBlock((128, 128))
     return [
         Contestant("copy", CLONE, "", lambda w: w.values.clone()),
@@ -155,12 +164,18 @@ def contestants() -> list[Contestant]:
         Contestant("FP8 128x128", PLAIN, "", partial(plain, FP8_BLOCK)),
         Contestant("FP8 128x128", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES)),
         Contestant("FP8 128x128", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=per_block)),
+        Contestant("INT4 a 128", QUANTPLUG, "", lambda w: int4.pack(w.values)),
+        Contestant("INT4 a 128", PLAIN, "", partial(plain, INT4)),
+        Contestant("INT4 a 128", MODELOPT, "", lambda w: INT4QTensor.quantize(w.values, 128)),
+        Contestant("INT4 a 128", "compressed-tensors", "", compressed_tensors_int4),
+        Contestant("INT4 a 32", QUANTPLUG, "", lambda w: int4_32.pack(w.values)),
         Contestant("unpack NVFP4", QUANTPLUG, "", lambda w: nvfp4.unpack(w.packed["nvfp4"])),
         Contestant("unpack NVFP4", PLAIN, "", partial(plain_unpack, NVFP4)),
         Contestant("unpack NVFP4", MODELOPT, "", modelopt_unpack),
         Contestant("unpack FP8", QUANTPLUG, "", lambda w: fp8.unpack(w.packed["fp8"])),
         Contestant("unpack FP8 a row", QUANTPLUG, "", lambda w: fp8_row.unpack(w.packed["fp8_row"])),
         Contestant("unpack FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.unpack(w.packed["fp8_block"])),
+        Contestant("unpack INT4 a 128", QUANTPLUG, "", lambda w: int4.unpack(w.packed["int4"])),
     ]
 
 

@@ -104,6 +104,11 @@ def _target(inventory: Inventory, info: TensorInfo) -> str:
     # Norms, biases and routers keep their names in every dialect; only a weight may be packed under another.
     if suffix != "weight" and not originals.is_mxfp4(info):
         return info.name
+    return _stored_weight(inventory, module)
+
+
+def _stored_weight(inventory: Inventory, module: str) -> str:
+    """Name of a module's weight in the export's dialect."""
     packed = f"{module}.weight_packed"
     return packed if packed in inventory.checkpoint.tensors else f"{module}.weight"
 
@@ -126,8 +131,8 @@ def _part(
     inventory: Inventory, part: ExpertPart, source: Originals, meter: Meter, measured: list[TensorError]
 ) -> Iterator[Finding]:
     """A tensor of one expert, against its share of the source's tensor of all."""
-    module = inventory.modules.get(names.split(part.name)[0])
-    target = inventory.checkpoint.tensors.get(part.name)
+    name = names.split(part.name)[0]
+    module, target = inventory.modules.get(name), inventory.checkpoint.tensors.get(_stored_weight(inventory, name))
     if module is None or target is None:
         yield error(
             Check.SOURCE_NAMES, part.name, f"its values are in the source's {part.info.stored}, not in the export"

@@ -4,16 +4,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 
-from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
+from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf, quant_cfg
 from quantplug.checkpoint.source_config import read_source_config
+from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family
 from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
-from tests.export.checkpoints import load, one_rank, quantize, read, same_bytes
+from tests.export.checkpoints import assert_same_export, load, one_rank, quantize, read, same_bytes
 from tests.families.served import errors_of, has_experts, serves_experts
 
 # Hidden 160 and expert width 96 do not divide by 128: FP8 in blocks has a checkpoint of its own in tests/export.
@@ -61,6 +63,39 @@ def test_the_bytes_are_the_same_in_every_way(
         assert (out / path.name).read_text() == path.read_text(), path.name
     assert result.tensors == len(expected)
     assert errors_of(out, source) == set()
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3", "llama4"])
+def test_int4_in_groups_of_32_is_the_same_in_every_way(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of experts one by one, where an architecture keeps them in one tensor too; 32 divides all widths here."""
+    source = checkpoint(name)
+    quantize_checkpoint(source, tmp_path / "direct", "int4", group_size=32)
+    with one_rank():
+        model = load(source)
+        streamed = dict(export_hf_weights_quant(model, source, quant_format="int4", group_size=32))
+        mtq.quantize(model, quant_cfg("int4", source, group_size=32))
+        export_mcore_gpt_to_hf(model, source, tmp_path / "live")
+    assert_same_export(tmp_path / "live", tmp_path / "direct")
+    expected = of_megatron(read(tmp_path / "direct"), source)
+    assert streamed.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(streamed[name], expected[name])] == []
+    packed = [name for name in expected if name.endswith(".weight_packed")]
+    assert any(".experts.3.down_proj." in name for name in packed)
+    assert {expected[name].dtype for name in packed} == {torch.int32}
+    assert errors_of(tmp_path / "direct", source) == set()
+
+
+def test_gpt_oss_has_no_reader_of_int4(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its experts have biases, which vLLM's method of compressed-tensors' experts has no place for."""
+    source = checkpoint("gpt_oss")
+    with pytest.raises(UnsupportedQuantizationError, match=r"experts") as caught:
+        quantize_checkpoint(source, tmp_path / "out", "int4", group_size=32)
+    assert all(".experts." in offender.parameter for offender in caught.value.offenders)
+    assert not (tmp_path / "out").exists()
+    quantize_checkpoint(source, tmp_path / "rest", "int4", group_size=32, exclude=["*.experts*"])
+    assert verify_checkpoint(tmp_path / "rest", source).ok
 
 
 def test_multi_token_prediction_is_quantized_on_demand(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
