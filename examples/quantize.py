@@ -10,7 +10,7 @@ Weight-only quantization needs no data and no GPU. Formats that quantize activat
 model over a data set, which takes a GPU: Transformer Engine has no forward without one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,13 +20,15 @@ import modelopt.torch.quantization as mtq
 import torch
 import typer
 from console import StageBars, out, say, user_errors
+from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calibration_forward_loop
 from transformers import AutoTokenizer
 
 import quantplug
 from quantplug import KVCacheFormat, QuantFormat, calibration
-from quantplug.errors import CalibrationError, Offender
-from quantplug.megatron.agreement import all_or_none
+from quantplug.calibration.quantizers import needs_amax
+from quantplug.errors import ArgumentError, CalibrationError, Offender, UnsupportedQuantizationError
+from quantplug.megatron.agreement import all_or_none, gather_objects
 
 
 class Treatment(StrEnum):
@@ -58,7 +60,13 @@ def main(
         Path | None, typer.Option(help="Start from what a trainer saved here, in place of the Hugging Face weights.")
     ] = None,
     iteration: Annotated[int | None, typer.Option(help="Iteration of a trainer; by default the newest.")] = None,
-    export_quant_cfg: Annotated[QuantFormat, typer.Option(help="The format.")] = QuantFormat.FP8,
+    export_quant_cfg: Annotated[
+        QuantFormat | None, typer.Option(help="The format; fp8 where neither it nor a recipe is given.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="In place of a format: one of ModelOpt's recipes by name, or a YAML file of one."),
+    ] = None,
     weight_only: Annotated[
         bool,
         typer.Option("--weight-only", help="w4a16_nvfp4 for nvfp4, w8a16_fp8 for fp8."),
@@ -110,12 +118,22 @@ def main(
     """Quantizes a Hugging Face model in Megatron-Core."""
     with user_errors():
         topology = quantplug.initialize_parallel(tp=tp, pp=pp, ep=ep, etp=etp)
-        quant_format = export_quant_cfg.weight_only if weight_only else export_quant_cfg
+        quant_format = export_quant_cfg or QuantFormat.FP8
+        quant_format = quant_format.weight_only if weight_only else quant_format
+        # A recipe says all of this itself.
+        own: dict[str, object] = {
+            "--export-quant-cfg": export_quant_cfg,
+            "--weight-only": weight_only,
+            "--group-size": group_size,
+        }
+        own |= {"--kv-cache": kv_cache, "--mtp": mtp is not Treatment.KEPT, "--experts": experts is Treatment.KEPT}
 
         def config_of_format() -> dict[str, Any]:
             quantplug.check_destination(megatron_save_path)
+            if recipe is not None:
+                return config_of_recipe(recipe, own)
             if quant_format.needs_data:
-                require_gpu(quant_format)
+                require_gpu(quant_format, "--export-quant-cfg", f"{quant_format.weight_only} (or add --weight-only)")
             # Also whether servers load the model's experts in the format, before the model is built.
             return quantplug.quant_cfg(
                 quant_format,
@@ -152,11 +170,8 @@ def main(
             for line in report.said():
                 say(line)
 
-        say(f"Quantizing with {quant_format} ...")
-        data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
-        forward_loop = None
-        if quant_format.needs_data:
-            forward_loop = all_or_none(lambda: calibration_loop(hf_model_id, data, trust_remote_code))
+        asked = recipe or quant_format.value
+        say(f"Quantizing with {asked} ...")
         policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
         mtq.quantize(model, {**config, "algorithm": None})
         # What cannot be exported is refused before calibration is paid for.
@@ -168,12 +183,18 @@ def main(
             vocab_size=vocab_size,
             unchecked_settings=unchecked_setting or (),
         )
+        forward_loop = None
+        # A stage of a pipeline may have nothing that does, and runs the data through all the same.
+        if any(gather_objects(waits_for_data(model))):
+            data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
+            all_or_none(lambda: require_gpu(asked, "--recipe" if recipe else "--export-quant-cfg", "a format without"))
+            forward_loop = all_or_none(lambda: calibration_loop(hf_model_id, data, trust_remote_code))
         record = quantplug.calibrate(model, forward_loop, policy, progress=bars)
 
         statistics = calibration.gather_statistics(model, record)
         if topology.rank == 0:
             calibration.print_statistics(statistics, out)
-        about = {"hf_model_id": hf_model_id, "quant_format": quant_format.value}
+        about = {"hf_model_id": hf_model_id, "quant_format": asked}
         quantplug.save_checkpoint(model, megatron_save_path, extra=about)
         say(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")
         if stats_json is not None and topology.rank == 0:
@@ -188,13 +209,45 @@ def calibration_loop(source: str, data: CalibrationData, trust_remote_code: bool
     )
 
 
-def require_gpu(quant_format: QuantFormat) -> None:
+def config_of_recipe(recipe: str, own: Mapping[str, object]) -> dict[str, Any]:
+    """The config of one of ModelOpt's recipes; `own` are options by name, of which none goes with it.
+
+    Raises:
+        ArgumentError: There is no such recipe, or an option says what it says.
+        UnsupportedQuantizationError: Its algorithm is not the one that is run here.
+    """
+    beside = [Offender(name, "is given beside --recipe") for name, value in own.items() if value]
+    if beside:
+        remedy = "Give a recipe alone, or a format and what goes with it."
+        raise ArgumentError("A recipe says the format and all that goes with it.", beside, remedy)
+    config = quantplug.recipe_cfg(recipe)
+    algorithm = config["algorithm"]
+    method = algorithm["method"] if isinstance(algorithm, dict) else algorithm
+    if method not in (None, "max"):
+        raise UnsupportedQuantizationError(
+            "The recipe calibrates by an algorithm that this example does not run.",
+            [Offender("--recipe", f"{recipe} wants {method}")],
+            "Call mtq.quantize(model, quantplug.recipe_cfg(recipe), forward_loop) in a script of your own.",
+        )
+    return config
+
+
+def waits_for_data(model: torch.nn.Module) -> bool:
+    """Whether quantizers of inputs, or of a KV cache, still need an amax that only data can give."""
+    return any(
+        name.endswith(("input_quantizer", "_bmm_quantizer")) and needs_amax(module)
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+    )
+
+
+def require_gpu(asked: str, option: str, instead: str) -> None:
     """Raises CalibrationError where activations would have to be calibrated without a GPU."""
     if not torch.cuda.is_available():
         raise CalibrationError(
             "Calibrating activations takes a GPU: Transformer Engine has no forward without one.",
-            [Offender("--export-quant-cfg", f"{quant_format} quantizes activations")],
-            f"Use {quant_format.weight_only} (or add --weight-only), or run on a machine with a GPU.",
+            [Offender(option, f"{asked} has scales that are calibrated with data")],
+            f"Use {instead}, or run on a machine with a GPU.",
         )
 
 

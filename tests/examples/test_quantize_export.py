@@ -116,6 +116,35 @@ def test_activations_without_a_gpu_say_the_way_out(tmp_path: Path) -> None:
     assert not (tmp_path / "Q").exists()
 
 
+def test_a_recipe_without_data(tmp_path: Path) -> None:
+    """Experts in NVFP4 with a constant scale of their inputs, and a KV cache in FP8 by cast, as NVIDIA publishes."""
+    source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
+    recipe = "nvfp4_experts_only_input_scale1-kv_fp8_cast"
+    exported = read(quantize_and_export(forked, source, tmp_path, "--recipe", recipe))
+    scales = {name: tensor.item() for name, tensor in exported.items() if name.endswith(".input_scale")}
+    assert set(scales.values()) == {1.0}
+    assert all(".mlp.experts." in name for name in scales)
+    assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="with a GPU it calibrates")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--recipe", "nvfp4_default-kv_fp8_cast"), "Transformer Engine has no forward without one"),
+        (("--recipe", "nvfp4_default-kv_none-gptq"), "wants gptq"),
+        (("--recipe", "nvfp4_weight_only-kv_fp16", "--kv-cache", "fp8_cast"), "--kv-cache: is given beside --recipe"),
+        (("--recipe", "no_such_recipe"), "There is no such recipe"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_here(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3)
+    result = forked("quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", *options)
+    assert result.statuses == (1,)
+    assert said in " ".join(result.output.split())
+    assert not (tmp_path / "Q").exists()
+
+
 def test_an_export_without_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
     result = forked(
