@@ -7,9 +7,10 @@ The shapes are ModelOpt's: [] per tensor (FP8, and NVFP4 whose block scales are 
 import copy
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer, TensorQuantizer
 from torch import nn
 
 from quantplug.errors import Offender, ShapeError, UnsupportedQuantizationError
@@ -59,6 +60,23 @@ def fit_restored_amax(quantizer: nn.Module, weight: torch.Tensor) -> None:
             leaf.register_buffer("_amax", torch.full(shape, torch.nan, dtype=amax.dtype, device=weight.device))
 
 
+def as_blocks(quantizer: nn.Module, amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The amaxes of static NVFP4 blocks as [N, blocks of a row], which shards as its weight [N, K] does; others as is.
+
+    ModelOpt lists them, [blocks, 1], row by row: cut by columns, a list has no shards.
+    """
+    if not isinstance(quantizer, StaticBlockScaleQuantizer) or not quantizer.is_nvfp4_static or amax.ndim != 2:
+        return amax
+    return amax.reshape(weight.shape[0], -1) if amax.shape[1] == 1 and amax.shape[0] % weight.shape[0] == 0 else amax
+
+
+def list_blocks(state: dict[str, Any], name: str, quantizer: nn.Module) -> None:
+    """Undoes `as_blocks` in what is loaded into a quantizer, under the name that its amax has there."""
+    amax = state.get(name)
+    if isinstance(amax, torch.Tensor) and isinstance(quantizer, StaticBlockScaleQuantizer) and amax.ndim == 2:
+        state[name] = amax.reshape(-1, 1)
+
+
 def shard_axis(
     name: str, quantizer: TensorQuantizer, amax: torch.Tensor, weight: torch.Tensor, shard_dim: ShardDim, size: int
 ) -> int | None:
@@ -70,6 +88,11 @@ def shard_axis(
     """
     if amax.numel() == 1 and amax.ndim <= 1:
         return None
+    if isinstance(quantizer, StaticBlockScaleQuantizer) and quantizer.is_nvfp4_static:
+        # As `as_blocks` has them.
+        if size > 1:
+            require_whole_blocks(name, quantizer, weight.shape[shard_dim], shard_dim)
+        return int(shard_dim)
     # [N/b, 1, K/b, 1]: axis 0 goes with the weight's rows, axis 2 with its columns.
     if amax.ndim == 4:
         if size > 1:
@@ -105,4 +128,5 @@ def require_whole_blocks(name: str, quantizer: TensorQuantizer, features: int, s
 def block_size(quantizer: TensorQuantizer, dim: ShardDim) -> int:
     """Block size along one dimension of a weight [N, K]; ModelOpt counts dimensions from either end."""
     sizes = quantizer.block_sizes
-    return sizes[dim - 2] if dim - 2 in sizes else sizes[int(dim)]
+    # Blocks of a row, as NVFP4's, have no size along the other dimension: any rows are whole.
+    return int(sizes.get(dim - 2) or sizes.get(int(dim)) or 1)

@@ -30,7 +30,14 @@ from modelopt.torch.utils.distributed import ParallelState
 
 from quantplug.errors import Offender, ShapeError, UnsupportedQuantizationError
 from quantplug.plugins import extra_state
-from quantplug.plugins.amax_state import ShardDim, block_size, require_whole_blocks, shard_axis
+from quantplug.plugins.amax_state import (
+    ShardDim,
+    as_blocks,
+    block_size,
+    list_blocks,
+    require_whole_blocks,
+    shard_axis,
+)
 from quantplug.plugins.refusals import refuse_unsupported
 from quantplug.plugins.transformer_engine import QuantGroupedLinear
 
@@ -132,7 +139,10 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         groups = self._pg_collection
         weight, quantizer = self.get_parameter(f"weight{expert}"), self.weight_quantizer[expert]
         axes = self._shard_axes(f"{prefix}weight_quantizer.{expert}", quantizer, weight)
-        local = {f"weight_quantizer.{key}": value for key, value in quantizer.state_dict(keep_vars=True).items()}
+        local = {
+            f"weight_quantizer.{key}": as_blocks(quantizer, value, weight) if key == "_amax" else value
+            for key, value in quantizer.state_dict(keep_vars=True).items()
+        }
         global_expert = self._global_expert(expert)
         # Megatron has two forms of experts in a checkpoint: a key for each, or one key with an axis of all experts in
         # front. A quantizer's state must take the form of its weight, or a load looks for it under the other one.
@@ -164,7 +174,11 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
                 continue
             for key, value in leaf.state_dict().items():
                 full = f"{path}.{key}" if path else key
-                # A pre-quant scale or a static block scale has shards of its own, which nothing here places.
+                # The amax of a whole weight, above those of its blocks, is the same for every shard.
+                if key == "_global_amax":
+                    axes[full] = None
+                    continue
+                # A pre-quant scale has shards of its own, which nothing here places.
                 if key != "_amax":
                     raise _unplaceable(f"{name}.{full}")
                 axes[full] = shard_axis(f"{name}.{full}", leaf, value, weight, self.shard_dim, size)
@@ -177,6 +191,8 @@ class QuantMegatronGroupedLinear(QuantGroupedLinear):
         if len(keys) > 1 and all(key in state_dict for key in keys):
             states = [state_dict.pop(key) for key in keys]
             state_dict[keys[0]] = extra_state.of_module(states, self._global_expert(0))
+        for expert, quantizer in enumerate(self.weight_quantizer):
+            list_blocks(state_dict, f"{prefix}weight_quantizer.{expert}._amax", quantizer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -251,5 +267,5 @@ def _unplaceable(name: str) -> UnsupportedQuantizationError:
     return UnsupportedQuantizationError(
         "A quantizer has state that we cannot place among the ranks of a sharded checkpoint.",
         [Offender(name, "is not an amax of a weight, or a per-tensor amax of an input or output")],
-        "Use a max-calibrated FP8 or NVFP4 config (no pre-quant scale, bias or static block scales).",
+        "Use a config of FP8 or NVFP4 without a pre-quant scale or a bias.",
     )

@@ -10,7 +10,14 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, StaticBlockScaleQuantizer
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
-from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf, quantize_checkpoint
+from quantplug import (
+    export_checkpoint,
+    export_hf_weights_quant,
+    export_mcore_gpt_to_hf,
+    load_checkpoint,
+    quantize_checkpoint,
+    save_checkpoint,
+)
 from quantplug.errors import CalibrationError, UnsupportedQuantizationError
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, read, same_bytes
@@ -130,3 +137,26 @@ def test_amaxes_cannot_be_refreshed(sources: Sources, models: Callable[[str], to
     with refused(CalibrationError, tmp_path) as caught:
         export_mcore_gpt_to_hf(models("mse"), sources("moe"), export_dir=tmp_path / "out", amax="refresh")
     assert "clip" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_saved_state_is_loaded_and_exported_without_a_model_to_the_same_bytes(
+    name: str, sources: Sources, models: Callable[[str], torch.nn.Module], tmp_path: Path
+) -> None:
+    source, model = sources("moe"), models(name)
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    expected = {id(weight): weight for weight, _ in static_weights(model)}
+
+    loaded = load(source)
+    load_checkpoint(loaded, tmp_path / "saved")
+
+    pairs = list(zip(static_weights(model), static_weights(loaded), strict=True))
+    assert len(pairs) == len(expected)
+    for (_, before), (_, after) in pairs:
+        assert torch.equal(before.amax, after.amax)
+        assert torch.equal(before.global_amax, after.global_amax)
+    quantize_checkpoint(source, tmp_path / "straight", "w4a16_nvfp4", scales=name)
+    export_checkpoint(tmp_path / "saved", tmp_path / "out", source)
+    found, wanted = read(tmp_path / "out"), read(tmp_path / "straight")
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not same_bytes(found[key], wanted[key])] == []

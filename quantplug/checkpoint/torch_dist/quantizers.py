@@ -195,7 +195,16 @@ class SavedQuantizers:
                         self._group_amaxes[key] = found
                     values = [self._largest(each) for each in found]
                     # max() would lose a NaN, which must not pass for calibrated.
-                    return float(torch.tensor(values).max())
+                    largest = float(torch.tensor(values).max())
+                    whole = self._whole(f"{module}.{quantizer}", key)
+                    return largest if whole is None or largest != largest else whole
+        return None
+
+    def _whole(self, quantizer: str, key: ParamKey) -> float | None:
+        """The amax of a weight that stands above those of its static blocks; None where it has none."""
+        for segment in self._naming.places(f"{quantizer}._global_amax", key):
+            if segment.key in self._reader.index.tensors:
+                return self._largest(self._placed(segment))
         return None
 
     def _placed(self, segment: Segment) -> Segment:

@@ -9,9 +9,10 @@ import torch
 
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.export.plan.pieces import Piece, rows_of
-from quantplug.export.plan.source import Chunk, Rows, Source, chunks_by_piece
+from quantplug.export.plan.source import Chunk, Rows, ScaledRows, Source, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.export.sources.checkpoint_rows import BUCKET_BYTES
+from quantplug.formats.constants import NVFP4_BLOCK
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey
 
@@ -54,8 +55,9 @@ class TorchDistSource:
     def read(self, piece: Piece) -> Rows:
         if piece.task.mapping.role.is_passthrough:
             return self._beside.read(piece)
-        rows = self._rows(self.segments[piece.task.source.key], rows_of(piece, 0, self.dims))
-        return piece.task.mapping.to_hf_values(rows)
+        numbers = rows_of(piece, 0, self.dims)
+        values = piece.task.mapping.to_hf_values(self._rows(self.segments[piece.task.source.key], numbers))
+        return ScaledRows(values, self._block_amaxes(piece.task, numbers)) if piece.has_given_scales else values
 
     def group_amaxes(self, task: ExportTask) -> torch.Tensor | None:
         segments = self.group_amaxes_of.get(task.source.key, ())
@@ -70,6 +72,15 @@ class TorchDistSource:
     def _beside(self) -> Source:
         assert self.passthrough is not None, "a plan has tensors of a checkpoint that was not opened"
         return self.passthrough
+
+    def _block_amaxes(self, task: ExportTask, numbers: torch.Tensor) -> torch.Tensor:
+        """FP32 [rows, blocks of a row], of rows of a weight by their numbers."""
+        segments, blocks = self.group_amaxes_of[task.source.key], task.source.shape[1] // NVFP4_BLOCK
+        # A row of amaxes for each row of the weight; or one for each block, as a quantizer lists them.
+        if self.reader.shape(segments[0])[1:] == (blocks,):
+            return self._rows(segments, numbers).float()
+        listed = (numbers[:, None] * blocks + torch.arange(blocks)).flatten()
+        return self._rows(segments, listed).float().view(len(numbers), blocks)
 
     def _rows(self, segments: tuple[Segment, ...], numbers: torch.Tensor) -> torch.Tensor:
         """Rows of a weight by their numbers, in this order."""

@@ -1,7 +1,7 @@
 """The weights of a training checkpoint as an export knows them: by the table of the architecture, from its index."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantplug.checkpoint.torch_dist.aside import Aside, left_aside
@@ -16,7 +16,7 @@ from quantplug.errors import CheckpointError, MappingError, Offender, ShapeError
 from quantplug.export.plan.build import PLAIN_DTYPES
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WholeWeight
-from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings
+from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
@@ -146,7 +146,16 @@ def _weight(
     spelling = of_checkpoint(key.module)
     weight = quantizers.of_weight(spelling, key) if quantizers else None
     activation = quantizers.of_input(spelling, key) if quantizers else None
-    return WholeWeight(key, shape, dtype, weight=_state(weight), activation=_state(activation))
+    state = _state(weight)
+    if state is not None and state.search.is_given and quantizers is not None:
+        amaxes = sum(reader.numel(segment) for segment in quantizers.group_amaxes.get(key, ()))
+        problem = wrong_blocks(amaxes, shape) if amaxes else None
+        state = replace(
+            state,
+            amax=state.amax if amaxes else None,
+            unsupported=(*state.unsupported, *((problem,) if problem else ())),
+        )
+    return WholeWeight(key, shape, dtype, weight=state, activation=_state(activation))
 
 
 def _unclaimed(quantizers: SavedQuantizers) -> Iterator[str]:
