@@ -3,6 +3,7 @@
 Arguments: `layouts SOURCE OUTPUT FORMAT TP-EP-ETP-PP[-VPP] ...`, or `faults SOURCE OUTPUT KIND:RANK ...`.
 """
 
+import copy
 import errno
 import os
 import signal
@@ -15,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
+from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf, load_checkpoint
 from quantplug.calibration.quantizers import needs_amax
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.export.files import write_rounds as work
@@ -29,6 +30,7 @@ from tests.export.mixed import mixed_cfg
 
 SMALL_BUCKET_BYTES = 100_000  # So that even this model's weights are cut into pieces, and make many rounds.
 MIXED = "mixed"
+STATIC = "static"
 INPUT_AMAX = 2.0  # Of every input, as a forward of Transformer Engine's modules needs a GPU.
 
 
@@ -45,7 +47,8 @@ def quantized_model(source: Path, name: str) -> nn.Module:
 
 def quantized(model: nn.Module, source: Path, name: str) -> nn.Module:
     """The model, quantized by the config of a format; of inputs that are quantized all amaxes are alike."""
-    mtq.quantize(model, mixed_cfg() if name == MIXED else quant_cfg(name, source))
+    others = {MIXED: mixed_cfg, STATIC: lambda: copy.deepcopy(mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG)}
+    mtq.quantize(model, others[name]() if name in others else quant_cfg(name, source))
     for module_name, module in model.named_modules():
         if module_name.endswith(".input_quantizer") and needs_amax(module):
             module.amax = torch.tensor(INPUT_AMAX)
@@ -60,14 +63,27 @@ def quantized_stages(source: Path, name: str, stages: int) -> list[nn.Module]:
     return [quantized(chunk, source, name) for chunk in chunks]
 
 
+def static_model(source: Path, saved: Path) -> nn.Module:
+    """The model with the static scales of a checkpoint."""
+    model = build_model(megatron_config(source))
+    load_checkpoint(model, saved)
+    return model
+
+
 def layouts(source: Path, output: Path, name: str, sizes: list[str]) -> None:
-    """One export for each layout; one that is called `int4/...` is of that format, `mixed/...` of two."""
+    """One export for each layout; one that is called `int4/...` is of that format, `mixed/...` of two.
+
+    And `static/...` is of the model that was saved beside.
+    """
     work.make_rounds = lambda tasks, dims, _: make_rounds(tasks, dims, SMALL_BUCKET_BYTES)
     for layout in sizes:
         other, _, numbers = layout.rpartition("/")
         tp, ep, etp, pp, *stages = map(int, numbers.split("-"))
         initialize_parallel(tp=tp, ep=ep, etp=etp, pp=pp)
-        model = quantized_stages(source, name, *stages) if stages else quantized_model(source, other or name)
+        if other == STATIC:
+            model: nn.Module | list[nn.Module] = static_model(source, output / STATIC / "saved")
+        else:
+            model = quantized_stages(source, name, *stages) if stages else quantized_model(source, other or name)
         export_mcore_gpt_to_hf(model, source, export_dir=output / layout)
         parallel_state.destroy_model_parallel()
 
