@@ -56,7 +56,7 @@ def recipe_named(name: str, argument: str) -> Recipe:
         raise ArgumentError(
             "There is no such recipe that needs no data.",
             [Offender(argument, f"is {name!r}")],
-            f"Use one of: {', '.join(RECIPES)}. Others of ModelOpt's are calibrated: quantize a model by its "
-            "load_recipe, and export that.",
+            f"Use one of: {', '.join(RECIPES)}. Others of ModelOpt's are calibrated: quantize a model by "
+            "quantplug.recipe_cfg, and export that.",
         )
     return RECIPES[name]

@@ -4,8 +4,9 @@ ModelOpt runs `refuse_unsupported` on the whole model before it converts the fir
 named at once and the model is left as it was.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from megatron.core.extensions.transformer_engine import TEFusedMLP
 from megatron.core.transformer.moe.experts import TEGroupedMLP
@@ -47,11 +48,16 @@ def refuse_unsupported(model: nn.Module) -> None:
     # Every module and every setting: a model is built anew for each of them, so naming one at a time costs hours.
     offenders: list[Offender] = []
     remedies: list[str] = []
+    of_model: set[str] = set()
     for name, module in model.named_modules():
         for refusal in REFUSALS:
-            if refusal.applies(module):
-                offenders.append(Offender(f"{name or type(module).__name__}: {refusal.setting}", refusal.reason))
-                remedies.append(refusal.remedy)
+            # What all of the model has need not be said of each layer; and every stage says it in the same words.
+            if refusal.setting in of_model or not refusal.applies(module):
+                continue
+            if isinstance(module, LanguageModel):
+                of_model.add(refusal.setting)
+            offenders.append(Offender(f"{name or type(module).__name__}: {refusal.setting}", refusal.reason))
+            remedies.append(refusal.remedy)
     if offenders:
         raise UnsupportedModelError(
             "This model has settings under which its weights cannot be quantized right.",
@@ -78,8 +84,9 @@ def refuse_autocast() -> None:
 
 def _config_is_on(setting: str) -> Callable[[nn.Module], bool]:
     # Megatron's settings stand in the config of every module; only where experts are grouped do these matter to us.
+    # Asked of the model too: a stage without experts must not go on alone into calibration, and wait there.
     def applies(module: nn.Module) -> bool:
-        return isinstance(module, TEGroupedMLP) and bool(_settings(module).get(setting))
+        return _has_grouped_experts(module) and bool(vars(module.config).get(setting))
 
     return applies
 
@@ -94,9 +101,11 @@ def _experts_one_by_one(module: nn.Module) -> bool:
     return parallel and config.num_moe_experts is not None and not config.moe_grouped_gemm
 
 
-def _settings(module: TEGroupedMLP) -> Mapping[str, object]:
-    """The TransformerConfig by name: a Megatron-Core that lacks a setting cannot have it on."""
-    return vars(module.config)
+def _has_grouped_experts(module: nn.Module) -> TypeGuard[TEGroupedMLP | LanguageModel]:
+    """Whether a module is grouped experts, or a model that has some on one stage or another."""
+    if isinstance(module, LanguageModel):
+        return module.config.num_moe_experts is not None and bool(module.config.moe_grouped_gemm)
+    return isinstance(module, TEGroupedMLP)
 
 
 REFUSALS = (

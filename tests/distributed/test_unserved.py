@@ -23,6 +23,7 @@ SAID = {
     ],
     "one_stage": ["decoder.layers.2.mlp.experts.linear_fc2.weight* on rank 1: no quantizer, as all of model[0]"],
     "experts_one_by_one": ["UnsupportedModelError", "moe_grouped_gemm: experts one by one (SequentialMLP)"],
+    "a_stage_without_experts": ["UnsupportedModelError", "GPTModel: moe_mlp_glu_interleave_size: gate and up rows"],
     "sharded_before": SHARDED,
     "sharded_at_calibration": SHARDED,
     "sharded_at_save": SHARDED,

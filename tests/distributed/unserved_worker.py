@@ -43,6 +43,14 @@ def experts_one_by_one(source: Path, _: Path) -> None:
     mtq.quantize(quantplug.build_model(source, layer_spec=LayerSpec.LOCAL), quant_cfg(FORMAT, source))
 
 
+def a_stage_without_experts(source: Path, _: Path) -> None:
+    """It has nothing that the setting concerns, and the other stage has."""
+    quantplug.initialize_parallel(pp=2)
+    model = quantplug.build_model(source, pipeline_layout="E|ttttL")
+    model.config.moe_mlp_glu_interleave_size = 32
+    mtq.quantize(model, quant_cfg(FORMAT, source))
+
+
 def sharded_before(source: Path, _: Path) -> None:
     quantplug.initialize_parallel()
     mtq.quantize(_shard(quantplug.build_model(source)), quant_cfg(FORMAT, source))
@@ -87,6 +95,7 @@ CASES: dict[str, Callable[[Path, Path], None]] = {
         half_a_model,
         one_stage,
         experts_one_by_one,
+        a_stage_without_experts,
         sharded_before,
         sharded_at_calibration,
         sharded_at_save,
