@@ -82,6 +82,11 @@ pip install -q --no-deps --force-reinstall "$cache"/transformer_engine_torch-*.w
 say "Megatron-Core, ModelOpt, transformers, quantplug and its tools"
 pip install -q -c tools/constraints.txt -c "$pinned" -e ".[megatron,plots,dev]"
 
+alone="$(sed -n 's/^# alone: //p' "$pinned")"
+if [ -n "$alone" ]; then
+  pip install -q --no-deps "$alone"
+fi
+
 "$venv/bin/python" -W ignore -c 'import torch, transformer_engine.pytorch, megatron.core, modelopt.torch.quantization' 2> "$venv/import.log" \
   || { cat "$venv/import.log" >&2; fail "the environment does not import; see above"; }
 printf '%s' "$pins" > "$stamp"
