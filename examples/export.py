@@ -62,6 +62,7 @@ def main(
     zero_centred_norms: Annotated[
         bool | None, typer.Option(help="Whether the trainer's norms multiply with 1 + weight (--apply-layernorm-1p).")
     ] = None,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="A HybridModel in place of a GPTModel.")] = False,
     dialect: Annotated[
         quantplug.DialectName | None,
         typer.Option(help="How the format is spelled on disk, where there are several ways."),
@@ -86,6 +87,7 @@ def main(
             trust_remote_code=trust_remote_code,
             vocab_size=vocab_size,
             zero_centred_norms=zero_centred_norms,
+            hybrid=hybrid,
         )
         report = quantplug.load_checkpoint(
             model, megatron_load_path, iteration=iteration, unchecked_settings=unchecked_setting or ()

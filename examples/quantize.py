@@ -91,6 +91,7 @@ def main(
     zero_centred_norms: Annotated[
         bool | None, typer.Option(help="Whether the trainer's norms multiply with 1 + weight (--apply-layernorm-1p).")
     ] = None,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="A HybridModel in place of a GPTModel.")] = False,
     calib_dataset: Annotated[str, typer.Option(help="Data set for activations.")] = "cnn_dailymail",
     calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
@@ -156,6 +157,7 @@ def main(
             pipeline_layout=pipeline_layout,
             vocab_size=vocab_size,
             zero_centred_norms=zero_centred_norms,
+            hybrid=hybrid,
             trust_remote_code=trust_remote_code,
             progress=bars,
         )

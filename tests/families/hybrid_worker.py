@@ -1,25 +1,35 @@
 """One rank of four that exports HybridModels at TP 2, EP 2 and PP 2, in NVFP4, of several families in turn.
 
 Arguments: `WORK FAMILY ...`; reads WORK/FAMILY/hf, writes WORK/FAMILY/out and a checkpoint, WORK/FAMILY/megatron.
-Of decoders of four layers also WORK/FAMILY/virtual, from two virtual stages a rank.
+Of decoders of four layers also WORK/FAMILY/virtual, from two virtual stages a rank; of one family WORK/FAMILY/examples,
+by the two example scripts.
 """
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.core import parallel_state
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf, save_checkpoint
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
-from quantplug.mappings.table import MegatronConfig, ModelKind
-from quantplug.megatron.models.build import build_model
-from quantplug.megatron.parallel import initialize_parallel
-from quantplug.megatron.parameters import LanguageModel
-from tests.export.checkpoints import quantize
-from tests.families.served import serves_experts
+import export  # noqa: E402
+import quantize as quantize_example  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+import quantplug  # noqa: E402
+from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf, save_checkpoint  # noqa: E402
+from quantplug.checkpoint.source_config import megatron_config, read_source_config  # noqa: E402
+from quantplug.mappings.table import MegatronConfig, ModelKind  # noqa: E402
+from quantplug.megatron.models.build import build_model  # noqa: E402
+from quantplug.megatron.parallel import initialize_parallel  # noqa: E402
+from quantplug.megatron.parameters import LanguageModel  # noqa: E402
+from tests.export.checkpoints import quantize  # noqa: E402
+from tests.families.served import serves_experts  # noqa: E402
 
 SCHEME = "w4a16_nvfp4"
+BY_EXAMPLES = "qwen3_moe"
+# The ranks go on with the next family: only the model parallel groups end with an example.
+quantplug.destroy_parallel = parallel_state.destroy_model_parallel
 
 
 def main(work: Path, families: list[str]) -> None:
@@ -38,6 +48,16 @@ def main(work: Path, families: list[str]) -> None:
         if layers == 4:
             exported(family, settings, source, work / family / "virtual", virtual_stages=2)
         parallel_state.destroy_model_parallel()
+        if family == BY_EXAMPLES:
+            by_examples(work / family, layout)
+
+
+def by_examples(work: Path, layout: str) -> None:
+    """HF to a HybridModel, its checkpoint, and HF again."""
+    sizes = {"tp": 2, "ep": 2, "pp": 2, "pipeline_layout": layout, "hybrid": True}
+    saved = work / "examples-megatron"
+    quantize_example.main(str(work / "hf"), saved, export_quant_cfg=quantplug.QuantFormat.W4A16_NVFP4, **sizes)
+    export.main(str(work / "hf"), saved, work / "examples", **sizes)
 
 
 def exported(

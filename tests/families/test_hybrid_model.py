@@ -151,12 +151,13 @@ def assert_same_tensors(found: Path, expected: Path) -> None:
 def test_the_same_bytes_from_four_ranks(
     name: str, of_four_ranks: Path, checkpoint: Checkpoint, export: Export, tmp_path: Path
 ) -> None:
-    """Live, from virtual stages, and straight from what they save."""
+    """Live, from virtual stages, by the examples, and straight from what they save."""
     made, expected = of_four_ranks / name, export(name, "w4a16_nvfp4")
 
     assert_same_tensors(made / "out", expected)
-    if (made / "virtual").exists():
-        assert_same_tensors(made / "virtual", expected)
+    for way in ("virtual", "examples"):
+        if (made / way).exists():
+            assert_same_tensors(made / way, expected)
     if (made / "megatron").exists():
         export_checkpoint(made / "megatron", tmp_path / "out", checkpoint(name))
         assert_same_export(tmp_path / "out", expected)

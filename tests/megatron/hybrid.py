@@ -12,9 +12,9 @@ from quantplug.mappings.families import find_family
 from quantplug.mappings.table import MegatronConfig, ModelKind
 from quantplug.megatron.models.build import LayerSpec, build_model
 from quantplug.megatron.parameters import LanguageModel
-from quantplug.megatron.releases.hybrid import HAS_HYBRID_MODEL
+from quantplug.megatron.releases.hybrid import HAS_ALL_LAYERS
 
-needs_hybrid_model = pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="This Megatron-Core has no HybridModel.")
+needs_hybrid_model = pytest.mark.skipif(not HAS_ALL_LAYERS, reason="Megatron-Core is older than 0.19.")
 
 
 def hybrid_config(source: Path) -> MegatronConfig:

@@ -14,6 +14,10 @@ from quantplug.megatron.parameters import LanguageModel
 from quantplug.megatron.releases.gpt_checkpoints import of_gpt_model
 from quantplug.megatron.releases.hybrid import pattern_text
 
+_HOW = {
+    "GPTModel": "without hybrid=True (--hybrid of the examples)",
+    "HybridModel": "with hybrid=True (--hybrid of the examples)",
+}
 _OF_GPT, _OF_HYBRID = "decoder.final_layernorm.weight", "decoder.final_norm.weight"
 
 
@@ -56,5 +60,5 @@ def _refuse(saved: str, live: str, key: str, reason: str) -> NoReturn:
     raise CheckpointError(
         f"This checkpoint is of a {saved}, and the model is a {live}.",
         [Offender(key, f"is a {saved}'s: {reason}")],
-        f"Build the model as a {saved}; or let quantplug export read the checkpoint, which needs no model.",
+        f"Build the model as a {saved}, {_HOW[saved]}; or let quantplug export read the checkpoint, without a model.",
     )

@@ -37,7 +37,7 @@ from quantplug.megatron.models.pipeline_layout import decoder_layers_of_stages, 
 from quantplug.megatron.models.unit_norm import add_unit_norms
 from quantplug.megatron.parallel import current_topology, set_virtual_stages
 from quantplug.megatron.parameters import LanguageModel
-from quantplug.megatron.releases.hybrid import HAS_HYBRID_MODEL, HybridModel
+from quantplug.megatron.releases.hybrid import HAS_ALL_LAYERS, HybridModel
 from quantplug.megatron.releases.query_norm import project_queries_directly
 from quantplug.topology import ParallelTopology
 
@@ -257,16 +257,16 @@ def _on_one_stage(config: TransformerConfig) -> TransformerConfig:
 
 
 def require_class(kind: ModelKind) -> None:
-    """Refuses a `HybridModel` where Megatron-Core has none.
+    """Refuses to build a `HybridModel` where Megatron-Core's has not all layers that a `GPTModel` may have.
 
     Raises:
-        UnsupportedModelError: It is older than 0.18.
+        UnsupportedModelError: Megatron-Core is older than 0.19.
     """
-    if kind is ModelKind.HYBRID and not HAS_HYBRID_MODEL:
+    if kind is ModelKind.HYBRID and not HAS_ALL_LAYERS:
         raise UnsupportedModelError(
-            "This Megatron-Core has no HybridModel.",
-            [Offender("hybrid", "is True, and Megatron-Core is older than 0.18")],
-            "Build a GPTModel, hybrid=False; or use a newer Megatron-Core.",
+            "This Megatron-Core has no HybridModel of every layer that a GPTModel has.",
+            [Offender("hybrid", "is True, which needs Megatron-Core 0.19 or newer")],
+            "Build a GPTModel, without hybrid=True; or use a newer Megatron-Core.",
         )
 
 

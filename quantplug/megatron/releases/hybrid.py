@@ -3,9 +3,10 @@
 from quantplug.mappings.hybrid_pattern import MAMBA, HybridPattern, parse
 from quantplug.megatron.releases.installed import MEGATRON_CORE
 
-HAS_HYBRID_MODEL = MEGATRON_CORE >= (0, 18)
+HAS_ALL_LAYERS = MEGATRON_CORE >= (0, 19)
+"""Whether one can have all layers that a `GPTModel` can: before 0.19 there is no multi-latent attention."""
 
-if HAS_HYBRID_MODEL:
+if MEGATRON_CORE >= (0, 18):
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -21,7 +22,7 @@ PATTERN = "hybrid_override_pattern" if MEGATRON_CORE < (0, 17) else "hybrid_laye
 
 __all__ = [
     "CONVOLUTION_IS_A_MODULE",
-    "HAS_HYBRID_MODEL",
+    "HAS_ALL_LAYERS",
     "PATTERN",
     "HybridModel",
     "HybridStack",
