@@ -187,6 +187,10 @@ def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
     if any(isinstance(part, Nvfp4Layout) and part.codes == "weight_packed" and expert for part, expert in layouts):
         message = "transformers 5.23 drops weight_global_scale of NVFP4 experts without a word; serve it elsewhere"
         yield warning(Check.TRANSFORMERS, label, message)
+    has_scales = any(KV_SUFFIXES & module.tensors.keys() for module in inventory.modules.values())
+    if inventory.scheme.method == "compressed-tensors" and inventory.scheme.kv_cache and not has_scales:
+        message = "a KV cache without scales: transformers 5.14 multiplies with memory that nobody has filled"
+        yield warning(Check.TRANSFORMERS, label, message)
     if inventory.scheme.method == "modelopt" and any(isinstance(part, Fp8Layout) for part, _ in layouts):
         yield note(
             Check.TRANSFORMERS, label, "transformers 5.23 loads the FP8 codes without their scales; serve it elsewhere"

@@ -43,7 +43,7 @@ from quantplug.findings import Findings, Kind
 from quantplug.formats import BlockFormat, TensorSpec, WeightFormat
 from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
-from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
+from quantplug.mappings.table import Family, ParamKey, Placement, Role, WeightMapping
 from quantplug.selection import LeaveOut, by_rules
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -299,11 +299,7 @@ class _Packing:
             beside = self.dialect.constants(scheme, name, shape)
             tensors += [it.spec for it in beside]
             constants += beside
-        of_cache = [
-            Constant(self.dialect.cache_scale(name.removesuffix(".weight"), scale_name), (value,))
-            for scale_name, value in (self.kv_cache.scales_of(weight.key, name) if self.kv_cache else ())
-            if self.dialect is not None
-        ]
+        of_cache = list(self._cache_scales(weight.key, name))
         return PartOutput(
             name,
             shape,
@@ -313,6 +309,14 @@ class _Packing:
             (*constants, *of_cache),
             reciprocals,
         )
+
+    def _cache_scales(self, key: ParamKey, name: str) -> Iterator[Constant]:
+        """The scales of a KV cache that stand beside a part of a weight, which makes keys or values."""
+        # What passes through, such as a vision model, has keys of no cache.
+        if self.kv_cache is None or self.dialect is None or self.written[key].role is not Role.LINEAR:
+            return
+        for scale, value in self.kv_cache.scales_of(key, name, of_cast=self.dialect.scales_of_cast):
+            yield Constant(self.dialect.cache_scale(name.removesuffix(".weight"), scale), (value,))
 
     def _of_all_experts(self, tensor: TensorSpec, placement: Placement | None) -> TensorSpec:
         """The tensor as it is on disk: of one expert's slice, the tensor of all experts that the slice is part of.

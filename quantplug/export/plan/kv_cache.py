@@ -1,9 +1,10 @@
 """Whether the quantizers of attention's keys and values can be written, and as which quantized KV cache.
 
-A cast is said by the config alone. A calibrated cache has two scales an attention layer beside, `k_scale` and
-`v_scale`, FP32 and named as the dialect does. Their value is that of ModelOpt's exporter of Megatron models
-(`get_kv_cache_scaling_factor` of its export/quant_utils.py): amax / 448, but not below 1.0. A float type gains nothing
-from a smaller scale but a few subnormals, and saturates at the first key that is larger than those of calibration.
+A cast is said by the config alone, unless readers of the dialect need its scales of 1. A calibrated cache has two
+scales an attention layer, `k_scale` and `v_scale`, FP32 and named as the dialect does. Their value is that of
+ModelOpt's exporter of Megatron models (`get_kv_cache_scaling_factor` of its export/quant_utils.py): amax / 448, but not
+below 1.0. A float type gains nothing from a smaller scale but a few subnormals, and saturates at the first key that is
+larger than those of calibration.
 """
 
 import math
@@ -88,15 +89,17 @@ class KVCache:
     format: KVCacheFormat
     scales: Mapping[ParamKey, tuple[float, float]] = field(default_factory=dict)
 
-    def scales_of(self, key: ParamKey, part: str) -> Iterator[tuple[str, float]]:
-        """Kind and value of the scales that are written beside a part of a weight.
+    def scales_of(self, key: ParamKey, part: str, *, of_cast: bool) -> Iterator[tuple[str, float]]:
+        """Kind and value of the scales that are written beside a part of a linear's weight.
 
         Args:
             part: Hugging Face name of the part, such as `model.layers.0.self_attn.k_proj.weight`.
+            of_cast: Whether the scales of a cast, which are all 1, are written too.
         """
         module = part.removesuffix(".weight")
-        if key in self.scales:
-            keys, values = self.scales[key]
+        is_cast = of_cast and self.format is KVCacheFormat.FP8_CAST
+        if key in self.scales or is_cast:
+            keys, values = self.scales.get(key, (1.0, 1.0))
             if module.endswith(".k_proj"):
                 yield "k_scale", keys
             elif module.endswith(".v_proj"):

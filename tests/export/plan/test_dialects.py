@@ -258,6 +258,24 @@ def test_compressed_tensors_reads_int4_as_its_own_scheme_and_decodes_what_it_wou
     assert {name for name in tensors if name not in read(source)} == set()
 
 
+@pytest.mark.parametrize("name", ["dense_blocks", "moe_blocks"])
+def test_transformers_computes_with_int4_of_experts_too(name: str, sources: Sources, tmp_path: Path) -> None:
+    source, out = sources(name), tmp_path / "out"
+    quantize_checkpoint(source, out, "int4")
+    tensors, scheme = read(out), preset_name_to_scheme("W4A16", ["Linear"])
+    suffixes = ("weight_packed", "weight_scale", "weight_shape")
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(suffixes)}
+    for module in [name.removesuffix("weight_packed") for name in tensors if name.endswith("weight_packed")]:
+        state = {suffix: tensors[f"{module}{suffix}"] for suffix in suffixes}
+        plain[f"{module}weight"] = PackedQuantizationCompressor.decompress(state, scheme)["weight"].contiguous()
+    (tmp_path / "plain").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "plain")
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    found, expected, original = (transformers_logits(path) for path in (out, tmp_path / "plain", source))
+    # The one computes in BF16 where the other does in FP32.
+    assert (found - expected).norm() < 0.1 * (found - original).norm()
+
+
 def test_experts_that_stay_plain_are_named_as_vllm_asks_for_them() -> None:
     """`get_moe_method` in vLLM 0.33's compressed_tensors_moe.py asks for three linears of the first expert."""
     excluded = ["lm_head", "model.layers.0.mlp.experts", "model.layers.0.mlp.experts.0.gate_proj"]

@@ -31,6 +31,7 @@ from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
 from tests.export.checkpoints import load, one_rank, read, same_bytes
 from tests.export.refusals import offenders, refused, rules
+from tests.logits import transformers_logits
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -159,10 +160,26 @@ def test_beside_compressed_tensors_a_cast_is_its_own_scheme_of_a_cache(
     scheme = QuantizationConfig.model_validate(written).kv_cache_scheme
     # What llm-compressor's recipes ask for (examples/quantization_kv_cache), and all that vLLM's method takes.
     assert scheme == QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
-    assert not any(name.endswith(("k_scale", "v_scale")) for name in read(tmp_path / "out"))
-    report = verify_checkpoint(tmp_path / "out", sources("moe"))
-    assert report.ok
-    assert Check.KV_SCALES in report.checks(Severity.NOTE)
+    # Which transformers multiplies with; where they are missing, with memory that nobody has filled.
+    scales = {name: it for name, it in read(tmp_path / "out").items() if name.endswith(("k_scale", "v_scale"))}
+    assert scales.keys() == {f"model.layers.{layer}.self_attn.{letter}_scale" for layer in range(2) for letter in "kv"}
+    assert all((it.dtype, it.tolist()) == (torch.float32, [1.0]) for it in scales.values())
+    assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
+
+
+def test_transformers_computes_with_a_cast_beside_compressed_tensors(sources: Sources, tmp_path: Path) -> None:
+    source = sources("dense_blocks")
+    for name, cache in (("plain", None), ("cast", "fp8_cast")):
+        quantize_checkpoint(source, tmp_path / name, "w8a16_fp8", kv_cache=cache)
+    plain, cast = (transformers_logits(tmp_path / name) for name in ("plain", "cast"))
+    # Keys and values in E4M3 move the logits, and by no more than the weights in it have.
+    assert 0 < (cast - plain).norm() < 2 * (plain - transformers_logits(source)).norm()
+    # Without its scales it computes something else, and a reader who may want that is told.
+    (file,) = (tmp_path / "cast").glob("*.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(("k_scale", "v_scale"))}
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = verify_checkpoint(tmp_path / "cast")
+    assert Check.TRANSFORMERS in report.checks(Severity.WARNING)
 
 
 def test_calibrated_scales_stand_beside_the_projections_in_compressed_tensors(sources: Sources, tmp_path: Path) -> None:

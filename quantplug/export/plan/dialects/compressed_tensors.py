@@ -102,6 +102,8 @@ class CompressedTensorsDialect(Dialect):
     fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
     names_kv_cache: ClassVar[bool] = True
+    # vLLM and SGLang take 1 where there are none; transformers 5.14 quantizes by memory that nobody has filled.
+    scales_of_cast: ClassVar[bool] = True
 
     @property
     def formats(self) -> Set[QuantFormat]:

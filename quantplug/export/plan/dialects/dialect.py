@@ -39,11 +39,13 @@ class Dialect(Protocol):
         fused_is_read: The formats in which servers read all experts in one tensor, of any architecture.
         reads_globs: Whether its list of plain modules may hold shell patterns.
         names_kv_cache: Whether its config has a place for the format of a KV cache.
+        scales_of_cast: Whether the scales of a KV cache that is cast are written too, though all are 1.
     """
 
     fused_is_read: ClassVar[Set[QuantFormat]]
     reads_globs: ClassVar[bool]
     names_kv_cache: ClassVar[bool]
+    scales_of_cast: ClassVar[bool] = False
 
     @property
     def formats(self) -> Set[QuantFormat]:
