@@ -96,7 +96,8 @@ def answers(made: Path) -> Answers:
 def missing(answer: Mapping[str, Any], export: Path) -> list[str]:
     """Parameters that were not loaded, less those that vLLM makes for older files of such formats and does not use."""
     stored = {name for file in export.glob("*.safetensors") for name in load_file(file)}
-    unused = ("zero_point",) if any(name.endswith("input_scale") for name in stored) else ("input_scale", "zero_point")
+    inputs = ("input_scale", "input_global_scale")
+    unused = ("zero_point", *(() if any(name.endswith(inputs) for name in stored) else inputs))
     return [name for name in answer["unloaded"] if not name.endswith(unused)]
 
 
