@@ -124,9 +124,14 @@ def kv_cache(inventory: Inventory) -> Iterator[Finding]:
         message = "FP8 without scales: servers cast keys and values with a scale of 1.0"
         yield note(Check.KV_SCALES, "kv_cache_scheme", message)
         return
+    # Draft layers without scales cast with 1.0, as ModelOpt's recipes leave them: it changes what they propose alone.
+    drafts = inventory.known.numbered_mtp if inventory.known is not None else range(0)
     for name in inventory.modules:
-        if names.last(name) == "k_proj" and names.layer(name) is not None:
-            yield from _kv_scales(inventory, name.rpartition(".")[0])
+        place, attention = names.layer(name), name.rpartition(".")[0]
+        if names.last(name) == "k_proj" and place is not None:
+            own = {attention, f"{attention}.k_proj", f"{attention}.v_proj"}
+            if place[1] not in drafts or not own.isdisjoint(present):
+                yield from _kv_scales(inventory, attention)
 
 
 def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:

@@ -79,6 +79,9 @@ NEMOTRON, QWEN = "models/nvidia/NVIDIA-Nemotron-", "huggingface/qwen3_5"
 # Recipes that NVIDIA has for models of these families: the formats that they give to them, or why they are refused.
 OF_MODELS = {
     f"{NEMOTRON}3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
+    f"{NEMOTRON}3-Super-120B-A12B-BF16/ptq/nvfp4-mse.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
+    f"{NEMOTRON}3-Ultra-550B-A55B-BF16/ptq/nvfp4-4o6.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
+    f"{QWEN}_moe/ptq/nvfp4_experts_mse-fp8_rest-kv_fp8.yaml": ("qwen3_5_moe", {"nvfp4", "fp8"}),
     f"{QWEN}_moe/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5_moe", "output_layer.weight: enabled for the"),
     f"{QWEN}/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5", "output_layer.weight_quantizer: is enabled"),
     # Its rules name layers by number, which a model of that size has.

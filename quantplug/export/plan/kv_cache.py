@@ -77,6 +77,15 @@ class KVQuantizers:
         """Those that are enabled."""
         return tuple(state for state in (self.keys, self.values) if state is not None)
 
+    @property
+    def is_left_to_drafts(self) -> bool:
+        """Whether it is multi-token prediction's, and not quantized: servers give drafts the cache that all have.
+
+        ModelOpt's recipes leave these layers alone. Without scales of their own keys and values are cast with 1.0,
+        which changes no token that the model itself accepts.
+        """
+        return not self.states and self.linear is not None and self.linear.is_mtp
+
 
 @dataclass(frozen=True)
 class KVCache:
@@ -121,6 +130,8 @@ def check_kv_cache(
     if not enabled:
         return None if asked is None else KVCache(asked)
     for it in attentions:
+        if it.is_left_to_drafts:
+            continue
         off = " and ".join(
             name for name, state in (("k_bmm_quantizer", it.keys), ("v_bmm_quantizer", it.values)) if state is None
         )

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from quantplug import (
     quantize_checkpoint,
     save_checkpoint,
 )
+from quantplug.calibration.quantizers import needs_amax
 from quantplug.errors import ArgumentError, CalibrationError, UnsupportedQuantizationError
 from quantplug.export.live_plan import plan_export
 from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
 from tests.export.checkpoints import load, one_rank, read, same_bytes
 from tests.export.refusals import offenders, refused, rules
+from tests.families.cases import make
 from tests.logits import transformers_logits
+from tests.made_once import MadeOnce
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -196,6 +200,32 @@ def test_calibrated_scales_stand_beside_the_projections_in_compressed_tensors(so
     assert verify_checkpoint(tmp_path / "compressed-tensors", sources("moe")).ok
     streamed = export_hf_weights_quant(model, sources("moe"), quant_format="as_quantized", dialect="compressed-tensors")
     assert dict(streamed).keys() == ours.keys()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "glm4_moe"])
+@pytest.mark.parametrize("cast", [True, False])
+def test_drafts_are_left_alone_as_modelopt_s_recipes_leave_them(
+    cast: bool, name: str, made_once: MadeOnce, tmp_path: Path
+) -> None:
+    """Layers of multi-token prediction, by names of their own or numbered on after the decoder's."""
+    source = made_once(f"family_{name}", partial(make, name))
+    on = CAST if cast else {**CAST, "cfg": {"num_bits": (4, 3)}}
+    model = mtq.quantize(load(source), rules(on, {"quantizer_name": "*mtp*", "enable": False}))
+    for place, module in model.named_modules():
+        if place.endswith(("k_bmm_quantizer", "v_bmm_quantizer")) and needs_amax(module):
+            module.amax = torch.tensor(900.0)
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    scales = [tensor for tensor in read(tmp_path / "out") if tensor.endswith("k_scale")]
+    assert bool(scales) is not cast
+    assert not any(tensor.startswith("mtp.") for tensor in scales)
+    if not cast:
+        # Of one layer of the decoder, as a whole, it is missed.
+        first = min(scales).removesuffix("k_proj.k_scale")
+        gone = [f"{first}{letter}_proj.{letter}_scale" for letter in "kv"]
+        hurt = with_changed(tmp_path / "out", tmp_path / "hurt", lambda t: [t.pop(tensor) for tensor in gone])
+        missed = {it.subject for it in verify_checkpoint(hurt).findings if it.check is Check.KV_SCALES}
+        assert missed == set(gone)
 
 
 def with_changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
