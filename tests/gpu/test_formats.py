@@ -6,6 +6,7 @@ import torch
 from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
 from quantplug.formats.encoding import NVFP4_ENCODING
 from quantplug.formats.kernels import Encoded, cuda, kernels_for
+from quantplug.formats.search.candidates import FOUND
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, every_block
 
 pytestmark = [
@@ -13,7 +14,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-FORMATS = [NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32, MXFP8, MXFP4]
+SEARCHED = [NVFP4.searched(search) for search in FOUND]
+FORMATS = [*SEARCHED, NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32, MXFP8, MXFP4]
 all_of_them = pytest.mark.parametrize("packing", FORMATS, ids=lambda packing: packing.name)
 
 

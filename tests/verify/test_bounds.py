@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
+from quantplug.formats import NVFP4
+from quantplug.formats.search.candidates import Scales
 from quantplug.verify import bounds, decode
 
 
@@ -38,6 +40,18 @@ def weights(draw: DrawFn) -> torch.Tensor:
 @given(weights())
 def test_round_to_nearest_stays_within_the_nvfp4_bound(weight: torch.Tensor) -> None:
     total = nvfp4_error(weight)
+    assert total.squared_error <= total.squared_bound * bounds.SLACK**2
+    assert (total.beyond, total.lost, total.broken_rows) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("scales", ["four_over_six", "mse"])
+@settings(max_examples=60)
+@given(weights())
+def test_a_search_for_scales_stays_within_the_nvfp4_bound(scales: str, weight: torch.Tensor) -> None:
+    packed = NVFP4.searched(Scales(scales).search).pack(weight).tensors
+    block_scales, scale = packed["weight_scale"].view(torch.uint8), packed["weight_scale_2"]
+    total = bounds.ErrorSum()
+    total.add(bounds.nvfp4_sums(decode.decode_nvfp4(packed["weight"], block_scales, scale), weight, scale))
     assert total.squared_error <= total.squared_bound * bounds.SLACK**2
     assert (total.beyond, total.lost, total.broken_rows) == (0, 0, 0)
 
