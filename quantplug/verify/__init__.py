@@ -11,6 +11,7 @@ from pathlib import Path
 from quantplug.verify import (
     names,
     rules_architecture,
+    rules_compressed,
     rules_config,
     rules_excludes,
     rules_groups,
@@ -39,6 +40,7 @@ OnProgress = Callable[[int, int], None]
 _RULES = (
     *rules_config.RULES,
     *rules_groups.RULES,
+    *rules_compressed.RULES,
     *rules_excludes.RULES,
     *rules_modules.RULES,
     *rules_model.RULES,

@@ -126,7 +126,7 @@ def test_weight_only_fp8_of_experts_is_not_served(compressed: Callable[..., Path
 
 def test_compressed_tensors_of_another_format(compressed: Callable[..., Path]) -> None:
     report = verify_checkpoint(
-        compressed("FP8", config_groups={"group_0": {"targets": ["Linear"], "format": "pack-quantized"}})
+        compressed("FP8", format="pack-quantized", config_groups={"group_0": {"targets": ["Linear"]}})
     )
     assert fired(report) == {"not-judged"}
 

@@ -1,0 +1,178 @@
+"""What compressed-tensors' config says beside the layout of weights: what would mean other numbers is found.
+
+The tensors are those of a good export throughout, and so only the config tells.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantplug import quantize_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
+from tests.made_once import MadeOnce
+
+Config = dict[str, Any]
+E5M2 = torch.float8_e5m2
+GROUPS, KV = "config-groups", "kv_cache_scheme"
+
+
+@pytest.fixture(scope="session")
+def made(tiny_qwen3_moe_dir: Path, made_once: MadeOnce) -> Path:
+    """FP8 with a scale a row and a KV cache by cast. Nobody may change it."""
+
+    def make(directory: Path) -> None:
+        quantize_checkpoint(tiny_qwen3_moe_dir, directory, "fp8_dynamic", kv_cache="fp8_cast")
+
+    return made_once("compressed_export", make)
+
+
+def weights(**said: Any) -> Callable[[Config], object]:
+    return lambda config: config["config_groups"]["group_0"]["weights"].update(said)
+
+
+def inputs(**said: Any) -> Callable[[Config], object]:
+    return lambda config: config["config_groups"]["group_0"]["input_activations"].update(said)
+
+
+def group(**said: Any) -> Callable[[Config], object]:
+    return lambda config: config["config_groups"]["group_0"].update(said)
+
+
+def cache(**said: Any) -> Callable[[Config], object]:
+    return lambda config: config[KV].update(said)
+
+
+def whole(**said: Any) -> Callable[[Config], object]:
+    return lambda config: config.update(said)
+
+
+def another_group(config: Config) -> None:
+    more = copy.deepcopy(config["config_groups"]["group_0"]) | {"targets": ["re:.*q_proj"]}
+    more["weights"]["strategy"] = "tensor"
+    config["config_groups"]["group_1"] = more
+
+
+HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+SPOILED: dict[str, tuple[Callable[[Config], object], str]] = {
+    "weights by tensor": (weights(strategy="tensor"), "tensor-layout"),
+    "weights by group": (weights(strategy="group", group_size=16), "not-judged"),
+    "weights of 4 bits": (weights(num_bits=4), GROUPS),
+    "integer weights": (weights(type="int"), GROUPS),
+    "weights with zero points": (weights(symmetric=False), GROUPS),
+    "weights quantized anew": (weights(dynamic=True), GROUPS),
+    "inputs of 4 bits": (inputs(num_bits=4), GROUPS),
+    "integer inputs": (inputs(type="int"), GROUPS),
+    "inputs with zero points": (inputs(symmetric=False), GROUPS),
+    "static inputs": (inputs(dynamic=False), "input-scale"),
+    "inputs by tensor": (inputs(strategy="tensor"), "served-experts"),
+    "inputs in 16 bits": (group(input_activations=None), "served-experts"),
+    "outputs too": (group(output_activations={"num_bits": 8, "type": "float", "strategy": "tensor"}), GROUPS),
+    "for embeddings": (group(targets=["Embedding"]), GROUPS),
+    "for experts alone": (group(targets=["re:.*experts.*"]), "coverage"),
+    "another group for q": (another_group, "tensor-layout"),
+    "a group in another format": (group(format="pack-quantized"), GROUPS),
+    "the whole in another format": (whole(format="int-quantized"), GROUPS),
+    "integer KV cache": (cache(type="int"), GROUPS),
+    "KV cache of 4 bits": (cache(num_bits=4), GROUPS),
+    "KV cache by token": (cache(dynamic=True), GROUPS),
+    "KV cache by head": (cache(strategy="attn_head"), GROUPS),
+    "KV cache with zero points": (cache(symmetric=False), GROUPS),
+    "sparse weights": (whole(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}), "not-judged"),
+    "rotated inputs": (whole(transform_config=HADAMARD), "not-judged"),
+    "no weights yet": (whole(quantization_status="frozen"), "quantization-status"),
+    "a head quantized": (lambda config: config["ignore"].remove("lm_head"), "exclude-missing"),
+    "q left out": (lambda config: config["ignore"].append("model.layers.0.self_attn.q_proj"), "coverage"),
+}
+# What llm-compressor writes beside, or leaves out, that means the same.
+SPELLINGS: dict[str, Callable[[Config], object]] = {
+    "as it is": whole(),
+    "nothing sparse": whole(sparsity_config={}, transform_config={}),
+    "dense": whole(sparsity_config={"format": "dense"}),
+    "no format of its own": lambda config: config["config_groups"]["group_0"].pop("format"),
+    "the older name": whole(format="naive-quantized"),
+    "defaults left out": lambda config: config["config_groups"]["group_0"]["weights"].pop("symmetric"),
+    "null defaults": weights(dynamic=None, actorder=None, observer="minmax"),
+}
+
+
+def errors_of(made: Path, source: Path, directory: Path, spoil: Callable[[Config], object]) -> set[str]:
+    shutil.copytree(made, directory)
+    config = json.loads((directory / "config.json").read_text())
+    spoil(config["quantization_config"])
+    (directory / "config.json").write_text(json.dumps(config))
+    report = verify_checkpoint(directory, source)
+    return {str(check) for check in report.checks(Severity.ERROR)}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_would_be_computed_otherwise_is_found(
+    name: str, made: Path, tiny_qwen3_moe_dir: Path, tmp_path: Path
+) -> None:
+    spoil, check = SPOILED[name]
+    assert check in errors_of(made, tiny_qwen3_moe_dir, tmp_path / "it", spoil)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_what_means_the_same_is_none(name: str, made: Path, tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:
+    assert errors_of(made, tiny_qwen3_moe_dir, tmp_path / "it", SPELLINGS[name]) == set()
+
+
+DOWN = "model.layers.1.mlp.experts.3.down_proj"
+GATE, UP = DOWN.replace("down", "gate"), DOWN.replace("down", "up")
+Tensors = dict[str, torch.Tensor]
+
+
+def swapped(tensors: Tensors, *suffixes: str) -> None:
+    for suffix in suffixes:
+        one, other = f"{GATE}.{suffix}", f"{UP}.{suffix}"
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def bits(tensors: Tensors, rows: int | slice) -> torch.Tensor:
+    return tensors[f"{DOWN}.weight"].view(torch.uint8)[rows]
+
+
+def moved(scales: torch.Tensor) -> None:
+    scales.copy_(scales.roll(1, 0))
+
+
+def largest_for_smallest(codes: torch.Tensor) -> None:
+    codes[(codes & 0x7F).argmin()] = 0x7E
+
+
+VALUES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "scales of a weight 2 % larger": (lambda t: t[f"{DOWN}.weight_scale"].mul_(1.02), "gain"),
+    "all scales 1.5 % larger": (lambda t: [it.mul_(1.015) for name, it in t.items() if "weight_scale" in name], "gain"),
+    "scales one row further": (lambda t: moved(t[f"{DOWN}.weight_scale"]), "error-bound"),
+    "a negative scale": (lambda t: t[f"{DOWN}.weight_scale"][1].neg_(), "scale-range"),
+    "a scale of zero": (lambda t: t[f"{DOWN}.weight_scale"][1].zero_(), "scale-range"),
+    "a row of zeros": (lambda t: bits(t, 2).zero_(), "error-bound"),
+    "signs of a row": (lambda t: bits(t, 2).bitwise_xor_(0x80), "error-bound"),
+    "the largest code for the smallest": (lambda t: largest_for_smallest(bits(t, 2)), "error-bound"),
+    "scales of gate and up": (lambda t: swapped(t, "weight_scale"), "error-bound"),
+    "gate and up": (lambda t: swapped(t, "weight", "weight_scale"), "error-bound"),
+    "no scale": (lambda t: t.pop(f"{DOWN}.weight_scale"), "tensor-layout"),
+    "a zero point": (lambda t: t.update({f"{DOWN}.weight_zero_point": torch.zeros(160, 1)}), "tensor-layout"),
+    "another float": (lambda t: t.update({f"{DOWN}.weight": bits(t, slice(None)).view(E5M2)}), "tensor-layout"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_are_not_the_sources_are_found(
+    name: str, made: Path, tiny_qwen3_moe_dir: Path, tmp_path: Path
+) -> None:
+    spoil, check = VALUES[name]
+    shutil.copytree(made, tmp_path / "it")
+    (path,) = (tmp_path / "it").glob("*.safetensors")
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    report = verify_checkpoint(tmp_path / "it", tiny_qwen3_moe_dir)
+    assert check in {str(it) for it in report.checks(Severity.ERROR)}
