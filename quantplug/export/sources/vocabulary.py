@@ -1,21 +1,17 @@
 """Rows of the vocabulary beyond those of the config: padding, which is cut off, or tokens that would be lost."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from quantplug.checkpoint.torch_dist.vocabulary import padding_unit
 from quantplug.errors import ShapeError
 from quantplug.export.plan.types import WeightRef, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows
 from quantplug.mappings.table import Family
-from quantplug.megatron.models.build import VOCABULARY_MULTIPLE
 from quantplug.megatron.parameters import model_chunks
-
-LARGEST_MULTIPLE = 1024
-"""Largest power of two of rows, on all tensor parallel ranks together, that a vocabulary is taken to be padded to."""
 
 _ROWS_AT_ONCE = 1024
 
@@ -68,9 +64,7 @@ def add_grown(
     """Finds vocabularies with more rows than those of the config and padding.
 
     Rows beyond the config's that are all zeros are padding, and so are as many as the model's own config says.
-    Otherwise there must be fewer of them than the multiple that all rows are of: a power of two, up to
-    `LARGEST_MULTIPLE` rows or Megatron-LM's 128 a tensor parallel rank. Rows that nothing has padded mostly are of no
-    large power of two.
+    Otherwise there must be fewer of them than `padding_unit`, or than what the model's own config says.
 
     Args:
         signs: Of all ranks.
@@ -90,11 +84,11 @@ def _unexplained(rows: int, ranks: int, tokens: int, told: VocabularySigns) -> s
     # A model that is made with all its rows for tokens says no more than the rows do.
     if told.tokens is not None and told.tokens != rows:
         return None if told.tokens <= tokens else f"the model's own config says {told.tokens} tokens"
-    steps = [math.gcd(rows, LARGEST_MULTIPLE), math.gcd(rows // ranks, VOCABULARY_MULTIPLE) * ranks]
+    unit = padding_unit(rows, ranks)
     if told.multiple is not None and rows % (told.multiple * ranks) == 0:
-        steps.append(told.multiple * ranks)
+        unit = max(unit, told.multiple * ranks)
     # Padded to the next multiple: fewer rows than it is.
-    return None if rows - tokens < max(steps) else f"as a multiple of {max(steps)}, it has {max(steps) - 1} for padding"
+    return None if rows - tokens < unit else f"as a multiple of {unit}, it has {unit - 1} for padding"
 
 
 def _is_of_vocabulary(weight: WeightRef | WholeWeight, family: Family) -> bool:

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
+from quantplug.checkpoint.torch_dist.vocabulary import UNIT_OF_A_RANK
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError
 from quantplug.mappings.hybrid_pattern import hybrid_settings, pattern_of
 from quantplug.mappings.table import Activation, MegatronConfig, ModelKind
@@ -54,7 +55,6 @@ _ACTIVATIONS = {
     Activation.QUICK_GELU: quick_gelu,
     Activation.SQUARED_RELU: squared_relu,
 }
-VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by.
 
 
 def build_model(
@@ -270,7 +270,7 @@ def require_class(kind: ModelKind) -> None:
         )
 
 
-def padded_vocab_size(vocab_size: int, tp: int, multiple: int = VOCABULARY_MULTIPLE) -> int:
+def padded_vocab_size(vocab_size: int, tp: int, multiple: int = UNIT_OF_A_RANK) -> int:
     """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of `multiple` rows on every TP rank.
 
     As Megatron-LM's `_vocab_size_with_padding` does (megatron/training/tokenizer).
