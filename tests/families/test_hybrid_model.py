@@ -20,15 +20,24 @@ from quantplug import (
     save_checkpoint,
 )
 from quantplug.calibration.collect import gather_statistics
+from quantplug.mappings.amax import (
+    AmaxPlacement,
+    amaxes_to_hf,
+    amaxes_to_megatron,
+    convert_to_amax_map,
+    read_amaxes,
+    write_amaxes,
+)
+from quantplug.mappings.hybrid_pattern import parse
 from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 from quantplug.megatron.releases.hybrid import PATTERN, HybridModel, hybrid_stack_spec
-from tests.export.checkpoints import assert_same_export, build, one_rank, quantize, read, same_bytes
+from tests.export.checkpoints import assert_same_export, build, load, one_rank, quantize, read, same_bytes
 from tests.families.cases import CASES
 from tests.families.served import serves_experts
-from tests.families.test_families import PADDED_VOCABULARY
+from tests.families.test_families import PADDED_VOCABULARY, family_of
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits
 from tests.megatron.hybrid import hybrid_config, load_hybrid, needs_hybrid_model
 from tests.ranks import run_ranks
@@ -70,6 +79,29 @@ def test_the_bytes_of_the_gpt_model(name: str, checkpoint: Checkpoint, export: E
     for made, scheme in (("plain", None), ("nvfp4", "w4a16_nvfp4")):
         assert_same_export(tmp_path / made, export(name, scheme))
         assert_same_export(tmp_path / f"{made}_again", export(name, scheme))
+
+
+@needs_hybrid_model
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
+def test_amaxes_have_the_names_of_hugging_face(name: str, checkpoint: Checkpoint) -> None:
+    """And from these the HybridModel gets them back, those of multi-token prediction too."""
+    source, (family, dims) = checkpoint(name), family_of(checkpoint(name))
+    rows = convert_to_amax_map(family.mappings).mappings
+    with one_rank():
+        gpt, hybrid = (quantize(it(source), "w4a16_nvfp4") for it in (load, load_hybrid))
+    of_gpt, of_hybrid = (
+        {name: it for name, it in model.named_buffers() if name.endswith("_amax")} for model in (gpt, hybrid)
+    )
+    pattern = parse(hybrid.hybrid_layer_pattern)
+    place = AmaxPlacement(layers=pattern.layers_of(0, len(pattern.decoder)))
+
+    found = read_amaxes(rows, of_hybrid, dims, place)
+
+    named, expected = amaxes_to_hf(rows, found, dims), amaxes_to_hf(rows, read_amaxes(rows, of_gpt, dims), dims)
+    assert named.keys() == expected.keys()
+    assert all(torch.equal(named[it], expected[it]) for it in expected)
+    back = write_amaxes(rows, amaxes_to_megatron(rows, expected, dims), of_hybrid, dims, place)
+    assert all(torch.equal(back[it], of_hybrid[it]) for it in of_hybrid)
 
 
 @needs_hybrid_model
