@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, choice_named, nearest
+from quantplug.formats.names import Scheme
 from quantplug.mappings.hybrid_pattern import in_hybrid_model
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping, fill
@@ -36,6 +37,12 @@ _NOTHING = Kind(
     UnsupportedQuantizationError, "No linear is left to quantize.", "Exclude fewer modules; a plain copy needs no tool."
 )
 
+_NOTHING_CHOSEN = Kind(
+    UnsupportedQuantizationError,
+    "No linear of the model would be quantized.",
+    "Choose another format or preset; a plain copy needs no tool.",
+)
+
 # The advice to leave out all weights would be the advice not to quantize.
 _NONE_LEFT = "Choose another format: no linear would be left in this one."
 
@@ -45,6 +52,7 @@ class Reason(Enum):
 
     ROLE = "what it is to the model"
     BITS = "too few bits for some server"
+    FORMAT = "a format of experts alone"
     MTP = "multi-token prediction"
     PRESET = "outside the preset"
     EXCLUDED = "excluded by the user"
@@ -101,12 +109,19 @@ class Policy:
         quantize_mtp: Whether layers of multi-token prediction are quantized too.
         loads_experts: Whether servers load routed experts in the format.
         preset: Which linears are quantized at all.
+        of_gpt_oss: Whether the format is one of GPT-OSS's experts, and of nothing else.
     """
 
     weight_bits: int
     quantize_mtp: bool = False
     loads_experts: bool = True
     preset: Preset = Preset.ALL
+    of_gpt_oss: bool = False
+
+    @classmethod
+    def of(cls, scheme: Scheme, quantize_mtp: bool = False, preset: Preset = Preset.ALL) -> "Policy":
+        """That of a format."""
+        return cls(scheme.weight_bits, quantize_mtp, scheme.loads_experts, preset, scheme.of_gpt_oss)
 
     def why_kept(self, row: WeightMapping) -> Kept | None:
         """Why weights of a row stay in high precision; None where they are quantized."""
@@ -115,6 +130,8 @@ class Policy:
             return Kept(Reason.ROLE, row.role.value)
         if row.min_bits > self.weight_bits:
             return Kept(Reason.BITS, f"linear weight that not every server reads in {self.weight_bits} bits")
+        if self.of_gpt_oss and row.scope is not Scope.EXPERT:
+            return Kept(Reason.FORMAT, "linear weight of no expert, which servers read in 16 bits beside this format")
         if row.block.is_mtp and not self.quantize_mtp:
             return Kept(Reason.MTP, "linear weight of multi-token prediction, kept unless quantize_mtp asks for it")
         if not self.preset.holds(row):
@@ -129,6 +146,8 @@ class Policy:
         """
         if row.role is not Role.LINEAR:
             return None
+        if self.of_gpt_oss and row.scope is Scope.EXPERT:
+            return None if row.served_in_mxfp4 else "expert, which servers load in this format of GPT-OSS alone"
         if row.unserved is None and row.scope is Scope.EXPERT and not self.loads_experts:
             return "expert, which no server loads in this format"
         return row.unserved
@@ -156,6 +175,21 @@ def decide(keys: Iterable[ParamKey], family: Family, policy: Policy) -> Decision
     return {key: Decision(row, policy.why_kept(row)) for key, row in rows.items() if row.role.multiplies}
 
 
+def refuse_nothing(decisions: Decisions) -> None:
+    """Refuses a choice by which nothing is quantized, before anybody has left anything out.
+
+    Raises:
+        UnsupportedQuantizationError: Names what each kind of linear is kept for.
+    """
+    if quantized(decisions):
+        return
+    findings = Findings()
+    kept = {it.row.megatron[0]: it.kept.words for it in decisions.values() if it.kept and it.row.role is Role.LINEAR}
+    for module, words in kept.items():
+        findings.add(_NOTHING_CHOSEN, module, words)
+    findings.raise_if_any()
+
+
 def quantized(decisions: Decisions) -> dict[ParamKey, WeightMapping]:
     """The weights that are quantized, with their rows."""
     return {key: decision.row for key, decision in decisions.items() if decision.kept is None}
@@ -170,8 +204,9 @@ def excluding(decisions: Decisions, exclude: Sequence[str], family: Family, dims
     Raises:
         MappingError: A pattern matches no module with a matrix product.
         UnsupportedQuantizationError: A pattern parts q, k and v, gate and up or experts of a layer, and what to exclude
-            with them; or nothing is left.
+            with them; or nothing is left, or was chosen in the first place.
     """
+    refuse_nothing(decisions)
     findings, rows = Findings(), quantized(decisions)
     spelled = {key: list(_spellings(decision.row, key, dims)) for key, decision in decisions.items()}
     # A tied output layer has no tensor and no decision, but a config may name it, and to exclude it is no mistake.

@@ -230,7 +230,7 @@ def export_checkpoint(
         else:
             weights = _without_quantizers(weights)
         if scheme is not None:
-            asked_for = Policy(scheme.weight_bits, quantize_mtp, preset=selected)
+            asked_for = Policy.of(scheme, quantize_mtp, selected)
             chosen = chosen_weights(weights, model, lambda _: scheme, asked_for, exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
             plan_of = WeightOnlyPlan(weights, model, chosen, request, input_scale, search)

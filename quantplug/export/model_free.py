@@ -176,7 +176,8 @@ def chosen_weights(
         by_scheme[scheme_of(weight.key)].append(weight.key)
     decisions: dict[ParamKey, Decision] = {}
     for scheme, keys in by_scheme.items():
-        decisions |= decide(keys, model.family, replace(policy, weight_bits=scheme.weight_bits))
+        of_scheme = replace(policy, weight_bits=scheme.weight_bits, of_gpt_oss=scheme.of_gpt_oss)
+        decisions |= decide(keys, model.family, of_scheme)
     chosen = quantized(excluding(decisions, exclude, model.family, model.dims))
     return {key: scheme_of(key) for key in chosen}
 

@@ -74,8 +74,8 @@ def quantize_checkpoint(
         source: Directory or hub id of a checkpoint in BF16, FP16 or FP32, in FP8, or with experts in MXFP4.
         destination: A directory that is new or empty.
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8` (one scale a tensor),
-            `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row), `mxfp8` or `int4`; or with an `input_scale` one
-            that quantizes activations by scales of their own.
+            `fp8_blockwise` (128x128), `fp8_dynamic` (one scale a row), `mxfp8`, `int4` or `mxfp4` (GPT-OSS); or with
+            an `input_scale` one that quantizes activations by scales of their own.
         expert_format: The format of routed experts, where it is another one, such as `nvfp4` with an `input_scale`
             beside `mxfp8`. One dialect must have names for both.
         group_size: How many input features share a scale in `format`, where that leaves the choice: 128 or 32 of
@@ -114,7 +114,7 @@ def quantize_checkpoint(
     scheme = asked_scheme(format, "format", group_size, input_scale=input_scale)
     experts = scheme if expert_format is None else asked_scheme(expert_format, "expert_format", input_scale=input_scale)
     check_input_scale(input_scale, scheme, experts)
-    policy = Policy(scheme.weight_bits, quantize_mtp, preset=preset_named(preset, "preset"))
+    policy = Policy.of(scheme, quantize_mtp, preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     spelling = dialect_named(dialect, "dialect")
     search = scales_named(scales, "scales", experts if experts.weight.encoding.can_search else scheme)

@@ -13,7 +13,7 @@ from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationErr
 from quantplug.findings import choice_named
 from quantplug.formats.block_format import BlockFormat
 from quantplug.formats.search.candidates import Scales
-from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP8, NVFP4
+from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
 from quantplug.formats.weight_format import WeightFormat
 
 
@@ -28,6 +28,7 @@ class QuantFormat(StrEnum):
     FP8_DYNAMIC = "fp8_dynamic"
     INT4 = "int4"
     MXFP8 = "mxfp8"
+    MXFP4 = "mxfp4"
 
     @property
     def needs_data(self) -> bool:
@@ -74,12 +75,14 @@ class Scheme:
         weight: How the weight becomes bytes.
         activations: How the input is read.
         loads_experts: Whether servers load routed experts so.
+        of_gpt_oss: Whether servers load it as GPT-OSS has it, and no otherwise: experts in one tensor, and these alone.
     """
 
     format: QuantFormat
     weight: BlockFormat
     activations: Activations
     loads_experts: bool = True
+    of_gpt_oss: bool = False
 
     @property
     def weight_bits(self) -> int:
@@ -119,6 +122,9 @@ _ROWS = (
     Scheme(QuantFormat.INT4, INT4_32, Activations.PLAIN),
     # vLLM loads experts by `ModelOptMxFp8FusedMoE` (modelopt.py).
     Scheme(QuantFormat.MXFP8, MXFP8, Activations.DYNAMIC),
+    # transformers' `Mxfp4GptOssExperts`, vLLM's `Mxfp4MoEMethod` with the loader of its GPT-OSS; kernels that quantize
+    # inputs too do so by themselves.
+    Scheme(QuantFormat.MXFP4, MXFP4, Activations.PLAIN, of_gpt_oss=True),
 )
 SCHEMES: Mapping[QuantFormat, Scheme] = {name: next(row for row in _ROWS if row.format is name) for name in QuantFormat}
 """The row of each name where no size of groups is asked for."""

@@ -36,6 +36,9 @@ class FusedExpertMapping(WeightMapping):
         stays = self.packed is None or (self.fused_where_read and fused_is_read)
         return self if stays or self.packed is None else self.packed
 
+    def unturned(self) -> "FusedExpertMapping":
+        return replace(self, transposed=False)
+
     def renamed(self, rename: Callable[[str], str]) -> Self:
         # A vision-language model writes its packed experts under its own names too.
         packed = None if self.packed is None else self.packed.renamed(rename)

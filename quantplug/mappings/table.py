@@ -182,7 +182,9 @@ class WeightMapping:
             than the type of others: models compute with it in FP32, and not all sources hold it so.
         option: Only models with this option have the row; None for all.
         min_bits: Bits in which every server reads a linear that is quantized.
-        unserved: Why no server loads the linear quantized, in any format that is written; None where some do.
+        unserved: Why no server loads the linear quantized, in any format that is written but the MXFP4 of GPT-OSS; None
+            where some do.
+        served_in_mxfp4: Whether servers load it in that.
         high_precision: Those of `hf` that stay in high precision also where the weight is quantized: servers load them
             so.
         merged: What servers make of several of `hf`, where an exclude list must name it beside these.
@@ -204,6 +206,7 @@ class WeightMapping:
     option: Option | None = None
     min_bits: int = 4
     unserved: str | None = None
+    served_in_mxfp4: bool = False
     high_precision: tuple[str, ...] = ()
     merged: tuple[Merged, ...] = ()
     offset: float = 0.0
@@ -255,6 +258,10 @@ class WeightMapping:
         Args:
             fused_is_read: Whether servers read all experts in one tensor, of any architecture, in the format.
         """
+        return self
+
+    def unturned(self) -> "WeightMapping":
+        """The row of the same weight in a form that holds no matrix as [in, out]: mostly this one."""
         return self
 
     def renamed(self, rename: Callable[[str], str]) -> Self:

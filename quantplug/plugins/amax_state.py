@@ -39,7 +39,8 @@ def required_amax_shape(quantizer: TensorQuantizer, weight: torch.Tensor) -> tor
     probe.disable_quant()
     probe(torch.empty_like(weight, device="meta"))
     probe.load_calib_amax()
-    return probe.amax.shape
+    # The buffer, not the property: of MX formats ModelOpt's calibration keeps one, which its property does not show.
+    return probe.state_dict()["_amax"].shape
 
 
 def fit_restored_amax(quantizer: nn.Module, weight: torch.Tensor) -> None:

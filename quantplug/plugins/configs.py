@@ -15,10 +15,10 @@ from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationErr
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_named
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Role, Scope, WeightMapping
+from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
 from quantplug.plugins.recipe_names import in_megatron
-from quantplug.selection import Policy, Preset, preset_named, quantizer_rule
+from quantplug.selection import Decision, Kept, Policy, Preset, Reason, preset_named, quantizer_rule, refuse_nothing
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 # ModelOpt's stock configs leave multi-token prediction in high precision by this rule.
@@ -34,6 +34,7 @@ _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.FP8_DYNAMIC: mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
     QuantFormat.INT4: mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
     QuantFormat.MXFP8: mtq.MXFP8_DEFAULT_CFG,
+    QuantFormat.MXFP4: {**mtq.MXFP4_DEFAULT_CFG, "quant_cfg": [*mtq.MXFP4_DEFAULT_CFG["quant_cfg"], _NO_INPUTS]},
 }
 # As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml, kv_fp8.yaml).
 _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
@@ -112,14 +113,15 @@ def quant_cfg(
             such preset.
         SourceError: The source has no usable config.
         UnsupportedModelError: Its architecture is not supported.
-        UnsupportedQuantizationError: No server loads its experts in the format, and they are not to be kept.
+        UnsupportedQuantizationError: No server loads its experts in the format, and they are not to be kept; or no
+            linear would be quantized.
     """
     scheme = scheme_named(quant_format, "quant_format", group_size)
     cache = None if kv_cache is None else kv_cache_named(kv_cache, "kv_cache")
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
-    policy = Policy(scheme.weight_bits, quantize_mtp, scheme.loads_experts, preset_named(preset, "preset"))
+    policy = Policy.of(scheme, quantize_mtp, preset_named(preset, "preset"))
     linears = [row for row in family.mappings if _stands_for_modules(row, dims)]
     if not keep_experts:
         _refuse_unserved(linears, policy, scheme)
@@ -131,13 +133,22 @@ def quant_cfg(
         config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] != _NO_MTP]
     # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
     whatever_mtp = replace(policy, quantize_mtp=True)
-    kept = [row for row in linears if whatever_mtp.why_kept(row) or (keep_experts and row.scope is Scope.EXPERT)]
-    rules = (quantizer_rule(row.megatron[0]) for row in kept)
+    decisions = {
+        ParamKey(row.megatron[0]): Decision(row, whatever_mtp.why_kept(row) or _kept_expert(row, keep_experts))
+        for row in linears
+    }
+    refuse_nothing(decisions)
+    rules = (quantizer_rule(key.module) for key, decision in decisions.items() if decision.kept)
     # One rule is that of all linears of experts.
     config["quant_cfg"] += {rule["quantizer_name"]: rule for rule in rules}.values()
     if cache is not None:
         config["quant_cfg"].append(copy.deepcopy(_KV_CACHE[cache]))
     return config
+
+
+def _kept_expert(row: WeightMapping, keep_experts: bool) -> Kept | None:
+    is_kept = keep_experts and row.scope is Scope.EXPERT
+    return Kept(Reason.EXCLUDED, "expert, kept as keep_experts asks") if is_kept else None
 
 
 def _in_groups(rule: dict[str, Any], size: int) -> dict[str, Any]:

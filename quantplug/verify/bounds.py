@@ -21,6 +21,11 @@ is normal.
 A tensor's bound is the root of the sum over its blocks of (bound * norm)^2, over the norm: exact for these very values.
 A zero block, and so a zero tensor, has bound 0.
 
+MXFP4, one block of 32 with the largest magnitude a, under a power of two S. Packers round the exponent up, so that
+a <= 6 S, or down, so that a < 8 S and what is above 6 S saturates; in each case a > 3 S. Rounding between 4 and 6 moves
+a value by at most S, which is a / 5 where 5 S is a, halfway; saturation by at most 2 S, which is a / 4 where 8 S is a.
+So one value, and the norm of a block of equal ones, is off by at most a / 4. A wrong exponent doubles or halves it all.
+
 FP8 (E4M3 times one scale s): at most |x| / 16 + s / 1024 a value; ModelOpt divides in BF16 first (another 2^-9 of the
 value, which can move a tie), hence 2^-4 (1 + 2^-4) for the first term.
 
@@ -60,10 +65,12 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.verify.decode import NVFP4_BLOCK
+from quantplug.verify.decode import MXFP4_BLOCK, NVFP4_BLOCK
 
 NVFP4_VALUE_BOUND = 7 / 23
 NVFP4_BLOCK_BOUND = 0.1929
+MXFP4_BOUND = 1 / 4
+MXFP4_SMALLEST = 2.0**-120  # an amax that no power of two is too large for
 FP8_RELATIVE_BOUND = 2**-4 * (1 + 2**-4)
 FP8_ABSOLUTE_BOUND = 2**-10  # in units of the scale
 INT4_VALUE_BOUND = (1 + 14 * 2**-8) / 15
@@ -103,6 +110,9 @@ class GainBound:
 
 NVFP4_GAIN = GainBound(0.008, NVFP4_BLOCK_BOUND, deviations=2, decisive=0.012)
 NVFP4_ROW_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND, deviations=4, decisive=0.03)
+# Rounded down, exponents saturate the largest values, all in one direction.
+MXFP4_GAIN = GainBound(0.04, MXFP4_BOUND, deviations=2, decisive=0.05)
+MXFP4_ROW_GAIN = GainBound(0.08, MXFP4_BOUND, deviations=4, decisive=0.08)
 FP8_GAIN = GainBound(0.006, FP8_RELATIVE_BOUND, deviations=2, decisive=0.008)
 FP8_ROW_GAIN = GainBound(0.01, FP8_RELATIVE_BOUND, deviations=4, decisive=0.01)
 
@@ -257,6 +267,16 @@ def int4_sums(decoded: torch.Tensor, original: torch.Tensor, group: int) -> RowS
     lost = ((amax.squeeze(-1) > 0) & (decoded_groups == 0).all(dim=-1)).sum(dim=1)
     bound = _squares(value_bound).sum(dim=1)
     return _row_sums(decoded_groups, groups, bound, value_bound, lost, original.shape[1])
+
+
+def mxfp4_sums(decoded: torch.Tensor, original: torch.Tensor) -> RowSums:
+    """Of FP32 rows of an MXFP4 weight [rows, columns]."""
+    blocks = original.view(original.shape[0], -1, MXFP4_BLOCK)
+    amax = blocks.abs().amax(dim=-1)
+    decoded_blocks = decoded.view_as(blocks)
+    bound = (MXFP4_BOUND**2 * _squares(blocks)).sum(dim=1)
+    lost = ((amax >= MXFP4_SMALLEST) & (decoded_blocks == 0).all(dim=-1)).sum(dim=1)
+    return _row_sums(decoded_blocks, blocks, bound, (MXFP4_BOUND * amax).unsqueeze(-1), lost, original.shape[1])
 
 
 def fp8_sums(decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor) -> RowSums:

@@ -169,7 +169,45 @@ class Int4Layout:
         return ()
 
 
-Layout = Nvfp4Layout | Fp8Layout | Int4Layout
+@dataclass(frozen=True)
+class Mxfp4Layout:
+    """The experts of GPT-OSS: E2M1 codes in blocks of 32 columns, and an E8M0 exponent for each.
+
+    `blocks` U8 [experts, out, in / 32, 16] and `scales` U8 [experts, out, in / 32]; the codes of a weight are taken for
+    a matrix [out, in / 2], the columns of which are cut into blocks on disk.
+    """
+
+    name: str = "MXFP4"
+    codes: str = "blocks"
+    scale: str = "scales"
+    block: int = 32
+    input_scale: str | None = None
+
+    def columns(self, codes: TensorInfo) -> int:
+        return 2 * codes.shape[-1] if len(codes.shape) == 2 else 0
+
+    def shape_problem(self, codes: TensorInfo) -> str | None:
+        return None
+
+    def parts(self, codes: TensorInfo) -> Mapping[str, Part]:
+        rows, packed = codes.shape
+        blocks, in_one = packed // (self.block // 2), self.block // 2
+        return {self.codes: Part(((rows, blocks, in_one),), U8), self.scale: Part(((rows, blocks),), U8)}
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """No scale is shared: each block has one."""
+        return ()
+
+
+Layout = Nvfp4Layout | Fp8Layout | Int4Layout | Mxfp4Layout
+
+
+def exponents_of(layout: Layout | None) -> str | None:
+    """Suffix of the scales that are powers of two, stored as exponents; None for a layout without such."""
+    if isinstance(layout, Mxfp4Layout) or (isinstance(layout, Fp8Layout) and layout.exponents):
+        return layout.scale
+    return None
 
 
 @dataclass(frozen=True)
@@ -185,11 +223,13 @@ MODELOPT_FP8 = Fp8Layout("FP8", "weight_scale", None, F32, "input_scale")
 MODELOPT_MXFP8 = Fp8Layout("MXFP8", "weight_scale", (1, 32), U8, None, exponents=True)
 MODELOPT_FP8_PER_CHANNEL = Fp8Layout("FP8_PER_CHANNEL_PER_TOKEN", "weight_scale", (1, 0), F32, None)
 
+# What holds the values of a module's weight: as it is, or its codes.
+WEIGHT_SUFFIXES = ("weight", "weight_packed", Mxfp4Layout.codes)
 # Suffixes that only a quantized module has.
 SCALE_SUFFIXES = frozenset({
     "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale", "weight_packed", "weight_zero_point",
     "weight_shape", "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point", "pre_quant_scale",
-    "activation_scale", "qweight", "qzeros", "scales", "g_idx",
+    "activation_scale", "qweight", "qzeros", "blocks", "scales", "g_idx",
 })  # fmt: skip
 KV_SUFFIXES = frozenset({"k_scale", "v_scale"})
 CODE_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2"})

@@ -8,7 +8,7 @@ import torch
 
 from quantplug.verify import bounds, decode, rounding
 from quantplug.verify.bounds import ErrorSum, GainBound, RowSums
-from quantplug.verify.layouts import Int4Layout, Layout, Nvfp4Layout
+from quantplug.verify.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.originals import Original
 
@@ -83,9 +83,35 @@ class Int4Rows:
         return rounding.nearest_int4(original, self.group)
 
 
-def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> Rows | Int4Rows:
+@dataclass(frozen=True)
+class Mxfp4Rows:
+    """Some rows of an MXFP4 weight.
+
+    Attributes:
+        blocks: U8 [rows, blocks, 16] of pairs.
+        exponents: U8 [rows, blocks].
+    """
+
+    blocks: torch.Tensor
+    exponents: torch.Tensor
+
+    def decoded(self) -> torch.Tensor:
+        """FP32 values [rows, columns]."""
+        return decode.decode_mxfp4(self.blocks, self.exponents)
+
+    def nearest(self, original: torch.Tensor) -> torch.Tensor:
+        """What round to nearest gives of the FP32 original, with exponents of the checker's own."""
+        return rounding.nearest_mxfp4(original)
+
+
+AnyRows = Rows | Int4Rows | Mxfp4Rows
+
+
+def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> AnyRows:
     # As bytes: E4M3 comes as torch's float8, on which tables and loops cannot work.
     codes = weight.rows(layout.codes, first, last).view(torch.uint8)
+    if isinstance(layout, Mxfp4Layout):
+        return Mxfp4Rows(codes, weight.rows(layout.scale, first, last))
     if isinstance(layout, Int4Layout):
         return Int4Rows(codes, weight.rows("weight_scale", first, last).float())
     if isinstance(layout, Nvfp4Layout):
@@ -132,8 +158,10 @@ class Meter:
             total.off = abs(total.dot - nearest) > gain.decisive * total.squared_norm
         return total
 
-    def sums(self, packed: Rows | Int4Rows, original: torch.Tensor) -> RowSums:
+    def sums(self, packed: AnyRows, original: torch.Tensor) -> RowSums:
         """Of rows of the original in any floating-point type."""
+        if isinstance(packed, Mxfp4Rows):
+            return bounds.mxfp4_sums(packed.decoded(), original.float())
         if isinstance(packed, Int4Rows):
             if self.loops is not None:
                 return _compiled_int4(self.loops, packed, original)
@@ -149,6 +177,8 @@ class Meter:
 
 def _gains(layout: Layout) -> tuple[GainBound, GainBound]:
     """Of a weight, and of one of its rows."""
+    if isinstance(layout, Mxfp4Layout):
+        return bounds.MXFP4_GAIN, bounds.MXFP4_ROW_GAIN
     if isinstance(layout, Int4Layout):
         return bounds.INT4_GAIN, bounds.INT4_ROW_GAIN
     if isinstance(layout, Nvfp4Layout):
@@ -214,7 +244,7 @@ def _row_sums(loops: ModuleType, sums: torch.Tensor, original: torch.Tensor) -> 
     )
 
 
-def _off_rows(sums: RowSums, packed: Rows | Int4Rows, original: torch.Tensor, gain: GainBound) -> int:
+def _off_rows(sums: RowSums, packed: AnyRows, original: torch.Tensor, gain: GainBound) -> int:
     """How many rows have a gain that chance does not give, nor round to nearest of these very values."""
     # Only rows that look wrong are worth rounding anew, and nearly no chunk has one.
     off = sums.off_gain(gain)

@@ -11,11 +11,11 @@ from quantplug.verify.checkpoint import Checkpoint, TensorInfo
 from quantplug.verify.excludes import with_parents
 from quantplug.verify.fused import FusedExperts
 from quantplug.verify.known import KnownArchitecture
-from quantplug.verify.layouts import CODE_DTYPES, Layout, Part, UnjudgedLayout, scale_names
+from quantplug.verify.layouts import CODE_DTYPES, Layout, Mxfp4Layout, Part, UnjudgedLayout, scale_names
 from quantplug.verify.scheme import DeclaredScheme
 
 # What has the experts along its first axis, and how many axes it has.
-_RANKS_OF_ALL = {"weight": 3, "weight_packed": 3, "bias": 2}
+_RANKS_OF_ALL = {"weight": 3, "weight_packed": 3, "blocks": 4, "bias": 2}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class Module:
     def matrix(self, info: TensorInfo | None) -> TensorInfo | None:
         """One weight of a tensor, [out, in]; None for what holds no matrix."""
         shape = info.shape if info is not None else ()
+        # Blocks lie side by side in a row: [experts, out, blocks, bytes of one].
+        if self.transposed is not None and len(shape) == 4:
+            shape = (*shape[:2], shape[2] * shape[3])
         if self.transposed is not None and len(shape) == 3:
             shape = (shape[2], shape[1]) if self.transposed else shape[1:]
         elif self.transposed is not None:
@@ -193,7 +196,8 @@ def take_inventory(
         grouped.setdefault(module, {})[suffix] = info
     modules = {}
     for name, tensors in sorted(grouped.items()):
-        transposed = fused.is_transposed(name)
+        # Blocks are of [out, in], also where the architecture stores a plain tensor as [in, out].
+        transposed = fused.is_transposed(name) and Mxfp4Layout.codes not in tensors
         # Exclude lists and layouts are written for the modules that servers build, and these build one for all experts.
         served = name if transposed is None else _served(name)
         excluded, promised = scheme.excludes.names(served), scheme.layout_of(served)

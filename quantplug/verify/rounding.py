@@ -38,3 +38,13 @@ def nearest_int4(original: torch.Tensor, group: int) -> torch.Tensor:
 def _e4m3(values: torch.Tensor) -> torch.Tensor:
     # torch's cast makes NaN of what is larger than 448; packers saturate.
     return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+
+
+def nearest_mxfp4(original: torch.Tensor) -> torch.Tensor:
+    """FP32 values of rows [rows, columns] in MXFP4, with exponents under which nothing saturates."""
+    blocks = original.view(original.shape[0], -1, decode.MXFP4_BLOCK)
+    # 6 is 0.75 * 8: of a magnitude m * 2^e, 0.5 <= m < 1, the exponent is e - 3, or one more where m is above 0.75.
+    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=-1, keepdim=True))
+    scales = torch.ldexp(torch.ones_like(mantissa), (exponent - 3 + (mantissa > 0.75)).clamp(min=-126))
+    codes = torch.bucketize(blocks.abs() / scales, _HALFWAY)
+    return (_MAGNITUDES[codes] * scales * blocks.sign()).view_as(original)

@@ -12,11 +12,9 @@ from quantplug.mappings.table import LayerStack
 from quantplug.verify import names
 from quantplug.verify.checks import Check
 from quantplug.verify.known import KnownArchitecture
-from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES
+from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, WEIGHT_SUFFIXES
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error
-
-_WEIGHTS = ("weight", "weight_packed")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _by_module(tensors: Iterable[str]) -> Mapping[str, frozenset[str]]:
 
 def _has_weight(module: Module | None) -> bool:
     """A quantized module without its codes is for the rule on coverage."""
-    return module is not None and (module.quantized or not module.tensors.keys().isdisjoint(_WEIGHTS))
+    return module is not None and (module.quantized or not module.tensors.keys().isdisjoint(WEIGHT_SUFFIXES))
 
 
 def _missing(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
@@ -131,7 +129,7 @@ def _told_elsewhere(inventory: Inventory, found: Architecture, name: str) -> boo
 
 
 def _extra(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
-    known = {*_WEIGHTS, *SCALE_SUFFIXES, *KV_SUFFIXES}
+    known = {*WEIGHT_SUFFIXES, *SCALE_SUFFIXES, *KV_SUFFIXES}
     if inventory.checkpoint.config.get("attention_bias") is True:
         known.add("bias")
     extra: dict[str, list[str]] = {}

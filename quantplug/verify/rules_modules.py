@@ -9,8 +9,10 @@ from quantplug.verify.checkpoint import ITEM_BYTES
 from quantplug.verify.checks import Check
 from quantplug.verify.layouts import (
     KV_SUFFIXES,
+    WEIGHT_SUFFIXES,
     Fp8Layout,
     Int4Layout,
+    Mxfp4Layout,
     Nvfp4Layout,
     UnjudgedLayout,
     is_plain,
@@ -46,7 +48,7 @@ def coverage(inventory: Inventory) -> Iterator[Finding]:
                 f"a plain {module.plain_matrix.dtype} matrix, neither excluded nor quantized: servers expect scales"
             )
             yield error(Check.COVERAGE, module.name, message)
-        elif module.quantized and not {"weight", "weight_packed"} & module.tensors.keys():
+        elif module.quantized and module.tensors.keys().isdisjoint(WEIGHT_SUFFIXES):
             yield error(Check.COVERAGE, module.name, f"has {_evidence(module)} but no weight")
 
 
@@ -58,7 +60,7 @@ def _evidence(module: Module) -> str:
 def layout(inventory: Inventory) -> Iterator[Finding]:
     """Each quantized module has its tensors, with the right shapes and dtypes, and no others."""
     for module in inventory.quantized:
-        if module.layout is None or not {"weight", "weight_packed"} & module.tensors.keys():
+        if module.layout is None or module.tensors.keys().isdisjoint(WEIGHT_SUFFIXES):
             continue
         # Without the codes nothing is known of the shapes that scales should have, so they are not judged.
         if module.codes is None:
@@ -207,7 +209,7 @@ def min_bits(inventory: Inventory) -> Iterator[Finding]:
     kept = {bits: _kept_modules(inventory, bits) for bits in (4, 8)}
     said: set[str] = set()
     for module in inventory.quantized:
-        bits = 4 if isinstance(module.layout, Nvfp4Layout | Int4Layout) else 8
+        bits = 4 if isinstance(module.layout, Nvfp4Layout | Int4Layout | Mxfp4Layout) else 8
         # Where we have no table of the architecture, MLA's projection is known by its name.
         reads_packed = bits == 4 and names.last(module.name) == names.TAKEN_APART
         subject, words = kind_of(module.name), kept[bits].get(module.name)
@@ -245,6 +247,8 @@ def served_experts(inventory: Inventory) -> Iterator[Finding]:
 
 
 def _not_served(module: Module) -> str | None:
+    if isinstance(module.layout, Mxfp4Layout):
+        return None
     if module.transposed is not None and "bias" in module.tensors:
         return (
             "experts in one tensor, with biases, as GPT-OSS has them: servers read these in MXFP4 or BF16 alone; vLLM "

@@ -19,9 +19,11 @@ from quantplug.verify.layouts import (
     Fp8Layout,
     Int4Layout,
     Layout,
+    Mxfp4Layout,
     Nvfp4Layout,
     UnjudgedLayout,
 )
+from quantplug.verify.names import last
 from quantplug.verify.report import Finding, error
 
 MODELOPT_LAYOUTS: Mapping[str, Layout | UnjudgedLayout] = {
@@ -73,7 +75,9 @@ def read_scheme(checkpoint: Checkpoint) -> tuple[DeclaredScheme, list[Finding]]:
         return _fp8(config), []
     if method == "compressed-tensors":
         return _compressed_tensors(config), []
-    message = f"not judged: quant_method {method or 'missing'!r} is none of modelopt, fp8, compressed-tensors"
+    if method == "mxfp4":
+        return _mxfp4(config), []
+    message = f"not judged: quant_method {method or 'missing'!r} is none of modelopt, fp8, compressed-tensors, mxfp4"
     return _unquantized(method or "unknown"), [error(Check.NOT_JUDGED, "config.json", message)]
 
 
@@ -148,6 +152,15 @@ def _fp8(config: Json) -> DeclaredScheme:
     else:
         layout = UnjudgedLayout(f"fp8 with weight_block_size {block!r}")
     return DeclaredScheme("fp8", layout.name, PatternList(patterns, matches_fp8), _same_for_all(layout))
+
+
+def _mxfp4(config: Json) -> DeclaredScheme:
+    """GPT-OSS's own: experts alone are quantized, whatever else the list of plain modules holds."""
+    # OpenAI's list has shell patterns of parents (`model.layers.*.self_attn`). Readers quantize no such module anyhow.
+    listed = as_texts(config.get("modules_to_not_convert"))
+    patterns = PatternList(tuple(name for name in listed if "*" not in name), matches_fp8)
+    layout = Mxfp4Layout()
+    return DeclaredScheme("mxfp4", "MXFP4", patterns, lambda module: layout if last(module) == "experts" else None)
 
 
 def _compressed_tensors(config: Json) -> DeclaredScheme:

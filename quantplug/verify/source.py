@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, Unre
 from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
-from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, is_plain
+from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, WEIGHT_SUFFIXES, is_plain
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.measure import Meter, meter_for
 from quantplug.verify.modules import Inventory, Module
@@ -109,8 +109,8 @@ def _target(inventory: Inventory, info: TensorInfo) -> str:
 
 def _stored_weight(inventory: Inventory, module: str) -> str:
     """Name of a module's weight in the export's dialect."""
-    packed = f"{module}.weight_packed"
-    return packed if packed in inventory.checkpoint.tensors else f"{module}.weight"
+    held = (f"{module}.{suffix}" for suffix in WEIGHT_SUFFIXES if f"{module}.{suffix}" in inventory.checkpoint.tensors)
+    return next(held, f"{module}.weight")
 
 
 def _apart(inventory: Inventory, experts: FusedExperts, info: TensorInfo) -> tuple[ExpertPart, ...]:
@@ -154,7 +154,7 @@ def _extra(inventory: Inventory, source: Originals, apart: Collection[str]) -> I
     for name in inventory.checkpoint.tensors:
         module, suffix = names.split(name)
         # Scales have no counterpart in the source, but the weight beside them has.
-        belongs = not known.isdisjoint((f"{module}.weight", f"{module}.weight_packed")) or suffix in KV_SUFFIXES
+        belongs = not known.isdisjoint(f"{module}.{each}" for each in WEIGHT_SUFFIXES) or suffix in KV_SUFFIXES
         if name not in known and not (belongs and suffix in SCALE_SUFFIXES | KV_SUFFIXES):
             yield error(Check.SOURCE_NAMES, name, "not in the source")
 
@@ -171,9 +171,9 @@ def _one(
             yield error(Check.SOURCE_NAMES, info.name, "in the source, but not in the export")
         return
     module = inventory.modules[names.split(target.name)[0]]
-    is_weight = target.name.endswith((".weight", ".weight_packed"))
+    is_weight = names.split(target.name)[1] in WEIGHT_SUFFIXES
     if is_weight and (module.quantized or source.is_packed(info)):
-        original = source.of(info, module.transposed)
+        original = source.of(info, inventory.fused.is_transposed(module.name))
         if original is None:
             yield error(Check.SOURCE, info.name, f"is {info.dtype} in the source, no floating-point original")
         elif not module.quantized:
@@ -267,7 +267,8 @@ def _quantized(
     assert layout is not None
     assert codes is not None
     rows, columns = codes.shape[0], layout.columns(codes)
-    shape = module.stored_shape((rows, columns))
+    # As it lies where it is plain, which the original is told by.
+    shape = replace(module, transposed=inventory.fused.is_transposed(module.name)).stored_shape((rows, columns))
     if original.shape != shape:
         message = f"decodes to {list(shape)}, in the source {list(original.shape)}"
         yield error(Check.SOURCE_NAMES, original.info.name, message)

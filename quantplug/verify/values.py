@@ -10,7 +10,7 @@ from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
-from quantplug.verify.layouts import Fp8Layout, Int4Layout, Nvfp4Layout
+from quantplug.verify.layouts import Int4Layout, Nvfp4Layout, exponents_of
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.names import FusedGroup, last, split
 from quantplug.verify.report import Finding, error, note, ranges, warning
@@ -91,9 +91,8 @@ _FORM = Form(_to_json, _of_json)
 def _type_of_values(inventory: Inventory, info: TensorInfo) -> str:
     """What a tensor's values are, by the dtypes of safetensors; empty for what has no value that could be wrong."""
     module, suffix = split(info.name)
-    layout = inventory.modules[module].layout
     # Exponents are stored as integers, and one of them is NaN.
-    if isinstance(layout, Fp8Layout) and layout.exponents and suffix == layout.scale and info.dtype == "U8":
+    if suffix == exponents_of(inventory.modules[module].layout) and info.dtype == "U8":
         return "F8_E8M0"
     return info.dtype if info.dtype in _READ_DTYPES else ""
 

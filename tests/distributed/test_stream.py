@@ -77,25 +77,26 @@ def test_receivers_get_what_one_rank_exports(
 
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize(
-    ("layout", "source", "way"),
-    [("2-2-1-1", "tiny_llama4_dir", "w4a16_nvfp4"), ("1-2-1-1", "tiny_gpt_oss_dir", "function")],
+    ("layout", "source", "ways"),
+    [("2-2-1-1", "tiny_llama4_dir", ["w4a16_nvfp4"]), ("1-2-1-1", "tiny_gpt_oss_dir", ["function", "mxfp4"])],
 )
 def test_receivers_get_whole_tensors_of_all_experts(
-    layout: str, source: str, way: str, tmp_path: Path, request: pytest.FixtureRequest
+    layout: str, source: str, ways: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(source)
-    run_worker(directory, tmp_path, layout, "streams", way)
-    if way == "function":
-        expected = of_each_expert(blockwise_fp8, read(directory), BLOCK)
-    else:
-        expected = expected_tensors(way, directory, tmp_path / way)
-    for rank in range(RANKS):
-        assert_same_tensors(torch.load(tmp_path / f"{way}-{rank}.pt"), expected)
-        assert_same_tensors(torch.load(tmp_path / f"{way}-some-{rank}.pt"), expected if rank in RECEIVERS else {})
-    # A broadcast an owner for each tensor of all experts, for what lies between those of two layers, and the ends.
-    calls = json.loads((tmp_path / f"{way}-0.json").read_text())["calls"]
-    fused = [name for name in expected if ".experts." in name]
-    assert calls["broadcast"] <= RANKS * (len([name for name in fused if expected[name].ndim > 1]) + 4) + len(fused)
+    run_worker(directory, tmp_path, layout, "streams", *ways)
+    for way in ways:
+        if way == "function":
+            expected = of_each_expert(blockwise_fp8, read(directory), BLOCK)
+        else:
+            expected = expected_tensors(way, directory, tmp_path / way)
+        for rank in range(RANKS):
+            assert_same_tensors(torch.load(tmp_path / f"{way}-{rank}.pt"), expected)
+            assert_same_tensors(torch.load(tmp_path / f"{way}-some-{rank}.pt"), expected if rank in RECEIVERS else {})
+        # A broadcast an owner for each tensor of all experts, for what lies between those of two layers, and the ends.
+        calls = json.loads((tmp_path / f"{way}-0.json").read_text())["calls"]
+        fused = [name for name in expected if ".experts." in name]
+        assert calls["broadcast"] <= RANKS * (len([name for name in fused if expected[name].ndim > 1]) + 4) + len(fused)
 
 
 def test_what_goes_wrong_on_one_rank_ends_all_with_one_message(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state  # noqa: E402
 import quantplug  # noqa: E402
 from quantplug.checkpoint.source_config import read_source_config  # noqa: E402
 from quantplug.mappings.families import find_family  # noqa: E402
-from tests.families.served import has_experts, serves_experts  # noqa: E402
+from tests.families.served import has_experts  # noqa: E402
 
 # The ranks go on with the next family: only the model parallel groups end with an example.
 quantplug.destroy_parallel = parallel_state.destroy_model_parallel
@@ -30,12 +30,12 @@ def main(work: Path, tp: int, ep: int, families: list[str]) -> None:
         quantize.main(
             str(source),
             checkpoint,
-            export_quant_cfg=quantize.QuantFormat.NVFP4,
+            # Of the formats those in which servers load the experts.
+            export_quant_cfg=quantize.QuantFormat.MXFP4 if family == "gpt_oss" else quantize.QuantFormat.NVFP4,
             weight_only=True,
             tp=tp,
             ep=size_of_ep(source, ep),
             mtp=quantize.Treatment.QUANTIZED,
-            experts=quantize.Treatment.QUANTIZED if serves_experts(family, "w4a16_nvfp4") else quantize.Treatment.KEPT,
         )
         export.main(str(source), checkpoint, out, tp=tp, ep=size_of_ep(source, ep))
         saved_by_one = out.with_name("1-1-megatron")

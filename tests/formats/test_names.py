@@ -27,6 +27,7 @@ def test_every_name_says_what_it_means() -> None:
         "fp8_dynamic": ("fp8_row", 8, Activations.DYNAMIC),
         "int4": ("int4", 4, Activations.PLAIN),
         "mxfp8": ("mxfp8", 8, Activations.DYNAMIC),
+        "mxfp4": ("mxfp4", 4, Activations.PLAIN),
     }
 
 
@@ -58,6 +59,7 @@ def test_input_scales_are_of_formats_that_have_them(name: QuantFormat) -> None:
         ("fp8_dynamic", "fp8_dynamic"),
         ("int4", "int4"),
         ("mxfp8", "mxfp8"),
+        ("mxfp4", "mxfp4"),
     ],
 )
 def test_the_same_weights_without_data(name: str, instead: str) -> None:
@@ -107,5 +109,5 @@ def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_d
     assert [name for name in QuantFormat if name.needs_data] == ["nvfp4", "fp8"]
     assert [name.weight_only for name in QuantFormat] == [
         "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic", "int4",
-        "mxfp8",
+        "mxfp8", "mxfp4",
     ]  # fmt: skip

@@ -10,9 +10,8 @@ import torch
 
 from quantplug.checkpoint.reader import HFCheckpoint, TensorHeader, damaged
 from quantplug.errors import Offender
+from quantplug.formats import MXFP4, EncodedRows, PackedWeight
 from quantplug.formats.constants import MX_BLOCK
-from quantplug.formats.table import MXFP4
-from quantplug.formats.weight_format import PackedWeight
 
 METHOD = "mxfp4"
 
@@ -42,11 +41,19 @@ class MXFP4Checkpoint(HFCheckpoint):
         self._packed = {base: (stored[base + _BLOCKS], stored[base + _SCALES]) for base in bases}
         packed_names = {base + suffix for base in bases for suffix in (_BLOCKS, _SCALES)}
         plain = {name: header for name, header in stored.items() if name not in packed_names}
+        self.packed_as = dict.fromkeys(bases, MXFP4)
         self.tensors = plain | {base: _plain_header(blocks) for base, (blocks, _) in self._packed.items()}
 
     def _files_of(self, name: str) -> tuple[str, ...]:
         packed = self._packed.get(name)
         return super()._files_of(name) if packed is None else tuple(header.file for header in packed)
+
+    def read_packed(self, name: str, rows: slice, expert: int | None) -> EncodedRows:
+        assert expert is not None, "all experts of a layer are one tensor"
+        blocks, scales = self._packed[name]
+        codes = self._read(f"{name}{_BLOCKS}", blocks.file, (expert, rows)).flatten(-2)
+        exponents = self._read(f"{name}{_SCALES}", scales.file, (expert, rows))
+        return EncodedRows(MXFP4, PackedWeight({"weight": codes, "weight_scale": exponents}))
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         if name not in self._packed:

@@ -175,6 +175,8 @@ def _rows_written(mapped: Mapped, schemes: Schemes, dialect: Dialect | None) -> 
     rows = {weight.key: row for weight, row in mapped}
     if dialect is None:
         return rows
+    if not dialect.turns_experts:
+        return {key: row.unturned() if key in schemes else row for key, row in rows.items()}
     fused_is_read = {scheme.format for scheme in schemes.values()} <= dialect.fused_is_read
     packed = {key: row.when_packed(fused_is_read=fused_is_read) for key, row in rows.items()}
     # vLLM and SGLang build one fused module for the experts of a layer, and take its tensors by one naming only.
@@ -216,8 +218,8 @@ class _Packing:
         placement = mapping.placement(weight.key, self.dims)
         plain = self._plain_dtypes(weight, mapping, len(shapes))
         of_parts = [None if pattern in mapping.high_precision else scheme for pattern in mapping.hf]
-        # Written by another row than it is stored by, no part is one that the source holds.
-        packed_as = weight.packed_as if mapping is stored else ()
+        # Written under other names than it is stored by, no part is one that the source holds.
+        packed_as = weight.packed_as if mapping.hf == stored.hf else ()
         outputs = tuple(
             replace(
                 self._output(weight, name, shape, dtype, of_part, placement), as_stored=_is_stored_so(of_part, held)

@@ -10,11 +10,12 @@ from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, Role, WeightMapping, fill
+from quantplug.mappings.table import ParamKey, Role, Scope, WeightMapping, fill
 from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rules
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
-_ANY_BITS = 16  # Where a weight's format is not known: enough for every row, so that the policy judges by role alone.
+# Where a weight's format is not known: bits enough for every row, so that the policy judges by role alone.
+_ANY_FORMAT = Policy(16, quantize_mtp=True)
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled that no part of the checkpoint expresses.",
@@ -56,7 +57,7 @@ def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Finding
         # whatever it says, and a complaint about its settings would advise to change what must be turned off.
         scheme = _scheme(whole, whole.weight, findings) if mapping.role is Role.LINEAR else None
         # Layers of multi-token prediction are quantized where a config of the user's has enabled their quantizers.
-        kept = Policy(scheme.weight_bits if scheme else _ANY_BITS, quantize_mtp=True).why_kept(mapping)
+        kept = (Policy.of(scheme, quantize_mtp=True) if scheme else _ANY_FORMAT).why_kept(mapping)
         if kept is not None:
             against_policy.append((whole, kept))
         elif scheme is not None:
@@ -156,17 +157,21 @@ def check_served(
     unserved = [
         (whole, scheme, why)
         for whole, row in mapped
-        if (scheme := schemes.get(whole.key))
-        and (why := Policy(scheme.weight_bits, loads_experts=scheme.loads_experts).why_unserved(row))
+        if (scheme := schemes.get(whole.key)) and (why := Policy.of(scheme).why_unserved(row))
     ]
     if not unserved:
         return
     rows = _quantized_rows(mapped)
     way_out = leave_out([whole.key for whole, *_ in unserved], rows, dims)
-    others = [row.format for row in SCHEMES.values() if row.loads_experts and not row.has_input_scale]
+    others = [row for row in SCHEMES.values() if row.loads_experts and not row.has_input_scale]
     # Of experts that no format serves, another format would be the next refusal.
-    if all(row.unserved is None for row in rows.values()):
-        way_out = f"Choose {' or '.join(others)}, in which servers load experts. Or: {way_out}"
+    served = [
+        row.format
+        for row in others
+        if not any(Policy.of(row).why_unserved(mapping) for mapping in rows.values() if mapping.scope is Scope.EXPERT)
+    ]
+    if served:
+        way_out = f"Choose {' or '.join(served)}, in which servers load experts. Or: {way_out}"
     kind = Kind(UnsupportedQuantizationError, _UNSERVED, way_out)
     for whole, scheme, why in unserved:
         findings.add_weight(kind, whole, f"{scheme.format}: {why}")

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from quantplug.export.plan.types import QuantizerState
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP8, NVFP4, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4, WeightFormat
 from quantplug.formats.names import Activations, QuantFormat, Scheme, scheme_of
 from quantplug.formats.search.candidates import Scales
 
 WAY_OUT = (
     "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG, "
     "mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG or "
-    "mtq.MXFP8_DEFAULT_CFG, or disable the quantizer."
+    "mtq.MXFP8_DEFAULT_CFG, GPT-OSS's experts with mtq.MXFP4_MLP_WEIGHT_ONLY_CFG; or disable the quantizer."
 )
 
 
@@ -54,6 +54,8 @@ _FORMATS: Mapping[_Settings, WeightFormat] = {
     _Settings(4, ((-1, 128),)): INT4,
     _Settings(4, ((-1, 32),)): INT4_32,
     _MXFP8: MXFP8,
+    # mtq.MXFP4_MLP_WEIGHT_ONLY_CFG: the same of E2M1, of weights.
+    _Settings((2, 1), ((-1, 32),), scale_bits=(8, 0), dynamic_blocks=True, dynamic=True): MXFP4,
 }
 _DYNAMIC_INPUTS: Mapping[QuantFormat, _Settings] = {
     # The same config, inputs: a block is all of a token, and its scale is made when the token is seen. ModelOpt has no

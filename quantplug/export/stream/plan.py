@@ -18,7 +18,7 @@ from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
-from quantplug.selection import Kept, Policy, by_checker, decide
+from quantplug.selection import Kept, Policy, by_checker, decide, refuse_nothing
 from quantplug.topology import ParallelTopology
 
 
@@ -114,8 +114,9 @@ def _requantized(
     scheme = request.scheme
     if scheme is None:
         return plain
-    policy = Policy(scheme.weight_bits, request.quantize_mtp)
+    policy = Policy.of(scheme, request.quantize_mtp)
     decisions = decide((weight.key for weight in plain), family, policy)
+    all_or_none(lambda: refuse_nothing(decisions))
     linears = {key: it for key, it in decisions.items() if it.row.role is Role.LINEAR}
     asked = [weight for weight in plain if weight.key in linears]
     # The checker is asked for linears alone: routers and norms are no question.

@@ -54,6 +54,7 @@ FUSED_EXPERTS = (
         GATED_INTERLEAVED,
         Role.LINEAR,
         unserved=_UNSERVED,
+        served_in_mxfp4=True,
         transposed=True,
     ),
     FusedGatedExpertMapping(
@@ -66,6 +67,7 @@ FUSED_EXPERTS = (
         ROW,
         Role.LINEAR,
         unserved=_UNSERVED,
+        served_in_mxfp4=True,
         transposed=True,
     ),
     FusedExpertMapping(spellings("linear_fc2", "bias"), (f"{_EXPERTS}.down_proj_bias",), Scope.EXPERT, IDENTITY),

@@ -37,12 +37,17 @@ class Dialect(Protocol):
 
     Attributes:
         fused_is_read: The formats in which servers read all experts in one tensor, of any architecture.
+        turns_experts: Whether experts in one tensor lie in it as they do where they are plain, [in, out] where that is
+            so, and not [out, in] in any case.
+        all_experts: Whether readers take the experts of all layers for quantized, as soon as those of one are.
         reads_globs: Whether its list of plain modules may hold shell patterns.
         names_kv_cache: Whether its config has a place for the format of a KV cache.
         scales_of_cast: Whether the scales of a KV cache that is cast are written too, though all are 1.
     """
 
     fused_is_read: ClassVar[Set[QuantFormat]]
+    turns_experts: ClassVar[bool] = True
+    all_experts: ClassVar[bool] = False
     reads_globs: ClassVar[bool]
     names_kv_cache: ClassVar[bool]
     scales_of_cast: ClassVar[bool] = False

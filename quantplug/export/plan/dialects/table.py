@@ -7,11 +7,13 @@ from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.dialects.compressed_tensors import CompressedTensorsDialect
 from quantplug.export.plan.dialects.deepseek import DeepSeekDialect
 from quantplug.export.plan.dialects.dialect import Dialect
+from quantplug.export.plan.dialects.gpt_oss import GptOssDialect
 from quantplug.export.plan.dialects.modelopt import ModelOptDialect
 from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import Schemes
 from quantplug.findings import Findings, Kind, choice_named
 from quantplug.formats.names import QuantFormat
+from quantplug.mappings.table import Role, Scope
 
 
 class DialectName(StrEnum):
@@ -20,6 +22,7 @@ class DialectName(StrEnum):
     MODELOPT = "modelopt"
     DEEPSEEK = "deepseek"
     COMPRESSED_TENSORS = "compressed-tensors"
+    MXFP4 = "mxfp4"
 
 
 # Of several that can say a format the first is taken where none is asked for.
@@ -27,12 +30,18 @@ DIALECTS: Mapping[DialectName, Dialect] = {
     DialectName.MODELOPT: ModelOptDialect(),
     DialectName.DEEPSEEK: DeepSeekDialect(),
     DialectName.COMPRESSED_TENSORS: CompressedTensorsDialect(),
+    DialectName.MXFP4: GptOssDialect(),
 }
 
 _PLAIN = Kind(
     UnsupportedQuantizationError,
     "Nothing is quantized that a dialect could be for.",
     "Quantize weights, by a format or a model's quantizers; or leave the dialect out.",
+)
+_SOME_EXPERTS = Kind(
+    UnsupportedQuantizationError,
+    "Experts of some layers are quantized, and readers of this format take those of all layers for quantized.",
+    "Quantize the experts of all layers, or of none.",
 )
 _UNSAID = "Nothing that servers read says these formats side by side."
 _NOT_BY_IT = "The dialect that is asked for cannot say the formats."
@@ -75,8 +84,17 @@ def choose_dialect(mapped: Mapped, schemes: Schemes, asked: DialectName | None, 
             if whole.key in schemes:
                 findings.add_weight(kind, whole, f"is {schemes[whole.key].label}")
     else:
-        return DIALECTS[asked or able[0]]
+        dialect = DIALECTS[asked or able[0]]
+        if dialect.all_experts:
+            _check_all_experts(mapped, schemes, findings)
+        return dialect
     return None
+
+
+def _check_all_experts(mapped: Mapped, schemes: Schemes, findings: Findings) -> None:
+    for whole, row in mapped:
+        if row.role is Role.LINEAR and row.scope is Scope.EXPERT and whole.key not in schemes:
+            findings.add_weight(_SOME_EXPERTS, whole, "is not quantized, experts of other layers are")
 
 
 def _problem(dialect: Dialect, formats: frozenset[QuantFormat], *, several: bool) -> str | None:
