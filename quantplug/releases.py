@@ -18,7 +18,7 @@ KNOWN: Mapping[str, tuple[Release, Release]] = {
     "nvidia-modelopt": ((0, 47), (0, 48)),
     "transformer-engine": ((2, 14), (2, 20)),
 }
-"""The oldest and the newest release of each library that quantplug has been run with."""
+"""The oldest and the newest release of each library that quantplug has been run with; README.md says what ran."""
 
 
 def release_of(version: str) -> Release:

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantplug.errors import UnsupportedModelError
 from quantplug.megatron import cpu
 from quantplug.plugins.modelopt_names import MODELOPT
 from quantplug.plugins.transformer_engine import QuantGroupedLinear, require_known_forward
+from quantplug.releases import release_of
 from tests.plain_modelopt import restore_experts
 from tests.plugins.configs import BLOCKWISE, PER_TENSOR, WEIGHT_ONLY_FP8
 
@@ -164,12 +166,18 @@ def torch_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = zip(inp.split(m_splits.tolist()), tensors[: len(m_splits)], strict=True)
         return torch.cat([x @ weight.T for x, weight in parts]), []
 
+    def grouped_before(inp: torch.Tensor, of_call: tuple[Any, ...], *tensors: torch.Tensor) -> torch.Tensor:
+        """As TE called it before 2.17: the rows of each expert among all that is no tensor."""
+        return grouped(inp, torch.tensor(of_call[0]), None, None, None, *tensors)[0]
+
+    product = grouped if release_of(version("transformer-engine")) >= (2, 17) else grouped_before
+
     class Gemm:
-        apply = staticmethod(grouped)
+        apply = staticmethod(product)
 
         @staticmethod
         def forward(_: None, *args: Any) -> Any:
-            return grouped(*args)
+            return product(*args)
 
     def prepare_forward(module: GroupedLinear, inp: torch.Tensor, num_gemms: int) -> torch.Tensor:
         """TE's, without its refusal of an input that is not on a GPU."""
