@@ -24,7 +24,8 @@ def modules_below(room: str) -> list[str]:
 
 # Need numba or Triton, and are imported only where those are.
 COMPILED = {
-    f"quantplug.formats.kernels.{kernels}" for kernels in ("cpu", "loops", "cuda", "triton_loops", "triton_codes")
+    *(f"quantplug.formats.kernels.{kernels}" for kernels in ("cpu", "loops", "cuda", "triton_loops", "triton_codes")),
+    *(f"quantplug.formats.search.{kernels}" for kernels in ("loops", "triton_loops")),
 }
 
 # What a machine without Megatron-Core, Transformer Engine, ModelOpt and transformers must be able to import.

@@ -117,12 +117,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
             "cfg": {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (4, 3)}},
         },
     ),
-    "nvfp4 static": (
-        {
-            "quantizer_name": WEIGHTS,
-            "cfg": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}},
-        },
-    ),
     "fp8 channels": ({"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "axis": 0}},),
     "fp8 rows with static inputs": (
         {"quantizer_name": WEIGHTS, "cfg": {"num_bits": (4, 3), "axis": 0}},
