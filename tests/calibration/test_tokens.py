@@ -1,3 +1,5 @@
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from torch import nn
 from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
 from quantplug.megatron.models.build import LayerSpec
 from tests.calibration.local_model import build, run, send_everything_to
+from tests.families.cases import make
+from tests.made_once import MadeOnce
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -62,6 +66,21 @@ def test_grouped_experts_are_counted_by_the_same_hook(
     with counter.counting():
         layers[1].module.experts(torch.zeros(12, 160), splits, torch.ones(12))
     assert counter.local.tolist() == [[0] * 8, splits.tolist()]
+
+
+def test_experts_of_a_hybrid_decoder_are_counted_by_their_own_layer(made_once: MadeOnce) -> None:
+    """Nemotron-H, each of whose layers is one module."""
+    source = made_once("family_nemotron_h_moe", partial(make, "nemotron_h_moe"))
+    kinds = json.loads((source / "config.json").read_text())["layers_block_type"]
+    model = build(source)
+    counter = TokenCounter(expert_layers([model]))
+    with counter.counting():
+        run(model)
+
+    counted = counter.reduced()
+
+    assert [tokens.layer for tokens in counted] == [layer for layer, kind in enumerate(kinds) if kind == "moe"]
+    assert {tokens.routed for tokens in counted} == {2 * 24 * 4}
 
 
 def test_a_dense_model_has_no_expert_layers(tiny_qwen3_dir: Path) -> None:
