@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantplug import export_hf_weights_quant, quantize_checkpoint
 from quantplug.errors import ArgumentError
-from quantplug.verify import verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 from tests.export.checkpoints import load, read, same_bytes
 from tests.export.refusals import offenders, refused
 from tests.formats.test_search import by_definition
@@ -65,3 +66,17 @@ def test_formats_without_such_scales_are_refused(
         quantize_checkpoint(source, tmp_path / "out", quant_format, scales=scales)
     assert offenders(caught) == {("scales", None)}
     assert says in caught.value.remedy
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_wrong_scale_is_found_among_searched_ones(factor: float, sources: Sources, tmp_path: Path) -> None:
+    quantize_checkpoint(sources("moe"), tmp_path / "out", "w4a16_nvfp4", scales="mse")
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(path)
+    scales = tensors["model.layers.1.self_attn.o_proj.weight_scale"]
+    scales[3] = (scales[3].float() * factor).to(scales.dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    report = verify_checkpoint(tmp_path / "out", sources("moe"))
+    assert {finding.subject for finding in report.findings if finding.severity is Severity.ERROR} == {
+        "model.layers.1.self_attn.o_proj.weight"
+    }

@@ -19,9 +19,11 @@ from quantplug import (
     save_checkpoint,
 )
 from quantplug.errors import CalibrationError, UnsupportedQuantizationError
+from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import load, read, same_bytes
 from tests.export.refusals import refused
+from tests.logits import megatron_logits
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -160,3 +162,21 @@ def test_a_saved_state_is_loaded_and_exported_without_a_model_to_the_same_bytes(
     found, wanted = read(tmp_path / "out"), read(tmp_path / "straight")
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if not same_bytes(found[key], wanted[key])] == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_and_inputs_are_calibrated_with_data_on_a_cpu(name: str, sources: Sources, tmp_path: Path) -> None:
+    """By Megatron's local layers, whose forward needs no GPU, experts being modules of their own."""
+    source = sources("moe")
+    model = load(source, LayerSpec.LOCAL, dtype=torch.float32)
+
+    mtq.quantize(model, CONFIGS[name], megatron_logits)
+
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "live")
+    quantize_checkpoint(source, tmp_path / "straight", "w4a16_nvfp4", scales=name)
+    found, weights = read(tmp_path / "live"), read(tmp_path / "straight")
+    assert [key for key in weights if not same_bytes(found[key], weights[key])] == []
+    inputs = {key for key in found if key.endswith("input_scale")}
+    assert found.keys() == weights.keys() | inputs
+    assert len(inputs) == sum(key.endswith("weight_scale_2") for key in weights)
+    assert verify_checkpoint(tmp_path / "live", source).ok
