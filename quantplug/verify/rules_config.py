@@ -1,11 +1,16 @@
 """Rules on the two config files: the algorithm, and that they agree."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import torch
 
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts, is_texts
 from quantplug.printable import shown
+from quantplug.verify.checkpoint import UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.excludes import with_parents
+from quantplug.verify.layouts import Layout
 from quantplug.verify.modules import Inventory
 from quantplug.verify.report import Finding, error, warning
 from quantplug.verify.scheme import MODELOPT_LAYOUTS, modelopt_kv_cache
@@ -42,6 +47,10 @@ def algo(inventory: Inventory) -> Iterator[Finding]:
         yield error(Check.ALGO, CONFIG, f"quant_algo {name!r} of a mixture of experts: vLLM and SGLang cannot load it")
     elif name.upper() in _SERVED_DENSE_ONLY:
         yield warning(Check.ALGO, CONFIG, f"quant_algo {name!r} is served by vLLM alone")
+    for where, holder in ((CONFIG, config), (FILE, _file(inventory))):
+        for key in ("pre_quant_scale", "has_zero_point"):
+            if holder.get(key) is True and isinstance(MODELOPT_LAYOUTS.get(name.upper()), Layout):
+                yield error(Check.ALGO, where, f"{key} is True, and no linear of {name} has any: TensorRT-LLM wants it")
 
 
 def fp8_config(inventory: Inventory) -> Iterator[Finding]:
@@ -56,6 +65,28 @@ def fp8_config(inventory: Inventory) -> Iterator[Finding]:
         yield warning(
             Check.ALGO, CONFIG, f"weight_block_size {block!r} is not [128, 128], the only one TensorRT-LLM takes"
         )
+    if config.get("fmt", "e4m3") != "e4m3":
+        yield error(Check.ALGO, CONFIG, f"fmt is {shown(config['fmt'])}, the weights are E4M3")
+    # vLLM reads the second of the two where it is there, others the first.
+    lists = [set(as_texts(config[key])) for key in ("modules_to_not_convert", "ignored_layers") if config.get(key)]
+    if len(lists) == 2 and lists[0] != lists[1]:
+        message = "modules_to_not_convert and ignored_layers differ: servers exclude other modules by each"
+        yield error(Check.CONFIG_AGREEMENT, CONFIG, message)
+    if config.get("scale_fmt") == "ue8m0":
+        yield from _powers_of_two(inventory)
+
+
+def _powers_of_two(inventory: Inventory) -> Iterator[Finding]:
+    """Scales that are to be powers of two: servers store them by their exponents alone, and inputs' likewise."""
+    for module in inventory.quantized:
+        name = f"{module.name}.weight_scale_inv"
+        if module.sound and name in inventory.checkpoint.tensors and inventory.checkpoint.tensors[name].dtype == "F32":
+            with suppress(UnreadableTensorError):  # Which has a finding of its own.
+                mantissas, _ = torch.frexp(inventory.checkpoint.read(name))
+                others = int((mantissas.abs() != 0.5).sum())
+                if others:
+                    message = f"{others} scales are no powers of two, as scale_fmt 'ue8m0' says: servers round them"
+                    yield error(Check.ALGO, name, message)
 
 
 def config_agreement(inventory: Inventory) -> Iterator[Finding]:

@@ -215,6 +215,9 @@ DEEPSEEK_SPOILED: list[tuple[str, Callable[[Tensors], object], dict[str, Any], s
     ("no scales", lambda t: t.pop(f"{Q}.weight_scale_inv"), {}, "tensor-layout"),
     ("no activation scheme", lambda t: None, {"activation_scheme": None}, "algo"),
     ("a zero scale", lambda t: t[f"{Q}.weight_scale_inv"].zero_(), {}, "scale-range"),
+    ("another float", lambda t: None, {"fmt": "e5m2"}, "algo"),
+    ("scales that are no powers of two", lambda t: None, {"scale_fmt": "ue8m0"}, "algo"),
+    ("two lists", lambda t: None, {"modules_to_not_convert": ["lm_head"], "ignored_layers": ["x"]}, "config-agreement"),
     ("excluded, yet quantized", lambda t: None, {"modules_to_not_convert": ["model.layers.0.self_attn.o_proj"]}, "coverage"),
 ]  # fmt: skip
 
