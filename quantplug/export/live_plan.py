@@ -26,6 +26,7 @@ from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.megatron.layers import pattern_of_model
 from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.megatron.parameters import model_chunks
+from quantplug.plugins.local_layers import misplaced_rules, refuse_misplaced
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
 from quantplug.selection import LeaveOut, by_rules, by_rules_of_pairs
 from quantplug.topology import ParallelTopology
@@ -98,6 +99,7 @@ def plan_export(
             weights.attentions,
             judge_rules(model),
             vocabulary,
+            misplaced_rules(model),
         )
     )
 
@@ -106,6 +108,7 @@ def plan_export(
     # together.
     if requantize is None:
         refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
+        refuse_misplaced([rule for inventory in inventories for rule in inventory.misplaced])
     findings = Findings(ranks=len(inventories) > 1)
     wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
     if vocab_size is None:

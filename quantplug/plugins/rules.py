@@ -117,11 +117,15 @@ def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
         )
 
 
-def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:
-    """The rules of every config that ModelOpt has kept with a model, without those that may match nothing."""
+def rules_of(root: nn.Module) -> Iterator[Rule]:
+    """The rules of every config that ModelOpt has kept with a model, in the order in which they were applied."""
     for _, state in ModeloptStateManager(root).state_dict():
-        rules = _rules(state["config"].get("quant_cfg", []))
-        yield from (rule for rule in rules if rule.enable or rule not in _EXCUSED)
+        yield from _rules(state["config"].get("quant_cfg", []))
+
+
+def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:
+    """The rules without those that may match nothing."""
+    return (rule for rule in rules_of(root) if rule.enable or rule not in _EXCUSED)
 
 
 def _rules(quant_cfg: Any) -> Iterator[Rule]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -49,6 +50,25 @@ def a_stage_without_experts(source: Path, _: Path) -> None:
     model = quantplug.build_model(source, pipeline_layout="E|ttttL")
     model.config.moe_mlp_glu_interleave_size = 32
     mtq.quantize(model, quant_cfg(FORMAT, source))
+
+
+def a_layer_by_number(source: Path, _: Path) -> None:
+    """Its rule is meant of layer 0, and has hit the first layer of each stage: 0 and 2."""
+    quantplug.initialize_parallel(pp=2)
+    model = quantplug.build_model(source)
+    mtq.quantize(model, _without_layer(source, 0))
+    quantplug.plan_export(model, source, calibrated=False)
+
+
+def a_layer_by_its_own_number(source: Path, output: Path) -> None:
+    """And the way out of it."""
+    quantplug.initialize_parallel(pp=2)
+    model = quantplug.build_model(source)
+    mtq.quantize(model, {**quant_cfg(FORMAT, source), "algorithm": None})
+    for layer in model.decoder.layers:
+        if layer.layer_number == 1:
+            mtq.disable_quantizer(layer, "*")
+    quantplug.plan_export(model, source, calibrated=False)
 
 
 def sharded_before(source: Path, _: Path) -> None:
@@ -96,6 +116,8 @@ CASES: dict[str, Callable[[Path, Path], None]] = {
         one_stage,
         experts_one_by_one,
         a_stage_without_experts,
+        a_layer_by_number,
+        a_layer_by_its_own_number,
         sharded_before,
         sharded_at_calibration,
         sharded_at_save,
@@ -103,6 +125,12 @@ CASES: dict[str, Callable[[Path, Path], None]] = {
         no_config,
     )
 }
+
+
+def _without_layer(source: Path, number: int) -> dict[str, Any]:
+    config = quant_cfg(FORMAT, source)
+    off = {"quantizer_name": f"*decoder.layers.{number}.*", "enable": False}
+    return {**config, "quant_cfg": [*config["quant_cfg"], off], "algorithm": None}
 
 
 def _quantized(source: Path) -> nn.Module:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from quantplug.errors import CalibrationError, MappingError, ShapeError
+from quantplug.errors import CalibrationError, MappingError, Offender, ShapeError
 from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef, WholeWeight, not_here
 from quantplug.export.sources.vocabulary import VocabularySigns
@@ -49,6 +49,7 @@ class RankInventory:
         attentions: What the quantizers of its attention layers say of a KV cache.
         rules: The rules of its quantizer config, judged by its quantizers.
         vocabulary: What it knows of the vocabulary beside the rows.
+        misplaced: The rules that were applied to other layers than they name.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class RankInventory:
     attentions: tuple[KVQuantizers, ...] = ()
     rules: tuple[JudgedRule, ...] = ()
     vocabulary: VocabularySigns = field(default_factory=VocabularySigns)
+    misplaced: tuple[Offender, ...] = ()
 
 
 def gather_inventories(mine: RankInventory) -> tuple[RankInventory, ...]:
