@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Dialect, Exclude, GroupSize, InputScale, QuantizeMtp, ScalesOption, WhichLinears
+from quantplug.cli.options import (
+    Dialect,
+    Exclude,
+    ExpertFormat,
+    GroupSize,
+    InputScale,
+    QuantizeMtp,
+    ScalesOption,
+    WhichLinears,
+)
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
@@ -32,6 +41,7 @@ def export(
         str | None,
         typer.Option(metavar=f"[{'|'.join(FORMATS)}]", help="Without it: as the quantizers in the checkpoint say."),
     ] = None,
+    expert_format: ExpertFormat = None,
     group_size: GroupSize = None,
     iteration: Annotated[
         int | None, typer.Option(metavar="N", help="Which iteration; the newest without it.", min=0)
@@ -76,6 +86,7 @@ def export(
             destination,
             hf,
             format,
+            expert_format=expert_format,
             group_size=group_size,
             iteration=iteration,
             vocab_size=vocab_size,

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from quantplug.export.plan.dialects.table import DialectName
+from quantplug.formats.names import QuantFormat
 from quantplug.formats.search.candidates import Scales
 from quantplug.selection import Preset
 
@@ -15,6 +16,9 @@ Exclude = Annotated[
 Dialect = Annotated[
     DialectName | None,
     typer.Option(help="How the format is spelled on disk, where there are several ways; that of most servers without."),
+]
+ExpertFormat = Annotated[
+    QuantFormat | None, typer.Option("--expert-format", help="Format of routed experts, where it is another one.")
 ]
 GroupSize = Annotated[
     int | None,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.options import Dialect, Exclude, GroupSize, InputScale, QuantizeMtp, WhichLinears
+from quantplug.cli.options import Dialect, Exclude, ExpertFormat, GroupSize, InputScale, QuantizeMtp, WhichLinears
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
@@ -25,9 +25,7 @@ def quantize(
         QuantFormat | None,
         typer.Option(help="Formats of activations take a model and data, or --input-scale."),
     ] = None,
-    expert_format: Annotated[
-        QuantFormat | None, typer.Option(help="Format of routed experts, where it is another one.")
-    ] = None,
+    expert_format: ExpertFormat = None,
     group_size: GroupSize = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"In place of the format and its options: {', '.join(RECIPES)}.")

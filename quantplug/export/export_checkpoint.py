@@ -27,10 +27,10 @@ from quantplug.export.model_free import (
     ModelByConfig,
     PlanOf,
     WeightOnlyPlan,
-    asked_scheme,
-    check_input_scale,
+    asked_formats,
     chosen_weights,
     read_model,
+    require_experts,
     require_free,
     write_export,
 )
@@ -94,6 +94,7 @@ def export_checkpoint(
     pretrained_model_name_or_path: str | Path,
     format: QuantFormat | str | None = None,  # noqa: A002  # as on the command line
     *,
+    expert_format: QuantFormat | str | None = None,
     group_size: int | None = None,
     iteration: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -128,6 +129,7 @@ def export_checkpoint(
         format: A `QuantFormat` that needs no data: `w4a16_nvfp4`, `w8a16_fp8`, `fp8_blockwise`, `fp8_dynamic`,
             `mxfp8` or `int4`; or `plain`. None writes a quantized model as its quantizers say, by the amaxes in the
             checkpoint, and another one plain.
+        expert_format: With a `format`: that of routed experts, where it is another one, as in `quantize_checkpoint`.
         group_size: With a `format`: how many input features share a scale, as in `quantize_checkpoint`.
         iteration: Which iteration of those that were saved; None for the newest.
         dtype: Type of tensors that are not quantized.
@@ -156,7 +158,8 @@ def export_checkpoint(
     Raises:
         ArgumentError: A format, `group_size`, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not
             served; `scales` that the format has not; an `input_scale` that goes with no input; or `group_size`,
-            `exclude`, `quantize_mtp`, `preset`, `input_scale` or `kv_cache` without a format that quantizes.
+            `expert_format`, `exclude`, `quantize_mtp`, `preset`, `input_scale` or `kv_cache` without a format that
+            quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
@@ -172,15 +175,15 @@ def export_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
-    scheme = None
+    formats = None
     if format is not None and format != PLAIN:
-        scheme = asked_scheme(format, "format", group_size, input_scale=input_scale)
-        check_input_scale(input_scale, scheme)
+        formats = asked_formats(format, expert_format, group_size, input_scale)
     selected = preset_named(preset, "preset")
-    search = scales_named(scales, "scales", scheme)
+    search = scales_named(scales, "scales", None if formats is None else formats.searched)
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
-    if scheme is None:
+    if formats is None:
         _refuse_choices(
+            expert_format=expert_format,
             group_size=group_size,
             exclude=exclude,
             quantize_mtp=quantize_mtp,
@@ -203,6 +206,7 @@ def export_checkpoint(
         return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     model, table = _read_hf(pretrained_model_name_or_path, read)
+    require_experts(model.dims, expert_format)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     arguments = read_arguments(directory, index)
@@ -229,9 +233,9 @@ def export_checkpoint(
             request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
         else:
             weights = _without_quantizers(weights)
-        if scheme is not None:
-            asked_for = Policy.of(scheme, quantize_mtp, selected)
-            chosen = chosen_weights(weights, model, lambda _: scheme, asked_for, exclude)
+        if formats is not None:
+            asked_for = Policy.of(formats.linears, quantize_mtp, selected)
+            chosen = chosen_weights(weights, model, formats, asked_for, exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
             plan_of = WeightOnlyPlan(weights, model, chosen, request, input_scale, search)
         else:

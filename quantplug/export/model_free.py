@@ -119,22 +119,59 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
     return ModelByConfig(directory, config, family, dims, lost)
 
 
-def asked_scheme(name: str, argument: str, group_size: int | None = None, *, input_scale: float | None) -> Scheme:
-    """The scheme of a format where nothing is calibrated with data.
+@dataclass(frozen=True)
+class Formats:
+    """How weights are packed, if they are: routed experts may have a scheme of their own."""
+
+    linears: Scheme
+    experts: Scheme
+
+    def of(self, key: ParamKey) -> Scheme:
+        """The scheme of a weight."""
+        return self.linears if key.expert is None else self.experts
+
+    @property
+    def searched(self) -> Scheme:
+        """The one whose scales can be searched for, where one can."""
+        return self.experts if self.experts.weight.encoding.can_search else self.linears
+
+
+def asked_formats(name: str, expert_format: str | None, group_size: int | None, input_scale: float | None) -> Formats:
+    """The schemes of formats where nothing is calibrated with data.
 
     Args:
-        argument: What the name was given as, for the message.
+        name: The argument `format`.
+        expert_format: The argument of that name; None where experts have no format of their own.
+        group_size: Of `format`.
         input_scale: The scale of all inputs in place of calibrated ones; None where inputs are to have none.
 
     Raises:
-        ArgumentError: No format has this name, or it has not this group size.
-        UnsupportedQuantizationError: The format has scales of inputs, and none is given.
+        ArgumentError: No format has a name, or it has not this group size; or `input_scale` is none, or goes with no
+            input.
+        UnsupportedQuantizationError: A format has scales of inputs, and none is given.
     """
     named = scheme_without_data if input_scale is None else scheme_named
-    return named(name, argument, group_size)
+    linears = named(name, "format", group_size)
+    experts = linears if expert_format is None else named(expert_format, "expert_format")
+    _check_input_scale(input_scale, linears, experts)
+    return Formats(linears, experts)
 
 
-def check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
+def require_experts(dims: ModelDimensions, expert_format: str | None) -> None:
+    """Refuses a format of experts for a model that has none.
+
+    Raises:
+        ArgumentError: It is one.
+    """
+    if expert_format is not None and not dims.num_experts:
+        raise ArgumentError(
+            "The model has no routed experts.",
+            [Offender("expert_format", f"is {expert_format}")],
+            "Leave it out: format is that of all linears.",
+        )
+
+
+def _check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
     """Refuses a scale of inputs that is none, or goes with no input.
 
     Raises:
@@ -157,14 +194,13 @@ def check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
 def chosen_weights(
     weights: Sequence[WholeWeight],
     model: ModelByConfig,
-    scheme_of: Callable[[ParamKey], Scheme],
+    formats: Formats,
     policy: Policy,
     exclude: Sequence[str],
 ) -> dict[ParamKey, Scheme]:
     """The weights that are packed, each with its scheme, by the one policy and what a user leaves out.
 
     Args:
-        scheme_of: How a weight is packed, if it is.
         policy: What is asked for; the bits are those of each weight's own scheme.
 
     Raises:
@@ -173,13 +209,13 @@ def chosen_weights(
     """
     by_scheme: defaultdict[Scheme, list[ParamKey]] = defaultdict(list)
     for weight in weights:
-        by_scheme[scheme_of(weight.key)].append(weight.key)
+        by_scheme[formats.of(weight.key)].append(weight.key)
     decisions: dict[ParamKey, Decision] = {}
     for scheme, keys in by_scheme.items():
         of_scheme = replace(policy, weight_bits=scheme.weight_bits, of_gpt_oss=scheme.of_gpt_oss)
         decisions |= decide(keys, model.family, of_scheme)
     chosen = quantized(excluding(decisions, exclude, model.family, model.dims))
-    return {key: scheme_of(key) for key in chosen}
+    return {key: formats.of(key) for key in chosen}
 
 
 Amaxes = Mapping[ParamKey, float]

@@ -14,14 +14,13 @@ from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.errors import ArgumentError, Offender
 from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import (
     WeightOnlyPlan,
-    asked_scheme,
-    check_input_scale,
+    asked_formats,
     chosen_weights,
     read_model,
+    require_experts,
     require_free,
     write_export,
 )
@@ -111,23 +110,16 @@ def quantize_checkpoint(
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    scheme = asked_scheme(format, "format", group_size, input_scale=input_scale)
-    experts = scheme if expert_format is None else asked_scheme(expert_format, "expert_format", input_scale=input_scale)
-    check_input_scale(input_scale, scheme, experts)
-    policy = Policy.of(scheme, quantize_mtp, preset_named(preset, "preset"))
+    formats = asked_formats(format, expert_format, group_size, input_scale)
+    policy = Policy.of(formats.linears, quantize_mtp, preset_named(preset, "preset"))
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     spelling = dialect_named(dialect, "dialect")
-    search = scales_named(scales, "scales", experts if experts.weight.encoding.can_search else scheme)
+    search = scales_named(scales, "scales", formats.searched)
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)
     refuse_quantized(model.directory, model.config)
-    if expert_format is not None and not model.dims.num_experts:
-        raise ArgumentError(
-            "The model has no routed experts.",
-            [Offender("expert_format", f"is {expert_format}")],
-            "Leave it out: format is that of all linears.",
-        )
+    require_experts(model.dims, expert_format)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config) as checkpoint:
@@ -147,7 +139,7 @@ def quantize_checkpoint(
             kv_cache=cache,
             dialect=spelling,
         )
-        chosen = chosen_weights(weights, model, lambda key: scheme if key.expert is None else experts, policy, exclude)
+        chosen = chosen_weights(weights, model, formats, policy, exclude)
         plan = write_export(
             WeightOnlyPlan(weights, model, chosen, request, input_scale, search),
             CheckpointSource(checkpoint, model.dims),

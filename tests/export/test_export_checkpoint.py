@@ -243,6 +243,8 @@ def test_what_is_not_the_model_of_the_config_is_refused_by_name(
         ({"format": "int4", "group_size": 64}, ArgumentError),
         ({"group_size": 32}, ArgumentError),
         ({"exclude": ["model.layers.0.*"]}, ArgumentError),
+        ({"expert_format": "w4a16_nvfp4"}, ArgumentError),
+        ({"format": "fp8_dynamic", "expert_format": "w4a16_nvfp4"}, ArgumentError),
         ({"format": "plain", "quantize_mtp": True}, ArgumentError),
         ({"kv_cache": "fp8_cast"}, ArgumentError),
         ({"preset": "mlp_only"}, ArgumentError),

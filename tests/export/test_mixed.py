@@ -37,7 +37,7 @@ from quantplug.formats.names import QuantFormat
 from quantplug.megatron import cpu
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
-from tests.export.checkpoints import input_amax, linear_weights, load, read, same_bytes
+from tests.export.checkpoints import assert_same_export, input_amax, linear_weights, load, read, same_bytes
 from tests.export.mixed import FP8, KV_CACHE, fp8_of, mixed_cfg
 from tests.export.refusals import offenders, refused
 from tests.families.cases import make
@@ -283,6 +283,14 @@ def test_experts_of_another_format_without_data(
         for key in mixed:
             if (".experts." in key) == (name == experts):
                 assert same_bytes(mixed[key], tensors[key]), key
+
+
+def test_a_training_checkpoint_takes_the_same_formats(sources: Sources, tmp_path: Path) -> None:
+    source, formats = sources("moe"), {"expert_format": "nvfp4", "input_scale": 1.0, "kv_cache": "fp8_cast"}
+    quantize_checkpoint(source, tmp_path / "free", "fp8", **formats)
+    save_checkpoint(load(source), tmp_path / "saved", extra={})
+    export_checkpoint(tmp_path / "saved", tmp_path / "trained", source, "fp8", **formats)
+    assert_same_export(tmp_path / "trained", tmp_path / "free")
 
 
 def test_experts_of_another_format_need_experts(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
