@@ -6,6 +6,7 @@ Nemotron-H, whose one class a HybridModel is, is shown in test_families.py.
 from collections.abc import Callable
 from pathlib import Path
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -34,6 +35,7 @@ from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 from quantplug.megatron.releases.hybrid import PATTERN, HybridModel, hybrid_stack_spec
+from quantplug.plugins import quant_cfg
 from tests.export.checkpoints import assert_same_export, build, load, one_rank, quantize, read, same_bytes
 from tests.families.cases import CASES
 from tests.families.served import serves_experts
@@ -79,6 +81,19 @@ def test_the_bytes_of_the_gpt_model(name: str, checkpoint: Checkpoint, export: E
     for made, scheme in (("plain", None), ("nvfp4", "w4a16_nvfp4")):
         assert_same_export(tmp_path / made, export(name, scheme))
         assert_same_export(tmp_path / f"{made}_again", export(name, scheme))
+
+
+@needs_hybrid_model
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_a_kv_cache_is_that_of_the_gpt_model(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of attention and of latent attention; the cache of multi-token prediction is the one that all layers have."""
+    source = checkpoint(name)
+    with one_rank():
+        for kind, make in (("gpt", load), ("hybrid", load_hybrid)):
+            model = make(source)
+            mtq.quantize(model, quant_cfg("w4a16_nvfp4", source, kv_cache="fp8_cast"))
+            export_mcore_gpt_to_hf(model, source, tmp_path / kind)
+    assert_same_export(tmp_path / "hybrid", tmp_path / "gpt")
 
 
 @needs_hybrid_model
