@@ -22,13 +22,15 @@ from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
-from modelopt.torch.quantization.qtensor import FP8QTensor, INT4QTensor, NVFP4QTensor
+from modelopt.torch.quantization.qtensor import FP8QTensor, INT4QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from results import machine, write_section
 from rich.console import Console
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.mx_tensor import to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
 
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, NVFP4, BlockFormat, PackedWeight
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4, BlockFormat, PackedWeight
 from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
 from quantplug.formats.kernels import Encoded, kernels_for, reference
 from quantplug.formats.scale_types import scale_from_amax
@@ -40,7 +42,7 @@ CASES = {
 }
 CLONE, QUANTPLUG, PLAIN, MODELOPT = "`Tensor.clone`", "**quantplug**", "quantplug without numba", "ModelOpt"
 SQUARES = {-1: 128, -2: 128}
-FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32)
+FORMATS: tuple[BlockFormat, ...] = (NVFP4, FP8, FP8_ROW, FP8_BLOCK, INT4, INT4_32, MXFP8, MXFP4)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def compressed_tensors_int4(weight: Weight) -> object:
 
 def contestants() -> list[Contestant]:
     """All of them; the first is what the others are compared with."""
-    nvfp4, fp8, fp8_row, fp8_block, int4, int4_32 = FORMATS
+    nvfp4, fp8, fp8_row, fp8_block, int4, int4_32, *_ = FORMATS
+    rounded_up = ScaleCalculationMode.RCEIL
     e4m3, per_block = E4M3_MAX, PerBlock((128, 128))
     return [
         Contestant("copy", CLONE, "", lambda w: w.values.clone()),
@@ -169,6 +172,14 @@ def contestants() -> list[Contestant]:
         Contestant("INT4 a 128", MODELOPT, "", lambda w: INT4QTensor.quantize(w.values, 128)),
         Contestant("INT4 a 128", "compressed-tensors", "", compressed_tensors_int4),
         Contestant("INT4 a 32", QUANTPLUG, "", lambda w: int4_32.pack(w.values)),
+        Contestant("MXFP8", QUANTPLUG, "", lambda w: MXFP8.pack(w.values)),
+        Contestant("MXFP8", PLAIN, "", partial(plain, MXFP8)),
+        Contestant("MXFP8", MODELOPT, "", lambda w: MXFP8QTensor.quantize(w.values)),
+        Contestant("MXFP8", "torchao", "", lambda w: to_mx(w.values, torch.float8_e4m3fn, 32, rounded_up)),
+        Contestant("MXFP4", QUANTPLUG, "", lambda w: MXFP4.pack(w.values)),
+        Contestant("MXFP4", PLAIN, "", partial(plain, MXFP4)),
+        Contestant("MXFP4", MODELOPT, "", lambda w: MXFP4QTensor.quantize(w.values, 32)),
+        Contestant("MXFP4", "torchao", "", lambda w: to_mx(w.values, torch.float4_e2m1fn_x2, 32, rounded_up)),
         Contestant("unpack NVFP4", QUANTPLUG, "", lambda w: nvfp4.unpack(w.packed["nvfp4"])),
         Contestant("unpack NVFP4", PLAIN, "", partial(plain_unpack, NVFP4)),
         Contestant("unpack NVFP4", MODELOPT, "", modelopt_unpack),
@@ -176,6 +187,8 @@ def contestants() -> list[Contestant]:
         Contestant("unpack FP8 a row", QUANTPLUG, "", lambda w: fp8_row.unpack(w.packed["fp8_row"])),
         Contestant("unpack FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.unpack(w.packed["fp8_block"])),
         Contestant("unpack INT4 a 128", QUANTPLUG, "", lambda w: int4.unpack(w.packed["int4"])),
+        Contestant("unpack MXFP8", QUANTPLUG, "", lambda w: MXFP8.unpack(w.packed["mxfp8"])),
+        Contestant("unpack MXFP4", QUANTPLUG, "", lambda w: MXFP4.unpack(w.packed["mxfp4"])),
     ]
 
 

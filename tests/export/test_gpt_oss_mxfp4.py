@@ -19,7 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
 from quantplug.errors import UnsupportedQuantizationError, WeightError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
-from quantplug.plugins import quant_cfg
+from quantplug.plugins.configs import quant_cfg, recipe_cfg
 from tests.export.checkpoints import INPUTS_OFF, assert_same_export, load, read, same_bytes
 from tests.made_once import MadeOnce
 
@@ -122,6 +122,18 @@ def test_a_live_model_and_a_stream_give_the_same(tiny_gpt_oss_dir: Path, exporte
         expected = read(exported)
         assert streamed.keys() == expected.keys()
         assert [name for name in expected if not same_bytes(streamed[name], expected[name])] == []
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_modelopts_recipe_gives_the_same_and_is_refused_for_another_model(
+    tiny_gpt_oss_dir: Path, tiny_qwen3_moe_dir: Path, exported: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_cfg("mxfp4_mlp_weight_only")
+    export_mcore_gpt_to_hf(mtq.quantize(load(tiny_gpt_oss_dir), recipe), tiny_gpt_oss_dir, tmp_path / "out")
+    assert_same_export(tmp_path / "out", exported)
+    other = mtq.quantize(load(tiny_qwen3_moe_dir), recipe)
+    with pytest.raises(UnsupportedQuantizationError, match="which servers load in this format of GPT-OSS alone"):
+        export_mcore_gpt_to_hf(other, tiny_qwen3_moe_dir, export_dir=tmp_path / "other")
 
 
 def with_rules(*rules: dict[str, Any]) -> dict[str, Any]:
