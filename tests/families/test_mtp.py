@@ -207,7 +207,7 @@ def test_kv_b_proj_is_kept_in_four_bits(checkpoint: Checkpoint) -> None:
     assert names(checkpoint("deepseek_v3"), "nvfp4") == [
         "*decoder.layers.*.self_attention.linear_kv_up_proj.*_quantizer*",
         projection,
-        "*mtp.layers.*.transformer_layer.self_attention.linear_kv_up_proj.*_quantizer*",
+        "*mtp.layers.*.self_attention.linear_kv_up_proj.*_quantizer*",
     ]
     assert names(checkpoint("deepseek_v3"), "fp8") == [projection]
 
@@ -228,7 +228,8 @@ def test_correction_biases_are_never_rounded(checkpoint: Checkpoint) -> None:
         import_mcore_gpt_from_hf(model, checkpoint("deepseek_v3"), dtype=torch.float16, moe_router_dtype=torch.float16)
     bias = read(checkpoint("deepseek_v3"))["model.layers.3.mlp.gate.e_score_correction_bias"]
     assert bias.dtype == torch.float32
-    assert torch.equal(model.mtp.layers[0].transformer_layer.mlp.router.expert_bias, bias)
+    (router,) = (module for module in model.mtp.modules() if isinstance(module, TopKRouter))
+    assert torch.equal(router.expert_bias, bias)
 
 
 def forward(model: GPTModel, tokens: torch.Tensor, **labels: torch.Tensor) -> torch.Tensor:
