@@ -8,6 +8,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.logits import transformers_model
 
@@ -44,7 +45,12 @@ def _plain(stored: Tensors) -> Tensors:
         module, _, last = name.rpartition(".")
         if last in _PARTS or last in ("k_scale", "v_scale", "input_global_scale"):
             continue
-        if last == "weight_packed":
+        if name.endswith("_scales"):
+            continue
+        if name.endswith("_blocks"):
+            linear = name.removesuffix("_blocks")
+            plain[linear] = convert_moe_packed_tensors(tensor, stored[f"{linear}_scales"], dtype=torch.float32)
+        elif last == "weight_packed":
             plain[f"{module}.weight"] = _decoded(tensor, module, stored)
         elif last == "weight" and tensor.dtype in (torch.uint8, torch.float8_e4m3fn):
             plain[name] = _decoded(tensor, module, stored)
