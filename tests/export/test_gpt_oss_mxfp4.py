@@ -16,7 +16,7 @@ from torchao.prototype.mx_formats.mx_tensor import to_mx
 from transformers import GptOssForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf
+from quantplug import export_checkpoint, export_hf_weights_quant, export_mcore_gpt_to_hf, save_checkpoint
 from quantplug.errors import UnsupportedQuantizationError, WeightError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.plugins.configs import quant_cfg, recipe_cfg
@@ -122,6 +122,17 @@ def test_a_live_model_and_a_stream_give_the_same(tiny_gpt_oss_dir: Path, exporte
         expected = read(exported)
         assert streamed.keys() == expected.keys()
         assert [name for name in expected if not same_bytes(streamed[name], expected[name])] == []
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_training_checkpoint_gives_the_same_as_saved_and_by_name(
+    tiny_gpt_oss_dir: Path, exported: Path, tmp_path: Path
+) -> None:
+    model = mtq.quantize(load(tiny_gpt_oss_dir), quant_cfg("mxfp4", tiny_gpt_oss_dir))
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    for name in (None, "mxfp4"):
+        export_checkpoint(tmp_path / "saved", tmp_path / str(name), tiny_gpt_oss_dir, format=name)
+        assert_same_export(tmp_path / str(name), exported)
 
 
 @pytest.mark.usefixtures("single_rank")
