@@ -184,6 +184,8 @@ def _model_of_pairs(
         arguments: As of the `GPTModel`.
     """
     pattern, alone = pattern_of(family_config.transformer), _on_one_stage(of_gpt)
+    # Its stages are those of the pattern.
+    settings = {**settings, "pipeline_model_parallel_layout": None}
     config = transformer_config(
         replace(family_config, transformer=hybrid_settings(family_config.transformer)), **settings
     )
@@ -327,23 +329,25 @@ def check_divisible(
         reason = f"is {virtual_stages}, and Megatron's MambaModel has no virtual stages"
         offenders.append(Offender("virtual_pipeline_model_parallel_size", reason))
     if pipeline_layout is not None:
-        problem = (
-            "is given, and Megatron's MambaModel has no layouts"
-            if family_config.kind is ModelKind.MAMBA
-            else layout_problem(
-                pipeline_layout, topology.pp, virtual_stages, sizes["num_layers"], sizes.get("mtp_num_layers")
-            )
-        )
-        if problem is None and family_config.kind is ModelKind.HYBRID and not mtp_is_last(pipeline_layout, topology.pp):
-            problem = f"{pipeline_layout!r}: m must be on the last stage of a HybridModel"
-        if problem is not None:
-            offenders.append(Offender("pipeline_layout", problem))
+        problem = _layout_problem(family_config, topology.pp, virtual_stages, pipeline_layout)
+        offenders += [Offender("pipeline_layout", problem)] if problem is not None else []
     if offenders:
         raise TopologyError(
             "The model does not divide over these parallel sizes.",
             offenders,
             "Choose sizes that divide these numbers; layers that do not can be laid out by pipeline_layout.",
         )
+
+
+def _layout_problem(family_config: MegatronConfig, pp: int, virtual_stages: int | None, layout: str) -> str | None:
+    """Why a model cannot be laid out like this; None if it can."""
+    sizes = family_config.transformer
+    if family_config.kind is ModelKind.MAMBA:
+        return "is given, and Megatron's MambaModel has no layouts"
+    problem = layout_problem(layout, pp, virtual_stages, sizes["num_layers"], sizes.get("mtp_num_layers"))
+    if problem is None and family_config.kind is ModelKind.HYBRID and not mtp_is_last(layout, pp):
+        return f"{layout!r}: m must be on the last stage of a HybridModel"
+    return problem
 
 
 def _parallel_settings(
