@@ -21,6 +21,9 @@ from quantplug.verify.layouts import (
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, note, warning
 
+# Linears below which servers look for the scales of a KV cache.
+_CACHED = frozenset({"k_proj", "v_proj", "qkv_proj"})
+
 
 def coverage(inventory: Inventory) -> Iterator[Finding]:
     """Excluded modules are plain, all other Linears quantized."""
@@ -126,6 +129,12 @@ def kv_cache(inventory: Inventory) -> Iterator[Finding]:
         message = "FP8 without scales: servers cast keys and values with a scale of 1.0"
         yield note(Check.KV_SCALES, "kv_cache_scheme", message)
         return
+    for name, suffix in present.items():
+        # Beside an attention's linears there is no weight; servers rename what lies below these alone.
+        if names.last(name) not in _CACHED and not inventory.modules[name].tensors.keys().isdisjoint(WEIGHT_SUFFIXES):
+            yield error(
+                Check.KV_SCALES, f"{name}.{suffix}", "a KV cache scale of a linear that makes no keys or values"
+            )
     # Draft layers without scales cast with 1.0, as ModelOpt's recipes leave them: it changes what they propose alone.
     drafts = inventory.known.numbered_mtp if inventory.known is not None else range(0)
     for name in inventory.modules:
@@ -145,7 +154,9 @@ def _kv_scales(inventory: Inventory, attention: str) -> Iterator[Finding]:
         # The place of the method comes first; the other one counts only where the first is empty.
         name = own if own in tensors or other not in tensors else other
         info = tensors.get(name)
-        if info is None:
+        if own in tensors and other in tensors:
+            yield error(Check.KV_SCALES, own, f"there beside {other}: readers keep whichever they come to last")
+        elif info is None:
             yield error(Check.KV_SCALES, name, "missing, and others are there: servers fall back to a scale of 1.0")
         elif info.shape not in ((), (1,)) or (is_modelopt and info.dtype != "F32") or not is_plain(info):
             yield error(Check.KV_SCALES, name, f"{info.dtype} {list(info.shape)}, expected an F32 scalar")

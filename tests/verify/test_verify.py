@@ -241,6 +241,8 @@ SPOILED: list[tuple[str, str, Spoil, set[str], str]] = [
     ("no KV scale", "fp8", lambda s: s.drop(f"{ATTENTION}.k_proj.k_scale"), {"kv-scales"}, f"{ATTENTION}.k_proj.k_scale"),
     ("zero KV scale", "fp8", scale(f"{ATTENTION}.k_proj.k_scale", 0), {"scale-range"}, f"{ATTENTION}.k_proj.k_scale"),
     ("KV scale of another dtype", "fp8", store(f"{ATTENTION}.v_proj.v_scale", lambda t: t.bfloat16()), {"kv-scales"}, f"{ATTENTION}.v_proj.v_scale"),
+    ("KV scale of no keys", "fp8", lambda s: s.tensors.update({f"{ATTENTION}.o_proj.k_scale": torch.tensor(1.0)}), {"kv-scales"}, f"{ATTENTION}.o_proj.k_scale"),
+    ("two KV scales", "fp8", lambda s: s.tensors.update({f"{ATTENTION}.k_scale": torch.tensor(1.0)}), {"kv-scales"}, f"{ATTENTION}.k_proj.k_scale"),
     ("KV scale nobody speaks of", "nvfp4", lambda s: s.tensors.update({f"{ATTENTION}.k_proj.k_scale": torch.tensor(1.0)}), {"kv-scales"}, f"{ATTENTION}.k_proj.k_scale"),
     ("subnormal input scale", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**-127)), {"tiny-scales"}, f"{EXPERT}.down_proj.input_scale"),
     ("input scale of a subnormal inverse", "nvfp4", store(f"{EXPERT}.down_proj.input_scale", lambda t: t.new_tensor(2.0**127)), {"tiny-scales"}, f"{EXPERT}.down_proj.input_scale"),
