@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from quantplug.plugins.modelopt_names import MODELOPT
 from tests.distributed.failing_save_worker import FAULTS
 from tests.ranks import run_ranks
 
@@ -21,9 +22,10 @@ def test_every_amax_is_equal_at_every_layout(tmp_path: Path) -> None:
 def test_megatrons_own_save_refuses_plain_modelopts_state_and_takes_ours(
     plain_checkpoints: Path, tmp_path: Path
 ) -> None:
-    refusal = (plain_checkpoints / "refused-0.txt").read_text()
-    assert "Invalid access pattern" in refusal
-    assert "weight_quantizer._amax" in refusal
+    ended = (plain_checkpoints / "refused-0.txt").read_text()
+    # ModelOpt mended it in 0.48.
+    for reason in ("Invalid access pattern", "weight_quantizer._amax") if MODELOPT < (0, 48) else ("saved",):
+        assert reason in ended
     ours = run_ranks(2, HERE / "megatrons_save_worker.py", tmp_path / "ours")
     assert ours.ok, ours.output[-9000:]
 
