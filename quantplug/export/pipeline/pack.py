@@ -32,16 +32,16 @@ def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Generator[P
             yield from _packed(group)
             yield piece, tuple(rows.packed.tensors.values())
             continue
-        values, block_amaxes = rows if isinstance(rows, ScaledRows) else (rows, None)
+        read_now = _Read(piece, *rows) if isinstance(rows, ScaledRows) else _Read(piece, rows)
         # Kernels take a group as one batch, which has one shape, dtype, device and stride. Another kind of rows ends
         # it.
-        if group and not _are_alike(group[-1].piece, group[-1].values, piece, values):
+        if group and not _are_alike(group[-1], read_now):
             yield from _packed(group)
-        group.append(_Read(piece, values, block_amaxes))
+        group.append(read_now)
         # The group is full if one more of the same size would be too much. What is not packed, but sent or written as
         # it is, gains nothing from company and is handed on at once.
-        if (len(group) + 1) * values.nbytes > most or not _is_packed(piece):
-            del rows, values  # Or they would be there while the next ones are read.
+        if (len(group) + 1) * rows.nbytes > most or not _is_packed(piece):
+            del rows, read_now  # Or they would be there while the next ones are read.
             yield from _packed(group)
     yield from _packed(group)
 
@@ -51,38 +51,28 @@ class _Read(NamedTuple):
 
     piece: Piece
     values: torch.Tensor
-    block_amaxes: torch.Tensor | None
-
-    @property
-    def part(self) -> "_Part":
-        return _Part(self.piece.task, self.piece.output, self.values, self.block_amaxes)
-
-
-class _Part(NamedTuple):
-    """Rows of a part of a task's weight."""
-
-    task: ExportTask
-    output: PartOutput
-    values: torch.Tensor
     block_amaxes: torch.Tensor | None = None
 
 
 def _packed(group: list[_Read]) -> Generator[Packed, None, None]:
     """Empties the group."""
-    pieces, parts = [read.piece for read in group], [read.part for read in group]
+    reads = list(group)
     group.clear()
-    if len(parts) > 1 or any(part.block_amaxes is not None for part in parts):
-        packed = _pack_parts(parts)
+    pieces = [read.piece for read in reads]
+    if len(reads) > 1 or (reads and reads[0].block_amaxes is not None):
+        packed = pack_alike(reads)
     else:
-        packed = [(part.values,) if part.task.gather_first else pack_rows(*part[:3]) for part in parts]
-    parts.clear()
+        packed = [
+            (values,) if piece.task.gather_first else pack_rows(piece.task, piece.output, values)
+            for piece, values, _ in reads
+        ]
+    reads.clear()
     yield from zip(pieces, packed, strict=True)
 
 
-def _are_alike(one: Piece, values: torch.Tensor, other: Piece, others: torch.Tensor) -> bool:
+def _are_alike(one: _Read, other: _Read) -> bool:
     kinds = [
-        (piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride())
-        for piece, rows in ((one, values), (other, others))
+        (piece.output.format, rows.shape, rows.dtype, rows.device, rows.stride()) for piece, rows, _ in (one, other)
     ]
     return kinds[0] == kinds[1]
 
@@ -106,20 +96,14 @@ def _amax(task: ExportTask) -> float:
     return 0.0 if task.amax is None else task.amax
 
 
-def pack_alike(
-    parts: Sequence[tuple[ExportTask, PartOutput, torch.Tensor]],
-) -> Sequence[Sequence[torch.Tensor]]:
+def pack_alike(reads: Sequence[_Read]) -> Sequence[Sequence[torch.Tensor]]:
     """As `pack_rows` of each, which all are packed, have one format, and rows of one shape, dtype, device and strides.
 
     They are packed at once, to views of the same memory.
     """
-    return _pack_parts([_Part(*part) for part in parts])
-
-
-def _pack_parts(parts: Sequence[_Part]) -> Sequence[Sequence[torch.Tensor]]:
-    first = parts[0]
-    assert first.output.format is not None
-    amaxes = torch.tensor([_amax(part.task) for part in parts], dtype=torch.float32, device=first.values.device)
-    block_amaxes = [part.block_amaxes for part in parts if part.block_amaxes is not None]
-    group = first.output.format.pack_group([part.values for part in parts], amaxes, block_amaxes)
+    packing, device = reads[0].piece.output.format, reads[0].values.device
+    assert packing is not None
+    amaxes = torch.tensor([_amax(read.piece.task) for read in reads], dtype=torch.float32, device=device)
+    block_amaxes = [read.block_amaxes for read in reads if read.block_amaxes is not None]
+    group = packing.pack_group([read.values for read in reads], amaxes, block_amaxes)
     return [tuple(packed.tensors.values()) for packed in group]
