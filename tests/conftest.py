@@ -122,8 +122,14 @@ def tiny_gpt_oss_dir(made_once: MadeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama4_dir(made_once: MadeOnce) -> Path:
-    """Llama 4's decoder in bf16: the experts of a layer in one tensor, which servers load quantized."""
+    """Llama 4's decoder in bf16: the experts of a layer in one tensor, quantized one by one."""
     return made_once("family_llama4_text", partial(make, "llama4_text"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama4_with_vision_dir(made_once: MadeOnce) -> Path:
+    """Llama 4 with vision in bf16: the experts of a layer in one tensor, which servers load quantized."""
+    return made_once("family_llama4", partial(make, "llama4"))
 
 
 @pytest.fixture(scope="session")

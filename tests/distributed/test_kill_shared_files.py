@@ -36,8 +36,8 @@ PART_DONE = "quantplug.checkpoint.safetensors.writer.SafetensorsFile._finish"
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_llama4_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return start_ranks(tiny_llama4_dir, tmp_path_factory.mktemp("notes"))
+def ranks(tiny_llama4_with_vision_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return start_ranks(tiny_llama4_with_vision_dir, tmp_path_factory.mktemp("notes"))
 
 
 def _small_buckets(rank: int, model: nn.Module) -> None:
@@ -76,7 +76,7 @@ KILLS: dict[str, list[tuple[dict[int, Moment], int]]] = {
     "the other one": [
         ({1: before(EXPERT, 3)}, 0),
         ({1: before(PART_DONE)}, 0),
-        ({1: before(EXPERT, 64)}, 2),
+        ({1: before(EXPERT, 30)}, 1),
     ],
     "both": [
         ({0: before(MAKE_ALL), 1: after(MAKE_ALL)}, 0),
