@@ -56,22 +56,23 @@ def test_what_a_search_has_found_is_exported(sources: Sources, tmp_path: Path) -
     source, later = sources("moe"), torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
 
     def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        with cpu.local_forward():
-            return model(tokens, torch.arange(8).expand_as(tokens), later)
+        return model(tokens, torch.arange(8).expand_as(tokens), later)
 
-    model, state = mtq.auto_quantize(
-        load(source, LayerSpec.LOCAL, dtype=torch.float32).eval(),
-        # Bits of what is searched: the vocabulary of so small a model would be most of it.
-        constraints={"effective_bits": 6.0, "cost": {"excluded_module_name_patterns": ["*output_layer*"]}},
-        quantization_formats=[mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG],
-        # Enough tokens that every expert sees some.
-        data_loader=[torch.arange(64).view(8, 8) * 7 % 500],
-        forward_step=forward,
-        loss_func=lambda logits, _: logits.float().square().sum(),
-        disabled_layers=["*output_layer*", "*router*"],
-        num_calib_steps=1,
-        num_score_steps=1,
-    )
+    model = load(source, LayerSpec.LOCAL, dtype=torch.float32).eval()
+    with cpu.local_forward():  # Around backward too, in which Megatron's router multiplies.
+        model, state = mtq.auto_quantize(
+            model,
+            # Bits of what is searched: the vocabulary of so small a model would be most of it.
+            constraints={"effective_bits": 6.0, "cost": {"excluded_module_name_patterns": ["*output_layer*"]}},
+            quantization_formats=[mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG],
+            # Enough tokens that every expert sees some.
+            data_loader=[torch.arange(64).view(8, 8) * 7 % 500],
+            forward_step=forward,
+            loss_func=lambda logits, _: logits.float().square().sum(),
+            disabled_layers=["*output_layer*", "*router*"],
+            num_calib_steps=1,
+            num_score_steps=1,
+        )
     assert state["best"]["is_satisfied"]
     export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
