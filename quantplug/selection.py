@@ -44,7 +44,7 @@ _NOTHING_CHOSEN = Kind(
 )
 
 # The advice to leave out all weights would be the advice not to quantize.
-_NONE_LEFT = "Choose another format: no linear would be left in this one."
+NONE_LEFT = "Choose another format: no linear would be left in this one."
 
 
 class Reason(Enum):
@@ -289,7 +289,7 @@ def by_exclude(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> s
     """Advice for `quantplug quantize` and its function in Python: the options to add."""
     patterns = exclude_patterns(keys, rows, dims)
     if rows.keys() <= fused_with(keys, rows, dims):
-        return _NONE_LEFT
+        return NONE_LEFT
     options = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
     return f"Leave out these and what servers fuse with them: add {options}"
 
@@ -305,13 +305,13 @@ def by_rules_of_pairs(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimension
 
 
 def _rules(names: Iterable[str]) -> str:
-    return f"Append to quant_cfg: {quantizer_rules(names)}." if names else _NONE_LEFT
+    return f"Append to quant_cfg: {quantizer_rules(names)}." if names else NONE_LEFT
 
 
 def by_checker(keys: Iterable[ParamKey], rows: Rows, dims: ModelDimensions) -> str:
     """Advice for a stream: for which names the checker should answer False."""
     names = _megatron_names(keys, rows, dims)
-    return f"Let quantization_checker answer False for {', '.join(names)}." if names else _NONE_LEFT
+    return f"Let quantization_checker answer False for {', '.join(names)}." if names else NONE_LEFT
 
 
 def _megatron_names(

@@ -11,7 +11,7 @@ from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role, Scope, WeightMapping, fill
-from quantplug.selection import Kept, LeaveOut, Policy, quantizer_rules
+from quantplug.selection import NONE_LEFT, Kept, LeaveOut, Policy, quantizer_rules
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
 # Where a weight's format is not known: bits enough for every row, so that the policy judges by role alone.
@@ -131,7 +131,7 @@ def check_shapes(
         return
     way_out = leave_out([whole.key for whole, _ in uneven], _quantized_rows(mapped), dims)
     kind = Kind(
-        ShapeError, _DIVISOR, f"{_finer(of_uneven)}Choose a format whose block size divides them. Or: {way_out}"
+        ShapeError, _DIVISOR, _or_else(f"{_finer(of_uneven)}Choose a format whose block size divides them.", way_out)
     )
     for whole, problem in uneven:
         findings.add_weight(kind, whole, problem)
@@ -171,10 +171,15 @@ def check_served(
         if not any(Policy.of(row).why_unserved(mapping) for mapping in rows.values() if mapping.scope is Scope.EXPERT)
     ]
     if served:
-        way_out = f"Choose {' or '.join(served)}, in which servers load experts. Or: {way_out}"
+        way_out = _or_else(f"Choose {' or '.join(served)}, in which servers load experts.", way_out)
     kind = Kind(UnsupportedQuantizationError, _UNSERVED, way_out)
     for whole, scheme, why in unserved:
         findings.add_weight(kind, whole, f"{scheme.format}: {why}")
+
+
+def _or_else(remedy: str, leaving_out: str) -> str:
+    """Both pieces of advice; the first alone where nothing would be left to quantize."""
+    return remedy if leaving_out == NONE_LEFT else f"{remedy} Or: {leaving_out}"
 
 
 def _quantized_rows(mapped: Mapped) -> dict[ParamKey, WeightMapping]:
