@@ -62,8 +62,6 @@ def _spread(scale: torch.Tensor, values: torch.Tensor, widths: list[int] | None)
         wide = columns if beside == 1 else 128 if tall == 128 else columns // beside
         scale = scale.repeat_interleave(tall, -2)[..., :rows, :]
         return scale.repeat_interleave(wide, -1)[..., :columns]
-    if scale.dim() == 4:  # ModelOpt's blocks: [out/128, 1, in/128, 1].
-        return _spread(scale[:, 0, :, 0], values, widths)
     flat = scale.reshape(*experts, -1)
     if flat.shape[-1] == rows:
         return flat[..., None]

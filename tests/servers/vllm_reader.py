@@ -172,10 +172,7 @@ def _cache_scales(name: str, module: torch.nn.Module) -> Iterator[tuple[str, flo
 
 
 def logprobs_of(directory: str, prompts: list[list[int]]) -> list[list[list[float]]]:
-    config = json.loads(Path(directory, "config.json").read_text())
-    text = config.get("text_config", config)
-    latent = {"attention_config": {"backend": "CPU_MLA"}} if "kv_lora_rank" in text else {}
-    size = text["vocab_size"]
+    size = json.loads(Path(directory, "config.json").read_text())["vocab_size"]
     engine = LLM(
         directory,
         dtype="float32",
@@ -186,8 +183,6 @@ def logprobs_of(directory: str, prompts: list[list[int]]) -> list[list[list[floa
         max_num_seqs=2,
         max_logprobs=size,
         disable_log_stats=True,
-        limit_mm_per_prompt={"image": 0, "video": 0} if "vision_config" in config else None,
-        **latent,
     )
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=size, temperature=0, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
