@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 bin := .venv$(if $(STACK),-$(STACK))/bin
 
-.PHONY: help setup demo test servers bench benchlong lint types format clean
+.PHONY: help setup demo test servers docs bench benchlong lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,9 @@ test: setup  ## The whole test suite, on two cores. PYTEST_ARGS adds arguments, 
 servers: setup  ## What a real vLLM (its build for CPUs, in .venv-servers) computes of our exports: docs/readers.md, cell by cell.
 	@PYTHON="$(PYTHON)" tools/setup_servers.sh
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 0 tests/servers $(PYTEST_ARGS)
+
+docs:  ## The documentation as a site, in site/; links are checked. In a small environment of its own (.venv-docs).
+	@PYTHON="$(PYTHON)" tools/build_docs.sh
 
 bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each writes its section of benchmarks/RESULTS.md.
 	$(bin)/python benchmarks/packing.py
@@ -45,5 +48,5 @@ format: setup  ## Lets ruff fix and format the sources.
 	$(bin)/ruff format .
 
 clean:  ## Removes what the demo, the tests and the tools left; keeps the environments.
-	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find quantplug examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import quantplug
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = [ROOT, ROOT / "quantplug", ROOT / "tests"]
@@ -51,3 +53,16 @@ def test_links_lead_somewhere(document: Path) -> None:
     local = [target for target in targets if "://" not in target]
 
     assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+def test_the_api_is_that_of_the_package() -> None:
+    listed = re.findall(r"^::: quantplug\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+
+    assert sorted(listed) == sorted(set(quantplug.__all__) - {"__version__"})
+
+
+def test_every_document_is_a_page_of_the_site() -> None:
+    """`mkdocs build --strict` says so too, where it is installed."""
+    pages = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - pages == set()

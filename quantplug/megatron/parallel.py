@@ -69,7 +69,10 @@ def initialize_parallel(
     Ranks beyond the model parallel sizes become data parallel copies. A process group that already exists is used.
 
     Args:
-        tp, pp, ep, etp: Tensor, pipeline, expert and expert-tensor parallel sizes.
+        tp: Tensor parallel size.
+        pp: Pipeline parallel size.
+        ep: Expert parallel size.
+        etp: Tensor parallel size of experts.
         backend: Backend of the process group; by default gloo, and where there is a GPU nccl beside it, so that data
             travels by nccl, and gloo tells at once of a rank that ended.
         seed: Seed of Megatron's CUDA generators (set only where there is a GPU).
