@@ -31,7 +31,7 @@ EXPORT_ROWS = (
     ("to_disk", "quantize_checkpoint", "export_checkpoint"),
     ("model_free",),
     ("stream", "files"),
-    ("live_plan",),
+    ("live_plan", "asked_formats"),
     ("pipeline", "sources"),
     ("plan",),
 )

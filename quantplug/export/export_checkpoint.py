@@ -21,16 +21,15 @@ from quantplug.checkpoint.torch_dist.reader import TorchDistReader
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 from quantplug.errors import ArgumentError, Offender
+from quantplug.export.asked_formats import asked_formats, require_experts
 from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import (
     Amaxes,
     ModelByConfig,
     PlanOf,
     WeightOnlyPlan,
-    asked_formats,
     chosen_weights,
     read_model,
-    require_experts,
     require_free,
     write_export,
 )
@@ -206,7 +205,7 @@ def export_checkpoint(
         return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     model, table = _read_hf(pretrained_model_name_or_path, read)
-    require_experts(model.dims, expert_format)
+    require_experts(expert_format, has_experts=bool(model.dims.num_experts))
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     arguments = read_arguments(directory, index)

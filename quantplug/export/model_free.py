@@ -3,8 +3,6 @@
 They need torch, safetensors and NumPy alone.
 """
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import ArgumentError, Offender, SourceError
+from quantplug.export.asked_formats import Formats
 from quantplug.export.files.finish import Beside, finish, sizes_on_disk
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
@@ -34,13 +33,13 @@ from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, Schemes, WholeWeight
-from quantplug.formats.names import Scheme, scheme_named, scheme_without_data
+from quantplug.formats.names import Scheme
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
 from quantplug.progress import Progress
-from quantplug.selection import Decision, Policy, decide, excluding, quantized
+from quantplug.selection import Policy, excluding, quantized
 
 
 def require_free(destination: Path) -> None:
@@ -119,78 +118,6 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
     return ModelByConfig(directory, config, family, dims, lost)
 
 
-@dataclass(frozen=True)
-class Formats:
-    """How weights are packed, if they are: routed experts may have a scheme of their own."""
-
-    linears: Scheme
-    experts: Scheme
-
-    def of(self, key: ParamKey) -> Scheme:
-        """The scheme of a weight."""
-        return self.linears if key.expert is None else self.experts
-
-    @property
-    def searched(self) -> Scheme:
-        """The one whose scales can be searched for, where one can."""
-        return self.experts if self.experts.weight.encoding.can_search else self.linears
-
-
-def asked_formats(name: str, expert_format: str | None, group_size: int | None, input_scale: float | None) -> Formats:
-    """The schemes of formats where nothing is calibrated with data.
-
-    Args:
-        name: The argument `format`.
-        expert_format: The argument of that name; None where experts have no format of their own.
-        group_size: Of `format`.
-        input_scale: The scale of all inputs in place of calibrated ones; None where inputs are to have none.
-
-    Raises:
-        ArgumentError: No format has a name, or it has not this group size; or `input_scale` is none, or goes with no
-            input.
-        UnsupportedQuantizationError: A format has scales of inputs, and none is given.
-    """
-    named = scheme_without_data if input_scale is None else scheme_named
-    linears = named(name, "format", group_size)
-    experts = linears if expert_format is None else named(expert_format, "expert_format")
-    _check_input_scale(input_scale, linears, experts)
-    return Formats(linears, experts)
-
-
-def require_experts(dims: ModelDimensions, expert_format: str | None) -> None:
-    """Refuses a format of experts for a model that has none.
-
-    Raises:
-        ArgumentError: It is one.
-    """
-    if expert_format is not None and not dims.num_experts:
-        raise ArgumentError(
-            "The model has no routed experts.",
-            [Offender("expert_format", f"is {expert_format}")],
-            "Leave it out: format is that of all linears.",
-        )
-
-
-def _check_input_scale(input_scale: float | None, *schemes: Scheme) -> None:
-    """Refuses a scale of inputs that is none, or goes with no input.
-
-    Raises:
-        ArgumentError: It is no number above 0, or none of the schemes has a scale of inputs.
-    """
-    if input_scale is None:
-        return
-    offenders = []
-    # As FP32, which is what is written.
-    if not math.isfinite(input_scale) or not float(torch.tensor(input_scale, dtype=torch.float32)) > 0:
-        offenders.append(Offender("input_scale", f"is {input_scale}"))
-    if not any(scheme.has_input_scale for scheme in schemes):
-        offenders.append(Offender("format", f"is {schemes[0].format}, which has no scale of inputs"))
-    if offenders:
-        raise ArgumentError(
-            "The scale of inputs cannot be served.", offenders, "Give a number above 0, and a format such as nvfp4."
-        )
-
-
 def chosen_weights(
     weights: Sequence[WholeWeight],
     model: ModelByConfig,
@@ -207,13 +134,7 @@ def chosen_weights(
         MappingError: A pattern of `exclude` matches nothing.
         UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
     """
-    by_scheme: defaultdict[Scheme, list[ParamKey]] = defaultdict(list)
-    for weight in weights:
-        by_scheme[formats.of(weight.key)].append(weight.key)
-    decisions: dict[ParamKey, Decision] = {}
-    for scheme, keys in by_scheme.items():
-        of_scheme = replace(policy, weight_bits=scheme.weight_bits, of_gpt_oss=scheme.of_gpt_oss)
-        decisions |= decide(keys, model.family, of_scheme)
+    decisions = formats.decide((weight.key for weight in weights), model.family, policy)
     chosen = quantized(excluding(decisions, exclude, model.family, model.dims))
     return {key: formats.of(key) for key in chosen}
 

@@ -14,13 +14,12 @@ from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.export.asked_formats import asked_formats, require_experts
 from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import (
     WeightOnlyPlan,
-    asked_formats,
     chosen_weights,
     read_model,
-    require_experts,
     require_free,
     write_export,
 )
@@ -77,8 +76,8 @@ def quantize_checkpoint(
             an `input_scale` one that quantizes activations by scales of their own.
         expert_format: The format of routed experts, where it is another one, such as `nvfp4` with an `input_scale`
             beside `mxfp8`. One dialect must have names for both.
-        group_size: How many input features share a scale in `format`, where that leaves the choice: 128 or 32 of
-            `int4`. None for 128.
+        group_size: How many input features share a scale in `format` and `expert_format`, where one leaves the choice:
+            128 or 32 of `int4`. None for 128.
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
@@ -119,7 +118,7 @@ def quantize_checkpoint(
     require_free(target)
     model = read_model(resolve_source(source), trust_remote_code)
     refuse_quantized(model.directory, model.config)
-    require_experts(model.dims, expert_format)
+    require_experts(expert_format, has_experts=bool(model.dims.num_experts))
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config) as checkpoint:

@@ -5,7 +5,7 @@ in `export/plan/dialects`, which settings of ModelOpt's quantizers mean it in `e
 by this table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -158,16 +158,30 @@ def scheme_named(name: str, argument: str, group_size: int | None = None) -> Sch
     Raises:
         ArgumentError: No format has this name, or it has no groups of this size.
     """
-    found = choice_named(QuantFormat, name, argument, "There is no such format.")
-    sizes = {row.group_size: row for row in _ROWS if row.format is found}
-    if group_size is not None and group_size not in sizes:
-        known = " or ".join(str(size) for size in sizes if size is not None)
+    scheme = SCHEMES[choice_named(QuantFormat, name, argument, "There is no such format.")]
+    return scheme if group_size is None else in_groups((scheme,), group_size)[0]
+
+
+def in_groups(schemes: Sequence[Scheme], group_size: int) -> tuple[Scheme, ...]:
+    """The rows of the same names with groups of a size: of each that leaves the choice, while others stay.
+
+    Where none of them leaves it, the size must be that of one of them.
+
+    Raises:
+        ArgumentError: A format that leaves the choice has no groups of this size, or none of any format has it.
+    """
+    rows = {scheme.format: {row.group_size: row for row in _ROWS if row.format is scheme.format} for scheme in schemes}
+    choosing = {name: sizes for name, sizes in rows.items() if len(sizes) > 1}
+    without = {name: sizes for name, sizes in (choosing or rows).items() if group_size not in sizes}
+    if without and (choosing or without == rows):
+        known = " or ".join(str(size) for sizes in without.values() for size in sizes if size is not None)
+        names = " and ".join(without)
         raise ArgumentError(
             "The format has no groups of this size.",
-            [Offender("group_size", f"is {group_size}, with {found}")],
-            f"Use {known}, or leave it out." if known else f"Leave it out: {found} has no groups.",
+            [Offender("group_size", f"is {group_size}, with {names}")],
+            f"Use {known}, or leave it out." if known else f"Leave it out: {names} has no groups.",
         )
-    return SCHEMES[found] if group_size is None else sizes[group_size]
+    return tuple(choosing[scheme.format][group_size] if scheme.format in choosing else scheme for scheme in schemes)
 
 
 def scales_named(name: str, argument: str, scheme: Scheme | None) -> Scales:

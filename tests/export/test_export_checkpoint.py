@@ -67,7 +67,7 @@ def test_the_model_comes_out_as_it_was(saved: Path, tiny_qwen3_dir: Path, tmp_pa
     assert (result.algorithm, result.checkpoint, result.aside) == (None, saved, ())
 
 
-@pytest.mark.parametrize("format_name", ["w4a16_nvfp4", "w8a16_fp8"])
+@pytest.mark.parametrize("format_name", ["w4a16_nvfp4", "w8a16_fp8", "mxfp8"])
 def test_weight_only_formats_are_those_of_quantize(
     format_name: str, saved: Path, tiny_qwen3_dir: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ from quantplug import (
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.quantizers import needs_amax
 from quantplug.errors import ArgumentError, UnsupportedQuantizationError
+from quantplug.export.stream.api import plan_stream
 from quantplug.formats.names import QuantFormat
 from quantplug.megatron import cpu
 from quantplug.megatron.models.build import LayerSpec
@@ -128,9 +129,12 @@ def test_each_weight_decodes_by_its_own_algorithm(sources: Sources, tmp_path: Pa
     assert verify_checkpoint(tmp_path / "out", source).ok
 
 
-def test_a_model_its_checkpoint_and_a_stream_of_it_give_the_same(sources: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [mixed_cfg(KV_CACHE), mtq.MXFP8_DEFAULT_CFG], ids=["NVFP4 and FP8", "mxfp8"])
+def test_a_model_its_checkpoint_and_a_stream_of_it_give_the_same(
+    config: dict[str, Any], sources: Sources, tmp_path: Path
+) -> None:
     source = sources("moe")
-    model = quantized(source, mixed_cfg(KV_CACHE))
+    model = quantized(source, config)
     export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "live")
     save_checkpoint(model, tmp_path / "saved", extra={})
     export_checkpoint(tmp_path / "saved", tmp_path / "straight", source)
@@ -293,9 +297,32 @@ def test_a_training_checkpoint_takes_the_same_formats(sources: Sources, tmp_path
     assert_same_export(tmp_path / "trained", tmp_path / "free")
 
 
+@pytest.mark.parametrize(
+    "formats",
+    [
+        {"quant_format": "mxfp8", "expert_format": "w4a16_nvfp4", "scales": "four_over_six"},
+        {"quant_format": "fp8_dynamic", "expert_format": "int4", "group_size": 32},
+    ],
+    ids=lambda formats: formats["expert_format"],
+)
+def test_a_stream_takes_the_same_formats(formats: dict[str, Any], divisible_dir: Path, tmp_path: Path) -> None:
+    name, choices = formats["quant_format"], {key: formats[key] for key in formats if key != "quant_format"}
+    quantize_checkpoint(divisible_dir, tmp_path / "out", name, **choices)
+    plan = plan_stream(load(divisible_dir), divisible_dir, **formats)
+    tensors, expected = dict(plan.tensors()), read(tmp_path / "out")
+    assert tensors.keys() == expected.keys()
+    assert [name for name in expected if not same_bytes(tensors[name], expected[name])] == []
+    assert plan.quant_config is not None
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert plan.quant_config.config_json == written["quantization_config"]
+
+
 def test_experts_of_another_format_need_experts(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
     with refused(ArgumentError, tmp_path) as caught:
         quantize_checkpoint(tiny_qwen3_dir, tmp_path / "out", "mxfp8", expert_format="w4a16_nvfp4")
+    assert offenders(caught) == {("expert_format", None)}
+    with pytest.raises(ArgumentError) as caught:
+        export_hf_weights_quant(load(tiny_qwen3_dir), tiny_qwen3_dir, quant_format="mxfp8", expert_format="w4a16_nvfp4")
     assert offenders(caught) == {("expert_format", None)}
 
 

@@ -7,6 +7,7 @@ from quantplug.formats.names import (
     SCHEMES,
     Activations,
     QuantFormat,
+    in_groups,
     in_smaller_groups,
     scheme_named,
     scheme_of,
@@ -103,6 +104,21 @@ def test_groups_that_a_format_has_not_are_refused_with_those_that_it_has(name: s
     with pytest.raises(ArgumentError, match=remedy) as caught:
         scheme_named(name, "format", size)
     assert [offender.parameter for offender in caught.value.offenders] == ["group_size"]
+
+
+def test_a_size_of_groups_is_that_of_whichever_format_leaves_the_choice() -> None:
+    mxfp8, int4, nvfp4 = (scheme_named(name, "format") for name in ("mxfp8", "int4", "w4a16_nvfp4"))
+    small = scheme_named("int4", "format", 32)
+    assert in_groups((mxfp8, int4), 32) == (mxfp8, small)
+    assert in_groups((int4, nvfp4), 32) == (small, nvfp4)
+    assert in_groups((int4, int4), 32) == (small, small)
+    assert in_groups((mxfp8, nvfp4), 16) == (mxfp8, nvfp4)
+    # One that leaves the choice has to have it: else the size would be that of nothing anybody can have meant.
+    for pair in ((int4, nvfp4), (nvfp4, int4)):
+        with pytest.raises(ArgumentError, match=r"is 16, with int4\. Use 128 or 32"):
+            in_groups(pair, 16)
+    with pytest.raises(ArgumentError, match=r"is 64, with mxfp8 and w4a16_nvfp4\. Use 32 or 16"):
+        in_groups((mxfp8, nvfp4), 64)
 
 
 def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_does_not() -> None:

@@ -133,6 +133,8 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         quant_block_size: Rows and columns of a block of `quant_fn`; None if it has no blocks.
         quant_format: w4a16_nvfp4, w8a16_fp8, fp8_blockwise, fp8_dynamic, mxfp8, int4: by the amaxes of the weights
             alone. as_quantized: as the model's ModelOpt quantizers say, with the amaxes that they hold.
+        expert_format: With the name of a format: that of routed experts, where it is another one, such as w4a16_nvfp4
+            beside mxfp8. One dialect must have names for both.
         group_size: With int4: how many input features share a scale, 128 (None) or 32.
         scales: With w4a16_nvfp4: how the scales of blocks are found, a `Scales` or its name: `max` (of the largest
             element), `four_over_six` or `mse` (the one with the least squared error).
@@ -167,7 +169,7 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         MappingError: The model is not the one that the config describes.
         ShapeError: Likewise by its shapes, or they do not divide as the format needs.
         ArgumentError: No format has the name in `quant_format`, no policy that in `amax`, or no dialect that in
-            `dialect`; or the format has not the `scales`.
+            `dialect`; or the format has not the `scales`, or the model no experts for `expert_format`.
         UnsupportedQuantizationError: A format that quantizes activations, which needs data; arguments, checker or
             function that cannot be used, or quantizers that cannot be written.
         CalibrationError: Enabled quantizers without a usable amax (as_quantized); while it runs, before the first
@@ -191,7 +193,7 @@ def _plan(request: StreamRequest) -> StreamPlan:
     # A rank may hold no weight at all; its trials then run where its collectives do.
     device = next((ref.load().device for ref in weights.refs), collective_device())
     stream = make_stream_plan(request, topology, device)
-    has_quantizers = request.named_format is AS_QUANTIZED
+    has_quantizers = request.as_quantized
     return StreamPlan(
         model=request.model,
         stream=stream,

@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantplug.export.asked_formats import require_experts
 from quantplug.export.live_plan import PlannedExport, plan_export
 from quantplug.export.plan.scheme import quantizers_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
 from quantplug.export.stream.checker import chosen_weights, refuse_widened
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction
-from quantplug.export.stream.request import AS_QUANTIZED, StreamRequest
+from quantplug.export.stream.request import StreamRequest
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
-from quantplug.selection import Kept, Policy, by_checker, decide, refuse_nothing
+from quantplug.selection import Kept, Policy, by_checker, refuse_nothing
 from quantplug.topology import ParallelTopology
 
 
@@ -74,17 +75,17 @@ def make_stream_plan(request: StreamRequest, topology: ParallelTopology, device:
         dtype=request.dtype,
         moe_router_dtype=request.moe_router_dtype,
         trust_remote_code=request.trust_remote_code,
-        calibrated=request.named_format is AS_QUANTIZED,
+        calibrated=request.as_quantized,
         unchecked_settings=request.unchecked_settings,
         vocab_size=request.vocab_size,
         drop_mtp=request.drop_mtp,
         dialect=request.dialect,
         with_passthrough=False,  # A receiver has what never changes.
-        leave_out=None if request.named_format is AS_QUANTIZED else by_checker,
+        leave_out=None if request.as_quantized else by_checker,
         # None leaves the model's own quantizers in force. In all other cases they are not looked at, so that a model
         # that was never quantized can be streamed.
         requantize=None
-        if request.named_format is AS_QUANTIZED
+        if request.as_quantized
         else lambda weights, family: _requantized(weights, family, request, topology.rank),
     )
     tasks = planned.plan.tasks
@@ -108,24 +109,32 @@ def _name(packing: WeightFormat | None) -> str | None:
 def _requantized(
     weights: Sequence[WholeWeight], family: Family, request: StreamRequest, rank: int
 ) -> Sequence[WholeWeight]:
-    """The weights with quantizers of the built-in format where it is wanted, and none elsewhere."""
+    """The weights with quantizers of the built-in formats where they are wanted, and none elsewhere."""
     # Formats of a stream are made of the weights alone: what the model's quantizers say is left out.
     plain = [replace(weight, weight=None, activation=None, unquantized=None) for weight in weights]
-    scheme = request.scheme
-    if scheme is None:
+    formats = request.formats
+    if formats is None:
         return plain
-    policy = Policy.of(scheme, request.quantize_mtp)
-    decisions = decide((weight.key for weight in plain), family, policy)
-    all_or_none(lambda: refuse_nothing(decisions))
+    policy = Policy.of(formats.linears, request.quantize_mtp)
+    decisions = formats.decide((weight.key for weight in plain), family, policy)
+    has_experts = any(key.expert is not None for key in decisions)
+
+    def check() -> None:
+        require_experts(request.expert_format, has_experts=has_experts)
+        refuse_nothing(decisions)
+
+    all_or_none(check)
     linears = {key: it for key, it in decisions.items() if it.row.role is Role.LINEAR}
     asked = [weight for weight in plain if weight.key in linears]
     # The checker is asked for linears alone: routers and norms are no question.
     chosen = _chosen(asked, lambda weight: linears[weight.key].kept, request, rank)
-    return [_quantized(weight, scheme, request.found_scales) if weight.key in chosen else weight for weight in plain]
+    scales = request.found_scales
+    return [_quantized(weight, formats.of(weight.key), scales) if weight.key in chosen else weight for weight in plain]
 
 
 def _quantized(weight: WholeWeight, scheme: Scheme, scales: Scales) -> WholeWeight:
-    quantizer, activation = quantizers_for(scheme, weight.key.name, scales)
+    found = scales if scheme.weight.encoding.can_search else Scales.MAX
+    quantizer, activation = quantizers_for(scheme, weight.key.name, found)
     return replace(weight, weight=quantizer, activation=activation)
 
 

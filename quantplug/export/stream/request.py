@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
+from quantplug.export.asked_formats import Formats, asked_formats
 from quantplug.export.pipeline.amaxes import WeightAmax, weight_amax_policy
 from quantplug.export.plan.dialects.dialect import INPUT_SCALE
 from quantplug.export.plan.dialects.table import DialectName
@@ -18,7 +19,7 @@ from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.sources.live import Model
 from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
-from quantplug.formats.names import QuantFormat, Scheme, scales_named, scheme_without_data
+from quantplug.formats.names import QuantFormat, scales_named
 from quantplug.formats.search.candidates import Scales
 from quantplug.topology import ParallelTopology
 
@@ -59,6 +60,7 @@ class StreamRequest:
     quant_block_size: tuple[int, int] | None = None
     _: KW_ONLY
     quant_format: QuantFormat | OwnQuantizers | str | None = None
+    expert_format: QuantFormat | str | None = None
     group_size: int | None = None
     quantize_mtp: bool = False
     scales: Scales | str = Scales.MAX
@@ -76,29 +78,22 @@ class StreamRequest:
     dialect: DialectName | str | None = None
 
     @property
-    def named_format(self) -> QuantFormat | OwnQuantizers | None:
-        """What `quant_format` names; None where `quant_fn` quantizes.
-
-        Raises:
-            ArgumentError: No format has this name, or none with this `group_size`.
-            UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
-        """
+    def as_quantized(self) -> bool:
+        """Whether the model's own quantizers say how weights are quantized."""
         # Compared as text: callers pass the name as a string or as the enum.
-        if self.quant_format == AS_QUANTIZED:
-            return AS_QUANTIZED
-        return None if self.scheme is None else self.scheme.format
+        return self.quant_format == AS_QUANTIZED
 
     @property
-    def scheme(self) -> Scheme | None:
+    def formats(self) -> Formats | None:
         """How weights are quantized; None where quantizers or a function of the caller's say it.
 
         Raises:
-            ArgumentError: No format has this name, or none with this `group_size`.
-            UnsupportedQuantizationError: The format quantizes activations, and the model's weights are all there is.
+            ArgumentError: A format has no such name, or none has this `group_size`.
+            UnsupportedQuantizationError: A format quantizes activations, and the model's weights are all there is.
         """
-        if self.quant_format is None or self.quant_format == AS_QUANTIZED:
+        if self.quant_format is None or self.as_quantized:
             return None
-        return scheme_without_data(self.quant_format, "quant_format", self.group_size)
+        return asked_formats(self.quant_format, self.expert_format, self.group_size, argument="quant_format")
 
     @property
     def found_scales(self) -> Scales:
@@ -107,7 +102,7 @@ class StreamRequest:
         Raises:
             ArgumentError: There is no such search, or `quant_format` names no format that has one.
         """
-        return scales_named(self.scales, "scales", self.scheme)
+        return scales_named(self.scales, "scales", None if self.formats is None else self.formats.searched)
 
     @property
     def policy(self) -> WeightAmax:
@@ -122,7 +117,8 @@ class StreamRequest:
         """Refuses arguments that do not go together.
 
         Raises:
-            ArgumentError: No format has the name in `quant_format` and `group_size`, or no policy that in `amax`.
+            ArgumentError: No format has the name in `quant_format` or `expert_format`, none this `group_size`, or no
+                policy has the name in `amax`.
             UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
             TopologyError: A receiver that is no rank.
         """
@@ -159,12 +155,13 @@ class StreamRequest:
             found.append(("quant_block_size", "is given without quant_fn"))
         if self.quant_block_size is not None and not _is_block_size(self.quant_block_size):
             found.append(("quant_block_size", f"is {self.quant_block_size!r}, not (rows, columns)"))
-        if self.named_format is AS_QUANTIZED and self.quantization_checker is not None:
+        if self.as_quantized and self.quantization_checker is not None:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
-        if self.named_format is AS_QUANTIZED and self.quantize_mtp:
+        if self.as_quantized and self.quantize_mtp:
             found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
-        if self.group_size is not None and self.scheme is None:
-            found.append(("group_size", "is given without the name of a format"))
+        for name, value in (("expert_format", self.expert_format), ("group_size", self.group_size)):
+            if value is not None and self.formats is None:
+                found.append((name, "is given without the name of a format"))
         if self.quant_fn is not None and self.dialect is not None:
             found.append(("dialect", "is given beside quant_fn, whose tensors have names of their own"))
         # Without a suffix the scale would have the weight's own name; and a receiver takes `input_scale` for that of

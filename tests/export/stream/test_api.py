@@ -274,6 +274,17 @@ FUNCTION = {"quant_fn": blockwise_fp8, "quant_block_size": BLOCK}
         ({**FUNCTION, "dialect": "modelopt"}, UnsupportedQuantizationError, "beside quant_fn"),
         ({"quant_format": "w8a16_fp8", "dialect": "modelopt"}, UnsupportedQuantizationError, "has no name for w8a16"),
         ({"quant_format": "w8a16_fp8", "dialect": "gguf"}, ArgumentError, "is 'gguf'"),
+        (
+            {"quant_format": "mxfp8", "expert_format": "nvfp4"},
+            UnsupportedQuantizationError,
+            "expert_format: is 'nvfp4'",
+        ),
+        ({"quant_format": "mxfp8", "expert_format": "int4", "group_size": 64}, ArgumentError, "is 64, with int4"),
+        (
+            {**FUNCTION, "expert_format": "int4"},
+            UnsupportedQuantizationError,
+            "expert_format: is given without the name",
+        ),
         ({**FUNCTION, "quant_block_size": 128}, UnsupportedQuantizationError, r"is 128, not \(rows, columns\)"),
         ({**FUNCTION, "quant_block_size": (0, 128)}, UnsupportedQuantizationError, r"not \(rows, columns\)"),
         ({**FUNCTION, "scale_suffix": ""}, UnsupportedQuantizationError, "scale_suffix"),
