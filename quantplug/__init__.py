@@ -51,12 +51,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DialectName": "quantplug.export.plan.dialects.table",
-    "KVCacheFormat": "quantplug.formats.names",
+    "DialectName": "quantplug.choices",
+    "KVCacheFormat": "quantplug.choices",
     "LayerSpec": "quantplug.megatron.models.build",
-    "Preset": "quantplug.selection",
-    "QuantFormat": "quantplug.formats.names",
-    "WeightAmax": "quantplug.export.pipeline.amaxes",
+    "Preset": "quantplug.choices",
+    "QuantFormat": "quantplug.choices",
+    "WeightAmax": "quantplug.choices",
     "build_model": "quantplug.import_hf.new_model",
     "calibrate": "quantplug.calibration.run",
     "check_destination": "quantplug.export.files.staging",
@@ -80,15 +80,13 @@ _HOMES = {
 # Type checkers read the imports; at run time each name is looked up when it is first used.
 if TYPE_CHECKING:
     from quantplug.calibration.run import calibrate
+    from quantplug.choices import DialectName, KVCacheFormat, Preset, QuantFormat, WeightAmax
     from quantplug.export.export_checkpoint import export_checkpoint
     from quantplug.export.files.staging import check_destination
     from quantplug.export.live_plan import plan_export
-    from quantplug.export.pipeline.amaxes import WeightAmax
-    from quantplug.export.plan.dialects.table import DialectName
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
     from quantplug.export.stream.api import export_hf_weights_quant, plan_stream
     from quantplug.export.to_disk import export_mcore_gpt_to_hf
-    from quantplug.formats.names import KVCacheFormat, QuantFormat
     from quantplug.import_hf.new_model import build_model
     from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
     from quantplug.mappings.families import register_family
@@ -96,7 +94,6 @@ if TYPE_CHECKING:
     from quantplug.megatron.models.build import LayerSpec
     from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
     from quantplug.plugins.configs import quant_cfg, recipe_cfg
-    from quantplug.selection import Preset
     from quantplug.verify import verify_checkpoint
 else:
     # In the branch that type checkers do not read, or they would take every misspelt name for one that exists.

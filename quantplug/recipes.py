@@ -7,10 +7,8 @@ ModelOpt ships them as YAML (modelopt_recipes/general/ptq of 0.47), which a live
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
 from quantplug.errors import ArgumentError, Offender
-from quantplug.formats.names import KVCacheFormat, QuantFormat
-from quantplug.formats.search.candidates import Scales
-from quantplug.selection import Preset
 
 
 @dataclass(frozen=True)

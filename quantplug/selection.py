@@ -12,9 +12,10 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, StrEnum
+from enum import Enum
 from fnmatch import fnmatchcase
 
+from quantplug.choices import Preset as Preset
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, choice_named, nearest
 from quantplug.formats.names import Scheme
@@ -58,22 +59,14 @@ class Reason(Enum):
     EXCLUDED = "excluded by the user"
 
 
-class Preset(StrEnum):
-    """Which linears of a model are quantized at all, by the names of ModelOpt's recipes."""
-
-    ALL = "all"
-    EXPERTS_ONLY = "experts_only"
-    MLP_ONLY = "mlp_only"
-    OMLP_ONLY = "omlp_only"
-
-    def holds(self, row: WeightMapping) -> bool:
-        """Whether weights of a row are quantized: routed experts; all of the MLPs; these and attention's o_proj."""
-        if self is Preset.ALL or row.scope is Scope.EXPERT:
-            return True
-        (name, *_) = row.megatron
-        # By Megatron's names, which are the same in every architecture: dense MLPs and shared experts are below `mlp`.
-        in_mlp = ".mlp." in name and self is not Preset.EXPERTS_ONLY
-        return in_mlp or (self is Preset.OMLP_ONLY and name.endswith(".self_attention.linear_proj.weight"))
+def in_preset(preset: Preset, row: WeightMapping) -> bool:
+    """Whether weights of a row are quantized: routed experts; all of the MLPs; these and attention's o_proj."""
+    if preset is Preset.ALL or row.scope is Scope.EXPERT:
+        return True
+    (name, *_) = row.megatron
+    # By Megatron's names, which are the same in every architecture: dense MLPs and shared experts are below `mlp`.
+    in_mlp = ".mlp." in name and preset is not Preset.EXPERTS_ONLY
+    return in_mlp or (preset is Preset.OMLP_ONLY and name.endswith(".self_attention.linear_proj.weight"))
 
 
 def preset_named(name: str, argument: str) -> Preset:
@@ -134,7 +127,7 @@ class Policy:
             return Kept(Reason.FORMAT, "linear weight of no expert, which servers read in 16 bits beside this format")
         if row.block.is_mtp and not self.quantize_mtp:
             return Kept(Reason.MTP, "linear weight of multi-token prediction, kept unless quantize_mtp asks for it")
-        if not self.preset.holds(row):
+        if not in_preset(self.preset, row):
             return Kept(Reason.PRESET, f"linear weight that {self.preset} leaves out")
         return None
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quantplug.choices import EXPORT_FORMATS, KVCacheFormat, Preset, Scales, WeightAmax
 from quantplug.cli.options import (
     Dialect,
     Exclude,
@@ -19,11 +20,6 @@ from quantplug.cli.options import (
 )
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
-from quantplug.export.export_checkpoint import FORMATS, export_checkpoint
-from quantplug.export.pipeline.amaxes import WeightAmax
-from quantplug.formats.names import KVCacheFormat
-from quantplug.formats.search.candidates import Scales
-from quantplug.selection import Preset
 
 
 def export(
@@ -39,7 +35,7 @@ def export(
     ],
     format: Annotated[  # noqa: A002
         str | None,
-        typer.Option(metavar=f"[{'|'.join(FORMATS)}]", help="Without it: as the quantizers in the checkpoint say."),
+        typer.Option(metavar=f"[{'|'.join(EXPORT_FORMATS)}]", help="Without it: as the checkpoint's quantizers say."),
     ] = None,
     expert_format: ExpertFormat = None,
     group_size: GroupSize = None,
@@ -78,6 +74,8 @@ def export(
     Nothing in the checkpoint is run. Killed, it goes on where it was when the same command is run again. Exit status:
     0, 2 when it cannot be done, 130 when Ctrl-C stops it.
     """
+    from quantplug.export.export_checkpoint import export_checkpoint  # Help need not wait for torch.
+
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:

@@ -4,10 +4,7 @@ from typing import Annotated
 
 import typer
 
-from quantplug.export.plan.dialects.table import DialectName
-from quantplug.formats.names import QuantFormat
-from quantplug.formats.search.candidates import Scales
-from quantplug.selection import Preset
+from quantplug.choices import DialectName, Preset, QuantFormat, Scales
 
 Exclude = Annotated[
     list[str] | None,

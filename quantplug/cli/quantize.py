@@ -7,15 +7,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
 from quantplug.cli.options import Dialect, Exclude, ExpertFormat, GroupSize, InputScale, QuantizeMtp, WhichLinears
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
-from quantplug.export.quantize_checkpoint import quantize_checkpoint
-from quantplug.formats.names import KVCacheFormat, QuantFormat
-from quantplug.formats.search.candidates import Scales
 from quantplug.recipes import RECIPES, Recipe, recipe_named
-from quantplug.selection import Preset
 
 
 def quantize(
@@ -52,6 +49,8 @@ def quantize(
     Killed, it goes on where it was when the same command is run again. Exit status: 0, 2 when it cannot be done, 130
     when Ctrl-C stops it.
     """
+    from quantplug.export.quantize_checkpoint import quantize_checkpoint  # Help need not wait for torch.
+
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:

@@ -1,14 +1,15 @@
 """`quantplug stats`: the amax of every expert, and where it comes from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from quantplug.calibration.show.render import print_statistics
-from quantplug.calibration.statistics import CalibrationTable
 from quantplug.cli.terminal import exit_with, user_errors
+
+if TYPE_CHECKING:
+    from quantplug.calibration.statistics import CalibrationTable
 
 
 def stats(
@@ -21,6 +22,9 @@ def stats(
 
     Exit status: 0, or 2 when the file cannot be read, or the plot cannot be drawn.
     """
+    from quantplug.calibration.show.render import print_statistics  # Help need not wait for torch.
+    from quantplug.calibration.statistics import CalibrationTable
+
     with user_errors():
         table = CalibrationTable.load(file)
         if plot is not None:
@@ -29,7 +33,7 @@ def stats(
     print_statistics(table, Console())
 
 
-def _save_plot(table: CalibrationTable, path: Path) -> None:
+def _save_plot(table: "CalibrationTable", path: Path) -> None:
     try:
         from quantplug.calibration.show.plots import save_plot  # An extra: all else works without matplotlib.
     except ModuleNotFoundError as missing:

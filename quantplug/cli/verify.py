@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quantplug.cli.report import print_report
 from quantplug.cli.terminal import byte_bar, user_errors
 from quantplug.errors import ArgumentError, Offender
-from quantplug.verify import verify_checkpoint
 
 _GO_ON = "run the same command again to go on."
 _KEPT_NOTHING = "Nothing was proved. With --resume FILE it goes on where it was."
@@ -34,6 +32,9 @@ def verify(
     Exit status: 0 without errors (warnings may remain), 1 with errors, 2 when it could not be asked so, 130 when Ctrl-C
     stops it.
     """
+    from quantplug.cli.report import print_report  # Help need not wait for torch.
+    from quantplug.verify import verify_checkpoint
+
     kept = _KEPT_NOTHING if resume is None else f"What was found so far is kept in {resume}: {_GO_ON}"
     with user_errors(lambda: kept):
         if json is not None and not json.parent.is_dir():

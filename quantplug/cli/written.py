@@ -1,17 +1,19 @@
 """What a command says of the checkpoint that it wrote, or of what it leaves when it is stopped."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from quantplug.cli.terminal import plain
-from quantplug.export.files.finish import ExportResult
-from quantplug.export.files.staging import unfinished_of
+
+if TYPE_CHECKING:
+    from quantplug.export.files.finish import ExportResult
 
 _GIGABYTE = 10**9
 
 
-def print_written(result: ExportResult, seconds: float, console: Console) -> None:
+def print_written(result: "ExportResult", seconds: float, console: Console) -> None:
     """Prints what was written, how fast, and what of the source's other files went along."""
     files = "1 file" if result.shards == 1 else f"{result.shards} files"
     # Speed is told in the bytes of the source: how many are written is a matter of the format.
@@ -28,6 +30,8 @@ def print_written(result: ExportResult, seconds: float, console: Console) -> Non
 
 def kept_of(destination: Path) -> str:
     """What a run that was stopped has left, and how to go on."""
+    from quantplug.export.files.staging import unfinished_of  # Help need not wait for torch.
+
     unfinished = unfinished_of(destination)
     if not unfinished.exists():
         return "Nothing was finished, and nothing is left: run the same command to begin again."

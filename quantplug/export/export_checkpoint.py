@@ -20,6 +20,7 @@ from quantplug.checkpoint.torch_dist.index import read_index
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.checkpoint.torch_dist.vocabulary import padded_to
+from quantplug.choices import EXPORT_FORMATS, PLAIN
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.asked_formats import asked_formats, require_experts
 from quantplug.export.files.finish import Beside, ExportResult, result_of
@@ -59,12 +60,6 @@ from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
 from quantplug.selection import Policy, Preset, by_exclude, preset_named
-
-PLAIN = "plain"
-"""The name of no format: weights are written as they are, also those of a quantized model."""
-
-FORMATS = (*(name for name in QuantFormat if not name.needs_data), PLAIN)
-"""What a checkpoint can be written in, whatever its quantizers say."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +252,7 @@ def _refuse_choices(**given: object) -> None:
         raise ArgumentError(
             "What is quantized can be chosen only with a format.",
             offenders,
-            f"Name one of {', '.join(FORMATS[:-1])}; else the quantizers in the checkpoint say what is quantized.",
+            f"Name one of {', '.join(EXPORT_FORMATS[:-1])}; else quantizers in the checkpoint say what is quantized.",
         )
 
 

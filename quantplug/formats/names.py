@@ -7,55 +7,17 @@ by this table.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import Enum
 
+# Known by this module's name too: it is the table that they are the keys of.
+from quantplug.choices import KVCacheFormat as KVCacheFormat
+from quantplug.choices import QuantFormat as QuantFormat
+from quantplug.choices import Scales
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.findings import choice_named
 from quantplug.formats.block_format import BlockFormat
-from quantplug.formats.search.candidates import Scales
 from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
 from quantplug.formats.weight_format import WeightFormat
-
-
-class QuantFormat(StrEnum):
-    """The formats by name: `wXaY` counts the bits of weights and activations, where the bare name quantizes both."""
-
-    W4A16_NVFP4 = "w4a16_nvfp4"
-    NVFP4 = "nvfp4"
-    FP8 = "fp8"
-    W8A16_FP8 = "w8a16_fp8"
-    FP8_BLOCKWISE = "fp8_blockwise"
-    FP8_DYNAMIC = "fp8_dynamic"
-    INT4 = "int4"
-    MXFP8 = "mxfp8"
-    MXFP4 = "mxfp4"
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether activations are quantized by scales that only calibration with data can give."""
-        return SCHEMES[self].has_input_scale
-
-    @property
-    def weight_only(self) -> "QuantFormat":
-        """The format of the same weights that needs no data: itself where it needs none."""
-        return without_input_scale(SCHEMES[self]).format
-
-
-class KVCacheFormat(StrEnum):
-    """The formats of a server's KV cache that a checkpoint can ask for.
-
-    `fp8_cast` is E4M3 with a scale of 1.0: keys and values are cast, so that it takes no data and no tensors, but two
-    lines of config. It is what most published NVFP4 checkpoints have (ModelOpt's recipes call it `kv_fp8_cast`). `fp8`
-    is E4M3 with scales that were calibrated with data, two for each attention layer.
-    """
-
-    FP8_CAST = "fp8_cast"
-    FP8 = "fp8"
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether it has scales that only calibration with data can give."""
-        return self is KVCacheFormat.FP8
 
 
 class Activations(Enum):

@@ -7,13 +7,16 @@ import sys
 import pytest
 
 import quantplug
+from quantplug.cli import app
 from tests.cli.shell import ROOT, command, run
+
+COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
 
 
 def test_help_names_every_command() -> None:
     code, output = run("--help")
     assert code == 0
-    assert all(name in output for name in ("verify", "quantize", "stats", "--version"))
+    assert all(name in output for name in (*COMMANDS, "--version"))
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,18 @@ def test_a_shell_completes_commands() -> None:
     result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
 
     assert result.stdout.split() == ["verify", "quantize", "export", "stats"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in sorted(COMMANDS))], ids=" ".join)
+def test_help_waits_for_no_heavy_library(arguments: list[str]) -> None:
+    code = (
+        "import sys; from quantplug.cli import app\n"
+        f"try: app({arguments!r})\n"
+        "finally: print(sorted({name.partition('.')[0] for name in sys.modules} & "
+        "{'torch', 'numpy', 'numba', 'safetensors', 'huggingface_hub', 'matplotlib'}))"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "Usage:" in result.stdout

@@ -127,3 +127,9 @@ def test_a_format_says_whether_it_needs_data_and_which_one_of_the_same_weights_d
         "w4a16_nvfp4", "w4a16_nvfp4", "w8a16_fp8", "w8a16_fp8", "fp8_blockwise", "fp8_dynamic", "int4",
         "mxfp8", "mxfp4",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QuantFormat)
+def test_what_a_name_says_of_data_is_what_the_table_says(name: QuantFormat) -> None:
+    assert name.needs_data is SCHEMES[name].has_input_scale
+    assert name.weight_only is without_input_scale(SCHEMES[name]).format

@@ -11,7 +11,7 @@ from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from numpy.typing import NDArray
 
 from quantplug.formats import NVFP4, PackedWeight
-from quantplug.formats.search.candidates import BY_ERROR, FOUR_OVER_SIX, GIVEN, GIVEN_FOUR_OVER_SIX, Scales
+from quantplug.formats.search.candidates import BY_ERROR, FOUR_OVER_SIX, GIVEN, GIVEN_FOUR_OVER_SIX, SEARCHES, Scales
 from quantplug.formats.search.given import block_amaxes_of_scales
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
@@ -80,7 +80,7 @@ def assert_codes_are_nearest(packed: PackedWeight, weight: torch.Tensor) -> None
 @given(weight=weights(in_features=(16, 48)), share=st.sampled_from([1.0, 1.5, 2.0**15]))
 def test_the_bytes_are_those_of_the_definition(search: str, weight: torch.Tensor, share: float) -> None:
     amax = min(weight.float().abs().max().item() * share, torch.finfo(torch.float32).max)
-    packed = NVFP4.searched(Scales(search).search).pack(weight, torch.tensor(amax))
+    packed = NVFP4.searched(SEARCHES[Scales(search)]).pack(weight, torch.tensor(amax))
     codes, scale_2 = by_definition(weight, amax, search)
     assert packed.tensors["weight_scale_2"].numpy() == scale_2
     assert packed.tensors["weight_scale"].view(torch.uint8).flatten().tolist() == codes.tolist()
@@ -91,7 +91,7 @@ def test_the_bytes_are_those_of_the_definition(search: str, weight: torch.Tensor
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bytes_are_those_of_the_definition_on_heavy_tails(search: str, dtype: torch.dtype) -> None:
     weight = heavy_tailed((96, 640), dtype)
-    packed = NVFP4.searched(Scales(search).search).pack(weight)
+    packed = NVFP4.searched(SEARCHES[Scales(search)]).pack(weight)
     codes, _ = by_definition(weight, weight.float().abs().max().item(), search)
     assert packed.tensors["weight_scale"].view(torch.uint8).flatten().tolist() == codes.tolist()
     assert_codes_are_nearest(packed, weight)

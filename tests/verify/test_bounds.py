@@ -10,7 +10,7 @@ from hypothesis.strategies import DrawFn
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from quantplug.formats import NVFP4
-from quantplug.formats.search.candidates import Scales
+from quantplug.formats.search.candidates import SEARCHES, Scales
 from quantplug.verify import bounds, decode
 
 
@@ -48,7 +48,7 @@ def test_round_to_nearest_stays_within_the_nvfp4_bound(weight: torch.Tensor) -> 
 @settings(max_examples=60)
 @given(weights())
 def test_a_search_for_scales_stays_within_the_nvfp4_bound(scales: str, weight: torch.Tensor) -> None:
-    packed = NVFP4.searched(Scales(scales).search).pack(weight).tensors
+    packed = NVFP4.searched(SEARCHES[Scales(scales)]).pack(weight).tensors
     block_scales, scale = packed["weight_scale"].view(torch.uint8), packed["weight_scale_2"]
     total = bounds.ErrorSum()
     total.add(bounds.nvfp4_sums(decode.decode_nvfp4(packed["weight"], block_scales, scale), weight, scale))

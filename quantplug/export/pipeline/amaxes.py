@@ -1,11 +1,11 @@
 """Whose amaxes scales are made of: those of calibration, or those of the weights as they are now."""
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 
 import torch
 import torch.distributed as dist
 
+from quantplug.choices import WeightAmax as WeightAmax
 from quantplug.export.pipeline.gather import Groups
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import choice_named
@@ -19,17 +19,6 @@ One unit in the last place of BF16, which has 8 significant bits: a weight, or t
 after calibration moves by at most half of one. Clipping by that much is below the rounding of E4M3 and E2M1 (2^-4 and
 2^-2 of a value).
 """
-
-
-class WeightAmax(StrEnum):
-    """What becomes of a weight that has grown beyond the amax of its quantizer."""
-
-    CALIBRATED = "calibrated"
-    """It is an error: its largest values would be clipped."""
-    REFRESH = "refresh"
-    """The amaxes of all weights are taken anew, from the weights as they are. Those of inputs stay."""
-    CLIP = "clip"
-    """It is clipped, as a fake-quantized forward has done in training, or as the algorithm meant that set the amax."""
 
 
 def weight_amax_policy(name: str) -> WeightAmax:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from quantplug.export.plan.types import QuantizerState
 from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4, WeightFormat
 from quantplug.formats.names import Activations, QuantFormat, Scheme, scheme_of
-from quantplug.formats.search.candidates import Scales
+from quantplug.formats.search.candidates import SEARCHES, Scales
 
 WAY_OUT = (
     "Quantize with mtq.W4A16_NVFP4_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG, "
@@ -85,7 +85,7 @@ def quantizers_for(
     settings = next(settings for settings, known in _FORMATS.items() if known == scheme.weight)
     # An input with a calibrated scale is quantized as the weight is.
     inputs = settings if scheme.has_input_scale else _DYNAMIC_INPUTS.get(scheme.format)
-    weight = replace(settings.state(name), search=scales.search)
+    weight = replace(settings.state(name), search=SEARCHES[scales])
     return weight, None if inputs is None else inputs.state(name)
 
 

@@ -19,7 +19,8 @@ under- or overflows, however small a weight is. The first candidate wins unless 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+
+from quantplug.choices import Scales as Scales
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,9 @@ FOUND, TAKEN = (FOUR_OVER_SIX, BY_ERROR), (GIVEN, GIVEN_FOUR_OVER_SIX)
 """Searches that compare, and those that take what they are given: beside that of the amax, all that there are."""
 
 
-class Scales(StrEnum):
-    """The searches by name. None needs data."""
-
-    MAX = "max"
-    """The block's amax gets the largest code, 6."""
-    FOUR_OVER_SIX = "four_over_six"
-    """Whichever of the codes 6 and 4 for the amax has the smaller squared error (arXiv 2512.02010)."""
-    MSE = "mse"
-    """The scale with the least squared error, among those from 3 codes below that of the amax to 7 above."""
-
-    @property
-    def search(self) -> ScaleSearch:
-        return _SEARCHES[self]
-
-
-_SEARCHES: Mapping[Scales, ScaleSearch] = {
+SEARCHES: Mapping[Scales, ScaleSearch] = {
     Scales.MAX: BY_MAX,
     Scales.FOUR_OVER_SIX: FOUR_OVER_SIX,
     Scales.MSE: BY_ERROR,
 }
+"""The searches by name."""

@@ -1,8 +1,8 @@
 """The dialects that there are, what each can say, and which is taken."""
 
 from collections.abc import Mapping
-from enum import StrEnum
 
+from quantplug.choices import DialectName as DialectName
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.plan.dialects.compressed_tensors import CompressedTensorsDialect
 from quantplug.export.plan.dialects.deepseek import DeepSeekDialect
@@ -14,16 +14,6 @@ from quantplug.export.plan.types import Schemes
 from quantplug.findings import Findings, Kind, choice_named
 from quantplug.formats.names import QuantFormat
 from quantplug.mappings.table import Role, Scope
-
-
-class DialectName(StrEnum):
-    """The dialects by name."""
-
-    MODELOPT = "modelopt"
-    DEEPSEEK = "deepseek"
-    COMPRESSED_TENSORS = "compressed-tensors"
-    MXFP4 = "mxfp4"
-
 
 # Of several that can say a format the first is taken where none is asked for.
 DIALECTS: Mapping[DialectName, Dialect] = {
