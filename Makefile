@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 bin := .venv$(if $(STACK),-$(STACK))/bin
 
-.PHONY: help setup demo test servers docs bench benchlong lint types format clean
+.PHONY: help setup demo test servers docs wheel bench benchlong lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +23,9 @@ servers: setup  ## What a real vLLM (its build for CPUs, in .venv-servers) compu
 
 docs:  ## The documentation as a site, in site/; links are checked. In a small environment of its own (.venv-docs).
 	@PYTHON="$(PYTHON)" tools/build_docs.sh
+
+wheel: setup  ## Builds the wheel, and uses it in an environment of what it declares and nothing else.
+	@BIN="$(bin)" tools/check_wheel.sh
 
 bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each writes its section of benchmarks/RESULTS.md.
 	$(bin)/python benchmarks/packing.py

@@ -10,7 +10,9 @@ import pytest
 import quantplug
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
 ROOMS = [ROOT, ROOT / "quantplug", ROOT / "tests"]
 # Files of other projects, as documents cite them.
 FOREIGN = ("modelopt/", "quantization/")

@@ -1,6 +1,7 @@
 """`import quantplug` needs torch and safetensors alone; the version and the command are those of the distribution."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -172,10 +173,15 @@ def test_importing_quantplug_reads_no_heavy_module() -> None:
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_version_is_the_distribution_s() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+def test_version_stands_in_one_place() -> None:
+    """In the package, which distributions read it off; CITATION.cff, which nothing can read it into, agrees."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    cited = re.search(r"^version: (.*)$", (REPOSITORY / "CITATION.cff").read_text(), flags=re.MULTILINE)
 
-    assert quantplug.__version__ == project["version"]
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["hatch"]["version"] == {"path": "quantplug/__init__.py"}
+    assert cited is not None
+    assert cited[1] == quantplug.__version__
 
 
 def test_console_script_exists() -> None:
