@@ -21,6 +21,8 @@ from quantplug.megatron.parameters import LanguageModel, MegatronParameter, iter
 _EXPERTS = ".mlp.experts."
 """In the names that a `CalibrationRecord` is about."""
 
+_INPUT = ".input_quantizer"
+
 
 def gather_statistics(
     model: nn.Module | Sequence[nn.Module],
@@ -88,7 +90,13 @@ def _with_tokens(row: StatisticsRow, record: CalibrationRecord, chunk: LanguageM
     layer, expert = _record_layer(row.key, chunk), row.key.expert
     tokens = None if layer is None else record.tokens.get(layer)
     # Shared experts and dense layers see every token; only routed ones are counted.
-    if tokens is None or expert is None or _EXPERTS not in row.key.module:
+    if tokens is None or _EXPERTS not in row.key.module:
+        return row
+    if row.key.module.endswith(_INPUT) and row.amax is not None:
+        # The wrappers of experts keep the probability out of what the second linear sees (plugins.expert_outputs).
+        weighted = chunk.config.moe_apply_probs_on_input and "linear_fc1" in row.key.module
+        row = replace(row, weighted=bool(weighted))
+    if expert is None:
         return row
     # The record is about inputs: a weight has its own amax whether a token came by or not.
     is_fallback = row.source is AmaxSource.CALIBRATED and ".weight" not in row.key.module

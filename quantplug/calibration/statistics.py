@@ -48,6 +48,9 @@ class StatisticsRow:
             no data was run.
         coverage: `tokens` over the expert's fair share, which is the data's tokens times topk over the number of
             experts: 1 is an even routing, 0 a cold expert.
+        weighted: Of the input of routed experts: whether the router's probability is in the values that the amax is
+            of. It is in those of the first linear where the model multiplies it into the experts' input, and never in
+            those of the second. None elsewhere, and where no data was run.
     """
 
     key: ParamKey
@@ -56,6 +59,7 @@ class StatisticsRow:
     source: AmaxSource
     tokens: int | None = None
     coverage: float | None = None
+    weighted: bool | None = None
 
     def __post_init__(self) -> None:
         if (self.tokens is None) != (self.coverage is None):
@@ -169,8 +173,10 @@ def _combined(rows: list[StatisticsRow]) -> StatisticsRow:
     largest = math.nan if any(map(math.isnan, amaxes)) else max(amaxes, default=None)
     # Ranks count together, so every rank that counted has the same numbers (`_check_agreement`).
     counted = next((row for row in rows if row.tokens is not None), rows[0])
+    # One config and one calibration: ranks that know of it say the same.
+    weighted = next((row.weighted for row in rows if row.weighted is not None), None)
     amax = largest if source in HAS_AMAX else None
-    return StatisticsRow(rows[0].key, rows[0].shape, amax, source, counted.tokens, counted.coverage)
+    return StatisticsRow(rows[0].key, rows[0].shape, amax, source, counted.tokens, counted.coverage, weighted)
 
 
 def _ordered(rows: Iterable[StatisticsRow]) -> list[StatisticsRow]:
@@ -199,6 +205,7 @@ def _row_to_json(row: StatisticsRow) -> dict[str, Any]:
         "source": row.source.value,
         "tokens": row.tokens,
         "coverage": row.coverage,
+        "weighted": row.weighted,
     }
 
 
@@ -223,7 +230,10 @@ def _row_from_json(entry: Any) -> StatisticsRow:
     amax = None if entry["amax"] is None else float(entry["amax"])
     coverage = None if entry["coverage"] is None else float(entry["coverage"])
     shape = tuple(int(size) for size in entry["shape"])
-    return StatisticsRow(key, shape, amax, AmaxSource(entry["source"]), _id(entry["tokens"]), coverage)
+    weighted = entry.get("weighted")  # Tables that were written before it was there are of the same schema.
+    if weighted not in (None, True, False):
+        raise ValueError(f"weighted is {weighted!r}")
+    return StatisticsRow(key, shape, amax, AmaxSource(entry["source"]), _id(entry["tokens"]), coverage, weighted)
 
 
 def _id(value: Any) -> int | None:

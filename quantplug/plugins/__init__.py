@@ -18,7 +18,7 @@ from quantplug.releases import require_known
 require_known({name: version(name) for name in ("transformer-engine", "nvidia-modelopt")})
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
-from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry
 from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
 from torch import nn
@@ -26,6 +26,7 @@ from transformer_engine.pytorch import GroupedLinear
 
 from quantplug.plugins.configs import quant_cfg
 from quantplug.plugins.dense import DENSE_WRAPPERS
+from quantplug.plugins.expert_outputs import QuantSequentialMLP
 from quantplug.plugins.megatron import (
     QuantColumnParallelGroupedLinear,
     QuantRowParallelGroupedLinear,
@@ -43,6 +44,7 @@ __all__ = [
     "QuantColumnParallelGroupedLinear",
     "QuantGroupedLinear",
     "QuantRowParallelGroupedLinear",
+    "QuantSequentialMLP",
     "QuantTEGroupedMLP",
     "quant_cfg",
     "refuse_unsupported",
@@ -54,6 +56,7 @@ WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
     TEColumnParallelGroupedLinear: ("megatron_TEColumnParallelGroupedLinear", QuantColumnParallelGroupedLinear),
     TERowParallelGroupedLinear: ("megatron_TERowParallelGroupedLinear", QuantRowParallelGroupedLinear),
     TEGroupedMLP: ("megatron_moe_TEGroupedMLP", QuantTEGroupedMLP),
+    SequentialMLP: ("megatron_moe_SequentialMLP", QuantSequentialMLP),
     **DENSE_WRAPPERS,
 }
 """Module class to ModelOpt's registry key for it, which configs name as `parent_class`, and our wrapper."""

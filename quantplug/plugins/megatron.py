@@ -8,7 +8,8 @@ ModelOpt's, because one weight with one quantizer is sharded like any dense laye
     TEColumnParallelLinear, TERowParallelLinear and TELayerNormColumnParallelLinear, which refuse the shards that
     ModelOpt places wrong, TELinear, with other process groups than ModelOpt's, and TEDotProductAttention, whose sinks
     ModelOpt does not shard (`quantplug.plugins.dense`);
-    SequentialMLP (one module an expert; it refuses TP with EP).
+    SequentialMLP (one module an expert; it refuses TP with EP), whose outputs are weighed as servers weigh them
+    (`quantplug.plugins.expert_outputs`).
 
 What a sharded checkpoint holds of an expert's quantizer is keyed by *global* layer and expert, as Megatron keys its
 weight: `decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight_quantizer._amax`. So a checkpoint saved
@@ -38,6 +39,7 @@ from quantplug.plugins.amax_state import (
     require_whole_blocks,
     shard_axis,
 )
+from quantplug.plugins.expert_outputs import WeighsOutputs
 from quantplug.plugins.refusals import refuse_unsupported
 from quantplug.plugins.transformer_engine import QuantGroupedLinear
 
@@ -210,7 +212,7 @@ class QuantRowParallelGroupedLinear(QuantMegatronGroupedLinear):
     _is_row_parallel = True  # ModelOpt's amax reductions ask for this name.
 
 
-class QuantTEGroupedMLP(QuantModule):
+class QuantTEGroupedMLP(WeighsOutputs, QuantModule):
     """Quantized TEGroupedMLP: every expert has a key of its own, and a block amax of gate and up is split."""
 
     def _setup(self) -> None:

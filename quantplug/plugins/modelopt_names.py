@@ -1,6 +1,8 @@
-"""ModelOpt's private wrappers that have another name in another release."""
+"""ModelOpt's private wrappers that have another name in another release, or no public one."""
 
 from importlib.metadata import version
+
+from modelopt.torch.quantization.plugins.megatron import _MegatronSequentialMLP as QuantExpertsOneByOne
 
 from quantplug.releases import Release, release_of
 
@@ -12,4 +14,4 @@ else:
     # It wraps DeepSeek's sparse attention as well since then.
     from modelopt.torch.quantization.plugins.megatron import _QuantCoreAttention as QuantCoreAttention
 
-__all__ = ["MODELOPT", "QuantCoreAttention"]
+__all__ = ["MODELOPT", "QuantCoreAttention", "QuantExpertsOneByOne"]

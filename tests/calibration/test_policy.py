@@ -97,9 +97,10 @@ def test_layer_max_is_the_largest_input_of_the_layers_experts(tiny_qwen3_moe_dir
 def test_grouped_experts_fall_back_to_their_shared_input_quantizer(
     tiny_qwen3_moe_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(experts: TEGroupedMLP, hidden: torch.Tensor, *_: torch.Tensor) -> None:  # TE's takes a GPU.
+    def forward(experts: TEGroupedMLP, hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:  # TE's takes a GPU.
         for linear in (experts.linear_fc1, experts.linear_fc2):
             linear.input_quantizer(hidden)
+        return hidden, None
 
     monkeypatch.setattr(TEGroupedMLP, "forward", forward)
     model = placed(build(tiny_qwen3_moe_dir, LayerSpec.TRANSFORMER_ENGINE), _experts_only(mtq.FP8_DEFAULT_CFG))

@@ -63,6 +63,7 @@ def test_json_is_what_a_script_would_read() -> None:
                 "source": "weight",
                 "tokens": 6,
                 "coverage": 1.5,
+                "weighted": None,
             }
         ],
     }

@@ -52,7 +52,7 @@ def wide_table(table: CalibrationTable) -> Table:
         wide.add_column("Tokens", justify="right", no_wrap=True)
         wide.add_column("Coverage", justify="right", no_wrap=True)
     for row in table.rows:
-        values = (row.parameter, _expert(row), str(row.shape), _amax(row), row.source.value)
+        values = (row.parameter, _expert(row), str(row.shape), _amax(row), _source(row))
         tokens = (_tokens(row), _coverage(row)) if counted else ()
         wide.add_row(*values, *tokens, style=_style(row))
     return wide
@@ -66,7 +66,7 @@ def narrow_table(table: CalibrationTable) -> Table:
     for row in table.rows:
         expert = "" if row.expert is None else f"expert {row.expert}"
         seen = "" if row.tokens is None else f"{row.tokens} tokens"
-        values = (expert, str(row.shape), _amax(row), row.source.value, seen, _coverage(row))
+        values = (expert, str(row.shape), _amax(row), _source(row), seen, _coverage(row))
         narrow.add_row(row.parameter, style=_style(row))
         narrow.add_row("  " + "  ".join(filter(None, values)), style=_style(row))
     return narrow
@@ -79,7 +79,9 @@ def summary(table: CalibrationTable) -> str:
     # By expert, not by row: an expert has several quantizers.
     cold = {(row.key.stack, row.key.layer, row.key.expert) for row in table.rows if row.is_cold}
     text = f"{len(table.rows)} quantizers" + (f": {', '.join(parts)}" if parts else "")
-    return text + (f"; {len(cold)} cold experts" if cold else "")
+    text += f"; {len(cold)} cold experts" if cold else ""
+    known = any(row.weighted is not None for row in table.rows)
+    return text + ("; weighted: by the router's probability" if known else "")
 
 
 def has_tokens(table: CalibrationTable) -> bool:
@@ -93,6 +95,13 @@ def _expert(row: StatisticsRow) -> str:
 
 def _amax(row: StatisticsRow) -> str:
     return "-" if row.amax is None else f"{row.amax:.4e}"
+
+
+def _source(row: StatisticsRow) -> str:
+    """Where the amax comes from, and of routed experts' inputs whether the router's probability is in them."""
+    if row.weighted is None:
+        return row.source.value
+    return f"{row.source.value}, {'weighted' if row.weighted else 'unweighted'}"
 
 
 def _tokens(row: StatisticsRow) -> str:

@@ -108,3 +108,18 @@ def test_tokens_are_shown_and_cold_experts_marked() -> None:
 
 def test_there_are_no_token_columns_without_tokens() -> None:
     assert "Tokens" not in printed(200, terminal=False)
+
+
+def test_routed_inputs_say_whether_the_probability_is_in_their_amax() -> None:
+    key = "decoder.layers.*.mlp.experts.linear_fc{}.input_quantizer"
+    rows = [
+        StatisticsRow(ParamKey(key.format(linear), 1), (), 2.0, AmaxSource.CALIBRATED, weighted=linear == 1)
+        for linear in (1, 2)
+    ]
+    table = CalibrationTable(tuple(rows))
+    assert CalibrationTable.from_json(table.to_json()) == table
+    for width in (200, 30):
+        text = " ".join(without_escapes(printed(width, terminal=True, table=table)).split())
+        assert "calibrated, weighted" in text
+        assert "calibrated, unweighted" in text
+        assert "by the router's probability" in text
