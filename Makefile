@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 bin := .venv$(if $(STACK),-$(STACK))/bin
 
-.PHONY: help setup demo test servers docs wheel bench benchlong lint types format clean
+.PHONY: help setup demo test servers browser docs wheel bench benchlong lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -26,6 +26,10 @@ docs:  ## The documentation as a site, in site/; links are checked. In a small e
 
 wheel: setup  ## Builds the wheel, and uses it in an environment of what it declares and nothing else.
 	@BIN="$(bin)" tools/check_wheel.sh
+
+browser: setup  ## Reports in a real browser: Chromium without a window. QUANTPLUG_SCREENSHOTS=DIR keeps the pictures.
+	@BIN="$(bin)" tools/setup_browser.sh
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 0 tests/browser $(PYTEST_ARGS)
 
 bench: setup  ## The quick benchmarks: packing, its tools, calibration. Each writes its section of benchmarks/RESULTS.md.
 	$(bin)/python benchmarks/packing.py

@@ -12,6 +12,7 @@ PACKAGE = Path(quantplug.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("html_report",),
     ("export", "import_hf"),
     ("verify",),
     ("plugins",),

@@ -13,12 +13,13 @@ from quantplug.cli.options import (
     Exclude,
     ExpertFormat,
     GroupSize,
+    Html,
     InputScale,
     QuantizeMtp,
     ScalesOption,
     WhichLinears,
 )
-from quantplug.cli.terminal import byte_bar, user_errors
+from quantplug.cli.terminal import byte_bar, user_errors, writable
 from quantplug.cli.written import kept_of, print_written
 
 
@@ -65,6 +66,7 @@ def export(
         list[str] | None,
         typer.Option(metavar="NAME", help="A setting of DIR that may differ from the trainer's; repeatable."),
     ] = None,
+    html: Html = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that DIR brings for its readers to run.")
     ] = False,
@@ -72,13 +74,15 @@ def export(
     """Writes a checkpoint of Megatron-LM or Megatron-Bridge for Hugging Face: no model is built, no GPU, no data.
 
     Nothing in the checkpoint is run. Killed, it goes on where it was when the same command is run again. Exit status:
-    0, 2 when it cannot be done, 130 when Ctrl-C stops it.
+    0, 1 when --html finds an error in what was written, 2 when it cannot be done, 130 when Ctrl-C stops it.
     """
-    from quantplug.export.export_checkpoint import export_checkpoint  # Help need not wait for torch.
+    from quantplug.cli.proof import print_proved, proved  # Help need not wait for torch.
+    from quantplug.export.export_checkpoint import export_checkpoint
 
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
+        writable(html)
         result = export_checkpoint(
             checkpoint,
             destination,
@@ -101,4 +105,7 @@ def export(
             unchecked_settings=unchecked_setting or (),
             progress=bar,
         )
-    print_written(result, time.perf_counter() - start, Console())
+        seconds = time.perf_counter() - start
+        report = proved(destination, None, html, bar)
+    print_written(result, seconds, Console())
+    print_proved(report, Console())

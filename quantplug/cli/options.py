@@ -1,5 +1,6 @@
 """Options that several commands have in the same words."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,3 +35,7 @@ InputScale = Annotated[
     typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Verify what was written, and show it in FILE: one page, no network."),
+]

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
-from quantplug.cli.options import Dialect, Exclude, ExpertFormat, GroupSize, InputScale, QuantizeMtp, WhichLinears
-from quantplug.cli.terminal import byte_bar, user_errors
+from quantplug.cli.options import Dialect, Exclude, ExpertFormat, GroupSize, Html, InputScale, QuantizeMtp, WhichLinears
+from quantplug.cli.terminal import byte_bar, user_errors, writable
 from quantplug.cli.written import kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
 from quantplug.recipes import RECIPES, Recipe, recipe_named
@@ -40,20 +40,24 @@ def quantize(
         typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),
     ] = None,
     dialect: Dialect = None,
+    html: Html = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
     ] = False,
 ) -> None:
     """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
 
-    Killed, it goes on where it was when the same command is run again. Exit status: 0, 2 when it cannot be done, 130
-    when Ctrl-C stops it.
+    Killed, it goes on where it was when the same command is run again. Exit status: 0, 1 when
+    --html finds an error in what was written, 2 when it cannot be done, 130 when Ctrl-C stops it.
     """
-    from quantplug.export.quantize_checkpoint import quantize_checkpoint  # Help need not wait for torch.
+    from quantplug.checkpoint.reader import resolve_source  # Help need not wait for torch.
+    from quantplug.cli.proof import print_proved, proved
+    from quantplug.export.quantize_checkpoint import quantize_checkpoint
 
     # A clock that no time server sets back.
     start = time.perf_counter()
     with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
+        writable(html)
         asked = _asked(
             recipe,
             format=format,
@@ -79,7 +83,10 @@ def quantize(
             trust_remote_code=trust_remote_code,
             progress=bar,
         )
-    print_written(result, time.perf_counter() - start, Console())
+        seconds = time.perf_counter() - start
+        report = proved(destination, resolve_source(source), html, bar)
+    print_written(result, seconds, Console())
+    print_proved(report, Console())
 
 
 def _asked(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -17,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from quantplug.errors import QuantplugError
+from quantplug.errors import ArgumentError, Offender, QuantplugError
 from quantplug.printable import printable, printable_lines
 
 USAGE_ERROR = 2
@@ -49,6 +50,18 @@ def exit_with(message: str, cause: Exception) -> NoReturn:
     """Prints a message on stderr and exits with `USAGE_ERROR`."""
     _print_whole(message)
     raise typer.Exit(USAGE_ERROR) from cause
+
+
+def writable(*reports: Path | None) -> None:
+    """Looks, before the work, whether the directories of reports are there.
+
+    Raises:
+        ArgumentError: One is not.
+    """
+    parents = dict.fromkeys(report.parent for report in reports if report is not None)
+    if offenders := [Offender(str(parent), "is not a directory") for parent in parents if not parent.is_dir()]:
+        remedy = "Make that directory, or write the report elsewhere."
+        raise ArgumentError("The report cannot be written.", offenders, remedy)
 
 
 def _print_whole(message: str) -> None:

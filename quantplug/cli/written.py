@@ -33,6 +33,9 @@ def kept_of(destination: Path) -> str:
     from quantplug.export.files.staging import unfinished_of  # Help need not wait for torch.
 
     unfinished = unfinished_of(destination)
+    # It becomes visible as a whole: what is there was written to its end, and only its report is missing.
+    if destination.is_dir() and any(destination.iterdir()):
+        return f"{destination} is complete, but not verified: quantplug verify {destination} does that."
     if not unfinished.exists():
         return "Nothing was finished, and nothing is left: run the same command to begin again."
     return f"Finished files are kept in {unfinished}: the same command goes on from there; or delete that directory."

@@ -73,14 +73,10 @@ def verify_checkpoint(
         SourceError: One of the two is not a directory.
         ArgumentError: Progress cannot be kept in `resume`.
     """
-    export, findings = open_checkpoint(Path(directory))
+    inventory, findings = _opened(Path(directory))
+    export, fused = inventory.checkpoint, inventory.fused
     original, source_findings = open_checkpoint(Path(source), is_source=True) if source is not None else (None, [])
-    scheme, scheme_findings = read_scheme(export)
-    known, size_findings = known_architecture(export)
-    fused = fused_experts(known.family if known else table_of(export.config))
-    export, name_findings = with_inner_names(export, fused)
-    findings += [*source_findings, *scheme_findings, *size_findings, *name_findings]
-    inventory = take_inventory(export, scheme, fused, known)
+    findings += source_findings
     source_experts = fused
     if original is not None:
         # The source may be published in another form than the export has, and then has a table of its own.
@@ -96,12 +92,36 @@ def verify_checkpoint(
     return VerifyReport(
         directory=str(directory),
         source=None if source is None else str(source),
-        quantization=scheme.label,
+        quantization=inventory.scheme.label,
         tensors=len(export.tensors),
         findings=tuple(sorted(findings, key=_order)),
         errors_by_tensor=tuple(errors),
         sizes=tuple(source_rules.sizes(export, original)),
     )
+
+
+def inventory_of(directory: Path) -> Inventory:
+    """The modules of a checkpoint as the rules see them, for those who show what they are and do not judge it.
+
+    Raises:
+        SourceError: It is not a directory.
+    """
+    return _opened(directory)[0]
+
+
+def _opened(directory: Path) -> tuple[Inventory, list[Finding]]:
+    """A checkpoint as the rules see it, and what is wrong with its files, configs and names.
+
+    Raises:
+        SourceError: It is not a directory.
+    """
+    export, findings = open_checkpoint(directory)
+    scheme, scheme_findings = read_scheme(export)
+    known, size_findings = known_architecture(export)
+    fused = fused_experts(known.family if known else table_of(export.config))
+    export, name_findings = with_inner_names(export, fused)
+    findings += [*scheme_findings, *size_findings, *name_findings]
+    return take_inventory(export, scheme, fused, known), findings
 
 
 def _judge(

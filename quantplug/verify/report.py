@@ -153,7 +153,7 @@ class VerifyReport:
             "export_bytes": self.export_bytes,
             "source_bytes": self.source_bytes,
         }
-        return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+        return json.dumps(finite(report), indent=2, allow_nan=False) + "\n"
 
     def write_json(self, path: Path) -> None:
         """Writes the full report: complete or not at all."""
@@ -175,12 +175,12 @@ def _summary(kind: str, format_name: str, members: list[TensorError]) -> KindErr
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same JSON tree with null for NaN and the infinities, which JSON cannot write."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -1,0 +1,30 @@
+"""What a command proves of the checkpoint that it wrote, where a page of it is asked for."""
+
+from functools import partial
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from quantplug.cli.report import print_report
+from quantplug.cli.terminal import ByteBar
+from quantplug.html_report import write_html
+from quantplug.verify import VerifyReport, verify_checkpoint
+
+
+def proved(directory: Path, source: Path | None, html: Path | None, bar: ByteBar) -> VerifyReport | None:
+    """Verifies what was written, and writes the page; None, and nothing done, where no page is asked for."""
+    if html is None:
+        return None
+    report = verify_checkpoint(directory, source, partial(bar, "verifying"))
+    write_html(report, html)
+    return report
+
+
+def print_proved(report: VerifyReport | None, console: Console) -> None:
+    """Prints the verdict of what was written; where it is not OK, that is the command's exit status, 1."""
+    if report is None:
+        return
+    print_report(report, console, limit=20)
+    if not report.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,152 @@
+"""The page of a verdict in a real browser: it opens, sorts, filters, fits, and says nothing on its console.
+
+Chromium without a window, which `make browser` sets up; without one these tests are skipped.
+
+With QUANTPLUG_SCREENSHOTS the pictures that a person would look at are kept in that directory.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantplug import quantize_checkpoint
+from quantplug.html_report import write_html
+from quantplug.html_report.render import render
+from quantplug.verify import verify_checkpoint
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: make browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: make browser")
+
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+HOSTILE = "</script><b id=hostile>bold</b><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        # Inside containers Chromium has no sandbox of its own to make; the page is ours, and asks for nothing.
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class Opened:
+    """A page that was opened and drawn; what went to its console and what it asked the network for is kept."""
+
+    def __init__(self, browser: Any, file: Path, **how: Any) -> None:
+        self.page = browser.new_page(**({"viewport": WIDE} | how))
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda problem: self.said.append(str(problem)))
+        self.page.on("dialog", lambda dialog: (self.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(file.as_uri())
+        self.page.wait_for_selector("html[data-ready=true]", timeout=120_000)
+
+    def shown(self, table: str) -> list[str]:
+        """Texts of the first cells of the rows in sight."""
+        return self.page.locator(f"#{table} .tabulator-row .tabulator-cell:first-child").all_inner_texts()
+
+    def picture(self, name: str) -> None:
+        if directory := os.environ.get("QUANTPLUG_SCREENSHOTS"):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_qwen3_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    quantize_checkpoint(tiny_qwen3_moe_dir, directory / "export", "w4a16_nvfp4")
+    write_html(verify_checkpoint(directory / "export", tiny_qwen3_moe_dir), directory / "page.html")
+    return directory / "page.html"
+
+
+def many(weights: int) -> dict[str, Any]:
+    """The data of a page with so many weights, of experts in 48 layers, and one finding full of markup."""
+    rows = []
+    for index in range(weights):
+        layer, expert = index // (weights // 48), index % (weights // 48)
+        name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj"
+        where = [name, "mlp.experts.down_proj", layer, expert, "NVFP4"]
+        rows.append([*where, 2048, 768, 900_000, 0.1 + index / 1e6, 0.09 + (index * 7919 % 1000) / 1e5, 0.12, 0.03])
+    return {
+        "version": "0", "directory": HOSTILE, "source": HOSTILE, "quantization": HOSTILE, "architecture": None,
+        "ok": False,
+        "errors": 1, "warnings": 0, "notes": 0, "tensors": 4 * weights, "bytes": 10**10, "sourceBytes": 4 * 10**10,
+        "kvCache": None, "readers": None, "excludes": [HOSTILE], "findings": [["error", "names", HOSTILE, HOSTILE]],
+        "sizes": [["mlp", 1, 4]], "weights": rows, "kept": [[HOSTILE, HOSTILE, 1, 1]], "experts": [],
+        "codes": [{"format": "NVFP4", "kind": HOSTILE, "bars": [[0.0, 3], [1.0, 4]], "counted": 7, "of": 7}],
+        "scales": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str) -> None:
+    opened = Opened(browser, report, color_scheme=scheme)
+    opened.picture(f"report-{scheme}")
+
+    assert opened.said == []
+    assert opened.asked == [report.as_uri()]
+    assert opened.page.title().startswith("OK: ")
+    back = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(16, 20, 24)")
+    # Each chart has drawn something: not all of its pixels are those of its first.
+    blank = """canvas => new Set(new Uint32Array(
+        canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size === 1"""
+    for chart in ("errors", "amaxes", "codes", "scales"):
+        layers = opened.page.locator(f"#{chart}-chart canvas").all()
+        assert not all(layer.evaluate(blank) for layer in layers), chart
+    opened.page.close()
+
+
+def test_it_fits_a_narrow_window(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, viewport=NARROW)
+    opened.picture("report-narrow")
+
+    assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    opened.page.close()
+
+
+def test_twelve_thousand_rows_sort_and_filter(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(render(many(12_384)))
+    opened = Opened(browser, tmp_path / "page.html")
+    table = opened.page.locator("#weights-table")
+
+    # Of all rows only those near the ones in sight are elements.
+    assert 5 < len(opened.shown("weights-table")) < 200
+    error = table.get_by_text("Error", exact=True)
+    error.click()
+    error.click()
+    weights = many(12_384)["weights"]
+    largest = max(row[9] for row in weights)
+    assert opened.shown("weights-table")[0] in {row[0] for row in weights if row[9] == largest}
+    for column, wanted in (("Expert", ">= 257"), ("Layer", "7")):
+        field = table.locator(".tabulator-col", has_text=column).first.locator("input")
+        field.fill(wanted)
+        field.press("Enter")
+    playwright.expect(table.locator(".tabulator-row")).to_have_count(1, timeout=60_000)
+    assert opened.shown("weights-table") == ["model.layers.7.mlp.experts.257.down_proj"]
+    assert opened.said == []
+    opened.page.close()
+
+
+def test_text_of_files_is_never_markup(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(render(many(480)))
+    opened = Opened(browser, tmp_path / "page.html")
+    opened.picture("hostile")
+
+    assert opened.said == []
+    assert opened.asked == [(tmp_path / "page.html").as_uri()]
+    assert opened.page.locator("#hostile").count() == 0
+    assert opened.page.locator("#directory").inner_text() == HOSTILE
+    assert HOSTILE in opened.page.locator("#findings-table").inner_text()
+    # Pointing at a chart shows a name of a file too.
+    opened.page.locator("#codes-chart").hover()
+    assert opened.page.locator("#hostile").count() == 0
+    opened.page.close()
