@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment with everything quantplug meets in the field: torch (CUDA build), Transformer Engine,
-# Megatron-Core, ModelOpt, transformers, and quantplug itself. No GPU and no nvcc needed. A second run with the same pins
-# does nothing.
+# Megatron-Core, ModelOpt, transformers, Megatron-Bridge, and quantplug itself. No GPU and no nvcc needed. A second run with
+# the same pins does nothing.
 #
 # Environment: PYTHON (default python3), STACK (default: the newest that this Python can have, in .venv; or one of
 # tools/stacks by name, in .venv-NAME), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel, MAX_JOBS
@@ -16,10 +16,11 @@ chosen="$(tools/choose_stack)"
 read -r stack folder python <<< "$chosen"
 venv="$PWD/$folder"
 pinned="tools/stacks/$stack.txt"
+bridge="tools/stacks/bridge/$stack.txt"
 python_version="$("$python" -V)"
 
 # The folder belongs to the pins too: an environment and an editable install know their absolute path.
-pins="$python_version $PWD $(cat tools/constraints.txt "$pinned" tools/te-build-requirements.txt tools/setup_env.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
+pins="$python_version $PWD $(cat tools/constraints.txt "$pinned" "$bridge" tools/te-build-requirements.txt tools/setup_env.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
 stamp="$venv/.quantplug-pins"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; then
   exit 0
@@ -82,10 +83,7 @@ pip install -q --no-deps --force-reinstall "$cache"/transformer_engine_torch-*.w
 say "Megatron-Core, ModelOpt, transformers, quantplug and its tools"
 pip install -q -c tools/constraints.txt -c "$pinned" -e ".[megatron,plots,dev]"
 
-alone="$(sed -n 's/^# alone: //p' "$pinned")"
-if [ -n "$alone" ]; then
-  pip install -q --no-deps "$alone"
-fi
+pip install -q --no-deps -r "$bridge"
 
 "$venv/bin/python" -W ignore -c 'import torch, transformer_engine.pytorch, megatron.core, modelopt.torch.quantization' 2> "$venv/import.log" \
   || { cat "$venv/import.log" >&2; fail "the environment does not import; see above"; }
