@@ -1,6 +1,8 @@
 """What the documents name exists: modules, what is in them, files, and other documents."""
 
+import ast
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,3 +70,20 @@ def test_every_document_is_a_page_of_the_site() -> None:
     pages = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
 
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - pages == set()
+
+
+def quoted(text: str) -> Iterator[str]:
+    return (line.removeprefix("### ") for line in text.splitlines() if line.startswith("### "))
+
+
+def test_messages_are_those_of_the_sources() -> None:
+    said = {
+        node.value
+        for file in (ROOT / "quantplug").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    messages = list(quoted((ROOT / "docs" / "troubleshooting.md").read_text()))
+
+    assert len(messages) > 20
+    assert [message for message in messages if message not in said] == []

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import Dots1Config, Dots1ForCausalLM, MistralConfig, MistralForCausalLM
 
-from quantplug import export_mcore_gpt_to_hf, register_family
+from quantplug import export_mcore_gpt_to_hf, quantize_checkpoint, register_family
 from quantplug.checkpoint.source_config import megatron_config, read_source_config
 from quantplug.errors import ArgumentError, UnsupportedModelError
 from quantplug.mappings import families
@@ -17,10 +18,11 @@ from quantplug.mappings.family_check import problems
 from quantplug.mappings.table import Scope, WeightMapping
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
-from tests.export.checkpoints import load, one_rank, quantize
-from tests.families.cases import DECODER, draw
+from tests.export.checkpoints import assert_same_export, load, one_rank, quantize
+from tests.families.cases import DECODER, MIXTURE, draw
 from tests.logits import VOCABULARY, megatron_logits, transformers_logits
 
+CORRECTION = "e_score_correction_bias"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 
 
@@ -37,8 +39,23 @@ def mistral(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-def run_example() -> None:
-    exec(DOCUMENT.read_text().split("```python\n")[1].split("```")[0], {})
+@pytest.fixture
+def dots1(tmp_path: Path) -> Path:
+    experts = {"num_experts_per_tok": 2, "n_shared_experts": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    # transformers' own are 0, and would be rounded with the model: what corrects nothing would be missed by nobody.
+    model = Dots1ForCausalLM(Dots1Config(**MIXTURE, **experts, sliding_window=None))
+    draw(dict(model.named_parameters()))
+    biases = {name: torch.linspace(-0.1, 0.1, 8) for name, _ in model.named_buffers() if name.endswith(CORRECTION)}
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert len(biases) == 2
+    assert biases.keys() <= stored.keys()
+    save_file(stored | biases, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    return tmp_path / "hf"
+
+
+def run_example(number: int = 0) -> None:
+    exec(DOCUMENT.read_text().split("```python\n")[1 + number].split("```")[0], {})
 
 
 def test_the_documented_family_goes_there_and_back(mistral: Path, tmp_path: Path) -> None:
@@ -51,6 +68,18 @@ def test_the_documented_family_goes_there_and_back(mistral: Path, tmp_path: Path
         export_mcore_gpt_to_hf(quantize(load(mistral), "w4a16_nvfp4"), mistral, tmp_path / "out")
     torch.testing.assert_close(logits[..., :VOCABULARY], transformers_logits(mistral), rtol=1e-4, atol=1e-5)
     assert verify_checkpoint(tmp_path / "out", mistral).ok
+
+
+def test_the_documented_family_with_experts_goes_there_and_back(dots1: Path, tmp_path: Path) -> None:
+    run_example(1)
+    with one_rank():
+        logits = megatron_logits(load(dots1, LayerSpec.LOCAL, dtype=torch.float32))
+        export_mcore_gpt_to_hf(quantize(load(dots1), "w4a16_nvfp4"), dots1, tmp_path / "out")
+    torch.testing.assert_close(logits[..., :VOCABULARY], transformers_logits(dots1), rtol=1e-4, atol=1e-5)
+    assert verify_checkpoint(tmp_path / "out", dots1).ok
+    # Without a model by the same table, to the same bytes.
+    quantize_checkpoint(dots1, tmp_path / "without", "w4a16_nvfp4")
+    assert_same_export(tmp_path / "without", tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
