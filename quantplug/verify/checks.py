@@ -24,6 +24,7 @@ class Check(StrEnum):
     EXPERTS = "experts"
     ARCHITECTURE = "architecture"
     LAYERS = "layers"
+    SERVER_SETTINGS = "server-settings"
     EXCLUDE_PATTERN = "exclude-pattern"
     EXCLUDE_MISSING = "exclude-missing"
     COVERAGE = "coverage"

@@ -6,9 +6,11 @@ Whole layers and experts that are missing or too many are told by `rules_model.p
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from quantplug.checkpoint.untrusted.json_reader import as_object
 from quantplug.mappings.shapes.expected import Shape, expected_shape, fits
 from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
 from quantplug.mappings.table import LayerStack
+from quantplug.printable import shown
 from quantplug.verify import names
 from quantplug.verify.checks import Check
 from quantplug.verify.known import KnownArchitecture
@@ -44,6 +46,19 @@ def architecture(inventory: Inventory) -> Iterator[Finding]:
     yield from _missing(inventory, found)
     yield from _extra(inventory, found)
     yield from _misshapen(inventory, found)
+
+
+def server_settings(inventory: Inventory) -> Iterator[Finding]:
+    """Settings that servers ask for and transformers does without are in config.json."""
+    known = inventory.known
+    if known is None:
+        return
+    config = inventory.checkpoint.config
+    holder = as_object(config.get(known.family.nested)) if known.family.nested else config
+    for name, value in known.family.server_settings.items():
+        if holder.get(name) != value:
+            message = f"is {shown(holder[name]) if name in holder else 'not set'}: servers compute another router"
+            yield error(Check.SERVER_SETTINGS, f"config.json {name}", f"{message}; set it to {value}")
 
 
 def _required(inventory: Inventory, known: KnownArchitecture) -> Iterator[str]:
@@ -190,4 +205,4 @@ def _others(like: list[str]) -> str:
     return f" (and {len(like) - 1} more like it)" if len(like) > 1 else ""
 
 
-RULES = (architecture,)
+RULES = (architecture, server_settings)

@@ -49,6 +49,8 @@ LATENT_BLOCKS = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 48,
     "num_nextn_predict_layers": 0,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
 }
 
 

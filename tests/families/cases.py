@@ -255,6 +255,8 @@ QWEN3_VL_MOE = Qwen3VLMoeConfig(
         "num_experts": 6,
         "num_experts_per_tok": 2,
         "mlp_only_layers": [1],
+        # As published, and asked for by servers; transformers computes nothing else and does not save it.
+        "norm_topk_prob": True,
         "rope_parameters": dict(SECTIONS),
     },
     vision_config={**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
@@ -354,6 +356,9 @@ CASES: dict[str, Case] = {
             num_experts_per_tok=4,
             n_group=4,
             topk_group=2,
+            # transformers computes no other router and does not save them; servers ask for them, as published.
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
             rope_parameters={**YARN, "rope_theta": 1e4, "mscale": 0.9, "mscale_all_dim": 0.7},
         ),
         mtp_layer,

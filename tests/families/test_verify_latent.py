@@ -141,6 +141,14 @@ def test_a_size_that_is_none(key: str, value: object, found: Callable[..., dict[
     assert (Check.ARCHITECTURE, f"config.json {key}") in found("deepseek_v3", **{key: value})
 
 
+@pytest.mark.parametrize(("name", "value"), [("topk_method", None), ("scoring_func", "softmax")])
+def test_a_router_that_servers_compute_otherwise(
+    name: str, value: object, found: Callable[..., dict[tuple[Check, str], str]]
+) -> None:
+    """vLLM 0.32 was run with such: it differs by more than 1 in logprobs, and stops at nothing."""
+    assert found("deepseek_v3", **{name: value}).keys() == {(Check.SERVER_SETTINGS, f"config.json {name}")}
+
+
 def test_kv_b_proj_in_fp4_is_a_warning(export: Export, tmp_path: Path) -> None:
     """As other tools pack it: ours keep it."""
     assert Check.MIN_BITS not in {it.check for it in verify_checkpoint(export("deepseek_v3", "w4a16_nvfp4")).findings}

@@ -9,7 +9,9 @@ from transformers import PreTrainedConfig
 
 from tests.families.cases import CASES, save
 
-SIZES: Mapping[str, Any] = {
+Sizes = Mapping[str, Any]
+
+SIZES: Sizes = {
     "vocab_size": 512,
     "hidden_size": 384,
     "head_dim": 64,
@@ -20,20 +22,65 @@ SIZES: Mapping[str, Any] = {
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 256,
 }
+# Latents and heads of the published models, for which vLLM's attention on CPUs is made.
+LATENT: Sizes = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "qk_head_dim": 192,
+    "v_head_dim": 128,
+}
+DELTA: Sizes = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+# Halves of what a head turns, by axes.
+AXES: Mapping[str, list[int]] = {
+    "qwen3_vl_tied": [12, 10, 10],
+    "qwen3_vl_moe": [12, 10, 10],
+    "glm4v_moe": [6, 5, 5],
+    "qwen3_5_vl": [4, 2, 2],
+    "qwen3_5_vl_moe": [4, 2, 2],
+}
 # Not every family has all of these, and to some a size means something else.
-OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
+OWN_SIZES: Mapping[str, Sizes] = {
     "mixtral": {"intermediate_size": 128},
+    "llama4": {"intermediate_size": 128},
     "llama4_text": {"intermediate_size": 128},
     "gpt_oss": {"intermediate_size": 128},
+    "deepseek_v2": LATENT,
+    "deepseek_v2_lite": {**LATENT, "q_lora_rank": None},
+    "deepseek_v3": LATENT,
+    "qwen3_next": DELTA,
+    "qwen3_5": DELTA,
+    "qwen3_5_moe": DELTA,
+    "qwen3_5_vl": DELTA,
+    "qwen3_5_vl_moe": DELTA,
 }
 
 
 def make_served(name: str, directory: Path) -> Path:
     """Saves the checkpoint of a family, in sizes that servers take."""
     case = CASES[name]
-    return save(replace(case, config=_resized(case.config, {**SIZES, **OWN_SIZES.get(name, {})})), directory)
+    config = _resized(case.config, {**SIZES, **OWN_SIZES.get(name, {})})
+    if name in AXES:
+        config.text_config.rope_parameters["mrope_section"] = AXES[name]
+    return save(replace(case, config=config), directory)
 
 
-def _resized(config: PreTrainedConfig, sizes: Mapping[str, Any]) -> PreTrainedConfig:
+def _resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     values = config.to_dict()
-    return type(config)(**values | {key: size for key, size in sizes.items() if key in values})
+    if "text_config" in values:
+        text = values["text_config"]
+        vision = values["vision_config"]
+        out = {"out_hidden_size": sizes["hidden_size"]} if "out_hidden_size" in vision else {}
+        return type(config)(**values | {"text_config": _sized(text, sizes), "vision_config": vision | out})
+    return type(config)(**_sized(values, sizes))
+
+
+def _sized(values: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    return values | {key: size for key, size in sizes.items() if key in values}

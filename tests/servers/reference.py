@@ -45,11 +45,13 @@ def _plain(stored: Tensors) -> Tensors:
         module, _, last = name.rpartition(".")
         if last in _PARTS or last in ("k_scale", "v_scale", "input_global_scale"):
             continue
-        if name.endswith("_scales"):
+        if name.endswith(("_scales", *(f"_{part}" for part in _PARTS))):
             continue
         if name.endswith("_blocks"):
             linear = name.removesuffix("_blocks")
             plain[linear] = convert_moe_packed_tensors(tensor, stored[f"{linear}_scales"], dtype=torch.float32)
+        elif f"{name}_weight_scale" in stored:
+            plain[name] = _all_experts(name, stored)
         elif last == "weight_packed":
             plain[f"{module}.weight"] = _decoded(tensor, module, stored)
         elif last == "weight" and tensor.dtype in (torch.uint8, torch.float8_e4m3fn):
@@ -80,6 +82,14 @@ def _decoded(codes: torch.Tensor, module: str, stored: Tensors) -> torch.Tensor:
         tall = scale.repeat_interleave(128, 0)[: codes.shape[0]]
         return codes.float() * tall.repeat_interleave(128, 1)[:, : codes.shape[1]]
     return codes.float() * scale.float()
+
+
+def _all_experts(name: str, stored: Tensors) -> torch.Tensor:
+    """[experts, in, out] of codes [experts, in / 2, out], all with one scale above those of blocks (Llama 4)."""
+    codes, scale = (stored[it].mT.contiguous() for it in (name, f"{name}_weight_scale"))
+    above = stored[f"{name}_weight_scale_2"].reshape(())
+    packed = NVFP4Tensor(codes.flatten(0, 1), scale.flatten(0, 1), 16, torch.float32, per_tensor_scale=above)
+    return packed.dequantize(torch.float32).unflatten(0, codes.shape[:2]).mT.contiguous()
 
 
 def _together(name: str, shape: torch.Size, plain: Tensors) -> torch.Tensor:

@@ -25,6 +25,7 @@ PYTHON = Path(os.environ.get("QUANTPLUG_SERVERS", ROOT / ".venv-servers")) / "bi
 PAGE = ROOT / "docs" / "readers.md"
 PROMPTS = [[0, 7, 511, 31, 31, 400], [5, 4, 3, 2, 1, 0]]
 CLOSE = 1e-3
+WITH_MTP = " with MTP"
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no environment of servers: make servers")
 
@@ -35,7 +36,8 @@ class Cell:
 
     Attributes:
         case: Of tests/families/cases.py.
-        column: The head of its column: a format, and a dialect behind it where it is not the format's own.
+        column: The head of its column: a format, and a dialect behind it where it is not the format's own; `with MTP`,
+            where the layers of multi-token prediction are loaded too, as the drafter of speculative decoding.
         said: What the page says.
     """
 
@@ -45,12 +47,25 @@ class Cell:
 
     @property
     def arguments(self) -> dict[str, str]:
-        name, _, dialect = self.column.replace("`", "").partition(" as ")
+        name, _, dialect = self._export.replace("`", "").partition(" as ")
         return {"format": name, **({"dialect": dialect} if dialect else {})}
 
     @property
     def directory(self) -> str:
-        return f"{self.case}-{re.sub(r'[^a-z0-9]+', '_', self.column)}"
+        return f"{self.case}-{re.sub(r'[^a-z0-9]+', '_', self._export)}"
+
+    @property
+    def with_mtp(self) -> bool:
+        return self.column.endswith(WITH_MTP)
+
+    @property
+    def checkpoint(self) -> str:
+        """What the reader is told, below the directory of all."""
+        return ("mtp=" if self.with_mtp else "") + self.directory
+
+    @property
+    def _export(self) -> str:
+        return self.column.removesuffix(WITH_MTP)
 
 
 def cells() -> Iterator[Cell]:
@@ -65,15 +80,16 @@ CELLS = list(cells())
 Answers = Mapping[str, dict[str, Any]]
 
 
-def read_by_vllm(directories: list[Path], scratch: Path) -> Answers:
-    """What vLLM says of each, by the name of its directory; one process for all, as vLLM takes long to import."""
+def read_by_vllm(checkpoints: list[str], scratch: Path) -> Answers:
+    """What vLLM says of each, below `scratch`; one process for all, as vLLM takes long to import."""
     tokens = scratch / "prompts.json"
     tokens.write_text(json.dumps(PROMPTS))
     reader = Path(__file__).with_name("vllm_reader.py")
-    ran = subprocess.run([PYTHON, reader, tokens, *directories], capture_output=True, text=True, check=False)
+    command = [PYTHON, reader, tokens, *checkpoints]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
     answers = [json.loads(line[5:]) for line in ran.stdout.splitlines() if line.startswith("READ ")]
-    assert len(answers) == len(directories), ran.stderr[-4000:]
-    return {Path(answer["directory"]).name: answer for answer in answers}
+    assert len(answers) == len(checkpoints), ran.stderr[-4000:]
+    return {answer["checkpoint"]: answer for answer in answers}
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +99,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in dict.fromkeys(cell.case for cell in CELLS):
         make_served(case, directory / case)
     for cell in CELLS:
-        if cell.said != "refused":
+        if cell.said != "refused" and not (directory / cell.directory).exists():
             quantize_checkpoint(directory / cell.case, directory / cell.directory, **cell.arguments)
     return directory
 
 
 @pytest.fixture(scope="module")
 def answers(made: Path) -> Answers:
-    return read_by_vllm([made / cell.directory for cell in CELLS if cell.said != "refused"], made)
+    return read_by_vllm([cell.checkpoint for cell in CELLS if cell.said != "refused"], made)
 
 
 def missing(answer: Mapping[str, Any], export: Path) -> list[str]:
@@ -101,10 +117,11 @@ def missing(answer: Mapping[str, Any], export: Path) -> list[str]:
     return [name for name in answer["unloaded"] if not name.endswith(unused)]
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.said == "equal"], ids=lambda cell: cell.directory)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.said == "equal"], ids=lambda cell: cell.checkpoint)
 def test_vllm_computes_what_the_checkpoint_stands_for(cell: Cell, made: Path, answers: Answers, tmp_path: Path) -> None:
-    answer = answers[cell.directory]
+    answer = answers[cell.checkpoint]
     assert answer.get("error") is None
+    assert len(answer["loaded"]) == 1 + cell.with_mtp
     assert missing(answer, made / cell.directory) == []
     oracle = logprobs(dequantized(made / cell.directory, made / cell.case, tmp_path / "plain"), PROMPTS)
     difference = (torch.tensor(answer["logprobs"]) - oracle).abs().max()
@@ -132,7 +149,6 @@ def _dropped(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(scope="module")
 def spoiled(made: Path) -> Answers:
     """The same checkpoint with a scale too large, and without one: a proof that cannot fail would be none."""
-    directories = []
     for spoil in (_scaled, _dropped):
         directory = made / spoil.__name__
         directory.mkdir()
@@ -143,8 +159,7 @@ def spoiled(made: Path) -> Answers:
         tensors = load_file(file)
         spoil(tensors)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        directories.append(directory)
-    return read_by_vllm(directories, made)
+    return read_by_vllm([_scaled.__name__, _dropped.__name__], made)
 
 
 @pytest.mark.parametrize(

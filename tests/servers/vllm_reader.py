@@ -1,12 +1,17 @@
 """Loads checkpoints into vLLM and says what it computes of them: run in the environment that `make servers` makes.
 
-    python tests/servers/vllm_reader.py TOKENS.json CHECKPOINT...
+    python tests/servers/vllm_reader.py TOKENS.json [mtp=]CHECKPOINT...
 
 vLLM's CPU build has no kernels for most of these formats. So their matrix products are replaced, and nothing else is:
 its own config classes choose, its own names are mapped, its own loaders fill parameters that were poisoned before.
-Then the parameters become the dense values that they stand for (`vllm_decode`), with which vLLM runs in FP32. Prints a
-line of JSON for each checkpoint: `logprobs` [prompts][positions][vocabulary], `unloaded`, or `error`.
+Then the parameters become the dense values that they stand for (`vllm_decode`), with which vLLM runs in FP32. With
+`mtp=` the checkpoint's layers of multi-token prediction are loaded beside, as the drafter of speculative decoding.
+
+Prints a line of JSON for each checkpoint: `logprobs` [prompts][positions][vocabulary], `loaded` (classes of models),
+`unloaded` (names of their parameters, the drafter's behind its class), or `error`.
 """
+
+# ruff: noqa: E402  What stands above the imports is read by them.
 
 import gc
 import importlib
@@ -17,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ |= {
@@ -28,9 +34,13 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+# Its operators are compiled for another torch; what is asked of it here needs none, and only registers them.
+sys.modules["torchvision._meta_registrations"] = ModuleType("torchvision._meta_registrations")
+
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
@@ -43,12 +53,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader import base_loader, default_loader
 from vllm.model_executor.models import registry
 from vllm_decode import dense
+from vllm_operators import UngatedExperts, replace_operators
 
 POISON = 0x7F
 """In a byte: NaN in E4M3, and a number that no weight is full of in the others."""
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 
+loaded: list[str] = []
 unloaded: list[str] = []
 scales_of_caches: dict[str, float] = {}
 
@@ -88,6 +100,16 @@ def without_kernels() -> None:
                 kind.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
 
 
+def without_a_platform(post_init: Any) -> Any:
+    """Lets experts without a gate pass a check that comes last: that there is a kernel for them."""
+
+    def checked(config: FusedMoEConfig) -> None:
+        with suppress(NotImplementedError):
+            post_init(config)
+
+    return checked
+
+
 def poisoned(load_weights: Any) -> Any:
     def load(self: Any, model: torch.nn.Module, *args: Any) -> None:
         # Scales of a cache may be missing, and then are what vLLM has made them.
@@ -95,7 +117,10 @@ def poisoned(load_weights: Any) -> Any:
         for parameter in ours.values():
             _poison(parameter.data)
         load_weights(self, model, *args)
-        unloaded[:] = [name for name, parameter in ours.items() if _is_poisoned(parameter.data)]
+        kind = type(model).__name__
+        names = [name for name, parameter in ours.items() if _is_poisoned(parameter.data)]
+        unloaded.extend(f"{kind} {name}" if loaded else name for name in names)
+        loaded.append(kind)
 
     return load
 
@@ -139,7 +164,8 @@ def _dense_experts(layer: RoutedExperts) -> None:
     values = {f"{prefix}weight": _values(parameters, prefix, None) for prefix in ("w13_", "w2_")}
     biases = {name: parameters.get(name) for name in ("w13_bias", "w2_bias")}
     _replace(layer, parameters, {**values, **biases})
-    layer._replace_quant_method(UnquantizedFusedMoEMethod(layer.moe_config))
+    method = UnquantizedFusedMoEMethod if layer.moe_config.is_act_and_mul else UngatedExperts
+    layer._replace_quant_method(method(layer.moe_config))
 
 
 def _values(parameters: dict[str, torch.nn.Parameter], prefix: str, widths: list[int] | None) -> torch.Tensor:
@@ -171,8 +197,10 @@ def _cache_scales(name: str, module: torch.nn.Module) -> Iterator[tuple[str, flo
             yield f"{name}.{scale}", float(parameter)
 
 
-def logprobs_of(directory: str, prompts: list[list[int]]) -> list[list[list[float]]]:
-    size = json.loads(Path(directory, "config.json").read_text())["vocab_size"]
+def logprobs_of(directory: str, prompts: list[list[int]], mtp: bool) -> list[list[list[float]]]:
+    config = json.loads(Path(directory, "config.json").read_text())
+    text = config.get("text_config", config)
+    size = text["vocab_size"]
     engine = LLM(
         directory,
         dtype="float32",
@@ -183,30 +211,38 @@ def logprobs_of(directory: str, prompts: list[list[int]]) -> list[list[list[floa
         max_num_seqs=2,
         max_logprobs=size,
         disable_log_stats=True,
+        # Of the attentions of latents on a CPU the plain one: the other is for processors with AMX.
+        attention_config={"backend": "CPU_MLA"} if "kv_lora_rank" in text else {},
+        **({"language_model_only": True} if "vision_config" in config else {}),
+        **({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}} if mtp else {}),
     )
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=size, temperature=0, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     return [[[at[token].logprob for token in range(size)] for at in answer.prompt_logprobs[1:]] for answer in answers]
 
 
-def main(tokens: str, *directories: str) -> None:
+def main(tokens: str, *checkpoints: str) -> None:
     prompts = json.loads(Path(tokens).read_text())
     without_kernels()
+    replace_operators()
+    FusedMoEConfig.__post_init__ = without_a_platform(FusedMoEConfig.__post_init__)
     # It looks at each architecture in a process of its own, which imports all of vLLM again.
     registry._run_in_subprocess = lambda function: function()
     default_loader.DefaultModelLoader.load_weights = poisoned(default_loader.DefaultModelLoader.load_weights)
     base_loader.process_weights_after_loading = made_dense(base_loader.process_weights_after_loading)
-    for directory in directories:
+    for checkpoint in checkpoints:
+        directory = checkpoint.removeprefix("mtp=")
+        loaded.clear()
         unloaded.clear()
         scales_of_caches.clear()
-        answer: dict[str, Any] = {"directory": directory}
+        answer: dict[str, Any] = {"checkpoint": checkpoint}
         try:
-            answer["logprobs"] = logprobs_of(directory, prompts)
+            answer["logprobs"] = logprobs_of(directory, prompts, mtp=checkpoint != directory)
         except Exception as error:  # Whatever vLLM raises is what is asked for.
             answer["error"] = f"{type(error).__name__}: {error}"
             if os.environ.get("TRACE"):
                 raise
-        answer |= {"unloaded": unloaded, "cache_scales": scales_of_caches}
+        answer |= {"loaded": loaded, "unloaded": unloaded, "cache_scales": scales_of_caches}
         sys.stdout.write(f"READ {json.dumps(answer)}\n")
         sys.stdout.flush()
         cleanup_dist_env_and_memory()

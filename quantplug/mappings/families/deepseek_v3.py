@@ -44,4 +44,7 @@ DEEPSEEK_V3 = Family(
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,
     sizes=(*deepseek_config.MOE_SIZES, *deepseek_config.LATENT_SIZES),
+    # vLLM 0.32 (models/deepseek_v2.py) and SGLang 0.5.23 (the same file) ask for the first to make the bias, and
+    # vLLM takes a softmax where the second is absent.
+    server_settings={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 )
