@@ -2,14 +2,16 @@
 
 ModelOpt compares a rule with the names that modules have on their own stage. Where the model was quantized on one stage
 and is on several now, its quantizers are as the rule said: so what is looked at is not the rule alone, but whether the
-quantizers that it concerns are as it says of the layers of the whole model, or of those of a stage.
+quantizers that it concerns are as it says of the layers of the whole model, or of those of a stage: switched on or off,
+and set to the same format.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from typing import Any
 
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from torch import nn
 
@@ -20,6 +22,9 @@ from quantplug.plugins.rules import Rule, rules_of
 
 # `layers.3`, whole, and not those of multi-token prediction, which are all on one stage.
 _NUMBERED = re.compile(r"(?<!mtp\.)(?<![A-Za-z0-9_])layers\.\d+(?![0-9])")
+
+# Bits, sizes of blocks, axis, whether scales are made anew, whether the amax is a constant: what tells formats apart.
+_Portrait = tuple[Any, dict[Any, Any], Any, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,15 @@ class _Quantizer:
     whole: str
     module: nn.Module
 
+    @property
+    def in_row(self) -> tuple[TensorQuantizer, ...]:
+        """Those that it is made of: itself, unless it is several in a row."""
+        members = self.module.children() if isinstance(self.module, SequentialQuantizer) else (self.module,)
+        return tuple(member for member in members if isinstance(member, TensorQuantizer))
+
     def is_on(self) -> bool:
         """Whether it is switched on; of several in a row, the first."""
-        first = self.module[0] if isinstance(self.module, SequentialQuantizer) else self.module
-        return isinstance(first, TensorQuantizer) and bool(first.is_enabled)
+        return any(bool(member.is_enabled) for member in self.in_row[:1])
 
 
 def misplaced_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[Offender, ...]:
@@ -74,13 +84,22 @@ def refuse_misplaced(found: Sequence[Offender]) -> None:
 def _misplaced(root: nn.Module) -> Iterator[Offender]:
     rules = list(rules_of(root))
     numbered = [rule for rule in rules if _NUMBERED.search(rule.quantizer_name)]
+    settings = [rule for rule in rules if rule.attributes]
     for quantizer in _quantizers(root) if numbered else ():
-        here, whole = (_last(rules, name, quantizer.name, root) for name in (quantizer.name, quantizer.whole))
-        if _says(here) is _says(whole) or quantizer.is_on() is not _says(here):
-            continue
-        (rule,) = [rule for rule in (here, whole) if rule in numbered][:1] or numbered[:1]
-        state = "on" if quantizer.is_on() else "off"
-        yield Offender(rule.quantizer_name, f"{quantizer.whole} is {state}, which is {quantizer.name} of its stage")
+        for said, state in ((rules, _switched), (settings, _set)):
+            here, whole = (_last(said, name, quantizer, root) for name in (quantizer.name, quantizer.whole))
+            wrong = state(quantizer, here, whole)
+            if wrong is not None:
+                (rule,) = [rule for rule in (here, whole) if rule in numbered][:1] or numbered[:1]
+                yield Offender(rule.quantizer_name, f"{quantizer.whole} {wrong} {quantizer.name} of its stage")
+                break  # Of one that is off, settings do not matter.
+
+
+def _switched(quantizer: _Quantizer, here: Rule | None, whole: Rule | None) -> str | None:
+    """Whether it is switched as is said of its stage's layer and not of the model's; in words."""
+    if _says(here) is _says(whole) or quantizer.is_on() is not _says(here):
+        return None
+    return f"is {'on' if quantizer.is_on() else 'off'}, which is"
 
 
 def _says(rule: Rule | None) -> bool:
@@ -88,10 +107,32 @@ def _says(rule: Rule | None) -> bool:
     return rule is None or rule.enable
 
 
-def _last(rules: Sequence[Rule], name: str, on_stage: str, root: nn.Module) -> Rule | None:
+def _set(quantizer: _Quantizer, here: Rule | None, whole: Rule | None) -> str | None:
+    """Whether it has the settings that are said of its stage's layer and not those of the model's; in words."""
+    if here == whole or not quantizer.is_on():
+        return None
+    of_stage, of_model = (_settings(() if rule is None else rule.attributes) for rule in (here, whole))
+    found = [_portrait(member) for member in quantizer.in_row]
+    return "has the settings that are meant for" if found == of_stage != of_model else None
+
+
+def _settings(attributes: Sequence[QuantizerAttributeConfig]) -> list[_Portrait]:
+    # ModelOpt's own quantizers say what it makes of settings, and what it takes where a rule leaves one out.
+    return [_portrait(TensorQuantizer(each)) for each in attributes or (QuantizerAttributeConfig(),)]
+
+
+def _portrait(quantizer: TensorQuantizer) -> _Portrait:
+    # ModelOpt's calibration gives quantizers of blocks the axes of these.
+    axis = None if quantizer.block_sizes else quantizer.axis
+    # ModelOpt has no public names for the last two.
+    dynamic, constant = bool(quantizer._dynamic), bool(quantizer._use_constant_amax)
+    return quantizer.num_bits, dict(quantizer.block_sizes or {}), axis, dynamic, constant
+
+
+def _last(rules: Sequence[Rule], name: str, quantizer: _Quantizer, root: nn.Module) -> Rule | None:
     """The last rule that names a quantizer, whose word is final."""
-    matching = (rule for rule in reversed(rules) if fnmatch(name, rule.quantizer_name))
-    return next((rule for rule in matching if _is_of_class(rule, on_stage, root)), None)
+    matching = (rule for rule in reversed(rules) if rule.names(name, quantizer.module, root))
+    return next((rule for rule in matching if _is_of_class(rule, quantizer.name, root)), None)
 
 
 def _is_of_class(rule: Rule, on_stage: str, root: nn.Module) -> bool:

@@ -7,13 +7,13 @@ restore. Only the first config is kept: what a second `mtq.quantize` applies to 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 from modelopt.torch.opt.conversion import ModeloptStateManager
-from modelopt.torch.quantization.config import normalize_quant_cfg_list
+from modelopt.torch.quantization.config import QuantizerAttributeConfig, normalize_quant_cfg_list
 from modelopt.torch.quantization.conversion import _match_quantizer
 from modelopt.torch.quantization.nn import QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from torch import nn
@@ -35,16 +35,22 @@ class Rule:
         parent_class: Key in ModelOpt's registry of the only modules it means; None for all.
         enable: Whether it turns quantizers on, or off.
         setting: What it sets them to, in ModelOpt's words; empty for a rule that only turns them on or off.
+        attributes: The same as ModelOpt has it, one for each quantizer in a row; empty likewise.
     """
 
     quantizer_name: str
     parent_class: str | None
     enable: bool
     setting: str = ""
+    attributes: tuple[QuantizerAttributeConfig, ...] = field(default=(), compare=False)
+
+    def names(self, name: str, quantizer: nn.Module, model: nn.Module) -> bool:
+        """Whether it means a quantizer by this name, whatever the class of the module that has it."""
+        # By ModelOpt's own comparison, private as it is: one of ours could call a rule unmatched that has been applied.
+        return bool(_match_quantizer(self.quantizer_name, name, quantizer, None, model))
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it matches a quantizer of the model, as ModelOpt compares names when it applies it."""
-        # By ModelOpt's own comparison, private as it is: one of ours could call a rule unmatched that has been applied.
         parent = QuantModuleRegistry[self.parent_class] if self.parent_class else None
         return any(
             _match_quantizer(self.quantizer_name, name, module, parent, model) for name, module in model.named_modules()
@@ -131,8 +137,16 @@ def _rules_to_judge(root: nn.Module) -> Iterator[Rule]:
 def _rules(quant_cfg: Any) -> Iterator[Rule]:
     """The rules of a `quant_cfg` in either of ModelOpt's spellings, a list of entries or a dict by name."""
     for entry in normalize_quant_cfg_list(quant_cfg):
-        setting = repr(entry.get("cfg") or "") if entry["enable"] else ""
-        yield Rule(entry["quantizer_name"], entry.get("parent_class"), entry["enable"], setting)
+        settings = (entry.get("cfg") or None) if entry["enable"] else None
+        attributes = tuple(_attributes(settings)) if settings else ()
+        setting = repr(settings or "") if entry["enable"] else ""
+        yield Rule(entry["quantizer_name"], entry.get("parent_class"), entry["enable"], setting, attributes)
+
+
+def _attributes(settings: Any) -> Iterator[QuantizerAttributeConfig]:
+    """What a rule sets quantizers to, as ModelOpt has it; several are for quantizers in a row."""
+    for each in settings if isinstance(settings, list) else [settings]:
+        yield each if isinstance(each, QuantizerAttributeConfig) else QuantizerAttributeConfig(**each)
 
 
 def _meant(rule: Rule) -> Rule:
