@@ -191,7 +191,8 @@ class SavedQuantizers:
                 names = [segment.key + part for part in parts]
                 if all(name in self._reader.index.tensors for name in names):
                     found = tuple(self._placed(Segment(name, segment.place, segment.of)) for name in names)
-                    if quantizer == WEIGHT and any(self._reader.numel(each) > 1 for each in found):
+                    # An amax of the whole weight has no axes; that of a single block has.
+                    if quantizer == WEIGHT and any(self._reader.shape(each) for each in found):
                         self._group_amaxes[key] = found
                     values = [self._largest(each) for each in found]
                     # max() would lose a NaN, which must not pass for calibrated.

@@ -14,7 +14,7 @@ import torch
 from quantplug.errors import CalibrationError, SourceError, WeightError
 from quantplug.export.pipeline.amaxes import WeightAmax, has_grown
 from quantplug.export.pipeline.fingerprint import fingerprint
-from quantplug.export.pipeline.groups import OTHER_GROUPS, amaxes_of_groups, calibrated_group, problem_of_groups
+from quantplug.export.pipeline.groups import Groups
 from quantplug.export.pipeline.outliers import Typical, sampled_magnitude
 from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.source import Place, ReadRows, Rows, ScaledRows, Source, place_of
@@ -111,10 +111,10 @@ def prescan(
     done, total = 0, sum(_share(task) for task in mine)
     for task, amax, typical in zip(mine, largest.unbind(), sampled.unbind(), strict=True):
         looked = 0
-        groups = _Groups.of(task, source) if policy is not WeightAmax.REFRESH else None
+        groups = Groups.of(task, source) if policy is not WeightAmax.REFRESH else None
         for chunk in source.chunks(task):
-            if groups is not None and isinstance(chunk.rows, torch.Tensor):
-                groups.look(chunk.rows)
+            if groups is not None:
+                groups.look(chunk)
             if (largest_here := _amax(task, chunk.rows)) is not None:
                 torch.maximum(amax, largest_here.to(amax.device), out=amax)  # Lets a NaN through.
             if (sample := _sample(task, chunk.rows)) is not None:
@@ -137,35 +137,6 @@ def prescan(
             amaxes[task.source.key] = found
     findings.raise_if_any()
     return Prescan(amaxes, marks, dict(zip((task.source.key for task in mine), sampled.tolist(), strict=True)))
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """A weight whose quantizer holds an amax of each group, while it is looked at.
-
-    Attributes:
-        found: Those of the groups that have been seen.
-    """
-
-    task: ExportTask
-    size: int
-    calibrated: torch.Tensor
-    found: list[torch.Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, task: ExportTask, source: Source) -> "_Groups | None":
-        size = calibrated_group(task)
-        calibrated = None if size is None else source.group_amaxes(task)
-        return None if size is None or calibrated is None else cls(task, size, calibrated)
-
-    def look(self, rows: torch.Tensor) -> None:
-        self.found.append(amaxes_of_groups(rows, self.size))
-
-    def judge(self, findings: Findings) -> None:
-        own = torch.cat(self.found) if self.found else torch.zeros(0)
-        # What is not finite has a finding of its own.
-        if bool(own.isfinite().all()) and (problem := problem_of_groups(self.calibrated, own)) is not None:
-            findings.add(OTHER_GROUPS, self.task.source.label, problem, self.task.source.key.expert)
 
 
 def _amax(task: ExportTask, rows: Rows) -> torch.Tensor | None:

@@ -6,11 +6,12 @@ prescan nor the writer knows which of the two it works on.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 
-from quantplug.export.plan.pieces import Piece, cut
+from quantplug.export.plan.pieces import Piece, cut, rows_of
 from quantplug.export.plan.types import ExportTask
 from quantplug.formats import EncodedRows
 from quantplug.mappings.layouts import ModelDimensions
@@ -71,10 +72,12 @@ class Chunk:
     Attributes:
         place: Where it stands, the same whoever looks.
         rows: As they lie in the source, on its device; without rows that are never written.
+        numbers: Returns which rows of the slice these are; None where they are its first ones in order.
     """
 
     place: Place
     rows: Rows
+    numbers: Callable[[], torch.Tensor] | None = None
 
     @property
     def values(self) -> torch.Tensor:
@@ -94,7 +97,7 @@ def chunks_by_piece(task: ExportTask, dims: ModelDimensions, bucket_bytes: int, 
     So a row that is read for the second time has a fingerprint of its own to be held against.
     """
     for piece in cut(task, dims, bucket_bytes):
-        yield Chunk(place_of(piece), read(piece))
+        yield Chunk(place_of(piece), read(piece), partial(rows_of, piece, 0, dims))
 
 
 class Source(Protocol):

@@ -251,7 +251,7 @@ def _group_amaxes(quantizer: Quantizer) -> Callable[[], torch.Tensor] | None:
     if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled or quantizer._dynamic:
         return None
     amax = quantizer.amax
-    return None if amax is None or amax.numel() < 2 else amax.detach
+    return None if amax is None or not amax.ndim else amax.detach
 
 
 def _largest(amax: torch.Tensor | None) -> float | None:
