@@ -70,7 +70,8 @@ def register() -> None:
     # ModelOpt asserts that a class is not registered yet, so its own wrappers are taken out first.
     if not all(map(_is_registered, WRAPPERS)):
         for module_class in WRAPPERS:
-            QuantModuleRegistry.unregister(module_class)
+            if module_class in QuantModuleRegistry:
+                QuantModuleRegistry.unregister(module_class)
         # A lookup takes the first base class with the same forward: subclasses must be met before their bases.
         for module_class in sorted(WRAPPERS, key=lambda wrapped: len(wrapped.__mro__), reverse=True):
             key, wrapper = WRAPPERS[module_class]

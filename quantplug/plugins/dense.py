@@ -11,6 +11,9 @@ They also take the whole world for the data parallel group of a linear layer tha
 They save the sinks of an attention (`softmax_offset`, one a head) as if every tensor parallel rank had the same: loaded
 again, all ranks get the first one's.
 
+And they give quantizers of keys and values to Transformer Engine's attention alone, so that a KV cache could not be
+calibrated through Megatron-Core's own modules, which run without a GPU.
+
 This is the one file that names ModelOpt's private classes, with `modelopt_names` beside it.
 """
 
@@ -25,6 +28,7 @@ from megatron.core.extensions.transformer_engine import (
     TELinear,
     TERowParallelLinear,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from modelopt.torch.quantization.nn import QuantModule
 from modelopt.torch.quantization.plugins.megatron import (
@@ -32,6 +36,8 @@ from modelopt.torch.quantization.plugins.megatron import (
     _QuantTEMCoreColumnParallelLinear,
     _QuantTEMCoreLinear,
     _QuantTEMCoreRowParallelLinear,
+    quant_module_get_extra_state,
+    quant_module_set_extra_state,
 )
 from modelopt.torch.utils.distributed import ParallelState
 from torch import nn
@@ -113,8 +119,8 @@ class QuantTELinear(_QuantTEMCoreLinear):
         super()._setup()
 
 
-class QuantTEDotProductAttention(QuantCoreAttention):
-    """ModelOpt's quantized TEDotProductAttention, with its sinks sharded as Megatron shards them."""
+class ShardsSinks(QuantCoreAttention):
+    """ModelOpt's quantizers of an attention's queries, keys and values, with sinks sharded as Megatron shards them."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
@@ -126,9 +132,32 @@ class QuantTEDotProductAttention(QuantCoreAttention):
             prefix,
             {"softmax_offset": 0},
             sharded_offsets,
-            tp_group=self._tp_group,
+            tp_group=self.parallel_state.tensor_parallel_group.group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
+
+
+class QuantTEDotProductAttention(ShardsSinks):
+    """ModelOpt's quantized TEDotProductAttention."""
+
+
+class QuantDotProductAttention(ShardsSinks):
+    """Megatron-Core's own attention, with the quantizers that Transformer Engine's has, after rotation too."""
+
+    def _setup(self) -> None:
+        super()._setup()
+        # Off until a rule or a checkpoint says otherwise: checkpoints of this class from elsewhere say nothing of them.
+        for quantizer in (self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer):
+            quantizer.disable()
+
+    # Torch puts extra states into a state dict of classes alone that have these two, as Transformer Engine's has.
+    def get_extra_state(self) -> dict[str, Any]:
+        """The settings of the quantizers, as ModelOpt keeps them."""
+        return quant_module_get_extra_state(self)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes settings up again."""
+        quant_module_set_extra_state(self, state)
 
 
 DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
@@ -140,4 +169,5 @@ DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
     TERowParallelLinear: ("te_mcore_RowParallelLinear", QuantTERowParallelLinear),
     TELinear: ("te_mcore_Linear", QuantTELinear),
     TEDotProductAttention: ("TEDotProductAttention", QuantTEDotProductAttention),
+    DotProductAttention: ("megatron_DotProductAttention", QuantDotProductAttention),
 }

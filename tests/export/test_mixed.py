@@ -5,6 +5,7 @@ with them, which the rules of `verify` say.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,14 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_named_modules
+from megatron.core.transformer.attention import SelfAttention
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.quantization.qtensor import FP8QTensor
+from safetensors.torch import load_file, save_file
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantplug import (
     calibrate,
@@ -69,6 +74,32 @@ def run(model: torch.nn.Module) -> None:
         model.eval()(tokens, torch.arange(24).expand_as(tokens), later)
 
 
+def with_large_keys(source: Path, target: Path) -> Path:
+    """A copy of a model whose keys are larger than E4M3 holds, so that their scales are above the least, 1."""
+    shutil.copytree(source, target)
+    for file in target.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors |= {name: tensor * 2000 for name, tensor in tensors.items() if name.endswith(".k_norm.weight")}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def amaxes_of_transformers_cache(source: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """The largest key and value of each attention layer, of the tokens of `run`, after rotation."""
+    found = {}
+
+    def attention(module: torch.nn.Module, query: Any, key: Any, value: Any, *more: Any, **settings: Any) -> Any:
+        found[module.layer_idx] = (key.abs().max(), value.abs().max())
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *more, **settings)
+
+    AttentionInterface.register("recorded", attention)
+    AttentionMaskInterface.register("recorded", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="recorded")
+    with torch.no_grad():
+        model.eval()(torch.arange(48).view(2, 24) * 7 % 500)
+    return found
+
+
 NETS = [*fp8_of("self_attention.in_proj"), *fp8_of("self_attention.out_proj")]
 
 
@@ -76,15 +107,38 @@ NETS = [*fp8_of("self_attention.in_proj"), *fp8_of("self_attention.out_proj")]
 def test_what_is_calibrated_with_data_is_what_servers_read(
     name: str, more: list[dict[str, Any]], made_once: MadeOnce, tmp_path: Path
 ) -> None:
-    """NVFP4 experts beside FP8 attention and delta nets, in FP32 on a CPU, by Megatron's own modules."""
-    source = made_once(f"family_{name}", partial(make, name))
-    model = mtq.quantize(load(source, LayerSpec.LOCAL), {**mixed_cfg(*more), "algorithm": None})
+    """NVFP4 experts beside FP8 attention, delta nets and KV cache, in FP32 on a CPU, by Megatron's own modules."""
+    source = with_large_keys(made_once(f"family_{name}", partial(make, name)), tmp_path / "source")
+    cache = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}}
+    config = {**mixed_cfg(*more, cache), "algorithm": None}
+    model = mtq.quantize(load(source, LayerSpec.LOCAL, dtype=torch.float32), config)
     calibrate(model, run, CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
     export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
 
     assert verify_checkpoint(tmp_path / "out").ok
     assert verify_checkpoint(tmp_path / "out", source).ok
+    # Amaxes of keys and values are those that transformers puts into its cache.
+    cores = {
+        number: layer.self_attention.core_attention
+        for number, layer in enumerate(model.decoder.layers)
+        if isinstance(layer.self_attention, SelfAttention)
+    }
+    cached, scales = amaxes_of_transformers_cache(source), read(tmp_path / "out")
+    assert cached.keys() == cores.keys()
+    for number, (keys, values) in cached.items():
+        held = torch.stack([cores[number].k_bmm_quantizer.amax, cores[number].v_bmm_quantizer.amax])
+        torch.testing.assert_close(held, torch.stack([keys, values]), rtol=1e-4, atol=0)
+        attention = f"model.layers.{number}.self_attn"
+        assert scales[f"{attention}.k_proj.k_scale"] == held[0] / 448 > 1
+        assert scales[f"{attention}.v_proj.v_scale"] == max(1, held[1] / 448)
+    of_decoder = [it for it in scales if it.startswith("model.") and it.endswith(("k_scale", "v_scale"))]
+    assert len(of_decoder) == 2 * len(cached)
+    # A training checkpoint of it, which says the same without a model.
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    export_checkpoint(tmp_path / "saved", tmp_path / "straight", source)
+    assert_same_export(tmp_path / "straight", tmp_path / "out")
     config, legacy = configs(tmp_path / "out")
+    assert legacy["quantization"]["kv_cache_quant_algo"] == "FP8"
     tensors, seen = read(tmp_path / "out"), set()
     for module, layer in config["quantized_layers"].items():
         seen.add(layer["quant_algo"])
