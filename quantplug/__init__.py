@@ -5,11 +5,11 @@ only then does one that works on a live model import Megatron-Core.
 
 With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `recipe_cfg`, `calibrate`, `plan_export`,
 `save_checkpoint` and `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL
-`export_hf_weights_quant` or `plan_stream`. Without one: `export_checkpoint`, `quantize_checkpoint` and
-`verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the names of all formats, `DialectName`
-those of their spellings on disk, `WeightAmax` what becomes of
-weights that have grown since calibration, `errors` all that is raised. `quantplug.calibration`,
-`quantplug.mappings.amax` and `quantplug.plugins` are packages of more.
+`export_hf_weights_quant` or `plan_stream`, with `RefitSource` and `flattened_buckets` for servers. Without one:
+`export_checkpoint`, `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the names of
+all formats, `DialectName` those of their spellings on disk, `WeightAmax` what becomes of weights that have grown since
+calibration, `errors` all that is raised. `quantplug.calibration`, `quantplug.mappings.amax` and `quantplug.plugins` are
+packages of more.
 """
 
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ __all__ = [
     "Preset",
     "QuantFormat",
     "QuantplugError",
+    "RefitSource",
     "WeightAmax",
     "__version__",
     "build_model",
@@ -37,6 +38,7 @@ __all__ = [
     "export_checkpoint",
     "export_hf_weights_quant",
     "export_mcore_gpt_to_hf",
+    "flattened_buckets",
     "import_mcore_gpt_from_hf",
     "initialize_parallel",
     "load_checkpoint",
@@ -56,6 +58,7 @@ _HOMES = {
     "LayerSpec": "quantplug.megatron.models.build",
     "Preset": "quantplug.choices",
     "QuantFormat": "quantplug.choices",
+    "RefitSource": "quantplug.export.stream.refit",
     "WeightAmax": "quantplug.choices",
     "build_model": "quantplug.import_hf.new_model",
     "calibrate": "quantplug.calibration.run",
@@ -64,6 +67,7 @@ _HOMES = {
     "export_checkpoint": "quantplug.export.export_checkpoint",
     "export_hf_weights_quant": "quantplug.export.stream.api",
     "export_mcore_gpt_to_hf": "quantplug.export.to_disk",
+    "flattened_buckets": "quantplug.export.stream.refit",
     "import_mcore_gpt_from_hf": "quantplug.import_hf.to_model",
     "initialize_parallel": "quantplug.megatron.parallel",
     "load_checkpoint": "quantplug.megatron.checkpoint.save_load",
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
     from quantplug.export.live_plan import plan_export
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
     from quantplug.export.stream.api import export_hf_weights_quant, plan_stream
+    from quantplug.export.stream.refit import RefitSource, flattened_buckets
     from quantplug.export.to_disk import export_mcore_gpt_to_hf
     from quantplug.import_hf.new_model import build_model
     from quantplug.import_hf.to_model import import_mcore_gpt_from_hf

@@ -54,6 +54,15 @@ class StreamPlan:
         parts = (part for task in self.stream.tasks for part in task.outputs)
         return {name: replace(spec, name=name) for name, spec in self.stream.outputs(parts)}
 
+    def families(self) -> dict[str, int]:
+        """For every tensor the number of the weight that it is made of; tensors of one follow each other."""
+        units: dict[str, int] = {}
+        return {
+            name: units.setdefault(task.unit, len(units))
+            for task in self.stream.tasks
+            for name, _ in self.stream.outputs(task.outputs)
+        }
+
     # Not under torch.no_grad: around a generator it keeps each tensor that is yielded until the next one is there.
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every (name, tensor) of the model as it is now: each weight and, right after it, its scales.
