@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from quantplug.mappings.serving_tp import serving_tp
 from quantplug.verify import (
     names,
     rules_architecture,
@@ -97,6 +98,7 @@ def verify_checkpoint(
         findings=tuple(sorted(findings, key=_order)),
         errors_by_tensor=tuple(errors),
         sizes=tuple(source_rules.sizes(export, original)),
+        serving_tp=serving_tp(rules_model.serving_cuts(inventory)),
     )
 
 

@@ -20,6 +20,7 @@ ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2", "out_proj"})  # in_featur
 COLUMN_PARALLEL = frozenset(
     {"q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "in_proj_qkvz", *DELTA_QKVZ}
 )  # out_features are split
+KEY_VALUE = frozenset({"k_proj", "v_proj"})  # out_features are split by heads, which are copied where ranks are more
 ROUTERS = ("gate", "router", "shared_expert_gate")
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}

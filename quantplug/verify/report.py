@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantplug.atomic import write_atomically
+from quantplug.mappings.serving_tp import ServingTp
 from quantplug.verify.checks import Check
 
 
@@ -106,7 +107,12 @@ class Size:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Everything the checker found out about one checkpoint directory."""
+    """Everything the checker found out about one checkpoint directory.
+
+    Attributes:
+        serving_tp: Over how many ranks servers can cut it by tensor parallelism, by its sizes and blocks; of an
+            architecture that is not known by its blocks alone.
+    """
 
     directory: str
     source: str | None
@@ -115,6 +121,7 @@ class VerifyReport:
     findings: tuple[Finding, ...]
     errors_by_tensor: tuple[TensorError, ...]
     sizes: tuple[Size, ...]
+    serving_tp: ServingTp
 
     @property
     def ok(self) -> bool:

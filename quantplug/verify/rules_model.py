@@ -1,8 +1,10 @@
 """Rules on the model as a whole: every layer and expert is there, merged modules agree, serving shards align."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from quantplug.checkpoint.untrusted.json_reader import as_count, as_object
+from quantplug.mappings.serving_tp import Cut, of_heads
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify import names
 from quantplug.verify.checks import Check
@@ -168,9 +170,10 @@ def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
                 yield warning(Check.SERVING_TP, name, message)
 
 
-def serving_tp(inventory: Inventory) -> Iterator[Finding]:
-    """Which tensor-parallel sizes of a server cut blocks: one line for each kind of module and shape."""
+def block_cuts(inventory: Inventory) -> Iterator[tuple[Module, Cut]]:
+    """What of each quantized module servers cut, with the blocks that must stay whole: one of each kind and shape."""
     seen: set[tuple[str, tuple[int, ...]]] = set()
+    merged = {name for group in inventory.fused_groups for name in group.members[:-1]}
     for module in inventory.quantized:
         if module.codes is None or module.layout is None or (kind_of(module.name), module.codes.shape) in seen:
             continue
@@ -179,23 +182,40 @@ def serving_tp(inventory: Inventory) -> Iterator[Finding]:
         # Row parallel layers are cut along their inputs, where every format has its blocks; the others along their
         # outputs, where FP8's square blocks alone reach.
         if name in names.ROW_PARALLEL:
-            columns = module.layout.columns(module.codes)
-            yield from _cut(module, "in_features", columns, _block(module, axis=1))
-        elif name in names.COLUMN_PARALLEL and isinstance(module.layout, Fp8Layout):
-            yield from _cut(module, "out_features", module.codes.shape[0], _block(module, axis=0))
+            yield module, Cut("in_features", module.layout.columns(module.codes), _block(module, axis=1))
+        elif isinstance(module.layout, Fp8Layout) and module.codes.shape:
+            rows, block, ends = module.codes.shape[0], _block(module, axis=0), module.name in merged
+            if name in names.COLUMN_PARALLEL:
+                yield module, Cut("out_features", rows, block, merged=ends)
+            elif name in names.KEY_VALUE and inventory.known is not None:
+                groups = inventory.known.dims.num_query_groups
+                yield module, Cut("out_features", rows, block, most=groups, merged=ends)
+
+
+def serving_cuts(inventory: Inventory) -> Iterator[Cut]:
+    """All that keeps servers from cutting a checkpoint over some numbers of ranks."""
+    if inventory.known is not None:
+        yield from of_heads(inventory.known.dims)
+    for module, cut in block_cuts(inventory):
+        if cut.whole > 1:
+            yield replace(cut, what=f"{cut.what} of {kind_of(module.name)}")
+
+
+def serving_tp(inventory: Inventory) -> Iterator[Finding]:
+    """Which tensor-parallel sizes of a server cut blocks: one line for each kind of module and shape."""
+    for module, cut in block_cuts(inventory):
+        refused = [f"TP={tp}: {cut.size / min(tp, cut.most or tp):g}" for tp in _SERVING_TP if not cut.allows(tp)]
+        if cut.whole > 1 and refused:
+            message = (
+                f"{cut.what} {cut.size} of a rank is no multiple of the block of {cut.whole} at {', '.join(refused)}"
+            )
+            yield warning(Check.SERVING_TP, kind_of(module.name), message)
 
 
 def _block(module: Module, axis: int) -> int:
     if isinstance(module.layout, Fp8Layout):
         return max(module.layout.block[axis], 1) if module.layout.block is not None else 1
     return module.layout.block if module.layout is not None else 1
-
-
-def _cut(module: Module, axis: str, size: int, block: int) -> Iterator[Finding]:
-    cuts = [f"TP={tp}: {size / tp:g}" for tp in _SERVING_TP if size % (tp * block)]
-    if block > 1 and cuts:
-        message = f"{axis} {size} of a rank is no multiple of the block of {block} at {', '.join(cuts)}"
-        yield warning(Check.SERVING_TP, kind_of(module.name), message)
 
 
 RULES = (experts, layers, one_algo, merged_blocks, serving_tp)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from quantplug.mappings.serving_tp import serving_tp
 from quantplug.verify import Finding, Severity, Size, TensorError, VerifyReport
 from quantplug.verify.checks import Check
 
@@ -17,7 +18,9 @@ def tensor_error(name: str, squared_error: float, squared_norm: float) -> Tensor
 
 def report(*errors: TensorError) -> VerifyReport:
     finding = Finding(Severity.WARNING, Check.SERVING_TP, "a\x00b", "\udcff is no text")
-    return VerifyReport("d", "s", "NVFP4", 1, (finding,), errors, (Size("k", 3, 12), Size("l", 1, None)))
+    return VerifyReport(
+        "d", "s", "NVFP4", 1, (finding,), errors, (Size("k", 3, 12), Size("l", 1, None)), serving_tp(())
+    )
 
 
 def test_json_is_strict() -> None:
