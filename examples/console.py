@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from quantplug import QuantplugError
 from quantplug.printable import printable, printable_lines
@@ -40,7 +48,8 @@ class StageBars:
     """A progress callback: draws a bar for every stage it is called with, on the first rank's stderr."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), *times)
         self._progress = Progress(*columns, console=err, disable=not FIRST_RANK or not sys.stderr.isatty())
         self._tasks: dict[str, TaskID] = {}
 

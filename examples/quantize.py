@@ -6,12 +6,12 @@
 With --megatron-load-path the weights are those of a checkpoint that Megatron-LM or Megatron-Bridge saved, at any
 parallel layout; --hf-model-id then gives the architecture and the tokenizer.
 
-Weight-only quantization needs no data and no GPU. Formats that quantize activations too are calibrated by running the
-model over a data set, which takes a GPU: Transformer Engine has no forward without one.
+Weight-only quantization needs no data. Formats that quantize activations too are calibrated by running the model over a
+data set or a text. Transformer Engine has no forward without a GPU: there the data run through the same weights in
+Megatron-Core's own layers, in FP32, which takes 4 bytes a parameter beside the model's own, and time.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +19,12 @@ from typing import Annotated, Any
 import modelopt.torch.quantization as mtq
 import torch
 import typer
+from calibration_data import CalibrationData, forward_loop
 from console import StageBars, out, say, user_errors
 from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt.torch.utils.plugins.megatron_calibration import get_megatron_calibration_forward_loop
-from transformers import AutoTokenizer
 
 import quantplug
-from quantplug import KVCacheFormat, QuantFormat, calibration
+from quantplug import KVCacheFormat, LayerSpec, QuantFormat, calibration
 from quantplug.calibration.quantizers import needs_amax
 from quantplug.errors import ArgumentError, CalibrationError, Offender, UnsupportedQuantizationError
 from quantplug.megatron.agreement import all_or_none, gather_objects
@@ -36,21 +35,6 @@ class Treatment(StrEnum):
 
     QUANTIZED = "quantized"
     KEPT = "kept"
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """What activations are calibrated on.
-
-    Attributes:
-        dataset: Name of a data set that ModelOpt knows, or a path to a .jsonl file.
-        samples: Number of samples.
-        length: Tokens of each.
-    """
-
-    dataset: str
-    samples: int
-    length: int
 
 
 def main(
@@ -92,7 +76,9 @@ def main(
         bool | None, typer.Option(help="Whether the trainer's norms multiply with 1 + weight (--apply-layernorm-1p).")
     ] = None,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="A HybridModel in place of a GPTModel.")] = False,
-    calib_dataset: Annotated[str, typer.Option(help="Data set for activations.")] = "cnn_dailymail",
+    calib_dataset: Annotated[
+        str, typer.Option(help="Data for activations: a set that ModelOpt knows, a .jsonl or a text.")
+    ] = "cnn_dailymail",
     calib_size: Annotated[int, typer.Option(help="Number of samples.")] = 512,
     calib_seq_length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 512,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
@@ -134,7 +120,7 @@ def main(
             if recipe is not None:
                 return config_of_recipe(recipe, own)
             if quant_format.needs_data:
-                require_gpu(quant_format, "--export-quant-cfg", f"{quant_format.weight_only} (or add --weight-only)")
+                require_one_stage(pp, quant_format)
             # Also whether servers load the model's experts in the format, before the model is built.
             return quantplug.quant_cfg(
                 quant_format,
@@ -151,31 +137,36 @@ def main(
         say(f"TP {topology.tp}, PP {topology.pp}, EP {topology.ep}, ETP {topology.etp}")
 
         bars = StageBars()
-        model = quantplug.build_model(
-            hf_model_id,
-            import_weights=megatron_load_path is None,
-            pipeline_layout=pipeline_layout,
-            vocab_size=vocab_size,
-            zero_centred_norms=zero_centred_norms,
-            hybrid=hybrid,
-            trust_remote_code=trust_remote_code,
-            progress=bars,
-        )
-        if megatron_load_path is not None:
-            report = quantplug.load_checkpoint(
-                model,
-                megatron_load_path,
-                iteration=iteration,
-                quantized=False,
-                unchecked_settings=unchecked_setting or (),
-            )
-            for line in report.said():
-                say(line)
-
         asked = recipe or quant_format.value
-        say(f"Quantizing with {asked} ...")
-        policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
-        mtq.quantize(model, {**config, "algorithm": None})
+
+        def quantized(layer_spec: LayerSpec, dtype: torch.dtype | None = None) -> torch.nn.Module:
+            model = quantplug.build_model(
+                hf_model_id,
+                import_weights=megatron_load_path is None,
+                dtype=dtype,
+                layer_spec=layer_spec,
+                pipeline_layout=pipeline_layout,
+                vocab_size=vocab_size,
+                zero_centred_norms=zero_centred_norms,
+                hybrid=hybrid,
+                trust_remote_code=trust_remote_code,
+                progress=bars,
+            )
+            if megatron_load_path is not None:
+                report = quantplug.load_checkpoint(
+                    model,
+                    megatron_load_path,
+                    iteration=iteration,
+                    quantized=False,
+                    unchecked_settings=unchecked_setting or (),
+                )
+                for line in report.said():
+                    say(line)
+            say(f"Quantizing with {asked} ...")
+            mtq.quantize(model, {**config, "algorithm": None})
+            return model
+
+        model = quantized(LayerSpec.TRANSFORMER_ENGINE)
         # What cannot be exported is refused before calibration is paid for.
         quantplug.plan_export(
             model,
@@ -185,13 +176,18 @@ def main(
             vocab_size=vocab_size,
             unchecked_settings=unchecked_setting or (),
         )
-        forward_loop = None
+        policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
+        loop = stand_in = None
         # A stage of a pipeline may have nothing that does, and runs the data through all the same.
         if any(gather_objects(waits_for_data(model))):
             data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
-            all_or_none(lambda: require_gpu(asked, "--recipe" if recipe else "--export-quant-cfg", "a format without"))
-            forward_loop = all_or_none(lambda: calibration_loop(hf_model_id, data, trust_remote_code))
-        record = quantplug.calibrate(model, forward_loop, policy, progress=bars)
+            loop = all_or_none(lambda: forward_loop(hf_model_id, data, trust_remote_code, bars))
+            if not torch.cuda.is_available():
+                all_or_none(lambda: require_one_stage(pp, asked))
+                all_or_none(lambda: refuse_data_of_a_cache(model))
+                say("There is no GPU: data run through Megatron-Core's own layers, in FP32 ...")
+                stand_in = quantized(LayerSpec.LOCAL, torch.float32)
+        record = quantplug.calibrate(model, loop, policy, progress=bars, stand_in=stand_in)
 
         statistics = calibration.gather_statistics(model, record)
         if topology.rank == 0:
@@ -202,13 +198,6 @@ def main(
         if stats_json is not None and topology.rank == 0:
             statistics.save(stats_json)
         quantplug.destroy_parallel()
-
-
-def calibration_loop(source: str, data: CalibrationData, trust_remote_code: bool) -> Callable[[torch.nn.Module], None]:
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    return get_megatron_calibration_forward_loop(
-        tokenizer, dataset_name=data.dataset, num_samples=data.samples, seq_length=data.length, pack=True
-    )
 
 
 def config_of_recipe(recipe: str, own: Mapping[str, object]) -> dict[str, Any]:
@@ -243,13 +232,26 @@ def waits_for_data(model: torch.nn.Module) -> bool:
     )
 
 
-def require_gpu(asked: str, option: str, instead: str) -> None:
-    """Raises CalibrationError where activations would have to be calibrated without a GPU."""
-    if not torch.cuda.is_available():
+def require_one_stage(pp: int, asked: str) -> None:
+    """Raises CalibrationError where data would have to pass a pipeline without a GPU."""
+    if pp > 1 and not torch.cuda.is_available():
         raise CalibrationError(
-            "Calibrating activations takes a GPU: Transformer Engine has no forward without one.",
-            [Offender(option, f"{asked} has scales that are calibrated with data")],
-            f"Use {instead}, or run on a machine with a GPU.",
+            "Without a GPU calibration data do not run through a pipeline.",
+            [Offender("--pp", f"is {pp}, and {asked} has scales that are calibrated with data")],
+            "Use --tp or --ep in place of --pp, a format of weights alone, or a machine with a GPU.",
+        )
+
+
+def refuse_data_of_a_cache(model: torch.nn.Module) -> None:
+    """Raises CalibrationError where scales of a KV cache wait for data: Megatron-Core's own attention has none."""
+    waiting = [
+        Offender(name, "waits for data")
+        for name, module in model.named_modules()
+        if name.endswith("_bmm_quantizer") and isinstance(module, TensorQuantizer) and needs_amax(module)
+    ]
+    if waiting:
+        raise CalibrationError(
+            "Scales of a KV cache are not calibrated without a GPU.", waiting, "Use --kv-cache fp8_cast, without data."
         )
 
 

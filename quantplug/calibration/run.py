@@ -20,8 +20,9 @@ from quantplug.calibration.policy import (
 from quantplug.calibration.progress import reporting
 from quantplug.calibration.quantizers import quantized_roots
 from quantplug.calibration.shared_amax import plan_reductions
+from quantplug.calibration.stand_in import take_input_amaxes
 from quantplug.calibration.sync import synchronize
-from quantplug.calibration.tokens import LayerTokens, TokenCounter, expert_layers
+from quantplug.calibration.tokens import ExpertLayer, LayerTokens, TokenCounter, expert_layers
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.parameters import refuse_sharded
 from quantplug.megatron.releases.mtp import without_labels
@@ -54,6 +55,8 @@ def calibrate(
     forward_loop: ForwardLoop | None = None,
     policy: CalibrationPolicy | None = None,
     progress: Progress | None = None,
+    *,
+    stand_in: Model | None = None,
 ) -> CalibrationRecord:
     """Gives every quantizer that `mtq.quantize(model, {**config, "algorithm": None})` placed its amax, by maximum.
 
@@ -67,17 +70,28 @@ def calibrate(
             layers of multi-token prediction too; without labels. None calibrates the weights alone.
         policy: The choices; by default every expert has its own weight amax, and a cold expert is an error.
         progress: Called as ("Calibrating", done, total) over the weights that this rank holds, before any data.
+        stand_in: Where the model has no forward, as Transformer Engine's modules without a GPU: a model of the same
+            weights, layout and config of quantizers that has one, such as `LayerSpec.LOCAL` in FP32 (its forward runs
+            inside `quantplug.megatron.cpu.local_forward()`). The data run through it, and its inputs' amaxes are taken.
 
     Returns:
         What `gather_statistics` shows of tokens and fallbacks.
 
     Raises:
         CalibrationError: An expert saw no token under the policy `error`; or an amax is missing or not a finite number
-            of at least zero. On all ranks.
+            of at least zero; or the stand-in has not the quantizers of the model. On all ranks.
         WeightError: A weight to quantize holds NaN or Inf; named by global layer and expert, all at once.
         UnsupportedQuantizationError: The policy `weight_only_fallback` does not go with a format of the model.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
+    policy = policy or CalibrationPolicy()
+    if stand_in is not None and forward_loop is not None:
+        _refuse_fallback(policy, expert_layers(chunks))
+        record = calibrate(stand_in, forward_loop, policy)
+        others = [stand_in] if isinstance(stand_in, nn.Module) else list(stand_in)
+        all_or_none(lambda: take_input_amaxes(chunks, others))
+        calibrate(model, None, policy, progress)
+        return record
     # ModelOpt calibrates nothing but the very module that it has quantized, which a trainer may have wrapped since.
     roots = list(quantized_roots(chunks)) or chunks
 
@@ -85,7 +99,7 @@ def calibrate(
         with reporting(chunks, progress) if progress else nullcontext():
             _collect(roots, None if loop is None else lambda: loop(model))
 
-    return _calibrate(chunks, collect, forward_loop, policy or CalibrationPolicy(), strict=True)
+    return _calibrate(chunks, collect, forward_loop, policy, strict=True)
 
 
 def max_calibrate(
@@ -133,8 +147,8 @@ def _calibrate(
     layers = expert_layers(chunks)
     with_data = forward_loop is not None
     # Known before any data has run, and so said before the data has cost an hour.
-    if with_data and policy.cold_experts is ColdExperts.WEIGHT_ONLY_FALLBACK:
-        all_or_none(lambda: refuse_weight_only_fallback(layers))
+    if with_data:
+        _refuse_fallback(policy, layers)
     counter = TokenCounter(layers)
     # Without labels, since Megatron asks for them wherever it predicts several tokens, and calibration data has none.
     with counter.counting() if with_data else nullcontext(), without_labels(chunks):
@@ -148,6 +162,11 @@ def _calibrate(
     plan = all_or_none(lambda: plan_reductions(chunks, policy.expert_weights))
     synchronize(plan, require_activations=strict and with_data)
     return CalibrationRecord({counted.layer: counted for counted in tokens}, fallback)
+
+
+def _refuse_fallback(policy: CalibrationPolicy, layers: Sequence[ExpertLayer]) -> None:
+    if policy.cold_experts is ColdExperts.WEIGHT_ONLY_FALLBACK:
+        all_or_none(lambda: refuse_weight_only_fallback(layers))
 
 
 def _collect(chunks: Sequence[nn.Module], run: Callable[[], None] | None) -> None:

@@ -8,6 +8,8 @@ a gated delta net: there each rank has rows of every part, one above the other.
 They also take the whole world for the data parallel group of a linear layer that tensor parallelism leaves whole
 (TELinear): its amax would be reduced over pipeline stages, which hold other layers.
 
+They restore amaxes in the dtype of the weight: FP32 ones of inputs would be rounded to BF16 when they are loaded.
+
 They save the sinks of an attention (`softmax_offset`, one a head) as if every tensor parallel rank had the same: loaded
 again, all ranks get the first one's.
 
@@ -49,7 +51,20 @@ from quantplug.plugins.modelopt_names import QuantCoreAttention
 Offsets = tuple[tuple[int, int, int], ...]
 
 
-class RefusesWrongShards(QuantModule):
+class KeepsTypes(QuantModule):
+    """Mixin over a ModelOpt wrapper: a restored amax keeps the dtype that it was saved in."""
+
+    def modelopt_post_restore(self, prefix: str = "") -> None:
+        """ModelOpt's own, which calibrates anew on zeros in the weight's dtype, to which a load would round FP32."""
+        dtypes = {leaf: leaf.amax.dtype for leaf in leaf_quantizers(self) if leaf.amax is not None}
+        super().modelopt_post_restore(prefix)
+        for leaf, dtype in dtypes.items():
+            # Not through the property, which copies into the buffer that is there.
+            if leaf.amax is not None:
+                leaf.register_buffer("_amax", leaf.amax.to(dtype))
+
+
+class RefusesWrongShards(KeepsTypes):
     """Mixin over a ModelOpt wrapper: refuses to place an amax among shards where ModelOpt would place it wrong."""
 
     # Column parallel layers shard their rows, row parallel ones their columns.
@@ -107,7 +122,7 @@ class QuantTERowParallelLinear(RefusesWrongShards, _QuantTEMCoreRowParallelLinea
     shard_dim = ShardDim.IN
 
 
-class QuantTELinear(_QuantTEMCoreLinear):
+class QuantTELinear(KeepsTypes, _QuantTEMCoreLinear):
     """ModelOpt's quantized TELinear, with the groups of its own layer."""
 
     def _setup(self) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
+from examples.evaluate import tokenized
 from examples.make_tiny_model import Architecture, Dtype, make_tiny_model
 from quantplug.verify import verify_checkpoint
+from tests.calibration.largest_inputs import largest_inputs
 from tests.export.checkpoints import group_amaxes, linear_weights, read, same_bytes
 from tests.ranks import Ended, run_ranks
 
@@ -105,14 +107,41 @@ def test_an_unsupported_architecture_is_refused_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "Q").exists()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="with a GPU it calibrates")
-def test_activations_without_a_gpu_say_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="with a GPU it runs there")
+def test_activations_are_calibrated_on_a_text_without_a_gpu(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
+    (tmp_path / "text").write_text("In the beginning was the Word, and the Word was with God. " * 40)
+    data = ("--calib-dataset", tmp_path / "text", "--calib-size", 4, "--calib-seq-length", 32)
+    options = ("--export-quant-cfg", "fp8", "--cold-experts", "layer_max", *data)
+    exported = read(quantize_and_export(forked, source, tmp_path, *options))
+    scales = {name: float(tensor) * 448 for name, tensor in exported.items() if name.endswith(".input_scale")}
+    tokens = tokenized(source, tmp_path / "text")[: 4 * 32].view(4, 32)
+    largest = largest_inputs(source, tokens)
+    linears = {"o_proj": "self_attn.o_proj", "down_proj": "experts.down_proj", "up_proj": "experts.gate_up_proj"}
+    for layer in range(2):
+        for linear, theirs in linears.items():
+            (ours,) = {it for name, it in scales.items() if f"layers.{layer}." in name and f".{linear}." in name}
+            assert ours == pytest.approx(largest(layer, theirs), rel=1e-5), (layer, linear)
+    assert verify_checkpoint(tmp_path / "out", source).ok
+    rows = json.loads((tmp_path / "s").read_text())["rows"]
+    assert {row["weighted"] for row in rows if row["parameter"].endswith("linear_fc2.input_quantizer")} == {False}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="with a GPU it runs there")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--export-quant-cfg", "nvfp4", "--kv-cache", "fp8"), "fp8_cast"),
+        (("--export-quant-cfg", "nvfp4", "--calib-dataset", "{text}"), "has 3 tokens, not the 512 of a sequence"),
+    ],
+)
+def test_what_cannot_be_calibrated_without_a_gpu(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
-    result = forked(
-        "quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", "--export-quant-cfg", "nvfp4"
-    )
+    (tmp_path / "text").write_text("abc " * 1000 if "fp8" in options else "abc")
+    given = (option.format(text=tmp_path / "text") for option in (*options, "--calib-dataset", "{text}"))
+    result = forked("quantize.py", "--hf-model-id", source, "--megatron-save-path", tmp_path / "Q", *given)
     assert result.statuses == (1,)
-    assert "--weight-only" in result.output
+    assert said in " ".join(result.output.split())
     assert not (tmp_path / "Q").exists()
 
 
@@ -131,7 +160,6 @@ def test_a_recipe_without_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--recipe", "nvfp4_default-kv_fp8_cast"), "Transformer Engine has no forward without one"),
         (("--recipe", "nvfp4_default-kv_none-gptq"), "wants gptq"),
         (("--recipe", "nvfp4_weight_only-kv_fp16", "--kv-cache", "fp8_cast"), "--kv-cache: is given beside --recipe"),
         (("--recipe", "no_such_recipe"), "There is no such recipe"),
