@@ -35,37 +35,26 @@ a - 7 (a / 7.5)(1 - 2^-8) = (1 + 14 * 2^-8) a / 15, which is a little more and b
 that no value is moved by more than itself. In place of an E4M3 scale it is the largest value that leaves a group up to
 1 / 15 larger or smaller, which the allowance of 2^-4 below is for as well.
 
-Methods that are not round to nearest (GPTQ, a sweep of the block scales, AWQ) may exceed the bound of a single value
-and still be right; they do not exceed the bound of a whole tensor, nor twice that of a row, unless something is broken.
+Methods that are not round to nearest (GPTQ, a sweep of the block scales, AWQ) may exceed these bounds and still be
+right, which the end of this page is about.
 
 Nor do they lose values that the format holds. Rounding makes a block zero when its scale rounds to zero (the scale it
 asks for is at most 2^-10), or is clamped to the smallest, 2^-9, and the values lie below its first step: from 2^-9 on
 no packer does. An FP8 value becomes zero up to 2^-10 of the scale. Here too 2^-9 is held to be lost, which leaves room
 for a packer that flushes ties or divides in BF16.
 
-None of this sees a scale that is a little too large: all weights 15 % too large stay within 0.1929. The gain does,
-<decoded, original> / <original, original>. Rounding errors have no common sign, so it is near 1: 0.993 to 1.002 for
-NVFP4 by max, scale search and GPTQ, 0.998 to 1.001 for FP8, on trained weights. What is further from 1 than `base` is
-suspicious, beyond:
-
-- what is left to chance: the rounding of an E4M3 scale, or value, makes a block of 16 up to 2^-4 larger or smaller. The
-  gain of n blocks of equal norm then has a standard deviation of less than 2^-4 / sqrt(n); of other blocks n is (sum of
-  squared norms)^2 / (sum of their squares). Two of these are allowed for a weight, which has many blocks, and four for
-  a row, of which a weight has so many that one of them is far off.
-- the share of the squared norm in blocks that a format holds badly (`squared_bound` beyond what well held blocks have):
-  all of it may be lost.
-
-Values that are few, such as those of a source that was quantized before, have common errors; what is suspicious is
-therefore rounded anew here, and an error is only a gain that differs from what this gives by more than `decisive`. That
-is more than the ways of rounding differ by, and less than the 2 % of a scale that is a little off.
+Error feedback (GPTQ) goes further, the more so the more inputs differ in size: with four channels of 128 that are 32
+times the others, to 0.33 of a weight and 0.5 of a row. So a weight, and a row, may be off by three times their bound,
+though never by as much as others in their place would be (1.4), or nothing (1): `WEIGHT_LIMIT` and `ROW_LIMIT`. What is
+wrong within that has a wrong gain (`gains.py`): by half the error where values are others, or missing.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from quantplug.verify.decode import MXFP4_BLOCK, NVFP4_BLOCK
+from quantplug.verify.gains import GainBound, Sums, along_blocks
 
 NVFP4_VALUE_BOUND = 7 / 23
 NVFP4_BLOCK_BOUND = 0.1929
@@ -77,60 +66,40 @@ INT4_VALUE_BOUND = (1 + 14 * 2**-8) / 15
 SLACK = 1 + 1e-4  # FP32 rounding of scales and products
 E4M3_SMALLEST_NORMAL = 2**-6
 E4M3_SMALLEST = 2**-9
-E4M3_ROUNDING = 2**-4
-ROW_SLACK = 2.0  # what one row may exceed its bound by, for packers that look at more than one value at a time
+FEEDBACK = 3.0  # times its bound that a weight, or a row, may be off by, for packers that look at more than one value
+MXFP4_FEEDBACK = 2.0  # The bound of a power of two is wide; an exponent that is one off doubles a block.
+WEIGHT_LIMIT = 0.6  # of its norm that a weight may be off by, however wide its bound is
+ROW_LIMIT = 0.9
 FP8_SEGMENT = 128  # columns that are looked at together for whether they were lost
 
 
-@dataclass(frozen=True)
-class GainBound:
-    """How far the gain of a format may be from 1.
-
-    Attributes:
-        base: Systematic part.
-        relative: Largest error of a well held block over its norm.
-        deviations: How many standard deviations are left to chance.
-        decisive: Difference from the gain of the same values rounded anew that is an error.
-        centre: What the gain is near; 1 unless a format's ends are uneven.
-    """
-
-    base: float
-    relative: float
-    deviations: float
-    decisive: float
-    centre: float = 1.0
-
-    def allowed(self, norm: torch.Tensor, bound: torch.Tensor, quartic: torch.Tensor) -> torch.Tensor:
-        """FP64, of sums of any shape."""
-        chance = self.deviations * E4M3_ROUNDING * quartic.sqrt() / norm
-        # What blocks in the subnormal range may lose beyond a well held block: all of it may go one way.
-        badly_held = (bound / norm - self.relative**2).clamp(min=0)
-        return self.base + chance + badly_held
-
-
-NVFP4_GAIN = GainBound(0.008, NVFP4_BLOCK_BOUND, deviations=2, decisive=0.012)
-NVFP4_ROW_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND, deviations=4, decisive=0.03)
-# Rounded down, exponents saturate the largest values, all in one direction.
-MXFP4_GAIN = GainBound(0.04, MXFP4_BOUND, deviations=2, decisive=0.05)
-MXFP4_ROW_GAIN = GainBound(0.08, MXFP4_BOUND, deviations=4, decisive=0.08)
-FP8_GAIN = GainBound(0.006, FP8_RELATIVE_BOUND, deviations=2, decisive=0.008)
-FP8_ROW_GAIN = GainBound(0.01, FP8_RELATIVE_BOUND, deviations=4, decisive=0.01)
-
+# Of a weight, and of one of its rows.
+NVFP4_GAINS = (
+    GainBound(0.9955, 0.006, decisive=0.011, deviations=2),
+    GainBound(0.9955, 0.03, decisive=0.03, deviations=4, of_row=True),
+)
+# Exponents that are rounded down saturate the largest values, all in one direction.
+MXFP4_GAINS = (
+    GainBound(0.99, 0.02, decisive=0.02, deviations=2),
+    GainBound(0.99, 0.06, decisive=0.06, deviations=4, of_row=True),
+)
+FP8_GAINS = (
+    GainBound(0.999, 0.004, decisive=0.008, deviations=2),
+    GainBound(0.999, 0.006, decisive=0.01, deviations=4, of_row=True),
+)
 # Of the largest value of a group, 7.5, a positive one becomes 7, and a negative one -7 or -8.
-INT4_GAIN = GainBound(0.004, NVFP4_BLOCK_BOUND, deviations=2, decisive=0.012, centre=0.995)
-INT4_ROW_GAIN = GainBound(0.03, NVFP4_BLOCK_BOUND, deviations=4, decisive=0.03, centre=0.995)
+INT4_GAINS = (
+    GainBound(0.995, 0.006, decisive=0.011, deviations=2),
+    GainBound(0.995, 0.03, decisive=0.03, deviations=4, of_row=True),
+)
 
 
 @dataclass(frozen=True)
-class RowSums:
-    """Sums over each of some rows, FP64 [rows], so that neither 1e-24 nor 1e30 leaves the range when squared.
+class RowSums(Sums):
+    """Sums over each of some rows, [rows].
 
     Attributes:
-        error: Squared differences.
-        norm: Squares of the original.
-        bound: What `error` may be at most.
-        dot: Products of decoded and original.
-        quartic: Squares of the blocks' squared norms.
+        bound: What `error` may be at most where values are rounded to nearest.
         largest_error: The largest difference.
         amax: The largest magnitude of the original.
         beyond: Values further off than round to nearest can put them.
@@ -138,38 +107,27 @@ class RowSums:
         values: How many values a row has.
     """
 
-    error: torch.Tensor
-    norm: torch.Tensor
     bound: torch.Tensor
-    dot: torch.Tensor
-    quartic: torch.Tensor
     largest_error: torch.Tensor
     amax: torch.Tensor
     beyond: torch.Tensor
     lost: torch.Tensor
     values: int
 
-    def off_gain(self, wanted: GainBound) -> torch.Tensor:
-        """BOOL [rows]: whose gain is further from 1 than allowed; none of zeros, nor what the other bounds find."""
-        finite = self.dot.isfinite() & (self.norm > 0)
-        allowed = wanted.allowed(self.norm, self.bound, self.quartic)
-        return finite & ((self.dot / self.norm - wanted.centre).abs() > allowed)
-
 
 @dataclass
 class ErrorSum:
-    """Sums over the chunks of one weight.
+    """Sums over the chunks of one weight, of which `gains.Sums` says what the first are.
 
     Attributes:
-        squared_bound: What `squared_error` may be at most.
-        dot: Products of decoded and original.
-        quartic: Squares of the blocks' squared norms.
+        feedback: Times its bound that a weight or a row may be off by.
         beyond: Values further off than round to nearest can put them.
         values: Values seen.
         lost: Blocks of a row that decode to zeros though the format holds the source's values.
-        broken_rows: Rows whose error is beyond `ROW_SLACK` times their own bound.
+        broken_rows: Rows whose error is beyond all that rounding may give.
         off_rows: Rows whose gain is off, though round to nearest gives another.
         off: The same of the whole weight.
+        misplaced: The error lies along the blocks, as if their scales were of other blocks.
     """
 
     squared_error: float = 0.0
@@ -177,6 +135,7 @@ class ErrorSum:
     squared_bound: float = 0.0
     dot: float = 0.0
     quartic: float = 0.0
+    along: float = 0.0
     max_error: float = 0.0
     amax: float = 0.0
     beyond: int = 0
@@ -185,10 +144,24 @@ class ErrorSum:
     broken_rows: int = 0
     off_rows: int = 0
     off: bool = False
+    misplaced: bool = False
+    feedback: float = FEEDBACK
 
     @property
     def gain(self) -> float:
         return self.dot / self.squared_norm if self.squared_norm else 1.0
+
+    @property
+    def sums(self) -> Sums:
+        """Of the whole weight, [1]."""
+        whole = (self.squared_error, self.squared_norm, self.dot, self.quartic, self.along)
+        return Sums(*(torch.tensor([part], dtype=torch.float64) for part in whole))
+
+    @property
+    def squared_limit(self) -> float:
+        """What `squared_error` may be at most, however values were rounded."""
+        squares = (torch.tensor(part, dtype=torch.float64) for part in (self.squared_bound, self.squared_norm))
+        return float(_limit(*squares, self.feedback, WEIGHT_LIMIT))
 
     def add(self, rows: RowSums) -> None:
         self.squared_error += float(rows.error.sum())
@@ -196,7 +169,8 @@ class ErrorSum:
         self.squared_bound += float(rows.bound.sum())
         self.dot += float(rows.dot.sum())
         self.quartic += float(rows.quartic.sum())
-        self.broken_rows += int((rows.error > rows.bound * (ROW_SLACK * SLACK) ** 2).sum())
+        self.along += float(rows.along.sum())
+        self.broken_rows += int((rows.error > _limit(rows.bound, rows.norm, self.feedback, ROW_LIMIT)).sum())
         if rows.error.numel():
             self.max_error = max(self.max_error, float(rows.largest_error.max()))
             self.amax = max(self.amax, float(rows.amax.max()))
@@ -204,11 +178,14 @@ class ErrorSum:
         self.values += rows.values * rows.error.numel()
         self.lost += int(rows.lost.sum())
 
-    def off_gain(self, wanted: GainBound) -> bool:
-        """Whether the gain of the whole weight is further from 1 than allowed."""
-        sums = (torch.tensor([x], dtype=torch.float64) for x in (self.squared_norm, self.squared_bound, self.quartic))
-        finite = math.isfinite(self.gain) and self.squared_norm > 0
-        return finite and abs(self.gain - wanted.centre) > float(wanted.allowed(*sums))
+
+def _limit(bound: torch.Tensor, norm: torch.Tensor, feedback: float, limit: float) -> torch.Tensor:
+    """Squared error that no way of rounding exceeds: `feedback` times the bound, but no more than `limit` of the norm.
+
+    Where the bound itself is more than that, all may be lost to rounding, and it is the bound.
+    """
+    wider = torch.minimum(feedback**2 * bound, limit**2 * norm)
+    return torch.maximum(bound, wider) * SLACK**2
 
 
 def _row_sums(
@@ -221,13 +198,14 @@ def _row_sums(
 ) -> RowSums:
     """Of FP32 blocks [rows, blocks, values], the FP64 squared bound of each row, and the bound of each value."""
     difference = (decoded - original).abs()
-    norms = _squares(original)
+    norms, dots = _squares(original), (decoded.double() * original.double()).sum(dim=-1)
     return RowSums(
         error=_squares(difference).sum(dim=1),
         norm=norms.sum(dim=1),
         bound=bound,
-        dot=(decoded.double() * original.double()).flatten(1).sum(dim=1),
+        dot=dots.sum(dim=1),
         quartic=norms.square().sum(dim=1),
+        along=along_blocks(dots, norms).sum(dim=1),
         largest_error=difference.flatten(1).amax(dim=1),
         amax=original.abs().flatten(1).amax(dim=1),
         beyond=(difference > value_bound * SLACK).flatten(1).sum(dim=1),
@@ -288,11 +266,10 @@ def fp8_sums(decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor)
     segments = zip(held.split(FP8_SEGMENT, dim=1), decoded.split(FP8_SEGMENT, dim=1), strict=True)
     lost = sum((there.any(dim=1) & (values == 0).all(dim=1)).long() for there, values in segments)
     bound = torch.linalg.vector_norm(value_bound, dim=1, dtype=torch.float64).square()
-    values, bounds = _in_blocks(original), _in_blocks(value_bound)
-    return _row_sums(_in_blocks(decoded), values, bound, bounds, torch.as_tensor(lost), original.shape[1])
+    values, bounds = in_blocks(original), in_blocks(value_bound)
+    return _row_sums(in_blocks(decoded), values, bound, bounds, torch.as_tensor(lost), original.shape[1])
 
 
-def _in_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """[rows, blocks, 16], with zeros at the end of a last block that is cut."""
-    missing = -rows.shape[1] % NVFP4_BLOCK
-    return torch.nn.functional.pad(rows, (0, missing)).view(rows.shape[0], -1, NVFP4_BLOCK)
+def in_blocks(rows: torch.Tensor, width: int = NVFP4_BLOCK) -> torch.Tensor:
+    """[rows, blocks, width], with zeros at the end of a last block that is cut."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % width)).view(rows.shape[0], -1, width)

@@ -34,8 +34,8 @@ _REBIAS, _NAN = np.float32(2.0**120), np.float32(np.nan)
 _SEGMENT = bounds.FP8_SEGMENT
 
 # Columns of the sums of a row; `bounds.RowSums` names them.
-ERROR, NORM, BOUND, DOT, QUARTIC, LARGEST_ERROR, AMAX, BEYOND, LOST = range(9)
-COLUMNS = 9
+ERROR, NORM, BOUND, DOT, QUARTIC, ALONG, LARGEST_ERROR, AMAX, BEYOND, LOST = range(10)
+COLUMNS = 10
 
 
 def _fp32(bits: Any) -> Any:
@@ -51,12 +51,18 @@ def _fp32_of_type(bits: Any) -> Any:
 
 
 @njit(**_OPTIONS)
+def _along(dot: Any, norm: Any) -> Any:
+    """Squared error of a block that lies along it (`gains.along_blocks`)."""
+    return (dot - norm) * (dot - norm) / norm if norm > 0 else 0.0
+
+
+@njit(**_OPTIONS)
 def nvfp4(packed: Array, scales: Array, tensor_scale: Any, original: Array, sums: Array) -> None:
     """Fills the sums [rows, COLUMNS] of `packed` [rows, columns / 2] and E4M3 bytes `scales` [rows, columns / 16]."""
     values = np.empty(NVFP4_BLOCK, np.float32)
     decoded = np.empty(NVFP4_BLOCK, np.float32)
     for row in range(packed.shape[0]):
-        error = norm = bound = dot = quartic = 0.0
+        error = norm = bound = dot = quartic = along = 0.0
         beyond = lost = 0
         largest = row_amax = np.float32(0)
         for block in range(scales.shape[1]):
@@ -69,7 +75,7 @@ def nvfp4(packed: Array, scales: Array, tensor_scale: Any, original: Array, sums
             for place in range(NVFP4_BLOCK):
                 values[place] = _fp32(original[row, block * NVFP4_BLOCK + place])
                 amax = max(amax, abs(values[place]))
-            block_norm = 0.0
+            block_norm = block_dot = 0.0
             worst = np.float32(0)
             zeros = part_beyond = np.int32(0)
             # The scale that the source's values ask for, not the stored one, which may be what is wrong (`bounds.py`).
@@ -80,17 +86,19 @@ def nvfp4(packed: Array, scales: Array, tensor_scale: Any, original: Array, sums
                 difference = abs(np.float32(decoded[place] - values[place]))
                 error += np.float64(difference) * np.float64(difference)
                 block_norm += np.float64(values[place]) * np.float64(values[place])
-                dot += np.float64(values[place]) * np.float64(decoded[place])
+                block_dot += np.float64(values[place]) * np.float64(decoded[place])
                 worst = max(worst, difference)
                 part_beyond += np.int32(difference > allowed)
                 zeros += np.int32(decoded[place] == 0)
             beyond += int(part_beyond)
             norm += block_norm
+            dot += block_dot
             quartic += block_norm * block_norm
+            along += _along(block_dot, block_norm)
             bound += block_norm * (_BLOCK_BOUND_2 if normal else 1.0)
             lost += int(asked >= _SMALLEST and zeros == NVFP4_BLOCK)
             largest, row_amax = max(largest, worst), max(row_amax, amax)
-        _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
+        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost)
 
 
 @njit(**_OPTIONS)
@@ -121,7 +129,7 @@ def fp8(
     values = np.empty(NVFP4_BLOCK, np.float32)
     decoded = np.empty(NVFP4_BLOCK, np.float32)
     for row in range(codes.shape[0]):
-        error = norm = bound = dot = quartic = 0.0
+        error = norm = bound = dot = quartic = along = 0.0
         beyond = lost = 0
         largest = row_amax = np.float32(0)
         row_scales = scales[(first_row + row) // block_rows]
@@ -137,7 +145,7 @@ def fp8(
                 # The last columns of a row may be fewer than 16. Zeros add nothing to any sum.
                 for place in range(width, NVFP4_BLOCK):
                     values[place] = decoded[place] = 0
-                part_norm = part_bound = 0.0
+                part_norm = part_bound = part_dot = 0.0
                 part_beyond = np.int32(0)
                 amax = worst = np.float32(0)
                 for place in range(NVFP4_BLOCK):
@@ -148,19 +156,21 @@ def fp8(
                     error += np.float64(difference) * np.float64(difference)
                     part_norm += np.float64(value) * np.float64(value)
                     part_bound += np.float64(allowed) * np.float64(allowed)
-                    dot += np.float64(value) * np.float64(decoded[place])
+                    part_dot += np.float64(value) * np.float64(decoded[place])
                     part_beyond += np.int32(difference > np.float32(allowed * _SLACK))
                     worst, amax = max(worst, difference), max(amax, magnitude)
                     filled = max(filled, abs(decoded[place]))
                 norm += part_norm
                 bound += part_bound
+                dot += part_dot
+                along += _along(part_dot, part_norm)
                 quartic += part_norm * part_norm
                 beyond += int(part_beyond)
                 largest, row_amax = max(largest, worst), max(row_amax, amax)
                 # In units of the scale, which differs from block to block of the weight.
                 held += int(amax >= np.float32(_SMALLEST * scale) and amax > 0)
             lost += int(held > 0 and filled == 0)
-        _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
+        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost)
 
 
 @njit(**_OPTIONS)
@@ -169,7 +179,7 @@ def int4(packed: Array, scales: Array, original: Array, sums: Array) -> None:
     width = 2 * packed.shape[1] // scales.shape[1]
     values, decoded = np.empty(width, np.float32), np.empty(width, np.float32)
     for row in range(packed.shape[0]):
-        error = norm = bound = dot = quartic = 0.0
+        error = norm = bound = dot = quartic = along = 0.0
         beyond = lost = 0
         largest = row_amax = np.float32(0)
         for group in range(scales.shape[1]):
@@ -183,7 +193,7 @@ def int4(packed: Array, scales: Array, original: Array, sums: Array) -> None:
                 values[place] = _fp32(original[row, group * width + place])
                 amax = max(amax, abs(values[place]))
             most = np.float32(_INT4_VALUE * amax)
-            group_norm = 0.0
+            group_norm = group_dot = 0.0
             worst = np.float32(0)
             zeros = group_beyond = np.int32(0)
             for place in range(width):
@@ -192,16 +202,18 @@ def int4(packed: Array, scales: Array, original: Array, sums: Array) -> None:
                 error += np.float64(difference) * np.float64(difference)
                 group_norm += np.float64(value) * np.float64(value)
                 bound += np.float64(allowed) * np.float64(allowed)
-                dot += np.float64(value) * np.float64(decoded[place])
+                group_dot += np.float64(value) * np.float64(decoded[place])
                 group_beyond += np.int32(difference > np.float32(allowed * _SLACK))
                 worst = max(worst, difference)
                 zeros += np.int32(decoded[place] == 0)
             norm += group_norm
+            dot += group_dot
             quartic += group_norm * group_norm
+            along += _along(group_dot, group_norm)
             beyond += int(group_beyond)
             lost += int(amax > 0 and zeros == width)
             largest, row_amax = max(largest, worst), max(row_amax, amax)
-        _store(sums[row], error, norm, bound, dot, quartic, largest, row_amax, beyond, lost)
+        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost)
 
 
 @njit(**_OPTIONS)
@@ -212,10 +224,12 @@ def _store(
     bound: Any,
     dot: Any,
     quartic: Any,
+    along: Any,
     largest: Any,
     amax: Any,
     beyond: Any,
     lost: Any,
 ) -> None:
     sums[ERROR], sums[NORM], sums[BOUND], sums[DOT], sums[QUARTIC] = error, norm, bound, dot, quartic
-    sums[LARGEST_ERROR], sums[AMAX], sums[BEYOND], sums[LOST] = largest, amax, beyond, lost
+    sums[ALONG], sums[LARGEST_ERROR], sums[AMAX] = along, largest, amax
+    sums[BEYOND], sums[LOST] = beyond, lost

@@ -1,13 +1,16 @@
 """The sums over some rows of one quantized weight against its original, by compiled loops or by PyTorch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from quantplug.verify import bounds, decode, rounding
-from quantplug.verify.bounds import ErrorSum, GainBound, RowSums
+from quantplug.verify import bounds, decode, gains, rounding
+from quantplug.verify.bounds import ErrorSum, RowSums
+from quantplug.verify.gains import GainBound, Rounded
 from quantplug.verify.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.originals import Original
@@ -50,11 +53,15 @@ class Rows:
             return decode.decode_e4m3(self.codes) * self.spread
         return decode.decode_nvfp4(self.codes, self.block_scales, self.scales)
 
-    def nearest(self, original: torch.Tensor) -> torch.Tensor:
-        """What round to nearest gives of the FP32 original, with the scales that are not of single blocks of 16."""
+    def rounded(self, original: torch.Tensor) -> "Anew":
+        """The FP32 original rounded anew; FP8 has no scales but those that are stored."""
         if self.block_scales is None:
-            return rounding.nearest_fp8(original, self.spread)
-        return rounding.nearest_nvfp4(original, self.scales)
+            values, scales = bounds.in_blocks(original), bounds.in_blocks(self.spread)
+            return Anew.of(values, scales, scales, rounding.e4m3)
+        values, scale = bounds.in_blocks(original), self.scales.reshape(())
+        scales = decode.decode_e4m3(self.block_scales).unsqueeze(-1) * scale
+        plain = rounding.plain_nvfp4_scales(_amaxes(values), scale)
+        return Anew.of(values, plain, scales, rounding.e2m1)
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,11 @@ class Int4Rows:
         """FP32 values [rows, columns]."""
         return decode.decode_int4(self.codes, self.scales)
 
-    def nearest(self, original: torch.Tensor) -> torch.Tensor:
-        """What round to nearest gives of the FP32 original."""
-        return rounding.nearest_int4(original, self.group)
+    def rounded(self, original: torch.Tensor) -> "Anew":
+        """The FP32 original rounded anew."""
+        values = bounds.in_blocks(original, self.group)
+        plain = rounding.plain_int4_scales(_amaxes(values))
+        return Anew.of(values, plain, self.scales.unsqueeze(-1), rounding.int4)
 
 
 @dataclass(frozen=True)
@@ -99,12 +108,49 @@ class Mxfp4Rows:
         """FP32 values [rows, columns]."""
         return decode.decode_mxfp4(self.blocks, self.exponents)
 
-    def nearest(self, original: torch.Tensor) -> torch.Tensor:
-        """What round to nearest gives of the FP32 original, with exponents of the checker's own."""
-        return rounding.nearest_mxfp4(original)
+    def rounded(self, original: torch.Tensor) -> "Anew":
+        """The FP32 original rounded anew."""
+        values = bounds.in_blocks(original, decode.MXFP4_BLOCK)
+        plain = rounding.plain_mxfp4_scales(_amaxes(values))
+        scales = decode.decode_e8m0(self.exponents).unsqueeze(-1)
+        return Anew.of(values, plain, scales, rounding.e2m1)
 
 
 AnyRows = Rows | Int4Rows | Mxfp4Rows
+
+
+@dataclass(frozen=True)
+class Anew:
+    """Rows that were rounded anew: by a plain packer's scales, and by those that are stored."""
+
+    plain: Rounded
+    stored: Rounded
+
+    @classmethod
+    def of(
+        cls,
+        blocks: torch.Tensor,
+        plain: torch.Tensor,
+        stored: torch.Tensor,
+        rounded: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> "Anew":
+        """Of FP32 blocks [rows, blocks, values], by scales of each kind that broadcast to them."""
+        # Only the stored scales have to explain all: with a plain packer's, ties are rounded to even as it does.
+        as_they_are = rounded(blocks, plain)
+        ends = (rounded(blocks * (1 + ties), stored) for ties in (-gains.TIES, gains.TIES))
+        return cls(Rounded.of(blocks, as_they_are, as_they_are), Rounded.of(blocks, *ends))
+
+    def plus(self, other: "Anew") -> "Anew":
+        """The sums over both."""
+        return Anew(self.plain.plus(other.plain), self.stored.plus(other.stored))
+
+    def over_rows(self) -> "Anew":
+        """The same sums of all rows together."""
+        return Anew(self.plain.over_rows(), self.stored.over_rows())
+
+
+def _amaxes(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks.abs().amax(dim=-1, keepdim=True)
 
 
 def read_rows(weight: Matrix, layout: Layout, first: int, last: int) -> AnyRows:
@@ -144,18 +190,21 @@ class Meter:
     def measure(self, original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> ErrorSum:
         """All sums of a weight [rows, columns]; reads some rows at a time."""
         gain, row_gain = _gains(layout)
-        total, step = ErrorSum(), original.step(columns)
+        feedback = bounds.MXFP4_FEEDBACK if isinstance(layout, Mxfp4Layout) else bounds.FEEDBACK
+        total, step = ErrorSum(feedback=feedback), original.step(columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
             sums = self.sums(packed, values)
             total.add(sums)
             total.off_rows += _off_rows(sums, packed, values, row_gain)
-        # A gain far from 1 may still be what rounding gives of few, equal values. The weight is read again to tell,
-        # which happens to hardly any.
-        if total.off_gain(gain):
-            nearest = sum(_nearest_dot(original, weight, layout, rows, columns))
-            total.off = abs(total.dot - nearest) > gain.decisive * total.squared_norm
+        # What is far from others of its format may still be what rounding gives of few, equal values. The weight is
+        # read again to tell, which happens to hardly any.
+        sums = total.sums
+        if gain.suspicious(sums) or gains.misplaced(sums):
+            anew = _rounded(original, weight, layout, rows, columns)
+            total.off = bool(gain.off(sums, anew.plain, anew.stored))
+            total.misplaced = bool(gains.misplaced(sums, anew.stored))
         return total
 
     def sums(self, packed: AnyRows, original: torch.Tensor) -> RowSums:
@@ -178,12 +227,12 @@ class Meter:
 def _gains(layout: Layout) -> tuple[GainBound, GainBound]:
     """Of a weight, and of one of its rows."""
     if isinstance(layout, Mxfp4Layout):
-        return bounds.MXFP4_GAIN, bounds.MXFP4_ROW_GAIN
+        return bounds.MXFP4_GAINS
     if isinstance(layout, Int4Layout):
-        return bounds.INT4_GAIN, bounds.INT4_ROW_GAIN
+        return bounds.INT4_GAINS
     if isinstance(layout, Nvfp4Layout):
-        return bounds.NVFP4_GAIN, bounds.NVFP4_ROW_GAIN
-    return bounds.FP8_GAIN, bounds.FP8_ROW_GAIN
+        return bounds.NVFP4_GAINS
+    return bounds.FP8_GAINS
 
 
 def meter_for(source_bytes: int) -> Meter:
@@ -236,6 +285,7 @@ def _row_sums(loops: ModuleType, sums: torch.Tensor, original: torch.Tensor) -> 
         bound=sums[:, loops.BOUND],
         dot=sums[:, loops.DOT],
         quartic=sums[:, loops.QUARTIC],
+        along=sums[:, loops.ALONG],
         largest_error=sums[:, loops.LARGEST_ERROR],
         amax=sums[:, loops.AMAX],
         beyond=sums[:, loops.BEYOND],
@@ -245,23 +295,20 @@ def _row_sums(loops: ModuleType, sums: torch.Tensor, original: torch.Tensor) -> 
 
 
 def _off_rows(sums: RowSums, packed: AnyRows, original: torch.Tensor, gain: GainBound) -> int:
-    """How many rows have a gain that chance does not give, nor round to nearest of these very values."""
-    # Only rows that look wrong are worth rounding anew, and nearly no chunk has one.
-    off = sums.off_gain(gain)
-    if not off.any():
+    """How many rows have a gain that chance does not give, nor rounding of these very values."""
+    # Only chunks with rows that look wrong are worth rounding anew, and nearly none has one.
+    if not gain.suspicious(sums).any():
         return 0
-    values = original.float()
-    nearest = (packed.nearest(values).double() * values.double()).sum(dim=1)
-    return int((off & ((sums.dot - nearest).abs() > gain.decisive * sums.norm)).sum())
+    anew = packed.rounded(original.float())
+    return int(gain.off(sums, anew.plain, anew.stored).sum())
 
 
-def _nearest_dot(original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> list[float]:
-    """Products of what round to nearest gives and the original, chunk by chunk."""
+def _rounded(original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> Anew:
+    """A weight rounded anew, chunk by chunk."""
     step = original.step(columns)
-    dots = []
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        values = original.rows(weight.expert, first, last).float()
-        nearest = read_rows(weight, layout, first, last).nearest(values)
-        dots.append(float((nearest.double() * values.double()).sum()))
-    return dots
+    chunks = (
+        read_rows(weight, layout, first, last).rounded(original.rows(weight.expert, first, last).float()).over_rows()
+        for first in range(0, rows, step)
+        for last in (min(first + step, rows),)
+    )
+    return reduce(Anew.plus, chunks)

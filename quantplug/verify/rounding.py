@@ -1,6 +1,7 @@
-"""Round to nearest of this checker's own, for weights whose gain is suspicious: what a plain packer would have given.
+"""Round to nearest of this checker's own, for weights that are suspicious: what other packers would have given.
 
-By the definitions of the formats (see `decode.py`), and nothing else; ties may go either way, which no gain shows.
+By the definitions of the formats (see `decode.py`), and nothing else. Each function takes values and scales, FP32, that
+broadcast to each other: those of a plain packer, or those that are stored.
 """
 
 import torch
@@ -12,39 +13,44 @@ _HALFWAY = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 _E4M3_LARGEST = 448.0
 
 
-def nearest_nvfp4(original: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
-    """FP32 values of rows [rows, columns] in NVFP4 with this `weight_scale_2`."""
-    blocks = original.view(original.shape[0], -1, decode.NVFP4_BLOCK)
-    scale = tensor_scale.reshape(())
-    block_scales = _e4m3(blocks.abs().amax(dim=-1, keepdim=True) / (6 * scale)) * scale
-    # A block whose scale rounds to zero decodes to zeros; dividing by it would give NaN.
-    codes = torch.bucketize(torch.where(block_scales > 0, blocks.abs() / block_scales, 0.0), _HALFWAY)
-    return (_MAGNITUDES[codes] * block_scales * blocks.sign()).view_as(original)
+def e2m1(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Of E2M1 codes."""
+    codes = torch.bucketize(_over(values, scales).abs(), _HALFWAY)
+    return _MAGNITUDES[codes] * scales * values.sign()
 
 
-def nearest_fp8(original: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """FP32 values of rows in E4M3 with scales that broadcast to them."""
-    return _e4m3(original / scale) * scale
+def e4m3(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Of E4M3 codes."""
+    return _e4m3(_over(values, scales)) * scales
 
 
-def nearest_int4(original: torch.Tensor, group: int) -> torch.Tensor:
-    """FP32 values of rows in INT4 with a scale in BF16 for so many columns."""
-    groups = original.view(original.shape[0], -1, group)
-    scales = (groups.abs().amax(dim=-1, keepdim=True) / 7.5).bfloat16().float()
-    steps = torch.where(scales > 0, groups / scales, 0.0).clamp(-8, 7).round()
-    return (steps * scales).view_as(original)
+def int4(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Of INT4 codes, -8 to 7."""
+    return _over(values, scales).clamp(-8, 7).round() * scales
+
+
+def plain_nvfp4_scales(amaxes: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """Scales of NVFP4's blocks with these largest magnitudes, under a `weight_scale_2`, which is in them."""
+    return _e4m3(_over(amaxes, 6 * tensor_scale)) * tensor_scale
+
+
+def plain_int4_scales(amaxes: torch.Tensor) -> torch.Tensor:
+    """Scales of INT4's groups, as BF16 holds them."""
+    return (amaxes / 7.5).bfloat16().float()
+
+
+def plain_mxfp4_scales(amaxes: torch.Tensor) -> torch.Tensor:
+    """Powers of two under which nothing saturates."""
+    # 6 is 0.75 * 8: of a magnitude m * 2^e, 0.5 <= m < 1, the exponent is e - 3, or one more where m is above 0.75.
+    mantissa, exponent = torch.frexp(amaxes)
+    return torch.ldexp(torch.ones_like(mantissa), (exponent - 3 + (mantissa > 0.75)).clamp(min=-126))
+
+
+def _over(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    # What has a scale of zero decodes to zeros; dividing by it would give NaN.
+    return torch.where(scales == 0, 0.0, values / scales)
 
 
 def _e4m3(values: torch.Tensor) -> torch.Tensor:
     # torch's cast makes NaN of what is larger than 448; packers saturate.
     return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).float()
-
-
-def nearest_mxfp4(original: torch.Tensor) -> torch.Tensor:
-    """FP32 values of rows [rows, columns] in MXFP4, with exponents under which nothing saturates."""
-    blocks = original.view(original.shape[0], -1, decode.MXFP4_BLOCK)
-    # 6 is 0.75 * 8: of a magnitude m * 2^e, 0.5 <= m < 1, the exponent is e - 3, or one more where m is above 0.75.
-    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=-1, keepdim=True))
-    scales = torch.ldexp(torch.ones_like(mantissa), (exponent - 3 + (mantissa > 0.75)).clamp(min=-126))
-    codes = torch.bucketize(blocks.abs() / scales, _HALFWAY)
-    return (_MAGNITUDES[codes] * scales * blocks.sign()).view_as(original)

@@ -300,7 +300,7 @@ def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> 
 
 
 def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Finding]:
-    if not result.relative_error <= result.bound * bounds.SLACK:  # NaN is beyond every bound
+    if not total.squared_error <= total.squared_limit:  # NaN is beyond every bound
         most = f"rounding these values to {result.format} gives at most {result.bound:.4g}"
         message = f"relative error {result.relative_error:.4g}; {most}"
         if not total.squared_norm:
@@ -308,9 +308,9 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
         yield error(Check.ERROR_BOUND, result.name, message)
     elif total.lost or total.broken_rows:
         yield error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
-    elif total.off or total.off_rows:
+    elif total.off or total.off_rows or total.misplaced:
         yield error(Check.GAIN, result.name, _off_message(total))
-    # The weakest sign, said only where there is no stronger one: GPTQ moves single values further than rounding does.
+    # The weakest sign, said only where there is no stronger one: GPTQ moves values further than rounding does.
     elif total.beyond:
         message = (
             f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
@@ -320,16 +320,21 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
 
 
 def _off_message(total: bounds.ErrorSum) -> str:
-    whole = f"decoded weights are {total.gain:.4f} times the source's" if total.off else ""
-    rows = f"{total.off_rows} rows are too large or too small as a whole" if total.off_rows else ""
-    return f"{'; '.join(filter(None, (whole, rows)))}: no rounding gives that, so a scale is wrong"
+    along = total.along / total.squared_error if total.squared_error else 0.0
+    said = {
+        f"decoded weights are {total.gain:.4f} times the source's": total.off,
+        f"{total.off_rows} rows are too large or too small as a whole": total.off_rows,
+        f"blocks are too large or too small, which is {along:.0%} of the squared error": total.misplaced,
+    }
+    return f"{'; '.join(text for text, is_so in said.items() if is_so)}: no rounding gives that, so scales are wrong"
 
 
 def _lost_message(result: TensorError, total: bounds.ErrorSum) -> str:
     said = {
         f"{total.lost} blocks decode to zeros, the source's are not, and {result.format} holds them": total.lost,
-        f"{total.broken_rows} rows are off by more than {bounds.ROW_SLACK:g} times what rounding to {result.format} "
-        "gives at most": total.broken_rows,
+        f"{total.broken_rows} rows are off by more than any way of rounding to {result.format} gives": (
+            total.broken_rows
+        ),
     }
     return "; ".join(text for text, count in said.items() if count)
 

@@ -90,7 +90,7 @@ SPOILED: dict[str, tuple[Spoil, set[tuple[str, str]]]] = {
     "a row of an expert zeroed": (zero_row, errors(DOWN, 1)),
     "a block of an expert zeroed": (zero_block, errors(GATE_UP, 3)),
     "two experts in each other's place": (swap_codes, errors(DOWN, 0, 3)),
-    "scales of an expert halved": (halve_scales, errors(DOWN, 1)),
+    "scales of an expert halved": (halve_scales, {("gain", f"{DOWN}[1]")}),
     "scales of one expert's gate lost": (roll_scales, errors(GATE_UP, 0)),
     "the scale of all doubled": (double_tensor_scale, errors(DOWN, 0, 1, 2, 3)),
     "a bias changed": (change_bias, {("source-values", f"{DOWN}_bias")}),
@@ -251,7 +251,7 @@ MXFP4: dict[str, tuple[Spoil, set[tuple[str, str]]]] = {
     "blocks of another shape": (blocks_of_other_shape, {("source", f"{DOWN}_blocks")}),
     "blocks of signed bytes": (blocks_of_signed_bytes, {("source", f"{DOWN}_blocks")}),
     "blocks turned": (turned_blocks, {("source-names", f"{DOWN}_blocks")}),
-    "another exponent": (other_exponent, errors(DOWN, 1)),
+    "another exponent": (other_exponent, {("gain", f"{DOWN}[1]")}),
     "a config of another method": (quantized_otherwise, {("source", "config.json")}),
 }
 

@@ -320,8 +320,8 @@ def swap_rows(s: Any) -> None:
 AGAINST_SOURCE: list[tuple[str, str, Spoil, set[str], str]] = [
     ("nibbles swapped", "nvfp4", swap_nibbles, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
     ("experts swapped", "nvfp4", swap_experts, {"error-bound"}, f"{EXPERT}.down_proj.weight"),
-    ("tensor scale off by a third", "nvfp4", scale(f"{EXPERT}.down_proj.weight_scale_2", 1.33), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
-    ("FP8 scale off by a tenth", "fp8", scale(f"{EXPERT}.down_proj.weight_scale", 1.1), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
+    ("tensor scale off by a third", "nvfp4", scale(f"{EXPERT}.down_proj.weight_scale_2", 1.33), {"gain"}, f"{EXPERT}.down_proj.weight"),
+    ("FP8 scale off by a tenth", "fp8", scale(f"{EXPERT}.down_proj.weight_scale", 1.1), {"gain"}, f"{EXPERT}.down_proj.weight"),
     ("block scales of one row lost", "nvfp4", zero_row(f"{EXPERT}.gate_proj.weight_scale", 0), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
     ("codes of the last row lost", "w4a16", zero_row(f"{EXPERT}.gate_proj.weight", -1), {"error-bound"}, f"{EXPERT}.gate_proj.weight"),
     ("one block scale lost", "nvfp4", lambda s: s.set_byte(f"{EXPERT}.down_proj.weight_scale", 5, 0), {"error-bound"}, f"{EXPERT}.down_proj.weight"),
