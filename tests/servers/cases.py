@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from tests.families.cases import CASES, save
+from tests.families.hybrid_cases import as_published
 
 Sizes = Mapping[str, Any]
 
@@ -69,7 +70,8 @@ def make_served(name: str, directory: Path) -> Path:
     config = _resized(case.config, {**SIZES, **OWN_SIZES.get(name, {})})
     if name in AXES:
         config.text_config.rope_parameters["mrope_section"] = AXES[name]
-    return save(replace(case, config=config), directory)
+    published = as_published if name.startswith("nemotron_h") else case.published
+    return save(replace(case, config=config, published=published), directory)
 
 
 def _resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:

@@ -61,7 +61,11 @@ class Cell:
     @property
     def checkpoint(self) -> str:
         """What the reader is told, below the directory of all."""
-        return ("mtp=" if self.with_mtp else "") + self.directory
+        return self.asked(self.directory)
+
+    def asked(self, directory: str) -> str:
+        """The same of another directory."""
+        return f"mtp={directory}" if self.with_mtp else directory
 
     @property
     def _export(self) -> str:
@@ -80,6 +84,38 @@ CELLS = list(cells())
 Answers = Mapping[str, dict[str, Any]]
 
 
+def _scaled(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.experts.3.down_proj.weight_scale_2"] *= 1.5
+
+
+def _dropped(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.0.mlp.experts.3.down_proj.weight_scale"]
+
+
+def _dropped_of_drafter(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.3.mlp.experts.3.down_proj.weight"]
+
+
+# A scale too large, and tensors that lack: a proof that cannot fail would be none.
+SPOILED = {
+    _scaled: Cell("qwen3_moe", "`w4a16_nvfp4`", ""),
+    _dropped: Cell("qwen3_moe", "`w4a16_nvfp4`", ""),
+    _dropped_of_drafter: Cell("glm4_moe", f"`w4a16_nvfp4`{WITH_MTP}", ""),
+}
+
+
+def spoiled(spoil: Callable[[dict[str, torch.Tensor]], None], good: Path) -> None:
+    """The same checkpoint beside, with other tensors."""
+    directory = good.with_name(spoil.__name__)
+    directory.mkdir()
+    for name in ("config.json", "hf_quant_config.json"):
+        (directory / name).write_bytes((good / name).read_bytes())
+    (file,) = good.glob("*.safetensors")
+    tensors = load_file(file)
+    spoil(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 def read_by_vllm(checkpoints: list[str], scratch: Path) -> Answers:
     """What vLLM says of each, below `scratch`; one process for all, as vLLM takes long to import."""
     tokens = scratch / "prompts.json"
@@ -94,19 +130,22 @@ def read_by_vllm(checkpoints: list[str], scratch: Path) -> Answers:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources, and an export for each cell that is not refused."""
+    """The sources, an export for each cell that is not refused, and what was spoiled."""
     directory = tmp_path_factory.mktemp("served")
     for case in dict.fromkeys(cell.case for cell in CELLS):
         make_served(case, directory / case)
     for cell in CELLS:
         if cell.said != "refused" and not (directory / cell.directory).exists():
             quantize_checkpoint(directory / cell.case, directory / cell.directory, **cell.arguments)
+    for spoil, cell in SPOILED.items():
+        spoiled(spoil, directory / cell.directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def answers(made: Path) -> Answers:
-    return read_by_vllm([cell.checkpoint for cell in CELLS if cell.said != "refused"], made)
+    good = [cell.checkpoint for cell in CELLS if cell.said != "refused"]
+    return read_by_vllm([*good, *(cell.asked(spoil.__name__) for spoil, cell in SPOILED.items())], made)
 
 
 def missing(answer: Mapping[str, Any], export: Path) -> list[str]:
@@ -121,11 +160,18 @@ def missing(answer: Mapping[str, Any], export: Path) -> list[str]:
 def test_vllm_computes_what_the_checkpoint_stands_for(cell: Cell, made: Path, answers: Answers, tmp_path: Path) -> None:
     answer = answers[cell.checkpoint]
     assert answer.get("error") is None
-    assert len(answer["loaded"]) == 1 + cell.with_mtp
     assert missing(answer, made / cell.directory) == []
     oracle = logprobs(dequantized(made / cell.directory, made / cell.case, tmp_path / "plain"), PROMPTS)
     difference = (torch.tensor(answer["logprobs"]) - oracle).abs().max()
     assert difference < CLOSE
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.said == "loaded"], ids=lambda cell: cell.checkpoint)
+def test_vllm_loads_every_parameter_of_a_drafter(cell: Cell, made: Path, answers: Answers) -> None:
+    answer = answers[cell.checkpoint]
+    assert answer.get("error") is None
+    assert answer["drafter"].endswith("MTP")
+    assert missing(answer, made / cell.directory) == []
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.said == "refused"], ids=lambda cell: cell.directory)
@@ -135,46 +181,23 @@ def test_what_no_server_reads_is_refused(cell: Cell, made: Path, tmp_path: Path)
 
 
 def test_every_cell_says_what_is_tested() -> None:
-    assert {cell.said for cell in CELLS} <= {"equal", "refused"}
-
-
-def _scaled(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.0.mlp.experts.3.down_proj.weight_scale_2"] *= 1.5
-
-
-def _dropped(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.layers.0.mlp.experts.3.down_proj.weight_scale"]
-
-
-@pytest.fixture(scope="module")
-def spoiled(made: Path) -> Answers:
-    """The same checkpoint with a scale too large, and without one: a proof that cannot fail would be none."""
-    for spoil in (_scaled, _dropped):
-        directory = made / spoil.__name__
-        directory.mkdir()
-        good = made / Cell("qwen3_moe", "`w4a16_nvfp4`", "").directory
-        for name in ("config.json", "hf_quant_config.json"):
-            (directory / name).write_bytes((good / name).read_bytes())
-        (file,) = good.glob("*.safetensors")
-        tensors = load_file(file)
-        spoil(tensors)
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return read_by_vllm([_scaled.__name__, _dropped.__name__], made)
+    assert {(cell.said, cell.with_mtp) for cell in CELLS} == {("equal", False), ("refused", False), ("loaded", True)}
 
 
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (_scaled, lambda answer, good: (answer["logprobs"] - good).abs().max() > CLOSE),
+        (_scaled, lambda answer, good: (torch.tensor(answer["logprobs"]) - good).abs().max() > CLOSE),
         (
             _dropped,
             lambda answer, good: "model.layers.0.mlp.experts.routed_experts.w2_weight_scale" in answer["unloaded"],
         ),
+        (
+            _dropped_of_drafter,
+            lambda answer, good: any(name.startswith(answer["drafter"]) for name in answer["unloaded"]),
+        ),
     ],
 )
-def test_a_spoiled_checkpoint_is_told(
-    spoil: Callable[..., None], told: Callable[..., bool], answers: Answers, spoiled: Answers
-) -> None:
-    good = torch.tensor(answers[Cell("qwen3_moe", "`w4a16_nvfp4`", "").directory]["logprobs"])
-    answer = spoiled[spoil.__name__]
-    assert told({**answer, "logprobs": torch.tensor(answer.get("logprobs", 0.0))}, good)
+def test_a_spoiled_checkpoint_is_told(spoil: Callable[..., None], told: Callable[..., bool], answers: Answers) -> None:
+    good = torch.tensor(answers[SPOILED[_scaled].checkpoint]["logprobs"])
+    assert told(answers[SPOILED[spoil].asked(spoil.__name__)], good)

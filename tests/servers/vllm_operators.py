@@ -24,8 +24,14 @@ class UngatedExperts(FusedMoEMethodBase):
         """None: the weights are dense."""
 
     def apply(
-        self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *args: object
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        **kwargs: object,
     ) -> torch.Tensor:
+        """[tokens, hidden]: the routed experts alone; whoever calls adds the shared ones."""
         assert layer.moe_config.activation.value == "relu2_no_mul"
         out = torch.zeros_like(x)
         for expert in topk_ids.unique().tolist():

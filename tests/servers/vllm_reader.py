@@ -5,7 +5,8 @@
 vLLM's CPU build has no kernels for most of these formats. So their matrix products are replaced, and nothing else is:
 its own config classes choose, its own names are mapped, its own loaders fill parameters that were poisoned before.
 Then the parameters become the dense values that they stand for (`vllm_decode`), with which vLLM runs in FP32. With
-`mtp=` the checkpoint's layers of multi-token prediction are loaded beside, as the drafter of speculative decoding.
+`mtp=` the checkpoint's layers of multi-token prediction are loaded beside, as the drafter of speculative decoding, and
+nothing is computed: that needs kernels for GPUs.
 
 Prints a line of JSON for each checkpoint: `logprobs` [prompts][positions][vocabulary], `loaded` (classes of models),
 `unloaded` (names of their parameters, the drafter's behind its class), or `error`.
@@ -65,6 +66,10 @@ unloaded: list[str] = []
 scales_of_caches: dict[str, float] = {}
 
 
+class DraftersAreLoaded(Exception):  # noqa: N818  It is no error.
+    """Ends the work on a checkpoint whose layers of multi-token prediction are asked for: no more is done."""
+
+
 class Kernel:
     """Stands for a kernel that this machine lacks; whoever calls it finds out that a layer was not made dense."""
 
@@ -121,6 +126,8 @@ def poisoned(load_weights: Any) -> Any:
         names = [name for name, parameter in ours.items() if _is_poisoned(parameter.data)]
         unloaded.extend(f"{kind} {name}" if loaded else name for name in names)
         loaded.append(kind)
+        if len(loaded) == 2:
+            raise DraftersAreLoaded
 
     return load
 
@@ -238,6 +245,8 @@ def main(tokens: str, *checkpoints: str) -> None:
         answer: dict[str, Any] = {"checkpoint": checkpoint}
         try:
             answer["logprobs"] = logprobs_of(directory, prompts, mtp=checkpoint != directory)
+        except DraftersAreLoaded:
+            answer["drafter"] = loaded[-1]
         except Exception as error:  # Whatever vLLM raises is what is asked for.
             answer["error"] = f"{type(error).__name__}: {error}"
             if os.environ.get("TRACE"):
