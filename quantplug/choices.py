@@ -72,7 +72,10 @@ class Scales(StrEnum):
 class Preset(StrEnum):
     """Which linears of a model are quantized at all, by the names of ModelOpt's recipes."""
 
+    DEFAULT = "default"
+    """All but those that a family's table keeps from few bits, as vendors do (`WeightMapping.default_min_bits`)."""
     ALL = "all"
+    """Those too."""
     EXPERTS_ONLY = "experts_only"
     MLP_ONLY = "mlp_only"
     OMLP_ONLY = "omlp_only"

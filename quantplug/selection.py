@@ -56,12 +56,13 @@ class Reason(Enum):
     FORMAT = "a format of experts alone"
     MTP = "multi-token prediction"
     PRESET = "outside the preset"
+    ACCURACY = "too few bits for its accuracy"
     EXCLUDED = "excluded by the user"
 
 
 def in_preset(preset: Preset, row: WeightMapping) -> bool:
     """Whether weights of a row are quantized: routed experts; all of the MLPs; these and attention's o_proj."""
-    if preset is Preset.ALL or row.scope is Scope.EXPERT:
+    if preset in (Preset.DEFAULT, Preset.ALL) or row.scope is Scope.EXPERT:
         return True
     (name, *_) = row.megatron
     # By Megatron's names, which are the same in every architecture: dense MLPs and shared experts are below `mlp`.
@@ -108,11 +109,11 @@ class Policy:
     weight_bits: int
     quantize_mtp: bool = False
     loads_experts: bool = True
-    preset: Preset = Preset.ALL
+    preset: Preset = Preset.DEFAULT
     of_gpt_oss: bool = False
 
     @classmethod
-    def of(cls, scheme: Scheme, quantize_mtp: bool = False, preset: Preset = Preset.ALL) -> "Policy":
+    def of(cls, scheme: Scheme, quantize_mtp: bool = False, preset: Preset = Preset.DEFAULT) -> "Policy":
         """That of a format."""
         return cls(scheme.weight_bits, quantize_mtp, scheme.loads_experts, preset, scheme.of_gpt_oss)
 
@@ -129,6 +130,10 @@ class Policy:
             return Kept(Reason.MTP, "linear weight of multi-token prediction, kept unless quantize_mtp asks for it")
         if not in_preset(self.preset, row):
             return Kept(Reason.PRESET, f"linear weight that {self.preset} leaves out")
+        if row.default_min_bits > self.weight_bits and self.preset is not Preset.ALL:
+            # These are few of a model's bytes, and much of what it loses.
+            words = f"linear weight that loses much in {self.weight_bits} bits, kept unless the preset all asks for it"
+            return Kept(Reason.ACCURACY, words)
         return None
 
     def why_unserved(self, row: WeightMapping) -> str | None:

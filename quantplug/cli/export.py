@@ -95,7 +95,7 @@ def export(
             exclude=exclude or (),
             quantize_mtp=quantize_mtp,
             drop_mtp=drop_mtp,
-            preset=preset or Preset.ALL,
+            preset=preset or Preset.DEFAULT,
             input_scale=input_scale,
             scales=scales,
             kv_cache=kv_cache,

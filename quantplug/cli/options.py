@@ -28,7 +28,10 @@ ScalesOption = Annotated[
 ]
 WhichLinears = Annotated[
     Preset | None,
-    typer.Option("--preset", help="Which linears are quantized at all, by the names of ModelOpt's recipes."),
+    typer.Option(
+        "--preset",
+        help="Which linears are quantized at all, by the names of ModelOpt's recipes; all: those too that lose most.",
+    ),
 ]
 InputScale = Annotated[
     float | None,

@@ -115,4 +115,4 @@ def _asked(
     if format is None:
         remedy = f"Give --format ({', '.join(QuantFormat)}) or --recipe ({', '.join(RECIPES)})."
         raise ArgumentError("Nothing says how to quantize.", [Offender("--format", "is missing")], remedy)
-    return Recipe(format, preset or Preset.ALL, input_scale, kv_cache, scales or Scales.MAX, expert_format)
+    return Recipe(format, preset or Preset.DEFAULT, input_scale, kv_cache, scales or Scales.MAX, expert_format)

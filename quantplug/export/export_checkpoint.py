@@ -97,7 +97,7 @@ def export_checkpoint(
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
     drop_mtp: bool = False,
-    preset: Preset | str = Preset.ALL,
+    preset: Preset | str = Preset.DEFAULT,
     input_scale: float | None = None,
     scales: Scales | str = Scales.MAX,
     kv_cache: KVCacheFormat | str | None = None,
@@ -181,7 +181,7 @@ def export_checkpoint(
             group_size=group_size,
             exclude=exclude,
             quantize_mtp=quantize_mtp,
-            preset=selected is not Preset.ALL,
+            preset=selected is not Preset.DEFAULT,
             input_scale=input_scale is not None,
             kv_cache=kv_cache,
         )

@@ -51,7 +51,7 @@ def quantize_checkpoint(
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
-    preset: Preset | str = Preset.ALL,
+    preset: Preset | str = Preset.DEFAULT,
     input_scale: float | None = None,
     scales: Scales | str = Scales.MAX,
     kv_cache: KVCacheFormat | str | None = None,
@@ -81,8 +81,10 @@ def quantize_checkpoint(
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
-        preset: Which linears are quantized at all, a `Preset` or its name: `all`, `experts_only` (routed experts),
-            `mlp_only` (dense MLPs and shared experts too) or `omlp_only` (and attention's o_proj).
+        preset: Which linears are quantized at all, a `Preset` or its name: `default` (all but those by which an
+            architecture loses far more in four bits than by others: inputs of gated attention and of delta nets of
+            Qwen3-Next and Qwen3.5), `all` (those too), `experts_only` (routed experts), `mlp_only` (dense MLPs and
+            shared experts too) or `omlp_only` (and attention's o_proj).
         input_scale: With `nvfp4` or `fp8`: the scale of all inputs in place of calibrated ones, as 1.0 in ModelOpt's
             recipe `nvfp4_experts_only_input_scale1-kv_fp8_cast`.
         scales: How the scales of NVFP4's blocks are found, a `Scales` or its name: `max` (of the largest element),

@@ -182,6 +182,9 @@ class WeightMapping:
             than the type of others: models compute with it in FP32, and not all sources hold it so.
         option: Only models with this option have the row; None for all.
         min_bits: Bits in which every server reads a linear that is quantized.
+        default_min_bits: Fewest bits in which it is quantized where the user does not ask for all (`Preset.ALL`): a
+            linear by which a model loses far more than by others, and which vendors keep for it. Servers read it all
+            the same, and quantizers that are enabled for it are written.
         unserved: Why no server loads the linear quantized, in any format that is written but the MXFP4 of GPT-OSS; None
             where some do.
         served_in_mxfp4: Whether servers load it in that.
@@ -205,6 +208,7 @@ class WeightMapping:
     keep_source_dtype: bool = False
     option: Option | None = None
     min_bits: int = 4
+    default_min_bits: int = 4
     unserved: str | None = None
     served_in_mxfp4: bool = False
     high_precision: tuple[str, ...] = ()

@@ -91,7 +91,7 @@ def quant_cfg(
     group_size: int | None = None,
     quantize_mtp: bool = False,
     keep_experts: bool = False,
-    preset: Preset | str = Preset.ALL,
+    preset: Preset | str = Preset.DEFAULT,
     kv_cache: KVCacheFormat | str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:

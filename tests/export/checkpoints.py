@@ -81,9 +81,10 @@ def quantize(
 ) -> LanguageModel:
     """Quantizes with calibrated weights, and input amaxes set by hand: a forward of TE's modules needs a GPU.
 
-    By ModelOpt's own config; or by ours, which knows what the model of a source keeps.
+    By ModelOpt's own config; or by ours, which knows what servers of the model of a source cannot read.
     """
-    config = SCHEMES[scheme] if source is None else quant_cfg(scheme, source, keep_experts=keep_experts)
+    ours = None if source is None else quant_cfg(scheme, source, keep_experts=keep_experts, preset="all")
+    config = ours or SCHEMES[scheme]
     mtq.quantize(model, config)
     for name, module in model.named_modules():
         if name.endswith(".input_quantizer") and needs_amax(module):

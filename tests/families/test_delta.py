@@ -199,8 +199,8 @@ def test_quantized_they_are_written_one_by_one(
 ) -> None:
     """Also those of multi-token prediction, which stay plain: readers take all of a model's in one of the two ways."""
     source, out = fused(mtp_too), tmp_path / "out"
-    quantize_checkpoint(source, out, "w4a16_nvfp4")
-    quantize_checkpoint(checkpoint("qwen3_5_moe"), tmp_path / "apart", "w4a16_nvfp4")
+    quantize_checkpoint(source, out, "w4a16_nvfp4", preset="all")
+    quantize_checkpoint(checkpoint("qwen3_5_moe"), tmp_path / "apart", "w4a16_nvfp4", preset="all")
     assert same(out, tmp_path / "apart")
     with one_rank():
         export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "by_megatron")
@@ -252,7 +252,7 @@ def test_layers_that_the_config_does_not_count_are_carried(name: str, checkpoint
     assert all(same_bytes(exported[tensor], original[tensor]) for tensor in carried)
     assert {"mtp.fc", "mtp.layers.0.self_attn.q_proj"} <= {*excluded(tmp_path / "out")}
     assert verify_checkpoint(tmp_path / "out", source).ok
-    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4")
+    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4", preset="all")
     assert same(tmp_path / "free", tmp_path / "out")
 
 
@@ -283,7 +283,7 @@ def test_calibration_with_data_reaches_every_linear(checkpoint: Checkpoint, tmp_
 
     with one_rank():
         model = load(source, LayerSpec.LOCAL)
-        mtq.quantize(model, {**quant_cfg("nvfp4", source, quantize_mtp=True), "algorithm": None})
+        mtq.quantize(model, {**quant_cfg("nvfp4", source, quantize_mtp=True, preset="all"), "algorithm": None})
         calibrate(model, forward, CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
         export_mcore_gpt_to_hf(model, source, tmp_path / "out")
     exported = read(tmp_path / "out")

@@ -43,10 +43,10 @@ def test_the_bytes_are_the_same_in_every_way(
     source, out = checkpoint(family), tmp_path / "out"
     # What no server loads is left out in each of the ways.
     keep_experts = has_experts(source) and not serves_experts(family, format_name)
-    result = quantize_checkpoint(source, out, format_name, exclude=["*.experts*"] if keep_experts else [])
+    result = quantize_checkpoint(source, out, format_name, exclude=["*.experts*"] if keep_experts else [], preset="all")
     with one_rank():
         model, checker = load(source), apart_from_experts if keep_experts else None
-        streamed = dict(export_hf_weights_quant(model, source, checker, quant_format=format_name))
+        streamed = dict(export_hf_weights_quant(model, source, checker, quant_format=format_name, preset="all"))
         if format_name == "w4a16_nvfp4":
             exported = export(family, format_name)  # Which other tests look at too.
         else:

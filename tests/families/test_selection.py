@@ -22,7 +22,7 @@ from quantplug.megatron.models.build import LayerSpec
 from quantplug.plugins import quant_cfg
 from quantplug.verify import verify_checkpoint
 from tests.export.blockwise import blockwise_fp8
-from tests.export.checkpoints import SCHEMES, load, one_rank, read, same_bytes
+from tests.export.checkpoints import SCHEMES, assert_same_export, load, one_rank, read, same_bytes
 from tests.families.cases import CASES, save
 from tests.families.served import errors_of
 
@@ -244,3 +244,50 @@ def test_a_checker_cannot_widen_the_policy(way: dict[str, Any], checkpoint: Chec
         assert "quantize_mtp=True" in caught.value.remedy
         with pytest.raises(UnsupportedQuantizationError, match=re.escape(kept)):
             export_hf_weights_quant(model, source, lambda name: "linear_kv_up" in name, **way, quantize_mtp=True)
+
+
+# Inputs of gated attention and of delta nets, as vendors keep them in four bits; 0 is a layer of each family's nets.
+SENSITIVE = {
+    "qwen3_next": {"linear_attn.in_proj_qkvz", *(f"self_attn.{part}_proj" for part in "qkv")},
+    "qwen3_5": {"linear_attn.in_proj_qkv", "linear_attn.in_proj_z", *(f"self_attn.{part}_proj" for part in "qkv")},
+}
+
+
+def no_mtp(name: str) -> bool:
+    return not name.startswith("mtp.")
+
+
+def modules_packed(directory: Path) -> set[str]:
+    names = (name.removesuffix(".weight_scale") for name in read(directory) if name.endswith(".weight_scale"))
+    return {re.sub(r"^model\.layers\.\d+\.", "", name) for name in names}
+
+
+@pytest.mark.parametrize("name", SENSITIVE)
+def test_what_loses_much_in_four_bits_is_kept_unless_all_is_asked_for(
+    name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, packed = checkpoint(name), {}
+    for preset, quant_format in (("default", "w4a16_nvfp4"), ("all", "w4a16_nvfp4"), ("default", "fp8_dynamic")):
+        out = tmp_path / f"{preset}-{quant_format}"
+        quantize_checkpoint(source, out, quant_format, preset=preset)
+        assert verify_checkpoint(out, source).ok
+        packed[preset, quant_format] = modules_packed(out)
+    everything = packed["all", "w4a16_nvfp4"]
+    assert everything >= SENSITIVE[name]
+    assert packed["default", "fp8_dynamic"] == everything
+    assert packed["default", "w4a16_nvfp4"] == everything - SENSITIVE[name]
+    assert {"self_attn.o_proj", "linear_attn.out_proj"} <= packed["default", "w4a16_nvfp4"]
+    # Live by the config of the same name, and as a stream, to the same bytes.
+    with one_rank():
+        stream = dict(export_hf_weights_quant(load(source), source, quant_format="w4a16_nvfp4"))
+        model = mtq.quantize(load(source), quant_cfg("w4a16_nvfp4", source))
+        export_mcore_gpt_to_hf(model, source, tmp_path / "live")
+        with pytest.raises(UnsupportedQuantizationError, match="the preset leaves out") as caught:
+            export_hf_weights_quant(load(source), source, no_mtp, quant_format="w4a16_nvfp4")
+    expected = read(tmp_path / "default-w4a16_nvfp4")
+    assert_same_export(tmp_path / "live", tmp_path / "default-w4a16_nvfp4")
+    assert [key for key, tensor in stream.items() if not same_bytes(tensor, expected[key])] == []
+    assert {found.parameter.rpartition(".layers.")[2].partition(".")[2] for found in caught.value.offenders} == {
+        "self_attention.linear_qkv.weight",
+        "self_attention.in_proj.weight",
+    }

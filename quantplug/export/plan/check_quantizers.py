@@ -11,11 +11,11 @@ from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role, Scope, WeightMapping, fill
-from quantplug.selection import NONE_LEFT, Kept, LeaveOut, Policy, quantizer_rules
+from quantplug.selection import NONE_LEFT, Kept, LeaveOut, Policy, Preset, quantizer_rules
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
 # Where a weight's format is not known: bits enough for every row, so that the policy judges by role alone.
-_ANY_FORMAT = Policy(16, quantize_mtp=True)
+_ANY_FORMAT = Policy(16, quantize_mtp=True, preset=Preset.ALL)
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled that no part of the checkpoint expresses.",
@@ -57,7 +57,7 @@ def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Finding
         # whatever it says, and a complaint about its settings would advise to change what must be turned off.
         scheme = _scheme(whole, whole.weight, findings) if mapping.role is Role.LINEAR else None
         # Layers of multi-token prediction are quantized where a config of the user's has enabled their quantizers.
-        kept = (Policy.of(scheme, quantize_mtp=True) if scheme else _ANY_FORMAT).why_kept(mapping)
+        kept = (Policy.of(scheme, quantize_mtp=True, preset=Preset.ALL) if scheme else _ANY_FORMAT).why_kept(mapping)
         if kept is not None:
             against_policy.append((whole, kept))
         elif scheme is not None:

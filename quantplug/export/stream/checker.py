@@ -34,6 +34,12 @@ _WIDENS_MTP = Kind(
     "quantization_checker wants layers of multi-token prediction quantized, which are kept unless that is asked for.",
     "Pass quantize_mtp=True, or let it answer False for them.",
 )
+_WIDENS_PRESET = Kind(
+    UnsupportedQuantizationError,
+    "quantization_checker wants weights quantized that the preset leaves out.",
+    "Pass preset='all', or let it answer False for them.",
+)
+_WIDENS_BY = {Reason.MTP: _WIDENS_MTP, Reason.PRESET: _WIDENS_PRESET, Reason.ACCURACY: _WIDENS_PRESET}
 
 
 def refuse_widened(kept: Mapping[ParamKey, Kept]) -> None:
@@ -47,9 +53,7 @@ def refuse_widened(kept: Mapping[ParamKey, Kept]) -> None:
     """
     findings = Findings()
     for key, why in kept.items():
-        findings.add(
-            _WIDENS_MTP if why.reason is Reason.MTP else _WIDENS, key.name, f"yes for a {why.words}", key.expert
-        )
+        findings.add(_WIDENS_BY.get(why.reason, _WIDENS), key.name, f"yes for a {why.words}", key.expert)
     findings.raise_if_any()
 
 

@@ -19,7 +19,7 @@ from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
-from quantplug.selection import Kept, Policy, by_checker, refuse_nothing
+from quantplug.selection import Kept, Policy, Preset, by_checker, refuse_nothing
 from quantplug.topology import ParallelTopology
 
 
@@ -115,7 +115,7 @@ def _requantized(
     formats = request.formats
     if formats is None:
         return plain
-    policy = Policy.of(formats.linears, request.quantize_mtp)
+    policy = Policy.of(formats.linears, request.quantize_mtp, request.named_preset)
     decisions = formats.decide((weight.key for weight in plain), family, policy)
     has_experts = any(key.expert is not None for key in decisions)
 
@@ -179,7 +179,8 @@ def _with_quant_fn(
         if task.mapping.role is Role.VOCABULARY:
             return None  # Whoever brings a function has a reader of his own, and has asked for it by name.
         bits = functions[weight.dtype].weight_bits(task.outputs[0].shape)
-        return Policy(bits, request.quantize_mtp).why_kept(task.mapping)
+        # What his function loses is his to judge.
+        return Policy(bits, request.quantize_mtp, preset=Preset.ALL).why_kept(task.mapping)
 
     chosen = _chosen([task.source for task in by_key.values()], why_kept, request, rank)
     # Each new shape is a trial of the caller's function, which may raise on one rank alone.

@@ -21,6 +21,7 @@ from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
 from quantplug.formats.names import QuantFormat, scales_named
 from quantplug.formats.search.candidates import Scales
+from quantplug.selection import Preset, preset_named
 from quantplug.topology import ParallelTopology
 
 Arguments = ParamSpec("Arguments")
@@ -63,6 +64,7 @@ class StreamRequest:
     expert_format: QuantFormat | str | None = None
     group_size: int | None = None
     quantize_mtp: bool = False
+    preset: Preset | str = Preset.DEFAULT
     scales: Scales | str = Scales.MAX
     scale_suffix: str = SCALE_SUFFIX
     dtype: torch.dtype = torch.bfloat16
@@ -105,6 +107,15 @@ class StreamRequest:
         return scales_named(self.scales, "scales", None if self.formats is None else self.formats.searched)
 
     @property
+    def named_preset(self) -> Preset:
+        """What `preset` names.
+
+        Raises:
+            ArgumentError: There is no such preset.
+        """
+        return preset_named(self.preset, "preset")
+
+    @property
     def policy(self) -> WeightAmax:
         """What `amax` names.
 
@@ -117,13 +128,14 @@ class StreamRequest:
         """Refuses arguments that do not go together.
 
         Raises:
-            ArgumentError: No format has the name in `quant_format` or `expert_format`, none this `group_size`, or no
-                policy has the name in `amax`.
+            ArgumentError: No format has the name in `quant_format` or `expert_format`, none this `group_size`, no
+                preset the name in `preset`, or no policy that in `amax`.
             UnsupportedQuantizationError: Not exactly one way to quantize, or one that lacks or contradicts a setting.
             TopologyError: A receiver that is no rank.
         """
         _ = self.policy  # Which raises if there is none of this name; as the next one does.
         _ = self.found_scales
+        _ = self.named_preset
         offenders = [Offender(name, reason) for name, reason in self._contradictions()]
         if offenders:
             raise UnsupportedQuantizationError(
@@ -159,7 +171,9 @@ class StreamRequest:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if self.as_quantized and self.quantize_mtp:
             found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
-        for name, value in (("expert_format", self.expert_format), ("group_size", self.group_size)):
+        preset = None if self.named_preset is Preset.DEFAULT else self.named_preset
+        of_formats = {"expert_format": self.expert_format, "group_size": self.group_size, "preset": preset}
+        for name, value in of_formats.items():
             if value is not None and self.formats is None:
                 found.append((name, "is given without the name of a format"))
         if self.quant_fn is not None and self.dialect is not None:

@@ -16,6 +16,11 @@ from quantplug.mappings.table import LayerStack, Role, Scope, WeightMapping
 
 Row = TypeVar("Row", bound=WeightMapping)
 
+# Half of q_proj is the gate that attention's output is multiplied by, in_proj makes that of a delta net. Quantized in
+# four bits they are reported to raise perplexity two to six times; ModelOpt's recipes for Qwen3.5 keep them in FP8
+# (modelopt_recipes/huggingface/qwen3_5/ptq of 0.47).
+INPUTS_MIN_BITS = 8
+
 # With Transformer Engine it is part of whichever linear reads it.
 INPUT_NORM = WeightMapping(
     (
@@ -39,6 +44,7 @@ ATTENTION = (
         Scope.ATTENTION_LAYER,
         GATED_QKV,
         Role.LINEAR,
+        default_min_bits=INPUTS_MIN_BITS,
     ),
     # Only some layers have attention; the decoders of `common` have it in all.
     replace(common.OUTPUT_PROJECTION, scope=Scope.ATTENTION_LAYER),

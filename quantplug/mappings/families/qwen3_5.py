@@ -23,6 +23,7 @@ IN_PROJECTION = WeightMapping(
     DELTA_PARTS,
     Role.LINEAR,
     high_precision=(_B, _A),
+    default_min_bits=delta_rows.INPUTS_MIN_BITS,
     merged=(Merged(f"{_NET}.in_proj_qkvz", (_QKV, _Z)), Merged(f"{_NET}.in_proj_ba", (_B, _A))),
 )
 

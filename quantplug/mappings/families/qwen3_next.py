@@ -19,6 +19,7 @@ IN_PROJECTION = WeightMapping(
     DELTA_BY_KEY_HEAD,
     Role.LINEAR,
     high_precision=("model.layers.*.linear_attn.in_proj_ba.weight",),
+    default_min_bits=delta_rows.INPUTS_MIN_BITS,
 )
 
 
