@@ -18,7 +18,7 @@ from quantplug import errors
 from quantplug.errors import QuantplugError
 from quantplug.lazy import attributes_from
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DialectName",

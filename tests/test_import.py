@@ -184,6 +184,12 @@ def test_version_stands_in_one_place() -> None:
     assert cited[1] == quantplug.__version__
 
 
+def test_the_version_has_release_notes() -> None:
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+
+    assert re.findall(r"^## \[(.*?)\]", changes, flags=re.MULTILINE)[:2] == ["Unreleased", quantplug.__version__]
+
+
 def test_console_script_exists() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
