@@ -36,6 +36,7 @@ ELSEWHERE = {
     "families.md": "tests/mappings/test_register_family.py",
     "amax.md": "tests/mappings/amax/test_table.py",
     "accuracy.md": "tests/examples/test_evaluate.py",
+    "megatron_bridge.md": "tests/bridge/test_bridge.py",
 }
 # Of experts; all others are about any model, and have the dense one.
 OF_EXPERTS = {"recipes.md"}
