@@ -101,6 +101,9 @@ def main(
         list[str] | None, typer.Option(help="A setting that may differ from what errors hold it against; repeatable.")
     ] = None,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
+    all_statistics: Annotated[
+        bool, typer.Option("--all-statistics", help="Show a line for each quantizer, not one for a layer's experts.")
+    ] = False,
 ) -> None:
     """Quantizes a Hugging Face model in Megatron-Core."""
     with user_errors():
@@ -191,7 +194,7 @@ def main(
 
         statistics = calibration.gather_statistics(model, record)
         if topology.rank == 0:
-            calibration.print_statistics(statistics, out)
+            calibration.print_statistics(statistics, out, every_row=all_statistics)
         about = {"hf_model_id": hf_model_id, "quant_format": asked}
         quantplug.save_checkpoint(model, megatron_save_path, extra=about)
         say(f"Saved the quantized Megatron checkpoint in {megatron_save_path}")

@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from quantplug.atomic import write_atomically
-from quantplug.errors import CalibrationError, Offender, SourceError
+from quantplug.errors import ArgumentError, CalibrationError, Offender, SourceError
 from quantplug.mappings.table import ParamKey
 
 SCHEMA_VERSION = 2
@@ -131,6 +132,22 @@ class CalibrationTable:
         if offenders:
             raise _unreadable(offenders)
         return cls(tuple(rows))
+
+    def matching(self, pattern: str) -> "CalibrationTable":
+        """The rows whose names match a shell pattern, such as `decoder.layers.3.*` or `*.linear_fc1.*`.
+
+        Raises:
+            ArgumentError: None does.
+        """
+        rows = tuple(row for row in self.rows if fnmatchcase(row.parameter, pattern))
+        if not rows:
+            names = ", ".join(dict.fromkeys(row.key.module for row in self.rows))
+            raise ArgumentError(
+                "No quantizer has such a name.",
+                [Offender("filter", f"is {pattern!r}")],
+                f"Use a shell pattern of whole names, which are, with numbers in place of `*`: {names}.",
+            )
+        return CalibrationTable(rows)
 
     def save(self, path: Path | str) -> None:
         """Writes the table to a file, complete or not at all."""

@@ -16,7 +16,7 @@ _IN_FOLDERS = "*/*"
 _TEMPLATES = "additional_chat_templates/*"
 
 
-def fetch(name: str, cache_dir: str | Path | None, weights: bool) -> Path:
+def fetch(name: str, cache_dir: str | Path | None, weights: bool, revision: str | None = None) -> Path:
     """The local snapshot of a hub model: of its weights, the files that its index names and no others.
 
     Many models lie on the hub two or three times over, as `consolidated*.safetensors` and below `original/` too.
@@ -25,12 +25,15 @@ def fetch(name: str, cache_dir: str | Path | None, weights: bool) -> Path:
         name: Its id (`owner/name`).
         cache_dir: Where hub models are kept; None for Hugging Face's own cache.
         weights: Whether the weights are fetched, or only configuration and tokenizer.
+        revision: Branch, tag or commit; None for the newest of the main branch.
 
     Raises:
         SourceError: The hub gives no such model, or its index cannot be read.
     """
     try:
-        side = snapshot_download(name, cache_dir=cache_dir, allow_patterns=_SIDE_FILES, ignore_patterns=_IN_FOLDERS)
+        side = snapshot_download(
+            name, cache_dir=cache_dir, revision=revision, allow_patterns=_SIDE_FILES, ignore_patterns=_IN_FOLDERS
+        )
         listed = weight_files(Path(side)) if weights else ()
         # Of the same commit, after which a snapshot is called, though the model may have been updated meanwhile.
         more = [_TEMPLATES, *map(glob.escape, listed)]

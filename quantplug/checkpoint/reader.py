@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
-from quantplug.errors import Offender, SourceError
+from quantplug.errors import ArgumentError, Offender, SourceError
 from quantplug.formats import BlockFormat, EncodedRows
 from quantplug.mappings.shapes.kinds import is_recomputed
 
@@ -29,19 +29,33 @@ _APART = {
 }
 
 
-def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None, *, weights: bool = True) -> Path:
+def resolve_source(
+    name_or_path: str | Path,
+    cache_dir: str | Path | None = None,
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+) -> Path:
     """The local directory of a checkpoint: the given one, or the snapshot of a model of the Hugging Face hub.
 
     Args:
         name_or_path: A directory, or the id of a hub model (`owner/name`).
         cache_dir: Where hub models are kept; None for Hugging Face's own cache.
         weights: Whether the weights of a hub model are fetched, or only its configuration and tokenizer.
+        revision: Branch, tag or commit of a hub model; None for the newest of its main branch.
 
     Raises:
+        ArgumentError: A revision is asked for, of a directory.
         SourceError: There is no such directory, and the hub gives no such model.
     """
     path = Path(name_or_path)
     if path.is_dir():
+        if revision is not None:
+            raise ArgumentError(
+                "A directory has no revisions.",
+                [Offender("revision", f"is {revision!r}, and {path} is a directory")],
+                "Leave the revision out, or give the id of a hub model.",
+            )
         return path
     name = str(name_or_path)
     if path.is_absolute() or path.exists() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -58,7 +72,7 @@ def resolve_source(name_or_path: str | Path, cache_dir: str | Path | None = None
             [Offender(name, f"cannot be looked up on the hub: {missing}")],
             "Pass a directory, or install huggingface_hub.",
         ) from missing
-    return fetch(name, cache_dir, weights)
+    return fetch(name, cache_dir, weights, revision)
 
 
 @dataclass(frozen=True)

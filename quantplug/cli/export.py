@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from quantplug.choices import EXPORT_FORMATS, KVCacheFormat, Preset, Scales, WeightAmax
 from quantplug.cli.options import (
@@ -15,12 +14,22 @@ from quantplug.cli.options import (
     GroupSize,
     Html,
     InputScale,
+    JsonFile,
+    LogFile,
+    MaxShardSize,
     QuantizeMtp,
+    Quiet,
+    Revision,
     ScalesOption,
     WhichLinears,
 )
-from quantplug.cli.terminal import byte_bar, user_errors, writable
-from quantplug.cli.written import kept_of, print_written
+from quantplug.cli.terminal import Say, terminal
+from quantplug.cli.written import as_json, kept_of, print_written
+
+EXAMPLES = (
+    "quantplug export CKPT OUT --hf DIR",
+    "quantplug export CKPT OUT --hf Qwen/Qwen3-30B-A3B --iteration 1000 --format plain",
+)
 
 
 def export(
@@ -59,6 +68,8 @@ def export(
         typer.Option(help="With a format: that of the server's KV cache; 16 bits where none is given."),
     ] = None,
     dialect: Dialect = None,
+    max_shard_size: MaxShardSize = None,
+    revision: Revision = None,
     amax: Annotated[
         WeightAmax, typer.Option(help="Of a quantized model: what becomes of weights that have grown since.")
     ] = WeightAmax.CALIBRATED,
@@ -66,10 +77,13 @@ def export(
         list[str] | None,
         typer.Option(metavar="NAME", help="A setting of DIR that may differ from the trainer's; repeatable."),
     ] = None,
-    html: Html = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that DIR brings for its readers to run.")
     ] = False,
+    html: Html = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Writes a checkpoint of Megatron-LM or Megatron-Bridge for Hugging Face: no model is built, no GPU, no data.
 
@@ -78,34 +92,38 @@ def export(
     """
     from quantplug.cli.proof import print_proved, proved  # Help need not wait for torch.
     from quantplug.export.export_checkpoint import export_checkpoint
+    from quantplug.export.plan.build import MAX_SHARD_SIZE
 
     # A clock that no time server sets back.
     start = time.perf_counter()
-    with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
-        writable(html)
-        result = export_checkpoint(
-            checkpoint,
-            destination,
-            hf,
-            format,
-            expert_format=expert_format,
-            group_size=group_size,
-            iteration=iteration,
-            vocab_size=vocab_size,
-            exclude=exclude or (),
-            quantize_mtp=quantize_mtp,
-            drop_mtp=drop_mtp,
-            preset=preset or Preset.DEFAULT,
-            input_scale=input_scale,
-            scales=scales,
-            kv_cache=kv_cache,
-            dialect=dialect,
-            amax=amax,
-            trust_remote_code=trust_remote_code,
-            unchecked_settings=unchecked_setting or (),
-            progress=bar,
-        )
-        seconds = time.perf_counter() - start
-        report = proved(destination, None, html, bar)
-    print_written(result, seconds, Console())
-    print_proved(report, Console())
+    with terminal(Say(quiet, log_file, json, html), lambda: kept_of(destination)) as here:
+        with here.byte_bar() as bar:
+            result = export_checkpoint(
+                checkpoint,
+                destination,
+                hf,
+                format,
+                expert_format=expert_format,
+                group_size=group_size,
+                iteration=iteration,
+                vocab_size=vocab_size,
+                exclude=exclude or (),
+                quantize_mtp=quantize_mtp,
+                drop_mtp=drop_mtp,
+                preset=preset or Preset.DEFAULT,
+                input_scale=input_scale,
+                scales=scales,
+                kv_cache=kv_cache,
+                dialect=dialect,
+                amax=amax,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                max_shard_size=max_shard_size or MAX_SHARD_SIZE,
+                unchecked_settings=unchecked_setting or (),
+                progress=bar,
+            )
+            seconds = time.perf_counter() - start
+            report = proved(destination, None, html, bar)
+        here.write_json(as_json(result, seconds))
+        print_written(result, seconds, here.console)
+        print_proved(report, here.console)

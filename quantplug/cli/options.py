@@ -1,5 +1,6 @@
 """Options that several commands have in the same words."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,39 @@ import typer
 
 from quantplug.choices import DialectName, Preset, QuantFormat, Scales
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append what is shown, errors too, and the times of stages to this file."),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result here as JSON; - is the standard output."),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Verify what was written, and show it in FILE: one page, no network."),
+]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """A size such as `5GB`, `512MiB` or a number of bytes."""
+    found = re.fullmatch(r"(\d+)\s*([kmg]i?b)?", text.strip().lower())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no size: write 5GB, 512MiB or a number of bytes.")
+    return int(found[1]) * _UNITS[found[2] or ""]
+
+
+MaxShardSize = Annotated[
+    int | None,
+    typer.Option(metavar="SIZE", parser=size_in_bytes, help="Largest size of one file: 5GB without it; 2GiB, 500MB."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", help="Of a hub model: branch, tag or commit. A token is taken from HF_TOKEN."),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Modules to leave as they are, such as 'model.layers.0.*'; repeatable."),
@@ -38,7 +72,3 @@ InputScale = Annotated[
     typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]
-Html = Annotated[
-    Path | None,
-    typer.Option("--html", metavar="FILE", help="Verify what was written, and show it in FILE: one page, no network."),
-]

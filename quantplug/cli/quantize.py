@@ -5,14 +5,33 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
-from quantplug.cli.options import Dialect, Exclude, ExpertFormat, GroupSize, Html, InputScale, QuantizeMtp, WhichLinears
-from quantplug.cli.terminal import byte_bar, user_errors, writable
-from quantplug.cli.written import kept_of, print_written
+from quantplug.cli.options import (
+    Dialect,
+    Exclude,
+    ExpertFormat,
+    GroupSize,
+    Html,
+    InputScale,
+    JsonFile,
+    LogFile,
+    MaxShardSize,
+    QuantizeMtp,
+    Quiet,
+    Revision,
+    WhichLinears,
+)
+from quantplug.cli.terminal import Say, terminal
+from quantplug.cli.written import as_json, kept_of, print_written
 from quantplug.errors import ArgumentError, Offender
 from quantplug.recipes import RECIPES, Recipe, recipe_named
+
+EXAMPLES = (
+    "quantplug quantize DIR OUT --format w4a16_nvfp4",
+    "quantplug quantize Qwen/Qwen3-30B-A3B OUT --revision main --recipe nvfp4_experts_only_input_scale1-kv_fp8_cast",
+    "quantplug quantize DIR OUT --format fp8_blockwise --exclude 'model.layers.0.*' --max-shard-size 2GB",
+)
 
 
 def quantize(
@@ -40,53 +59,62 @@ def quantize(
         typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),
     ] = None,
     dialect: Dialect = None,
-    html: Html = None,
+    max_shard_size: MaxShardSize = None,
+    revision: Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
     ] = False,
+    html: Html = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
 
     Killed, it goes on where it was when the same command is run again. Exit status: 0, 1 when
     --html finds an error in what was written, 2 when it cannot be done, 130 when Ctrl-C stops it.
     """
-    from quantplug.checkpoint.reader import resolve_source  # Help need not wait for torch.
-    from quantplug.cli.proof import print_proved, proved
+    from quantplug.checkpoint.reader import resolve_source
+    from quantplug.cli.proof import print_proved, proved  # Help need not wait for torch.
+    from quantplug.export.plan.build import MAX_SHARD_SIZE
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
 
     # A clock that no time server sets back.
     start = time.perf_counter()
-    with user_errors(lambda: kept_of(destination)), byte_bar() as bar:
-        writable(html)
-        asked = _asked(
-            recipe,
-            format=format,
-            preset=preset,
-            input_scale=input_scale,
-            scales=scales,
-            kv_cache=kv_cache,
-            expert_format=expert_format,
-        )
-        result = quantize_checkpoint(
-            source,
-            destination,
-            asked.format,
-            expert_format=asked.experts,
-            group_size=group_size,
-            exclude=exclude or (),
-            quantize_mtp=quantize_mtp,
-            preset=asked.preset,
-            input_scale=asked.input_scale,
-            scales=asked.scales,
-            kv_cache=asked.kv_cache,
-            dialect=dialect,
-            trust_remote_code=trust_remote_code,
-            progress=bar,
-        )
-        seconds = time.perf_counter() - start
-        report = proved(destination, resolve_source(source), html, bar)
-    print_written(result, seconds, Console())
-    print_proved(report, Console())
+    with terminal(Say(quiet, log_file, json, html), lambda: kept_of(destination)) as here:
+        with here.byte_bar() as bar:
+            asked = _asked(
+                recipe,
+                format=format,
+                preset=preset,
+                input_scale=input_scale,
+                scales=scales,
+                kv_cache=kv_cache,
+                expert_format=expert_format,
+            )
+            result = quantize_checkpoint(
+                source,
+                destination,
+                asked.format,
+                expert_format=asked.experts,
+                group_size=group_size,
+                exclude=exclude or (),
+                quantize_mtp=quantize_mtp,
+                preset=asked.preset,
+                input_scale=asked.input_scale,
+                scales=asked.scales,
+                kv_cache=asked.kv_cache,
+                dialect=dialect,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                max_shard_size=max_shard_size or MAX_SHARD_SIZE,
+                progress=bar,
+            )
+            seconds = time.perf_counter() - start
+            report = proved(destination, resolve_source(source, revision=revision), html, bar)
+        here.write_json(as_json(result, seconds))
+        print_written(result, seconds, here.console)
+        print_proved(report, here.console)
 
 
 def _asked(

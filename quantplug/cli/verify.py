@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from quantplug.cli.terminal import byte_bar, user_errors, writable
+from quantplug.cli.options import JsonFile, LogFile, Quiet
+from quantplug.cli.terminal import Say, command_line, terminal
 
-_GO_ON = "run the same command again to go on."
-_KEPT_NOTHING = "Nothing was proved. With --resume FILE it goes on where it was."
+EXAMPLES = (
+    "quantplug verify OUT",
+    "quantplug verify OUT --source DIR --json report.json --html report.html",
+    "quantplug verify OUT --source DIR --resume progress",
+)
 
 
 def verify(
@@ -23,7 +26,8 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="Keep progress here: the same command, stopped, goes on where it was."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the full report here.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
+    json: JsonFile = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page to look at here: one file, no network.")
     ] = None,
@@ -31,7 +35,8 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="For the page: statistics of the calibration, of --stats-json."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Judges a quantized checkpoint by its files alone: no model, no GPU.
 
@@ -43,18 +48,20 @@ def verify(
     from quantplug.html_report import write_html
     from quantplug.verify import verify_checkpoint
 
-    kept = _KEPT_NOTHING if resume is None else f"What was found so far is kept in {resume}: {_GO_ON}"
-    with user_errors(lambda: kept):
-        writable(json, html)
+    def kept() -> str:
+        if resume is None:
+            return f"Nothing was proved. With --resume FILE it goes on where it was.\n  {command_line()} --resume FILE"
+        return f"What was found so far is kept in {resume}: run the same command again to go on.\n  {command_line()}"
+
+    with terminal(Say(quiet, log_file, json, html), kept) as here:
         statistics = None if stats is None else CalibrationTable.load(stats)
-        with byte_bar() as bar:
+        with here.byte_bar() as bar:
             report = verify_checkpoint(directory, source, partial(bar, "reading"), resume=resume)
-        if json is not None:
-            # Before the table is printed: where the file cannot be written, the exit status is 2 and nothing looks like
-            # a verdict.
-            report.write_json(json)
+        # Before the table is printed: where the file cannot be written, the exit status is 2 and nothing looks like a
+        # verdict.
+        here.write_json_text(report.to_json())
         if html is not None:
             write_html(report, html, statistics)
-    print_report(report, Console(), limit)
-    # 1 is a verdict, 2 that there is none: scripts must be able to tell a bad checkpoint from a mistyped path.
-    raise typer.Exit(0 if report.ok else 1)
+        print_report(report, here.console, limit)
+        # 1 is a verdict, 2 that there is none: scripts must be able to tell a bad checkpoint from a mistyped path.
+        raise typer.Exit(0 if report.ok else 1)

@@ -1,11 +1,11 @@
 """What a command says of the checkpoint that it wrote, or of what it leaves when it is stopped."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quantplug.cli.terminal import plain
+from quantplug.cli.terminal import command_line, plain
 
 if TYPE_CHECKING:
     from quantplug.export.files.finish import ExportResult
@@ -28,6 +28,20 @@ def print_written(result: "ExportResult", seconds: float, console: Console) -> N
         console.print(plain(line), soft_wrap=True)
 
 
+def as_json(result: "ExportResult", seconds: float) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "directory": str(result.directory),
+        "algorithm": result.algorithm,
+        "tensors": result.tensors,
+        "bytes": result.nbytes,
+        "files": result.shards,
+        "weight_bytes": result.weight_bytes,
+        "seconds": round(seconds, 3),
+        "said": list(result.said()),
+    }
+
+
 def kept_of(destination: Path) -> str:
     """What a run that was stopped has left, and how to go on."""
     from quantplug.export.files.staging import unfinished_of  # Help need not wait for torch.
@@ -37,5 +51,8 @@ def kept_of(destination: Path) -> str:
     if destination.is_dir() and any(destination.iterdir()):
         return f"{destination} is complete, but not verified: quantplug verify {destination} does that."
     if not unfinished.exists():
-        return "Nothing was finished, and nothing is left: run the same command to begin again."
-    return f"Finished files are kept in {unfinished}: the same command goes on from there; or delete that directory."
+        return f"Nothing was finished, and nothing is left: run the same command to begin again.\n  {command_line()}"
+    return (
+        f"Finished files are kept in {unfinished}: the same command goes on from there; or delete that directory.\n"
+        f"  {command_line()}"
+    )

@@ -106,6 +106,7 @@ def export_checkpoint(
     trust_remote_code: bool = False,
     unchecked_settings: Collection[str] = (),
     max_shard_size: int = MAX_SHARD_SIZE,
+    revision: str | None = None,
     progress: Progress = silent,
 ) -> CheckpointExport:
     """Writes a Megatron-Core `torch_dist` checkpoint as a Hugging Face checkpoint, without a model, a GPU or data.
@@ -147,6 +148,7 @@ def export_checkpoint(
         unchecked_settings: Settings in which the config may differ from those that the trainer noted in the
             checkpoint, by the names that errors give them.
         max_shard_size: Largest size of one safetensors file in bytes.
+        revision: Of a Hugging Face model on the hub: branch, tag or commit; None for the newest of its main branch.
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
     Raises:
@@ -199,7 +201,7 @@ def export_checkpoint(
         model = model.without_mtp() if drop_mtp else model
         return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
-    model, table = _read_hf(pretrained_model_name_or_path, read)
+    model, table = _read_hf(pretrained_model_name_or_path, read, revision)
     require_experts(expert_format, has_experts=bool(model.dims.num_experts))
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
@@ -256,14 +258,16 @@ def _refuse_choices(**given: object) -> None:
         )
 
 
-def _read_hf(name_or_path: str | Path, read: Callable[[Path], ModelByConfig]) -> tuple[ModelByConfig, FittedTable]:
+def _read_hf(
+    name_or_path: str | Path, read: Callable[[Path], ModelByConfig], revision: str | None
+) -> tuple[ModelByConfig, FittedTable]:
     """The model by its config, with the table fitted to what lies beside the config."""
 
     def needs_weights(directory: Path) -> bool:
         model = read(directory)
         return has_passthrough(directory, model.config, model.family, model.dims)
 
-    model = read(resolve_directory(name_or_path, needs_weights))
+    model = read(resolve_directory(name_or_path, needs_weights, revision))
     table = fit_table(model.directory, model.config, model.family, model.dims)
     return replace(model, family=table.family), table
 

@@ -58,6 +58,7 @@ def quantize_checkpoint(
     dialect: DialectName | str | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
+    revision: str | None = None,
     progress: Progress = silent,
 ) -> ExportResult:
     """Quantizes the linear weights of a Hugging Face checkpoint; every other tensor keeps its values and its type.
@@ -95,6 +96,7 @@ def quantize_checkpoint(
             `modelopt`, `compressed-tensors` or `deepseek`. None takes what most servers read.
         trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
         max_shard_size: Largest size of one safetensors file in bytes.
+        revision: Of a source on the hub: branch, tag or commit; None for the newest of its main branch.
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
@@ -118,7 +120,7 @@ def quantize_checkpoint(
     search = scales_named(scales, "scales", formats.searched)
     target = Path(destination)
     require_free(target)
-    model = read_model(resolve_source(source), trust_remote_code)
+    model = read_model(resolve_source(source, revision=revision), trust_remote_code)
     refuse_quantized(model.directory, model.config)
     require_experts(expert_format, has_experts=bool(model.dims.num_experts))
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.

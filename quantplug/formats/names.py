@@ -64,6 +64,29 @@ class Scheme:
         return f"{self.format} in groups of {self.group_size}" if one_of_several else str(self.format)
 
     @property
+    def weight_words(self) -> str:
+        """What the weight is stored as, for people."""
+        encoding = self.weight.encoding
+        block = encoding.block
+        match (block.rows, block.columns):
+            case (None, None):
+                of = "the tensor"
+            case (1, None):
+                of = "a row"
+            case (1, columns):
+                of = f"{columns} input features"
+            case (rows, columns):
+                of = f"{rows}x{columns} weights"
+        above = ", below one of the tensor" if encoding.levels == 2 else ""
+        return f"{encoding.code.name.upper()}, {encoding.scale.name.upper()} scale for {of}{above}"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight on disk, its share of scales too, of a large matrix."""
+        side = 4096
+        return sum(spec.nbytes for spec in self.weight.outputs((side, side))) * 8 / side**2
+
+    @property
     def has_input_scale(self) -> bool:
         """Whether an `input_scale` is written, which takes calibration with data."""
         return self.activations is Activations.STATIC
@@ -90,6 +113,11 @@ _ROWS = (
 )
 SCHEMES: Mapping[QuantFormat, Scheme] = {name: next(row for row in _ROWS if row.format is name) for name in QuantFormat}
 """The row of each name where no size of groups is asked for."""
+
+
+def all_schemes() -> tuple[Scheme, ...]:
+    """Every row of the table, those with smaller groups too."""
+    return _ROWS
 
 
 def scheme_of(weight: WeightFormat, *, has_input_scale: bool) -> Scheme | None:

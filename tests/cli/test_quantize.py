@@ -96,7 +96,8 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
         patch.setattr(moment, interrupt)
         code, output = run(*arguments)
     lines = output.splitlines()
-    assert (code, lines[0], len(lines)) == (130, "Stopped.", 2)
+    assert (code, lines[0], len(lines)) == (130, "Stopped.", 3)
+    assert lines[2].startswith("  quantplug ")
     left = list(tmp_path.iterdir())
     if moment.endswith("write_configs"):
         assert [str(path) for path in left] == [str(tmp_path / ".out.partial")]

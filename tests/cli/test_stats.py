@@ -22,9 +22,8 @@ def test_stats_prints_the_table(saved: Path) -> None:
     assert result.exit_code == 0
     assert "Quantization Statistics" in result.stdout
     (line,) = (line for line in result.stdout.splitlines() if "linear_fc1" in line)
-    assert line.split() == [
-        "decoder.layers.3.mlp.experts.linear_fc1.weight41", "41", "(192,", "160)", "5.0000e-01", "weight",
-    ]  # fmt: skip
+    amax = "5.0000e-01"
+    assert line.split() == ["decoder.layers.3.mlp.experts.linear_fc1.weight*", "1", amax, amax, amax, "weight"]
 
 
 @pytest.mark.parametrize("content", [None, "not json", '{"schema_version": 99, "rows": []}'])
@@ -74,3 +73,31 @@ def test_a_plot_that_cannot_be_written_says_why(saved: Path, tmp_path: Path, nam
     assert result.exit_code == 2
     assert name.split("/")[0] in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["stats.json"]
+
+
+def test_stats_of_experts_is_a_line_a_layer_and_all_of_them_on_demand(tmp_path: Path) -> None:
+    module = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
+    rows = [
+        StatisticsRow(ParamKey(module, layer, expert), (8, 8), 1.0, AmaxSource.WEIGHT)
+        for layer in range(2)
+        for expert in range(8)
+    ]
+    CalibrationTable(tuple(rows)).save(tmp_path / "stats.json")
+
+    def lines(*options: str) -> list[str]:
+        result = CliRunner().invoke(app, ["stats", str(tmp_path / "stats.json"), *options])
+        assert result.exit_code == 0
+        return [line.split()[0] for line in result.stdout.splitlines() if "linear_fc1" in line]
+
+    assert lines() == [f"decoder.layers.{layer}.mlp.experts.linear_fc1.weight*" for layer in range(2)]
+    assert len(lines("--all")) == 16
+    assert lines("--filter", "*.layers.1.*") == ["decoder.layers.1.mlp.experts.linear_fc1.weight*"]
+    assert len(lines("--all", "--filter", "*.weight7")) == 2
+
+
+def test_a_filter_that_matches_nothing_exits_2_and_says_the_names(saved: Path) -> None:
+    result = CliRunner().invoke(app, ["stats", str(saved), "--filter", "fc1"])
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "decoder.layers.*.mlp.experts.linear_fc1.weight*" in result.stderr

@@ -151,7 +151,7 @@ def test_no_control_code_of_a_path_or_a_config_reaches_the_terminal(tmp_path: Pa
 def test_a_report_that_cannot_be_written_is_refused_before_the_run(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantplug.cli.verify.verify_checkpoint", lambda *_, **__: pytest.fail("read the checkpoint"))
+    monkeypatch.setattr("quantplug.verify.verify_checkpoint", lambda *_, **__: pytest.fail("read the checkpoint"))
     code, output = run("verify", good, "--json", tmp_path / "absent" / "report.json")
     assert (code, "absent" in output) == (2, True)
 
@@ -165,7 +165,13 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     arguments = ("verify", good, "--source", source)
     with monkeypatch.context() as patch:
         patch.setattr("quantplug.cli.terminal.ByteBar.__call__", interrupt)
-        assert run(*arguments) == (130, "Stopped.\nNothing was proved. With --resume FILE it goes on where it was.\n")
+        code, output = run(*arguments)
+        assert (code, output.splitlines()[:2]) == (
+            130,
+            ["Stopped.", "Nothing was proved. With --resume FILE it goes on where it was."],
+        )
+        assert output.splitlines()[2].startswith("  quantplug ")
+        assert output.endswith(" --resume FILE\n")
         code, output = run(*arguments, "--resume", tmp_path / "progress")
     assert (code, (tmp_path / "progress").is_file()) == (130, True)
     assert f"kept in {tmp_path / 'progress'}: run the same command again to go on" in output

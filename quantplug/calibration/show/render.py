@@ -1,19 +1,19 @@
-"""The "Quantization Statistics" table as text: on a wide terminal, on a narrow one, and in a pipe."""
+"""The "Quantization Statistics" table as text: a line for each layer and kind of module, or one for each quantizer."""
 
 from collections import Counter
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
+from quantplug.calibration.show.kinds import LayerKind, Outlier, by_layer_and_kind, outliers
+from quantplug.calibration.show.sheet import Column, Row, Sheet
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
+from quantplug.printable import printable
 
 TITLE = "Quantization Statistics"
-# Below this width, folding a name into what the other columns leave makes it unreadable.
-LEAST_NAME_WIDTH = 24
-
 COLD = "cold"
+
+MOST_OUTLIERS = 20
+"""How many are named below the table."""
 
 _STYLES = {
     AmaxSource.MISSING: "bold red",
@@ -24,52 +24,23 @@ _STYLES = {
 }
 
 
-def print_statistics(table: CalibrationTable, console: Console) -> None:
-    """Prints the table so that every name can be read in full.
+def print_statistics(table: CalibrationTable, console: Console, *, every_row: bool = False) -> None:
+    """Prints the table so that every name can be read in full, in a pipe and on a terminal of any width.
 
-    In a pipe a row is a line, and `console` is made as wide as that takes. On a terminal long names fold; on a narrow
-    one the numbers go below them.
+    Args:
+        console: In a pipe it is made as wide as the table is.
+        every_row: Whether each quantizer has a line of its own; else the experts of a layer share one, and those whose
+            amax is far from the others' are named below.
     """
-    wide = wide_table(table)
-    # The measure of the table at more columns than it can need is how wide it wants to be.
-    if not console.is_terminal:
-        console.width = Measurement.get(console, console.options.update(max_width=10_000), wide).maximum
-    # An empty table measures what the other columns and their headings take.
-    least = Measurement.get(console, console.options, wide_table(CalibrationTable(()))).minimum + LEAST_NAME_WIDTH
-    console.print(wide if console.width >= least else narrow_table(table))
-
-
-def wide_table(table: CalibrationTable) -> Table:
-    """One row for each quantizer."""
-    wide = Table(title=TITLE, caption=summary(table), box=box.SIMPLE_HEAD)
-    wide.add_column("Parameter Name", overflow="fold")
-    wide.add_column("Expert", justify="right", no_wrap=True)
-    wide.add_column("Shape", no_wrap=True)
-    wide.add_column("Max Value", justify="right", no_wrap=True)
-    wide.add_column("Source", no_wrap=True)
-    counted = has_tokens(table)
-    if counted:
-        wide.add_column("Tokens", justify="right", no_wrap=True)
-        wide.add_column("Coverage", justify="right", no_wrap=True)
-    for row in table.rows:
-        values = (row.parameter, _expert(row), str(row.shape), _amax(row), _source(row))
-        tokens = (_tokens(row), _coverage(row)) if counted else ()
-        wide.add_row(*values, *tokens, style=_style(row))
-    return wide
-
-
-def narrow_table(table: CalibrationTable) -> Table:
-    """Two rows for each quantizer: its name, and below it what the wide table has beside it."""
-    narrow = Table(title=TITLE, caption=summary(table), box=box.SIMPLE_HEAD)
-    tokens = " / Tokens / Coverage" if has_tokens(table) else ""
-    narrow.add_column(f"Parameter Name / Expert / Shape / Max Value / Source{tokens}", overflow="fold")
-    for row in table.rows:
-        expert = "" if row.expert is None else f"expert {row.expert}"
-        seen = "" if row.tokens is None else f"{row.tokens} tokens"
-        values = (expert, str(row.shape), _amax(row), _source(row), seen, _coverage(row))
-        narrow.add_row(row.parameter, style=_style(row))
-        narrow.add_row("  " + "  ".join(filter(None, values)), style=_style(row))
-    return narrow
+    if every_row:
+        _every_row(table).print_to(console)
+        return
+    _by_kind(table).print_to(console)
+    unlike = outliers(table)
+    for outlier in unlike[:MOST_OUTLIERS]:
+        console.print(_said(outlier), markup=False, highlight=False, soft_wrap=True)
+    if len(unlike) > MOST_OUTLIERS:
+        console.print(f"and {len(unlike) - MOST_OUTLIERS} more", soft_wrap=True)
 
 
 def summary(table: CalibrationTable) -> str:
@@ -89,19 +60,76 @@ def has_tokens(table: CalibrationTable) -> bool:
     return any(row.tokens is not None for row in table.rows)
 
 
+def _by_kind(table: CalibrationTable) -> Sheet:
+    """A line for each layer and kind of module."""
+    columns = [
+        Column("N", "{} of them"),
+        Column("Min", "min {}"),
+        Column("Median", "median {}"),
+        Column("Max", "max {}"),
+        Column("Max/Min", "max/min {}"),
+        Column("Source", right=False),
+    ]
+    counted = has_tokens(table)
+    if counted:
+        columns += [Column("Tokens", "{} tokens"), Column("Cold", "{} cold")]
+    rows = [_kind_row(kind, counted) for kind in by_layer_and_kind(table)]
+    return Sheet(TITLE, "Quantizers", columns, rows, summary(table))
+
+
+def _kind_row(kind: LayerKind, counted: bool) -> Row:
+    ends = (kind.amaxes[0], kind.median, kind.amaxes[-1]) if kind.amaxes else (None, None, None)
+    spread = "" if kind.spread is None else f"{kind.spread:.2f}"
+    sources = kind.sources
+    # Which of several a source is of is said by every row.
+    source = ", ".join(f"{count} {it.value}" if len(sources) > 1 else it.value for it, count in sources.items())
+    source += _weighted(kind.rows[0])
+    values = [str(len(kind.rows)), *map(_number, ends), spread, source]
+    if counted:
+        tokens = kind.tokens
+        seen = "" if not tokens else f"{tokens[0]}-{tokens[-1]}" if tokens[0] != tokens[-1] else str(tokens[0])
+        values += [seen, str(kind.cold) if kind.cold else ""]
+    styles = [_STYLES[source] for source in sources if source in _STYLES]
+    # The worst of them; `AmaxSource` has the worst first. What is not quantized is dim where that is all.
+    style = styles[0] if styles and (styles[0] != "dim" or len(sources) == 1) else ""
+    return Row(kind.name, values, style or ("yellow" if kind.cold else ""))
+
+
+def _said(outlier: Outlier) -> str:
+    expert = "" if outlier.row.expert is None else f" (expert {outlier.row.expert})"
+    return f"Outlier: {printable(outlier.row.parameter)}{expert} {outlier.reason}"
+
+
+def _every_row(table: CalibrationTable) -> Sheet:
+    """A line for each quantizer."""
+    columns = [
+        Column("Expert", "expert {}"),
+        Column("Shape", right=False),
+        Column("Max Value"),
+        Column("Source", right=False),
+    ]
+    counted = has_tokens(table)
+    if counted:
+        columns += [Column("Tokens", "{} tokens"), Column("Coverage")]
+    rows = []
+    for row in table.rows:
+        values = [_expert(row), str(row.shape), _number(row.amax), f"{row.source.value}{_weighted(row)}"]
+        values += [_tokens(row), _coverage(row)] if counted else []
+        rows.append(Row(row.parameter, values, _style(row)))
+    return Sheet(TITLE, "Parameter Name", columns, rows, summary(table))
+
+
 def _expert(row: StatisticsRow) -> str:
     return "" if row.expert is None else str(row.expert)
 
 
-def _amax(row: StatisticsRow) -> str:
-    return "-" if row.amax is None else f"{row.amax:.4e}"
+def _number(amax: float | None) -> str:
+    return "-" if amax is None else f"{amax:.4e}"
 
 
-def _source(row: StatisticsRow) -> str:
-    """Where the amax comes from, and of routed experts' inputs whether the router's probability is in them."""
-    if row.weighted is None:
-        return row.source.value
-    return f"{row.source.value}, {'weighted' if row.weighted else 'unweighted'}"
+def _weighted(row: StatisticsRow) -> str:
+    """Of routed experts' inputs whether the router's probability is in the amax; one calibration treats all alike."""
+    return "" if row.weighted is None else f", {'weighted' if row.weighted else 'unweighted'}"
 
 
 def _tokens(row: StatisticsRow) -> str:

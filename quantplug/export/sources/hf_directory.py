@@ -15,18 +15,21 @@ from quantplug.mappings.source_fit import fitted
 from quantplug.mappings.table import Family
 
 
-def resolve_directory(name_or_path: str | Path, needs_weights: Callable[[Path], bool]) -> Path:
+def resolve_directory(
+    name_or_path: str | Path, needs_weights: Callable[[Path], bool], revision: str | None = None
+) -> Path:
     """The local directory of a model, which is fetched from the hub whole only where weights of it are needed.
 
     Args:
         needs_weights: Whether the export takes tensors from it, by its config.
+        revision: Of a hub model, as `resolve_source` takes it.
 
     Raises:
         SourceError: There is no such directory, and the hub gives no such model.
     """
     # The config first, by itself: the weights may be hundreds of gigabytes.
-    directory = resolve_source(name_or_path, weights=False)
-    return resolve_source(name_or_path) if needs_weights(directory) else directory
+    directory = resolve_source(name_or_path, weights=False, revision=revision)
+    return resolve_source(name_or_path, revision=revision) if needs_weights(directory) else directory
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def register_family(family: Family) -> None:
     offenders = list(problems(family))
     for name in family.architectures:
         # One's own family may be registered again, as a notebook cell does that is run twice; ours stay what they are.
-        other = _served().get(name, family)
+        other = served().get(name, family)
         if other != family and (name not in _REGISTERED or other.name != family.name):
             offenders.append(Offender(name, f"is served by the family {other.name} already"))
     if offenders:
@@ -71,8 +71,8 @@ def register_family(family: Family) -> None:
     _REGISTERED.update(dict.fromkeys(family.architectures, family))
 
 
-def _served() -> dict[str, Family]:
-    """Every architecture with its family."""
+def served() -> dict[str, Family]:
+    """Every architecture with its family, those that a user has added too."""
     # A registered family cannot take one of ours: `register_family` has refused that.
     return {name: family for family in FAMILIES for name in family.architectures} | _REGISTERED
 
@@ -83,14 +83,14 @@ def find_family(architecture: str) -> Family:
     Raises:
         UnsupportedModelError: No family does; the message lists those that are.
     """
-    served = _served()
-    if architecture in served:
-        return served[architecture]
+    known = served()
+    if architecture in known:
+        return known[architecture]
     # Names that look alike stand for models that are not: only another spelling of the same is worth a hint.
-    same = [name for name in served if name.casefold() == architecture.casefold()]
+    same = [name for name in known if name.casefold() == architecture.casefold()]
     hint = f", which is spelled {same[0]}" if same else ""
     raise UnsupportedModelError(
         f"The architecture {architecture!r} is not supported.",
         [Offender("architectures", f"is {architecture!r}{hint}")],
-        f"Use one of: {', '.join(sorted(served))}. Or add it by register_family.",
+        f"Use one of: {', '.join(sorted(known))}. Or add it by register_family.",
     )

@@ -28,10 +28,10 @@ TABLE = CalibrationTable(
 )
 
 
-def printed(width: int, terminal: bool, table: CalibrationTable = TABLE) -> str:
+def printed(width: int, terminal: bool, table: CalibrationTable = TABLE, *, every_row: bool = True) -> str:
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=terminal, color_system="standard" if terminal else "auto")
-    print_statistics(table, console)
+    print_statistics(table, console, every_row=every_row)
     return file.getvalue()
 
 
@@ -119,7 +119,98 @@ def test_routed_inputs_say_whether_the_probability_is_in_their_amax() -> None:
     table = CalibrationTable(tuple(rows))
     assert CalibrationTable.from_json(table.to_json()) == table
     for width in (200, 30):
-        text = " ".join(without_escapes(printed(width, terminal=True, table=table)).split())
-        assert "calibrated, weighted" in text
-        assert "calibrated, unweighted" in text
-        assert "by the router's probability" in text
+        for every_row in (True, False):
+            shown = printed(width, terminal=True, table=table, every_row=every_row)
+            text = " ".join(without_escapes(shown).split())
+            assert "calibrated, weighted" in text
+            assert "calibrated, unweighted" in text
+            assert "by the router's probability" in text
+
+
+FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
+
+
+def layer_of_experts(layer: int, *amaxes: float, tokens: tuple[int | None, ...] = ()) -> list[StatisticsRow]:
+    seen = tokens or (None,) * len(amaxes)
+    return [
+        StatisticsRow(
+            ParamKey(FC1, layer, expert), (8, 8), amax, AmaxSource.CALIBRATED, count, None if count is None else 1.0
+        )
+        for expert, (amax, count) in enumerate(zip(amaxes, seen, strict=True))
+    ]
+
+
+def test_experts_of_a_layer_share_a_line_by_default() -> None:
+    table = CalibrationTable((*layer_of_experts(0, 1.0, 2.0, 4.0), *layer_of_experts(1, 3.0), TABLE.rows[0]))
+
+    text = printed(200, terminal=False, table=table, every_row=False)
+    lines = [line.split() for line in text.splitlines() if "weight" in line]
+
+    assert lines == [
+        ["decoder.layers.0.mlp.experts.linear_fc1.weight*", "3", "1.0000e+00", "2.0000e+00", "4.0000e+00", "4.00",
+         "calibrated"],
+        ["decoder.layers.1.mlp.experts.linear_fc1.weight*", "1", "3.0000e+00", "3.0000e+00", "3.0000e+00",
+         "calibrated"],
+        ["output_layer.weight", "1", "-", "-", "-", "disabled"],
+    ]  # fmt: skip
+    assert "Outlier" not in text
+
+
+def test_a_line_counts_tokens_and_cold_experts() -> None:
+    (warm, cold) = layer_of_experts(0, 1.0, 1.0, tokens=(7, 0))
+    table = CalibrationTable((warm, replace(cold, coverage=0.0, source=AmaxSource.FALLBACK)))
+
+    text = printed(200, terminal=False, table=table, every_row=False)
+
+    (line,) = (line for line in text.splitlines() if "weight" in line)
+    assert re.search(r"1 fallback, 1 calibrated +0-7 +1$", line.rstrip())
+
+
+@pytest.mark.parametrize("width", [30, 60, 100])
+def test_a_line_is_whole_at_any_width(width: int) -> None:
+    table = CalibrationTable(tuple(layer_of_experts(13, 1.0, 2.0, 4.0)))
+
+    text = without_escapes(printed(width, terminal=True, table=table, every_row=False))
+
+    flat = "".join(text.split())
+    assert "…" not in text
+    # Beside other columns a name is folded after a dot.
+    for value in ("decoder.layers.13.mlp.experts.", "linear_fc1.weight*", "1.0000e+00", "2.0000e+00", "4.0000e+00"):
+        assert value in flat
+
+
+@pytest.mark.parametrize(
+    ("amax", "reason"),
+    [
+        (9.0, "is 9.0000e+00, 9 times the median of its peers"),
+        (0.1, "is 1.0000e-01, 0.1 times the median of its peers"),
+        (0.0, "is 0"),
+        (float("nan"), "is nan"),
+    ],
+)
+def test_an_expert_unlike_the_others_of_its_layer_is_named(amax: float, reason: str) -> None:
+    # The other layer is as far away: experts are held against those of their own.
+    table = CalibrationTable((*layer_of_experts(0, 1.0, 1.0, amax, 1.0, 1.0), *layer_of_experts(1, *[50.0] * 4)))
+
+    text = printed(200, terminal=False, table=table, every_row=False)
+
+    assert [line for line in text.splitlines() if line.startswith("Outlier")] == [
+        f"Outlier: decoder.layers.0.mlp.experts.linear_fc1.weight2 (expert 2) {reason}"
+    ]
+
+
+def test_the_farthest_outliers_are_named_and_the_others_counted() -> None:
+    table = CalibrationTable(tuple(layer_of_experts(0, *[1.0] * 60, *(10.0 * n for n in range(1, 26)))))
+
+    lines = printed(200, terminal=False, table=table, every_row=False).splitlines()
+
+    named = [line for line in lines if line.startswith("Outlier")]
+    assert len(named) == 20
+    assert "2.5000e+02, 250 times" in named[0]
+    assert lines[-1] == "and 5 more"
+
+
+def test_a_table_of_many_experts_is_short() -> None:
+    table = CalibrationTable(tuple(row for layer in range(48) for row in layer_of_experts(layer, *[1.0] * 128)))
+
+    assert len(printed(200, terminal=False, table=table, every_row=False).splitlines()) < 60
