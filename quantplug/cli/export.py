@@ -9,6 +9,7 @@ import typer
 from quantplug.choices import EXPORT_FORMATS, KVCacheFormat, Preset, Scales, WeightAmax
 from quantplug.cli.options import (
     Dialect,
+    DryRun,
     Exclude,
     ExpertFormat,
     GroupSize,
@@ -24,10 +25,11 @@ from quantplug.cli.options import (
     WhichLinears,
 )
 from quantplug.cli.terminal import Say, terminal
-from quantplug.cli.written import as_json, kept_of, print_written
+from quantplug.cli.written import kept_of, refuse_page_of_nothing, say_result
 
 EXAMPLES = (
     "quantplug export CKPT OUT --hf DIR",
+    "quantplug export CKPT OUT --hf DIR --format w4a16_nvfp4 --dry-run",
     "quantplug export CKPT OUT --hf Qwen/Qwen3-30B-A3B --iteration 1000 --format plain",
 )
 
@@ -69,6 +71,7 @@ def export(
     ] = None,
     dialect: Dialect = None,
     max_shard_size: MaxShardSize = None,
+    dry_run: DryRun = False,
     revision: Revision = None,
     amax: Annotated[
         WeightAmax, typer.Option(help="Of a quantized model: what becomes of weights that have grown since.")
@@ -97,6 +100,7 @@ def export(
     # A clock that no time server sets back.
     start = time.perf_counter()
     with terminal(Say(quiet, log_file, json, html), lambda: kept_of(destination)) as here:
+        refuse_page_of_nothing(html, dry_run=dry_run)
         with here.byte_bar() as bar:
             result = export_checkpoint(
                 checkpoint,
@@ -119,11 +123,11 @@ def export(
                 trust_remote_code=trust_remote_code,
                 revision=revision,
                 max_shard_size=max_shard_size or MAX_SHARD_SIZE,
+                dry_run=dry_run,
                 unchecked_settings=unchecked_setting or (),
                 progress=bar,
             )
             seconds = time.perf_counter() - start
             report = proved(destination, None, html, bar)
-        here.write_json(as_json(result, seconds))
-        print_written(result, seconds, here.console)
+        say_result(result, seconds, here)
         print_proved(report, here.console)

@@ -66,6 +66,7 @@ def commands_for(found: "Identified") -> list[str]:
     match found.kind:
         case DirectoryKind.PLAIN | DirectoryKind.READABLE if found.family is not None:
             ways = [
+                f"quantplug quantize {here} OUT --format w4a16_nvfp4 --dry-run",
                 f"quantplug quantize {here} OUT --format w4a16_nvfp4",
                 f"quantplug verify OUT --source {here}",
             ]

@@ -22,6 +22,10 @@ Html = Annotated[
     typer.Option("--html", metavar="FILE", help="Verify what was written, and show it in FILE: one page, no network."),
 ]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Write nothing: say what would be written, and what that takes, by a trial.")
+]
+
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 

@@ -9,6 +9,7 @@ import typer
 from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
 from quantplug.cli.options import (
     Dialect,
+    DryRun,
     Exclude,
     ExpertFormat,
     GroupSize,
@@ -23,12 +24,13 @@ from quantplug.cli.options import (
     WhichLinears,
 )
 from quantplug.cli.terminal import Say, terminal
-from quantplug.cli.written import as_json, kept_of, print_written
+from quantplug.cli.written import kept_of, refuse_page_of_nothing, say_result
 from quantplug.errors import ArgumentError, Offender
 from quantplug.recipes import RECIPES, Recipe, recipe_named
 
 EXAMPLES = (
     "quantplug quantize DIR OUT --format w4a16_nvfp4",
+    "quantplug quantize DIR OUT --format w4a16_nvfp4 --dry-run",
     "quantplug quantize Qwen/Qwen3-30B-A3B OUT --revision main --recipe nvfp4_experts_only_input_scale1-kv_fp8_cast",
     "quantplug quantize DIR OUT --format fp8_blockwise --exclude 'model.layers.0.*' --max-shard-size 2GB",
 )
@@ -60,6 +62,7 @@ def quantize(
     ] = None,
     dialect: Dialect = None,
     max_shard_size: MaxShardSize = None,
+    dry_run: DryRun = False,
     revision: Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
@@ -82,6 +85,7 @@ def quantize(
     # A clock that no time server sets back.
     start = time.perf_counter()
     with terminal(Say(quiet, log_file, json, html), lambda: kept_of(destination)) as here:
+        refuse_page_of_nothing(html, dry_run=dry_run)
         with here.byte_bar() as bar:
             asked = _asked(
                 recipe,
@@ -108,12 +112,13 @@ def quantize(
                 trust_remote_code=trust_remote_code,
                 revision=revision,
                 max_shard_size=max_shard_size or MAX_SHARD_SIZE,
+                dry_run=dry_run,
                 progress=bar,
             )
             seconds = time.perf_counter() - start
-            report = proved(destination, resolve_source(source, revision=revision), html, bar)
-        here.write_json(as_json(result, seconds))
-        print_written(result, seconds, here.console)
+            original = None if html is None else resolve_source(source, revision=revision)
+            report = proved(destination, original, html, bar)
+        say_result(result, seconds, here)
         print_proved(report, here.console)
 
 

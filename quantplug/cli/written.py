@@ -5,12 +5,40 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quantplug.cli.terminal import command_line, plain
+from quantplug.cli.planned import no_room, planned_json, print_planned
+from quantplug.cli.terminal import Terminal, command_line, plain
+from quantplug.errors import ArgumentError, Offender
 
 if TYPE_CHECKING:
     from quantplug.export.files.finish import ExportResult
 
 _GIGABYTE = 10**9
+
+
+def refuse_page_of_nothing(html: Path | None, *, dry_run: bool) -> None:
+    """Refuses a page of what a dry run has not written.
+
+    Raises:
+        ArgumentError: One is asked for.
+    """
+    if dry_run and html is not None:
+        raise ArgumentError(
+            "A page shows what was written, and a dry run writes nothing.",
+            [Offender("--html", f"is {html}, beside --dry-run")],
+            "Leave one of them out; --json FILE has the plan for programs.",
+        )
+
+
+def say_result(result: "ExportResult", seconds: float, here: Terminal) -> None:
+    """Says what was written; of a dry run what would be, and exits where the disk has no room for it."""
+    if result.preview is None:
+        here.write_json(as_json(result, seconds))
+        print_written(result, seconds, here.console)
+        return
+    here.write_json(planned_json(result, result.preview))
+    print_planned(result, result.preview, here.console)
+    if (problem := no_room(result.preview)) is not None:
+        here.exit_with(problem)
 
 
 def print_written(result: "ExportResult", seconds: float, console: Console) -> None:

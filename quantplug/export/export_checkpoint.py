@@ -23,7 +23,8 @@ from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 from quantplug.choices import EXPORT_FORMATS, PLAIN
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.asked_formats import asked_formats, require_experts
-from quantplug.export.files.finish import Beside, ExportResult, result_of
+from quantplug.export.files.finish import Beside, ExportResult, result_of, sizes_on_disk
+from quantplug.export.files.preview import Reasons, preview_of
 from quantplug.export.model_free import (
     Amaxes,
     ModelByConfig,
@@ -107,6 +108,7 @@ def export_checkpoint(
     unchecked_settings: Collection[str] = (),
     max_shard_size: int = MAX_SHARD_SIZE,
     revision: str | None = None,
+    dry_run: bool = False,
     progress: Progress = silent,
 ) -> CheckpointExport:
     """Writes a Megatron-Core `torch_dist` checkpoint as a Hugging Face checkpoint, without a model, a GPU or data.
@@ -149,6 +151,8 @@ def export_checkpoint(
             checkpoint, by the names that errors give them.
         max_shard_size: Largest size of one safetensors file in bytes.
         revision: Of a Hugging Face model on the hub: branch, tag or commit; None for the newest of its main branch.
+        dry_run: Whether nothing is written, and the result says in its `preview` what would be, as in
+            `quantize_checkpoint`.
         progress: Called as (stage, done, total), in bytes of the checkpoint.
 
     Raises:
@@ -225,6 +229,7 @@ def export_checkpoint(
         )
         request = against(stored, request, model.family, model.dims, grown=vocab_size is not None)
         plan_of: PlanOf
+        kept: Reasons = {}
         if format is None:
             request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
         else:
@@ -233,13 +238,17 @@ def export_checkpoint(
             asked_for = Policy.of(formats.linears, quantize_mtp, selected)
             chosen = chosen_weights(weights, model, formats, asked_for, exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
-            plan_of = WeightOnlyPlan(weights, model, chosen, request, input_scale, search)
+            plan_of, kept = WeightOnlyPlan(weights, model, chosen.schemes, request, input_scale, search), chosen.kept
         else:
             plan_of = _AsSaved(weights, model, request, policy)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model), found.group_amaxes)
         beside = Beside(model.directory, model.config, side_files)
-        plan = write_export(plan_of, rows, beside, target, dtype, progress, policy)
-    written = result_of(plan, target, side_files, model.lost_mtp)
+        if dry_run:
+            plan = plan_of(None)
+            preview = preview_of(plan, rows, target, sum(sizes_on_disk(plan, beside, dtype).values()), kept, policy)
+        else:
+            plan, preview = write_export(plan_of, rows, beside, target, dtype, progress, policy), None
+    written = replace(result_of(plan, target, side_files, model.lost_mtp), preview=preview)
     return CheckpointExport(
         **{each.name: getattr(written, each.name) for each in fields(written)},
         checkpoint=directory,

@@ -118,14 +118,27 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
     return ModelByConfig(directory, config, family, dims, lost)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What is packed, by the one policy and what a user leaves out.
+
+    Attributes:
+        schemes: How each weight that is packed is.
+        kept: Why other weights of matrix products are not, in words for people.
+    """
+
+    schemes: Schemes
+    kept: Mapping[ParamKey, str]
+
+
 def chosen_weights(
     weights: Sequence[WholeWeight],
     model: ModelByConfig,
     formats: Formats,
     policy: Policy,
     exclude: Sequence[str],
-) -> dict[ParamKey, Scheme]:
-    """The weights that are packed, each with its scheme, by the one policy and what a user leaves out.
+) -> Chosen:
+    """The weights that are packed, each with its scheme, and those that are not, with the reason.
 
     Args:
         policy: What is asked for; the bits are those of each weight's own scheme.
@@ -135,8 +148,9 @@ def chosen_weights(
         UnsupportedQuantizationError: `exclude` parts what servers load alike, or leaves nothing to quantize.
     """
     decisions = formats.decide((weight.key for weight in weights), model.family, policy)
-    chosen = quantized(excluding(decisions, exclude, model.family, model.dims))
-    return {key: formats.of(key) for key in chosen}
+    decisions = excluding(decisions, exclude, model.family, model.dims)
+    kept = {key: decision.kept.words for key, decision in decisions.items() if decision.kept is not None}
+    return Chosen({key: formats.of(key) for key in quantized(decisions)}, kept)
 
 
 Amaxes = Mapping[ParamKey, float]

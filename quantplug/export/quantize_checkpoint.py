@@ -15,7 +15,8 @@ from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.export.asked_formats import asked_formats, require_experts
-from quantplug.export.files.finish import Beside, ExportResult, result_of
+from quantplug.export.files.finish import Beside, ExportResult, result_of, sizes_on_disk
+from quantplug.export.files.preview import preview_of
 from quantplug.export.model_free import (
     WeightOnlyPlan,
     chosen_weights,
@@ -59,6 +60,7 @@ def quantize_checkpoint(
     trust_remote_code: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     revision: str | None = None,
+    dry_run: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
     """Quantizes the linear weights of a Hugging Face checkpoint; every other tensor keeps its values and its type.
@@ -97,6 +99,8 @@ def quantize_checkpoint(
         trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.
         max_shard_size: Largest size of one safetensors file in bytes.
         revision: Of a source on the hub: branch, tag or commit; None for the newest of its main branch.
+        dry_run: Whether nothing is written, and the result says in its `preview` what would be, and how long it would
+            take by a trial of about two seconds. Errors that only a look at all values finds are not found.
         progress: Called as (stage, done, total), in bytes of the source.
 
     Raises:
@@ -143,13 +147,13 @@ def quantize_checkpoint(
             dialect=spelling,
         )
         chosen = chosen_weights(weights, model, formats, policy, exclude)
-        plan = write_export(
-            WeightOnlyPlan(weights, model, chosen, request, input_scale, search),
-            CheckpointSource(checkpoint, model.dims),
-            Beside(model.directory, model.config, side_files),
-            target,
-            dtype=None,
-            progress=progress,
-        )
+        plan_of = WeightOnlyPlan(weights, model, chosen.schemes, request, input_scale, search)
+        rows = CheckpointSource(checkpoint, model.dims)
+        beside = Beside(model.directory, model.config, side_files)
+        if dry_run:
+            plan = plan_of(None)
+            preview = preview_of(plan, rows, target, sum(sizes_on_disk(plan, beside, None).values()), chosen.kept)
+        else:
+            plan, preview = write_export(plan_of, rows, beside, target, dtype=None, progress=progress), None
         aside = checkpoint.aside
-    return result_of(plan, target, side_files, model.lost_mtp, aside)
+    return replace(result_of(plan, target, side_files, model.lost_mtp, aside), preview=preview)

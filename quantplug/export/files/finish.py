@@ -17,6 +17,7 @@ from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles
 from quantplug.checkpoint.untrusted.files import open_file
 from quantplug.export.files.config_files import configs_of, copy_side_files, write_configs
 from quantplug.export.files.index import index_of, json_bytes, refuse_strays, write_index
+from quantplug.export.files.preview import Preview
 from quantplug.export.files.staging import Staging
 from quantplug.export.plan.types import ExportPlan
 
@@ -35,6 +36,7 @@ class ExportResult:
         lost_mtp: That the source's config counts layers of multi-token prediction and the source has none; the config
             that was written counts none. Its text says so.
         scales_aside: Scales of a quantized source that hold for nothing that was written.
+        preview: Of a dry run what would be written, and what that takes: nothing was. None after an export.
     """
 
     directory: Path
@@ -46,6 +48,7 @@ class ExportResult:
     side_files: SideFiles
     lost_mtp: LostMtp | None = None
     scales_aside: ScalesAside = NONE_ASIDE
+    preview: Preview | None = None
 
     def said(self) -> Iterator[str]:
         """Lines that tell a user what became of the source, beside its weights."""
