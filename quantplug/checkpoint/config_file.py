@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantplug.checkpoint.untrusted.files import read_json
-from quantplug.errors import Offender, SourceError
+from quantplug.errors import Offender, SourceError, UnsupportedModelError
 from quantplug.mappings.table import Family, MegatronConfig
 
 CONFIG_FILE = "config.json"
@@ -121,9 +121,15 @@ def in_megatrons_words(config: Mapping[str, Any], family: Family, directory: Pat
     """A config as its family's table puts it.
 
     Raises:
-        UnsupportedModelError: A setting is not one that is converted.
+        UnsupportedModelError: A setting is not one that is converted, or Megatron has no such model.
         SourceError: A setting is missing, or of a type that it cannot have.
     """
+    if family.megatron_config is None:
+        raise UnsupportedModelError(
+            "The family has no Megatron model.",
+            [Offender(family.name, "has no megatron_config")],
+            "Quantize a Hugging Face checkpoint of it: quantplug quantize.",
+        )
     try:
         return family.megatron_config(config)
     except KeyError as error:

@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from quantplug.choices import EXPORT_FORMATS, KVCacheFormat, Preset, Scales, WeightAmax
+from quantplug.cli.family import run_family_files
 from quantplug.cli.options import (
     Dialect,
     DryRun,
     Exclude,
     ExpertFormat,
+    FamilyFiles,
     GroupSize,
     Html,
     InputScale,
@@ -84,6 +86,7 @@ def export(
         bool, typer.Option("--trust-remote-code", help="Carry over code that DIR brings for its readers to run.")
     ] = False,
     html: Html = None,
+    family: FamilyFiles = None,
     json: JsonFile = None,
     quiet: Quiet = False,
     log_file: LogFile = None,
@@ -100,6 +103,7 @@ def export(
     # A clock that no time server sets back.
     start = time.perf_counter()
     with terminal(Say(quiet, log_file, json, html), lambda: kept_of(destination)) as here:
+        run_family_files(family or ())
         refuse_page_of_nothing(html, dry_run=dry_run)
         with here.byte_bar() as bar:
             result = export_checkpoint(

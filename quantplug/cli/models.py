@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantplug.calibration.show.sheet import Column, Row, Sheet
-from quantplug.cli.options import JsonFile, LogFile, Quiet
+from quantplug.cli.family import run_family_files
+from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet
 from quantplug.cli.terminal import Say, plain, terminal
 from quantplug.printable import printable
 
@@ -28,6 +29,7 @@ def models(
     ] = None,
     quiet: Quiet = False,
     log_file: LogFile = None,
+    family: FamilyFiles = None,
     json: JsonFile = None,
 ) -> None:
     """Lists the architectures that are served; of a directory says what it is, and the commands that it is good for.
@@ -38,6 +40,7 @@ def models(
     from quantplug.mappings.families import served
 
     with terminal(Say(quiet, log_file, json)) as here:
+        run_family_files(family or ())
         if directory is not None:
             found = identify(directory)
             ways = commands_for(found)

@@ -17,6 +17,12 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the result here as JSON; - is the standard output."),
 ]
+FamilyFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--family", metavar="FILE.py", help="Runs this Python file, which adds an architecture by register_family."
+    ),
+]
 Html = Annotated[
     Path | None,
     typer.Option("--html", metavar="FILE", help="Verify what was written, and show it in FILE: one page, no network."),

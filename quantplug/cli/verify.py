@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from quantplug.cli.options import JsonFile, LogFile, Quiet
+from quantplug.cli.family import run_family_files
+from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet
 from quantplug.cli.terminal import Say, command_line, terminal
 
 EXAMPLES = (
@@ -27,6 +28,7 @@ def verify(
         typer.Option(metavar="FILE", help="Keep progress here: the same command, stopped, goes on where it was."),
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Findings to show of each check; 0 shows all.")] = 20,
+    family: FamilyFiles = None,
     json: JsonFile = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page to look at here: one file, no network.")
@@ -54,6 +56,7 @@ def verify(
         return f"What was found so far is kept in {resume}: run the same command again to go on.\n  {command_line()}"
 
     with terminal(Say(quiet, log_file, json, html), kept) as here:
+        run_family_files(family or ())
         statistics = None if stats is None else CalibrationTable.load(stats)
         with here.byte_bar() as bar:
             report = verify_checkpoint(directory, source, partial(bar, "reading"), resume=resume)

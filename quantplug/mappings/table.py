@@ -414,7 +414,8 @@ class Family:
         mappings: The table.
         dimensions: Reads `ModelDimensions` from the config as a dict; raises UnsupportedModelError naming settings that
             no sizes can be read from.
-        megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert.
+        megatron_config: Converts the config; raises UnsupportedModelError for a setting we do not convert. None where
+            Megatron has no such model: its checkpoints are quantized and verified, and no model is built.
         tied: Hugging Face name to the name whose data it shares when `tie_word_embeddings` is set.
         sizes: What `dimensions` reads beside the sizes of any decoder, or in place of one of the same name. A config
             of unknown origin is held against it before `dimensions` sees it.
@@ -431,13 +432,16 @@ class Family:
             values are converted.
         server_settings: Settings, where the sizes are, without which servers compute another model, and which
             transformers neither needs nor writes.
+        shapes: Of tensors whose shapes by the sizes are not those that tensors of such names have elsewhere: by the
+            name without numbers and without what its layers are in, such as `self_attn.q_norm`. None in a shape is a
+            size that the config does not say.
     """
 
     name: str
     architectures: tuple[str, ...]
     mappings: tuple[WeightMapping, ...]
     dimensions: Callable[[Mapping[str, Any]], ModelDimensions]
-    megatron_config: Callable[[Mapping[str, Any]], MegatronConfig]
+    megatron_config: Callable[[Mapping[str, Any]], MegatronConfig] | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[SizeSetting, ...] = ()
     nested: str | None = None
@@ -448,6 +452,7 @@ class Family:
     forms: tuple[tuple[WeightMapping, ...], ...] = ()
     zero_centred: bool = False
     server_settings: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Callable[[ModelDimensions], tuple[int | None, ...]]] = field(default_factory=dict)
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""

@@ -181,7 +181,7 @@ def _misshapen(inventory: Inventory, found: Architecture) -> Iterator[Finding]:
             continue
         for suffix in sorted(suffixes):
             kind, shape = kind_of(f"{name}.{suffix}"), _shape(module, suffix)
-            wanted = expected_shape(kind, found.known.dims)
+            wanted = expected_shape(kind, found.known.dims, found.known.family.shapes)
             if shape is None or wanted is None:
                 continue
             # Of a tensor of all experts: with their number in front, and turned where the table says so.

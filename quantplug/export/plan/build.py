@@ -109,7 +109,7 @@ def build_plan(
     # names every offender that can be known by then.
     findings = Findings(ranks=any(weight.replicas != ON_ONE_RANK for weight in weights))
     mapped = match_table(weights, family, dims, request.tied_embeddings, findings)
-    shapes = {weight.key: part_shapes(weight, row, dims, request.reference, findings) for weight, row in mapped}
+    shapes = {weight.key: part_shapes(weight, row, family, dims, request.reference, findings) for weight, row in mapped}
     findings.raise_if_any()
     # From here on shapes are known to be right, so that what follows may divide and cut them.
     schemes = check_quantizers(mapped, request.unclaimed, findings)

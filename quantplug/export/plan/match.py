@@ -100,6 +100,7 @@ def _place(key: ParamKey) -> tuple[str, int]:
 def part_shapes(
     weight: WholeWeight,
     mapping: WeightMapping,
+    family: Family,
     dims: ModelDimensions,
     reference: Mapping[str, tuple[int, ...]],
     findings: Findings,
@@ -117,7 +118,7 @@ def part_shapes(
     placement = mapping.placement(weight.key, dims)
     for name, shape in zip(mapping.hf_names(weight.key, dims), shapes, strict=True):
         # Of what Megatron's model has not, the config says nothing that we read.
-        expected = None if mapping.role.is_passthrough else expected_shape(kind_of(name), dims)
+        expected = None if mapping.role.is_passthrough else expected_shape(kind_of(name), dims, family.shapes)
         stored = placement.stored_shape(shape) if placement else shape
         if expected is not None and not fits(shape, expected):
             said = ", ".join("any" if size is None else str(size) for size in expected)

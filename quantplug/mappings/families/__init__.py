@@ -19,6 +19,7 @@ from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.families.qwen3_next import QWEN3_NEXT
 from quantplug.mappings.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from quantplug.mappings.family_check import problems
+from quantplug.mappings.installed import installed_families
 from quantplug.mappings.table import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -71,10 +72,20 @@ def register_family(family: Family) -> None:
     _REGISTERED.update(dict.fromkeys(family.architectures, family))
 
 
+def registered() -> dict[str, Family]:
+    """The architectures that `register_family` was given in this process, each with its family."""
+    return dict(_REGISTERED)
+
+
 def served() -> dict[str, Family]:
-    """Every architecture with its family, those that a user has added too."""
-    # A registered family cannot take one of ours: `register_family` has refused that.
-    return {name: family for family in FAMILIES for name in family.architectures} | _REGISTERED
+    """Every architecture with its family, those of installed packages and those that a user has added too.
+
+    Raises:
+        ArgumentError: An installed package offers a family that cannot be used.
+    """
+    ours = {name: family for family in FAMILIES for name in family.architectures}
+    # A registered family cannot take one of ours, nor can an installed one: both are refused.
+    return ours | installed_families(frozenset(ours)) | _REGISTERED
 
 
 def find_family(architecture: str) -> Family:
@@ -82,6 +93,7 @@ def find_family(architecture: str) -> Family:
 
     Raises:
         UnsupportedModelError: No family does; the message lists those that are.
+        ArgumentError: An installed package offers a family that cannot be used.
     """
     known = served()
     if architecture in known:
@@ -92,5 +104,5 @@ def find_family(architecture: str) -> Family:
     raise UnsupportedModelError(
         f"The architecture {architecture!r} is not supported.",
         [Offender("architectures", f"is {architecture!r}{hint}")],
-        f"Use one of: {', '.join(sorted(known))}. Or add it by register_family.",
+        f"Use one of: {', '.join(sorted(known))}. Or add it by register_family (--family FILE.py).",
     )

@@ -7,7 +7,7 @@ from quantplug.mappings.families import common, routed
 from quantplug.mappings.table import Family, MegatronConfig
 
 
-def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
+def megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     normalized = bool(config.get("norm_topk_prob", False))
     common.refuse_decoder_settings("Qwen3-MoE", config, routed.router_settings(config, normalized))
     transformer = {
@@ -30,7 +30,7 @@ QWEN3_MOE = Family(
         *common.ROUTED_EXPERTS,
     ),
     dimensions=routed.sparse_dimensions,
-    megatron_config=_megatron_config,
+    megatron_config=megatron_config,
     tied=common.TIED_LM_HEAD,
     sizes=routed.SIZES,
 )

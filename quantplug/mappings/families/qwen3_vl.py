@@ -11,7 +11,7 @@ from typing import Any
 
 from quantplug.mappings.experts import joined_experts
 from quantplug.mappings.families.qwen3 import QWEN3
-from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
+from quantplug.mappings.families.qwen3_moe import QWEN3_MOE, megatron_config
 from quantplug.mappings.families.vision_language import below_model, vision_language
 from quantplug.mappings.table import MegatronConfig
 
@@ -21,7 +21,7 @@ _PLACE = below_model("language_model")
 
 def _moe_megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     """Qwen3-MoE's, told to scale the kept probabilities to one, which the router of Qwen3-VL always does."""
-    return QWEN3_MOE.megatron_config({**config, "norm_topk_prob": True})
+    return megatron_config({**config, "norm_topk_prob": True})
 
 
 # Whether tensors are transposed is found by `source_fit.in_form`, which holds their shapes against the config's widths.

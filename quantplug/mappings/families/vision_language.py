@@ -34,13 +34,14 @@ def vision_language(
         rename: What its tensors are called.
         passthrough: Beginnings of the names of all other tensors.
     """
+    of_text = text.megatron_config
     return replace(
         text,
         name=name,
         architectures=architectures,
         mappings=_renamed(text.mappings, rename),
         dimensions=lambda config: text.dimensions(language_settings(config)),
-        megatron_config=lambda config: text.megatron_config(language_settings(config)),
+        megatron_config=None if of_text is None else lambda config: of_text(language_settings(config)),
         tied={rename(name): rename(source) for name, source in text.tied.items()},
         nested=TEXT_CONFIG,
         passthrough=(*map(rename, text.passthrough), *passthrough),

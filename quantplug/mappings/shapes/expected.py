@@ -1,19 +1,30 @@
 """Shapes that follow from the sizes in config.json, by kind of tensor (`kinds.kind_of`)."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from quantplug.mappings.layouts import ModelDimensions, Option
 from quantplug.mappings.shapes.delta import DELTA_SHAPES
 from quantplug.mappings.shapes.hybrid import HYBRID_SHAPES
 
+_NO_OTHERS: Mapping[str, "ShapeBySizes"] = MappingProxyType({})
 Shape = tuple[int | None, ...]  # None: not said by the config
 
 
-def expected_shape(kind: str, dims: ModelDimensions) -> Shape | None:
-    """The shape of a tensor of this kind, such as `self_attn.q_proj.weight`; None where the config does not say."""
+ShapeBySizes = Callable[[ModelDimensions], Shape]
+
+
+def expected_shape(kind: str, dims: ModelDimensions, own: Mapping[str, ShapeBySizes] = _NO_OTHERS) -> Shape | None:
+    """The shape of a tensor of this kind, such as `self_attn.q_proj.weight`; None where the config does not say.
+
+    Args:
+        own: Shapes in which a family differs from others, as in `Family.shapes`.
+    """
     # A weight and its bias have one row of the table: the bias is as long as the weight has rows.
     name = kind.removesuffix(".weight").removesuffix(".bias")
     # Only in models that have the sizes: elsewhere a tensor of that name is not known, and is not judged.
+    if name in own:
+        return own[name](dims)[:1] if kind.endswith(".bias") else own[name](dims)
     if dims.delta is not None and name in DELTA_SHAPES:
         return DELTA_SHAPES[name](dims.delta, dims.hidden_size)
     wanted = _SHAPES.get(name)
