@@ -46,16 +46,27 @@ class KVCacheFormat(StrEnum):
 
     `fp8_cast` is E4M3 with a scale of 1.0: keys and values are cast, so that it takes no data and no tensors, but two
     lines of config. It is what most published NVFP4 checkpoints have (ModelOpt's recipes call it `kv_fp8_cast`). `fp8`
-    is E4M3 with scales that were calibrated with data, two for each attention layer.
+    is E4M3 with scales that were calibrated with data, two for each attention layer. `nvfp4_cast` and `nvfp4` are the
+    same of NVFP4, whose blocks have scales that the server makes.
     """
 
     FP8_CAST = "fp8_cast"
     FP8 = "fp8"
+    NVFP4_CAST = "nvfp4_cast"
+    NVFP4 = "nvfp4"
 
     @property
     def needs_data(self) -> bool:
         """Whether it has scales that only calibration with data can give."""
-        return self is KVCacheFormat.FP8
+        return self.cast is not self
+
+    @property
+    def cast(self) -> "KVCacheFormat":
+        """The same type with a scale of 1.0, which needs no data: itself where it is that."""
+        return _CASTS.get(self, self)
+
+
+_CASTS = {KVCacheFormat.FP8: KVCacheFormat.FP8_CAST, KVCacheFormat.NVFP4: KVCacheFormat.NVFP4_CAST}
 
 
 class Scales(StrEnum):

@@ -141,8 +141,8 @@ def export_checkpoint(
         input_scale: With a `format` that quantizes inputs by scales of their own, `nvfp4` or `fp8`: the scale of all
             of them.
         scales: With a `format`: how the scales of NVFP4's blocks are found, as in `quantize_checkpoint`.
-        kv_cache: With a `format`: in which format servers keep keys and values, `fp8_cast`; None for 16 bits. Without a
-            `format` the quantizers in the checkpoint say it.
+        kv_cache: With a `format`: in which format servers keep keys and values, `fp8_cast` or `nvfp4_cast`; None for
+            16 bits. Without a `format` the quantizers in the checkpoint say it.
         dialect: How tensors and config spell the formats, as in `quantize_checkpoint`.
         amax: Of a model that was quantized before: what becomes of weights that are larger than their quantizers'
             amaxes, as in `export_mcore_gpt_to_hf`.

@@ -92,8 +92,8 @@ def quantize_checkpoint(
             recipe `nvfp4_experts_only_input_scale1-kv_fp8_cast`.
         scales: How the scales of NVFP4's blocks are found, a `Scales` or its name: `max` (of the largest element),
             `four_over_six` or `mse` (the one with the least squared error). Servers read all of them alike.
-        kv_cache: The format of the KV cache that servers are asked for, a `KVCacheFormat` or its name: `fp8_cast` needs
-            no data. None leaves it in 16 bits.
+        kv_cache: The format of the KV cache that servers are asked for, a `KVCacheFormat` or its name: `fp8_cast` and
+            `nvfp4_cast` need no data. None leaves it in 16 bits.
         dialect: How tensors and config spell the format, where there are several ways: a `DialectName` or its name,
             `modelopt`, `compressed-tensors` or `deepseek`. None takes what most servers read.
         trust_remote_code: Whether code that the source brings is carried over, for readers to run; none is run here.

@@ -115,6 +115,30 @@ SCHEMES: Mapping[QuantFormat, Scheme] = {name: next(row for row in _ROWS if row.
 """The row of each name where no size of groups is asked for."""
 
 
+@dataclass(frozen=True)
+class CacheScheme:
+    """How keys and values are quantized.
+
+    Attributes:
+        values: How they become codes.
+        least_scale: The smallest scale that is written.
+    """
+
+    values: BlockFormat
+    least_scale: float = 0.0
+
+
+# ModelOpt's exporter of Megatron models does not let scales of FP8 go below 1.0: a float type gains nothing from a
+# smaller one but a few subnormals, and saturates at the first key that is larger than those of calibration
+# (`get_kv_cache_scaling_factor` of its export/quant_utils.py). Those of NVFP4 are as they are.
+KV_CACHES: Mapping[KVCacheFormat, CacheScheme] = {
+    KVCacheFormat.FP8_CAST: CacheScheme(FP8, least_scale=1.0),
+    KVCacheFormat.FP8: CacheScheme(FP8, least_scale=1.0),
+    KVCacheFormat.NVFP4_CAST: CacheScheme(NVFP4),
+    KVCacheFormat.NVFP4: CacheScheme(NVFP4),
+}
+
+
 def all_schemes() -> tuple[Scheme, ...]:
     """Every row of the table, those with smaller groups too."""
     return _ROWS
@@ -220,7 +244,7 @@ def kv_cache_without_data(name: str, argument: str) -> KVCacheFormat:
         raise UnsupportedQuantizationError(
             "A KV cache has scales that are calibrated with data, and there is none here.",
             [Offender(argument, f"is {name!r}")],
-            f"Use {KVCacheFormat.FP8_CAST}: the same type, with a scale of 1.0. For {name} itself calibrate a model "
+            f"Use {kv_cache.cast}: the same type, with a scale of 1.0. For {name} itself calibrate a model "
             "with data, and export that.",
         )
     return kv_cache

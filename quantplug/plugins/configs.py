@@ -36,13 +36,19 @@ _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
     QuantFormat.MXFP8: mtq.MXFP8_DEFAULT_CFG,
     QuantFormat.MXFP4: {**mtq.MXFP4_DEFAULT_CFG, "quant_cfg": [*mtq.MXFP4_DEFAULT_CFG["quant_cfg"], _NO_INPUTS]},
 }
-# As ModelOpt's own recipes have it (configs/ptq/units/kv_fp8_cast.yaml, kv_fp8.yaml).
+_NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+# As ModelOpt's own recipes have it (kv_fp8_cast.yaml, kv_fp8.yaml and those of NVFP4 in configs/ptq/units).
 _KV_CACHE: Mapping[KVCacheFormat, dict[str, Any]] = {
     KVCacheFormat.FP8_CAST: {
         "quantizer_name": "*[kv]_bmm_quantizer",
         "cfg": {"num_bits": (4, 3), "use_constant_amax": True},
     },
     KVCacheFormat.FP8: {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},
+    KVCacheFormat.NVFP4_CAST: {
+        "quantizer_name": "*[kv]_bmm_quantizer",
+        "cfg": {**_NVFP4, "use_constant_amax": True},
+    },
+    KVCacheFormat.NVFP4: {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": dict(_NVFP4)},
 }
 
 

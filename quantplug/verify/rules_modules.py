@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.selection import Policy, Reason, decide
 from quantplug.verify import names
@@ -23,6 +24,8 @@ from quantplug.verify.report import Finding, error, note, warning
 
 # Linears below which servers look for the scales of a KV cache.
 _CACHED = frozenset({"k_proj", "v_proj", "qkv_proj"})
+# What a KV cache can be in, as ModelOpt calls it.
+_CACHES = frozenset({"FP8", "NVFP4"})
 
 
 def coverage(inventory: Inventory) -> Iterator[Finding]:
@@ -121,14 +124,21 @@ def kv_cache(inventory: Inventory) -> Iterator[Finding]:
             yield error(
                 Check.KV_SCALES, f"{name}.{suffix}", "a KV cache scale, but no config speaks of a quantized KV cache"
             )
-    if claimed and claimed != "FP8":
+    if claimed and claimed not in _CACHES:
         yield error(Check.NOT_JUDGED, "kv_cache_scheme", f"not judged: KV cache in {claimed}")
-    if claimed != "FP8":
+    if claimed not in _CACHES:
         return
+    if claimed == "NVFP4":
+        message = "NVFP4, which vLLM and TensorRT-LLM take up; SGLang keeps 16 bits unless --kv-cache-dtype nvfp4"
+        yield note(Check.KV_SCALES, "kv_cache_scheme", message)
     if not present:
-        message = "FP8 without scales: servers cast keys and values with a scale of 1.0"
+        message = f"{claimed} without scales: servers cast keys and values with a scale of 1.0"
         yield note(Check.KV_SCALES, "kv_cache_scheme", message)
         return
+    config = as_object(inventory.checkpoint.config.get("quantization_config"))
+    if claimed == "NVFP4" and as_text(config.get("quant_algo")) == "MIXED_PRECISION":
+        message = "NVFP4 with scales, which vLLM leaves aside in MIXED_PRECISION: it takes 1.0"
+        yield error(Check.KV_SCALES, "kv_cache_scheme", message)
     for name, suffix in present.items():
         # Beside an attention's linears there is no weight; servers rename what lies below these alone.
         if names.last(name) not in _CACHED and not inventory.modules[name].tensors.keys().isdisjoint(WEIGHT_SUFFIXES):

@@ -33,7 +33,6 @@ GENERAL = Path(modelopt_recipes.__file__).parent / "general" / "ptq"
 REFUSED = {
     "mxfp4_mlp_weight_only": "No server loads these weights in this format",
     "nvfp4_mlp_weight_only": "block_sizes={-1: 32}",
-    "nvfp4_default-kv_nvfp4_cast": "is not FP8 with one scale",
 }
 
 

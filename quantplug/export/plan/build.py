@@ -114,14 +114,14 @@ def build_plan(
     # From here on shapes are known to be right, so that what follows may divide and cut them.
     schemes = check_quantizers(mapped, request.unclaimed, findings)
     check_served(mapped, schemes, dims, request.leave_out, findings)
-    kv_cache = check_kv_cache(request.attentions, request.kv_cache, findings, calibrated=request.calibrated)
+    latent, calibrated = dims.latent is not None, request.calibrated
+    kv_cache = check_kv_cache(request.attentions, request.kv_cache, findings, calibrated=calibrated, latent=latent)
     check_shapes(mapped, shapes, schemes, dims, request.leave_out, findings)
     dialect = choose_dialect(mapped, schemes, request.dialect, findings)
     if not findings.found:
         # After all else: where a setting is refused there may be no scheme, and its absence would be told as a second
         # fault.
-        has_place = dialect is not None and dialect.names_kv_cache
-        check_kv_place(kv_cache, quantized=dialect is not None, has_place=has_place, findings=findings)
+        check_kv_place(kv_cache, dialect, schemes, findings)
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.
     written = _rows_written(mapped, schemes, dialect)
     groups = group_names(mapped, written, dims)

@@ -28,11 +28,13 @@ class Turned(Dialect):
 
     fused_is_read = frozenset()
     reads_globs = False
-    names_kv_cache = False
 
     @property
     def formats(self) -> Set[QuantFormat]:
         return frozenset((QuantFormat.NVFP4, QuantFormat.W4A16_NVFP4))
+
+    def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
+        return "it has none"
 
     def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
         return "mixes nothing"

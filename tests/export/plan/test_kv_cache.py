@@ -31,7 +31,8 @@ from quantplug.errors import ArgumentError, CalibrationError, UnsupportedQuantiz
 from quantplug.export.live_plan import plan_export
 from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
-from tests.export.checkpoints import load, one_rank, read, same_bytes
+from tests.export.checkpoints import assert_same_export, load, one_rank, read, same_bytes
+from tests.export.mixed import mixed_cfg
 from tests.export.refusals import offenders, refused, rules
 from tests.families.cases import make
 from tests.logits import transformers_logits
@@ -42,6 +43,8 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 Sources = Callable[[str], Path]
 
 CAST: dict[str, Any] = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "use_constant_amax": True}}
+FP8: dict[str, Any] = {"num_bits": (4, 3)}
+NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 KEYS, VALUES = (f"decoder.layers.0.self_attention.core_attention.{letter}_bmm_quantizer" for letter in "kv")
 
 
@@ -106,6 +109,10 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], set[str]]] = {
         ({"quantizer_name": "*layers.0.*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}},),
         {"decoder.layers.1.self_attention.core_attention"},
     ),
+    "one layer in NVFP4": (
+        ({"quantizer_name": "*layers.1.*[kv]_bmm_quantizer", "cfg": {**NVFP4, "use_constant_amax": True}},),
+        {name.replace("layers.0", "layers.1") for name in (KEYS, VALUES)},
+    ),
     "queries too": (
         ({"quantizer_name": "*layers.0.*q_bmm_quantizer", "cfg": {"num_bits": (4, 3), "use_constant_amax": True}},),
         {KEYS.replace("k_bmm", "q_bmm")},
@@ -122,9 +129,9 @@ def test_what_no_server_is_told_is_refused_by_name(case: str, sources: Sources, 
     assert names <= {name for name, _ in offenders(caught)}
 
 
-def calibrated_model(source: Path) -> torch.nn.Module:
+def calibrated_model(source: Path, settings: dict[str, Any] = FP8) -> torch.nn.Module:
     """With amaxes set by hand: a forward of Transformer Engine's attention needs a GPU."""
-    model = mtq.quantize(load(source), rules({**CAST, "cfg": {"num_bits": (4, 3)}}))
+    model = mtq.quantize(load(source), rules({**CAST, "cfg": dict(settings)}))
     for layer in range(2):
         core = model.decoder.layers[layer].self_attention.core_attention
         core.k_bmm_quantizer.amax = torch.tensor(3.0 + layer)
@@ -132,8 +139,11 @@ def calibrated_model(source: Path) -> torch.nn.Module:
     return model
 
 
-def test_calibrated_scales_are_modelopt_s_beside_k_and_v(sources: Sources, tmp_path: Path) -> None:
-    model = calibrated_model(sources("moe"))
+@pytest.mark.parametrize(("settings", "algorithm"), [(FP8, "FP8"), (NVFP4, "NVFP4")], ids=["fp8", "nvfp4"])
+def test_calibrated_scales_are_modelopt_s_beside_k_and_v(
+    settings: dict[str, Any], algorithm: str, sources: Sources, tmp_path: Path
+) -> None:
+    model = calibrated_model(sources("moe"), settings)
     export_mcore_gpt_to_hf(model, sources("moe"), export_dir=tmp_path / "out")
     tensors = read(tmp_path / "out")
     for layer in range(2):
@@ -147,10 +157,55 @@ def test_calibrated_scales_are_modelopt_s_beside_k_and_v(sources: Sources, tmp_p
     plain = read(tmp_path / "plain")
     assert {name for name in tensors if name.endswith(("k_scale", "v_scale"))} == tensors.keys() - plain.keys()
     assert all(same_bytes(tensors[name], plain[name]) for name in plain)
-    assert configs(tmp_path / "out")[1]["quantization"]["kv_cache_quant_algo"] == "FP8"
+    ours, legacy = configs(tmp_path / "out")
+    assert legacy["quantization"]["kv_cache_quant_algo"] == algorithm
+    assert ours["kv_cache_scheme"] == convert_hf_quant_config_format(copy.deepcopy(legacy))["kv_cache_scheme"]
     assert verify_checkpoint(tmp_path / "out", sources("moe")).ok
     streamed = dict(export_hf_weights_quant(model, sources("moe"), quant_format="as_quantized"))
     assert streamed.keys() == tensors.keys()
+    save_checkpoint(model, tmp_path / "saved", extra={})
+    export_checkpoint(tmp_path / "saved", tmp_path / "straight", sources("moe"))
+    assert_same_export(tmp_path / "straight", tmp_path / "out")
+    # As a user asks for it by name.
+    by_name = quant_cfg("w4a16_nvfp4", sources("moe"), kv_cache=algorithm.lower())["quant_cfg"][-1]
+    assert by_name == {**CAST, "cfg": settings}
+
+
+def test_a_cast_to_nvfp4_is_a_line_of_each_config(sources: Sources, tmp_path: Path) -> None:
+    """By ModelOpt's rule and by name; vLLM 0.32 reads the same type from either file."""
+    rule = quant_cfg("w4a16_nvfp4", sources("moe"), kv_cache="nvfp4_cast")["quant_cfg"][-1]
+    assert rule == {**CAST, "cfg": {**NVFP4, "use_constant_amax": True}}
+    export_mcore_gpt_to_hf(
+        mtq.quantize(load(sources("moe")), rules(rule)), sources("moe"), export_dir=tmp_path / "live"
+    )
+    quantize_checkpoint(sources("moe"), tmp_path / "direct", "w4a16_nvfp4", kv_cache="nvfp4_cast")
+    assert_same_export(tmp_path / "live", tmp_path / "direct")
+    ours, legacy = configs(tmp_path / "live")
+    assert (ours["kv_cache_scheme"], legacy["quantization"]["kv_cache_quant_algo"]) == ("NVFP4", "NVFP4")
+    assert not any(name.endswith(("k_scale", "v_scale")) for name in read(tmp_path / "live"))
+    report = verify_checkpoint(tmp_path / "live", sources("moe"))
+    assert report.ok
+    assert any("SGLang keeps 16 bits" in finding.message for finding in report.findings)
+
+
+def test_where_no_server_reads_nvfp4_it_is_refused(sources: Sources, tmp_path: Path) -> None:
+    for number, (name, settings) in enumerate(
+        {
+            "latent_blocks": {"kv_cache": "nvfp4_cast"},
+            "moe": {"kv_cache": "nvfp4_cast", "dialect": "compressed-tensors"},
+        }.items()
+    ):
+        with refused(UnsupportedQuantizationError, tmp_path) as caught:
+            quantize_checkpoint(sources(name), tmp_path / str(number), "w4a16_nvfp4", **settings)
+        assert offenders(caught) == {("kv_cache", None)}
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        quantize_checkpoint(sources("moe"), tmp_path / "data", "w4a16_nvfp4", kv_cache="nvfp4")
+    assert "Use nvfp4_cast: the same type" in str(caught.value)
+    # Scales in a mix, which vLLM would leave aside; a cast has none.
+    config = mixed_cfg({**CAST, "cfg": NVFP4})
+    with refused(UnsupportedQuantizationError, tmp_path) as caught:
+        plan_export(mtq.quantize(load(sources("moe")), {**config, "algorithm": None}), sources("moe"), calibrated=False)
+    assert "vLLM leaves its scales aside in MIXED_PRECISION; nvfp4_cast has none" in str(caught.value)
 
 
 @pytest.mark.parametrize("quant_format", ["w4a16_nvfp4", "fp8_dynamic"])

@@ -16,8 +16,8 @@ import torch
 
 from quantplug.export.plan.dialects.dialect import Dialect, Spelled, modules_by_scheme, stored_name
 from quantplug.export.plan.types import Constant, QuantConfig
-from quantplug.formats import TensorSpec
-from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
+from quantplug.formats import FP8, TensorSpec
+from quantplug.formats.names import KV_CACHES, KVCacheFormat, QuantFormat, Scheme
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,6 @@ class CompressedTensorsDialect(Dialect):
     # llm-compressor writes experts one by one, whatever the architecture, and servers load them so.
     fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
-    names_kv_cache: ClassVar[bool] = True
     # vLLM and SGLang take 1 where there are none; transformers 5.14 quantizes by memory that nobody has filled.
     scales_of_cast: ClassVar[bool] = True
 
@@ -111,6 +110,10 @@ class CompressedTensorsDialect(Dialect):
 
     def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
         return None
+
+    def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
+        # `CompressedTensorsKVCacheMethod.validate_kv_cache_scheme` of vLLM takes 8-bit floats alone.
+        return None if KV_CACHES[kv_cache].values is FP8 else "compressed-tensors has a KV cache in FP8 alone"
 
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         name = _SPELLINGS[scheme.format].names.get(tensor.name, tensor.name)

@@ -19,7 +19,6 @@ class DeepSeekDialect(Dialect):
 
     fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
-    names_kv_cache: ClassVar[bool] = False  # vLLM's and SGLang's `fp8` configs have no such key.
 
     @property
     def formats(self) -> Set[QuantFormat]:
@@ -27,6 +26,10 @@ class DeepSeekDialect(Dialect):
 
     def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
         raise AssertionError("one format is no mix")
+
+    def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
+        # vLLM's and SGLang's `fp8` configs have no such key.
+        return "it has no name there"
 
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         # The suffix goes behind the whole name: `q_proj.weight_scale_inv`, and `experts.gate_up_proj_scale_inv`.

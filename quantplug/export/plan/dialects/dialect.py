@@ -41,7 +41,6 @@ class Dialect(Protocol):
             so, and not [out, in] in any case.
         all_experts: Whether readers take the experts of all layers for quantized, as soon as those of one are.
         reads_globs: Whether its list of plain modules may hold shell patterns.
-        names_kv_cache: Whether its config has a place for the format of a KV cache.
         scales_of_cast: Whether the scales of a KV cache that is cast are written too, though all are 1.
     """
 
@@ -49,7 +48,6 @@ class Dialect(Protocol):
     turns_experts: ClassVar[bool] = True
     all_experts: ClassVar[bool] = False
     reads_globs: ClassVar[bool]
-    names_kv_cache: ClassVar[bool]
     scales_of_cast: ClassVar[bool] = False
 
     @property
@@ -81,6 +79,9 @@ class Dialect(Protocol):
         """
         return ()
 
+    def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
+        """Why its config cannot ask for a KV cache beside weights of these formats; None if it can."""
+
     def cache_scale(self, projection: str, scale: str) -> TensorSpec:
         """Where a scale of a calibrated KV cache is stored.
 
@@ -99,7 +100,7 @@ class Dialect(Protocol):
             modules: The scheme of every quantized module by its Hugging Face name; that of all experts of a layer where
                 these are one tensor. At least one, of `formats` alone.
             excluded: Names of the modules that stay plain.
-            kv_cache: The KV cache that the checkpoint asks for; None unless `names_kv_cache`.
+            kv_cache: The KV cache that the checkpoint asks for, of which `cache_problem` says nothing.
         """
 
 

@@ -22,7 +22,6 @@ class GptOssDialect(Dialect):
     turns_experts: ClassVar[bool] = False
     all_experts: ClassVar[bool] = True
     reads_globs: ClassVar[bool] = False
-    names_kv_cache: ClassVar[bool] = False
 
     @property
     def formats(self) -> Set[QuantFormat]:
@@ -30,6 +29,9 @@ class GptOssDialect(Dialect):
 
     def mix_problem(self, formats: Set[QuantFormat]) -> str | None:
         return "has one format"
+
+    def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
+        return "it has no name there"
 
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         if tensor.name != "weight":

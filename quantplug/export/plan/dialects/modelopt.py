@@ -1,5 +1,6 @@
 """ModelOpt's unified Hugging Face checkpoint: `hf_quant_config.json` and `quantization_config` of config.json."""
 
+import copy
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -8,8 +9,8 @@ from typing import Any, ClassVar
 from quantplug import __version__
 from quantplug.export.plan.dialects.dialect import Dialect, Spelled, modules_by_scheme, stored_name
 from quantplug.export.plan.types import QuantConfig
-from quantplug.formats import TensorSpec
-from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
+from quantplug.formats import FP8, NVFP4, BlockFormat, TensorSpec
+from quantplug.formats.names import KV_CACHES, KVCacheFormat, QuantFormat, Scheme
 
 MIXED = "MIXED_PRECISION"
 """`quant_algo` where each layer has its own."""
@@ -55,7 +56,9 @@ _SPELLINGS: Mapping[QuantFormat, _Spelling] = {
     QuantFormat.MXFP8: _Spelling("MXFP8", _MXFP8_ARGUMENTS, _MXFP8_ARGUMENTS, 32),
 }
 _NVFP4_FAMILY = frozenset((QuantFormat.NVFP4, QuantFormat.W4A16_NVFP4))
-_KV_ALGORITHMS: Mapping[KVCacheFormat, str] = {KVCacheFormat.FP8_CAST: "FP8", KVCacheFormat.FP8: "FP8"}
+_KV_ALGORITHMS: Mapping[BlockFormat, str] = {FP8: "FP8", NVFP4: "NVFP4"}
+# As ModelOpt's own converter writes it (export/convert_hf_config.py): FP8 as arguments, NVFP4 by its name.
+_KV_SCHEMES: Mapping[BlockFormat, Mapping[str, Any] | str] = {FP8: _FP8_ARGUMENTS, NVFP4: "NVFP4"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ class ModelOptDialect(Dialect):
     # MXFP8 nobody has published one; experts one by one are what every loader takes.
     fused_is_read: ClassVar[Set[QuantFormat]] = _SPELLINGS.keys() - {QuantFormat.MXFP8}
     reads_globs: ClassVar[bool] = True
-    names_kv_cache: ClassVar[bool] = True
 
     @property
     def formats(self) -> Set[QuantFormat]:
@@ -76,6 +78,12 @@ class ModelOptDialect(Dialect):
         # `_parse_modelopt_quant_config` of SGLang 0.5.23 (srt/configs/model_config.py:1854-1865).
         if _NVFP4_FAMILY.isdisjoint(formats):
             return "says several formats only where NVFP4 is one of them: SGLang takes others for w4afp8"
+        return None
+
+    def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
+        # `ModelOptMixedPrecisionConfig` of vLLM 0.32 takes no other `kv_cache_scheme` than FP8's for one with scales.
+        if len(formats) > 1 and kv_cache is KVCacheFormat.NVFP4:
+            return f"vLLM leaves its scales aside in {MIXED}; {kv_cache.cast} has none"
         return None
 
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
@@ -105,12 +113,12 @@ class ModelOptDialect(Dialect):
         # it wants kv_cache_quant_algo there, null too (modelopt.py).
         quantization: dict[str, Any] = {
             "quant_algo": algorithm,
-            "kv_cache_quant_algo": kv_cache and _KV_ALGORITHMS[kv_cache],
+            "kv_cache_quant_algo": None if kv_cache is None else _KV_ALGORITHMS[KV_CACHES[kv_cache].values],
         }
         if kv_cache is not None:
-            # As ModelOpt's own converter writes it (export/convert_hf_config.py). Without `k_scale` and `v_scale`
-            # beside the weights vLLM and SGLang take a scale of 1.0, which is what a cast means.
-            config_json["kv_cache_scheme"] = dict(_FP8_ARGUMENTS)
+            # Without `k_scale` and `v_scale` beside the weights vLLM and SGLang take a scale of 1.0, which is what a
+            # cast means.
+            config_json["kv_cache_scheme"] = copy.copy(_KV_SCHEMES[KV_CACHES[kv_cache].values])
         if mixed:
             layers = _layers(modules)
             config_json["quantized_layers"] = quantization["quantized_layers"] = layers
