@@ -27,7 +27,7 @@ def require_finite_weights(chunks: Sequence[nn.Module]) -> None:
     # Global names cost a walk over the whole model, which nearly no calibration has to pay for.
     if not found:
         return
-    keys = _global_keys(chunks)
+    keys = global_keys(chunks)
     offenders = []
     for name, weight, reason in found:
         key = keys.get(id(weight), ParamKey(name))
@@ -39,7 +39,7 @@ def _reason(weight: torch.Tensor) -> str | None:
     return first_nonfinite(weight) if weight.numel() else None
 
 
-def _global_keys(chunks: Sequence[nn.Module]) -> dict[int, ParamKey]:
+def global_keys(chunks: Sequence[nn.Module]) -> dict[int, ParamKey]:
     """Identity across ranks by the `id` of the tensor; empty where no chunk holds a Megatron model."""
     models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModel)]
     return {id(parameter.tensor): parameter.key for parameter in iter_parameters(models)} if models else {}

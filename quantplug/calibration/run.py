@@ -9,6 +9,7 @@ import modelopt.torch.quantization as mtq
 from modelopt.torch.quantization import model_calib
 from torch import nn
 
+from quantplug.calibration.algorithms.static_slices import slices_are_calibrated
 from quantplug.calibration.finite import require_finite_weights
 from quantplug.calibration.policy import (
     CalibrationPolicy,
@@ -119,12 +120,14 @@ def max_calibrate(
     """
 
     def collect(loop: ForwardLoop | None) -> None:
-        model_calib.max_calibrate(model, loop, distributed_sync=False, **options)
+        with slices_are_calibrated():
+            model_calib.max_calibrate(model, loop, distributed_sync=False, **options)
 
     if not distributed_sync:
-        model_calib.max_calibrate(
-            model, forward_loop, distributed_sync=False, sync_expert_weight_amax=sync_expert_weight_amax, **options
-        )
+        with slices_are_calibrated():
+            model_calib.max_calibrate(
+                model, forward_loop, distributed_sync=False, sync_expert_weight_amax=sync_expert_weight_amax, **options
+            )
         return
     weights = ExpertWeights.SHARED if sync_expert_weight_amax else ExpertWeights.PER_EXPERT
     _calibrate([model], collect, forward_loop, CalibrationPolicy(weights), strict=False)

@@ -34,6 +34,10 @@ class Axis(IntEnum):
     EXPERT = 5
 
 
+TENSOR_AXES = frozenset({Axis.TENSOR, Axis.EXPERT_TENSOR})
+"""The dimensions whose ranks hold slices of a weight."""
+
+
 class QuantizerRole(Enum):
     """What is quantized, which says who must have an amax before the reduction."""
 
@@ -52,6 +56,7 @@ class SharedAmax:
         leaves: This rank's quantizers.
         axes: The ranks to reduce over.
         dtype: Dtype of an amax that a quantizer does not have yet.
+        slices: The dimensions whose ranks hold slices of the same tensor.
     """
 
     name: str
@@ -59,6 +64,7 @@ class SharedAmax:
     leaves: tuple[TensorQuantizer, ...]
     axes: frozenset[Axis]
     dtype: torch.dtype
+    slices: frozenset[Axis] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def plan_reductions(chunks: Sequence[nn.Module], expert_weights: ExpertWeights) 
         for name, module in chunk.named_modules():
             if not isinstance(module, QuantModule):
                 continue
-            here = _axes(module)
+            here = axes_of(module)
             found = list(_amaxes_of(f"{index}.{name}", module, frozenset(here), families, expert_weights))
             if found:  # A module without any, such as ModelOpt's own wrapper of a dense MLP, joins no reduction.
                 _add_groups(groups, here, name)
@@ -138,13 +144,14 @@ def _amaxes_of(
                 continue
             own, family = f"{name}.{child_name}.{number}", families.get(leaf)
             # Shards that hold different blocks or channels have different amaxes, and nothing to reduce.
-            over = axes if _whole_over_tensor(module, child_name, leaf) else axes - {Axis.TENSOR, Axis.EXPERT_TENSOR}
+            over = axes if _whole_over_tensor(module, child_name, leaf) else axes - TENSOR_AXES
             if is_weight and expert_weights is ExpertWeights.SHARED:
-                yield SharedAmax(family or own, QuantizerRole.WEIGHT, (leaf,), over, dtype)
+                yield SharedAmax(family or own, QuantizerRole.WEIGHT, (leaf,), over, dtype, axes & TENSOR_AXES)
             # Over EXPERT lie other experts, not copies of this one. Their maximum would coarsen every expert with small
             # weights.
             elif is_weight:
-                yield SharedAmax(own, QuantizerRole.WEIGHT, (leaf,), over - {Axis.EXPERT}, dtype)
+                slices = axes & TENSOR_AXES
+                yield SharedAmax(own, QuantizerRole.WEIGHT, (leaf,), over - {Axis.EXPERT}, dtype, slices)
             else:
                 role = QuantizerRole.EXPERT_ACTIVATION if family or Axis.EXPERT in axes else QuantizerRole.ACTIVATION
                 yield SharedAmax(family or own, role, (leaf,), over, dtype)
@@ -165,7 +172,7 @@ def _whole_over_tensor(module: QuantModule, child_name: str, leaf: TensorQuantiz
     return not row if child_name == "input_quantizer" else not column
 
 
-def _axes(module: QuantModule) -> dict[Axis, DistributedProcessGroup]:
+def axes_of(module: QuantModule) -> dict[Axis, DistributedProcessGroup]:
     """The axes over which a module is spread, with their groups; those that it does not have are left out."""
     state = module.parallel_state
     # ModelOpt gives the experts' modules the groups of experts in the same places (QuantModule.parallel_state), so that

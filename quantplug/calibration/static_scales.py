@@ -6,7 +6,8 @@ for each block and one of the whole, which make the very scales that were found.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from quantplug.calibration.run import ForwardLoop, max_calibrate
 from quantplug.formats import NVFP4
+from quantplug.formats.encoding import Encoding
 from quantplug.formats.search.candidates import BY_ERROR, FOUR_OVER_SIX, ScaleSearch
 from quantplug.formats.search.given import block_amaxes_of_scales
 
@@ -44,7 +46,7 @@ def mse_calibrate(
     """
     wanted = BY_ERROR if fp8_scale_sweep else FOUR_OVER_SIX
     is_known = bool(fp8_scale_sweep) or (start_multiplier, stop_multiplier, step_size) == _FOUR_AND_SIX
-    if not is_known or not any(_wants(quantizer, wanted) for _, quantizer in _weights(model)):
+    if not is_known or not any(wants(quantizer, wanted) for _, quantizer in _weights(model)):
         model_calib.mse_calibrate(
             model,
             forward_loop,
@@ -60,7 +62,48 @@ def mse_calibrate(
     max_calibrate(model, forward_loop, distributed_sync, **options)
     for module in model.modules():
         if isinstance(module, QuantModule):
-            _search_in(module, wanted)
+            pairs = module.iter_weights_for_calibration()
+            find_scales((Searched(*pair) for pair in pairs if wants(pair[1], wanted)), wanted)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A weight whose scales are to be found.
+
+    Attributes:
+        weight: [out, in].
+        quantizer: Of static NVFP4 blocks, with the amax of the whole weight.
+        importance: FP32 [in], by which the squared errors of columns are weighted; None where all count alike.
+    """
+
+    weight: torch.Tensor
+    quantizer: StaticBlockScaleQuantizer
+    importance: torch.Tensor | None = None
+
+
+def find_scales(searched: Iterable[Searched], search: ScaleSearch) -> None:
+    """Gives quantizers the scales that a search finds for their weights, all alike weights at once."""
+    alike: defaultdict[tuple[torch.Size, torch.dtype, bool], list[Searched]] = defaultdict(list)
+    for one in searched:
+        alike[one.weight.shape, one.weight.dtype, one.importance is None].append(one)
+    packing = NVFP4.searched(search)
+    for group in alike.values():
+        wholes = torch.stack([one.quantizer.global_amax.float().reshape(()) for one in group])
+        of_columns = [one.importance for one in group if one.importance is not None]
+        packed = packing.pack_group(
+            [one.weight.detach() for one in group],
+            wholes,
+            importance=torch.stack(of_columns) if of_columns else None,
+        )
+        for one, made, whole in zip(group, packed, wholes, strict=True):
+            set_scales(one.quantizer, made.tensors["weight_scale"], whole, packing.encoding)
+
+
+def set_scales(
+    quantizer: StaticBlockScaleQuantizer, scales: torch.Tensor, whole: torch.Tensor, encoding: Encoding
+) -> None:
+    """Gives a quantizer E4M3 scales [out, blocks] under the amax of the whole weight, as amaxes of blocks."""
+    quantizer.amax = block_amaxes_of_scales(encoding, scales, whole).view(quantizer.amax.shape)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module]]:
@@ -69,24 +112,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module]]:
             yield from module.iter_weights_for_calibration()
 
 
-def _wants(quantizer: nn.Module, search: ScaleSearch) -> bool:
+def wants(quantizer: nn.Module, search: ScaleSearch) -> bool:
     """Whether a quantizer is of static NVFP4 blocks, enabled, and its settings go with a search."""
     if not isinstance(quantizer, TensorQuantizer) or not (quantizer.is_nvfp4_static and quantizer.is_enabled):
         return False
     return bool(quantizer.block_sizes.get("four_over_six")) is (search is FOUR_OVER_SIX)
-
-
-def _search_in(module: QuantModule, search: ScaleSearch) -> None:
-    """Gives the static quantizers of a module's weights the scales that are found, all alike weights at once."""
-    alike: defaultdict[tuple[torch.Size, torch.dtype], list[tuple[torch.Tensor, StaticBlockScaleQuantizer]]]
-    alike = defaultdict(list)
-    for weight, quantizer in module.iter_weights_for_calibration():
-        if isinstance(quantizer, StaticBlockScaleQuantizer) and _wants(quantizer, search):
-            alike[weight.shape, weight.dtype].append((weight, quantizer))
-    packing = NVFP4.searched(search)
-    for pairs in alike.values():
-        weights = [weight.detach() for weight, _ in pairs]
-        wholes = torch.stack([quantizer.global_amax.float().reshape(()) for _, quantizer in pairs])
-        for (_, quantizer), packed, whole in zip(pairs, packing.pack_group(weights, wholes), wholes, strict=True):
-            scales = packed.tensors["weight_scale"]
-            quantizer.amax = block_amaxes_of_scales(packing.encoding, scales, whole).view(quantizer.amax.shape)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer, TensorQuantizer
 
 from quantplug.calibration.shared_amax import Axis, QuantizerRole, ReductionPlan, SharedAmax
-from quantplug.errors import CalibrationError, Offender, UnsupportedQuantizationError
+from quantplug.errors import CalibrationError, Offender
 from quantplug.megatron.agreement import all_or_none
 
 _NONE_YET = -1.0  # Below every amax, so that the maximum over ranks passes over a rank without one.
@@ -31,7 +31,6 @@ def synchronize(plan: ReductionPlan, *, require_activations: bool) -> None:
     Raises:
         CalibrationError: An amax is missing, negative, NaN or Inf, or ranks that share amaxes hold different ones. No
             quantizer has changed.
-        UnsupportedQuantizationError: The model has static NVFP4 block scales, and its weights are cut.
     """
     local = all_or_none(lambda: _local_values(plan))
     _agree_on_layout(plan, local)
@@ -39,6 +38,7 @@ def synchronize(plan: ReductionPlan, *, require_activations: bool) -> None:
     all_or_none(lambda: _require_all(plan.amaxes, local, reduced, require_activations))
     for amax, value in zip(plan.amaxes, reduced, strict=True):
         _write(amax, value)
+    _reduce_wholes(plan)
 
 
 def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
@@ -56,21 +56,21 @@ def _local_values(plan: ReductionPlan) -> list[torch.Tensor]:
         values.append(value)
     if offenders:
         raise CalibrationError("Calibration did not give every quantizer an amax.", offenders, _REMEDY)
-    # Copies of a weight have the same blocks. Slices have parts of one whole, whose amax no rank knows.
-    if plan.groups.keys() & {Axis.TENSOR, Axis.EXPERT_TENSOR}:
-        _refuse_static_blocks(plan.amaxes)
     return values
 
 
-def _refuse_static_blocks(amaxes: Sequence[SharedAmax]) -> None:
-    static = [amax for amax in amaxes if any(map(_has_scale_above_blocks, amax.leaves))]
-    if static:
-        raise UnsupportedQuantizationError(
-            "Static NVFP4 block scales are not found in slices of a weight.",
-            [_offender(amax, "has static block scales") for amax in static],
-            "Calibrate without tensor parallelism, over experts or pipeline stages; or use a config whose block scales "
-            'are dynamic, or scales="mse" of an export without data.',
-        )
+def _reduce_wholes(plan: ReductionPlan) -> None:
+    """Makes the amax above those of static blocks that of the whole weight: a slice's own would be another scale."""
+    for axis in (Axis.TENSOR, Axis.EXPERT_TENSOR):
+        leaves = [
+            leaf for amax in plan.amaxes if axis in amax.slices for leaf in amax.leaves if _has_scale_above_blocks(leaf)
+        ]
+        if axis not in plan.groups or not leaves:
+            continue
+        bucket = torch.stack([leaf.global_amax.float().reshape(()) for leaf in leaves]).to(_device(plan.groups[axis]))
+        dist.all_reduce(bucket, op=dist.ReduceOp.MAX, group=plan.groups[axis])
+        for leaf, whole in zip(leaves, bucket, strict=True):
+            leaf.global_amax = whole.to(leaf.global_amax)
 
 
 def _has_scale_above_blocks(leaf: TensorQuantizer) -> bool:

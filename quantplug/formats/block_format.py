@@ -87,7 +87,11 @@ class BlockFormat:
         return packed
 
     def pack_group(
-        self, weights: Sequence[torch.Tensor], amaxes: torch.Tensor, block_amaxes: Sequence[torch.Tensor] = ()
+        self,
+        weights: Sequence[torch.Tensor],
+        amaxes: torch.Tensor,
+        block_amaxes: Sequence[torch.Tensor] = (),
+        importance: torch.Tensor | None = None,
     ) -> Sequence[PackedWeight]:
         first = weights[0]
         # One allocation a name for the whole group: on a GPU one launch then fills the tensors of all its weights.
@@ -98,7 +102,8 @@ class BlockFormat:
         if self._block_scale is not None and self.encoding.search.is_given:
             on_device = amaxes.to(first.device, torch.float32)
             tensors[self._block_scale] = scales_of_block_amaxes(self.encoding, block_amaxes, on_device)
-        kernels_for(first).pack(self.encoding, weights, self._encoded(tensors))
+        encoded = replace(self._encoded(tensors), importance=importance)
+        kernels_for(first).pack(self.encoding, weights, encoded)
         return PackedWeight.of_group(tensors)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:

@@ -39,6 +39,13 @@ def current_topology() -> ParallelTopology:
     )
 
 
+def pipeline_stages() -> int:
+    """How many pipeline stages there are; 1 before Megatron's groups exist."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
 def process_groups() -> dict[ShardAxis, dist.ProcessGroup]:
     """The groups of ranks that share the slices of a tensor, by the axis that cuts it.
 

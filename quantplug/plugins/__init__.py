@@ -34,6 +34,7 @@ from quantplug.plugins.megatron import (
 )
 from quantplug.plugins.overrides.cpu_kernels import register_cpu_kernels
 from quantplug.plugins.overrides.empty_stages import let_stages_be_empty
+from quantplug.plugins.overrides.input_algorithms import register_input_algorithms
 from quantplug.plugins.overrides.max_calibration import register_max_calibration
 from quantplug.plugins.overrides.search_groups import register_search_groups
 from quantplug.plugins.refusals import refuse_unsupported
@@ -80,6 +81,7 @@ def register() -> None:
     CUSTOM_MODEL_PLUGINS.update((refuse_unsupported, let_stages_be_empty))
     register_cpu_kernels()
     register_max_calibration()
+    register_input_algorithms()
     register_search_groups()
 
 

@@ -30,10 +30,13 @@ from megatron.core.extensions.transformer_engine import (
     TELinear,
     TERowParallelLinear,
 )
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
-from modelopt.torch.quantization.nn import QuantModule
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from modelopt.torch.quantization.plugins.megatron import (
+    _MegatronColumnParallelLinear,
+    _MegatronRowParallelLinear,
     _QuantTELayerNormColumnParallelLinear,
     _QuantTEMCoreColumnParallelLinear,
     _QuantTEMCoreLinear,
@@ -87,6 +90,7 @@ class RefusesWrongShards(KeepsTypes):
                 # A quantizer that is off, or not calibrated yet, has no amax that could be placed wrong.
                 if leaf.is_enabled and leaf.amax is not None:
                     name = f"{prefix}weight_quantizer._amax"
+                    _refuse_static(name, leaf)
                     axis = shard_axis(name, leaf, leaf.amax, self.weight, self.shard_dim, size)
                     self._refuse_parts(name, axis)
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -102,6 +106,28 @@ class RefusesWrongShards(KeepsTypes):
                 [Offender(name, f"has this rank's {found[0]}")],
                 "Use a per-tensor format, or no tensor parallelism.",
             )
+
+
+def _refuse_static(name: str, leaf: TensorQuantizer) -> None:
+    # ModelOpt saves the amaxes of static blocks as if every rank had the same.
+    if leaf.is_nvfp4_static:
+        raise UnsupportedQuantizationError(
+            "Static NVFP4 blocks of dense linears are not saved with tensor parallelism.",
+            [Offender(name, "has amaxes of the blocks of this rank's slice")],
+            "Export the live model, which needs no checkpoint; or calibrate and save without tensor parallelism.",
+        )
+
+
+class QuantColumnParallelLinear(RefusesWrongShards, _MegatronColumnParallelLinear):
+    """ModelOpt's quantized ColumnParallelLinear, of Megatron's local layers."""
+
+    shard_dim = ShardDim.OUT
+
+
+class QuantRowParallelLinear(RefusesWrongShards, _MegatronRowParallelLinear):
+    """ModelOpt's quantized RowParallelLinear, of Megatron's local layers."""
+
+    shard_dim = ShardDim.IN
 
 
 class QuantTEColumnParallelLinear(RefusesWrongShards, _QuantTEMCoreColumnParallelLinear):
@@ -176,6 +202,8 @@ class QuantDotProductAttention(ShardsSinks):
 
 
 DENSE_WRAPPERS: dict[type[nn.Module], tuple[str, type[QuantModule]]] = {
+    ColumnParallelLinear: ("megatron_ColumnParallelLinear", QuantColumnParallelLinear),
+    RowParallelLinear: ("megatron_RowParallelLinear", QuantRowParallelLinear),
     TEColumnParallelLinear: ("te_mcore_ColumnParallelLinear", QuantTEColumnParallelLinear),
     TELayerNormColumnParallelLinear: (
         "te_mcore_LayerNormColumnParallelLinear",

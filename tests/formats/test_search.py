@@ -30,25 +30,30 @@ def nearest_e4m3(values: F32) -> NDArray[np.int64]:
     return np.where(take_lower, upper - 1, upper)
 
 
-def errors(blocks: F32, scale_2: np.float32, scales: F32) -> F32:
+def errors(blocks: F32, scale_2: np.float32, scales: F32, importance: F32 | None = None) -> F32:
     """The error of magnitudes [n, 16] under scales [n], in FP32 and in the order that the definition says."""
     in_units = blocks * (np.float32(1) / scale_2)
     quotients = in_units * (np.float32(1) / scales)[:, None]
     nearest = np.abs(quotients[..., None] - MAGNITUDES).argmin(-1)
     squares = np.square(quotients - MAGNITUDES[nearest])
+    squares = squares if importance is None else squares * importance
     for _ in range(4):
         squares = squares[:, ::2] + squares[:, 1::2]
     return np.asarray(squares[:, 0] * (scales * scales))
 
 
-def best_of(blocks: F32, scale_2: np.float32, candidates: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    of_candidates = np.stack([errors(blocks, scale_2, E4M3[codes]) for codes in candidates])
+def best_of(
+    blocks: F32, scale_2: np.float32, candidates: list[NDArray[np.int64]], importance: F32 | None = None
+) -> NDArray[np.int64]:
+    of_candidates = np.stack([errors(blocks, scale_2, E4M3[codes], importance) for codes in candidates])
     # NumPy's argmin takes the first of equals.
     return np.take_along_axis(np.stack(candidates), of_candidates.argmin(0)[None], 0)[0]
 
 
-def by_definition(weight: torch.Tensor, amax: float, search: str) -> tuple[NDArray[np.int64], np.float32]:
-    """E4M3 codes [blocks] and the scale of the tensor."""
+def by_definition(
+    weight: torch.Tensor, amax: float, search: str, importance: F32 | None = None
+) -> tuple[NDArray[np.int64], np.float32]:
+    """E4M3 codes [blocks] and the scale of the tensor; `importance` is that of the columns."""
     blocks = np.abs(weight.float().numpy().reshape(-1, 16))
     largest = 256 if search == "four_over_six" else 448
     scale_2 = np.float32(max(np.float32(amax) / np.float32(6 * largest), 2.0**-126)) if amax else np.float32(1)
@@ -62,7 +67,8 @@ def by_definition(weight: torch.Tensor, amax: float, search: str) -> tuple[NDArr
         candidates = [code_of(amaxes), code_of(amaxes * np.float32(1.5))]
     else:
         candidates = [np.clip(code_of(amaxes) + offset, 1, 126) for offset in FROM_NEAR_TO_FAR]
-    return best_of(blocks, scale_2, candidates), scale_2
+    of_blocks = None if importance is None else np.tile(importance.reshape(-1, 16), (len(weight), 1))
+    return best_of(blocks, scale_2, candidates, of_blocks), scale_2
 
 
 def assert_codes_are_nearest(packed: PackedWeight, weight: torch.Tensor) -> None:
@@ -83,6 +89,24 @@ def test_the_bytes_are_those_of_the_definition(search: str, weight: torch.Tensor
     packed = NVFP4.searched(SEARCHES[Scales(search)]).pack(weight, torch.tensor(amax))
     codes, scale_2 = by_definition(weight, amax, search)
     assert packed.tensors["weight_scale_2"].numpy() == scale_2
+    assert packed.tensors["weight_scale"].view(torch.uint8).flatten().tolist() == codes.tolist()
+    assert_codes_are_nearest(packed, weight)
+
+
+@settings(max_examples=60)
+@given(weight=weights(in_features=(16, 48)), seed=st.integers(0, 2**16))
+def test_weighted_errors_are_those_of_the_definition(weight: torch.Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Over many binades, and 0 for some columns, for a whole block at times.
+    importance = torch.rand(weight.shape[1], generator=generator).mul(16).sub(8).exp2().mul(5)
+    importance[torch.rand(weight.shape[1], generator=generator) < 0.3] = 0
+    importance[: 16 * (seed % 2)] = 0
+    amax = weight.float().abs().max()
+    packing = NVFP4.searched(BY_ERROR)
+
+    (packed,) = packing.pack_group([weight], amax.reshape(1), importance=importance[None])
+
+    codes, _ = by_definition(weight, amax.item(), "mse", importance.numpy())
     assert packed.tensors["weight_scale"].view(torch.uint8).flatten().tolist() == codes.tolist()
     assert_codes_are_nearest(packed, weight)
 

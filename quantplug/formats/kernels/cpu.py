@@ -43,6 +43,9 @@ _PIECES_PER_THREAD = 4
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
+_ALIKE = np.empty(0, np.float32)
+"""The importance of columns where all count alike."""
+
 
 def amax(weight: torch.Tensor) -> torch.Tensor:
     # Without their signs the bits of floats are in the order of the magnitudes, and a NaN's above those of Inf: the
@@ -82,6 +85,25 @@ def _pack_blocks(
 
     def pack(piece: Array, scale_2: float, packed: Array, scales: Array) -> None:
         loop(_flat(piece), scale_2, packed, scales)
+
+    run_each(pack, chain.from_iterable(calls()))
+
+
+def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
+    multiples, offsets = np.array(search.multiples, np.float32), np.array(search.offsets, np.int32)
+
+    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
+        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
+            pieces = _pieces(_bits(weight))
+            codes, scales = _beside(pieces, NVFP4_ENCODING, of_weight)
+            # A piece may begin amid a row, and columns are known by the blocks before it.
+            first_blocks = accumulate((piece.size for piece in scales), initial=0)
+            importance = _ALIKE if of_weight.importance is None else of_weight.importance.numpy()
+            scale_2 = _above_blocks(of_weight)
+            yield zip(pieces, repeat(scale_2), repeat(importance), first_blocks, codes, scales, strict=False)
+
+    def pack(piece: Array, scale_2: float, importance: Array, first_block: int, packed: Array, scales: Array) -> None:
+        search_loops.pack_nvfp4(_flat(piece), scale_2, multiples, offsets, importance, first_block, packed, scales)
 
     run_each(pack, chain.from_iterable(calls()))
 
@@ -219,27 +241,22 @@ def _of_blocks(encoding: Encoding, pack: Callable[..., None], unpack: Callable[.
     return Loops(partial(_pack_blocks, pack, encoding), partial(_unpack_blocks, unpack, encoding, tables))
 
 
-def _searching(search: ScaleSearch) -> Callable[..., None]:
-    """The loop of NVFP4 that finds the scales of blocks, or is given them."""
-    if search.is_given:
-        return search_loops.pack_nvfp4_given
-    multiples, offsets = np.array(search.multiples, np.float32), np.array(search.offsets, np.int32)
-
-    def loop(bits: Array, scale_2: float, packed: Array, scales: Array) -> None:
-        search_loops.pack_nvfp4(bits, scale_2, multiples, offsets, packed, scales)
-
-    return loop
-
-
 _LOOPS: Mapping[Encoding, Loops] = {
     NVFP4_ENCODING: _of_blocks(
         NVFP4_ENCODING, loops.pack_nvfp4, loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
     ),
     **{
         NVFP4_ENCODING.searched(search): _of_blocks(
-            NVFP4_ENCODING, _searching(search), loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
+            NVFP4_ENCODING, search_loops.pack_nvfp4_given, loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
         )
-        for search in (*FOUND, *TAKEN)
+        for search in TAKEN
+    },
+    **{
+        NVFP4_ENCODING.searched(search): Loops(
+            partial(_pack_searched, search),
+            partial(_unpack_blocks, loops.unpack_nvfp4, NVFP4_ENCODING, _Tables(_e2m1_values, _e4m3_values)),
+        )
+        for search in FOUND
     },
     MXFP4_ENCODING: _of_blocks(
         MXFP4_ENCODING, loops.pack_mxfp4, loops.unpack_mxfp4, _Tables(_e2m1_values, _e8m0_values)

@@ -85,11 +85,12 @@ def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded
     offsets = torch.tensor(search.offsets, dtype=torch.int32, device=device)
     counts = {"MULTIPLES": len(multiples), "OFFSETS": len(offsets), "BLOCKS": _BLOCKS}
     # Products and sums that become one instruction would round otherwise: see `search_loops`.
-    _launch_blocks(search_loops.pack_nvfp4, weights, encoded, multiples, offsets, **counts, enable_fp_fusion=False)
+    beside = (multiples, offsets, encoded.importance)
+    _launch_blocks(search_loops.pack_nvfp4, weights, encoded, *beside, **counts, enable_fp_fusion=False)
 
 
 def _launch_blocks(
-    kernel: Any, weights: Sequence[torch.Tensor], encoded: Encoded, *beside: torch.Tensor, **options: Any
+    kernel: Any, weights: Sequence[torch.Tensor], encoded: Encoded, *beside: torch.Tensor | None, **options: Any
 ) -> None:
     first, block_scales = weights[0].detach(), encoded.block_scales
     blocks = block_scales.numel() // len(weights)

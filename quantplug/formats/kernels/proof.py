@@ -70,6 +70,11 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     for search, scale in product((*FOUND, *TAKEN), _SCALES[2:]):
         scales = weight.new_tensor([scale, scale * 8], dtype=torch.float32)
         yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales)
+    # Of many sizes, and zero for some columns.
+    columns = torch.arange(_SIDE, dtype=torch.float32, device=weight.device)
+    of_columns = torch.stack((columns % 7 / 3, columns.flip(0) ** 3 + 1 / 3))
+    for search in FOUND:
+        yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales, importance=of_columns)
     # 32 neighbours spread over more binades still, so that values of all sizes stand beside each of the amaxes.
     yield from (partial(_packed, encoding, weight, None) for encoding in (MXFP4_ENCODING, MXFP8_ENCODING))
     for amax in _BLOCK_AMAXES:
@@ -89,7 +94,11 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
 
 
 def _packed(
-    encoding: Encoding, weight: torch.Tensor, tensor_scales: torch.Tensor | None, kernels: Kernels
+    encoding: Encoding,
+    weight: torch.Tensor,
+    tensor_scales: torch.Tensor | None,
+    kernels: Kernels,
+    importance: torch.Tensor | None = None,
 ) -> Sequence[torch.Tensor]:
     """What kernels fill for a group of two, for one weight with other strides, and for the values of that one.
 
@@ -98,6 +107,8 @@ def _packed(
     group, one = _empty(encoding, weight, 2), _empty(encoding, weight, 1)
     if tensor_scales is not None:
         group, one = replace(group, whole=tensor_scales), replace(one, whole=tensor_scales[:1])
+    if importance is not None:
+        group, one = replace(group, importance=importance), replace(one, importance=importance[:1])
     values = weight.new_empty((1, *weight.shape), dtype=torch.float32)
     kernels.pack(encoding, (weight, weight.flip(0)), group)
     kernels.pack(encoding, (weight.t().contiguous().t(),), one)

@@ -20,18 +20,22 @@ class Encoded:
             an encoding without blocks.
         whole: FP32 scales of whole tensors [count], given before packing, finite and above 0; None for an encoding that
             has scales of blocks alone.
+        importance: FP32 weights [count, in] of the squared errors of columns, given before packing, at least 0 and
+            finite, for an encoding whose search compares errors; None where all columns count alike.
     """
 
     codes: torch.Tensor
     blocks: torch.Tensor | None = None
     whole: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
     def of_each(self) -> Iterator["Encoded"]:
         """Each weight by itself: views without the first axis."""
         # `repeat` has no end, so the zip ends with the codes.
         blocks = repeat(None) if self.blocks is None else self.blocks
         whole = repeat(None) if self.whole is None else self.whole
-        return (Encoded(*of_one) for of_one in zip(self.codes, blocks, whole, strict=False))
+        importance = repeat(None) if self.importance is None else self.importance
+        return (Encoded(*of_one) for of_one in zip(self.codes, blocks, whole, importance, strict=False))
 
     @property
     def block_scales(self) -> torch.Tensor:
@@ -70,7 +74,7 @@ class Kernels(Protocol):
         """Fills the codes and the block scales of `encoded`.
 
         Where the encoding has a scale of the whole tensor, `encoded.whole` holds it already and is only read; so are
-        scales of blocks where the encoding's search says that they are given.
+        scales of blocks where the encoding's search says that they are given, and the importance of columns.
         """
 
     def unpack(self, encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:

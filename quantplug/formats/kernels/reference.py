@@ -85,7 +85,7 @@ def _unpack_one(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> N
 def _scales(encoding: Encoding, blocks: torch.Tensor, encoded: Encoded) -> torch.Tensor:
     if encoding.search == BY_MAX:
         return encoding.scale.from_amax(blocks.abs().amax((1, 3)), _largest(encoding, encoded))
-    return found_scales(encoding, blocks, encoded.tensor_scales)
+    return found_scales(encoding, blocks, encoded.tensor_scales, encoded.importance)
 
 
 def _largest(encoding: Encoding, encoded: Encoded) -> torch.Tensor:

@@ -13,6 +13,9 @@ in units of the tensor's scale and in FP32, each step rounded to nearest:
     e   = sum of d_i * d_i, neighbours first, then neighbours of these sums: ((0+1)+(2+3))+((4+5)+(6+7)) ...
     error = e * (s * s)
 
+Where columns are of unequal importance h_i, FP32, as those of a linear whose inputs are not of one size are, the sum is
+of (d_i * d_i) * h_i.
+
 The order of the sum is part of the definition, so that every device finds the same. In units of the scale nothing
 under- or overflows, however small a weight is. The first candidate wins unless a later one has a smaller error.
 """

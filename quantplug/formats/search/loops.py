@@ -95,6 +95,44 @@ def _errors(rows: Array, reciprocals: Array, errors: Array) -> None:
 
 
 @njit(**OPTIONS)
+def _importance_rows(importance: Array, first_block: int, rows: Array) -> None:
+    """The importance of columns, laid out as the elements of a tile: row i has that of element i of every block."""
+    blocks_a_row = importance.size // NVFP4_BLOCK
+    for block in range(rows.shape[1]):
+        column = (first_block + block) % blocks_a_row * NVFP4_BLOCK
+        for i in range(NVFP4_BLOCK):
+            rows[i, block] = importance[column + i]
+
+
+@njit(**OPTIONS)
+def _weighted(magnitude: Any, reciprocal: Any, importance: Any) -> Any:
+    return np.float32(_square(magnitude, reciprocal) * importance)
+
+
+@njit(**OPTIONS)
+def _weighted_errors(rows: Array, importance: Array, reciprocals: Array, errors: Array) -> None:
+    """`_errors`, each square times the importance of its column."""
+    for i in range(errors.size):
+        by = reciprocals[i]
+        first = np.float32(_weighted(rows[0, i], by, importance[0, i]) + _weighted(rows[1, i], by, importance[1, i]))
+        second = np.float32(_weighted(rows[2, i], by, importance[2, i]) + _weighted(rows[3, i], by, importance[3, i]))
+        third = np.float32(_weighted(rows[4, i], by, importance[4, i]) + _weighted(rows[5, i], by, importance[5, i]))
+        fourth = np.float32(_weighted(rows[6, i], by, importance[6, i]) + _weighted(rows[7, i], by, importance[7, i]))
+        lower = np.float32(np.float32(first + second) + np.float32(third + fourth))
+        first = np.float32(_weighted(rows[8, i], by, importance[8, i]) + _weighted(rows[9, i], by, importance[9, i]))
+        second = np.float32(
+            _weighted(rows[10, i], by, importance[10, i]) + _weighted(rows[11, i], by, importance[11, i])
+        )
+        third = np.float32(
+            _weighted(rows[12, i], by, importance[12, i]) + _weighted(rows[13, i], by, importance[13, i])
+        )
+        fourth = np.float32(
+            _weighted(rows[14, i], by, importance[14, i]) + _weighted(rows[15, i], by, importance[15, i])
+        )
+        errors[i] = np.float32(lower + np.float32(np.float32(first + second) + np.float32(third + fourth)))
+
+
+@njit(**OPTIONS)
 def _candidates(nearest: Array, offset: Any, codes: Array, scales: Array, reciprocals: Array) -> None:
     """E4M3 codes at an offset from the nearest ones, which stay as they are at offset 0, and what they stand for."""
     least, largest = (_LEAST_CODE, _LARGEST_CODE) if offset else (np.int32(0), np.int32(127))
@@ -129,18 +167,28 @@ def _finish(found: Array, scale_2: Any, block_scales: Array, divisors: Array) ->
 
 @njit(**OPTIONS)
 def pack_nvfp4(
-    weight: Array, weight_scale_2: float, multiples: Array, offsets: Array, packed: Array, block_scales: Array
+    weight: Array,
+    weight_scale_2: float,
+    multiples: Array,
+    offsets: Array,
+    importance: Array,
+    first_block: int,
+    packed: Array,
+    block_scales: Array,
 ) -> None:
     """Bits of n elements to n/2 bytes of codes and n/16 bytes of the E4M3 scales that are found for them.
 
     Args:
         multiples: Of amaxes, FP32.
         offsets: Of codes, int32; the candidates are all offsets of the first multiple, then those of the next.
+        importance: Of the columns of a row, FP32; without any element where all count alike.
+        first_block: How many blocks of the whole weight lie before these.
     """
     scale_2 = np.float32(weight_scale_2)
     unit = np.float32(np.float32(1) / scale_2)
     turned, room = np.empty(_TILE, weight.dtype), np.empty(_TILE, weight.dtype)
     in_units, codes = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint8)
+    of_columns = np.empty(_TILE if importance.size else 0, np.float32)
     # Rows of one array a block each: amax, divisor, value, reciprocal, error and least error.
     floats = np.empty((6, _TILE // NVFP4_BLOCK), np.float32)
     numbers = np.empty((2, _TILE // NVFP4_BLOCK), np.uint32)
@@ -155,6 +203,9 @@ def pack_nvfp4(
         _magnitudes(turned[: tile.size], unit, in_units[: tile.size])
         _amaxes(turned[: tile.size], room[: tile.size], amaxes)
         rows = in_units[: tile.size].reshape(NVFP4_BLOCK, blocks)
+        weighted = of_columns[: tile.size if importance.size else 0].reshape(NVFP4_BLOCK, -1)
+        if importance.size:
+            _importance_rows(importance, first_block + first, weighted)
         least[:] = np.float32(np.inf)
         for multiple in range(multiples.size):
             for i in range(blocks):
@@ -164,7 +215,10 @@ def pack_nvfp4(
                 _candidates(scales, offsets[offset], candidates, values, reciprocals)
                 if multiple == 0 and offset == 0:
                     found[:] = candidates
-                _errors(rows, reciprocals, errors)
+                if importance.size:
+                    _weighted_errors(rows, weighted, reciprocals, errors)
+                else:
+                    _errors(rows, reciprocals, errors)
                 _keep_less(errors, values, candidates, least, found)
         _finish(found, scale_2, scales, divisors)
         encode_nvfp4(tile, divisors, codes, packed[start // 2 : start // 2 + tile.size // 2])

@@ -11,13 +11,17 @@ from quantplug.formats.search.candidates import ScaleSearch
 _LEAST_CODE, _LARGEST_CODE = 1, 126
 
 
-def found_scales(encoding: Encoding, blocks: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+def found_scales(
+    encoding: Encoding, blocks: torch.Tensor, scale_2: torch.Tensor, importance: torch.Tensor | None = None
+) -> torch.Tensor:
     """The E4M3 scales [n, m] that the search of an encoding finds for blocks of a weight.
 
     Args:
         blocks: FP32 values [n, 1, m, columns of a block].
         scale_2: FP32 scalar, the scale of the tensor.
+        importance: FP32 [m * columns of a block], by which errors are weighted; None for all alike.
     """
+    by_column = None if importance is None else importance.view(blocks.shape[2:])
     magnitudes = blocks.abs().squeeze(1)
     amaxes = magnitudes.amax(-1)
     largest = encoding.code.largest * scale_2
@@ -27,7 +31,7 @@ def found_scales(encoding: Encoding, blocks: torch.Tensor, scale_2: torch.Tensor
     found: torch.Tensor | None = None
     for candidate in _candidates(encoding.search, encoding.scale, amaxes, largest):
         found = candidate if found is None else found
-        errors = _errors(encoding, in_units, candidate.float())
+        errors = _errors(encoding, in_units, candidate.float(), by_column)
         # A comparison with NaN is false: of what is not finite the first candidate stays.
         is_less = errors < best
         best = torch.where(is_less, errors, best)
@@ -47,11 +51,13 @@ def _candidates(
             yield codes.view(scale.dtype)
 
 
-def _errors(encoding: Encoding, in_units: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Squared errors [n, m] of magnitudes [n, m, columns] under scales [n, m]."""
+def _errors(
+    encoding: Encoding, in_units: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Squared errors [n, m] of magnitudes [n, m, columns] under scales [n, m], weighted by [m, columns]."""
     quotients = in_units * (torch.ones_like(scales) / scales)[..., None]
     left = quotients - encoding.code.decode(encoding.code.encode(quotients))
-    squares = left * left
+    squares = left * left if importance is None else left * left * importance
     while squares.shape[-1] > 1:
         squares = squares[..., 0::2] + squares[..., 1::2]
     return squares.squeeze(-1) * (scales * scales)

@@ -27,6 +27,7 @@ def pack_nvfp4(
     blocks: tl.tensor,
     multiples: tl.tensor,
     offsets: tl.tensor,
+    importance: tl.tensor,
     MULTIPLES: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -34,7 +35,10 @@ def pack_nvfp4(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """BLOCKS blocks of 16 elements a program, each with the best of the candidates for its scale."""
+    """BLOCKS blocks of 16 elements a program, each with the best of the candidates for its scale.
+
+    Errors are weighted by the importance of the columns [weights, 16 * blocks_a_row], where it is not None.
+    """
     number = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     weight = weight_of(weights, number, ELEMENT, ALIGNED)
@@ -44,6 +48,10 @@ def pack_nvfp4(
     in_units = tl.abs(values) * tl.div_rn(tl.full((), 1.0, tl.float32), scale_2)
     found, _ = e4m3_scale(amax * tl.load(multiples), scale_2, E2M1_LARGEST)
     least = tl.full((BLOCKS,), float("inf"), tl.float32)
+    of_columns = None
+    if importance is not None:
+        column = (number * blocks_a_row + block % blocks_a_row)[:, None] * _WIDTH + tl.arange(0, _WIDTH)[None, :]
+        of_columns = tl.load(importance + column)
     for multiple in range(MULTIPLES):
         nearest, _ = e4m3_scale(amax * tl.load(multiples + multiple), scale_2, E2M1_LARGEST)
         for step in range(OFFSETS):
@@ -51,7 +59,7 @@ def pack_nvfp4(
             moved = tl.minimum(tl.maximum(nearest + offset, _LEAST_CODE), _LARGEST_CODE)
             code = tl.where(offset == 0, nearest, moved)
             # Of NaN the error is NaN, which is not less, whatever number its code is taken for.
-            error = _error(in_units, e4m3_value(code))
+            error = _error(in_units, e4m3_value(code), of_columns)
             is_less = error < least
             found = tl.where(is_less, code, found)
             least = tl.where(is_less, error, least)
@@ -89,12 +97,15 @@ def pack_nvfp4_given(
 
 
 @triton.jit
-def _error(in_units: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """Squared errors [n] of magnitudes [n, 16] under scales [n]."""
+def _error(in_units: tl.tensor, scale: tl.tensor, importance: tl.tensor) -> tl.tensor:
+    """Squared errors [n] of magnitudes [n, 16] under scales [n], weighted by [n, 16] or, being None, by nothing."""
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     quotient = in_units * reciprocal[:, None]
     left = quotient - nearest_e2m1(quotient)
-    return _sum(left * left) * (scale * scale)
+    squares = left * left
+    if importance is not None:
+        squares = squares * importance
+    return _sum(squares) * (scale * scale)
 
 
 @triton.jit

@@ -306,6 +306,25 @@ def test_the_search_in_weights_of_all_strides(dtype: torch.dtype, search: ScaleS
         assert_same_bits(pack_one(cpu, encoding, weight, 1e-4), expected)
 
 
+@pytest.mark.parametrize("search", FOUND, ids=lambda search: search.name)
+def test_weighted_searches_in_weights_of_all_strides(search: ScaleSearch) -> None:
+    encoding = NVFP4_ENCODING.searched(search)
+    importance = heavy_tailed((2, 1408), torch.float32).abs()
+    importance[:, 7::5] = 0
+    filled = []
+    for kernels, name in [(reference, "contiguous"), *((cpu, name) for name in views(torch.bfloat16))]:
+        weight = views(torch.bfloat16)[name]
+        encoded = replace(empty(encoding, weight.shape, (1e-4, 1e-3)), importance=importance)
+        kernels.pack(encoding, (weight, weight), encoded)
+        filled.append((encoded.codes, encoded.block_scales))
+    for codes, scales in filled[1:]:
+        assert torch.equal(codes, filled[0][0])
+        assert torch.equal(bits(scales), bits(filled[0][1]))
+    assert not torch.equal(
+        filled[0][1][0].view(torch.uint8), pack_one(reference, encoding, weight, 1e-4)[1][0].view(torch.uint8)
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_searches_of_what_is_not_finite(dtype: torch.dtype) -> None:
     weight = heavy_tailed((8, 48), dtype)

@@ -165,6 +165,13 @@ def test_searched_and_given_scales(dtype: torch.dtype, assert_interpreted_as_the
         for search in ("FOUR_OVER_SIX", "BY_ERROR", "GIVEN", "GIVEN_FOUR_OVER_SIX")
         for view, scale in ((weight, 1e-4), (weight.t().contiguous().t(), 1 / 3), (weight, 2.0**-126))
     ]
+    # Weighted by the importance of columns: one weight, and a group of two.
+    importance = heavy_tailed((2, 96), torch.float32).abs()
+    whole, pair = torch.tensor([1e-4, 1 / 3]), (codes.repeat(2, 1, 1), given.view(1, 32, 6).repeat(2, 1, 1))
+    calls += [
+        Call("pack", "NVFP4_ENCODING", [weight], (codes, given.view(1, 32, 6), whole[:1], importance[:1]), "BY_ERROR"),
+        Call("pack", "NVFP4_ENCODING", [weight, weight.flip(0)], (*pair, whole, importance), "BY_ERROR"),
+    ]
     assert_interpreted_as_the_reference(calls)
 
 
@@ -392,9 +399,13 @@ def test_packing_on_a_gpu_rounds_as_ieee_says_and_reads_16_bytes_at_once(
 
 
 @pytest.mark.parametrize(("weight", "capability"), TARGETS)
-def test_the_search_on_a_gpu_rounds_products_before_it_adds_them(weight: str, capability: int, own_cache: None) -> None:
-    arguments = {"weights": weight, "multiples": "*fp32", "offsets": "*i32"} | STRIDES | BLOCKS
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["alike", "weighted"])
+def test_the_search_on_a_gpu_rounds_products_before_it_adds_them(
+    weight: str, is_weighted: bool, capability: int, own_cache: None
+) -> None:
+    arguments = {"weights": weight, "multiples": "*fp32", "offsets": "*i32", "importance": "*fp32"} | STRIDES | BLOCKS
     constants = {"ROWS": False, "BLOCKS": 128, "ELEMENT": None, "ALIGNED": False, "MULTIPLES": 1, "OFFSETS": 11}
+    constants |= {} if is_weighted else {"importance": None}
 
     ptx = compiled("pack_nvfp4", arguments, constants, capability, search_loops).asm["ptx"]
 

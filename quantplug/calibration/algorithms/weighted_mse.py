@@ -1,0 +1,84 @@
+"""Scales of static NVFP4 blocks by squared error, each column's weighted by the second moment of its input.
+
+The expected squared error of an output, of inputs whose channels are not correlated, is the sum over columns of
+(w - q)^2 * E[x^2]: where few channels are far larger than others, the plain sum says nothing of it.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantplug.calibration.algorithms.targets import require_data, static_quantizers, targets
+from quantplug.calibration.inputs.importance import importance_of
+from quantplug.calibration.inputs.moments import InputPolicy, InputSource, WeightInputs, moments_of, require_known
+from quantplug.calibration.inputs.rows import watching
+from quantplug.calibration.inputs.sums import Squares
+from quantplug.calibration.run import ForwardLoop, max_calibrate
+from quantplug.calibration.static_scales import Searched, find_scales
+from quantplug.formats.search.candidates import BY_ERROR
+from quantplug.megatron.agreement import all_or_none
+
+METHOD = "weighted_mse"
+
+
+@torch.no_grad()
+def weighted_mse_calibrate(
+    model: nn.Module,
+    forward_loop: ForwardLoop | None = None,
+    distributed_sync: bool | None = True,
+    policy: InputPolicy | None = None,
+    **options: Any,
+) -> tuple[WeightInputs, ...]:
+    """Calibrates by maximum, and then gives weights the scales of the least weighted error.
+
+    A collective: all ranks must call it. The data is run once; with `skip_forward_without_activation_calib` too.
+
+    Args:
+        model: Quantized, its weights in static NVFP4 blocks.
+        forward_loop: Runs calibration data through the model.
+        distributed_sync: As ModelOpt's `max`.
+        policy: What is taken for the inputs of experts that saw few tokens.
+        options: Of ModelOpt's `max`.
+
+    Returns:
+        What was seen of each weight's inputs, and whose were taken.
+
+    Raises:
+        CalibrationError: No data, data that does not reach a linear or is not finite; or as `calibrate`.
+        UnsupportedQuantizationError: A weight of another format.
+    """
+    require_data(forward_loop, METHOD)
+    assert forward_loop is not None
+    linears = all_or_none(lambda: targets(model, METHOD))
+    squares, loops = Squares(linears), 0
+
+    def loop(module: nn.Module) -> None:
+        nonlocal loops
+        loops += 1
+        with watching(linears, squares.take) if loops == 1 else nullcontext():
+            forward_loop(module)
+
+    max_calibrate(model, loop, distributed_sync, **options)
+    if not loops:
+        all_or_none(lambda: loop(model))
+    moments = [
+        moments_of(linear, found, policy or InputPolicy())
+        for linear, found in zip(linears, squares.reduced(linears), strict=True)
+    ]
+    all_or_none(lambda: require_known(linears, moments))
+    for linear, found in zip(linears, moments, strict=True):
+        quantizers = static_quantizers(linear)
+        of_columns = importance_of(found.values)
+        alike = [inputs.source is InputSource.NONE for inputs in found.inputs]
+        find_scales(
+            (
+                Searched(weight.weight, quantizer, None if is_alike else columns)
+                for weight, quantizer, columns, is_alike in zip(
+                    linear.weights, quantizers, of_columns, alike, strict=True
+                )
+            ),
+            BY_ERROR,
+        )
+    return tuple(inputs for found in moments for inputs in found.inputs)

@@ -1,0 +1,87 @@
+"""ModelOpt's `gptq` by ours, for static NVFP4 and grouped experts; and `weighted_mse`, which ModelOpt has not.
+
+The mode of `gptq` keeps its name and its config, so that the state of a model it calibrated is ModelOpt's own. That of
+`weighted_mse` is known where this package is imported.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from modelopt.torch.opt.config import ModeloptField
+from modelopt.torch.quantization import model_calib
+from modelopt.torch.quantization.config import MaxCalibConfig, QuantizeAlgorithmConfig
+from modelopt.torch.quantization.mode import (
+    BaseCalibrateModeDescriptor,
+    CalibrateModeRegistry,
+    GPTQModeDescriptor,
+)
+from torch import nn
+
+from quantplug.calibration.algorithms import gptq as ours
+from quantplug.calibration.algorithms.weighted_mse import weighted_mse_calibrate
+from quantplug.calibration.inputs.linears import linears_of
+from quantplug.calibration.inputs.moments import FEW_TOKENS, ExpertInputs, InputPolicy
+from quantplug.megatron.parallel import pipeline_stages
+
+GPTQ_MODE, WEIGHTED_MODE = "gptq_calibrate", "weighted_mse_calibrate"
+
+
+class WeightedMseCalibConfig(MaxCalibConfig):
+    """The config for `weighted_mse`: that of `max`, and what is taken for the inputs of experts with few tokens."""
+
+    method: Literal["weighted_mse"] = ModeloptField("weighted_mse")
+    expert_inputs: Literal["own", "mixed"] = ModeloptField(
+        default="mixed", title="Whose tokens an expert's inputs are."
+    )
+    few_tokens: float = ModeloptField(default=FEW_TOKENS, gt=0.0, title="How many of the layer's tokens are mixed in.")
+
+
+def _weighted(model: nn.Module, forward_loop: Callable[..., None] | None = None, **options: Any) -> None:
+    policy = InputPolicy(ExpertInputs(options.pop("expert_inputs")), options.pop("few_tokens"))
+    weighted_mse_calibrate(model, forward_loop, policy=policy, **options)
+
+
+def _gptq(model: nn.Module, forward_loop: Callable[..., None] | None = None, **options: Any) -> None:
+    """Ours where a weight is of static NVFP4 blocks: of a model of other formats alone, ModelOpt's."""
+    quantizers = [weight.quantizer for linear in linears_of(model) for weight in linear.weights]
+    if any(quantizer.is_enabled and quantizer.is_nvfp4_static for quantizer in quantizers):
+        ours.gptq(model, forward_loop, **options)
+    else:
+        model_calib.gptq(model, forward_loop, **options)
+
+
+class QuantplugGptqCalibration(GPTQModeDescriptor):
+    """The mode `gptq_calibrate`."""
+
+    _calib_func = _gptq
+
+    @property
+    def convert(self) -> Callable[..., Any]:
+        """ModelOpt's, which refuses what would wait for ever."""
+        convert = super().convert
+
+        def refusing(model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> Any:
+            ours.refuse_stages(config.layerwise.enable, pipeline_stages())
+            return convert(model, config, *args, **kwargs)
+
+        return refusing
+
+
+class QuantplugWeightedMseCalibration(BaseCalibrateModeDescriptor):
+    """The mode `weighted_mse_calibrate`."""
+
+    _calib_func = _weighted
+
+    @property
+    def config_class(self) -> type[QuantizeAlgorithmConfig]:
+        """The config of the mode."""
+        return WeightedMseCalibConfig
+
+
+def register_input_algorithms() -> None:
+    """Registers both; again changes nothing."""
+    if not isinstance(CalibrateModeRegistry[GPTQ_MODE], QuantplugGptqCalibration):
+        CalibrateModeRegistry.remove_mode(GPTQ_MODE)
+        CalibrateModeRegistry.register_mode(QuantplugGptqCalibration)
+    if WEIGHTED_MODE not in CalibrateModeRegistry:
+        CalibrateModeRegistry.register_mode(QuantplugWeightedMseCalibration)

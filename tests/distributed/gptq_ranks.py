@@ -1,0 +1,72 @@
+"""Rounds weights with feedback on 2 ranks, by the same inputs at every layout, for test_calibration_sync.py."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import quantplug.plugins  # noqa: F401
+from quantplug import import_mcore_gpt_from_hf
+from quantplug.calibration.algorithms.targets import targets
+from quantplug.calibration.inputs.linears import LinearWeight
+from quantplug.megatron.parallel import initialize_parallel
+from tests.calibration.inputs.fed import feed, identity
+from tests.calibration.local_model import build
+
+Found = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def rounded(directory: Path, algorithm: Any, **layout: int) -> Found:
+    """Weights, scales of their blocks and amaxes of the wholes, as far as this rank has them."""
+    parallel_state.destroy_model_parallel()
+    initialize_parallel(**layout)
+    model = build(directory)
+    import_mcore_gpt_from_hf(model, directory)
+    config = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
+    off = {"quantizer_name": "*input_quantizer", "enable": False}
+    mtq.quantize(model, {**config, "quant_cfg": [*config["quant_cfg"], off], "algorithm": algorithm}, feed)
+    return {
+        identity(weight.key): (weight.weight.detach(), blocks(weight), weight.quantizer.global_amax)
+        for linear in targets(model, "any")
+        for weight in linear.weights
+    }
+
+
+def blocks(weight: LinearWeight) -> torch.Tensor:
+    return weight.quantizer.amax.view(len(weight.weight), -1)
+
+
+def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str, rank: int) -> torch.Tensor:
+    """What a rank holds: rows of gate and of up, rows, columns, or everything."""
+    if whole.shape == part.shape:
+        return whole
+    if whole.shape[0] == part.shape[0]:
+        return whole.chunk(2, 1)[rank]
+    if "fc1" in name:
+        return torch.cat([half.chunk(2)[rank] for half in whole.chunk(2)])
+    return whole.chunk(2)[rank]
+
+
+def main(directory: Path) -> None:
+    initialize_parallel()
+    for algorithm in ("gptq", "weighted_mse"):
+        reference = rounded(directory, algorithm)
+        for layout in ({"ep": 2}, {"tp": 2}, {"tp": 2, "etp": 2}):
+            found = rounded(directory, algorithm, **layout)
+            assert len(found) == 2 * (2 + 2 * 8 // layout.get("ep", 1))
+            for name, (*tensors, whole) in found.items():
+                *expected, whole_before = reference[name]
+                assert torch.equal(whole, whole_before), (layout, name)
+                for mine, before in zip(tensors, expected, strict=True):
+                    assert torch.equal(mine, slice_of(before, mine, name, dist.get_rank())), (layout, name)
+            if dist.get_rank() == 0:
+                sys.stdout.write(f"{algorithm} {layout} ok\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
