@@ -66,6 +66,7 @@ class TensorError:
         max_error: Largest absolute difference over the largest magnitude of the original.
         squared_error: Squared Frobenius norm of the difference.
         squared_norm: Squared Frobenius norm of the original.
+        gain: <dequantized, original> / <original, original>; 1 for a zero original.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TensorError:
     max_error: float
     squared_error: float
     squared_norm: float
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class KindError:
     Attributes:
         relative_error: Frobenius norm of all differences over that of all originals.
         worst: Name of the tensor with the largest relative error.
+        smallest_gain: Of a tensor's `gain`; `largest_gain` likewise.
     """
 
     kind: str
@@ -94,6 +97,8 @@ class KindError:
     worst_relative_error: float
     worst: str
     max_error: float
+    smallest_gain: float
+    largest_gain: float
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,8 @@ def _summary(kind: str, format_name: str, members: list[TensorError]) -> KindErr
         worst_relative_error=worst.relative_error,
         worst=worst.name,
         max_error=max(tensor.max_error for tensor in members),
+        smallest_gain=min(tensor.gain for tensor in members),
+        largest_gain=max(tensor.gain for tensor in members),
     )
 
 

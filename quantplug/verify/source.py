@@ -296,6 +296,7 @@ def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> 
         max_error=relative(total.max_error, total.amax),
         squared_error=total.squared_error,
         squared_norm=total.squared_norm,
+        gain=total.gain,
     )
 
 

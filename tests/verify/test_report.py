@@ -11,9 +11,9 @@ from quantplug.verify import Finding, Severity, Size, TensorError, VerifyReport
 from quantplug.verify.checks import Check
 
 
-def tensor_error(name: str, squared_error: float, squared_norm: float) -> TensorError:
+def tensor_error(name: str, squared_error: float, squared_norm: float, gain: float = 1.0) -> TensorError:
     relative = math.sqrt(squared_error / squared_norm) if squared_norm else math.inf
-    return TensorError(name, "k", "NVFP4", relative, 0.2, relative, squared_error, squared_norm)
+    return TensorError(name, "k", "NVFP4", relative, 0.2, relative, squared_error, squared_norm, gain)
 
 
 def report(*errors: TensorError) -> VerifyReport:
@@ -32,9 +32,10 @@ def test_json_is_strict() -> None:
 
 
 def test_kinds_add_up_squares_and_name_the_worst() -> None:
-    (kind,) = report(tensor_error("a", 1.0, 100.0), tensor_error("b", 9.0, 100.0)).errors_by_kind
+    (kind,) = report(tensor_error("a", 1.0, 100.0, 0.99), tensor_error("b", 9.0, 100.0, 0.97)).errors_by_kind
     assert kind.relative_error == pytest.approx(math.sqrt(10 / 200))
     assert (kind.tensors, kind.worst, kind.worst_relative_error) == (2, "b", pytest.approx(0.3))
+    assert (kind.smallest_gain, kind.largest_gain) == (0.97, 0.99)
 
 
 def test_a_zero_tensor_that_stayed_zero_has_no_error() -> None:
