@@ -187,7 +187,6 @@ def main(
             loop = all_or_none(lambda: forward_loop(hf_model_id, data, trust_remote_code, bars))
             if not torch.cuda.is_available():
                 all_or_none(lambda: require_one_stage(pp, asked))
-                all_or_none(lambda: refuse_data_of_a_cache(model))
                 say("There is no GPU: data run through Megatron-Core's own layers, in FP32 ...")
                 stand_in = quantized(LayerSpec.LOCAL, torch.float32)
         record = quantplug.calibrate(model, loop, policy, progress=bars, stand_in=stand_in)
@@ -242,19 +241,6 @@ def require_one_stage(pp: int, asked: str) -> None:
             "Without a GPU calibration data do not run through a pipeline.",
             [Offender("--pp", f"is {pp}, and {asked} has scales that are calibrated with data")],
             "Use --tp or --ep in place of --pp, a format of weights alone, or a machine with a GPU.",
-        )
-
-
-def refuse_data_of_a_cache(model: torch.nn.Module) -> None:
-    """Raises CalibrationError where scales of a KV cache wait for data: Megatron-Core's own attention has none."""
-    waiting = [
-        Offender(name, "waits for data")
-        for name, module in model.named_modules()
-        if name.endswith("_bmm_quantizer") and isinstance(module, TensorQuantizer) and needs_amax(module)
-    ]
-    if waiting:
-        raise CalibrationError(
-            "Scales of a KV cache are not calibrated without a GPU.", waiting, "Use --kv-cache fp8_cast, without data."
         )
 
 

@@ -42,7 +42,7 @@ def take_input_amaxes(chunks: Sequence[nn.Module], stand_ins: Sequence[nn.Module
         raise CalibrationError(
             "Activations are quantized that the model which stands in for this one does not quantize.",
             offenders,
-            "Quantize both with one config, of a KV cache without data (fp8_cast); or calibrate on a GPU.",
+            "Quantize both with one config, or calibrate on a GPU.",
         )
     for quantizer, amax in given:
         quantizer.amax = amax.clone()

@@ -29,18 +29,18 @@ NAMES = {
 }
 
 
-def placed(source: Path, spec: LayerSpec, dtype: torch.dtype | None = None, **more: Any) -> GPTModel:
+def placed(source: Path, spec: LayerSpec, dtype: torch.dtype | None = None, *rules: dict[str, Any]) -> GPTModel:
     model = build_model(source, import_weights=True, layer_spec=spec, dtype=dtype)
     config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
-    mtq.quantize(model, {**config, "quant_cfg": [*config["quant_cfg"], *more.values()], "algorithm": None})
+    mtq.quantize(model, {**config, "quant_cfg": [*config["quant_cfg"], *rules], "algorithm": None})
     return model
 
 
 @pytest.fixture
 def served(tiny_qwen3_moe_dir: Path) -> Callable[..., tuple[GPTModel, GPTModel]]:
-    def both(**more: Any) -> tuple[GPTModel, GPTModel]:
-        model = placed(tiny_qwen3_moe_dir, LayerSpec.TRANSFORMER_ENGINE, **more)
-        return model, placed(tiny_qwen3_moe_dir, LayerSpec.LOCAL, torch.float32)
+    def both(*rules: dict[str, Any]) -> tuple[GPTModel, GPTModel]:
+        model = placed(tiny_qwen3_moe_dir, LayerSpec.TRANSFORMER_ENGINE)
+        return model, placed(tiny_qwen3_moe_dir, LayerSpec.LOCAL, torch.float32, *rules)
 
     return both
 
@@ -70,9 +70,10 @@ def test_inputs_are_those_of_transformers_after_a_checkpoint_too(
 def test_what_the_stand_in_does_not_quantize_is_named_and_nothing_is_taken(
     served: Callable[..., tuple[GPTModel, GPTModel]],
 ) -> None:
-    model, stand_in = served(cache={"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}})
+    model, stand_in = served({"quantizer_name": "*linear_proj.input_quantizer", "enable": False})
     with pytest.raises(CalibrationError, match="stands in") as caught:
         calibrate(model, run, LAYER_MAX, stand_in=stand_in)
-    named = {offender.parameter.rpartition(".")[2] for offender in caught.value.offenders}
-    assert named == {"k_bmm_quantizer", "v_bmm_quantizer"}
+    assert [offender.parameter for offender in caught.value.offenders] == [
+        f"decoder.layers.{layer}.self_attention.linear_proj.input_quantizer" for layer in range(2)
+    ]
     assert all(quantizer.amax is None for quantizer in inputs(model).values())
