@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from quantplug.choices import EXPORT_FORMATS, KVCacheFormat, Preset, Scales, WeightAmax
-from quantplug.cli.family import run_family_files
 from quantplug.cli.options import (
     Dialect,
     DryRun,
@@ -25,6 +24,7 @@ from quantplug.cli.options import (
     Revision,
     ScalesOption,
     WhichLinears,
+    run_family_files,
 )
 from quantplug.cli.terminal import Say, terminal
 from quantplug.cli.written import kept_of, refuse_page_of_nothing, say_result

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantplug.calibration.show.sheet import Column, Row, Sheet
-from quantplug.cli.family import run_family_files
-from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet
+from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet, run_family_files
 from quantplug.cli.terminal import Say, plain, terminal
 from quantplug.printable import printable
 

@@ -1,12 +1,15 @@
 """Options that several commands have in the same words."""
 
 import re
+import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantplug.choices import DialectName, Preset, QuantFormat, Scales
+from quantplug.errors import ArgumentError, Offender
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 LogFile = Annotated[
@@ -82,3 +85,28 @@ InputScale = Annotated[
     typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]
+
+
+def run_family_files(files: Sequence[Path]) -> None:
+    """Runs files that call `register_family`.
+
+    They are code that the user has chosen to run: what they raise of their own has its traceback.
+
+    Raises:
+        ArgumentError: One is not there, or registers nothing.
+    """
+    if not files:
+        return
+    from quantplug.mappings.families import registered  # Help need not wait for torch.
+
+    if missing := [Offender(str(file), "is not a file") for file in files if not file.is_file()]:
+        raise ArgumentError("A family cannot be read.", missing, "Give the Python file that calls register_family.")
+    for file in files:
+        before = registered()
+        runpy.run_path(str(file))
+        if registered() == before:
+            raise ArgumentError(
+                "The file registers no family.",
+                [Offender(str(file), "was run, and register_family was not called with a new one")],
+                "Call quantplug.register_family(Family(...)) in it; docs/families.md has an example.",
+            )

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
-from quantplug.cli.family import run_family_files
 from quantplug.cli.options import (
     Dialect,
     DryRun,
@@ -24,6 +23,7 @@ from quantplug.cli.options import (
     Quiet,
     Revision,
     WhichLinears,
+    run_family_files,
 )
 from quantplug.cli.terminal import Say, terminal
 from quantplug.cli.written import kept_of, refuse_page_of_nothing, say_result

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantplug.cli.family import run_family_files
-from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet
+from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet, run_family_files
 from quantplug.cli.terminal import Say, command_line, terminal
 
 EXAMPLES = (
