@@ -160,8 +160,8 @@ class ErrorSum:
     @property
     def squared_limit(self) -> float:
         """What `squared_error` may be at most, however values were rounded."""
-        squares = (torch.tensor(part, dtype=torch.float64) for part in (self.squared_bound, self.squared_norm))
-        return float(_limit(*squares, self.feedback, WEIGHT_LIMIT))
+        bound, norm = torch.tensor([self.squared_bound, self.squared_norm], dtype=torch.float64)
+        return float(_limit(bound, norm, self.feedback, WEIGHT_LIMIT))
 
     def add(self, rows: RowSums) -> None:
         self.squared_error += float(rows.error.sum())

@@ -195,9 +195,9 @@ class Meter:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
-            sums = self.sums(packed, values)
-            total.add(sums)
-            total.off_rows += _off_rows(sums, packed, values, row_gain)
+            of_rows = self.sums(packed, values)
+            total.add(of_rows)
+            total.off_rows += _off_rows(of_rows, packed, values, row_gain)
         # What is far from others of its format may still be what rounding gives of few, equal values. The weight is
         # read again to tell, which happens to hardly any.
         sums = total.sums
