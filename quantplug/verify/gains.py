@@ -61,7 +61,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedAnew:
     """What rounding to nearest makes of the same originals: lower and upper ends of `dot`, upper ones of the others."""
 
     lower: torch.Tensor
@@ -70,7 +70,7 @@ class Rounded:
     error: torch.Tensor
 
     @classmethod
-    def of(cls, original: torch.Tensor, smaller: torch.Tensor, larger: torch.Tensor) -> "Rounded":
+    def of(cls, original: torch.Tensor, smaller: torch.Tensor, larger: torch.Tensor) -> "RoundedAnew":
         """Sums over rows.
 
         Args:
@@ -87,13 +87,13 @@ class Rounded:
         )
         return cls(dots[0].sum(dim=-1), dots[1].sum(dim=-1), along, error)
 
-    def over_rows(self) -> "Rounded":
+    def over_rows(self) -> "RoundedAnew":
         """The same sums of all rows together, [1]."""
-        return Rounded(*(sums.sum(dim=0, keepdim=True) for sums in self._all))
+        return RoundedAnew(*(sums.sum(dim=0, keepdim=True) for sums in self._all))
 
-    def plus(self, other: "Rounded") -> "Rounded":
+    def plus(self, other: "RoundedAnew") -> "RoundedAnew":
         """The sums over both."""
-        return Rounded(*(mine + theirs for mine, theirs in zip(self._all, other._all, strict=True)))
+        return RoundedAnew(*(mine + theirs for mine, theirs in zip(self._all, other._all, strict=True)))
 
     @property
     def _all(self) -> tuple[torch.Tensor, ...]:
@@ -142,14 +142,14 @@ class GainBound:
         far = (sums.dot / sums.norm - self.centre).abs() > self.base + chance
         return sums.dot.isfinite() & (sums.norm > 0) & far
 
-    def off(self, sums: Sums, plain: Rounded, stored: Rounded) -> torch.Tensor:
+    def off(self, sums: Sums, plain: RoundedAnew, stored: RoundedAnew) -> torch.Tensor:
         """BOOL: whose gain neither the scales of a plain packer explain, nor those that are stored."""
         saturated = SATURATED * (sums.error - stored.error).clamp(min=0) / sums.norm
         allowed = self.decisive + self.chance(sums) + saturated
         return self.suspicious(sums) & (plain.off(sums) > allowed) & (stored.off(sums) > SAME)
 
 
-def misplaced(sums: Sums, stored: Rounded | None = None) -> torch.Tensor:
+def misplaced(sums: Sums, stored: RoundedAnew | None = None) -> torch.Tensor:
     """BOOL: where too much of the error lies along the blocks, and more than rounding by the stored scales explains.
 
     Without these: what is worth rounding anew.

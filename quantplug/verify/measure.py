@@ -10,7 +10,7 @@ import torch
 
 from quantplug.verify import bounds, decode, gains, rounding
 from quantplug.verify.bounds import ErrorSum, RowSums
-from quantplug.verify.gains import GainBound, Rounded
+from quantplug.verify.gains import GainBound, RoundedAnew
 from quantplug.verify.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.originals import Original
@@ -123,8 +123,8 @@ AnyRows = Rows | Int4Rows | Mxfp4Rows
 class Anew:
     """Rows that were rounded anew: by a plain packer's scales, and by those that are stored."""
 
-    plain: Rounded
-    stored: Rounded
+    plain: RoundedAnew
+    stored: RoundedAnew
 
     @classmethod
     def of(
@@ -138,7 +138,7 @@ class Anew:
         # Only the stored scales have to explain all: with a plain packer's, ties are rounded to even as it does.
         as_they_are = rounded(blocks, plain)
         ends = (rounded(blocks * (1 + ties), stored) for ties in (-gains.TIES, gains.TIES))
-        return cls(Rounded.of(blocks, as_they_are, as_they_are), Rounded.of(blocks, *ends))
+        return cls(RoundedAnew.of(blocks, as_they_are, as_they_are), RoundedAnew.of(blocks, *ends))
 
     def plus(self, other: "Anew") -> "Anew":
         """The sums over both."""

@@ -21,7 +21,7 @@ FEWEST_PEERS = 4
 
 
 @dataclass(frozen=True)
-class LayerKind:
+class ModulesOfLayer:
     """The quantizers of one module of a layer: one, or those of all its experts.
 
     Attributes:
@@ -77,12 +77,12 @@ class Outlier:
     distance: float
 
 
-def by_layer_and_kind(table: CalibrationTable) -> list[LayerKind]:
+def by_layer_and_kind(table: CalibrationTable) -> list[ModulesOfLayer]:
     """All rows of a table, in its order."""
     found: defaultdict[str, list[StatisticsRow]] = defaultdict(list)
     for row in table.rows:
         found[replace(row.key, expert=None).name].append(row)
-    return [LayerKind(name, tuple(rows)) for name, rows in found.items()]
+    return [ModulesOfLayer(name, tuple(rows)) for name, rows in found.items()]
 
 
 def outliers(table: CalibrationTable) -> list[Outlier]:

@@ -4,7 +4,7 @@ from collections import Counter
 
 from rich.console import Console
 
-from quantplug.calibration.show.kinds import LayerKind, Outlier, by_layer_and_kind, outliers
+from quantplug.calibration.show.kinds import ModulesOfLayer, Outlier, by_layer_and_kind, outliers
 from quantplug.calibration.show.sheet import Column, Row, Sheet
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.printable import printable
@@ -77,7 +77,7 @@ def _by_kind(table: CalibrationTable) -> Sheet:
     return Sheet(TITLE, "Quantizers", columns, rows, summary(table))
 
 
-def _kind_row(kind: LayerKind, counted: bool) -> Row:
+def _kind_row(kind: ModulesOfLayer, counted: bool) -> Row:
     ends = (kind.amaxes[0], kind.median, kind.amaxes[-1]) if kind.amaxes else (None, None, None)
     spread = "" if kind.spread is None else f"{kind.spread:.2f}"
     sources = kind.sources
