@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 bin := .venv$(if $(STACK),-$(STACK))/bin
 
-.PHONY: help setup demo test servers browser docs wheel bench benchlong lint types format clean
+.PHONY: help setup demo test servers browser docs wheel bench benchlong accuracy lint types format clean
 
 help:  ## Shows this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,9 @@ benchlong: setup  ## Whole exports, on CPUs, against ModelOpt's own and against 
 	OMP_NUM_THREADS=1 $(bin)/python benchmarks/verify_scale.py --record
 	OMP_NUM_THREADS=2 $(bin)/python benchmarks/verify_source.py --record
 	$(bin)/python benchmarks/end_to_end.py --record
+
+accuracy: setup  ## What each format loses on the trained model of tests/data: writes the table of docs/accuracy.md, in two minutes.
+	PYTHONPATH=. $(bin)/python benchmarks/accuracy.py
 
 lint: setup  ## ruff, as a linter and as a format check.
 	$(bin)/ruff check .

@@ -29,14 +29,14 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write_section(name: str, text: str) -> None:
-    """Puts the section in its place in the results, or at their end."""
+def write_section(name: str, text: str, page: Path = RESULTS) -> None:
+    """Puts the section in its place in the results, or on another page; at the end where it has none."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    old = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n\n"
+    old = page.read_text() if page.exists() else "# Benchmark results\n\n"
     section = f"{begin}\n{text.strip()}\n{end}\n"
     if begin in old:
         before, _, rest = old.partition(begin)
         section = before + section + rest.partition(f"{end}\n")[2]
     else:
         section = old.rstrip("\n") + "\n\n" + section
-    write_atomically(RESULTS, section)
+    write_atomically(page, section)

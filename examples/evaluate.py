@@ -73,10 +73,10 @@ def measured(export: Path, plain: Tensors, reference: "Predictions", source: Pat
     """An export, measured against the predictions of its source."""
     stored = tensors_of(export)
     # Under other names they would be taken for plain, and measured as if they were the source's.
-    missing = [name for name in plain if name not in stored]
+    missing = [name for name in plain if name not in stored and f"{name}_packed" not in stored]
     if missing:
-        raise typer.BadParameter(f"{export} has no {missing[0]}: this reads ModelOpt's and DeepSeek's spelling")
-    decoded = {name: weight for name in plain if name in stored and (weight := decode(stored, name)) is not None}
+        raise typer.BadParameter(f"{export} has no {missing[0]}, nor that packed: its names are not read here")
+    decoded = {name: weight for name in plain if (weight := decode(stored, name)) is not None}
     error = sum((weight - plain[name].float()).square().sum().item() for name, weight in decoded.items())
     norm = sum(plain[name].float().square().sum().item() for name in decoded)
     found = Predictions.of(source, {**plain, **decoded}, ids)
@@ -140,22 +140,35 @@ def tensors_of(directory: Path) -> Tensors:
 
 def decode(stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
     """FP32 values of a quantized weight [out, in], by what its scales are called and shaped; None of a plain one."""
+    if f"{name}_packed" in stored:
+        return _int4(stored, name)
     codes = stored[name]
     scale, scale_2 = stored.get(f"{name}_scale"), stored.get(f"{name}_scale_2")
     scale = stored.get(f"{name}_scale_inv") if scale is None else scale
     if scale is None or codes.dtype not in (torch.uint8, torch.float8_e4m3fn):
         return None
-    if scale_2 is None and torch.uint8 in (codes.dtype, scale.dtype):
-        raise typer.BadParameter(f"{name} is of a format that is not decoded here: NVFP4 and FP8 are")
+    if scale_2 is None and codes.dtype == torch.uint8:
+        raise typer.BadParameter(f"{name} is of a format that is not decoded here: NVFP4, FP8, MXFP8 and INT4 are")
     if scale_2 is not None:
         pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(1).int()
         values = _E2M1[pairs & 7] * torch.where(pairs > 7, -1.0, 1.0)
         return values * (scale.float() * scale_2).repeat_interleave(16, 1)
     values = codes.float()
+    if scale.dtype == torch.uint8:  # MXFP8: exponents, of 32 columns each.
+        return torch.ldexp(values, scale.int().repeat_interleave(32, 1) - 127)
     if scale.ndim == 2:  # Of blocks, the last of which may be partial, or of rows.
         high, wide = (128, 128) if scale.shape[1] > 1 or scale.shape[0] != codes.shape[0] else (1, codes.shape[1])
         scale = scale.repeat_interleave(high, 0)[: codes.shape[0]].repeat_interleave(wide, 1)[:, : codes.shape[1]]
     return values * scale.float()
+
+
+def _int4(stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Of compressed-tensors' pack-quantized: eight codes an integer, the first in its lowest bits, plus 8."""
+    packed, scale = stored[f"{name}_packed"], stored[f"{name}_scale"].float()
+    if packed.dtype != torch.int32:
+        raise typer.BadParameter(f"{name} is of a format that is not decoded here: INT4 is, in this spelling")
+    codes = torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)], -1).flatten(1) - 8
+    return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
 
 
 if __name__ == "__main__":
