@@ -3,7 +3,9 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,10 +96,12 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     arguments = ("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "w4a16_nvfp4")
     with monkeypatch.context() as patch:
         patch.setattr(moment, interrupt)
+        # What the shell gave this process, which a test calls without one.
+        patch.setattr(sys, "argv", ["quantplug", *map(str, arguments)])
         code, output = run(*arguments)
     lines = output.splitlines()
     assert (code, lines[0], len(lines)) == (130, "Stopped.", 3)
-    assert lines[2].startswith("  quantplug ")
+    assert lines[2] == f"  {shlex.join(['quantplug', *map(str, arguments)])}"
     left = list(tmp_path.iterdir())
     if moment.endswith("write_configs"):
         assert [str(path) for path in left] == [str(tmp_path / ".out.partial")]

@@ -103,11 +103,11 @@ def test_tables_survive_any_width(bad: Path, good: Path, source: Path, width: in
         shown = io.StringIO()
         report = verify_checkpoint(directory, source)
         print_report(report, Console(file=shown, width=width), limit=0)
-        *tables, verdict = shown.getvalue().splitlines()
+        # Two lines are whole, for the terminal to wrap and grep to find.
+        *tables, serving, verdict = shown.getvalue().splitlines()
         assert all(len(line) <= width for line in tables)
-        assert verdict.startswith(
-            "OK" if report.ok else "NOT OK"
-        )  # on one line, for the terminal to wrap and grep to find
+        assert serving.startswith("Tensor-parallel sizes")
+        assert verdict.startswith("OK" if report.ok else "NOT OK")
         rows = [line for line in tables if line.count("│") == 5]
         assert len(rows) >= len(report.findings)
 

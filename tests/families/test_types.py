@@ -36,7 +36,8 @@ def source(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tm
 def test_no_bit_of_them_is_lost(source: Path, tmp_path: Path) -> None:
     with one_rank():
         export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "out")
-    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4")
+    # The quantizers stand on all linears, those too that are kept unless they are asked for.
+    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4", preset="all")
     stored, exported, free = read(source), read(tmp_path / "out"), read(tmp_path / "free")
     wide = [name for name in stored if name.endswith(WIDE)]
     assert wide
