@@ -109,8 +109,8 @@ class RefusesWrongShards(KeepsTypes):
 
 
 def _refuse_static(name: str, leaf: TensorQuantizer) -> None:
-    # ModelOpt places them by the axis that it has noted where it cut a weight into blocks itself, as it does before a load.
-    # Without one it saves the amaxes of static blocks as if every rank had the same.
+    # ModelOpt places them by the axis that it has noted where it cut a weight into blocks itself, as it does before a
+    # load. Without one it saves the amaxes of static blocks as if every rank had the same.
     if leaf.is_nvfp4_static and not isinstance(leaf.axis, tuple):
         raise UnsupportedQuantizationError(
             "Static NVFP4 blocks of dense linears are not saved with tensor parallelism.",
