@@ -120,7 +120,7 @@ def poisoned(load_weights: Any) -> Any:
         # Scales of a cache may be missing, and then are what vLLM has made them.
         ours = {name: it for name, it in model.named_parameters() if not name.endswith(CACHE_SCALES)}
         for parameter in ours.values():
-            _poison(parameter.data)
+            poison(parameter.data)
         load_weights(self, model, *args)
         kind = type(model).__name__
         names = [name for name, parameter in ours.items() if _is_poisoned(parameter.data)]
@@ -132,7 +132,7 @@ def poisoned(load_weights: Any) -> Any:
     return load
 
 
-def _poison(data: torch.Tensor) -> None:
+def poison(data: torch.Tensor) -> None:
     if data.is_floating_point() and data.itemsize > 1:
         data.fill_(torch.nan)
     else:
@@ -228,15 +228,24 @@ def logprobs_of(directory: str, prompts: list[list[int]], mtp: bool) -> list[lis
     return [[[at[token].logprob for token in range(size)] for at in answer.prompt_logprobs[1:]] for answer in answers]
 
 
-def main(tokens: str, *checkpoints: str) -> None:
-    prompts = json.loads(Path(tokens).read_text())
+def prepare(load_weights: Any) -> None:
+    """Replaces what this machine cannot compute, and vLLM's loader by one that poisons before and looks behind.
+
+    Args:
+        load_weights: Of its `DefaultModelLoader`, or what stands for it.
+    """
     without_kernels()
     replace_operators()
     FusedMoEConfig.__post_init__ = without_a_platform(FusedMoEConfig.__post_init__)
     # It looks at each architecture in a process of its own, which imports all of vLLM again.
     registry._run_in_subprocess = lambda function: function()
-    default_loader.DefaultModelLoader.load_weights = poisoned(default_loader.DefaultModelLoader.load_weights)
+    default_loader.DefaultModelLoader.load_weights = poisoned(load_weights)
     base_loader.process_weights_after_loading = made_dense(base_loader.process_weights_after_loading)
+
+
+def main(tokens: str, *checkpoints: str) -> None:
+    prompts = json.loads(Path(tokens).read_text())
+    prepare(default_loader.DefaultModelLoader.load_weights)
     for checkpoint in checkpoints:
         directory = checkpoint.removeprefix("mtp=")
         loaded.clear()
