@@ -16,7 +16,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 
 from quantplug.choices import Preset as Preset
-from quantplug.errors import MappingError, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, MappingError, Offender, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, choice_named, nearest
 from quantplug.formats.names import Scheme
 from quantplug.mappings.hybrid_pattern import in_hybrid_model
@@ -55,6 +55,7 @@ class Reason(Enum):
     BITS = "too few bits for some server"
     FORMAT = "a format of experts alone"
     MTP = "multi-token prediction"
+    HEAD = "the output layer"
     PRESET = "outside the preset"
     ACCURACY = "too few bits for its accuracy"
     EXCLUDED = "excluded by the user"
@@ -101,6 +102,7 @@ class Policy:
     Attributes:
         weight_bits: Bits of a code of the format.
         quantize_mtp: Whether layers of multi-token prediction are quantized too.
+        quantize_lm_head: Whether the output layer is.
         loads_experts: Whether servers load routed experts in the format.
         preset: Which linears are quantized at all.
         of_gpt_oss: Whether the format is one of GPT-OSS's experts, and of nothing else.
@@ -108,18 +110,32 @@ class Policy:
 
     weight_bits: int
     quantize_mtp: bool = False
+    quantize_lm_head: bool = False
     loads_experts: bool = True
     preset: Preset = Preset.DEFAULT
     of_gpt_oss: bool = False
 
     @classmethod
-    def of(cls, scheme: Scheme, quantize_mtp: bool = False, preset: Preset = Preset.DEFAULT) -> "Policy":
+    def of(
+        cls,
+        scheme: Scheme,
+        quantize_mtp: bool = False,
+        preset: Preset = Preset.DEFAULT,
+        *,
+        quantize_lm_head: bool = False,
+    ) -> "Policy":
         """That of a format."""
-        return cls(scheme.weight_bits, quantize_mtp, scheme.loads_experts, preset, scheme.of_gpt_oss)
+        return cls(scheme.weight_bits, quantize_mtp, quantize_lm_head, scheme.loads_experts, preset, scheme.of_gpt_oss)
+
+    def in_format(self, scheme: Scheme) -> "Policy":
+        """The same of another format."""
+        return Policy.of(scheme, self.quantize_mtp, self.preset, quantize_lm_head=self.quantize_lm_head)
 
     def why_kept(self, row: WeightMapping) -> Kept | None:
         """Why weights of a row stay in high precision; None where they are quantized."""
         # The order matters for the words: what no choice of the user's can change is told before what one can.
+        if row.role is Role.OUTPUT_LAYER:
+            return None if self.quantize_lm_head else Kept(Reason.HEAD, row.role.value)
         if row.role is not Role.LINEAR:
             return Kept(Reason.ROLE, row.role.value)
         if row.min_bits > self.weight_bits:
@@ -142,7 +158,7 @@ class Policy:
         Such weights are not kept in silence, as they may be nearly all of a model: whoever wants the rest quantized has
         to leave them out by name.
         """
-        if row.role is not Role.LINEAR:
+        if not row.role.may_be_packed:
             return None
         if self.of_gpt_oss and row.scope is Scope.EXPERT:
             return None if row.served_in_mxfp4 else "expert, which servers load in this format of GPT-OSS alone"
@@ -171,6 +187,20 @@ def decide(keys: Iterable[ParamKey], family: Family, policy: Policy) -> Decision
     table = family.by_megatron()
     rows = {key: table[key.module] for key in keys if key.module in table}
     return {key: Decision(row, policy.why_kept(row)) for key, row in rows.items() if row.role.multiplies}
+
+
+def require_output_layer(*, quantize_lm_head: bool, tied: bool) -> None:
+    """Refuses to quantize an output layer that is the embedding's weight, which servers look rows up in.
+
+    Raises:
+        ArgumentError: That is asked for.
+    """
+    if quantize_lm_head and tied:
+        raise ArgumentError(
+            "The model has no output layer of its own: its config ties it to the embedding.",
+            [Offender("quantize_lm_head", "is set")],
+            "Leave it out (--quantize-lm-head): a tied output layer stays in high precision, as the embedding does.",
+        )
 
 
 def refuse_nothing(decisions: Decisions) -> None:

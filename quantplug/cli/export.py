@@ -19,6 +19,7 @@ from quantplug.cli.options import (
     JsonFile,
     LogFile,
     MaxShardSize,
+    QuantizeLmHead,
     QuantizeMtp,
     Quiet,
     Revision,
@@ -61,6 +62,7 @@ def export(
     ] = None,
     exclude: Exclude = None,
     quantize_mtp: QuantizeMtp = False,
+    quantize_lm_head: QuantizeLmHead = False,
     drop_mtp: Annotated[
         bool, typer.Option("--drop-mtp", help="Leave out the layers of multi-token prediction.")
     ] = False,
@@ -117,6 +119,7 @@ def export(
                 vocab_size=vocab_size,
                 exclude=exclude or (),
                 quantize_mtp=quantize_mtp,
+                quantize_lm_head=quantize_lm_head,
                 drop_mtp=drop_mtp,
                 preset=preset or Preset.DEFAULT,
                 input_scale=input_scale,

@@ -85,6 +85,7 @@ InputScale = Annotated[
     typer.Option(help="With nvfp4 or fp8: the scale of all inputs, 1 as in ModelOpt's ..._input_scale1 recipe."),
 ]
 QuantizeMtp = Annotated[bool, typer.Option("--quantize-mtp", help="Quantize the layers of multi-token prediction too.")]
+QuantizeLmHead = Annotated[bool, typer.Option("--quantize-lm-head", help="Quantize the output layer too.")]
 
 
 def run_family_files(files: Sequence[Path]) -> None:

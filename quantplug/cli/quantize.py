@@ -19,6 +19,7 @@ from quantplug.cli.options import (
     JsonFile,
     LogFile,
     MaxShardSize,
+    QuantizeLmHead,
     QuantizeMtp,
     Quiet,
     Revision,
@@ -58,6 +59,7 @@ def quantize(
     ] = None,
     exclude: Exclude = None,
     quantize_mtp: QuantizeMtp = False,
+    quantize_lm_head: QuantizeLmHead = False,
     kv_cache: Annotated[
         KVCacheFormat | None,
         typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),
@@ -108,6 +110,7 @@ def quantize(
                 group_size=group_size,
                 exclude=exclude or (),
                 quantize_mtp=quantize_mtp,
+                quantize_lm_head=quantize_lm_head,
                 preset=asked.preset,
                 input_scale=asked.input_scale,
                 scales=asked.scales,

@@ -40,7 +40,7 @@ class Formats:
             by_scheme[self.of(key)].append(key)
         decisions: dict[ParamKey, Decision] = {}
         for scheme, of_scheme in by_scheme.items():
-            decisions |= decide(of_scheme, family, Policy.of(scheme, policy.quantize_mtp, policy.preset))
+            decisions |= decide(of_scheme, family, policy.in_format(scheme))
         return decisions
 
 

@@ -60,7 +60,7 @@ from quantplug.formats.names import (
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
-from quantplug.selection import Policy, Preset, by_exclude, preset_named
+from quantplug.selection import Policy, Preset, by_exclude, preset_named, require_output_layer
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def export_checkpoint(
     vocab_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    quantize_lm_head: bool = False,
     drop_mtp: bool = False,
     preset: Preset | str = Preset.DEFAULT,
     input_scale: float | None = None,
@@ -136,6 +137,7 @@ def export_checkpoint(
         exclude: With a `format`: modules that stay in high precision, by exact name in Hugging Face or as shell
             patterns (`model.layers.0.*`).
         quantize_mtp: With a `format`: whether the layers of multi-token prediction are quantized too.
+        quantize_lm_head: With a `format`: whether the output layer is quantized too.
         drop_mtp: Whether the layers of multi-token prediction are left out; config.json then counts none.
         preset: With a `format`: which linears are quantized at all, as in `quantize_checkpoint`.
         input_scale: With a `format` that quantizes inputs by scales of their own, `nvfp4` or `fp8`: the scale of all
@@ -158,8 +160,8 @@ def export_checkpoint(
     Raises:
         ArgumentError: A format, `group_size`, `dialect`, `dtype`, `vocab_size`, `max_shard_size` or `amax` that is not
             served; `scales` that the format has not; an `input_scale` that goes with no input; or `group_size`,
-            `expert_format`, `exclude`, `quantize_mtp`, `preset`, `input_scale` or `kv_cache` without a format that
-            quantizes.
+            `expert_format`, `exclude`, `quantize_mtp`, `quantize_lm_head`, `preset`, `input_scale` or `kv_cache`
+            without a format that quantizes.
         CheckpointError: There is no such checkpoint or iteration; or it is damaged, or of a format that is not read; or
             it was trained with other settings than the config says.
         DestinationError: `destination` is not empty, or another export left its unfinished files beside it.
@@ -187,6 +189,7 @@ def export_checkpoint(
             group_size=group_size,
             exclude=exclude,
             quantize_mtp=quantize_mtp,
+            quantize_lm_head=quantize_lm_head,
             preset=selected is not Preset.DEFAULT,
             input_scale=input_scale is not None,
             kv_cache=kv_cache,
@@ -206,6 +209,7 @@ def export_checkpoint(
         return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     model, table = _read_hf(pretrained_model_name_or_path, read, revision)
+    require_output_layer(quantize_lm_head=quantize_lm_head, tied=model.tied)
     require_experts(expert_format, has_experts=bool(model.dims.num_experts))
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
@@ -235,7 +239,7 @@ def export_checkpoint(
         else:
             weights = _without_quantizers(weights)
         if formats is not None:
-            asked_for = Policy.of(formats.linears, quantize_mtp, selected)
+            asked_for = Policy.of(formats.linears, quantize_mtp, selected, quantize_lm_head=quantize_lm_head)
             chosen = chosen_weights(weights, model, formats, asked_for, exclude)
             request = replace(request, leave_out=by_exclude, kv_cache=cache)
             plan_of, kept = WeightOnlyPlan(weights, model, chosen.schemes, request, input_scale, search), chosen.kept

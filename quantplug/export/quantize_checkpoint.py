@@ -37,7 +37,7 @@ from quantplug.formats.names import (
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
-from quantplug.selection import Policy, Preset, by_exclude, preset_named
+from quantplug.selection import Policy, Preset, by_exclude, preset_named, require_output_layer
 
 __all__ = ["QuantFormat", "quantize_checkpoint"]
 
@@ -52,6 +52,7 @@ def quantize_checkpoint(
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     quantize_mtp: bool = False,
+    quantize_lm_head: bool = False,
     preset: Preset | str = Preset.DEFAULT,
     input_scale: float | None = None,
     scales: Scales | str = Scales.MAX,
@@ -84,6 +85,7 @@ def quantize_checkpoint(
         exclude: Modules that stay as they are, by exact name (`model.layers.0.mlp.down_proj`) or as shell patterns
             (`model.layers.0.*`). Embeddings, output layer and routers stay in any case, as servers load them so.
         quantize_mtp: Whether the layers of multi-token prediction are quantized too; they are kept in any case.
+        quantize_lm_head: Whether the output layer is quantized too, by the format of all linears.
         preset: Which linears are quantized at all, a `Preset` or its name: `default` (all but those by which an
             architecture loses far more in four bits than by others: inputs of gated attention and of delta nets of
             Qwen3-Next and Qwen3.5), `all` (those too), `experts_only` (routed experts), `mlp_only` (dense MLPs and
@@ -118,7 +120,7 @@ def quantize_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     formats = asked_formats(format, expert_format, group_size, input_scale)
-    policy = Policy.of(formats.linears, quantize_mtp, preset_named(preset, "preset"))
+    policy = Policy.of(formats.linears, quantize_mtp, preset_named(preset, "preset"), quantize_lm_head=quantize_lm_head)
     cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
     spelling = dialect_named(dialect, "dialect")
     search = scales_named(scales, "scales", formats.searched)
@@ -126,6 +128,7 @@ def quantize_checkpoint(
     require_free(target)
     model = read_model(resolve_source(source, revision=revision), trust_remote_code)
     refuse_quantized(model.directory, model.config)
+    require_output_layer(quantize_lm_head=quantize_lm_head, tied=model.tied)
     require_experts(expert_format, has_experts=bool(model.dims.num_experts))
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)

@@ -91,7 +91,8 @@ class Role(Enum):
     LINEAR = "linear weight, which a format may pack"
     ROUTER = "router, kept in high precision: servers load it so"
     ROUTER_BIAS = "bias of the router, in the type of the router"
-    VOCABULARY = "embedding or output layer, kept in high precision: servers load it so"
+    EMBEDDING = "embedding, kept in high precision: servers load it so"
+    OUTPUT_LAYER = "output layer, kept in high precision unless quantize_lm_head asks for it"
     HIGH_PRECISION = "linear weight kept in high precision: servers load it so"
     PASSTHROUGH_WEIGHT = "weight of what Megatron does not hold, carried over from the source as it is"
     PASSTHROUGH = "other tensor of what Megatron does not hold, carried over from the source as it is"
@@ -101,6 +102,16 @@ class Role(Enum):
     def multiplies(self) -> bool:
         """Whether the tensor is the weight of a matrix product, and so is quantized or named in an exclude list."""
         return self not in (Role.ROUTER_BIAS, Role.OTHER, Role.PASSTHROUGH)
+
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether a format may pack the weight."""
+        return self in (Role.LINEAR, Role.OUTPUT_LAYER)
+
+    @property
+    def is_of_vocabulary(self) -> bool:
+        """Whether it has a row for every token."""
+        return self in (Role.EMBEDDING, Role.OUTPUT_LAYER)
 
     @property
     def is_of_router(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 from modelopt.recipe import ModelOptPTQRecipe, load_recipe
 
+from quantplug.checkpoint.config_file import ties_embeddings
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import read_source_config
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
@@ -18,11 +19,23 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
 from quantplug.plugins.recipe_names import in_megatron
-from quantplug.selection import Decision, Kept, Policy, Preset, Reason, preset_named, quantizer_rule, refuse_nothing
+from quantplug.selection import (
+    Decision,
+    Kept,
+    Policy,
+    Preset,
+    Reason,
+    preset_named,
+    quantizer_rule,
+    refuse_nothing,
+    require_output_layer,
+)
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}
 # ModelOpt's stock configs leave multi-token prediction in high precision by this rule.
 _NO_MTP = "mtp.*"
+# And the output layer by these, one in Megatron-Core's words and one in those of Hugging Face.
+_NO_LM_HEAD = ("*output_layer*", "*lm_head*")
 
 # ModelOpt has no stock config of FP8 weights alone. Rules apply in order, so the one that turns inputs off is last.
 _STOCK: Mapping[QuantFormat, Mapping[str, Any]] = {
@@ -96,6 +109,7 @@ def quant_cfg(
     *,
     group_size: int | None = None,
     quantize_mtp: bool = False,
+    quantize_lm_head: bool = False,
     keep_experts: bool = False,
     preset: Preset | str = Preset.DEFAULT,
     kv_cache: KVCacheFormat | str | None = None,
@@ -108,6 +122,7 @@ def quant_cfg(
         pretrained_model_name_or_path: Directory or hub id of the Hugging Face model, of which only the config is read.
         group_size: How many input features share a scale, where a format leaves the choice: 128 or 32 of `int4`.
         quantize_mtp: Whether layers of multi-token prediction are quantized too; they are kept in any case.
+        quantize_lm_head: Whether the output layer is quantized too. One that is the embedding's weight never is.
         keep_experts: Whether routed experts stay in high precision, as they must where no server loads them in the
             format.
         preset: Which linears are quantized at all, a `Preset` or its name.
@@ -127,7 +142,8 @@ def quant_cfg(
     source = read_source_config(resolve_source(pretrained_model_name_or_path, weights=False), trust_remote_code)
     family = find_family(source.architecture)
     dims = family.dimensions(source.values)
-    policy = Policy.of(scheme, quantize_mtp, preset_named(preset, "preset"))
+    policy = Policy.of(scheme, quantize_mtp, preset_named(preset, "preset"), quantize_lm_head=quantize_lm_head)
+    require_output_layer(quantize_lm_head=quantize_lm_head, tied=ties_embeddings(source.values))
     linears = [row for row in family.mappings if _stands_for_modules(row, dims)]
     if not keep_experts:
         _refuse_unserved(linears, policy, scheme)
@@ -137,6 +153,8 @@ def quant_cfg(
         config["quant_cfg"] = [_in_groups(rule, group_size) for rule in config["quant_cfg"]]
     if quantize_mtp and _has_mtp(family, dims):
         config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] != _NO_MTP]
+    if quantize_lm_head:
+        config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] not in _NO_LM_HEAD]
     # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
     whatever_mtp = replace(policy, quantize_mtp=True)
     decisions = {

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from quantplug.checkpoint.config_file import ties_embeddings
+from quantplug.mappings.table import Role
 from quantplug.verify import excludes, names
 from quantplug.verify.checks import Check
 from quantplug.verify.excludes import NamesByPart, with_parents
@@ -93,9 +95,26 @@ def sensitive(inventory: Inventory) -> Iterator[Finding]:
     for module in inventory.modules.values():
         if names.is_head(module.name):
             severity = Severity.WARNING if foreign else Severity.ERROR
-            yield from _must_be_plain(inventory, module, "the head", severity)
+            if not module.quantized or module.excluded:
+                yield from _must_be_plain(inventory, module, "the head", severity)
+            elif why := _unread_head(inventory, module):
+                yield error(Check.EXCLUDE_MISSING, module.name, f"the head, yet quantized: {why}")
         elif names.is_embedding(module.name) and module.quantized:
             yield error(Check.EXCLUDE_MISSING, module.name, "an embedding, yet quantized: no server reads that")
+
+
+def _unread_head(inventory: Inventory, module: Module) -> str | None:
+    """Why servers do not read a quantized head: by `get_quant_method` of vLLM 0.32 and SGLang 0.5.23."""
+    if names.last(module.name) != "lm_head":
+        return "servers load one of multi-token prediction in 16 bits"
+    if ties_embeddings(inventory.checkpoint.config):
+        return "config.json ties it to the embedding, which servers look rows up in"
+    if inventory.scheme.method == "fp8":
+        return "in DeepSeek's form servers load it in 16 bits"
+    if not inventory.scheme.is_named(module.name):
+        return f"a group of Linear means no head to servers; name {module.name} in its targets"
+    rows = () if inventory.known is None else inventory.known.family.mappings
+    return next((row.unserved for row in rows if row.role is Role.OUTPUT_LAYER), None)
 
 
 def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Severity) -> Iterator[Finding]:

@@ -51,6 +51,7 @@ class DeclaredScheme:
         excludes: The modules kept unquantized.
         layout_of: What the config promises for a module that no pattern excludes; None for unquantized.
         kv_cache: The name of the KV cache quantization; empty for none.
+        is_named: Whether a module is quantized by its name, and not as one of a class.
     """
 
     method: str
@@ -58,6 +59,7 @@ class DeclaredScheme:
     excludes: PatternList
     layout_of: Callable[[str], ModuleLayout]
     kv_cache: str = ""
+    is_named: Callable[[str], bool] = lambda module: True
 
 
 def read_scheme(checkpoint: Checkpoint) -> tuple[DeclaredScheme, list[Finding]]:
@@ -181,10 +183,13 @@ def _compressed_tensors(config: Json) -> DeclaredScheme:
         # compressed-tensors lets a name overrule a class.
         return next(chain(named, classes), None)
 
+    def is_named(module: str) -> bool:
+        return any(targets.names(module) for targets, _ in by_name)
+
     kv_cache = "FP8" if as_count(as_object(config.get("kv_cache_scheme")).get("num_bits")) == 8 else ""
     ignored = PatternList(as_texts(config.get("ignore")), matches_compressed_tensors)
     label = f"compressed-tensors {default_format}"
-    return DeclaredScheme("compressed-tensors", label, ignored, layout_of, kv_cache)
+    return DeclaredScheme("compressed-tensors", label, ignored, layout_of, kv_cache, is_named)
 
 
 def _is_class(target: str) -> bool:

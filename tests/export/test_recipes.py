@@ -80,8 +80,10 @@ OF_MODELS = {
     f"{NEMOTRON}3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
     f"{NEMOTRON}3-Super-120B-A12B-BF16/ptq/nvfp4-mse.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
     f"{NEMOTRON}3-Ultra-550B-A55B-BF16/ptq/nvfp4-4o6.yaml": ("nemotron_h_moe", {"nvfp4", "fp8"}),
+    # Whose output layer is quantized too.
+    f"{NEMOTRON}3.5-Lightning-30B-A3B-BF16/ptq/w4a16_nvfp4_4o6.yaml": ("nemotron_h_moe", {"w4a16_nvfp4", "fp8"}),
     f"{QWEN}_moe/ptq/nvfp4_experts_mse-fp8_rest-kv_fp8.yaml": ("qwen3_5_moe", {"nvfp4", "fp8"}),
-    f"{QWEN}_moe/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5_moe", "output_layer.weight: enabled for the"),
+    f"{QWEN}_moe/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5_moe", {"w4a16_nvfp4", "fp8"}),
     f"{QWEN}/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast.yaml": ("qwen3_5", "output_layer.weight_quantizer: is enabled"),
     # Its rules name layers by number, which a model of that size has.
     f"{NEMOTRON}3-Nano-4B-BF16/ptq/nvfp4_w4a16.yaml": ("nemotron_h", "*layers.3.mlp.linear_fc2*weight_quantizer"),

@@ -26,6 +26,7 @@ PAGE = ROOT / "docs" / "readers.md"
 PROMPTS = [[0, 7, 511, 31, 31, 400], [5, 4, 3, 2, 1, 0]]
 CLOSE = 1e-3
 WITH_MTP = " with MTP"
+WITH_HEAD = " with lm_head"
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no environment of servers: make servers")
 
@@ -37,7 +38,8 @@ class Cell:
     Attributes:
         case: Of tests/families/cases.py.
         column: The head of its column: a format, and a dialect behind it where it is not the format's own; `with MTP`,
-            where the layers of multi-token prediction are loaded too, as the drafter of speculative decoding.
+            where the layers of multi-token prediction are loaded too, as the drafter of speculative decoding; `with
+            lm_head`, where the output layer is quantized too.
         said: What the page says.
     """
 
@@ -46,9 +48,10 @@ class Cell:
     said: str
 
     @property
-    def arguments(self) -> dict[str, str]:
-        name, _, dialect = self._export.replace("`", "").partition(" as ")
-        return {"format": name, **({"dialect": dialect} if dialect else {})}
+    def arguments(self) -> dict[str, Any]:
+        name, _, dialect = self._export.removesuffix(WITH_HEAD).replace("`", "").partition(" as ")
+        head = {"quantize_lm_head": True} if self._export.endswith(WITH_HEAD) else {}
+        return {"format": name, **({"dialect": dialect} if dialect else {}), **head}
 
     @property
     def directory(self) -> str:

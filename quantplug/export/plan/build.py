@@ -15,6 +15,7 @@ import torch
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.export.plan.check_quantizers import (
     check_calibrated,
+    check_output_layer,
     check_quantizers,
     check_served,
     check_shapes,
@@ -122,6 +123,8 @@ def build_plan(
         # After all else: where a setting is refused there may be no scheme, and its absence would be told as a second
         # fault.
         check_kv_place(kv_cache, dialect, schemes, findings)
+    if dialect is not None:
+        check_output_layer(mapped, schemes, dialect, dims, request.leave_out, findings)
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.
     written = _rows_written(mapped, schemes, dialect)
     groups = group_names(mapped, written, dims)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan import scheme as schemes
+from quantplug.export.plan.dialects.dialect import Dialect
 from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
@@ -15,7 +16,7 @@ from quantplug.selection import NONE_LEFT, Kept, LeaveOut, Policy, Preset, quant
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
 # Where a weight's format is not known: bits enough for every row, so that the policy judges by role alone.
-_ANY_FORMAT = Policy(16, quantize_mtp=True, preset=Preset.ALL)
+_ANY_FORMAT = Policy(16, quantize_mtp=True, quantize_lm_head=True, preset=Preset.ALL)
 _UNCLAIMED = Kind(
     UnsupportedQuantizationError,
     "Quantizers are enabled that no part of the checkpoint expresses.",
@@ -37,6 +38,7 @@ _WITHOUT = Kind(
     "Quantize the whole model by one config: on every rank, and every virtual stage (for chunk in model: "
     "mtq.quantize(chunk, config)). What is to stay in high precision is turned off by a rule of the config.",
 )
+_COPIED = "The output layer is quantized, and copies of it in layers of multi-token prediction are not."
 _DIVISOR = "Weights do not divide as their format needs."
 _UNSERVED = "No server loads these weights in this format."
 
@@ -55,9 +57,10 @@ def check_quantizers(mapped: Mapped, unclaimed: Sequence[str], findings: Finding
             continue
         # Settings are judged only where a format may pack the weight. Elsewhere the policy refuses the quantizer
         # whatever it says, and a complaint about its settings would advise to change what must be turned off.
-        scheme = _scheme(whole, whole.weight, findings) if mapping.role is Role.LINEAR else None
-        # Layers of multi-token prediction are quantized where a config of the user's has enabled their quantizers.
-        kept = (Policy.of(scheme, quantize_mtp=True, preset=Preset.ALL) if scheme else _ANY_FORMAT).why_kept(mapping)
+        scheme = _scheme(whole, whole.weight, findings) if mapping.role.may_be_packed else None
+        # Layers of multi-token prediction, and the output layer, are quantized where a config of the user's has enabled
+        # their quantizers.
+        kept = (_ANY_FORMAT.in_format(scheme) if scheme else _ANY_FORMAT).why_kept(mapping)
         if kept is not None:
             against_policy.append((whole, kept))
         elif scheme is not None:
@@ -177,6 +180,24 @@ def check_served(
         findings.add_weight(kind, whole, f"{scheme.format}: {why}")
 
 
+def check_output_layer(
+    mapped: Mapped, schemes: Schemes, dialect: Dialect, dims: ModelDimensions, leave_out: LeaveOut, findings: Findings
+) -> None:
+    """Whether the config can ask for an output layer in its scheme, and nothing holds its tensor a second time."""
+    for whole, row in mapped:
+        scheme = schemes.get(whole.key)
+        if scheme is None or row.role is not Role.OUTPUT_LAYER:
+            continue
+        way_out = leave_out([whole.key], _quantized_rows(mapped), dims)
+        if problem := dialect.output_layer_problem(scheme):
+            kind = Kind(UnsupportedQuantizationError, _UNSERVED, _or_else("Choose another format.", way_out))
+            findings.add_weight(kind, whole, f"{scheme.label}: the dialect {problem}")
+        # Servers find a copy by the name of the layer that it is in, which an exclude list spares as a whole.
+        elif copies := row.duplicate_names(dims):
+            kind = Kind(UnsupportedQuantizationError, _COPIED, _or_else("Export with drop_mtp (--drop-mtp).", way_out))
+            findings.add_weight(kind, whole, f"is {', '.join(copies)} too")
+
+
 def _or_else(remedy: str, leaving_out: str) -> str:
     """Both pieces of advice; the first alone where nothing would be left to quantize."""
     return remedy if leaving_out == NONE_LEFT else f"{remedy} Or: {leaving_out}"
@@ -184,7 +205,7 @@ def _or_else(remedy: str, leaving_out: str) -> str:
 
 def _quantized_rows(mapped: Mapped) -> dict[ParamKey, WeightMapping]:
     """All weights whose quantizers are enabled, with or without a scheme: what advice to leave some out is made of."""
-    return {whole.key: row for whole, row in mapped if whole.weight is not None and row.role is Role.LINEAR}
+    return {whole.key: row for whole, row in mapped if whole.weight is not None and row.role.may_be_packed}
 
 
 def _check_coverage(mapped: Mapped, findings: Findings) -> None:

@@ -148,6 +148,7 @@ def export_hf_weights_quant(request: StreamRequest) -> Iterator[tuple[str, torch
         scales: With w4a16_nvfp4: how the scales of blocks are found, a `Scales` or its name: `max` (of the largest
             element), `four_over_six` or `mse` (the one with the least squared error).
         quantize_mtp: Whether linears of multi-token prediction are quantized too; they are kept in any case.
+        quantize_lm_head: With the name of a format: whether the output layer is quantized too.
         preset: With a `quant_format`: which linears are quantized at all, as in `quantize_checkpoint`.
         scale_suffix: What a scale of `quant_fn` is called: this behind the weight's name.
         dtype: Type of tensors that are not quantized.

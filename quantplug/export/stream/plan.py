@@ -19,7 +19,7 @@ from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
-from quantplug.selection import Kept, Policy, Preset, by_checker, refuse_nothing
+from quantplug.selection import Kept, Policy, Preset, by_checker, refuse_nothing, require_output_layer
 from quantplug.topology import ParallelTopology
 
 
@@ -115,16 +115,21 @@ def _requantized(
     formats = request.formats
     if formats is None:
         return plain
-    policy = Policy.of(formats.linears, request.quantize_mtp, request.named_preset)
+    policy = Policy.of(
+        formats.linears, request.quantize_mtp, request.named_preset, quantize_lm_head=request.quantize_lm_head
+    )
     decisions = formats.decide((weight.key for weight in plain), family, policy)
     has_experts = any(key.expert is not None for key in decisions)
+    tied = all(it.row.role is not Role.OUTPUT_LAYER for it in decisions.values())
 
     def check() -> None:
         require_experts(request.expert_format, has_experts=has_experts)
+        require_output_layer(quantize_lm_head=request.quantize_lm_head, tied=tied)
         refuse_nothing(decisions)
 
     all_or_none(check)
-    linears = {key: it for key, it in decisions.items() if it.row.role is Role.LINEAR}
+    askable = {Role.LINEAR, Role.OUTPUT_LAYER} if request.quantize_lm_head else {Role.LINEAR}
+    linears = {key: it for key, it in decisions.items() if it.row.role in askable}
     asked = [weight for weight in plain if weight.key in linears]
     # The checker is asked for linears alone: routers and norms are no question.
     chosen = _chosen(asked, lambda weight: linears[weight.key].kept, request, rank)
@@ -166,8 +171,12 @@ def _with_quant_fn(
     device: torch.device,
 ) -> tuple[ExportTask, ...]:
     """The tasks of plain weights, those that are wanted quantized by the caller's function."""
-    askable = (Role.LINEAR,) if request.quantization_checker is None else (Role.LINEAR, Role.VOCABULARY)
-    by_key = {task.source.key: task for task in tasks if task.mapping.role in askable}
+    asked = request.quantization_checker is not None
+    by_key = {
+        task.source.key: task
+        for task in tasks
+        if task.mapping.role is Role.LINEAR or (asked and task.mapping.role.is_of_vocabulary)
+    }
     # One for each dtype: what the function gives may depend on it, and is tried on the dtype that it will meet.
     functions = {
         dtype: QuantFunction(quant_fn, request.quant_block_size, dtype, device)
@@ -176,7 +185,7 @@ def _with_quant_fn(
 
     def why_kept(weight: WholeWeight) -> Kept | None:
         task = by_key[weight.key]
-        if task.mapping.role is Role.VOCABULARY:
+        if task.mapping.role.is_of_vocabulary:
             return None  # Whoever brings a function has a reader of his own, and has asked for it by name.
         bits = functions[weight.dtype].weight_bits(task.outputs[0].shape)
         # What his function loses is his to judge.

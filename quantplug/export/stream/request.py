@@ -64,6 +64,7 @@ class StreamRequest:
     expert_format: QuantFormat | str | None = None
     group_size: int | None = None
     quantize_mtp: bool = False
+    quantize_lm_head: bool = False
     preset: Preset | str = Preset.DEFAULT
     scales: Scales | str = Scales.MAX
     scale_suffix: str = SCALE_SUFFIX
@@ -171,6 +172,8 @@ class StreamRequest:
             found.append(("quantization_checker", "is given, but as_quantized leaves the choice to the quantizers"))
         if self.as_quantized and self.quantize_mtp:
             found.append(("quantize_mtp", "is set, but as_quantized leaves the choice to the quantizers"))
+        if self.formats is None and self.quantize_lm_head:
+            found.append(("quantize_lm_head", "is set without the name of a format"))
         preset = None if self.named_preset is Preset.DEFAULT else self.named_preset
         of_formats = {"expert_format": self.expert_format, "group_size": self.group_size, "preset": preset}
         for name, value in of_formats.items():

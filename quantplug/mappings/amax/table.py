@@ -88,7 +88,8 @@ def convert_to_amax_map(
     Args:
         mappings: Any objects that say what `WeightRow` asks for, such as `find_family(...).mappings`.
         mapped_name: What stands in the place of `.weight`: `.weight_quantizer._amax`, `.input_quantizer._amax`, ...
-        roles: Which weights have such a quantizer; with `Role.VOCABULARY` the output layer and the embedding too.
+        roles: Which weights have such a quantizer; with `Role.OUTPUT_LAYER` and `Role.EMBEDDING` those
+            too.
         fused: How Hugging Face holds the weights' amaxes where one tensor has all experts. Inputs have one for all.
 
     Raises:

@@ -1,6 +1,7 @@
 """Rows and settings that decoder-only families share. `*` is the layer, in expert rows the second one the expert."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,11 +13,21 @@ from quantplug.mappings.table import Role, Scope, WeightMapping
 # Checkpoints of tied models mostly have no lm_head: `TIED_LM_HEAD` says whose data it is.
 EMBEDDINGS = (
     WeightMapping(
-        ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY
+        ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.EMBEDDING
     ),
-    WeightMapping(("output_layer.weight",), ("lm_head.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY),
+    WeightMapping(("output_layer.weight",), ("lm_head.weight",), Scope.MODEL, VOCABULARY, Role.OUTPUT_LAYER),
     WeightMapping(("decoder.final_layernorm.weight",), ("model.norm.weight",), Scope.MODEL),
 )
+
+
+def embeddings_beside_plain_head(why: str) -> tuple[WeightMapping, ...]:
+    """`EMBEDDINGS` of an architecture whose output layer some server loads in 16 bits alone.
+
+    Servers make it a `ParallelLMHead`, which is quantized as its `get_quant_method` says, but only where the model's
+    class hands it the config.
+    """
+    return tuple(replace(row, unserved=why) if row.role is Role.OUTPUT_LAYER else row for row in EMBEDDINGS)
+
 
 # Row parallel: tensor parallelism cuts the columns, which are the entries of the heads that a rank has.
 OUTPUT_PROJECTION = WeightMapping(

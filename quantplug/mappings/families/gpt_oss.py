@@ -112,10 +112,13 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     return MegatronConfig(transformer, model, Activation.QUICK_GELU, common.yarn(config))
 
 
+# vLLM 0.32 and SGLang 0.5.23, each in its gpt_oss.py.
+EMBEDDINGS = common.embeddings_beside_plain_head("output layer, which vLLM and SGLang load in 16 bits in GPT-OSS")
+
 GPT_OSS = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM",),
-    mappings=(*common.EMBEDDINGS, *common.ATTENTION, *ATTENTION_BIASES, *common.MLP_NORM, *FUSED_EXPERTS),
+    mappings=(*EMBEDDINGS, *common.ATTENTION, *ATTENTION_BIASES, *common.MLP_NORM, *FUSED_EXPERTS),
     dimensions=_dimensions,
     megatron_config=_megatron_config,
     tied=common.TIED_LM_HEAD,

@@ -121,12 +121,16 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     )
 
 
+# `_rename_weight_for_modelopt_checkpoint` of vLLM 0.32's mllama4.py renames `lm_head.weight*`, and no `input_scale`.
+EMBEDDINGS = common.embeddings_beside_plain_head("output layer, whose scales vLLM does not find in Llama 4")
+
+
 def _text(*, fused_where_read: bool) -> Family:
     return Family(
         name="llama4_text",
         architectures=("Llama4ForCausalLM",),
         mappings=(
-            *common.EMBEDDINGS,
+            *EMBEDDINGS,
             *_ATTENTION,
             *common.MLP_NORM,
             *_network("mlp", _NETWORK, Scope.DENSE_LAYER),

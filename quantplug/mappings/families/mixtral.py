@@ -40,11 +40,14 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     return MegatronConfig(transformer=transformer, model=common.decoder_model_arguments(config))
 
 
+# SGLang 0.5.23's mixtral.py.
+EMBEDDINGS = common.embeddings_beside_plain_head("output layer, which SGLang loads in 16 bits in Mixtral")
+
 MIXTRAL = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
     mappings=(
-        *common.EMBEDDINGS,
+        *EMBEDDINGS,
         *common.ATTENTION,
         *common.MLP_NORM,
         *_ROUTED_EXPERTS,

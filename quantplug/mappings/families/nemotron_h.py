@@ -44,12 +44,12 @@ CONVOLVED = SegmentedAlike(convolved)
 
 
 def _embedding(hf: str) -> WeightMapping:
-    return WeightMapping(("embedding.word_embeddings.weight",), (hf,), Scope.MODEL, VOCABULARY, Role.VOCABULARY)
+    return WeightMapping(("embedding.word_embeddings.weight",), (hf,), Scope.MODEL, VOCABULARY, Role.EMBEDDING)
 
 
 EMBEDDINGS = (
     _embedding("backbone.embeddings.weight"),
-    WeightMapping(("output_layer.weight",), ("lm_head.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY),
+    WeightMapping(("output_layer.weight",), ("lm_head.weight",), Scope.MODEL, VOCABULARY, Role.OUTPUT_LAYER),
     WeightMapping(("decoder.final_norm.weight",), ("backbone.norm_f.weight",), Scope.MODEL),
 )
 

@@ -43,12 +43,15 @@ def _megatron_config(config: Mapping[str, Any]) -> MegatronConfig:
     return MegatronConfig(transformer=transformer, model=delta_config.delta_model_arguments(config))
 
 
+# vLLM 0.32's qwen3_next.py. That of Qwen3.5 hands the config on.
+EMBEDDINGS = common.embeddings_beside_plain_head("output layer, which vLLM loads in 16 bits in Qwen3-Next")
+
 QWEN3_NEXT = Family(
     name="qwen3_next",
     architectures=("Qwen3NextForCausalLM",),
     mappings=delta_rows.with_mtp(
         (
-            *common.EMBEDDINGS,
+            *EMBEDDINGS,
             *delta_rows.ATTENTION,
             IN_PROJECTION,
             *delta_rows.DELTA_NET,

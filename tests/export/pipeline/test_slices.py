@@ -159,7 +159,7 @@ def test_slices_packed_apart_are_the_whole_packed_at_once(case):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_padding_rows_of_the_vocabulary_are_not_written(ranks, bucket_bytes):
     dims = ModelDimensions(1, 8, 1, 1, 8, 100)
-    row = WeightMapping(("embedding",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.VOCABULARY)
+    row = WeightMapping(("embedding",), ("model.embed_tokens.weight",), Scope.MODEL, VOCABULARY, Role.EMBEDDING)
     family = Family("one", ("One",), (row,), lambda config: dims, lambda config: MegatronConfig({}, {}))
     # 256 rows: with two ranks the second one holds padding alone.
     whole = torch.randn(256, 8).to(torch.bfloat16)

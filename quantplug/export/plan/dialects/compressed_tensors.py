@@ -86,6 +86,7 @@ _SPELLINGS: Mapping[QuantFormat, _Spelling] = {
 }
 
 
+_OUTPUT_LAYER = re.compile(r"(.*\.)?lm_head")
 _FIRST_EXPERT = re.compile(r"(.*\bexperts)(\.0\.\w+)?")
 
 
@@ -128,6 +129,12 @@ class CompressedTensorsDialect(Dialect):
             return ()
         return (Constant(TensorSpec(stored_name(weight, "weight_shape"), (2,), torch.int64), shape),)
 
+    def output_layer_problem(self, scheme: Scheme) -> str | None:
+        # `get_lm_head_scheme` of SGLang 0.5.23's compressed_tensors.py.
+        if scheme.format is QuantFormat.FP8_BLOCKWISE:
+            return "has no output layer in FP8 blocks: SGLang takes scales a row or a tensor"
+        return None
+
     def cache_scale(self, projection: str, scale: str) -> TensorSpec:
         return TensorSpec(f"{projection.rpartition('.')[0]}.{scale}", (1,), torch.float32)
 
@@ -136,8 +143,10 @@ class CompressedTensorsDialect(Dialect):
     ) -> QuantConfig:
         by_scheme = modules_by_scheme(modules)
         spellings = {scheme: _SPELLINGS[scheme.format] for scheme in by_scheme}
-        # A class, which means all linears; of several groups each has the names of its own.
-        targets = map(_with_first_experts, by_scheme.values()) if len(by_scheme) > 1 else (["Linear"],)
+        # A class, which means all linears; of several groups each has the names of its own. An output layer is none to
+        # servers, and is meant by its name alone.
+        heads = [name for name in modules if _OUTPUT_LAYER.fullmatch(name)]
+        targets = map(_with_first_experts, by_scheme.values()) if len(by_scheme) > 1 else (["Linear", *heads],)
         groups = [
             spelling.group(scheme, names) for (scheme, spelling), names in zip(spellings.items(), targets, strict=True)
         ]

@@ -35,6 +35,10 @@ class DeepSeekDialect(Dialect):
         # The suffix goes behind the whole name: `q_proj.weight_scale_inv`, and `experts.gate_up_proj_scale_inv`.
         return Spelled(replace(tensor, name=weight if tensor.name == "weight" else f"{weight}_scale_inv"))
 
+    def output_layer_problem(self, scheme: Scheme) -> str | None:
+        # `Fp8Config.get_quant_method` of vLLM 0.32 and SGLang 0.5.23 knows linears and experts.
+        return "has no output layer: servers load it in 16 bits beside FP8 blocks"
+
     def config(
         self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None
     ) -> QuantConfig:

@@ -82,6 +82,10 @@ class Dialect(Protocol):
     def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
         """Why its config cannot ask for a KV cache beside weights of these formats; None if it can."""
 
+    def output_layer_problem(self, scheme: Scheme) -> str | None:
+        """Why its config cannot ask for an output layer in a scheme of `formats`; None if it can."""
+        return None
+
     def cache_scale(self, projection: str, scale: str) -> TensorSpec:
         """Where a scale of a calibrated KV cache is stored.
 

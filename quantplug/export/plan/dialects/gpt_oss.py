@@ -40,6 +40,9 @@ class GptOssDialect(Dialect):
         shape = (*tensor.shape[:-1], tensor.shape[-1] // packed, packed)
         return Spelled(replace(tensor, name=f"{weight}_blocks", shape=shape))
 
+    def output_layer_problem(self, scheme: Scheme) -> str | None:
+        return "has experts alone"
+
     def config(
         self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None
     ) -> QuantConfig:

@@ -19,7 +19,7 @@ from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Role
+from quantplug.mappings.table import Family, ParamKey
 
 _LINEAR_OF_KEYS = ".linear_qkv.weight"
 
@@ -96,7 +96,7 @@ def checkpoint_weights(
         _refuse_changed_inputs(quantizers)
     rows = family.by_megatron()
     for parameter in found:
-        if rows[parameter.key.module].role is Role.VOCABULARY:
+        if rows[parameter.key.module].role.is_of_vocabulary:
             stored = reader.shape(parameter.segments[0])[0]
             if not grown and not is_padding(stored, dims.vocab_size, tp=1, unit=padded_to):
                 reason = f"has {stored} rows, the config counts {dims.vocab_size}, and padding explains fewer"
