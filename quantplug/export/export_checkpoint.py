@@ -22,18 +22,16 @@ from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 from quantplug.choices import EXPORT_FORMATS, PLAIN
 from quantplug.errors import ArgumentError, Offender
-from quantplug.export.asked_formats import asked_formats, require_experts
-from quantplug.export.files.finish import Beside, ExportResult, result_of, sizes_on_disk
-from quantplug.export.files.preview import Reasons, preview_of
+from quantplug.export.asked_quantization import AskedQuantization
+from quantplug.export.files.finish import Beside, ExportResult, result_of
+from quantplug.export.files.preview import Reasons
 from quantplug.export.model_free import (
     Amaxes,
     ModelByConfig,
     PlanOf,
-    WeightOnlyPlan,
-    chosen_weights,
     read_model,
     require_free,
-    write_export,
+    write_or_preview,
 )
 from quantplug.export.pipeline.amaxes import WeightAmax, amaxes_of_wholes, weight_amax_policy
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
@@ -54,13 +52,12 @@ from quantplug.export.sources.trained.weights import checkpoint_weights
 from quantplug.formats.names import (
     KVCacheFormat,
     QuantFormat,
-    kv_cache_without_data,
     scales_named,
 )
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
-from quantplug.selection import Policy, Preset, by_exclude, preset_named, require_output_layer
+from quantplug.selection import Preset, preset_named
 
 
 @dataclass(frozen=True)
@@ -177,21 +174,30 @@ def export_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
-    formats = None
-    if format is not None and format != PLAIN:
-        formats = asked_formats(format, expert_format, group_size, input_scale)
-    selected = preset_named(preset, "preset")
-    search = scales_named(scales, "scales", None if formats is None else formats.searched)
-    cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
-    if formats is None:
+    asked = None
+    if format is None or format == PLAIN:
         _refuse_choices(
             expert_format=expert_format,
             group_size=group_size,
             exclude=exclude,
             quantize_mtp=quantize_mtp,
             quantize_lm_head=quantize_lm_head,
-            preset=selected is not Preset.DEFAULT,
+            preset=preset_named(preset, "preset") is not Preset.DEFAULT,
             input_scale=input_scale is not None,
+            kv_cache=kv_cache,
+        )
+        scales_named(scales, "scales", None)
+    else:
+        asked = AskedQuantization.named(
+            format,
+            expert_format=expert_format,
+            group_size=group_size,
+            exclude=exclude,
+            quantize_mtp=quantize_mtp,
+            quantize_lm_head=quantize_lm_head,
+            preset=preset,
+            input_scale=input_scale,
+            scales=scales,
             kv_cache=kv_cache,
         )
     target = Path(destination)
@@ -209,8 +215,8 @@ def export_checkpoint(
         return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     model, table = _read_hf(pretrained_model_name_or_path, read, revision)
-    require_output_layer(quantize_lm_head=quantize_lm_head, tied=model.tied)
-    require_experts(expert_format, has_experts=bool(model.dims.num_experts))
+    if asked is not None:
+        asked.require_parts(model)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     arguments = read_arguments(directory, index)
@@ -238,20 +244,15 @@ def export_checkpoint(
             request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
         else:
             weights = _without_quantizers(weights)
-        if formats is not None:
-            asked_for = Policy.of(formats.linears, quantize_mtp, selected, quantize_lm_head=quantize_lm_head)
-            chosen = chosen_weights(weights, model, formats, asked_for, exclude)
-            request = replace(request, leave_out=by_exclude, kv_cache=cache)
-            plan_of, kept = WeightOnlyPlan(weights, model, chosen.schemes, request, input_scale, search), chosen.kept
-        else:
+        if asked is None:
             plan_of = _AsSaved(weights, model, request, policy)
+        else:
+            plan_of, kept = asked.plan_of(weights, model, request)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model), found.group_amaxes)
         beside = Beside(model.directory, model.config, side_files)
-        if dry_run:
-            plan = plan_of(None)
-            preview = preview_of(plan, rows, target, sum(sizes_on_disk(plan, beside, dtype).values()), kept, policy)
-        else:
-            plan, preview = write_export(plan_of, rows, beside, target, dtype, progress, policy), None
+        plan, preview = write_or_preview(
+            plan_of, rows, beside, target, dtype, progress, policy, dry_run=dry_run, kept=kept
+        )
     written = replace(result_of(plan, target, side_files, model.lost_mtp), preview=preview)
     return CheckpointExport(
         **{each.name: getattr(written, each.name) for each in fields(written)},

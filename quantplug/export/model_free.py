@@ -24,6 +24,7 @@ from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import ArgumentError, Offender, SourceError
 from quantplug.export.asked_formats import Formats
 from quantplug.export.files.finish import Beside, finish, sizes_on_disk
+from quantplug.export.files.preview import Preview, Reasons, preview_of
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.pipeline.amaxes import WeightAmax
@@ -194,6 +195,34 @@ class WeightOnlyPlan:
             # The amax that ModelOpt's `constant_amax` would pin: 2688 for NVFP4 and a scale of 1.0.
             activation = replace(activation, amax=self.input_scale * scheme.weight.encoding.largest)
         return replace(weight, weight=replace(quantizer, amax=amax), activation=activation)
+
+
+def write_or_preview(
+    plan_of: PlanOf,
+    rows: Source,
+    beside: Beside,
+    destination: Path,
+    dtype: torch.dtype | None,
+    progress: Progress,
+    policy: WeightAmax = WeightAmax.CALIBRATED,
+    *,
+    dry_run: bool,
+    kept: Reasons,
+) -> tuple[ExportPlan, Preview | None]:
+    """Writes an export as `write_export` does; or writes nothing, and says what it would be.
+
+    Args:
+        dry_run: Which of the two.
+        kept: Why weights stay plain that a choice keeps so, for the preview.
+
+    Raises:
+        QuantplugError: As the entries say.
+    """
+    if not dry_run:
+        return write_export(plan_of, rows, beside, destination, dtype, progress, policy), None
+    plan = plan_of(None)
+    nbytes = sum(sizes_on_disk(plan, beside, dtype).values())
+    return plan, preview_of(plan, rows, destination, nbytes, kept, policy)
 
 
 def write_export(

@@ -14,15 +14,12 @@ from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.export.asked_formats import asked_formats, require_experts
-from quantplug.export.files.finish import Beside, ExportResult, result_of, sizes_on_disk
-from quantplug.export.files.preview import preview_of
+from quantplug.export.asked_quantization import AskedQuantization
+from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import (
-    WeightOnlyPlan,
-    chosen_weights,
     read_model,
     require_free,
-    write_export,
+    write_or_preview,
 )
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest
 from quantplug.export.plan.dialects.table import DialectName, dialect_named
@@ -31,13 +28,11 @@ from quantplug.export.sources.checkpoint_rows import CheckpointSource
 from quantplug.formats.names import (
     KVCacheFormat,
     QuantFormat,
-    kv_cache_without_data,
-    scales_named,
 )
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
-from quantplug.selection import Policy, Preset, by_exclude, preset_named, require_output_layer
+from quantplug.selection import Preset
 
 __all__ = ["QuantFormat", "quantize_checkpoint"]
 
@@ -119,17 +114,24 @@ def quantize_checkpoint(
         WeightError: NaN or Inf in a weight, or a value beside which most others would be packed to zero.
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
-    formats = asked_formats(format, expert_format, group_size, input_scale)
-    policy = Policy.of(formats.linears, quantize_mtp, preset_named(preset, "preset"), quantize_lm_head=quantize_lm_head)
-    cache = None if kv_cache is None else kv_cache_without_data(kv_cache, "kv_cache")
+    asked = AskedQuantization.named(
+        format,
+        expert_format=expert_format,
+        group_size=group_size,
+        exclude=exclude,
+        quantize_mtp=quantize_mtp,
+        quantize_lm_head=quantize_lm_head,
+        preset=preset,
+        input_scale=input_scale,
+        scales=scales,
+        kv_cache=kv_cache,
+    )
     spelling = dialect_named(dialect, "dialect")
-    search = scales_named(scales, "scales", formats.searched)
     target = Path(destination)
     require_free(target)
     model = read_model(resolve_source(source, revision=revision), trust_remote_code)
     refuse_quantized(model.directory, model.config)
-    require_output_layer(quantize_lm_head=quantize_lm_head, tied=model.tied)
-    require_experts(expert_format, has_experts=bool(model.dims.num_experts))
+    asked.require_parts(model)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
     with open_plain(model.directory, model.config) as checkpoint:
@@ -145,18 +147,13 @@ def quantize_checkpoint(
             dtype=None,
             max_shard_size=max_shard_size,
             reference={name: header.shape for name, header in checkpoint.tensors.items()},
-            leave_out=by_exclude,
-            kv_cache=cache,
             dialect=spelling,
         )
-        chosen = chosen_weights(weights, model, formats, policy, exclude)
-        plan_of = WeightOnlyPlan(weights, model, chosen.schemes, request, input_scale, search)
+        plan_of, kept = asked.plan_of(weights, model, request)
         rows = CheckpointSource(checkpoint, model.dims)
         beside = Beside(model.directory, model.config, side_files)
-        if dry_run:
-            plan = plan_of(None)
-            preview = preview_of(plan, rows, target, sum(sizes_on_disk(plan, beside, None).values()), chosen.kept)
-        else:
-            plan, preview = write_export(plan_of, rows, beside, target, dtype=None, progress=progress), None
+        plan, preview = write_or_preview(
+            plan_of, rows, beside, target, dtype=None, progress=progress, dry_run=dry_run, kept=kept
+        )
         aside = checkpoint.aside
     return replace(result_of(plan, target, side_files, model.lost_mtp, aside), preview=preview)
