@@ -30,6 +30,7 @@ ROWS = (
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.
 EXPORT_ROWS = (
     ("to_disk", "quantize_checkpoint", "export_checkpoint"),
+    ("asked_quantization",),
     ("model_free",),
     ("stream", "files"),
     ("live_plan", "asked_formats"),
