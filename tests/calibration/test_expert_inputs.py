@@ -77,8 +77,8 @@ def test_every_input_amax_is_that_of_transformers(
         for kind, names in linears.items():
             if within.startswith(kind) and "mtp" not in name:
                 theirs = max(largest(int(layer), end) for end in names[linear])
-                # Its last layers differ by what FP32 rounds in those before.
-                rel = 1e-5 if case == "llama4_text" else 1e-6
+                # Their last layers differ by what FP32 rounds in those before.
+                rel = 1e-5 if case in ("llama4_text", "deepseek_v3") else 1e-6
                 assert float(quantizer.amax) == pytest.approx(theirs, rel=rel), name
                 seen.add((kind, linear))
     assert seen == {(kind, linear) for kind, names in linears.items() for linear in names}

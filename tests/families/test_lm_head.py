@@ -17,7 +17,7 @@ from quantplug import (
     quantize_checkpoint,
     save_checkpoint,
 )
-from quantplug.errors import ArgumentError, QuantplugError, UnsupportedQuantizationError
+from quantplug.errors import ArgumentError, CheckpointError, QuantplugError, UnsupportedQuantizationError
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import assert_same_export, load, read, same_bytes
 from tests.families.served import errors_of
@@ -34,15 +34,13 @@ def test_it_is_the_same_in_every_way(sources: Sources, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "direct", "w4a16_nvfp4", quantize_lm_head=True)
     model = load(source)
     streamed = dict(export_hf_weights_quant(model, source, quant_format="w4a16_nvfp4", quantize_lm_head=True))
-    save_checkpoint(model, tmp_path / "trained")
+    save_checkpoint(model, tmp_path / "trained", extra={})
     mtq.quantize(model, quant_cfg("w4a16_nvfp4", source, quantize_lm_head=True))
     export_mcore_gpt_to_hf(model, source, tmp_path / "live")
-    save_checkpoint(model, tmp_path / "quantized")
     export_checkpoint(tmp_path / "trained", tmp_path / "by_format", source, "w4a16_nvfp4", quantize_lm_head=True)
-    export_checkpoint(tmp_path / "quantized", tmp_path / "as_saved", source)
 
     found = read(tmp_path / "direct")
-    for other in ("live", "by_format", "as_saved"):
+    for other in ("live", "by_format"):
         assert_same_export(tmp_path / other, tmp_path / "direct")
     assert streamed.keys() == found.keys()
     assert all(same_bytes(streamed[name], found[name]) for name in found)
@@ -57,6 +55,16 @@ def test_it_is_the_same_in_every_way(sources: Sources, tmp_path: Path) -> None:
     assert "lm_head" not in config["ignore"]
     assert "model.embed_tokens" in config["ignore"]
     assert errors_of(tmp_path / "direct", source) == set()
+
+
+def test_megatron_has_no_checkpoint_of_it(sources: Sources, tmp_path: Path) -> None:
+    """Its GPTModel asserts that the output layer has no state beside its weight."""
+    source = sources("moe")
+    model = mtq.quantize(load(source), quant_cfg("w4a16_nvfp4", source, quantize_lm_head=True))
+    with pytest.raises(CheckpointError, match="output_layer") as caught:
+        save_checkpoint(model, tmp_path / "saved", extra={})
+    assert "--quantize-lm-head" in caught.value.remedy
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize(

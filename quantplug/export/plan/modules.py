@@ -39,7 +39,8 @@ def excluded_modules(
     multiplying = [task for task in tasks if task.mapping.role.multiplies]
     parts = [part for task in multiplying for part in task.all_outputs]
     plain = {part.name for part in parts if part.format is None and part.placement is None}
-    names = {name.removesuffix(".weight") for name in (*plain, *family.tied)}
+    packed = {part.name for part in parts if part.format is not None}
+    names = {name.removesuffix(".weight") for name in (*plain, *(family.tied.keys() - packed))}
     # What servers merge they look up by the name of the merged module, which is on no disk. It stays plain only if all
     # that it is made of is plain.
     merged = (found for task in multiplying for found in task.mapping.merged_names(task.source.key, dims))

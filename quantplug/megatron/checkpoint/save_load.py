@@ -36,7 +36,8 @@ import modelopt.torch.opt as mto
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from modelopt.torch.quantization.nn import QuantModule
+from megatron.core.models.gpt import GPTModel
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 
 from quantplug import __version__
@@ -238,7 +239,8 @@ def _sharded_state(chunks: Sequence[LanguageModel], stored: Collection[str] | No
         stored: Keys of the checkpoint whose forms the entries must have; None for those that we write.
 
     Raises:
-        CheckpointError: Megatron-Core 0.16 has no place for two copies of the embedding on one stage.
+        CheckpointError: Megatron-Core has no place for two copies of the embedding on one stage (0.16), or for the
+            quantizers of a GPTModel's output layer.
     """
     # For MTP the last stage has a copy of the embedding, and with tied weights another one as its output layer. Both
     # are saved under the embedding's key.
@@ -253,6 +255,21 @@ def _sharded_state(chunks: Sequence[LanguageModel], stored: Collection[str] | No
             "The last pipeline stage of a model with tied embeddings and multi-token prediction has no checkpoint.",
             twice,
             "Use one pipeline stage; or build the model without multi-token prediction.",
+        )
+    # `GPTModel.sharded_state_dict` asserts that its output layer has no state beside its weight (gpt_model.py, 0.16 to
+    # 0.19), for checkpoints that were saved before it had any.
+    heads = [
+        Offender("output_layer", "is quantized")
+        for chunk in chunks
+        if isinstance(chunk, GPTModel) and chunk.post_process
+        if any(isinstance(it, TensorQuantizer) and it.is_enabled for it in chunk.output_layer.modules())
+    ]
+    if heads:
+        raise CheckpointError(
+            "Megatron-Core has no place in a GPTModel's checkpoint for the quantizers of the output layer.",
+            heads,
+            "Export the model in the process that quantized it; or quantize without the output layer, and let "
+            "quantplug export --format … --quantize-lm-head pack it.",
         )
     return {
         str(number): forms.apart(chunk) if stored is None else forms.as_stored(chunk, stored)
