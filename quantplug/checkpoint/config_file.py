@@ -1,7 +1,7 @@
 """config.json of a Hugging Face checkpoint as it stands in the file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def refuse_own_code(directory: Path, *, trusted: bool) -> None:
     for name in _FILES_THAT_NAME_CODE:
         named = _auto_map(directory, name)
         if named and not trusted:
-            said = ", ".join(map(str, named)) if isinstance(named, dict | list) else str(named)
+            said = ", ".join(dict.fromkeys(_words(named)))
             offenders.append(Offender(str(directory / name), f"auto_map names {said[:1000]}"))
     if offenders:
         raise SourceError(
@@ -110,6 +110,17 @@ def refuse_own_code(directory: Path, *, trusted: bool) -> None:
             offenders,
             "Read that code, then allow it: trust_remote_code=True, or --trust-remote-code.",
         )
+
+
+def _words(named: object) -> Iterator[str]:
+    """What an `auto_map` names, of any form: a tokenizer's is a list of a slow and a fast one, or null for either."""
+    if isinstance(named, dict):
+        named = list(named.values())
+    if isinstance(named, list):
+        for each in named:
+            yield from _words(each)
+    elif named is not None:
+        yield str(named)
 
 
 def _auto_map(directory: Path, name: str) -> object:

@@ -26,6 +26,8 @@ _APART = {
     "adapter_config.json": "is of an adapter, which is not merged into the weights",
     "adapter_model.safetensors": "is an adapter, which is not merged into the weights",
     "mtp.safetensors": "holds layers of multi-token prediction, and the index does not name it",
+    # transformers 5.14 takes this file and does not look at the index; vLLM and SGLang go by the index.
+    SINGLE_FILE: f"is not among the files that {INDEX_FILE} names: readers take either the one or the others",
 }
 
 
@@ -317,7 +319,7 @@ def _refuse_apart(directory: Path, files: Collection[str]) -> None:
             "Weights lie beside those of the source that are not among them.",
             offenders,
             "Merge an adapter into the weights (PEFT: merge_and_unload) and list every file in the index; or move what "
-            "is not wanted out of the directory.",
+            "is not wanted, an index of older files too, out of the directory.",
         )
 
 

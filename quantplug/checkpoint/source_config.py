@@ -90,8 +90,9 @@ def read_source_config(
     """
     raw = read_config_file(directory)
     architecture = architecture_of(raw, directory)
+    # Before its code, since to trust that would not help, and before transformers, whose error would not list ours.
+    family = find_family(architecture)
     refuse_own_code(directory, trusted=trust_remote_code)
-    family = find_family(architecture)  # Before transformers, whose error would not list what we support.
     try:
         values = _all_settings(directory, raw, family, trust_remote_code)
         # What transformers takes for a config may still say no sizes of a model.

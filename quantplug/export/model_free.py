@@ -109,8 +109,9 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
         UnsupportedModelError: Its architecture is not supported.
     """
     config = read_config_file(directory)
-    refuse_own_code(directory, trusted=trust_remote_code)
+    # Before its code: to trust that would not help.
     family = find_family(architecture_of(config, directory))
+    refuse_own_code(directory, trusted=trust_remote_code)
     dims = read_dimensions(config, family)
     lost = None if model_has_mtp else lost_mtp(config, family, dims, stored_names(directory))
     if lost is not None:

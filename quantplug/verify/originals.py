@@ -3,7 +3,9 @@
 Floating-point tensors, GPT-OSS's own MXFP4, and FP8 of whichever tool, with a scale a tensor, a row or a block.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -207,6 +209,15 @@ class Originals:
         if not (said or self.scheme.method) or said.get("quant_method") == "mxfp4":
             return False
         return all(self._layout(info) is None for info in self.source.tensors.values())
+
+    @cached_property
+    def usual_type(self) -> str | None:
+        """The type, as safetensors spells it, of most bytes of plain matrices; None where there are none."""
+        plain = (info for info in self.source.tensors.values() if is_plain(info) and len(info.shape) > 1)
+        counts: Counter[str] = Counter()
+        for info in plain:
+            counts[info.dtype] += info.nbytes
+        return max(counts, key=counts.__getitem__, default=None)
 
     def is_packed(self, info: TensorInfo) -> bool:
         """Whether a tensor holds codes, so that it has to be decoded before its values mean anything."""

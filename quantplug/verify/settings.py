@@ -12,6 +12,7 @@ from quantplug.printable import shown
 from quantplug.verify.checkpoint import Checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
+from quantplug.verify.tied_head import said_tied
 
 # What tools write for themselves, and what only training or generation through transformers reads.
 MAY_DIFFER = frozenset({
@@ -32,6 +33,17 @@ _SWITCHES = frozenset({
     "attention_bias", "attention_chunk_size", "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
     "final_logit_softcapping", "logit_scale", "logits_scaling", "mlp_bias", "partial_rotary_factor",
     "residual_multiplier", "rope", "rope_scaling", "routed_scaling_factor", "sliding_window", "use_sliding_window",
+})  # fmt: skip
+# What transformers leaves out of a file where it is off (`PretrainedConfig.to_diff_dict`), since every config class has
+# it off by default. Of any other setting a class may have a default that is on: without `sliding_window: null` readers
+# give a Mistral a window of 4096, and without `norm_topk_prob: false` a GLM-4.5 weights that sum to one.
+_OFF_BY_DEFAULT = frozenset({
+    "add_cross_attention", "begin_suppress_tokens", "bos_token_id", "cross_attention_hidden_size",
+    "decoder_start_token_id", "do_sample", "early_stopping", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "is_decoder", "is_encoder_decoder",
+    "output_scores", "pad_token_id", "prefix", "pruned_heads", "remove_invalid_values", "return_dict_in_generate",
+    "rope_scaling", "sep_token_id", "suppress_tokens", "task_specific_params", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class",
 })  # fmt: skip
 _ROPE = "rope"  # what both spellings become
 _DEEPEST = 8  # objects within objects; no config known to us has more than three
@@ -55,19 +67,23 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
     for name in sorted(here.keys() | there.keys()):
         ours, theirs = here.get(name, _ABSENT), there.get(name, _ABSENT)
         last = name.rpartition(".")[2]
-        if same(ours, theirs) or (_is_off(ours) and _is_off(theirs)) or (last in _DRAFTS and ours == 0):
+        both_off = _is_off(ours) and _is_off(theirs) and not _is_lost(last, ours, theirs)
+        if same(ours, theirs) or both_off or (last in _DRAFTS and ours == 0):
             continue
-        if last == "dtype" and _has_type(export, ours, theirs):
+        if last == "dtype" and _has_type(export, here, ours, theirs):
             continue
         if theirs is _ABSENT and last not in _SWITCHES:
             added.append(f"{name} {shown(ours)}")
         elif last == "tie_word_embeddings" and (_ABSENT in (ours, theirs) or _repeats_the_top(name, ours, here)):
             # By default it depends on the architecture, and transformers 5 reads it at the top alone: an export writes
             # the same for the language model inside, where a source may hold a default that nothing reads. Whether the
-            # head is there is told by the tensors.
+            # head is there is told by the tensors, and whether it is said anywhere, below.
             continue
         else:
             yield error(Check.SETTINGS, f"config.json {name}", f"is {shown(ours)}, in the source {shown(theirs)}")
+    if said_tied(source.config) is not None and said_tied(export.config) is None:
+        message = f"is {_ABSENT!r}, in the source {shown(said_tied(source.config))}: readers have defaults of their own"
+        yield error(Check.SETTINGS, "config.json tie_word_embeddings", message)
     if added:
         message = (
             f"{len(added)} settings are not in the source's: {', '.join(added[:6])}: right where they are defaults"
@@ -123,9 +139,17 @@ def _is_off(value: Any) -> bool:
     return value is _ABSENT or value is None or value is False or value in ({}, "", "default")
 
 
-def _has_type(export: Checkpoint, ours: Any, theirs: Any) -> bool:
+def _is_lost(name: str, ours: Any, theirs: Any) -> bool:
+    """Whether the source switches something off in words, and the export leaves it to a default that may be on."""
+    return ours is _ABSENT and (theirs is None or theirs is False) and name not in _OFF_BY_DEFAULT
+
+
+def _has_type(export: Checkpoint, settings_here: Mapping[str, Any], ours: Any, theirs: Any) -> bool:
     """Whether the export's plain matrices are of the type that it names: it was cast, and says so."""
-    if ours is _ABSENT or theirs is _ABSENT:
+    if ours is _ABSENT:
+        # Said of the whole or of the language model inside. Where nothing says it, readers take FP16 or FP32.
+        return any(name.rpartition(".")[2] == "dtype" for name in settings_here)
+    if theirs is _ABSENT:
         return True
     types = {_FLOAT_TYPES.get(info.dtype) for info in export.tensors.values() if len(info.shape) > 1}
     return ours in types

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
 from quantplug.verify import bounds, names, originals
-from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, UnreadableTensorError
+from quantplug.verify.checkpoint import ITEM_BYTES, PLAIN_FLOATS, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
@@ -192,6 +193,18 @@ def _one(
     elif differing := _differing(inventory.checkpoint, source.source, info.name):
         message = f"{differing} values are not the source's, cast from {info.dtype} to {target.dtype}"
         yield error(Check.SOURCE_VALUES, info.name, message)
+    elif _is_wider_on_purpose(source, info, target) and (lost := _rounded(inventory.checkpoint, source, info)):
+        message = (
+            f"is {target.dtype}, which rounds {lost} of its values; the source keeps it in {info.dtype} beside weights "
+            f"in {source.usual_type}"
+        )
+        yield error(Check.SOURCE_VALUES, info.name, message)
+
+
+def _is_wider_on_purpose(source: Originals, info: TensorInfo, target: TensorInfo) -> bool:
+    """Whether the source has a tensor, such as a router's bias, in a type of its own, and the export in a narrower."""
+    is_narrower = info.dtype in PLAIN_FLOATS and target.dtype not in (info.dtype, "F32", "F64")
+    return is_narrower and info.dtype != source.usual_type
 
 
 def _is_narrowed(inventory: Inventory, info: TensorInfo, target: TensorInfo) -> bool:
@@ -217,6 +230,14 @@ def _differing(export: Checkpoint, source: Checkpoint, name: str) -> int:
     return sum(
         _unequal(original, export.rows(name, first, first + original.shape[0]) if original.dim() else export.read(name))
         for first, original in chunks
+    )
+
+
+def _rounded(export: Checkpoint, source: Originals, info: TensorInfo) -> int:
+    """Values of a plain tensor that the export's type does not hold, where it is the source's but for its type."""
+    return sum(
+        int((rows.to(DTYPES[export.tensors[info.name].dtype]).to(rows.dtype) != rows).sum())
+        for _, rows in source.source.chunks(info.name)
     )
 
 

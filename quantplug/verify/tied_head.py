@@ -16,10 +16,15 @@ from quantplug.verify.report import Finding, error
 
 def is_tied(config: Json) -> bool:
     """Whether readers take the embedding as the head: by any value that Python takes as true."""
+    return bool(said_tied(config))
+
+
+def said_tied(config: Json) -> bool | None:
+    """What a config says of it, of the whole or else of the language model inside; None where it says nothing."""
     for holder in (config, as_object(config.get("text_config"))):
         if holder.get("tie_word_embeddings") is not None:
             return bool(holder["tie_word_embeddings"])
-    return False
+    return None
 
 
 def lost_head(config: Json, holder: Checkpoint, where: str) -> Iterator[Finding]:

@@ -99,7 +99,9 @@ def test_directory_without_safetensors(tmp_path):
         HFCheckpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "mtp.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "mtp.safetensors", "model.safetensors"]
+)
 def test_weights_beside_the_model_are_refused_by_name(name, sharded):
     (sharded / name).touch()
     with pytest.raises(SourceError, match=f"{name}.*\n.*out of the directory"):

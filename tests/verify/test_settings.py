@@ -62,6 +62,34 @@ def test_what_is_missing_is_found() -> None:
 
 
 @pytest.mark.parametrize(
+    "off", [{"sliding_window": None}, {"norm_topk_prob": False}, {"q_lora_rank": None}, {"text_config": {"qk": False}}]
+)
+def test_what_the_source_switches_off_in_words_is_not_left_to_a_default(off: dict[str, Any]) -> None:
+    """transformers gives a Mistral without `sliding_window` one of 4096, a GLM-4.5 without `norm_topk_prob` true."""
+    source = {"hidden_act": "silu", **off}
+    export = {"hidden_act": "silu"} | ({"text_config": {}} if "text_config" in off else {})
+    assert set(found(export, source).values()) == {Severity.ERROR}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dtype", "float16"), ("tie_word_embeddings", True), ("tie_word_embeddings", False)]
+)
+def test_what_is_said_at_the_top_or_inside_is_not_lost(name: str, value: object) -> None:
+    """Where nothing says it, readers differ in what they take."""
+    plain = {"hidden_act": "silu", "text_config": {"hidden_size": 64}}
+    inside = plain | {"text_config": {"hidden_size": 64, name: value}}
+    for source in ({**plain, name: value}, inside):
+        assert set(found(plain, source).values()) == {Severity.ERROR}
+        for export in (plain | {name: value}, inside):
+            assert Severity.ERROR not in found(export, source, dtype="F16").values()
+
+
+def test_what_every_config_has_off_may_be_left_out() -> None:
+    off = {"pad_token_id": None, "is_decoder": False, "rope_scaling": None, "tokenizer_class": None}
+    assert found({"hidden_act": "silu"}, {"hidden_act": "silu", **off}) == {}
+
+
+@pytest.mark.parametrize(
     "changed",
     [
         {"quantization_config": {"quant_method": "modelopt"}},

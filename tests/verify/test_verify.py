@@ -399,6 +399,33 @@ def test_a_plain_tensor_is_not_narrowed(
     assert fired(verify_checkpoint(surgery.directory, pristine["source"])) == checks
 
 
+@pytest.mark.parametrize(("values", "checks"), [(0.1, {"source-values"}), (0.5, set())])
+def test_what_the_source_keeps_wider_is_not_rounded(
+    open_copy: Callable[[str], Any], values: float, checks: set[str]
+) -> None:
+    """A router in FP32 beside weights in BF16 is so on purpose: rounded, tokens go to other experts."""
+    surgery, source = open_copy("w4a16"), open_copy("source")
+    router = "model.layers.1.mlp.gate.weight"
+    source.tensors[router] = torch.full((4, 128), values)
+    surgery.tensors[router] = torch.full((4, 128), values, dtype=torch.bfloat16)
+    surgery.close()
+    source.close()
+    report = verify_checkpoint(surgery.directory, source.directory)
+    assert {(str(f.check), f.subject) for f in report.findings if f.severity is Severity.ERROR} == {
+        (check, router) for check in checks
+    }
+
+
+def test_a_source_that_is_wider_as_a_whole_may_be_cast(open_copy: Callable[[str], Any]) -> None:
+    surgery, source = open_copy("w4a16"), open_copy("source")
+    source.tensors = {name: tensor.float() for name, tensor in source.tensors.items()}
+    source.tensors["model.norm.weight"].fill_(1.1)
+    surgery.tensors["model.norm.weight"].fill_(1.1)
+    surgery.close()
+    source.close()
+    assert fired(verify_checkpoint(surgery.directory, source.directory)) == set()
+
+
 def zero(surgery: Any, codes: int) -> None:
     for part in ("gate", "up"):
         surgery.tensors[f"{EXPERT}.{part}_proj.weight"] = torch.full((128, 64), codes, dtype=torch.uint8)
