@@ -25,7 +25,10 @@ def modules_below(room: str) -> list[str]:
 
 # Need numba or Triton, and are imported only where those are.
 COMPILED = {
-    *(f"quantplug.formats.kernels.{kernels}" for kernels in ("cpu", "loops", "cuda", "triton_loops", "triton_codes")),
+    *(
+        f"quantplug.formats.kernels.{kernels}"
+        for kernels in ("cpu", "loops", "machine_code", "cuda", "triton_loops", "triton_codes")
+    ),
     *(f"quantplug.formats.search.{kernels}" for kernels in ("loops", "triton_loops")),
 }
 

@@ -24,7 +24,7 @@ ROWS = (
     ("mappings", "formats"),
     ("findings",),
     ("releases",),
-    ("atomic", "choices", "errors", "lazy", "progress", "topology"),
+    ("atomic", "choices", "compiled", "errors", "lazy", "progress", "topology"),
     ("printable",),
 )
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.

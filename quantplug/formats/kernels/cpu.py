@@ -1,6 +1,7 @@
 """The kernels on CPU tensors: one pass over the weight, cut into pieces that threads work on.
 
-A contiguous weight is read where it is. Of any other, each thread copies one piece at a time.
+A contiguous weight is read where it is. Of any other, each thread copies one piece at a time. The loops are
+those of `machine_code`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from quantplug.compiled.arguments import Array
 from quantplug.formats import e2m1
 from quantplug.formats.constants import FP8_BLOCK_SIDE
 from quantplug.formats.encoding import (
@@ -24,12 +26,11 @@ from quantplug.formats.encoding import (
     NVFP4_ENCODING,
     Encoding,
 )
-from quantplug.formats.kernels import loops, reference
-from quantplug.formats.kernels.loops import Array
+from quantplug.formats.kernels import machine_code as loops
+from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.kernels.threads import run, run_each
 from quantplug.formats.scale_types import E8M0_SCALE
-from quantplug.formats.search import loops as search_loops
 from quantplug.formats.search.candidates import FOUND, TAKEN, ScaleSearch
 
 _PIECE = 1 << 18
@@ -50,7 +51,7 @@ _ALIKE = np.empty(0, np.float32)
 def amax(weight: torch.Tensor) -> torch.Tensor:
     # Without their signs the bits of floats are in the order of the magnitudes, and a NaN's above those of Inf: the
     # maximum of the integers is the amax, and a NaN anywhere is not lost, as it would be in a comparison of floats.
-    largest = max(run(lambda piece: int(loops.largest_magnitude(_flat(piece))), _pieces(_bits(weight))))
+    largest = max(run(lambda piece: loops.largest_magnitude(_flat(piece)), _pieces(_bits(weight))))
     return torch.tensor([largest], dtype=_BITS[weight.dtype]).view(weight.dtype)[0].float()
 
 
@@ -103,7 +104,7 @@ def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded
             yield zip(pieces, repeat(scale_2), repeat(importance), first_blocks, codes, scales, strict=False)
 
     def pack(piece: Array, scale_2: float, importance: Array, first_block: int, packed: Array, scales: Array) -> None:
-        search_loops.pack_nvfp4(_flat(piece), scale_2, multiples, offsets, importance, first_block, packed, scales)
+        loops.pack_nvfp4_searched(_flat(piece), scale_2, multiples, offsets, importance, first_block, packed, scales)
 
     run_each(pack, chain.from_iterable(calls()))
 
@@ -247,7 +248,7 @@ _LOOPS: Mapping[Encoding, Loops] = {
     ),
     **{
         NVFP4_ENCODING.searched(search): _of_blocks(
-            NVFP4_ENCODING, search_loops.pack_nvfp4_given, loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
+            NVFP4_ENCODING, loops.pack_nvfp4_given, loops.unpack_nvfp4, _Tables(_e2m1_values, _e4m3_values)
         )
         for search in TAKEN
     },
@@ -292,12 +293,12 @@ def _flat(piece: Array) -> Array:
 
 
 def _contiguous(piece: Array) -> Array:
-    """The piece itself where it is contiguous, else a copy of it, whatever its strides."""
+    """The piece itself where it is contiguous and aligned, else a copy of it, whatever its strides."""
     # Neighbours of a row lie apart, as in a transposed view, and NumPy's own copy would miss the cache at each.
-    if piece.ndim != 2 or piece.strides[0] >= piece.strides[1]:
-        return np.ascontiguousarray(piece)
+    if piece.ndim != 2 or piece.strides[0] >= piece.strides[1] or not piece.flags.aligned:
+        return np.require(piece, requirements=("C", "A"))
     copy = np.empty(piece.shape, piece.dtype)
-    loops.copy_transposed(piece.T, copy)
+    loops.copy_transposed(piece, copy)
     return copy
 
 

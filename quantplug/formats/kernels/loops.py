@@ -1,8 +1,10 @@
-"""The compiled loops of the CPU kernels: flat NumPy arrays in, flat arrays filled, one thread.
+"""The loops of the CPU kernels as numba compiles them: flat NumPy arrays in, flat arrays filled, one thread.
 
-numba compiles a loop when a process first calls it, for the element type it is called with: a second or two. A compiler
-on the user's machine is not needed. numba's cache on disk is not used: processes that fill it at once, as ranks do, can
-leave the machine code of one element type under the name of another.
+A compiler on the user's machine is not needed. A loop is compiled for the element type that it is called with, which
+takes a second or two, and `compiled` keeps the machine code for later processes, which import nothing of this: they
+call loops by their names (`machine_code`). So that the code needs nothing of numba's when it runs, no loop allocates
+memory, raises, or gives something back: it fills arrays, is given room to work in, and takes steps that are known when
+it is compiled.
 
 A weight arrives as the integers of its bits, and their type says which float they are: uint16 is BF16, int16 is FP16,
 uint32 is FP32 (NumPy has no BF16, numba's CPU code no FP16). The loops are written so that LLVM makes vector
@@ -13,9 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import config, njit, types
+from numba import njit, types
 from numba.extending import overload
 
+from quantplug.compiled.arguments import Array
+from quantplug.compiled.compiler import OPTIONS, viewed
 from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
@@ -32,20 +36,7 @@ from quantplug.formats.constants import (
     NVFP4_BLOCK,
     ZERO_AMAX_SCALE,
 )
-
-if config.DISABLE_JIT:
-    raise ImportError("NUMBA_DISABLE_JIT is set: these loops are nothing without their machine code")
-
-Array = np.ndarray[Any, Any]
-
-# "numpy": a division by zero gives Inf; a check for it would be a branch. Rounding is IEEE's: fastmath is off.
-OPTIONS = {"nogil": True, "error_model": "numpy"}
-
-_TILE = 8192
-"""Elements worked on at a time: few enough that they and their temporaries, 64 KiB, stay in a core's cache."""
-
-_SIDE = 64
-"""Rows and columns of the squares in which a transposed weight is copied."""
+from quantplug.formats.kernels.tiles import SIDE, TILE
 
 _F32_SIGN = np.uint32(0x80000000)
 _F32_EXPONENT = np.uint32(0x7F800000)
@@ -230,12 +221,13 @@ def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
     @njit(**OPTIONS)
     def encode_tile(tile: Array, scales: Array, room: Array, packed: Array) -> None:
         """Bits of n * width elements to bytes of codes; `room` is for a code a byte."""
-        blocks = tile.reshape(scales.size, width)
+        shape = (scales.size, width)
+        blocks = viewed(tile, shape, tile.dtype)
         if in_a_byte == 1:
-            encode_blocks(blocks, scales, packed.reshape(scales.size, width))
+            encode_blocks(blocks, scales, viewed(packed, shape, packed.dtype))
         else:
-            encode_blocks(blocks, scales, room.reshape(-1, width))
-            pairs = room.view(np.uint16)
+            encode_blocks(blocks, scales, viewed(room, shape, room.dtype))
+            pairs = viewed(room, (packed.size,), np.uint16)
             for i in range(packed.size):
                 # Two bytes 0H 0L, little-endian, become HL.
                 packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
@@ -254,14 +246,25 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
     encode_tile = _tile_encoder(width, encode, in_a_byte)
 
     @njit(**OPTIONS)
-    def pack(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
-        """Bits of n elements to n / in_a_byte bytes of codes and n / width scales."""
+    def pack(
+        weight: Array,
+        weight_scale_2: float,
+        longer: Array,
+        shorter: Array,
+        scales: Array,
+        codes: Array,
+        packed: Array,
+        block_scales: Array,
+    ) -> None:
+        """Bits of n elements to n / in_a_byte bytes of codes and n / width scales.
+
+        Room to work in is for a tile: `longer` for half its elements and `shorter` for a quarter, both of the
+        type of the weight, `scales` for one of each block, and `codes` for one of each element.
+        """
         scale_2 = np.float32(weight_scale_2)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
-        longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
-        scales, codes = np.empty(_TILE // width, np.float32), np.empty(_TILE, np.uint8)
-        for start in range(0, weight.size, _TILE):
-            tile = weight[start : start + _TILE]
+        for start in range(0, weight.size, TILE):
+            tile = weight[start : start + TILE]
             blocks = tile.size // width
             first = start // width
             _block_amax(tile, longer, shorter, scales[:blocks])
@@ -280,7 +283,8 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
         packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
     ) -> None:
         scale_2 = np.float32(weight_scale_2)
-        pairs, values = packed.reshape(-1, width // 2), out.reshape(-1, width // 2, 2)
+        pairs = viewed(packed, (block_scales.size, width // 2), packed.dtype)
+        values = viewed(out, (block_scales.size, width // 2, 2), out.dtype)
         for block in range(block_scales.size):
             # Both scales first, then the code: another order of the FP32 products would give other last bits.
             scale = np.float32(scale_values[block_scales[block]] * scale_2)
@@ -294,7 +298,8 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
         packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
     ) -> None:
         scale_2 = np.float32(weight_scale_2)
-        codes, values = packed.reshape(-1, width), out.reshape(-1, width)
+        shape = (block_scales.size, width)
+        codes, values = viewed(packed, shape, packed.dtype), viewed(out, shape, out.dtype)
         for block in range(block_scales.size):
             scale = np.float32(scale_values[block_scales[block]] * scale_2)
             for i in range(width):
@@ -313,39 +318,43 @@ unpack_mxfp8 = _blocks_unpacker(MX_BLOCK, in_a_byte=1)
 
 
 @njit(**OPTIONS)
-def copy_transposed(source: Array, copy: Array) -> None:
+def copy_transposed(source: Array, column_stride: int, row_stride: int, square: Array, copy: Array) -> None:
     """Copies [columns, rows] of any strides to contiguous [rows, columns], in squares.
+
+    `source` is all memory from its first element to its last, strides count elements.
 
     Neighbours in a row of the copy are far apart in the source, often by a power of two that lets them displace each
     other from the cache: so each row of a square is read at once, and the square turned in a buffer.
     """
-    columns, rows = source.shape
-    square = np.empty((_SIDE, _SIDE), source.dtype)
-    for top in range(0, columns, _SIDE):
-        height = min(_SIDE, columns - top)
-        for left in range(0, rows, _SIDE):
-            width = min(_SIDE, rows - left)
+    rows, columns = copy.shape
+    for top in range(0, columns, SIDE):
+        height = min(SIDE, columns - top)
+        for left in range(0, rows, SIDE):
+            width = min(SIDE, rows - left)
             for i in range(height):
                 for j in range(width):
-                    square[i, j] = source[top + i, left + j]
+                    square[i, j] = source[(top + i) * column_stride + (left + j) * row_stride]
             for j in range(width):
                 for i in range(height):
                     copy[left + j, top + i] = square[i, j]
 
 
 @njit(**OPTIONS)
-def largest_magnitude(weight: Array) -> Any:
-    """Bits of the largest magnitude; those of a NaN where there is one."""
+def largest_magnitude(weight: Array, found: Array) -> None:
+    """Bits of the largest magnitude, the only element of `found`; those of a NaN where there is one."""
     largest = magnitude_bits(weight[0])
     for i in range(weight.size):
         largest = max(largest, magnitude_bits(weight[i]))
-    return largest
+    found[0] = largest
 
 
 @njit(**OPTIONS)
-def bit_sums(rows: Array, first: int) -> Any:
-    """The sums of `Kernels.bit_sums` of rows [n, columns] of signed integers, the first of which has number `first`."""
-    by_row, of_columns = np.int64(0), np.zeros(rows.shape[1], np.int64)
+def bit_sums(rows: Array, first: int, of_columns: Array, found: Array) -> None:
+    """The sums of `Kernels.bit_sums` of rows [n, columns] of signed integers, the first of which has number `first`.
+
+    `of_columns` is room for a sum of each, zeros; the two sums become the elements of `found`.
+    """
+    by_row = np.int64(0)
     for i in range(rows.shape[0]):
         # Weighted once a row and once a column, so that the inner loop only adds; int64 wraps, which is the modulus.
         of_row = np.int64(0)
@@ -357,7 +366,7 @@ def bit_sums(rows: Array, first: int) -> Any:
     by_column = np.int64(0)
     for j in range(rows.shape[1]):
         by_column += of_columns[j] * np.int64(2 * j + 1)
-    return by_row, by_column
+    found[0], found[1] = by_row, by_column
 
 
 @njit(**OPTIONS)
@@ -482,18 +491,29 @@ def _int4_codes(parts: Array, parts_a_group: int, scales: Array, codes: Array) -
 
 
 @njit(**OPTIONS)
-def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> None:
-    """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128."""
+def pack_int4(
+    weight: Array,
+    group: int,
+    longer: Array,
+    shorter: Array,
+    scales: Array,
+    codes: Array,
+    packed: Array,
+    group_scales: Array,
+) -> None:
+    """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128.
+
+    Room to work in is as that of `_blocks_packer`.
+    """
     parts_a_group = group // INT4_SMALL_GROUP
-    longer, shorter = np.empty(_TILE // 2, weight.dtype), np.empty(_TILE // 4, weight.dtype)
-    scales, codes = np.empty(_TILE // group, np.float32), np.empty(_TILE, np.uint8)
-    pairs = codes.view(np.uint16)
-    for start in range(0, weight.size, _TILE):
-        tile = weight[start : start + _TILE]
+    pairs = viewed(codes, (codes.size // 2,), np.uint16)
+    for start in range(0, weight.size, TILE):
+        tile = weight[start : start + TILE]
         groups, first = tile.size // group, start // group
         _block_amax(tile, longer, shorter, scales[:groups])
         _int4_scales(scales[:groups], group_scales[first : first + groups])
-        _int4_codes(tile.reshape(-1, INT4_SMALL_GROUP), parts_a_group, scales, codes.reshape(-1, INT4_SMALL_GROUP))
+        parts = (tile.size // INT4_SMALL_GROUP, INT4_SMALL_GROUP)
+        _int4_codes(viewed(tile, parts, tile.dtype), parts_a_group, scales, viewed(codes, parts, codes.dtype))
         nibbles = packed[start // 2 : start // 2 + tile.size // 2]
         for i in range(nibbles.size):
             nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
@@ -502,8 +522,9 @@ def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> 
 @njit(**OPTIONS)
 def unpack_int4(packed: Array, group_scales: Array, out: Array) -> None:
     """Undoes `pack_int4` in FP32; the scales are given as FP32."""
-    pairs = packed.reshape(group_scales.size, -1)
-    values = out.reshape(group_scales.size, -1, 2)
+    in_a_group = packed.size // group_scales.size
+    pairs = viewed(packed, (group_scales.size, in_a_group), packed.dtype)
+    values = viewed(out, (group_scales.size, in_a_group, 2), out.dtype)
     for group in range(group_scales.size):
         scale = group_scales[group]
         for i in range(pairs.shape[1]):

@@ -1,4 +1,4 @@
-"""The search for scales on a CPU, compiled by numba: `candidates` says what is computed, `reference` shows it.
+"""The search for scales on a CPU, as numba compiles it: `candidates` says what is computed, `reference` shows it.
 
 Blocks lie side by side in memory, and a sum over each is no vector instruction. So a tile is turned first: row i of
 [16, blocks] holds element i of every block, and all steps after that are of whole rows.
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from quantplug.compiled.arguments import Array
+from quantplug.compiled.compiler import OPTIONS, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
-from quantplug.formats.kernels.loops import OPTIONS, Array, encode_nvfp4, fp32, magnitude_bits, nvfp4_scales
-
-_TILE = 8192
-"""Elements worked on at a time: few enough that they and their temporaries stay in a core's cache."""
+from quantplug.formats.kernels.loops import encode_nvfp4, fp32, magnitude_bits, nvfp4_scales
+from quantplug.formats.kernels.tiles import TILE
 
 _E2M1_LARGEST = np.float32(E2M1_MAX)
 _ONE_BITS, _EXPONENT, _E2M1_STEP = np.uint32(0x3F800000), np.uint32(0x7F800000), np.uint32(22 << 23)
@@ -173,10 +173,21 @@ def pack_nvfp4(
     offsets: Array,
     importance: Array,
     first_block: int,
+    turned: Array,
+    room: Array,
+    in_units: Array,
+    of_columns: Array,
+    floats: Array,
+    numbers: Array,
+    codes: Array,
     packed: Array,
     block_scales: Array,
 ) -> None:
     """Bits of n elements to n/2 bytes of codes and n/16 bytes of the E4M3 scales that are found for them.
+
+    Room to work in is for a tile: `turned` and `room` of the type of the weight, `in_units` and `of_columns` of FP32,
+    the latter without any where all columns count alike, `codes` of bytes; and for its blocks `floats` [6, blocks] and
+    `numbers` [2, blocks], of uint32.
 
     Args:
         multiples: Of amaxes, FP32.
@@ -186,14 +197,9 @@ def pack_nvfp4(
     """
     scale_2 = np.float32(weight_scale_2)
     unit = np.float32(np.float32(1) / scale_2)
-    turned, room = np.empty(_TILE, weight.dtype), np.empty(_TILE, weight.dtype)
-    in_units, codes = np.empty(_TILE, np.float32), np.empty(_TILE, np.uint8)
-    of_columns = np.empty(_TILE if importance.size else 0, np.float32)
-    # Rows of one array a block each: amax, divisor, value, reciprocal, error and least error.
-    floats = np.empty((6, _TILE // NVFP4_BLOCK), np.float32)
-    numbers = np.empty((2, _TILE // NVFP4_BLOCK), np.uint32)
-    for start in range(0, weight.size, _TILE):
-        tile = weight[start : start + _TILE]
+    # Rows of `floats`: amax, divisor, value, reciprocal, error and least error.
+    for start in range(0, weight.size, TILE):
+        tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
         scales = block_scales[first : first + blocks]
         amaxes, divisors, values = floats[0, :blocks], floats[1, :blocks], floats[2, :blocks]
@@ -202,11 +208,12 @@ def pack_nvfp4(
         _turn(tile, turned[: tile.size], room[: tile.size])
         _magnitudes(turned[: tile.size], unit, in_units[: tile.size])
         _amaxes(turned[: tile.size], room[: tile.size], amaxes)
-        rows = in_units[: tile.size].reshape(NVFP4_BLOCK, blocks)
-        weighted = of_columns[: tile.size if importance.size else 0].reshape(NVFP4_BLOCK, -1)
+        rows = viewed(in_units, (NVFP4_BLOCK, blocks), np.float32)
+        weighted = viewed(of_columns, (NVFP4_BLOCK, blocks), np.float32)
         if importance.size:
             _importance_rows(importance, first_block + first, weighted)
-        least[:] = np.float32(np.inf)
+        for i in range(blocks):
+            least[i] = np.float32(np.inf)
         for multiple in range(multiples.size):
             for i in range(blocks):
                 divisors[i] = np.float32(amaxes[i] * multiples[multiple])
@@ -214,7 +221,8 @@ def pack_nvfp4(
             for offset in range(offsets.size):
                 _candidates(scales, offsets[offset], candidates, values, reciprocals)
                 if multiple == 0 and offset == 0:
-                    found[:] = candidates
+                    for i in range(blocks):
+                        found[i] = candidates[i]
                 if importance.size:
                     _weighted_errors(rows, weighted, reciprocals, errors)
                 else:
@@ -225,15 +233,26 @@ def pack_nvfp4(
 
 
 @njit(**OPTIONS)
-def pack_nvfp4_given(weight: Array, weight_scale_2: float, packed: Array, block_scales: Array) -> None:
-    """Bits of n elements to n/2 bytes of codes, by the n/16 bytes of E4M3 scales that are there already."""
+def pack_nvfp4_given(
+    weight: Array,
+    weight_scale_2: float,
+    divisors: Array,
+    found: Array,
+    codes: Array,
+    packed: Array,
+    block_scales: Array,
+) -> None:
+    """Bits of n elements to n/2 bytes of codes, by the n/16 bytes of E4M3 scales that are there already.
+
+    Room to work in is for a tile: for each block of it an FP32 number in `divisors` and
+    a uint32 in `found`.
+    """
     scale_2 = np.float32(weight_scale_2)
-    codes, divisors = np.empty(_TILE, np.uint8), np.empty(_TILE // NVFP4_BLOCK, np.float32)
-    found = np.empty(_TILE // NVFP4_BLOCK, np.uint32)
-    for start in range(0, weight.size, _TILE):
-        tile = weight[start : start + _TILE]
+    for start in range(0, weight.size, TILE):
+        tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
         scales = block_scales[first : first + blocks]
-        found[:blocks] = scales
+        for i in range(blocks):
+            found[i] = scales[i]
         _finish(found[:blocks], scale_2, scales, divisors[:blocks])
         encode_nvfp4(tile, divisors[:blocks], codes, packed[start // 2 : start // 2 + tile.size // 2])

@@ -1,0 +1,110 @@
+"""Loops of processes that start at once, of later ones without numba, and of other sources."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantplug.compiled.loop import Home
+from tests.formats.kernels.test_kernels import OF_ALL_ENDS
+
+REPOSITORY = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where object files come to lie."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "quantplug" / "loops"
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    pipe = subprocess.PIPE
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def said_by(process: subprocess.Popen[str]) -> str:
+    out, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (0, "")
+    return out
+
+
+def test_eight_processes_fill_an_empty_cache_at_once_and_later_ones_need_no_numba(cached: Path) -> None:
+    """Of two element types, which numba's own cache could exchange."""
+    script = str(HERE / "run_scaled.py")
+    ranks = [started(script, dtype) for dtype in ("f4", "i8") * 4]
+    said = [said_by(rank) for rank in ranks]
+
+    assert len(list(cached.iterdir())) == 2
+    assert "True" in said
+    assert [said_by(started(script, dtype)) for dtype in ("f4", "i8")] == ["False", "False"]
+
+
+def test_no_kernel_needs_numba_once_it_is_compiled() -> None:
+    """Every loop, of every element type."""
+    said_by(started("-c", OF_ALL_ENDS))
+
+    said = said_by(
+        started("-c", f"{OF_ALL_ENDS}\nimport sys; print([m in sys.modules for m in ('numba', 'llvmlite')])")
+    )
+
+    assert said == "[False, True]\n"
+
+
+def test_numbers_and_arrays_of_several_dimensions_arrive(cached: Path) -> None:
+    home = Home("tests.compiled.sums", HERE)
+    out = np.zeros(3, np.float64)
+
+    home.loop("scaled")(np.array([1.0, 2.0, -0.5]), -1.25, 3, out)
+
+    assert out.tolist() == [1.75, 0.5, 3.625]
+    turned = np.zeros((3, 2), np.uint8)
+    home.loop("turned")(np.array([[1, 2, 3], [4, 5, 6]], np.uint8), turned)
+    assert turned.tolist() == [[1, 4], [2, 5], [3, 6]]
+
+
+def test_a_loop_that_may_raise_runs_and_is_not_kept(cached: Path) -> None:
+    out = np.zeros(3)
+
+    Home("tests.compiled.sums", HERE).loop("every")(np.array([3.0, 1.0, 2.0]), 2, out)
+
+    assert out.tolist() == [3, 0, 2]
+    assert not cached.exists() or list(cached.iterdir()) == []
+
+
+def test_strides_are_refused(cached: Path) -> None:
+    with pytest.raises(AssertionError, match="strides"):
+        Home("tests.compiled.sums", HERE).loop("scaled")(np.zeros(6)[::2], 1.0, 0, np.zeros(3))
+
+
+def test_other_sources_are_other_code(cached: Path, tmp_path: Path) -> None:
+    """As after an upgrade: what an older release has left is not taken."""
+    copied = tmp_path / "sources"
+    shutil.copytree(HERE, copied)
+    home = Home("tests.compiled.sums", copied)
+    home.loop("scaled")(np.zeros(1), 1.0, 0, np.zeros(1))
+    with (copied / "sums.py").open("a") as file:
+        file.write("# changed\n")
+
+    Home("tests.compiled.sums", copied).loop("scaled")(np.zeros(1), 1.0, 0, np.zeros(1))
+
+    assert len({file.name.split("-")[0] for file in cached.iterdir()}) == 2
+
+
+def test_a_damaged_file_is_compiled_anew(cached: Path) -> None:
+    home, out = Home("tests.compiled.sums", HERE), np.zeros(1)
+    home.loop("scaled")(np.ones(1), 2.0, 0, out)
+    (file,) = cached.iterdir()
+    file.write_bytes(b"damaged")
+
+    home.loop("scaled")(np.ones(1), 3.0, 0, out)
+
+    assert out[0] == 3
+    assert len(file.read_bytes()) > 100
