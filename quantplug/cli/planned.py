@@ -54,6 +54,7 @@ def print_planned(result: "ExportResult", preview: "Preview", console: Console) 
         f"Time: about {preview.seconds:.1f} s to read and pack {result.weight_bytes / unit:.3f} {name}, by a trial on "
         f"{preview.trial_bytes / unit:.3f} {name}; a disk that writes slower takes longer",
         *(f"It would say: {line}" for line in result.said()),
+        str(result.serving_tp),
         "Nothing was written.",
     ):
         # Not wrapped at the terminal's width: a path that is broken over two lines cannot be copied.
@@ -71,6 +72,8 @@ def planned_json(result: "ExportResult", preview: "Preview") -> dict[str, Any]:
         "weight_bytes": result.weight_bytes,
         **asdict(preview),
         "said": list(result.said()),
+        "serving_tp": asdict(result.serving_tp),
+        "kept": [asdict(it) for it in result.kept],
     }
 
 

@@ -7,10 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from quantplug.cli.terminal import plain
-from quantplug.mappings.serving_tp import SIZES
 from quantplug.verify import Finding, Severity, VerifyReport
 
-_TOLD = 2  # of what stands against a size
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
@@ -22,7 +20,7 @@ def print_report(report: VerifyReport, console: Console, limit: int) -> None:
         console.print(_errors(report))
     if report.source is not None:
         console.print(_sizes(report))
-    console.print(_serving(report), soft_wrap=True)
+    console.print(plain(str(report.serving_tp)), soft_wrap=True)
     console.print(_verdict(report), soft_wrap=True)
 
 
@@ -78,18 +76,6 @@ def _sizes(report: VerifyReport) -> Table:
 
 def _bytes(source: int, export: int) -> tuple[str, str, str]:
     return f"{source:,}", f"{export:,}", f"{source / export:.2f}" if export else "-"
-
-
-def _serving(report: VerifyReport) -> Text:
-    serving = report.serving_tp
-    text = Text(f"Tensor-parallel sizes for servers: {', '.join(map(str, serving.sizes)) or 'none'}")
-    refused = [size for size in SIZES if size not in serving.sizes]
-    if refused:
-        limits = [limit for limit in serving.limits if refused[0] in limit.refused]
-        told = [f"{it.size} {it.what}" + (f" in blocks of {it.whole}" if it.whole > 1 else "") for it in limits[:_TOLD]]
-        more = [f"{len(limits) - _TOLD} more, which --json writes"] if len(limits) > _TOLD else []
-        text.append_text(plain(f"; not {refused[0]}: {', '.join(told + more)}"))
-    return text
 
 
 def _verdict(report: VerifyReport) -> Text:

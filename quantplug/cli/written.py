@@ -1,5 +1,6 @@
 """What a command says of the checkpoint that it wrote, or of what it leaves when it is stopped."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def print_written(result: "ExportResult", seconds: float, console: Console) -> N
     )
     # Not wrapped at the terminal's width: a path that is broken over two lines cannot be copied.
     console.print(plain(said), soft_wrap=True)
-    for line in result.said():
+    for line in (*result.said(), *map(str, result.kept), str(result.serving_tp)):
         console.print(plain(line), soft_wrap=True)
 
 
@@ -67,6 +68,8 @@ def as_json(result: "ExportResult", seconds: float) -> dict[str, Any]:
         "weight_bytes": result.weight_bytes,
         "seconds": round(seconds, 3),
         "said": list(result.said()),
+        "serving_tp": asdict(result.serving_tp),
+        "kept": [asdict(it) for it in result.kept],
     }
 
 

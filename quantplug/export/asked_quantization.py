@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from quantplug.export.asked_formats import Formats, asked_formats, require_experts
+from quantplug.export.files.outcome import Reasons
 from quantplug.export.model_free import ModelByConfig, WeightOnlyPlan, chosen_weights
 from quantplug.export.plan.build import ExportRequest
 from quantplug.export.plan.types import WholeWeight
 from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_without_data, scales_named
 from quantplug.formats.search.candidates import Scales
-from quantplug.mappings.table import ParamKey
 from quantplug.selection import Policy, Preset, by_exclude, preset_named, require_output_layer
 
 
@@ -81,7 +81,7 @@ class AskedQuantization:
 
     def plan_of(
         self, weights: Sequence[WholeWeight], model: ModelByConfig, request: ExportRequest
-    ) -> tuple[WeightOnlyPlan, dict[ParamKey, str]]:
+    ) -> tuple[WeightOnlyPlan, Reasons]:
         """What makes the plan, and why each weight that stays plain does.
 
         Raises:
@@ -91,4 +91,4 @@ class AskedQuantization:
         chosen = chosen_weights(weights, model, self.formats, self.policy, self.exclude)
         request = replace(request, leave_out=by_exclude, kv_cache=self.kv_cache)
         plan = WeightOnlyPlan(weights, model, chosen.schemes, request, self.input_scale, self.scales)
-        return plan, dict(chosen.kept)
+        return plan, chosen.kept

@@ -24,7 +24,7 @@ from quantplug.choices import EXPORT_FORMATS, PLAIN
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.asked_quantization import AskedQuantization
 from quantplug.export.files.finish import Beside, ExportResult, result_of
-from quantplug.export.files.preview import Reasons
+from quantplug.export.files.outcome import Reasons
 from quantplug.export.model_free import (
     Amaxes,
     ModelByConfig,
@@ -253,7 +253,7 @@ def export_checkpoint(
         plan, preview = write_or_preview(
             plan_of, rows, beside, target, dtype, progress, policy, dry_run=dry_run, kept=kept
         )
-    written = replace(result_of(plan, target, side_files, model.lost_mtp), preview=preview)
+    written = replace(result_of(plan, target, side_files, model.lost_mtp, reasons=kept), preview=preview)
     return CheckpointExport(
         **{each.name: getattr(written, each.name) for each in fields(written)},
         checkpoint=directory,

@@ -24,7 +24,8 @@ from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import ArgumentError, Offender, SourceError
 from quantplug.export.asked_formats import Formats
 from quantplug.export.files.finish import Beside, finish, sizes_on_disk
-from quantplug.export.files.preview import Preview, Reasons, preview_of
+from quantplug.export.files.outcome import Reasons
+from quantplug.export.files.preview import Preview, preview_of
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.pipeline.amaxes import WeightAmax
@@ -126,11 +127,11 @@ class Chosen:
 
     Attributes:
         schemes: How each weight that is packed is.
-        kept: Why other weights of matrix products are not, in words for people.
+        kept: Why other weights of matrix products are not.
     """
 
     schemes: Schemes
-    kept: Mapping[ParamKey, str]
+    kept: Reasons
 
 
 def chosen_weights(
@@ -151,7 +152,7 @@ def chosen_weights(
     """
     decisions = formats.decide((weight.key for weight in weights), model.family, policy)
     decisions = excluding(decisions, exclude, model.family, model.dims)
-    kept = {key: decision.kept.words for key, decision in decisions.items() if decision.kept is not None}
+    kept = {key: decision.kept for key, decision in decisions.items() if decision.kept is not None}
     return Chosen({key: formats.of(key) for key in quantized(decisions)}, kept)
 
 

@@ -156,4 +156,5 @@ def quantize_checkpoint(
             plan_of, rows, beside, target, dtype=None, progress=progress, dry_run=dry_run, kept=kept
         )
         aside = checkpoint.aside
-    return replace(result_of(plan, target, side_files, model.lost_mtp, aside), preview=preview)
+    result = result_of(plan, target, side_files, model.lost_mtp, aside, kept)
+    return replace(result, preview=preview)

@@ -39,6 +39,7 @@ def content(
         "bytes": report.export_bytes,
         "sourceBytes": report.source_bytes,
         "kvCache": scheme.kv_cache or None,
+        "servingTp": str(report.serving_tp).partition(": ")[2],
         "readers": _READERS.get(scheme.method),
         "excludes": list(scheme.excludes.patterns),
         "findings": [

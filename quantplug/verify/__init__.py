@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from quantplug.mappings.serving_tp import serving_tp
+from quantplug.mappings.serving_tp import of_checkpoint
 from quantplug.verify import (
     names,
     rules_architecture,
@@ -98,7 +98,9 @@ def verify_checkpoint(
         findings=tuple(sorted(findings, key=_order)),
         errors_by_tensor=tuple(errors),
         sizes=tuple(source_rules.sizes(export, original)),
-        serving_tp=serving_tp(rules_model.serving_cuts(inventory)),
+        serving_tp=of_checkpoint(
+            rules_model.quantized_linears(inventory), None if inventory.known is None else inventory.known.dims
+        ),
     )
 
 

@@ -7,20 +7,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from quantplug.mappings.serving_tp import MERGED
+
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<id>\d{1,9})\.(?P<projection>[^.]+)$")
 _LAYER = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<id>\d{1,9})\.")
 _SIDE_STACK = re.compile(r"visi|visual|audio|mtp|draft|encoder|resampler|project|connector")
 
-QKV = ("q_proj", "k_proj", "v_proj")
-LATENT_DOWN = ("q_a_proj", "kv_a_proj_with_mqa")  # of multi-latent attention
-DELTA_QKVZ = ("in_proj_qkv", "in_proj_z")  # of gated delta nets
-DELTA_BA = ("in_proj_b", "in_proj_a")
-GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"))
-ROW_PARALLEL = frozenset({"o_proj", "down_proj", "w2", "out_proj"})  # in_features are split over tensor-parallel ranks
-COLUMN_PARALLEL = frozenset(
-    {"q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "in_proj_qkvz", *DELTA_QKVZ}
-)  # out_features are split
-KEY_VALUE = frozenset({"k_proj", "v_proj"})  # out_features are split by heads, which are copied where ranks are more
 ROUTERS = ("gate", "router", "shared_expert_gate")
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "tok_embeddings", "embed_positions"}
@@ -88,19 +80,12 @@ class FusedGroup:
 
 def fused_groups(modules: Iterable[str]) -> Iterator[FusedGroup]:
     """All groups of q/k/v, of gate/up and of what MLA and delta nets project among the modules, in order of names."""
-    groups = (
-        (QKV, "qkv_proj"),
-        (LATENT_DOWN, "fused_qkv_a_proj"),
-        (DELTA_QKVZ, "in_proj_qkvz"),
-        (DELTA_BA, "in_proj_ba"),
-        *((pair, "gate_up_proj") for pair in GATE_UP),
-    )
     children: dict[str, set[str]] = {}
     for module in modules:
         parent, _, name = module.rpartition(".")
         children.setdefault(parent, set()).add(name)
     for parent in sorted(children):
-        for members, fused in groups:
+        for members, fused in MERGED:
             present = tuple(f"{parent}.{member}" for member in members if member in children[parent])
             if len(present) > 1:
                 yield FusedGroup(parent, present, f"{parent}.{fused}", expert(present[0]) is not None)

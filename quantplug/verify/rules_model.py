@@ -1,14 +1,13 @@
 """Rules on the model as a whole: every layer and expert is there, merged modules agree, serving shards align."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from quantplug.checkpoint.untrusted.json_reader import as_count, as_object
-from quantplug.mappings.serving_tp import Cut, of_heads
+from quantplug.mappings.serving_tp import BlockedLinear, of_linears
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.verify import names
 from quantplug.verify.checks import Check
-from quantplug.verify.layouts import Fp8Layout
+from quantplug.verify.layouts import Fp8Layout, Layout
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, ranges, warning
 
@@ -170,52 +169,32 @@ def merged_blocks(inventory: Inventory) -> Iterator[Finding]:
                 yield warning(Check.SERVING_TP, name, message)
 
 
-def block_cuts(inventory: Inventory) -> Iterator[tuple[Module, Cut]]:
-    """What of each quantized module servers cut, with the blocks that must stay whole: one of each kind and shape."""
-    seen: set[tuple[str, tuple[int, ...]]] = set()
-    merged = {name for group in inventory.fused_groups for name in group.members[:-1]}
+def quantized_linears(inventory: Inventory) -> Iterator[BlockedLinear]:
+    """What is quantized, as far as it decides how servers can cut it."""
     for module in inventory.quantized:
-        if module.codes is None or module.layout is None or (kind_of(module.name), module.codes.shape) in seen:
-            continue
-        seen.add((kind_of(module.name), module.codes.shape))
-        name = names.last(module.name)
-        # Row parallel layers are cut along their inputs, where every format has its blocks; the others along their
-        # outputs, where FP8's square blocks alone reach.
-        if name in names.ROW_PARALLEL:
-            yield module, Cut("in_features", module.layout.columns(module.codes), _block(module, axis=1))
-        elif isinstance(module.layout, Fp8Layout) and module.codes.shape:
-            rows, block, ends = module.codes.shape[0], _block(module, axis=0), module.name in merged
-            if name in names.COLUMN_PARALLEL:
-                yield module, Cut("out_features", rows, block, merged=ends)
-            elif name in names.KEY_VALUE and inventory.known is not None:
-                groups = inventory.known.dims.num_query_groups
-                yield module, Cut("out_features", rows, block, most=groups, merged=ends)
-
-
-def serving_cuts(inventory: Inventory) -> Iterator[Cut]:
-    """All that keeps servers from cutting a checkpoint over some numbers of ranks."""
-    if inventory.known is not None:
-        yield from of_heads(inventory.known.dims)
-    for module, cut in block_cuts(inventory):
-        if cut.whole > 1:
-            yield replace(cut, what=f"{cut.what} of {kind_of(module.name)}")
+        if module.codes is not None and module.codes.shape and module.layout is not None:
+            rows, columns = module.codes.shape[0], module.layout.columns(module.codes)
+            yield BlockedLinear(module.name, (rows, columns), _block(module.layout))
 
 
 def serving_tp(inventory: Inventory) -> Iterator[Finding]:
     """Which tensor-parallel sizes of a server cut blocks: one line for each kind of module and shape."""
-    for module, cut in block_cuts(inventory):
+    dims = None if inventory.known is None else inventory.known.dims
+    for linear, cut in of_linears(quantized_linears(inventory), dims):
         refused = [f"TP={tp}: {cut.size / min(tp, cut.most or tp):g}" for tp in _SERVING_TP if not cut.allows(tp)]
-        if cut.whole > 1 and refused:
+        if refused:
             message = (
                 f"{cut.what} {cut.size} of a rank is no multiple of the block of {cut.whole} at {', '.join(refused)}"
             )
-            yield warning(Check.SERVING_TP, kind_of(module.name), message)
+            yield warning(Check.SERVING_TP, kind_of(linear.module), message)
 
 
-def _block(module: Module, axis: int) -> int:
-    if isinstance(module.layout, Fp8Layout):
-        return max(module.layout.block[axis], 1) if module.layout.block is not None else 1
-    return module.layout.block if module.layout is not None else 1
+def _block(layout: Layout) -> tuple[int, int]:
+    """Rows and columns of a block; 1 where there is none to be parted."""
+    if not isinstance(layout, Fp8Layout):
+        return 1, layout.block
+    rows, columns = layout.block or (1, 1)
+    return max(rows, 1), max(columns, 1)
 
 
 RULES = (experts, layers, one_algo, merged_blocks, serving_tp)

@@ -33,7 +33,7 @@ def test_sizes_are_those_of_the_files_that_are_written_then(tiny_qwen3_moe_dir: 
     assert said["disk_bytes"] == written(tmp_path / "out")
     assert sum(line["export_bytes"] for line in said["lines"]) == result["bytes"]
     assert sum(line["source_bytes"] for line in said["lines"]) == result["weight_bytes"] == said["weight_bytes"]
-    for name in ("directory", "algorithm", "tensors", "files"):
+    for name in ("directory", "algorithm", "tensors", "files", "serving_tp", "kept"):
         assert said[name] == result[name]
     assert said["free_bytes"] > said["disk_bytes"]
     assert (said["seconds"] > 0, said["trial_bytes"] > 0, said["memory_bytes"] > 0) == (True, True, True)
@@ -98,3 +98,15 @@ def test_what_could_not_be_done_is_refused_as_without_it(tiny_qwen3_dir: Path, t
         "a dry run writes nothing" in run("quantize", tiny_qwen3_dir, tmp_path / "new", *FORMAT, "--dry-run", *html)[1]
     )
     assert run("quantize", tiny_qwen3_dir, tmp_path / "new", *FORMAT, "--dry-run", "--exclude", "absent")[0] == 2
+
+
+def test_sizes_for_servers_are_said_before_anything_is_packed(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", tiny_qwen3_dir, tmp_path / "out", *FORMAT)
+    (before,) = sizes_said(run(*arguments, "--dry-run")[1])
+
+    assert sizes_said(run(*arguments)[1]) == [before]
+    assert sizes_said(run("verify", tmp_path / "out")[1]) == [before]
+
+
+def sizes_said(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("Tensor-parallel sizes for servers: 1")]

@@ -62,7 +62,9 @@ def test_the_bytes_are_the_same_in_every_way(
     for path in exported.glob("*.json"):
         assert (out / path.name).read_text() == path.read_text(), path.name
     assert result.tensors == len(expected)
-    assert errors_of(out, source) == set()
+    report = verify_checkpoint(out, source)
+    assert report.checks(Severity.ERROR) == {}
+    assert result.serving_tp == report.serving_tp
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3", "llama4"])

@@ -17,9 +17,11 @@ from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles
 from quantplug.checkpoint.untrusted.files import open_file
 from quantplug.export.files.config_files import configs_of, copy_side_files, write_configs
 from quantplug.export.files.index import index_of, json_bytes, refuse_strays, write_index
+from quantplug.export.files.outcome import KeptLinears, Reasons, kept_by_policy, serving_tp_of
 from quantplug.export.files.preview import Preview
 from quantplug.export.files.staging import Staging
 from quantplug.export.plan.types import ExportPlan
+from quantplug.mappings.serving_tp import ServingTp
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class ExportResult:
         shards: Number of safetensors files.
         weight_bytes: Size of all weights in bytes before they were packed.
         side_files: What was copied of the source beside the weights, and what was not, with the reason.
+        serving_tp: Over how many ranks servers can cut the checkpoint by tensor parallelism; `verify_checkpoint` says
+            the same of the files.
+        kept: Linears that the policy keeps in high precision by itself, and why; empty where quantizers of a model have
+            chosen.
         lost_mtp: That the source's config counts layers of multi-token prediction and the source has none; the config
             that was written counts none. Its text says so.
         scales_aside: Scales of a quantized source that hold for nothing that was written.
@@ -46,6 +52,8 @@ class ExportResult:
     shards: int
     weight_bytes: int
     side_files: SideFiles
+    serving_tp: ServingTp
+    kept: tuple[KeptLinears, ...] = ()
     lost_mtp: LostMtp | None = None
     scales_aside: ScalesAside = NONE_ASIDE
     preview: Preview | None = None
@@ -119,6 +127,7 @@ def result_of(
     side_files: SideFiles,
     lost_mtp: LostMtp | None = None,
     scales_aside: ScalesAside = NONE_ASIDE,
+    reasons: Reasons | None = None,
 ) -> ExportResult:
     """The result of an export by its plan, which is what has been written once it has come to its end."""
     expected = plan.expected().values()
@@ -127,5 +136,15 @@ def result_of(
     weight_bytes = sum(task.source.nbytes for task in plan.tasks)
     files = len(plan.files)
     return ExportResult(
-        directory, algorithm, len(expected), nbytes, files, weight_bytes, side_files, lost_mtp, scales_aside
+        directory,
+        algorithm,
+        len(expected),
+        nbytes,
+        files,
+        weight_bytes,
+        side_files,
+        serving_tp_of(plan),
+        kept_by_policy(plan, reasons or {}),
+        lost_mtp,
+        scales_aside,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from quantplug.export.files.outcome import Reasons
 from quantplug.export.pipeline.amaxes import WeightAmax
 from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.gather import pack_pieces
@@ -18,12 +19,9 @@ from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput
 from quantplug.formats.names import Scheme
 from quantplug.mappings.shapes.kinds import kind_of
-from quantplug.mappings.table import ParamKey, Role
+from quantplug.mappings.table import Role
 
 TRIAL_SECONDS = 2.0
-
-Reasons = Mapping[ParamKey, str]
-"""Why weights of matrix products stay in high precision, in words for people."""
 
 _IN_SIXTEEN_BITS = "part of a quantized weight that servers load in high precision"
 _NO_QUANTIZER = "linear weight without a quantizer that is on"
@@ -123,8 +121,10 @@ def _way_of(task: ExportTask, part: PartOutput, reasons: Reasons) -> tuple[str |
         return (part.format.name if task.scheme is None else task.scheme.label), ""
     if task.format is not None:
         return None, _IN_SIXTEEN_BITS
-    role = task.mapping.role
-    return None, reasons.get(task.source.key, _NO_QUANTIZER if role is Role.LINEAR else role.value)
+    kept, role = reasons.get(task.source.key), task.mapping.role
+    if kept is not None:
+        return None, kept.words
+    return None, _NO_QUANTIZER if role is Role.LINEAR else role.value
 
 
 def _trial(

@@ -32,6 +32,7 @@
       ["KV cache", data.kvCache ?? "16 bits"], ["Tensors", number.format(data.tensors)],
       ["Quantized weights", number.format(data.weights.length)], ["Size", bytes(data.bytes) + ratio],
     ];
+    facts.push(["Tensor-parallel sizes", data.servingTp]);
     if (data.readers) facts.push(["Spelling read by", data.readers]);
     for (const [name, value] of facts) {
       const box = document.createElement("div");
