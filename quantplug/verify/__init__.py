@@ -26,7 +26,7 @@ from quantplug.verify import (
 from quantplug.verify import (
     source as source_rules,
 )
-from quantplug.verify.checkpoint import Checkpoint, open_checkpoint
+from quantplug.verify.checkpoint import Checkpoint, of_source, open_checkpoint
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
 from quantplug.verify.journal import Journal
 from quantplug.verify.known import known_architecture, table_of
@@ -84,10 +84,12 @@ def verify_checkpoint(
         known_source, _ = known_architecture(original)
         source_experts = fused_experts(known_source.family) if known_source else fused
         original, _ = with_inner_names(original, source_experts)
+        original = tied_head.with_embedding(original, known_source.family.tied if known_source else {})
     checkpoints = [export] if original is None else [export, original]
     with nullcontext() if resume is None else Journal(Path(resume), checkpoints) as journal:
         errors = _judge(inventory, original, source_experts, findings, on_progress, journal)
-    findings += [finding for checkpoint in checkpoints for finding in checkpoint.changed()]
+    findings += export.changed()
+    findings += map(of_source, original.changed() if original is not None else ())
     # Rules speak in a module's spelling; a user looks for the name that is on disk.
     findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
     return VerifyReport(

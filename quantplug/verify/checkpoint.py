@@ -5,7 +5,7 @@ Nothing here trusts the files. What cannot be read becomes a finding and is left
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -129,7 +129,8 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
 
     Args:
         is_source: Whether it is one that was quantized, rather than one to be served: it then has the files that an
-            import would read, in folders too, and others beside them are none of it.
+            import would read, in folders too, and others beside them are none of it. What an index says and no import
+            reads may be wrong there. Findings say that they are the source's.
 
     Raises:
         SourceError: There is no such directory.
@@ -145,10 +146,16 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
     hf_quant_config = _json(directory, "hf_quant_config.json", findings)
     shards = _shards(directory, is_source)
     identities |= {shard: identity_of(directory / shard) for shard in shards}
-    tensors = _tensors(directory, shards, findings)
+    tensors = _tensors(directory, shards, findings, is_source=is_source)
     if not tensors:
         findings.append(error(Check.FILES, directory.name, "holds no tensor in any *.safetensors file"))
-    return Checkpoint(directory, config or {}, hf_quant_config, tensors, identities), findings
+    checkpoint = Checkpoint(directory, config or {}, hf_quant_config, tensors, identities)
+    return checkpoint, [of_source(finding) for finding in findings] if is_source else findings
+
+
+def of_source(finding: Finding) -> Finding:
+    """A finding on a file or tensor of the source, which the export may have under the same name."""
+    return replace(finding, message=f"in the source: {finding.message}")
 
 
 def _json(directory: Path, name: str, findings: list[Finding]) -> Json | None:
@@ -174,7 +181,7 @@ def _shards(directory: Path, is_source: bool) -> list[str]:
     return named or top
 
 
-def _tensors(directory: Path, on_disk: list[str], findings: list[Finding]) -> dict[str, TensorInfo]:
+def _tensors(directory: Path, on_disk: list[str], findings: list[Finding], *, is_source: bool) -> dict[str, TensorInfo]:
     """All tensors of all shards, held against the index."""
     index = _json(directory, INDEX, findings)
     tensors: dict[str, TensorInfo] = {}
@@ -187,6 +194,9 @@ def _tensors(directory: Path, on_disk: list[str], findings: list[Finding]) -> di
             tensors[info.name] = info
     if index is not None:
         findings.extend(_index_findings(index, tensors, dict.fromkeys(on_disk)))
+        # Published checkpoints have sums of other sizes, and none, and tensors that are not listed: all of a file that
+        # is listed is read.
+        findings.extend(() if is_source else (*_unlisted(index, tensors), *_total_size_findings(index, tensors)))
     elif len(on_disk) > 1:
         message = f"missing although there are {len(on_disk)} shards: no reader knows which belong to the model"
         findings.append(error(Check.INDEX, INDEX, message))
@@ -224,12 +234,16 @@ def _index_findings(index: Json, tensors: Mapping[str, TensorInfo], on_disk: Map
             yield error(Check.INDEX, name, f"listed in {shard}, but {where}")
     yield from (error(Check.INDEX, shard, "listed, but absent") for shard in sorted(listed - on_disk.keys()))
     yield from (error(Check.INDEX, shard, "present, but not listed") for shard in on_disk if shard not in listed)
+
+
+def _unlisted(index: Json, tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+    listed = as_object(index.get("weight_map"))
+    shards = {shard for shard in listed.values() if isinstance(shard, str)}
     yield from (
         error(Check.INDEX, info.name, f"in {info.shard}, but not listed: readers drop it without a word")
         for info in tensors.values()
-        if info.name not in weight_map and info.shard in listed
+        if info.name not in listed and info.shard in shards
     )
-    yield from _total_size_findings(index, tensors)
 
 
 def _total_size_findings(index: Json, tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:

@@ -3,7 +3,8 @@
 A head that is there and differs is lost without a word, so it is held against the embedding, row by row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,19 @@ def said_tied(config: Json) -> bool | None:
         if holder.get("tie_word_embeddings") is not None:
             return bool(holder["tie_word_embeddings"])
     return None
+
+
+def with_embedding(source: Checkpoint, tied: Mapping[str, str]) -> Checkpoint:
+    """A source of tied embeddings that holds the head alone, with its values as the embedding's, as readers take them.
+
+    Args:
+        tied: Name of a head to the name of its embedding.
+    """
+    if not is_tied(source.config):
+        return source
+    named = {head: embedding for head, embedding in tied.items() if embedding not in source.tensors}
+    tensors = (replace(info, name=named.get(name, name)) for name, info in source.tensors.items())
+    return replace(source, tensors={info.name: info for info in tensors})
 
 
 def lost_head(config: Json, holder: Checkpoint, where: str) -> Iterator[Finding]:

@@ -64,6 +64,22 @@ def test_an_index_that_lies(sharded: Path, change: Callable[[Any], object]) -> N
     assert fired(sharded) == {"index"}
 
 
+SOURCE_LIES = {"unlisted tensor", "wrong total", "no total"}
+
+
+@pytest.mark.parametrize(("name", "change"), [row for row in INDEX_LIES if row[0] != "Windows path"])
+def test_what_no_import_reads_may_be_wrong_in_a_source(
+    name: str, change: Callable[[Any], object], open_copy: Callable[[str], Any], pristine: dict[str, Path]
+) -> None:
+    """Published indices have sums of other sizes; what is wrong beyond that says whose it is."""
+    surgery = open_copy("source")
+    surgery.close(shards=3)
+    change_index(surgery.directory, change)
+    told = [it for it in verify_checkpoint(pristine["w4a16"], surgery.directory).findings if it.check == "index"]
+    assert bool(told) is (name not in SOURCE_LIES)
+    assert all(finding.message.startswith("in the source: ") for finding in told)
+
+
 def test_a_tensor_in_another_shard_than_listed(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
     name, shard = next(iter(index["weight_map"].items()))

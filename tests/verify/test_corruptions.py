@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.verify import Severity, verify_checkpoint
@@ -537,6 +537,19 @@ def errors_of(directory: Path, source: Path) -> set[str]:
 @pytest.mark.parametrize("name", ALL)
 def test_a_good_export_has_no_error(exports: dict[str, tuple[Path, Path]], name: str) -> None:
     assert errors_of(*exports[name]) == set()
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_tied_source_may_hold_the_head_alone(
+    exports: dict[str, tuple[Path, Path]], tmp_path: Path, factor: int
+) -> None:
+    """As `safetensors.torch.save_model` may keep either of two names of the same data."""
+    export, source = exports["dense-w4a16_nvfp4"]
+    shutil.copytree(source, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight") * factor
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    assert errors_of(export, tmp_path / "source") == ({"source-values"} if factor != 1 else set())
 
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
