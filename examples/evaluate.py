@@ -34,7 +34,7 @@ class Measured:
     """Of one checkpoint.
 
     Attributes:
-        weights: Norm of all quantized weights' errors over theirs.
+        weights: Norm of all quantized weights' errors over theirs; means nothing where channels have factors.
         bits: Cross entropy of the text, bits a token.
         divergence: KL of the source's predictions to its own, bits a token.
         layers: Norm of the error of each layer's output over the source's.
@@ -79,7 +79,9 @@ def measured(export: Path, plain: Tensors, reference: "Predictions", source: Pat
     decoded = {name: weight for name in plain if (weight := decode(stored, name)) is not None}
     error = sum((weight - plain[name].float()).square().sum().item() for name, weight in decoded.items())
     norm = sum(plain[name].float().square().sum().item() for name in decoded)
-    found = Predictions.of(source, {**plain, **decoded}, ids)
+    # Norms and routers are the export's too: what linears are multiplied by may be divided in the norm before them.
+    kept = {name: stored[name] for name in plain if name not in decoded}
+    found = Predictions.of(source, {**kept, **decoded}, ids)
     return Measured(
         math.sqrt(error / norm) if norm else 0.0, found.bits(), reference.divergence(found), reference.errors(found)
     )

@@ -27,6 +27,7 @@ from quantplug.verify import (
     source as source_rules,
 )
 from quantplug.verify.checkpoint import Checkpoint, of_source, open_checkpoint
+from quantplug.verify.folds import folded
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
 from quantplug.verify.journal import Journal
 from quantplug.verify.known import known_architecture, table_of
@@ -161,7 +162,9 @@ def _judge(
     if not any(names.last(module) == "lm_head" for module in inventory.modules):
         findings += tied_head.lost_head(export.config, original, "the source")
     # What is wrong with the scheme is no finding of the export's: weights that cannot be read so are named one by one.
-    originals = Originals(original, read_scheme(original)[0])
+    unfolded, fold_findings = folded(inventory, original, source_experts)
+    findings += fold_findings
+    originals = Originals(unfolded, read_scheme(original)[0])
     errors, compare_findings = source_rules.compare(inventory, originals, source_experts, on_bytes, journal)
     findings.extend(compare_findings)
     return errors

@@ -1,4 +1,4 @@
-"""Rounds weights with feedback on 2 ranks, by the same inputs at every layout, for test_calibration_sync.py."""
+"""Algorithms that know inputs on 2 ranks, by the same inputs at every layout, for test_calibration_sync.py."""
 
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str, rank: int) -> t
 
 def main(directory: Path) -> None:
     initialize_parallel()
-    for algorithm in ("gptq", "weighted_mse"):
+    for algorithm in ("gptq", "weighted_mse", "awq_lite"):
         reference = rounded(directory, algorithm)
         for layout in ({"ep": 2}, {"tp": 2}, {"tp": 2, "etp": 2}):
             found = rounded(directory, algorithm, **layout)

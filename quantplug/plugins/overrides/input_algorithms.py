@@ -1,7 +1,7 @@
-"""ModelOpt's `gptq` by ours, for static NVFP4 and grouped experts; and `weighted_mse`, which ModelOpt has not.
+"""ModelOpt's `gptq` and `awq_lite` by ours, for grouped experts too; and `weighted_mse`, which ModelOpt has not.
 
-The mode of `gptq` keeps its name and its config, so that the state of a model it calibrated is ModelOpt's own. That of
-`weighted_mse` is known where this package is imported.
+The modes of the first two keep their names and configs, so that the state of a model they calibrated is ModelOpt's own.
+That of `weighted_mse` is known where this package is imported.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,22 @@ from modelopt.torch.opt.config import ModeloptField
 from modelopt.torch.quantization import model_calib
 from modelopt.torch.quantization.config import MaxCalibConfig, QuantizeAlgorithmConfig
 from modelopt.torch.quantization.mode import (
+    AWQLiteModeDescriptor,
     BaseCalibrateModeDescriptor,
     CalibrateModeRegistry,
     GPTQModeDescriptor,
 )
 from torch import nn
 
+from quantplug.calibration.algorithms import awq
 from quantplug.calibration.algorithms import gptq as ours
 from quantplug.calibration.algorithms.weighted_mse import weighted_mse_calibrate
 from quantplug.calibration.inputs.linears import linears_of
 from quantplug.calibration.inputs.moments import FEW_TOKENS, ExpertInputs, InputPolicy
 from quantplug.megatron.parallel import pipeline_stages
+from quantplug.megatron.parameters import LanguageModel
 
-GPTQ_MODE, WEIGHTED_MODE = "gptq_calibrate", "weighted_mse_calibrate"
+GPTQ_MODE, WEIGHTED_MODE, AWQ_MODE = "gptq_calibrate", "weighted_mse_calibrate", "awq_lite_calibrate"
 
 
 class WeightedMseCalibConfig(MaxCalibConfig):
@@ -48,6 +51,22 @@ def _gptq(model: nn.Module, forward_loop: Callable[..., None] | None = None, **o
         ours.gptq(model, forward_loop, **options)
     else:
         model_calib.gptq(model, forward_loop, **options)
+
+
+def _awq_lite(
+    model: nn.Module, forward_loop: Callable[..., None] | None = None, alpha_step: float = 0.1, **options: Any
+) -> None:
+    """Ours of a Megatron model: of any other, ModelOpt's, whose factors stay beside the weights."""
+    if any(isinstance(module, LanguageModel) for module in model.modules()):
+        awq.awq_lite(model, forward_loop, alpha_step)
+    else:
+        model_calib.awq(model, forward_loop, alpha_step=alpha_step, **options)
+
+
+class QuantplugAwqLiteCalibration(AWQLiteModeDescriptor):
+    """The mode `awq_lite_calibrate`."""
+
+    _calib_func = _awq_lite
 
 
 class QuantplugGptqCalibration(GPTQModeDescriptor):
@@ -79,9 +98,10 @@ class QuantplugWeightedMseCalibration(BaseCalibrateModeDescriptor):
 
 
 def register_input_algorithms() -> None:
-    """Registers both; again changes nothing."""
-    if not isinstance(CalibrateModeRegistry[GPTQ_MODE], QuantplugGptqCalibration):
-        CalibrateModeRegistry.remove_mode(GPTQ_MODE)
-        CalibrateModeRegistry.register_mode(QuantplugGptqCalibration)
+    """Registers them; again changes nothing."""
+    for mode, descriptor in ((GPTQ_MODE, QuantplugGptqCalibration), (AWQ_MODE, QuantplugAwqLiteCalibration)):
+        if not isinstance(CalibrateModeRegistry[mode], descriptor):
+            CalibrateModeRegistry.remove_mode(mode)
+            CalibrateModeRegistry.register_mode(descriptor)
     if WEIGHTED_MODE not in CalibrateModeRegistry:
         CalibrateModeRegistry.register_mode(QuantplugWeightedMseCalibration)

@@ -62,7 +62,7 @@ def torch_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("torch_experts")
-@pytest.mark.parametrize("algorithm", ["gptq", "weighted_mse"])
+@pytest.mark.parametrize("algorithm", ["gptq", "weighted_mse", "awq_lite"])
 def test_grouped_experts_get_what_single_ones_get(algorithm: str, sources: Sources) -> None:
     grouped, single = (
         mtq.quantize(load(sources("moe"), spec, dtype=torch.float32), config(algorithm), feed)

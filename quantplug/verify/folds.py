@@ -1,0 +1,313 @@
+"""Factors of channels that a quantized checkpoint has in its norms, and the source as it is with them.
+
+A norm's weight divided by powers of two, and the columns of every linear that reads it multiplied by them, are the same
+model (AWQ, arXiv 2306.00978, folded). So are rows of an up projection and the columns of its down projection. The
+factors are read off what the export has: exactly, of norms; of up projections, which are quantized, by the nearest
+power of two to the size of each row. All readers of a channel are then judged against the source with these factors,
+so that one that is without them, or has others, is as wrong as any weight is that has another's values.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from quantplug.verify import names
+from quantplug.verify.checkpoint import Checkpoint, TensorInfo, UnreadableTensorError
+from quantplug.verify.checks import Check
+from quantplug.verify.fused import FusedExperts
+from quantplug.verify.layouts import is_plain
+from quantplug.verify.matrices import Matrix
+from quantplug.verify.measure import read_rows
+from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.originals import ExpertPart, PartOriginal, PlainOriginal
+from quantplug.verify.report import Finding, error, note
+
+# By the last part of a norm's name: where in its layer its readers are; and what these are called.
+_NETWORKS = ("mlp", "feed_forward", "block_sparse_moe")
+_READERS = {
+    "input_layernorm": ("self_attn",),
+    "post_attention_layernorm": _NETWORKS,
+    "norm": ("mixer",),
+}
+_FIRST = frozenset({"q_proj", "k_proj", "v_proj", *names.ROUTERS, "gate_proj", "up_proj", "gate_up_proj", "w1", "w3"})
+_CLEAR = 0.05
+"""Squared error of a column, over its square, below which it is told apart: four bits leave 0.01 of ordinary ones."""
+_UP_TO_DOWN = {"up_proj": ("gate_proj", "down_proj"), "w3": ("w1", "w2")}
+
+
+@dataclass(frozen=True)
+class FoldedSource(Checkpoint):
+    """A source as it would be with the factors of an export.
+
+    Attributes:
+        factors: FP32 powers of two by a tensor's name, of a shape that expands to the tensor's.
+    """
+
+    factors: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def part(self, name: str, index: tuple[int | slice, ...]) -> torch.Tensor:
+        """As of any checkpoint, multiplied."""
+        values = super().part(name, index)
+        factors = self.factors.get(name)
+        if factors is None:
+            return values
+        return values * factors.expand(self.tensors[name].shape)[index].to(values.dtype)
+
+
+def folded(inventory: Inventory, source: Checkpoint, experts: FusedExperts) -> tuple[Checkpoint, list[Finding]]:
+    """The source with the factors that an export's norms have, and a note on them; the source where they have none.
+
+    Args:
+        experts: The source's tensors that hold all experts of a layer.
+    """
+    factors: dict[str, torch.Tensor] = {}
+    readers = _readers(source)
+    norms: list[str] = []
+    for name, found in readers.items():
+        of_channels = _of_norm(inventory.checkpoint, source, f"{name}.weight")
+        if of_channels is None:
+            continue
+        norms.append(name)
+        factors[f"{name}.weight"] = of_channels.reciprocal()
+        for reader in found:
+            if len(of_channels) in reader.shape[-2:]:
+                factors[reader.name] = _columns(of_channels, experts.is_transposed(names.split(reader.name)[0]))
+    if not norms:
+        return source, []
+    with_norms = _with(source, factors)
+    networks = [(one, rows) for one in _networks(inventory, with_norms, experts) if (rows := _of_rows(one)) is not None]
+    for network, rows in networks:
+        for name, factor in network.factors(with_norms, rows):
+            factors[name] = factors.get(name, torch.ones(1)) * factor
+    whole = _with(source, factors)
+    stray = [(f"{name}.weight", _of_readers(inventory, whole, readers[name])) for name in norms]
+    stray += [(network.up.name, _of_down(inventory, whole, network)) for network, _ in networks]
+    findings = [
+        error(Check.SOURCE_VALUES, name, f"{count} channels have factors that the weights behind them do not have")
+        for name, count in stray
+        if count
+    ]
+    message = f"channels of {len(norms)} norms"
+    if networks:
+        message += f" and of {len(networks)} up projections"
+    message += " are divided by powers of two, which the weights behind them are judged with"
+    return whole, [*findings, note(Check.SOURCE_VALUES, "norms", message)]
+
+
+def _with(source: Checkpoint, factors: Mapping[str, torch.Tensor]) -> FoldedSource:
+    # Every field of a checkpoint, without its private cache, which each has for itself.
+    return FoldedSource(
+        source.directory, source.config, source.hf_quant_config, source.tensors, source.identities, factors=factors
+    )
+
+
+def _of_norm(export: Checkpoint, source: Checkpoint, name: str) -> torch.Tensor | None:
+    """What the columns behind a norm are multiplied by, FP32 [channels]; None of what has no factors."""
+    info, target = source.tensors.get(name), export.tensors.get(name)
+    if info is None or target is None or len(info.shape) != 1 or target.shape != info.shape:
+        return None
+    if not is_plain(info) or not is_plain(target):
+        return None
+    try:
+        mine, theirs = export.read(name).double(), source.read(name).double()
+    except UnreadableTensorError:  # Said where it is compared.
+        return None
+    return _powers_of_two(theirs, mine)
+
+
+def _powers_of_two(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
+    """FP32 before / after, where all of it is powers of two and some of it not 1; of two zeros it is 1."""
+    if not bool(((before == 0) == (after == 0)).all()) or torch.equal(before, after):
+        return None
+    nothing = before == 0
+    ratios = torch.where(nothing, 1.0, before / torch.where(nothing, 1.0, after))
+    mantissas, _ = ratios.frexp()
+    return ratios.float() if bool((mantissas == 0.5).all()) else None
+
+
+def _readers(source: Checkpoint) -> Mapping[str, Sequence[TensorInfo]]:
+    """By the module of each norm, the source's weights in floating point that multiply what it gives."""
+    found = defaultdict(list)
+    for info in source.tensors.values():
+        reader, suffix = names.split(info.name)
+        if suffix != "weight" or names.last(reader) not in _FIRST or not is_plain(info):
+            continue
+        for norm, parts in _READERS.items():
+            for part in parts:
+                layer, is_inside, _ = reader.partition(f".{part}.")
+                if is_inside:
+                    found[f"{layer}.{norm}"].append(info)
+    return found
+
+
+def _of_readers(inventory: Inventory, source: Checkpoint, readers: Sequence[TensorInfo]) -> int:
+    """How many channels of a norm have a factor that what reads it has not, as far as quantized weights tell."""
+    pairs: list[_Stored] = []
+    for info in readers:
+        module = inventory.modules.get(names.split(info.name)[0])
+        # A weight that is not quantized, as a router, is compared value by value.
+        if module is None or len(info.shape) != 2 or not module.quantized:
+            return 0
+        pairs.append(_Stored(module, Matrix(inventory.checkpoint, module.name), PlainOriginal(source, info, False)))
+    return _strayed(pairs)
+
+
+def _of_down(inventory: Inventory, source: Checkpoint, network: "_Network") -> int:
+    """How many rows of an up projection have a factor that the down projection's columns have not."""
+    name, info = names.split(network.down)[0], source.tensors[network.down]
+    module, parent = inventory.modules.get(name), network.up.name.rpartition(".")[0]
+    own = network.expert is None or module is None
+    module = inventory.modules.get(f"{parent}.{names.last(name)}") if own else module
+    if module is None:
+        return 0
+    original: PlainOriginal | PartOriginal = PlainOriginal(source, info, network.is_transposed)
+    if network.expert is not None:
+        part = ExpertPart(name, info, network.expert, network.is_transposed, 0, 1)
+        original = PartOriginal(PlainOriginal(source, info, network.is_transposed), part)
+    is_turned = bool(module.placement and module.placement.transposed)
+    place = network.expert if module.placement is not None else None
+    return _strayed([_Stored(module, Matrix(inventory.checkpoint, module.name, place, is_turned), original)])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A quantized weight, and what it was made of."""
+
+    module: Module
+    weight: Matrix
+    original: PlainOriginal | PartOriginal
+
+    def rows(self, above: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """FP64 rows as they are decoded, and as they were; none of what cannot be decoded.
+
+        Args:
+            above: How many rows of the stored weight lie above those of the original.
+        """
+        layout, codes, (rows, columns) = self.module.layout, self.module.codes, self.original.shape
+        if not self.module.sound or layout is None or codes is None:
+            return
+        if codes.shape[0] != above + rows or layout.columns(codes) != columns:
+            return
+        step = self.original.step(columns)
+        try:
+            for first in range(0, rows, step):
+                last = min(first + step, rows)
+                before = self.original.rows(None, first, last).double()
+                yield read_rows(self.weight, layout, above + first, above + last).decoded().double(), before
+        except UnreadableTensorError:  # Said where it is compared.
+            return
+
+
+def _strayed(stored: Sequence[_Stored]) -> int:
+    """How many columns of weights are another power of two times what they were made of, and not that itself."""
+    # Sums over rows, chunk by chunk: of squares, of products, and of the original's squares.
+    sums = torch.zeros(3, stored[0].original.shape[1], dtype=torch.float64)
+    for decoded, before in (chunk for one in stored for chunk in one.rows()):
+        sums += torch.stack([decoded.square().sum(0), (decoded * before).sum(0), before.square().sum(0)])
+    squares, products, norms = sums
+    gains = products / torch.where(norms > 0, norms, 1.0)
+    other = torch.where(gains > 0, gains, 1.0).log2().round().exp2()
+    errors = squares - 2 * other * products + other.square() * norms
+    # Of small columns beside large ones rounding leaves too little to tell.
+    return int(((other != 1) & (errors < _CLEAR * other.square() * norms)).sum())
+
+
+def _columns(of_channels: torch.Tensor, is_transposed: bool | None) -> torch.Tensor:
+    """Factors of columns, as they lie in a tensor [out, in], [experts, out, in] or [experts, in, out]."""
+    return of_channels[:, None] if is_transposed else of_channels
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A gated network, or one expert: its up projection, with a factor a row, and the down projection behind it.
+
+    Attributes:
+        up: The module of the export that has the up projection.
+        weight: The weight in it, whose last rows are the up projection's.
+        original: What these were made of.
+        down: Name of the source's down projection.
+        expert: Its place in the source's tensors of all experts; None where it has its own.
+        is_transposed: Whether these are [experts, in, out].
+    """
+
+    up: Module
+    weight: Matrix
+    original: PlainOriginal | PartOriginal
+    down: str
+    expert: int | None
+    is_transposed: bool
+
+    def factors(self, source: Checkpoint, rows: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the source's two tensors are multiplied by, given factors of rows."""
+        up = self.original.info
+        if self.expert is None:
+            yield up.name, rows[:, None]
+            yield self.down, rows.reciprocal()
+            return
+        experts, *matrix = up.shape
+        of_all = torch.ones(experts, matrix[1 if self.is_transposed else 0])
+        # The rows of up lie below those of gate.
+        of_all[self.expert, -len(rows) :] = rows
+        columns = torch.ones(experts, len(rows))
+        columns[self.expert] = rows.reciprocal()
+        first, last = (1, 2) if self.is_transposed else (2, 1)
+        yield up.name, of_all.unsqueeze(first)
+        yield self.down, columns.unsqueeze(last)
+
+
+def _networks(inventory: Inventory, source: Checkpoint, experts: FusedExperts) -> Iterator[_Network]:
+    for name, module in inventory.modules.items():
+        parent, _, last = name.rpartition(".")
+        if last not in _UP_TO_DOWN:
+            continue
+        gate, down = (f"{parent}.{part}.weight" for part in _UP_TO_DOWN[last])
+        up = source.tensors.get(f"{name}.weight")
+        if up is not None and all(_is_matrix(source, each) for each in (up.name, gate, down)):
+            weight = Matrix(inventory.checkpoint, name)
+            yield _Network(module, weight, PlainOriginal(source, up, False), down, None, False)
+    for info in source.tensors.values():
+        yield from _in_one_tensor(inventory, source, experts, info)
+
+
+def _in_one_tensor(
+    inventory: Inventory, source: Checkpoint, experts: FusedExperts, info: TensorInfo
+) -> Iterator[_Network]:
+    """Those whose gate and up projections are in one tensor of all experts, in the source at least."""
+    name = names.split(info.name)[0]
+    is_transposed, down = experts.is_transposed(name), f"{name.rpartition('.')[0]}.down_proj.weight"
+    is_first = names.last(name) == "gate_up_proj" and len(info.shape) == 3 and is_plain(info)
+    if is_transposed is None or not is_first or down not in source.tensors:
+        return
+    for expert in range(info.shape[0]):
+        apart = experts.apart(name, expert)
+        up = apart[1] if len(apart) > 1 else f"{name}.{expert}"
+        part = ExpertPart(up, info, expert, is_transposed, 1, 2)
+        original = PartOriginal(PlainOriginal(source, info, is_transposed), part)
+        if (module := inventory.modules.get(name)) is not None and module.placement is not None:
+            weight = Matrix(inventory.checkpoint, name, expert, module.placement.transposed)
+        elif (module := inventory.modules.get(names.split(up)[0])) is not None:
+            weight = Matrix(inventory.checkpoint, module.name)
+        else:
+            continue
+        yield _Network(module, weight, original, down, expert, is_transposed)
+
+
+def _is_matrix(source: Checkpoint, name: str) -> bool:
+    info = source.tensors.get(name)
+    return info is not None and is_plain(info) and len(info.shape) == 2
+
+
+def _of_rows(network: _Network) -> torch.Tensor | None:
+    """Powers of two nearest to the sizes of an export's rows over the source's, FP32 [out]; None where all are 1."""
+    stored, codes = _Stored(network.up, network.weight, network.original), network.up.codes
+    above = codes.shape[0] - network.original.shape[0] if codes is not None else 0
+    found = []
+    for decoded, before in stored.rows(above):
+        norms = before.square().sum(1)
+        gains = (decoded * before).sum(1) / torch.where(norms > 0, norms, 1.0)
+        # What is not positive has no factor, and is wrong by any.
+        found.append(torch.where(gains > 0, gains, 1.0).log2().round().clamp(-64, 64).exp2())
+    factors = torch.cat(found).float() if found else torch.ones(1)
+    return None if bool((factors == 1).all()) or len(factors) != network.original.shape[0] else factors
