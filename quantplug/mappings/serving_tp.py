@@ -36,6 +36,7 @@ _COLUMN_PARALLEL = frozenset({
     "in_proj_qkv", "in_proj_z",
 })  # fmt: skip
 _KEY_VALUE = frozenset({"k_proj", "v_proj"})
+_OF_MAMBA = "in_proj"
 _TOLD = 2  # of what stands against a size
 
 
@@ -152,10 +153,9 @@ def of_linears(linears: Iterable[BlockedLinear], dims: ModelDimensions | None) -
     seen: set[tuple[str, tuple[int, int]]] = set()
     for linear in held:
         kind = kind_of(linear.module), linear.shape
-        cut = None if kind in seen else _cut_of(linear, modules, dims)
-        seen.add(kind)
-        if cut is not None and cut.whole > 1:
-            yield linear, cut
+        if kind not in seen:
+            seen.add(kind)
+            yield from ((linear, cut) for cut in _cuts_of(linear, modules, dims) if cut.whole > 1)
 
 
 def of_checkpoint(linears: Iterable[BlockedLinear], dims: ModelDimensions | None) -> ServingTp:
@@ -170,16 +170,19 @@ def of_checkpoint(linears: Iterable[BlockedLinear], dims: ModelDimensions | None
     return serving_tp([*heads, *named])
 
 
-def _cut_of(linear: BlockedLinear, modules: set[str], dims: ModelDimensions | None) -> Cut | None:
+def _cuts_of(linear: BlockedLinear, modules: set[str], dims: ModelDimensions | None) -> Iterator[Cut]:
     """How ranks divide a linear: of most formats blocks lie along in_features alone; FP8 has square ones."""
     parent, _, name = linear.module.rpartition(".")
     (rows, columns), (block_rows, block_columns) = linear.shape, linear.block
-    if name in _ROW_PARALLEL:
-        return Cut("in_features", columns, block_columns)
     below = (parts[parts.index(name) + 1 :] for parts, _ in MERGED if name in parts)
     merged = any(f"{parent}.{other}" in modules for others in below for other in others)
-    if name in _COLUMN_PARALLEL:
-        return Cut("out_features", rows, block_rows, merged=merged)
-    if name in _KEY_VALUE and dims is not None:
-        return Cut("out_features", rows, block_rows, most=dims.num_query_groups, merged=merged)
-    return None
+    if name in _ROW_PARALLEL:
+        yield Cut("in_features", columns, block_columns)
+    elif name in _COLUMN_PARALLEL:
+        yield Cut("out_features", rows, block_rows, merged=merged)
+    elif name in _KEY_VALUE and dims is not None:
+        yield Cut("out_features", rows, block_rows, most=dims.num_query_groups, merged=merged)
+    elif name == _OF_MAMBA and dims is not None and dims.mamba is not None:
+        # Servers take it for z, x, B, C and dt, one below the other: the last may end inside a block.
+        yield Cut("out_features of z and x", dims.mamba.inner, block_rows, merged=True)
+        yield Cut("out_features of B and C", dims.mamba.states, block_rows, merged=True)

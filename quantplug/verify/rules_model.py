@@ -12,7 +12,7 @@ from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, ranges, warning
 
 _MOST_LISTED = 100_000
-_SERVING_TP = (2, 4, 8)
+_SERVING_TP = (1, 2, 4, 8)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 

@@ -1,13 +1,14 @@
 """Tensor-parallel sizes of servers, held against what users of published checkpoints have met."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.serving_tp import SIZES, Cut, of_heads, serving_tp
+from quantplug.mappings.layouts import MambaSizes, ModelDimensions
+from quantplug.mappings.serving_tp import SIZES, BlockedLinear, Cut, of_checkpoint, of_heads, serving_tp
 
 BLOCK = 128
 
@@ -54,6 +55,19 @@ def test_what_ends_amid_a_block_and_is_merged_cannot_be_served_at_all() -> None:
     (limit,) = serving_tp([Cut("rows of gate", 192, BLOCK, merged=True)]).limits
     assert limit.refused == SIZES
     assert serving_tp([Cut("rows of o", 192, BLOCK)]).sizes == (1,)
+
+
+def test_what_servers_take_for_several_linears_is_cut_as_several() -> None:
+    """Mamba's in_proj: vLLM 0.32 makes z, x, B, C and dt of it (`MambaMixer2` in layers/mamba/mamba_mixer2.py)."""
+    mamba = replace(dims(64, 8), mamba=MambaSizes(num_heads=64, head_dim=64, num_groups=8, state_dim=128, kernel=4))
+    projection = BlockedLinear("backbone.layers.0.mixer.in_proj", (2 * 4096 + 2 * 1024 + 64, 2688), (BLOCK, BLOCK))
+
+    found = of_checkpoint([projection], mamba)
+
+    assert found.sizes == (1, 2, 4, 8)
+    assert "out_features of B and C of mixer.in_proj" in {it.what for it in found.limits if 16 in it.refused}
+    amiss = replace(mamba, mamba=replace(mamba.mamba, head_dim=63))
+    assert of_checkpoint([projection], amiss).sizes == ()
 
 
 @given(st.integers(1, 4096), st.sampled_from([1, 16, 32, 128]), st.sampled_from(SIZES[1:]))

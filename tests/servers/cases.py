@@ -39,6 +39,8 @@ DELTA: Sizes = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
+# Of Mamba's one projection every part but the last ends on a block.
+MAMBA: Sizes = {"mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 2, "ssm_state_size": 64}
 # Halves of what a head turns, by axes.
 AXES: Mapping[str, list[int]] = {
     "qwen3_vl_tied": [12, 10, 10],
@@ -61,6 +63,9 @@ OWN_SIZES: Mapping[str, Sizes] = {
     "qwen3_5_moe": DELTA,
     "qwen3_5_vl": DELTA,
     "qwen3_5_vl_moe": DELTA,
+    "nemotron_h": MAMBA,
+    "nemotron_h_moe": MAMBA,
+    "nemotron_h_latent": MAMBA,
 }
 
 

@@ -7,7 +7,8 @@ row's `scale_group` names them.
 The last blocks of a weight by itself may be partial. Where linears are put below one another to become one, a block in
 the middle would belong to two of them, and the merged table of scales has no row for that: vLLM 0.33 asks that of a
 merged linear all sizes but the last are multiples of the block's rows (`validate_fp8_block_shape` in
-quantization/utils/fp8_utils.py). The width of routed experts must be one in any case (`Fp8MoEMethod` in
+quantization/utils/fp8_utils.py). So it is of one tensor that servers take for several, as Mamba's `in_proj`
+(`MambaMixer2` in layers/mamba/mamba_mixer2.py). The width of routed experts must be one in any case (`Fp8MoEMethod` in
 quantization/fp8.py).
 """
 
@@ -22,6 +23,7 @@ from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats import WeightFormat
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
+from quantplug.mappings.segments import SegmentedAlike
 from quantplug.mappings.table import ParamKey, WeightMapping
 
 _PARTIAL = Kind(
@@ -178,14 +180,24 @@ def _merged_linears(
                 merged = next((linear.name for linear in row.merged if pattern in linear.parts), None)
                 # Parts of a scale group come together over several weights; where a row says that a server makes two
                 # modules of one weight, each has parts of its own.
-                linears[groups.get(whole.key, whole.key), merged].append(
-                    _Part(whole, name, shape, schemes[whole.key].weight)
-                )
+                linears[groups.get(whole.key, whole.key), merged] += [
+                    _Part(whole, name, segment, schemes[whole.key].weight) for segment in _segments(row, shape, dims)
+                ]
     return iter(linears.values())
 
 
+def _segments(row: WeightMapping, shape: tuple[int, ...], dims: ModelDimensions) -> Iterator[tuple[int, ...]]:
+    """The shapes of what servers take a tensor for: several linears, where it is in segments, or one."""
+    if not isinstance(row.layout, SegmentedAlike):
+        yield shape
+        return
+    for rows in row.layout.sizes(dims):
+        yield rows, *shape[1:]
+
+
 def _merged_reason(cut: _Part, merged: Sequence[_Part]) -> str:
-    others = ", ".join(_short(part) for part in merged if part is not cut)
+    names = [_short(part) for part in merged if part is not cut]
+    others = "its other parts" if set(names) == {_short(cut)} else ", ".join(names)
     return (
         f"{cut.packing.name}: out_features {cut.shape[0]} of {_short(cut)} end inside a block of {cut.step} rows, "
         f"and servers merge it with {others}"

@@ -9,6 +9,7 @@ from quantplug.errors import ShapeError
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, Layout, ModelDimensions
+from quantplug.mappings.segments import SegmentedAlike
 from quantplug.mappings.table import Family, MegatronConfig, Role, Scope, WeightMapping
 
 FP8_BLOCK = QuantizerState("", (4, 3), ((-2, 128), (-1, 128)), amax=0.5)
@@ -28,6 +29,8 @@ ROWS = {
     "gate_up": row("gate_up", ("gate_proj", "up_proj"), GATED),
     "first": row("first", ("q_a_proj",), scale_group=GROUP),
     "last": row("last", ("kv_a_proj",), scale_group=GROUP),
+    # As Mamba's: one tensor, which servers take for three linears.
+    "segments": row("segments", ("in_proj",), SegmentedAlike(lambda dims: (2 * dims.head_dim, dims.head_dim, 4))),
 }
 EXPERTS = {
     "fc1": WeightMapping(
@@ -64,6 +67,7 @@ def plan(shapes: dict[str, tuple[int, int]], quantizer: QuantizerState = FP8_BLO
         ({"qkv": (8 * 64, 300)}, {"head_dim": 64}),  # q has 256 rows, k and v have 128 each.
         ({"first": (128, 300), "last": (192, 300)}, {}),
         ({"fc1": (256, 300), "fc2": (300, 128)}, {"experts": 2}),
+        ({"segments": (3 * 128 + 4, 300)}, {}),
     ],
 )
 def test_a_partial_block_in_the_last_part_or_alone_is_written(
@@ -79,6 +83,8 @@ def test_a_partial_block_in_the_last_part_or_alone_is_written(
         ({"qkv": (8 * 48, 256)}, {"head_dim": 48}, ["qkv"], "192 of q_proj"),
         ({"qkv": (8 * 32, 256)}, {"head_dim": 32}, ["qkv"], "64 of k_proj"),
         ({"first": (64, 256), "last": (128, 256)}, {}, ["first", "last"], "64 of q_a_proj end inside"),
+        # 196 rows would be a block and a partial last one, were they of one linear.
+        ({"segments": (3 * 64 + 4, 256)}, {"head_dim": 64}, ["segments"], "64 of in_proj end inside"),
         ({"fc1": (2 * 96, 256), "fc2": (256, 96)}, {"experts": 1}, ["layers.0.fc1", "layers.0.fc2"], "width 96"),
     ],
 )
