@@ -18,11 +18,11 @@ def proved(directory: Path, source: Path | None, html: Path | None, bar: ByteBar
     if html is None:
         return None
     from quantplug.html_report import write_html  # Without a page, nothing need wait for the judge.
-    from quantplug.verify import verify_checkpoint
+    from quantplug.verify import judge
 
-    report = verify_checkpoint(directory, source, partial(bar, "verifying"))
-    write_html(report, html)
-    return report
+    judgement = judge(directory, source, partial(bar, "verifying"))
+    write_html(judgement, html)
+    return judgement.report
 
 
 def print_proved(report: "VerifyReport | None", console: Console) -> None:

@@ -47,7 +47,7 @@ def verify(
     from quantplug.calibration.statistics import CalibrationTable  # Help need not wait for torch.
     from quantplug.cli.report import print_report
     from quantplug.html_report import write_html
-    from quantplug.verify import verify_checkpoint
+    from quantplug.verify import judge
 
     def kept() -> str:
         if resume is None:
@@ -58,12 +58,13 @@ def verify(
         run_family_files(family or ())
         statistics = None if stats is None else CalibrationTable.load(stats)
         with here.byte_bar() as bar:
-            report = verify_checkpoint(directory, source, partial(bar, "reading"), resume=resume)
+            judgement = judge(directory, source, partial(bar, "reading"), resume=resume)
+        report = judgement.report
         # Before the table is printed: where the file cannot be written, the exit status is 2 and nothing looks like a
         # verdict.
         here.write_json_text(report.to_json())
         if html is not None:
-            write_html(report, html, statistics)
+            write_html(judgement, html, statistics)
         print_report(report, here.console, limit)
         # 1 is a verdict, 2 that there is none: scripts must be able to tell a bad checkpoint from a mistyped path.
         raise typer.Exit(0 if report.ok else 1)

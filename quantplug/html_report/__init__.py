@@ -7,22 +7,22 @@ from quantplug.calibration.statistics import CalibrationTable
 from quantplug.html_report.content import content
 from quantplug.html_report.render import render
 from quantplug.html_report.survey import survey
-from quantplug.verify import VerifyReport, inventory_of
+from quantplug.verify import Judgement
 
 __all__ = ["write_html"]
 
 
-def write_html(report: VerifyReport, path: Path, statistics: CalibrationTable | None = None) -> None:
+def write_html(judgement: Judgement, path: Path, statistics: CalibrationTable | None = None) -> None:
     """Writes the page, complete or not at all.
 
-    Reads the headers, all scales and a sample of the codes of the judged directory, after the judge.
+    Reads a sample of the codes of the judged directory, after the judge, and of its scales those that the judge has not
+    counted: of more than eight bits, or read in a run before.
 
     Args:
         statistics: What calibration saw of the experts, for pictures of tokens and amaxes.
 
     Raises:
-        SourceError: The directory is there no more.
         OSError: The file cannot be written.
     """
-    inventory = inventory_of(Path(report.directory))
-    write_atomically(path, render(content(report, inventory, survey(inventory), statistics)))
+    found = survey(judgement.inventory, judgement.values)
+    write_atomically(path, render(content(judgement.report, judgement.inventory, found, statistics)))

@@ -12,6 +12,7 @@ from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
 from quantplug.verify.decode import E2M1_VALUES, E4M3_VALUES, E8M0_VALUES
 from quantplug.verify.layouts import Fp8Layout, Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.modules import Module
+from quantplug.verify.values import Values
 
 # Codes that are looked at, of all weights together: as many as a reader waits for, and far more than a chart can show.
 _SAMPLED_BYTES = 512 * 1024 * 1024
@@ -83,8 +84,11 @@ def of_codes(checkpoint: Checkpoint, module: Module, most: int) -> Histogram:
     return found
 
 
-def of_scales(checkpoint: Checkpoint, module: Module) -> ScalesFound:
+def of_scales(checkpoint: Checkpoint, module: Module, values: Values) -> ScalesFound:
     """All scales of a sound module.
+
+    Args:
+        values: What the judge has kept of them; what it has not is read.
 
     Raises:
         UnreadableTensorError: The file cannot give them.
@@ -92,14 +96,13 @@ def of_scales(checkpoint: Checkpoint, module: Module) -> ScalesFound:
     layout = _layout(module)
     info = module.tensors[_scales(layout)]
     largest, spread = 0.0, Histogram(of=prod(info.shape))
-    for _, rows in checkpoint.chunks(info.name):
-        of_rows, counted = _counted(info, layout, rows)
+    for of_rows, counted in _counted(checkpoint, info, layout, values):
         largest = max(largest, of_rows)
         for value, count in counted:
             spread.counts[value] += count
             spread.counted += count
     if isinstance(layout, Nvfp4Layout):
-        tensor_scale = float(checkpoint.read(module.tensors[layout.tensor_scale].name).reshape(()))
+        tensor_scale = _scalar(checkpoint, module.tensors[layout.tensor_scale].name, values)
         # compressed-tensors stores what ModelOpt's is the reciprocal of.
         largest *= (1 / tensor_scale if tensor_scale else math.inf) if layout.reciprocal else tensor_scale
     return ScalesFound(largest * _largest_code(layout), spread if spread.of > 1 else None)
@@ -136,22 +139,40 @@ def _values(layout: Layout, byte: int) -> tuple[float, ...]:
             return (E2M1_VALUES[byte & 15].item(), E2M1_VALUES[byte >> 4].item())
 
 
-def _counted(info: TensorInfo, layout: Layout, rows: torch.Tensor) -> tuple[float, Iterable[tuple[float, int]]]:
+def _scalar(checkpoint: Checkpoint, name: str, values: Values) -> float:
+    return values.scalars[name] if name in values.scalars else float(checkpoint.read(name).reshape(()))
+
+
+def _counted(
+    checkpoint: Checkpoint, info: TensorInfo, layout: Layout, values: Values
+) -> Iterator[tuple[float, Iterable[tuple[float, int]]]]:
+    """Of each part of a tensor the largest scale, and (scale, how often) of all."""
+    if info.dtype in _EIGHT_BITS and info.name in values.scales:
+        yield _of_bytes(info, layout, values.scales[info.name])
+    elif info.name in values.scalars:
+        yield _of_rows(info, layout, torch.tensor(values.scalars[info.name], dtype=torch.float64))
+    else:
+        yield from (_of_rows(info, layout, rows) for _, rows in checkpoint.chunks(info.name))
+
+
+def _of_rows(info: TensorInfo, layout: Layout, rows: torch.Tensor) -> tuple[float, Iterable[tuple[float, int]]]:
     """The largest scale, and (scale, how often): each value of eight bits; of others the quarter of an octave."""
     if info.dtype in _EIGHT_BITS:
-        exponents = isinstance(layout, Mxfp4Layout) or (isinstance(layout, Fp8Layout) and layout.exponents)
-        values = E8M0_VALUES if exponents or info.dtype == "F8_E8M0" else E4M3_VALUES
-        counts = torch.bincount(rows.view(torch.uint8).flatten().int(), minlength=256)
-        # NaN is no value that a chart has a place for, and a finding of the judge's.
-        present = (counts.bool() & values.isfinite()).nonzero().flatten()
-        kinds, counts = values[present], counts[present]
-        largest = kinds.max().item() if len(kinds) else 0.0
-    else:
-        scales = rows.double().flatten()
-        scales = scales[(scales > 0) & scales.isfinite()]
-        kinds, counts = ((scales.log2() * 4).floor() / 4).exp2().unique(return_counts=True)
-        largest = scales.max().item() if len(scales) else 0.0
-    return largest, zip(kinds.tolist(), counts.tolist(), strict=True)
+        return _of_bytes(info, layout, torch.bincount(rows.view(torch.uint8).flatten(), minlength=256))
+    scales = rows.double().flatten()
+    scales = scales[(scales > 0) & scales.isfinite()]
+    kinds, counts = ((scales.log2() * 4).floor() / 4).exp2().unique(return_counts=True)
+    return (scales.max().item() if len(scales) else 0.0), zip(kinds.tolist(), counts.tolist(), strict=True)
+
+
+def _of_bytes(info: TensorInfo, layout: Layout, counts: torch.Tensor) -> tuple[float, Iterable[tuple[float, int]]]:
+    """As `_of_rows`, of how often each byte occurs."""
+    exponents = isinstance(layout, Mxfp4Layout) or (isinstance(layout, Fp8Layout) and layout.exponents)
+    values = E8M0_VALUES if exponents or info.dtype == "F8_E8M0" else E4M3_VALUES
+    # NaN is no value that a chart has a place for, and a finding of the judge's.
+    present = (counts.bool() & values.isfinite()).nonzero().flatten()
+    kinds = values[present]
+    return (kinds.max().item() if len(kinds) else 0.0), zip(kinds.tolist(), counts[present].tolist(), strict=True)
 
 
 def _sampled(checkpoint: Checkpoint, info: TensorInfo, most: int) -> Iterator[torch.Tensor]:

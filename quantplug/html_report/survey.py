@@ -12,6 +12,7 @@ from quantplug.verify.checkpoint import Checkpoint, UnreadableTensorError
 from quantplug.verify.known import KnownArchitecture
 from quantplug.verify.layouts import is_plain
 from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.values import Values
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Survey:
     scales: dict[tuple[str, str], Histogram]
 
 
-def survey(inventory: Inventory) -> Survey:
-    """Reads headers, all scales, and an even sample of codes (`samples_of`) of a checkpoint.
+def survey(inventory: Inventory, values: Values) -> Survey:
+    """Counts all scales, and reads an even sample of codes (`samples_of`), of a checkpoint.
 
     A tensor that cannot be read is left out: that it cannot be is the judge's to say.
     """
@@ -70,7 +71,7 @@ def survey(inventory: Inventory) -> Survey:
     for module in sound:
         group = (_format(module), _kind(module))
         try:
-            found = of_scales(inventory.checkpoint, module)
+            found = of_scales(inventory.checkpoint, module, values)
             codes[group].add(of_codes(inventory.checkpoint, module, samples_of(len(sound))))
         except UnreadableTensorError:
             found = None

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantplug.mappings.serving_tp import of_checkpoint
@@ -75,6 +75,30 @@ def verify_checkpoint(
         SourceError: One of the two is not a directory.
         ArgumentError: Progress cannot be kept in `resume`.
     """
+    return judge(directory, source, on_progress, resume=resume).report
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, and what it was found by, for those who show more of it.
+
+    Attributes:
+        values: What was left behind when all values were read.
+    """
+
+    report: VerifyReport
+    inventory: Inventory
+    values: values.Values
+
+
+def judge(
+    directory: str | Path,
+    source: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+    *,
+    resume: str | Path | None = None,
+) -> Judgement:
+    """As `verify_checkpoint`."""
     inventory, findings = _opened(Path(directory))
     export, fused = inventory.checkpoint, inventory.fused
     original, source_findings = open_checkpoint(Path(source), is_source=True) if source is not None else (None, [])
@@ -88,12 +112,12 @@ def verify_checkpoint(
         original = tied_head.with_embedding(original, known_source.family.tied if known_source else {})
     checkpoints = [export] if original is None else [export, original]
     with nullcontext() if resume is None else Journal(Path(resume), checkpoints) as journal:
-        errors = _judge(inventory, original, source_experts, findings, on_progress, journal)
+        errors, read = _judge(inventory, original, source_experts, findings, on_progress, journal)
     findings += export.changed()
     findings += map(of_source, original.changed() if original is not None else ())
     # Rules speak in a module's spelling; a user looks for the name that is on disk.
     findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
-    return VerifyReport(
+    report = VerifyReport(
         directory=str(directory),
         source=None if source is None else str(source),
         quantization=inventory.scheme.label,
@@ -105,15 +129,7 @@ def verify_checkpoint(
             rules_model.quantized_linears(inventory), None if inventory.known is None else inventory.known.dims
         ),
     )
-
-
-def inventory_of(directory: Path) -> Inventory:
-    """The modules of a checkpoint as the rules see them, for those who show what they are and do not judge it.
-
-    Raises:
-        SourceError: It is not a directory.
-    """
-    return _opened(directory)[0]
+    return Judgement(report, inventory, read)
 
 
 def _opened(directory: Path) -> tuple[Inventory, list[Finding]]:
@@ -138,8 +154,8 @@ def _judge(
     findings: list[Finding],
     on_progress: OnProgress | None,
     journal: Journal | None,
-) -> list[TensorError]:
-    """Appends the findings of all rules and gives the measured errors."""
+) -> tuple[list[TensorError], values.Values]:
+    """Appends the findings of all rules and gives the measured errors, and what reading all values left behind."""
     for rule in _RULES:
         findings.extend(rule(inventory))
     to_read = values.bytes_to_read(inventory) + (source_rules.bytes_to_read(original) if original is not None else 0)
@@ -156,7 +172,7 @@ def _judge(
     export = inventory.checkpoint
     findings += tied_head.lost_head(export.config, export, "the export")
     if original is None:
-        return []
+        return [], read
     findings += [*settings.settings(export, original), *side_files.side_files(export.directory, original.directory)]
     # Without a head readers compute with the embedding. Whether that is right, the source's head tells.
     if not any(names.last(module) == "lm_head" for module in inventory.modules):
@@ -167,7 +183,7 @@ def _judge(
     originals = Originals(unfolded, read_scheme(original)[0])
     errors, compare_findings = source_rules.compare(inventory, originals, source_experts, on_bytes, journal)
     findings.extend(compare_findings)
-    return errors
+    return errors, read
 
 
 def _order(finding: Finding) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """Reads every value once: nothing NaN or Inf, scales positive; keeps the scalars for those on sharing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,13 +35,20 @@ class BlockScaleCount:
 
 @dataclass
 class Values:
-    """What reading all values left behind."""
+    """What reading all values left behind.
+
+    Attributes:
+        scales: How often each byte occurs in a tensor of scales of eight bits, int64 [256], by its name; not of tensors
+            that were read in a run before this one.
+    """
 
     scalars: dict[str, float] = field(default_factory=dict)
     block_scales: dict[str, BlockScaleCount] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, other: "Values") -> None:
         self.scalars |= other.scalars
+        self.scales |= other.scales
         for name, count in other.block_scales.items():
             total = self.block_scales.setdefault(name, BlockScaleCount())
             total.scales += count.scales
@@ -76,7 +83,7 @@ def read_values(inventory: Inventory, on_bytes: OnBytes, journal: Journal | None
 
 def _to_json(judged: tuple[Values, list[Finding]]) -> Any:
     values, findings = judged
-    return [asdict(values), findings_to_json(findings)]
+    return [asdict(replace(values, scales={})), findings_to_json(findings)]
 
 
 def _of_json(kept: Any) -> tuple[Values, list[Finding]]:
@@ -115,16 +122,20 @@ def _tensor(inventory: Inventory, name: str, values: Values) -> Iterator[Finding
         else:
             codes = chunk.view(torch.uint8)
             broken = _non_finite_codes(codes, dtype)
-            if dtype == "F8_E4M3" and is_scale:
-                # Negative numbers, by their sign bit. Zero is allowed: it is the scale of a block of zeros. 0xFF is a
-                # NaN and counted as one.
-                low += int(((codes > 0x80) & (codes != 0xFF)).sum())
-                _count_subnormal(values, inventory.modules[module], codes)
+            if is_scale or dtype == "F8_E8M0":
+                counts = torch.bincount(codes.flatten(), minlength=256)
+                values.scales[name] = values.scales[name] + counts if name in values.scales else counts
         if broken.any():
             bad += int(broken.sum())
             # The first axis of a tensor of all experts is the expert: a finding names those that are spoiled.
             if fused and broken.dim():
                 spoiled.update((first + broken.flatten(1).any(dim=1).nonzero().flatten()).tolist())
+    if dtype == "F8_E4M3" and is_scale:
+        counts = values.scales.get(name, torch.zeros(256, dtype=torch.int64))
+        # Negative numbers, by their sign bit. Zero is allowed: it is the scale of a block of zeros. 0xFF is a NaN and
+        # counted as one.
+        low = int(counts[0x81:0xFF].sum())
+        _count_subnormal(values, inventory.modules[module], counts)
     if bad:
         where = f", in experts {ranges(sorted(spoiled))}" if spoiled else ""
         yield error(Check.FINITE, name, f"{bad} values are NaN or Inf{where}")
@@ -152,11 +163,11 @@ def _non_finite_codes(codes: torch.Tensor, dtype: str) -> torch.Tensor:
     return (codes & 0x7F) >= (0x7F if dtype == "F8_E4M3" else 0x7C)
 
 
-def _count_subnormal(values: Values, module: Module, codes: torch.Tensor) -> None:
+def _count_subnormal(values: Values, module: Module, counts: torch.Tensor) -> None:
     """E4M3 codes 1 to 7 have exponent 0: below 2^-6."""
     count = values.block_scales.setdefault(kind_of(module.name), BlockScaleCount())
-    subnormal = int(((codes >= 1) & (codes <= 7)).sum())
-    count.scales += codes.numel()
+    subnormal = int(counts[1:8].sum())
+    count.scales += int(counts.sum())
     count.subnormal += subnormal
     count.tensors += subnormal > 0
 

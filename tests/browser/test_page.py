@@ -16,7 +16,7 @@ import pytest
 from quantplug import quantize_checkpoint
 from quantplug.html_report import write_html
 from quantplug.html_report.render import render
-from quantplug.verify import verify_checkpoint
+from quantplug.verify import judge
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: make browser")
@@ -63,7 +63,7 @@ class Opened:
 def report(tiny_qwen3_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
     quantize_checkpoint(tiny_qwen3_moe_dir, directory / "export", "w4a16_nvfp4")
-    write_html(verify_checkpoint(directory / "export", tiny_qwen3_moe_dir), directory / "page.html")
+    write_html(judge(directory / "export", tiny_qwen3_moe_dir), directory / "page.html")
     return directory / "page.html"
 
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from quantplug import quantize_checkpoint
 from quantplug.html_report import write_html
-from quantplug.verify import verify_checkpoint
+from quantplug.verify import judge, verify_checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import error
 from tests.cli.shell import run
@@ -75,7 +76,7 @@ def stored(export: Path) -> dict[str, torch.Tensor]:
 
 
 def page_of(export: Path, source: Path | None, directory: Path) -> Page:
-    write_html(verify_checkpoint(export, source), directory / "page.html")
+    write_html(judge(export, source), directory / "page.html")
     return Page((directory / "page.html").read_text())
 
 
@@ -116,6 +117,38 @@ def test_histograms_count_codes_and_scales(nvfp4: Path, tmp_path: Path) -> None:
     (scales,) = (found for found in data["scales"] if found["kind"] == "mlp.experts.up_proj")
     held = [scale for name, scale in export.items() if re.search(r"experts\.\d+\.up_proj\.weight_scale$", name)]
     assert dict(map(tuple, scales["bars"])) == Counter(torch.cat(held).float().flatten().tolist())
+
+
+def test_scales_are_those_that_the_judge_has_read(nvfp4: Path, tmp_path: Path) -> None:
+    """Not read again: the page and the verdict are of the same bytes, whatever becomes of the files meanwhile."""
+    shutil.copytree(nvfp4, tmp_path / "export")
+    judgement = judge(tmp_path / "export")
+    (file,) = (tmp_path / "export").glob("*.safetensors")
+    others = {
+        name: tensor * 2 if name.endswith("weight_scale_2") else tensor for name, tensor in load_file(file).items()
+    }
+    for name, tensor in others.items():
+        if name.endswith("weight_scale"):
+            others[name] = torch.ones_like(tensor)
+    save_file(others, file)
+
+    write_html(judgement, tmp_path / "page.html")
+
+    page, wanted = Page((tmp_path / "page.html").read_text()).data, page_of(nvfp4, None, tmp_path).data
+    assert page["scales"] == wanted["scales"]
+    assert [row[AMAX] for row in page["weights"]] == [row[AMAX] for row in wanted["weights"]]
+
+
+def test_what_an_interrupted_judge_has_read_is_read_again(nvfp4: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(nvfp4, None, interrupt, resume=tmp_path / "journal")
+    write_html(judge(nvfp4, None, resume=tmp_path / "journal"), tmp_path / "page.html")
+
+    assert Page((tmp_path / "page.html").read_text()).data == page_of(nvfp4, None, tmp_path).data
 
 
 @pytest.mark.parametrize("form", ["fp8_blockwise", "fp8_dynamic", "int4", "mxfp8", "w4a16_nvfp4"])
@@ -180,11 +213,12 @@ def test_statistics_become_pictures_of_experts(nvfp4: Path, tmp_path: Path) -> N
 
 def test_hostile_text_stays_text(nvfp4: Path, tmp_path: Path) -> None:
     """Names and paths come from strangers: they end no script and begin none."""
-    report = verify_checkpoint(nvfp4)
+    judgement = judge(nvfp4)
     finding = error(Check.NAMES, HOSTILE, HOSTILE)
     clean, hostile = tmp_path / "clean.html", tmp_path / "hostile.html"
-    write_html(report, clean)
-    write_html(replace(report, findings=(finding,), quantization=HOSTILE), hostile)
+    write_html(judgement, clean)
+    report = replace(judgement.report, findings=(finding,), quantization=HOSTILE)
+    write_html(replace(judgement, report=report), hostile)
 
     assert Page(hostile.read_text()).elements == Page(clean.read_text()).elements
     assert Page(hostile.read_text()).data["findings"][0][2:] == [HOSTILE, HOSTILE]
