@@ -112,6 +112,7 @@ def test_what_servers_load_in_16_bits_is_refused(
         quantize_checkpoint(checkpoint(name), tmp_path / "out", **arguments, quantize_lm_head=True)
     assert [offender.parameter for offender in caught.value.offenders] == [HEAD]
     assert "--exclude lm_head" in caught.value.remedy
+    assert "experts" not in caught.value.remedy
     assert not (tmp_path / "out").exists()
 
 

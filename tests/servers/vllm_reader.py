@@ -51,6 +51,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import compressed_tensors, fp8, modelopt, mxfp4
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import base_loader, default_loader
 from vllm.model_executor.models import registry
 from vllm_decode import dense
@@ -59,6 +60,7 @@ from vllm_operators import UngatedExperts, replace_operators
 POISON = 0x7F
 """In a byte: NaN in E4M3, and a number that no weight is full of in the others."""
 
+PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 
 loaded: list[str] = []
@@ -151,7 +153,7 @@ def made_dense(process: Any) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, RoutedExperts) and not isinstance(module.quant_method, UnquantizedFusedMoEMethod):
                 _dense_experts(module)
-            elif isinstance(module, LinearBase) and not isinstance(module.quant_method, UnquantizedLinearMethod):
+            elif isinstance(module, LinearBase | ParallelLMHead) and not isinstance(module.quant_method, PLAIN):
                 _dense_linear(module)
             scales_of_caches.update(_cache_scales(name, module))
         process(model, *args)
@@ -159,7 +161,7 @@ def made_dense(process: Any) -> Any:
     return processed
 
 
-def _dense_linear(layer: LinearBase) -> None:
+def _dense_linear(layer: LinearBase | ParallelLMHead) -> None:
     parameters = dict(layer.named_parameters(recurse=False))
     values = _values(parameters, "", getattr(layer, "logical_widths", None))
     _replace(layer, parameters, {"weight": values, "bias": parameters.get("bias")})

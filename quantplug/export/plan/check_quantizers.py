@@ -173,7 +173,7 @@ def check_served(
         for row in others
         if not any(Policy.of(row).why_unserved(mapping) for mapping in rows.values() if mapping.scope is Scope.EXPERT)
     ]
-    if served:
+    if served and any(whole.key.expert is not None for whole, *_ in unserved):
         way_out = _or_else(f"Choose {' or '.join(served)}, in which servers load experts.", way_out)
     kind = Kind(UnsupportedQuantizationError, _UNSERVED, way_out)
     for whole, scheme, why in unserved:

@@ -279,7 +279,7 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, assert_interprete
             *POWERS,
         ):
             calls.append(packing(encoding, group, scales))
-    assert_interpreted_as_the_reference(calls)
+    assert_interpreted_as_the_reference(calls, large=4)
 
 
 def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) -> None:
@@ -302,7 +302,7 @@ def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) 
     exponents = block_scales[..., :16].contiguous()
     calls.append(Call("unpack", "MXFP4_ENCODING", [values], (pairs, exponents)))
     calls.append(Call("unpack", "MXFP8_ENCODING", [halves], (codes, exponents[:, 64:192, :8].contiguous())))
-    assert_interpreted_as_the_reference(calls)
+    assert_interpreted_as_the_reference(calls, large=4)
 
 
 WEIGHTS = {"*bf16": tl.bfloat16, "*fp16": tl.float16, "*fp32": tl.float32}

@@ -57,7 +57,8 @@ OF_ALL_ENDS = """
 import torch
 from quantplug.formats import FP8, NVFP4, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8
 from quantplug.formats.kernels import kernels_for
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
+# Of each width one: the loops of two types of a width have the same bounds.
+for dtype in (torch.bfloat16, torch.float32):
     # Neither a whole number of tiles nor of pieces.
     small, large = torch.randn(3, 48).to(dtype), torch.randn(130, 2064).to(dtype)
     for weight in (small, large, torch.randn(2064, 144).to(dtype).t()):
@@ -71,7 +72,8 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
 
 def test_no_loop_reads_or_writes_beyond_its_arrays() -> None:
-    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1"}
+    # Not optimized, which takes the compiler longer than the loops need.
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "0"}
     run = subprocess.run(
         [sys.executable, "-c", OF_ALL_ENDS],
         cwd=REPOSITORY,
