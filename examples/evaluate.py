@@ -10,23 +10,25 @@ cut into sequences of equal length, without overlap; a model without a tokenizer
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantplug.printable import printable
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _BATCH = 32
 Tensors = dict[str, torch.Tensor]
+Around = Callable[[PreTrainedModel], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,15 @@ def main(
     Console(soft_wrap=True).print(table)
 
 
-def measured(export: Path, plain: Tensors, reference: "Predictions", source: Path, ids: torch.Tensor) -> Measured:
-    """An export, measured against the predictions of its source."""
+def measured(
+    export: Path,
+    plain: Tensors,
+    reference: "Predictions",
+    source: Path,
+    ids: torch.Tensor,
+    around: Around = nullcontext,
+) -> Measured:
+    """An export, measured against the predictions of its source; its forward runs inside what `around` makes of it."""
     stored = tensors_of(export)
     # Under other names they would be taken for plain, and measured as if they were the source's.
     missing = [name for name in plain if name not in stored and f"{name}_packed" not in stored]
@@ -81,7 +90,7 @@ def measured(export: Path, plain: Tensors, reference: "Predictions", source: Pat
     norm = sum(plain[name].float().square().sum().item() for name in decoded)
     # Norms and routers are the export's too: what linears are multiplied by may be divided in the norm before them.
     kept = {name: stored[name] for name in plain if name not in decoded}
-    found = Predictions.of(source, {**kept, **decoded}, ids)
+    found = Predictions.of(source, {**kept, **decoded}, ids, around)
     return Measured(
         math.sqrt(error / norm) if norm else 0.0, found.bits(), reference.divergence(found), reference.errors(found)
     )
@@ -97,14 +106,15 @@ class Predictions:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, source: Path, tensors: Tensors, ids: torch.Tensor) -> "Predictions":
-        """Of the model of a config with these weights."""
+    def of(cls, source: Path, tensors: Tensors, ids: torch.Tensor, around: Around = nullcontext) -> "Predictions":
+        """Of the model of a config with these weights; its forward runs inside what `around` makes of it."""
         with tempfile.TemporaryDirectory() as directory:
             shutil.copy(source / "config.json", directory)
             values = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
             save_file(values, Path(directory) / "model.safetensors", metadata={"format": "pt"})
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        outputs = [model(batch, output_hidden_states=True) for batch in ids.split(_BATCH)]
+        with around(model):
+            outputs = [model(batch, output_hidden_states=True) for batch in ids.split(_BATCH)]
         logits = torch.cat([output.logits for output in outputs])
         # The first is the embedding, which is not quantized.
         layers = zip(*(output.hidden_states[1:] for output in outputs), strict=True)

@@ -11,7 +11,16 @@ from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from numpy.typing import NDArray
 
 from quantplug.formats import NVFP4, PackedWeight
-from quantplug.formats.search.candidates import BY_ERROR, FOUR_OVER_SIX, GIVEN, GIVEN_FOUR_OVER_SIX, SEARCHES, Scales
+from quantplug.formats.search.candidates import (
+    BY_ERROR,
+    BY_WEIGHTED_ERROR,
+    FOUR_OVER_SIX,
+    GIVEN,
+    GIVEN_FOUR_OVER_SIX,
+    SEARCHES,
+    Scales,
+    ScaleSearch,
+)
 from quantplug.formats.search.given import block_amaxes_of_scales
 from tests.formats.weights import DTYPES, bits, heavy_tailed, weights
 
@@ -19,6 +28,7 @@ F32 = NDArray[np.float32]
 E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 FROM_NEAR_TO_FAR = sorted(range(-3, 8), key=lambda offset: (abs(offset), offset))
+FAR_BELOW = list(range(-5, -41, -3))
 
 
 def nearest_e4m3(values: F32) -> NDArray[np.int64]:
@@ -66,7 +76,8 @@ def by_definition(
     if search == "four_over_six":
         candidates = [code_of(amaxes), code_of(amaxes * np.float32(1.5))]
     else:
-        candidates = [np.clip(code_of(amaxes) + offset, 1, 126) for offset in FROM_NEAR_TO_FAR]
+        offsets = FROM_NEAR_TO_FAR + (FAR_BELOW if search == "weighted_mse" else [])
+        candidates = [np.clip(code_of(amaxes) + offset, 1, 126) for offset in offsets]
     of_blocks = None if importance is None else np.tile(importance.reshape(-1, 16), (len(weight), 1))
     return best_of(blocks, scale_2, candidates, of_blocks), scale_2
 
@@ -93,20 +104,21 @@ def test_the_bytes_are_those_of_the_definition(search: str, weight: torch.Tensor
     assert_codes_are_nearest(packed, weight)
 
 
+@pytest.mark.parametrize("search", [BY_ERROR, BY_WEIGHTED_ERROR], ids=lambda search: search.name)
 @settings(max_examples=60)
 @given(weight=weights(in_features=(16, 48)), seed=st.integers(0, 2**16))
-def test_weighted_errors_are_those_of_the_definition(weight: torch.Tensor, seed: int) -> None:
+def test_weighted_errors_are_those_of_the_definition(search: ScaleSearch, weight: torch.Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Over many binades, and 0 for some columns, for a whole block at times.
     importance = torch.rand(weight.shape[1], generator=generator).mul(16).sub(8).exp2().mul(5)
     importance[torch.rand(weight.shape[1], generator=generator) < 0.3] = 0
     importance[: 16 * (seed % 2)] = 0
     amax = weight.float().abs().max()
-    packing = NVFP4.searched(BY_ERROR)
+    packing = NVFP4.searched(search)
 
     (packed,) = packing.pack_group([weight], amax.reshape(1), importance=importance[None])
 
-    codes, _ = by_definition(weight, amax.item(), "mse", importance.numpy())
+    codes, _ = by_definition(weight, amax.item(), search.name, importance.numpy())
     assert packed.tensors["weight_scale"].view(torch.uint8).flatten().tolist() == codes.tolist()
     assert_codes_are_nearest(packed, weight)
 

@@ -21,13 +21,17 @@ from quantplug.formats import NVFP4, e2m1
 from quantplug.formats.constants import NVFP4_BLOCK
 from quantplug.formats.search.candidates import BY_ERROR
 
+_LEAST_MOMENT = 1e-6
+"""What every channel has of the mean moment at least."""
+
 
 def inverse_factors(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Upper Cholesky factors [n, in, in] of the inverses of FP64 second moments [n, in, in], in their place.
 
     Args:
         moments: Symmetric, positive semidefinite.
-        damping: Share of the mean of a diagonal that is added to it: with few tokens it would not be invertible.
+        damping: Share of each channel's own moment that is added to it: with few tokens none would be invertible. The
+            paper adds a share of their mean, in which the others' moments drown where few channels are large.
 
     Returns:
         The factors, and for each whether there is one.
@@ -36,7 +40,8 @@ def inverse_factors(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor
     means = diagonals.mean(-1, keepdim=True)
     # Of one unit, so that nothing under- or overflows; without any input all errors weigh alike.
     moments /= torch.where(means > 0, means, torch.ones_like(means))[..., None]
-    diagonals += torch.where(means > 0, damping, 1.0)
+    # A channel that no token used has none: beside the mean it gets next to nothing, where all have none, the same.
+    diagonals += torch.where(means > 0, damping * diagonals + _LEAST_MOMENT, 1.0)
     lower, first = torch.linalg.cholesky_ex(moments)
     # What has no factor is told by number, and not by an error that knows no weight: its place takes the identity's.
     lower[first != 0] = torch.eye(moments.shape[-1]).to(moments)

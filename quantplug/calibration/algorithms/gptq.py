@@ -50,7 +50,7 @@ def gptq(
     Args:
         model: Quantized, its weights in static NVFP4 blocks; or one layer of it.
         forward_loop: Runs calibration data through the model; called once, and once more for each layer.
-        perc_damp: Share of the mean of a matrix' diagonal that is added to it.
+        perc_damp: Share of each entry of a matrix' diagonal that is added to it.
         block_size: Columns after which feedback reaches all others; a multiple of 16.
         fused: ModelOpt's choice of a kernel, which changes nothing here.
         policy: What is taken for the inputs of experts that saw few tokens.

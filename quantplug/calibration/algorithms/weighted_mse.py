@@ -17,7 +17,7 @@ from quantplug.calibration.inputs.rows import watching
 from quantplug.calibration.inputs.sums import Squares
 from quantplug.calibration.run import ForwardLoop, max_calibrate
 from quantplug.calibration.static_scales import Searched, find_scales
-from quantplug.formats.search.candidates import BY_ERROR
+from quantplug.formats.search.candidates import BY_WEIGHTED_ERROR
 from quantplug.megatron.agreement import all_or_none
 
 METHOD = "weighted_mse"
@@ -79,6 +79,6 @@ def weighted_mse_calibrate(
                     linear.weights, quantizers, of_columns, alike, strict=True
                 )
             ),
-            BY_ERROR,
+            BY_WEIGHTED_ERROR,
         )
     return tuple(inputs for found in moments for inputs in found.inputs)

@@ -2,7 +2,7 @@
 
 import torch
 
-DAMPING = 0.01
+DAMPING = 0.001
 """Share of the mean moment that every channel has at least: what calibration did not see is not worth nothing."""
 
 

@@ -52,13 +52,18 @@ FOUR_OVER_SIX_LARGEST = 256.0
 # of every code, so that no more than eight codes, a binade, can gain anything.
 _NEAR = (0, -1, 1, -2, 2, -3, 3, 4, 5, 6, 7)
 
+# Where columns count unequally, a large value in one that hardly counts is better clipped, be it to a thirtieth, than
+# its fifteen neighbours rounded to nothing. Eight codes are a binade; so far away every third is near enough.
+_FAR = (*_NEAR, *range(-5, -41, -3))
+
 BY_MAX = ScaleSearch("max")
 FOUR_OVER_SIX = ScaleSearch("four_over_six", multiples=(1.0, 1.5), largest=FOUR_OVER_SIX_LARGEST)
 BY_ERROR = ScaleSearch("mse", offsets=_NEAR)
+BY_WEIGHTED_ERROR = ScaleSearch("weighted_mse", offsets=_FAR)
 GIVEN = ScaleSearch("given", is_given=True)
 GIVEN_FOUR_OVER_SIX = ScaleSearch("given, four_over_six", largest=FOUR_OVER_SIX_LARGEST, is_given=True)
 
-FOUND, TAKEN = (FOUR_OVER_SIX, BY_ERROR), (GIVEN, GIVEN_FOUR_OVER_SIX)
+FOUND, TAKEN = (FOUR_OVER_SIX, BY_ERROR, BY_WEIGHTED_ERROR), (GIVEN, GIVEN_FOUR_OVER_SIX)
 """Searches that compare, and those that take what they are given: beside that of the amax, all that there are."""
 
 

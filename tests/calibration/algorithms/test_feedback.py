@@ -23,7 +23,8 @@ def correlated(count: int, columns: int) -> torch.Tensor:
 def test_each_column_is_rounded_from_where_least_squares_leaves_it() -> None:
     moments, weights = correlated(2, 64), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2)).double()
     amaxes = weights.abs().amax((1, 2)).float()
-    damped = moments + 0.01 * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(64).double()
+    own = moments.diagonal(dim1=1, dim2=2)
+    damped = moments + torch.diag_embed(0.01 * own + 1e-6 * own.mean(1, keepdim=True))
     factors, has_factors = inverse_factors(moments.clone(), 0.01)
     assert has_factors.all()
 
