@@ -34,6 +34,13 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     Raises:
         SourceError: There is none, or it is not a JSON object, or what must be an object in it is none.
     """
+    if not os.path.lexists(directory / CONFIG_FILE):
+        raise SourceError(
+            "The directory is no Hugging Face checkpoint.",
+            [Offender(str(directory / CONFIG_FILE), "does not exist")],
+            "Pass a directory that save_pretrained wrote. A checkpoint of Megatron's is exported by export_checkpoint "
+            "(quantplug export CKPT OUT --hf DIR).",
+        )
     config = read_json(directory, CONFIG_FILE)
     for key in _OBJECTS:
         if not isinstance(config.get(key), dict | None):

@@ -242,7 +242,7 @@ class HFCheckpoint:
             for name in of_file:
                 found_in[name].append(file)
         if unusable:
-            raise damaged(unusable)
+            raise damaged([*unusable, *_unread(self.directory)])
         listed = weight_map(self.directory)
         offenders = [
             Offender(name, f"is in more than one file: {', '.join(files)}")
@@ -321,6 +321,18 @@ def _refuse_apart(directory: Path, files: Collection[str]) -> None:
             "Merge an adapter into the weights (PEFT: merge_and_unload) and list every file in the index; or move what "
             "is not wanted, an index of older files too, out of the directory.",
         )
+
+
+def _unread(directory: Path) -> Iterator[Offender]:
+    """What lies in a directory without readable weights that a user may have taken for them."""
+    if os.path.lexists(directory / SINGLE_FILE) or os.path.lexists(directory / INDEX_FILE):
+        return
+    shards = sum(path.name.startswith("model-") for path in directory.glob("*.safetensors"))
+    pickles = sum(1 for _ in directory.glob("pytorch_model*.bin"))
+    if shards:
+        yield Offender(str(directory), f"holds {shards} shards, and no index that says which belong to the model")
+    if pickles:
+        yield Offender(str(directory), f"holds {pickles} files of pickles (pytorch_model*.bin), which are not read")
 
 
 def open_safetensors(directory: Path, name: str) -> safe_open:

@@ -243,7 +243,7 @@ def kv_cache_without_data(name: str, argument: str) -> KVCacheFormat:
     if kv_cache.needs_data:
         raise UnsupportedQuantizationError(
             "A KV cache has scales that are calibrated with data, and there is none here.",
-            [Offender(argument, f"is {name!r}")],
+            [Offender(argument, f"is {str(name)!r}")],
             f"Use {kv_cache.cast}: the same type, with a scale of 1.0. For {name} itself calibrate a model "
             "with data, and export that.",
         )
@@ -262,8 +262,9 @@ def scheme_without_data(name: str, argument: str, group_size: int | None = None)
     if scheme.has_input_scale:
         raise UnsupportedQuantizationError(
             "Activations are quantized by scales that are calibrated with data, and there is none here.",
-            [Offender(argument, f"is {name!r}, which quantizes activations")],
+            [Offender(argument, f"is {str(name)!r}, which quantizes activations")],
             f"Use {without_input_scale(scheme).format}: the same weights, with activations in 16 bits. For {name} "
-            "itself calibrate a model with data, and export that.",
+            "itself calibrate a model with data, and export that; or give one scale for all inputs, unseen "
+            "(input_scale=1.0, --input-scale 1).",
         )
     return scheme

@@ -177,6 +177,8 @@ def _judge(
     # Without a head readers compute with the embedding. Whether that is right, the source's head tells.
     if not any(names.last(module) == "lm_head" for module in inventory.modules):
         findings += tied_head.lost_head(export.config, original, "the source")
+    if not original.tensors:  # Which is one finding, and not one more for each tensor of the export.
+        return [], read
     # What is wrong with the scheme is no finding of the export's: weights that cannot be read so are named one by one.
     unfolded, fold_findings = folded(inventory, original, source_experts)
     findings += fold_findings

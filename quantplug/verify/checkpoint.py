@@ -142,7 +142,8 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
     config = _json(directory, "config.json", findings)
     # One that is there and cannot be read has its finding already.
     if config is None and not os.path.lexists(directory / "config.json"):
-        findings.append(error(Check.FILES, "config.json", "missing: no server can load this directory"))
+        why = "a source is a Hugging Face directory" if is_source else "no server can load this directory"
+        findings.append(error(Check.FILES, "config.json", f"missing: {why}"))
     hf_quant_config = _json(directory, "hf_quant_config.json", findings)
     shards = _shards(directory, is_source)
     identities |= {shard: identity_of(directory / shard) for shard in shards}

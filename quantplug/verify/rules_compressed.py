@@ -7,7 +7,7 @@ other one is refused by them, or means other numbers for the same tensors.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quantplug.checkpoint.untrusted.json_reader import Json, as_object, as_text, as_texts
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts
 from quantplug.printable import shown
 from quantplug.verify import names
 from quantplug.verify.checks import Check
@@ -17,6 +17,10 @@ from quantplug.verify.report import Finding, error
 
 _FLOAT, _NVFP4 = ("float-quantized", "naive-quantized"), "nvfp4-pack-quantized"
 _MIXED = "mixed-precision"
+_DYNAMIC = ("token", "tensor", "group")  # strategies of FP8 inputs whose scales are found as they come
+# What a setting that is left out means: the defaults of `QuantizationArgs` in compressed-tensors 0.20. A strategy that
+# is left out follows from the size of groups.
+_DEFAULTS: Json = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
@@ -33,30 +37,52 @@ def compressed_groups(inventory: Inventory) -> Iterator[Finding]:
         if stated != default and default != _MIXED and not {stated, default} <= set(_FLOAT):
             yield _error(f"{where}.format", f"is {shown(stated)}, beside a format {shown(default)} of the whole")
         if stated in (*_FLOAT, _NVFP4):
-            yield from _weights(where, as_object(group.get("weights")))
+            yield from _weights(where, as_object(group.get("weights")), stated)
             yield from _inputs(where, as_object(group.get("input_activations")), stated)
         if group.get("output_activations"):
             yield _error(f"{where}.output_activations", "is set: outputs of linears would be rounded, too")
 
 
-def _weights(where: str, weights: Json) -> Iterator[Finding]:
-    yield from _differing(f"{where}.weights", weights, {"symmetric": True, "dynamic": False})
+def _weights(where: str, weights: Json, stated: str) -> Iterator[Finding]:
+    expected = {"symmetric": True, "dynamic": False} | ({"strategy": "tensor_group"} if stated == _NVFP4 else {})
+    yield from _differing(f"{where}.weights", weights, expected)
 
 
 def _inputs(where: str, inputs: Json, stated: str) -> Iterator[Finding]:
-    if inputs:
-        bits = 4 if stated == _NVFP4 else 8
-        yield from _differing(
-            f"{where}.input_activations", inputs, {"num_bits": bits, "type": "float", "symmetric": True}
-        )
+    if not inputs:
+        return
+    expected: Json = {"num_bits": 8, "type": "float", "symmetric": True}
+    if stated == _NVFP4:
+        # Scales of blocks as they come, below one of the tensor that is stored.
+        expected = {**expected, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    elif _meant(inputs, "dynamic") is False:
+        expected = {**expected, "strategy": "tensor"}
+    elif _meant(inputs, "strategy") not in _DYNAMIC:
+        message = f"{_words(inputs, 'strategy')}, and servers read {', '.join(map(shown, _DYNAMIC))}"
+        yield _error(f"{where}.input_activations.strategy", message)
+    yield from _differing(f"{where}.input_activations", inputs, expected)
 
 
 def _differing(where: str, said: Json, expected: Mapping[str, Any]) -> Iterator[Finding]:
-    """What is said otherwise; what is left out, or null, has its default, which is the expected."""
+    """What is said otherwise; what is left out, or null, has its default."""
     for key, value in expected.items():
-        found = said.get(key)
-        if found is not None and (type(found), found) != (type(value), value):
-            yield _error(f"{where}.{key}", f"is {shown(found)}, and servers read {shown(value)}")
+        found = _meant(said, key)
+        if (type(found), found) != (type(value), value):
+            yield _error(f"{where}.{key}", f"{_words(said, key)}, and servers read {shown(value)}")
+
+
+def _meant(said: Json, key: str) -> Any:
+    """What a setting is, or stands for where it is left out."""
+    if said.get(key) is None and key == "strategy":
+        size = as_count(said.get("group_size"))
+        return "group" if size else "tensor"
+    return _DEFAULTS.get(key) if said.get(key) is None else said[key]
+
+
+def _words(said: Json, key: str) -> str:
+    return (
+        f"is {shown(said[key])}" if said.get(key) is not None else f"is not set, which means {shown(_meant(said, key))}"
+    )
 
 
 def inputs_of_experts(inventory: Inventory) -> Iterator[Finding]:
@@ -70,17 +96,22 @@ def inputs_of_experts(inventory: Inventory) -> Iterator[Finding]:
         return
     for name, entry in as_object(config.get("config_groups")).items():
         group = as_object(entry)
-        strategy = as_text(as_object(group.get("input_activations")).get("strategy"))
-        if as_object(group.get("weights")).get("strategy") == "channel" and strategy not in ("", "token"):
-            message = f"is {shown(strategy)}: vLLM wants 'token' of experts whose weights have a scale a row"
+        inputs = as_object(group.get("input_activations"))
+        if as_object(group.get("weights")).get("strategy") == "channel" and _meant(inputs, "strategy") != "token":
+            message = f"{_words(inputs, 'strategy')}: vLLM wants 'token' of experts whose weights have a scale a row"
             yield error(Check.SERVED_EXPERTS, f"config.json config_groups.{name}.input_activations.strategy", message)
 
 
 def compressed_cache(inventory: Inventory) -> Iterator[Finding]:
     """The KV cache is in FP8, with one scale a tensor."""
     config = as_object(inventory.checkpoint.config.get("quantization_config"))
-    if inventory.scheme.method == "compressed-tensors":
-        yield from _differing("kv_cache_scheme", as_object(config.get("kv_cache_scheme")), _CACHE)
+    said = config.get("kv_cache_scheme")
+    if inventory.scheme.method != "compressed-tensors" or said is None:
+        return
+    if not isinstance(said, dict):
+        yield _error("kv_cache_scheme", f"is {shown(said)}, not an object")
+        return
+    yield from _differing("kv_cache_scheme", said, _CACHE)
 
 
 def not_judged(inventory: Inventory) -> Iterator[Finding]:

@@ -183,9 +183,9 @@ def weight_only(inventory: Inventory) -> Iterator[Finding]:
 
 
 def status(inventory: Inventory) -> Iterator[Finding]:
-    """compressed-tensors: `frozen` and all before it mean that the weights on disk are not quantized yet."""
+    """compressed-tensors: `frozen` and all before it, which nothing said means too: weights are not quantized yet."""
     found = _quantization_config(inventory).get("quantization_status")
-    if inventory.scheme.method == "compressed-tensors" and found not in (None, "compressed"):
+    if inventory.scheme.method == "compressed-tensors" and found != "compressed":
         message = (
             f"quantization_status is {shown(found)}: transformers reads packed weights only where it is 'compressed'"
         )

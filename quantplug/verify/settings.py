@@ -32,7 +32,8 @@ _RENAMED = {"torch_dtype": "dtype"}
 _SWITCHES = frozenset({
     "attention_bias", "attention_chunk_size", "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
     "final_logit_softcapping", "logit_scale", "logits_scaling", "mlp_bias", "partial_rotary_factor",
-    "residual_multiplier", "rope", "rope_scaling", "routed_scaling_factor", "sliding_window", "use_sliding_window",
+    "residual_multiplier", "rope", "rope_scaling", "rope_theta", "routed_scaling_factor", "sliding_window",
+    "torch_dtype", "use_sliding_window",
 })  # fmt: skip
 # What transformers leaves out of a file where it is off (`PretrainedConfig.to_diff_dict`), since every config class has
 # it off by default. Of any other setting a class may have a default that is on: without `sliding_window: null` readers
@@ -99,21 +100,41 @@ def _repeats_the_top(name: str, value: Any, settings_here: Mapping[str, Any]) ->
 
 def _flat(config: Json, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Dotted names of all settings that matter, and their values; rotary embeddings in one spelling."""
-    plain = {_RENAMED.get(key, key): value for key, value in config.items() if key not in MAY_DIFFER}
-    for key, value in _one_rope(plain).items():
+    plain = {key: value for key, value in config.items() if key not in MAY_DIFFER}
+    for key, value in _one_rope(_in_new_words(plain)).items():
         name = f"{prefix}{key}"
         if key == _ROPE and isinstance(value, Mapping):
             yield from ((f"{name}.{part}", said) for part, said in value.items())
         elif isinstance(value, Mapping) and value and depth < _DEEPEST:
             yield from _flat(value, f"{name}.", depth + 1)
         else:
-            yield name, value.removeprefix("torch.") if isinstance(value, str) else value
+            yield name, _without_prefix(value)
+
+
+def _without_prefix(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def _in_new_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of transformers 5; an old one is left beside a new one that says something else, as readers differ."""
+    apart = {
+        old
+        for old, new in _RENAMED.items()
+        if old in config and new in config and not same(*map(_without_prefix, (config[old], config[new])))
+    }
+    return {key if key in apart else _RENAMED.get(key, key): value for key, value in config.items()}
 
 
 def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of transformers 4 as one object, like `rope_parameters` of transformers 5."""
-    whole = {**as_object(config.get("rope_scaling")), **as_object(config.get("rope_parameters"))}
+    """`rope_theta` and `rope_scaling` of transformers 4 as one object, like `rope_parameters` of transformers 5.
+
+    Where two of them say two things they stay apart: readers differ in which one they take.
+    """
+    old, new = as_object(config.get("rope_scaling")), as_object(config.get("rope_parameters"))
+    whole = {**old, **new}
     if any(isinstance(value, Mapping) for value in whole.values()):  # one object for each kind of layer
+        return config
+    if not all(same(old[key], new[key]) for key in old.keys() & new.keys()):
         return config
     whole["rope_type"] = whole.get("rope_type") or whole.pop("type", None) or "default"
     whole.pop("type", None)
@@ -121,7 +142,7 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = {**moved, **whole}
     if rope == {"rope_type": "default"}:
         return config
-    spelled = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor")
+    spelled = {"rope_scaling", "rope_parameters", *(key for key in moved if same(moved[key], rope[key]))}
     return {key: value for key, value in config.items() if key not in spelled} | {_ROPE: rope}
 
 

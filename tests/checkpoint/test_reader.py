@@ -100,6 +100,16 @@ def test_directory_without_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [("pytorch_model.bin", "1 files of pickles"), ("model-00001-of-00002.safetensors", "1 shards, and no index")],
+)
+def test_what_is_there_in_place_of_weights_is_said(name, said, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(SourceError, match=rf"model\.safetensors: does not exist\n.*{said}"):
+        HFCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
     "name", ["adapter_config.json", "adapter_model.safetensors", "mtp.safetensors", "model.safetensors"]
 )
 def test_weights_beside_the_model_are_refused_by_name(name, sharded):

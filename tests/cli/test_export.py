@@ -33,6 +33,22 @@ def test_without_a_format_a_plain_model_stays_plain(checkpoint: Path, tiny_qwen3
     assert "(not quantized)" in output
 
 
+def test_each_command_says_which_is_for_the_directory_of_the_other(
+    checkpoint: Path, tiny_qwen3_dir: Path, tmp_path: Path
+) -> None:
+    code, output = run("export", tiny_qwen3_dir, tmp_path / "out", "--hf", tiny_qwen3_dir)
+    assert (code, "quantplug quantize" in output) == (2, True)
+    code, output = run("quantize", checkpoint, tmp_path / "out", "--format", "mxfp8")
+    assert (code, "quantplug export CKPT OUT --hf DIR" in output) == (2, True)
+
+
+def test_a_format_that_needs_data_is_named_as_it_was_given(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    code, output = run("quantize", tiny_qwen3_dir, tmp_path / "out", "--format", "nvfp4")
+    assert code == 2
+    assert "format: is 'nvfp4', which quantizes activations" in output
+    assert "--input-scale 1" in output
+
+
 @pytest.mark.parametrize("options", [("--format", "nvfp4"), ("--format", "int3"), ("--iteration", "8")])
 def test_export_that_cannot_be_done_exits_2(
     options: tuple[str, ...], checkpoint: Path, tiny_qwen3_dir: Path, tmp_path: Path

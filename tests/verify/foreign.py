@@ -103,6 +103,7 @@ def compress_checkpoint(
     spoil(tensors)
     quantization = {
         "quant_method": "compressed-tensors", "format": str(scheme.format),
+        "quantization_status": "compressed",
         "config_groups": {"group_0": scheme.model_dump(mode="json")}, "ignore": ["lm_head", "re:.*mlp.gate$", *left],
     } | config  # fmt: skip
     return write(directory, source, tensors, quantization)

@@ -64,6 +64,15 @@ def test_an_index_that_lies(sharded: Path, change: Callable[[Any], object]) -> N
     assert fired(sharded) == {"index"}
 
 
+def test_a_source_that_is_none_is_not_held_against_every_tensor(pristine: dict[str, Path], tmp_path: Path) -> None:
+    """Such as the directory of a Megatron checkpoint."""
+    (tmp_path / "config.json").write_text((pristine["source"] / "config.json").read_text())
+    report = verify_checkpoint(pristine["w4a16"], tmp_path)
+    errors = [finding for finding in report.findings if finding.severity is Severity.ERROR]
+    assert [finding.check for finding in errors] == ["files"]
+    assert errors[0].message.startswith("in the source: holds no tensor")
+
+
 SOURCE_LIES = {"unlisted tensor", "wrong total", "no total"}
 
 

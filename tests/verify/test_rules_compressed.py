@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file, save_file
 
 from quantplug import quantize_checkpoint
@@ -31,6 +32,17 @@ def made(tiny_qwen3_moe_dir: Path, made_once: MadeOnce) -> Path:
         quantize_checkpoint(tiny_qwen3_moe_dir, directory, "fp8_dynamic", kv_cache="fp8_cast")
 
     return made_once("compressed_export", make)
+
+
+@pytest.fixture(scope="session")
+def nvfp4(tiny_qwen3_moe_dir: Path, made_once: MadeOnce) -> Path:
+    """NVFP4 with quantized inputs and a KV cache by cast. Nobody may change it."""
+
+    def make(directory: Path) -> None:
+        options: Config = {"input_scale": 1.0, "dialect": "compressed-tensors", "kv_cache": "fp8_cast"}
+        quantize_checkpoint(tiny_qwen3_moe_dir, directory, "nvfp4", **options)
+
+    return made_once("compressed_nvfp4", make)
 
 
 def weights(**said: Any) -> Callable[[Config], object]:
@@ -87,6 +99,9 @@ SPOILED: dict[str, tuple[Callable[[Config], object], str]] = {
     "sparse weights": (whole(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}), "not-judged"),
     "rotated inputs": (whole(transform_config=HADAMARD), "not-judged"),
     "no weights yet": (whole(quantization_status="frozen"), "quantization-status"),
+    "no word on the weights yet": (lambda config: config.pop("quantization_status"), "quantization-status"),
+    "a KV cache that is none": (whole(kv_cache_scheme=3), GROUPS),
+    "inputs by a strategy that is none": (inputs(strategy="tokens"), GROUPS),
     "a head quantized": (lambda config: config["ignore"].remove("lm_head"), "exclude-missing"),
     "q left out": (lambda config: config["ignore"].append("model.layers.0.self_attn.q_proj"), "coverage"),
 }
@@ -100,6 +115,42 @@ SPELLINGS: dict[str, Callable[[Config], object]] = {
     "defaults left out": lambda config: config["config_groups"]["group_0"]["weights"].pop("symmetric"),
     "null defaults": weights(dynamic=None, actorder=None, observer="minmax"),
 }
+
+
+def meant(said: Config) -> QuantizationArgs | None:
+    """What compressed-tensors' own class makes of it; None where it refuses."""
+    try:
+        return QuantizationArgs.model_validate(said)
+    except (ValueError, NotImplementedError):
+        return None
+
+
+SETTINGS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size")
+
+
+@pytest.mark.parametrize("format_name", ["fp8_dynamic", "nvfp4"])
+@pytest.mark.parametrize("part", ["weights", "input_activations", KV])
+@pytest.mark.parametrize("left_out", SETTINGS)
+def test_what_is_left_out_means_the_librarys_default(
+    format_name: str, part: str, left_out: str, made: Path, nvfp4: Path, tiny_qwen3_moe_dir: Path, tmp_path: Path
+) -> None:
+    verdict = ""
+
+    def leave_out(config: Config) -> None:
+        nonlocal verdict
+        said = config[KV] if part == KV else config["config_groups"]["group_0"][part]
+        before = meant(dict(said))
+        said.pop(left_out, None)
+        # Of a KV cache vLLM 0.32 reads these two itself, without the library's defaults (`validate_kv_cache_scheme`).
+        read_as_it_stands = part == KV and left_out in ("num_bits", "type")
+        verdict = "another" if read_as_it_stands or meant(dict(said)) != before else "the same"
+
+    errors = errors_of(nvfp4 if format_name == "nvfp4" else made, tiny_qwen3_moe_dir, tmp_path / "it", leave_out)
+    # No tool leaves out how many bits weights have, and readers need not know the default.
+    if verdict == "another" or (part, left_out) == ("weights", "num_bits"):
+        assert errors & {GROUPS, "not-judged", "input-scale", "served-experts", "kv-scales"}
+    else:
+        assert errors == set()
 
 
 def errors_of(made: Path, source: Path, directory: Path, spoil: Callable[[Config], object]) -> set[str]:

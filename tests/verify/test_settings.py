@@ -113,6 +113,26 @@ def test_both_spellings_of_rotary_embeddings_and_of_the_type() -> None:
     assert found(new) == {"rope.rope_theta": Severity.ERROR}
 
 
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({"rope_theta": 1e4}, "rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope"),
+        ({"torch_dtype": "float16"}, "torch_dtype"),
+    ],
+)
+def test_two_spellings_that_say_two_things_are_both_compared(beside: dict[str, Any], name: str) -> None:
+    """vLLM lets an outer `partial_rotary_factor` or `rope_theta` win, transformers 5 the ones in `rope_parameters`."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    source = {"hidden_act": "silu", "dtype": "bfloat16", "rope_parameters": rope}
+    assert Severity.ERROR in found(source | beside, source).values()
+    assert any(subject.startswith(name) for subject in found(source | beside, source))
+    assert found(source | beside, source | beside) == {}
+    alike = {"rope_theta": 1e6, "partial_rotary_factor": 0.25, "torch_dtype": "torch.bfloat16"}
+    assert found(source | alike, source) == {}
+
+
 def test_an_export_cast_as_a_whole_says_so() -> None:
     assert found(SOURCE | {"torch_dtype": "float16"}, dtype="F16") == {}
 

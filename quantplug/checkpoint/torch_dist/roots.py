@@ -78,7 +78,8 @@ def _iteration_of(root: Path, iteration: int | None) -> Path:
         raise _no_checkpoint(
             root,
             f"holds no {BACKEND_FILE}, no {TRACKER_FILE} and no iteration",
-            "Give the directory that the trainer saved to, or one iteration in it.",
+            "Give the directory that the trainer saved to, or one iteration in it; a Hugging Face directory is "
+            "quantized by quantize_checkpoint (quantplug quantize).",
         )
     if name in there and not (root / name).is_dir():
         raise damaged([Offender(str(root / name), "is not a directory")])
