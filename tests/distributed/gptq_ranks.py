@@ -53,7 +53,7 @@ def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str, rank: int) -> t
 
 def main(directory: Path) -> None:
     initialize_parallel()
-    for algorithm in ("gptq", "weighted_mse", "awq_lite"):
+    for algorithm in ("gptq", "weighted_mse", "local_hessian", "awq_lite"):
         reference = rounded(directory, algorithm)
         for layout in ({"ep": 2}, {"tp": 2}, {"tp": 2, "etp": 2}):
             found = rounded(directory, algorithm, **layout)

@@ -4,21 +4,19 @@ The expected squared error of an output, of inputs whose channels are not correl
 (w - q)^2 * E[x^2]: where few channels are far larger than others, the plain sum says nothing of it.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantplug.calibration.algorithms.targets import require_data, static_quantizers, targets
+from quantplug.calibration.algorithms.seen import seen
+from quantplug.calibration.algorithms.targets import static_quantizers
 from quantplug.calibration.inputs.importance import importance_of
-from quantplug.calibration.inputs.moments import InputPolicy, InputSource, WeightInputs, moments_of, require_known
-from quantplug.calibration.inputs.rows import watching
+from quantplug.calibration.inputs.moments import InputPolicy, InputSource, WeightInputs
 from quantplug.calibration.inputs.sums import Squares
-from quantplug.calibration.run import ForwardLoop, max_calibrate
+from quantplug.calibration.run import ForwardLoop
 from quantplug.calibration.static_scales import Searched, find_scales
 from quantplug.formats.search.candidates import BY_WEIGHTED_ERROR
-from quantplug.megatron.agreement import all_or_none
 
 METHOD = "weighted_mse"
 
@@ -49,25 +47,7 @@ def weighted_mse_calibrate(
         CalibrationError: No data, data that does not reach a linear or is not finite; or as `calibrate`.
         UnsupportedQuantizationError: A weight of another format.
     """
-    require_data(forward_loop, METHOD)
-    assert forward_loop is not None
-    linears = all_or_none(lambda: targets(model, METHOD))
-    squares, loops = Squares(linears), 0
-
-    def loop(module: nn.Module) -> None:
-        nonlocal loops
-        loops += 1
-        with watching(linears, squares.take) if loops == 1 else nullcontext():
-            forward_loop(module)
-
-    max_calibrate(model, loop, distributed_sync, **options)
-    if not loops:
-        all_or_none(lambda: loop(model))
-    moments = [
-        moments_of(linear, found, policy or InputPolicy())
-        for linear, found in zip(linears, squares.reduced(linears), strict=True)
-    ]
-    all_or_none(lambda: require_known(linears, moments))
+    linears, moments = seen(model, forward_loop, METHOD, Squares, policy or InputPolicy(), distributed_sync, options)
     for linear, found in zip(linears, moments, strict=True):
         quantizers = static_quantizers(linear)
         of_columns = importance_of(found.values)

@@ -71,7 +71,8 @@ class Moments:
     """Second moments of the inputs of one linear.
 
     Attributes:
-        values: FP64 [weights, in], or [weights, in, in]: means over rows. Where nothing is known ones, or the identity.
+        values: FP64 [weights, in], [weights, in, in] or [weights, in / 16, 16, 16]: means over rows. Where nothing is
+            known ones, or the identity.
         inputs: What they are of, for each weight.
     """
 
@@ -132,14 +133,14 @@ def _of_the_layer(linear: Linear, found: InputSums, rows: torch.Tensor) -> torch
     if not linear.is_row_parallel:
         mean = add_over(linear.expert_group, sums) / total.clamp(min=1)
     else:
-        # One number for all channels. Sums of products are of all ranks' channels, sums of squares of this rank's.
-        of_squares = sums.ndim == 1
-        channels = torch.tensor([sums.shape[0]], dtype=torch.float64, device=sums.device)
-        square = (sums if of_squares else sums.diagonal()).sum().reshape(1)
-        if of_squares:
+        # One number for all channels. Sums of all products are of all ranks' channels, others of this rank's.
+        squares = sums if sums.ndim == 1 else sums.diagonal(dim1=-2, dim2=-1)
+        channels = torch.tensor([squares.numel()], dtype=torch.float64, device=sums.device)
+        square = squares.sum().reshape(1)
+        if sums.ndim != 2:
             square, channels = add_over(linear.tensor_group, square), add_over(linear.tensor_group, channels)
         size = add_over(linear.expert_group, square) / (total.clamp(min=1) * channels)
-        mean = size.expand(len(sums)) if of_squares else torch.eye(len(sums)).to(sums) * size
+        mean = size.expand(len(sums)) if sums.ndim == 1 else (torch.eye(sums.shape[-1]).to(sums) * size).expand_as(sums)
     return mean if bool(total > 0) else None
 
 

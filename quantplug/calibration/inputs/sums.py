@@ -12,6 +12,7 @@ from modelopt.torch.utils.distributed import DistributedProcessGroup
 
 from quantplug.calibration.inputs.linears import Linear
 from quantplug.calibration.shared_amax import Axis
+from quantplug.formats.constants import NVFP4_BLOCK
 from quantplug.megatron.agreement import collective_device
 
 _ROWS = 4096
@@ -24,7 +25,8 @@ class InputSums:
 
     Attributes:
         rows: int64 [weights], on CPU.
-        sums: FP64 [weights, in] of squares, or [weights, in, in] of products; zeros where no row came by.
+        sums: FP64 [weights, in] of squares, [weights, in, in] of products, or [weights, in / 16, 16, 16] of those in
+            blocks; zeros where no row came by.
     """
 
     rows: torch.Tensor
@@ -46,9 +48,27 @@ class Squares:
 
     def reduced(self, linears: Sequence[Linear]) -> list[InputSums]:
         """Over all ranks that see rows of the same channels. A collective: one call an axis, whatever the model."""
-        found = [self._of[id(linear)] for linear in linears]
-        _add_up(linears, [part for one in found for part in (one.sums, one.rows)])
-        return [_once(linear, one) for linear, one in zip(linears, found, strict=True)]
+        return _all_reduced(linears, [self._of[id(linear)] for linear in linears])
+
+
+class BlockProducts:
+    """Sums of products of any two channels of a block of 16, [weights, in / 16, 16, 16], of this rank's channels."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        shapes = {id(linear): (linear.columns // NVFP4_BLOCK, NVFP4_BLOCK, NVFP4_BLOCK) for linear in linears}
+        self._of = {id(linear): _zeros(linear, shapes[id(linear)]) for linear in linears}
+
+    def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
+        """Adds rows [n, in] that a weight multiplies."""
+        mine = self._of[id(linear)]
+        mine.rows[number] += len(rows)
+        for part in rows.split(_ROWS):
+            blocks = part.double().unflatten(-1, (-1, NVFP4_BLOCK)).transpose(0, 1)
+            mine.sums[number] += blocks.mT @ blocks
+
+    def reduced(self, linears: Sequence[Linear]) -> list[InputSums]:
+        """Over all ranks that see rows of the same channels. A collective: one call an axis, whatever the model."""
+        return _all_reduced(linears, [self._of[id(linear)] for linear in linears])
 
 
 class Products:
@@ -95,6 +115,11 @@ def add_over(group: DistributedProcessGroup | None, tensor: torch.Tensor) -> tor
     there = tensor.to(collective_device(), copy=True)
     dist.all_reduce(there, group=group.group)
     return there.to(tensor.device)
+
+
+def _all_reduced(linears: Sequence[Linear], found: Sequence[InputSums]) -> list[InputSums]:
+    _add_up(linears, [part for one in found for part in (one.sums, one.rows)])
+    return [_once(linear, one) for linear, one in zip(linears, found, strict=True)]
 
 
 def _slices(linear: Linear) -> int:

@@ -29,7 +29,7 @@ def found_scales(
     in_units = magnitudes * (torch.ones_like(scale_2) / scale_2)
     best = torch.full_like(amaxes, torch.inf)
     found: torch.Tensor | None = None
-    for candidate in _candidates(encoding.search, encoding.scale, amaxes, largest):
+    for candidate in candidates_of(encoding.search, encoding.scale, amaxes, largest):
         found = candidate if found is None else found
         errors = _errors(encoding, in_units, candidate.float(), by_column)
         # A comparison with NaN is false: of what is not finite the first candidate stays.
@@ -41,9 +41,14 @@ def found_scales(
     return found
 
 
-def _candidates(
+def candidates_of(
     search: ScaleSearch, scale: ScaleType, amaxes: torch.Tensor, largest: torch.Tensor
 ) -> Iterator[torch.Tensor]:
+    """The scales that a search tries for blocks, of a type's dtype and of the shape of their FP32 amaxes, in order.
+
+    Args:
+        largest: FP32 scalar, the value that a scale of 1 reaches.
+    """
     for multiple in search.multiples:
         nearest = scale.from_amax(amaxes * multiple, largest).view(torch.uint8)
         for offset in search.offsets:

@@ -1,6 +1,6 @@
-"""ModelOpt's `gptq` and `awq_lite` by ours, for grouped experts too; and `weighted_mse`, which ModelOpt has not.
+"""ModelOpt's `gptq`, `awq_lite` and `local_hessian` by ours, for grouped experts too; and `weighted_mse`, a new one.
 
-The modes of the first two keep their names and configs, so that the state of a model they calibrated is ModelOpt's own.
+The modes of ModelOpt's keep their names and configs, so that the state of a model they calibrated is ModelOpt's own.
 That of `weighted_mse` is known where this package is imported.
 """
 
@@ -15,11 +15,13 @@ from modelopt.torch.quantization.mode import (
     BaseCalibrateModeDescriptor,
     CalibrateModeRegistry,
     GPTQModeDescriptor,
+    LocalHessianModeDescriptor,
 )
 from torch import nn
 
 from quantplug.calibration.algorithms import awq
 from quantplug.calibration.algorithms import gptq as ours
+from quantplug.calibration.algorithms.local_hessian import local_hessian_calibrate
 from quantplug.calibration.algorithms.weighted_mse import weighted_mse_calibrate
 from quantplug.calibration.inputs.linears import linears_of
 from quantplug.calibration.inputs.moments import FEW_TOKENS, ExpertInputs, InputPolicy
@@ -27,6 +29,7 @@ from quantplug.megatron.parallel import pipeline_stages
 from quantplug.megatron.parameters import LanguageModel
 
 GPTQ_MODE, WEIGHTED_MODE, AWQ_MODE = "gptq_calibrate", "weighted_mse_calibrate", "awq_lite_calibrate"
+HESSIAN_MODE = "local_hessian_calibrate"
 
 
 class WeightedMseCalibConfig(MaxCalibConfig):
@@ -61,6 +64,29 @@ def _awq_lite(
         awq.awq_lite(model, forward_loop, alpha_step)
     else:
         model_calib.awq(model, forward_loop, alpha_step=alpha_step, **options)
+
+
+def _local_hessian(
+    model: nn.Module,
+    forward_loop: Callable[..., None] | None = None,
+    step_size: float = 0.1,
+    start_multiplier: float = 0.25,
+    stop_multiplier: float = 4.0,
+    debug: bool = False,
+    **options: Any,
+) -> None:
+    """Ours of a Megatron model, whose grouped experts ModelOpt's searches by plain errors; of any other, ModelOpt's."""
+    if any(isinstance(module, LanguageModel) for module in model.modules()):
+        local_hessian_calibrate(model, forward_loop, **options)
+        return
+    multiples = {"start_multiplier": start_multiplier, "stop_multiplier": stop_multiplier, "step_size": step_size}
+    model_calib.local_hessian_calibrate(model, forward_loop, debug=debug, **multiples, **options)
+
+
+class QuantplugLocalHessianCalibration(LocalHessianModeDescriptor):
+    """The mode `local_hessian_calibrate`."""
+
+    _calib_func = _local_hessian
 
 
 class QuantplugAwqLiteCalibration(AWQLiteModeDescriptor):
@@ -99,7 +125,11 @@ class QuantplugWeightedMseCalibration(BaseCalibrateModeDescriptor):
 
 def register_input_algorithms() -> None:
     """Registers them; again changes nothing."""
-    for mode, descriptor in ((GPTQ_MODE, QuantplugGptqCalibration), (AWQ_MODE, QuantplugAwqLiteCalibration)):
+    for mode, descriptor in (
+        (GPTQ_MODE, QuantplugGptqCalibration),
+        (AWQ_MODE, QuantplugAwqLiteCalibration),
+        (HESSIAN_MODE, QuantplugLocalHessianCalibration),
+    ):
         if not isinstance(CalibrateModeRegistry[mode], descriptor):
             CalibrateModeRegistry.remove_mode(mode)
             CalibrateModeRegistry.register_mode(descriptor)
