@@ -29,6 +29,7 @@ from quantplug.verify import (
 from quantplug.verify.checkpoint import Checkpoint, of_source, open_checkpoint
 from quantplug.verify.folds import folded
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
+from quantplug.verify.input_ranges import input_ranges
 from quantplug.verify.journal import Journal
 from quantplug.verify.known import known_architecture, table_of
 from quantplug.verify.modules import Inventory, take_inventory
@@ -169,6 +170,7 @@ def _judge(
 
     read, value_findings = values.read_values(inventory, on_bytes, journal)
     findings += [*value_findings, *values.shared_scales(inventory, read), *values.stored_shapes(inventory)]
+    findings += input_ranges(inventory, read)
     export = inventory.checkpoint
     findings += tied_head.lost_head(export.config, export, "the export")
     if original is None:

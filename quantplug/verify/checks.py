@@ -40,6 +40,7 @@ class Check(StrEnum):
     ERROR_BOUND = "error-bound"
     VALUE_BOUND = "value-bound"
     GAIN = "gain"
+    INPUT_RANGE = "input-range"
     SETTINGS = "settings"
     SIDE_FILES = "side-files"
     TIED_HEAD = "tied-head"
