@@ -17,7 +17,7 @@ demo: setup  ## Tiny Qwen3-MoE checkpoint to NVFP4 through Megatron-Core, verifi
 test: setup  ## The whole test suite, on two cores. PYTEST_ARGS adds arguments, such as PYTEST_ARGS="-k nvfp4 -n 0".
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-servers: setup  ## What a real vLLM (its build for CPUs, in .venv-servers) computes of our exports: docs/readers.md, cell by cell.
+servers: setup  ## What a real vLLM computes of our exports, and SGLang loads (in .venv-servers): docs/readers.md, cell by cell.
 	@PYTHON="$(PYTHON)" tools/setup_servers.sh
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 0 tests/servers $(PYTEST_ARGS)
 

@@ -1,8 +1,10 @@
 """Tiny checkpoints in sizes that servers take: heads of 64, and widths that whole blocks of 128 divide."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -69,14 +71,51 @@ OWN_SIZES: Mapping[str, Sizes] = {
 }
 
 
-def make_served(name: str, directory: Path) -> Path:
+# Every second layer has full attention, as a published config says by one number; and every layer has experts, as
+# in all published ones: SGLang does not look at `mlp_only_layers`.
+_EVERY_SECOND: Sizes = {"layer_types": ["linear_attention", "full_attention"] * 2, "mlp_only_layers": []}
+_REGULAR: Mapping[str, Sizes] = {
+    "qwen2_moe": {"mlp_only_layers": []},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_next": _EVERY_SECOND,
+    "qwen3_5": _EVERY_SECOND,
+    "qwen3_5_moe": _EVERY_SECOND,
+    "qwen3_5_vl": _EVERY_SECOND,
+    "qwen3_5_vl_moe": _EVERY_SECOND,
+    "qwen3_vl_moe": {"mlp_only_layers": []},
+}
+_LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+
+
+def make_served(name: str, directory: Path, more: Sizes = MappingProxyType({})) -> Path:
     """Saves the checkpoint of a family, in sizes that servers take."""
     case = CASES[name]
-    config = _resized(case.config, {**SIZES, **OWN_SIZES.get(name, {})})
+    config = _resized(case.config, {**SIZES, **OWN_SIZES.get(name, {}), **more})
     if name in AXES:
         config.text_config.rope_parameters["mrope_section"] = AXES[name]
     published = as_published if name.startswith("nemotron_h") else case.published
     return save(replace(case, config=config, published=published), directory)
+
+
+def make_published(name: str, directory: Path) -> Path:
+    """The same with a config as publishers write it, which is what SGLang's own classes of configs read.
+
+    transformers 5 leaves out `full_attention_interval` and `moe_layer_freq`, and names Nemotron-H's layers anew.
+    """
+    make_served(name, directory, _REGULAR.get(name, {}))
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    if "layers_block_type" in text:
+        text["hybrid_override_pattern"] = "".join(_LETTERS[kind] for kind in text.pop("layers_block_type"))
+        text.pop("mtp_layers_block_type", None)
+        text["num_hidden_layers"] = len(text["hybrid_override_pattern"])
+    elif "linear_num_key_heads" in text:
+        text["full_attention_interval"] = 2
+    elif "kv_lora_rank" in text:
+        text |= {"moe_layer_freq": 1, "scoring_func": text.get("scoring_func") or "softmax"}
+    file.write_text(json.dumps(config))
+    return directory
 
 
 def _resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
