@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantplug.checkpoint.untrusted.files import file_problem
-from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
+from quantplug.checkpoint.untrusted.json_reader import as_object, as_text, as_texts
 from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Finding, error, warning
@@ -19,6 +19,9 @@ _BY_CONTENT = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 _TOKENIZER_FILES = frozenset(_BY_CONTENT[:6])
+# Vocabularies of tokenizers that are code (Kimi's, Qwen's first), of sentencepiece by other names, and Mistral's.
+_VOCABULARIES = (".model", ".tiktoken", ".vocab", ".bpe")
+_TEKKEN = "tekken.json"
 _MOST_BYTES = 256 * 2**20  # of a JSON file that is read; the largest tokenizer known to us has 35 MB
 _GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -36,12 +39,14 @@ _DECIDING = frozenset({
 
 def side_files(export: Path, source: Path) -> Iterator[Finding]:
     """Files of the source that the export lacks, or has with another content."""
-    for name in _BY_CONTENT:
+    others = sorted(path.name for path in source.iterdir() if path.suffix in _VOCABULARIES or path.name == _TEKKEN)
+    for name in dict.fromkeys((*_BY_CONTENT, *others)):
         if not _is_read(source / name):
             continue
         if not _is_read(export / name):
             # `tokenizer.json` holds all that the older files say, so a tool may leave these out.
-            held = name in _TOKENIZER_FILES and name != "tokenizer.json" and _is_read(export / "tokenizer.json")
+            older = (name in _TOKENIZER_FILES and name != "tokenizer.json") or name in others
+            held = older and _is_read(export / "tokenizer.json")
             if not held:
                 yield error(
                     Check.SIDE_FILES, name, "in the source, but not in the export: servers cannot read a text so"
@@ -49,6 +54,7 @@ def side_files(export: Path, source: Path) -> Iterator[Finding]:
         elif not _alike(export / name, source / name, lambda value: value):
             yield error(Check.SIDE_FILES, name, "is not the source's: servers make other tokens of a text")
     yield from _tokenizer_config(export, source)
+    yield from _code(export, source)
     yield from _chat_template(export, source)
     yield from _generation(export, source)
 
@@ -62,6 +68,26 @@ def _tokenizer_config(export: Path, source: Path) -> Iterator[Finding]:
                 yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, message)
     elif there:
         yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, "in the source, but not in the export")
+
+
+def _code(export: Path, source: Path) -> Iterator[Finding]:
+    """The code that makes the tokenizer, where a checkpoint brings it: there is no other way to read a text then."""
+    for reference in sorted(_references(_object(source / _TOKENIZER_CONFIG).get("auto_map"))):
+        # `owner/name--file.Class` is fetched from the hub (transformers' `get_class_from_dynamic_module`).
+        name = f"{reference.partition('.')[0]}.py"
+        if "--" in reference or not _is_read(source / name):
+            continue
+        if not _is_read(export / name):
+            message = f"in the source, whose tokenizer is {reference} in it, but not in the export"
+            yield error(Check.SIDE_FILES, name, message)
+        elif not filecmp.cmp(export / name, source / name, shallow=False):
+            yield error(Check.SIDE_FILES, name, f"is not the source's, whose tokenizer is {reference} in it")
+
+
+def _references(named: Any) -> Iterator[str]:
+    """The classes that an `auto_map` names: one, or a slow and a fast one, of each kind."""
+    for value in as_object(named).values():
+        yield from as_texts([it for it in value if it] if isinstance(value, list) else [value])
 
 
 def _text_of(token: Any) -> Any:

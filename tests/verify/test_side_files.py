@@ -58,6 +58,31 @@ def test_what_differs_is_found(tmp_path: Path, changed: dict[str, Any], expected
     assert found(tmp_path, changed) == {name: severity for name, severity in expected.items() if severity}
 
 
+CODE: dict[str, Any] = {
+    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}},
+    "tokenization_kimi.py": "class TikTokenTokenizer: ...",
+    "kimi.tiktoken": "YQ== 0",
+    "tekken.json": {"vocab": ["a"]},
+    "sentencepiece.bpe.model": "x",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CODE if name != "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [None, "another"])
+def test_vocabularies_of_any_name_and_the_code_that_reads_them(tmp_path: Path, name: str, content: object) -> None:
+    """Kimi-K2's tokenizer is code and a vocabulary of its own, and there is no tokenizer.json."""
+    files = {it: said for it, said in (CODE | {name: content}).items() if said is not None}
+    findings = list(side_files(write(tmp_path / "export", files), write(tmp_path / "source", CODE)))
+    assert [(finding.subject, finding.severity) for finding in findings] == [(name, Severity.ERROR)]
+
+
+def test_code_of_another_repository_and_what_tokenizer_json_holds_need_not_be_there(tmp_path: Path) -> None:
+    elsewhere = {"auto_map": {"AutoTokenizer": "owner/name--tokenization_kimi.TikTokenTokenizer"}}
+    source = CODE | FILES | {"tokenizer_config.json": elsewhere}
+    export = FILES | {"tokenizer_config.json": elsewhere}
+    assert list(side_files(write(tmp_path / "export", export), write(tmp_path / "source", source))) == []
+
+
 @pytest.mark.parametrize(
     "changed",
     [
