@@ -41,7 +41,7 @@ def _mark_of(path: Path) -> Path:
 
 def _mark(path: Path) -> str:
     """Changes with any changed bit; no cryptographic hash, which would take longer than packing."""
-    # Bytes of a file read as FP32, of which their bits are summed as integers: the widest type that has a compiled loop.
+    # Bytes of a file read as FP32, whose bits are summed as integers: the widest type that has a compiled loop.
     # PyTorch's own sums take ten times as long, and keep a core busy for milliseconds after each, waiting for the next.
     words = torch.zeros(_CHUNK_ROWS, _WORDS, dtype=torch.float32)
     content, marks = words.view(torch.uint8).numpy().reshape(-1).data, hashlib.sha256()

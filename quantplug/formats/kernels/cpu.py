@@ -34,7 +34,10 @@ from quantplug.formats.scale_types import E8M0_SCALE
 from quantplug.formats.search.candidates import FOUND, TAKEN, ScaleSearch
 
 _PIECE = 1 << 18
-"""Least elements of a piece: some tens of microseconds of work, and a copy of it stays in a core's cache."""
+"""Elements of a piece that is copied, so that the copy stays in a core's cache; other pieces are multiples of it."""
+
+_LEAST_PIECES = 2
+"""So many `_PIECE`s are some tens of microseconds of work, beside which to start it costs little."""
 
 _PIECES_PER_THREAD = 4
 """So that a core that other work slows does not keep the others waiting for long."""
@@ -315,8 +318,11 @@ def _piece_elements(weight: Array) -> int:
     # Each piece of these is copied first, and a larger copy would not stay in the cache.
     if not weight.flags.c_contiguous:
         return _PIECE
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return int(weight.size)
     # Starting a loop takes the interpreter's lock: few pieces a thread, however large the weight.
-    return _PIECE * max(1, weight.size // (_PIECE * _PIECES_PER_THREAD * torch.get_num_threads()))
+    return _PIECE * max(_LEAST_PIECES, weight.size // (_PIECE * _PIECES_PER_THREAD * threads))
 
 
 def _alongside(pieces: list[Array], tensor: torch.Tensor, per: int = 1) -> list[Array]:
