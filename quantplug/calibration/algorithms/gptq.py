@@ -29,6 +29,7 @@ from quantplug.errors import ArgumentError, CalibrationError, Offender
 from quantplug.formats import NVFP4
 from quantplug.formats.constants import NVFP4_BLOCK
 from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.releases.mtp import without_labels
 
 METHOD = "gptq"
 
@@ -84,7 +85,7 @@ def _round_step(
     policy: InputPolicy,
 ) -> list[WeightInputs]:
     products = Products(step)
-    with watching(step, products.take), _weights_as_they_are(model):
+    with watching(step, products.take), _weights_as_they_are(model), without_labels([model]):
         all_or_none(lambda: forward_loop(model))
     moments = [moments_of(linear, found, policy) for linear, found in zip(step, products.reduced(step), strict=True)]
     del products

@@ -13,6 +13,7 @@ from quantplug.calibration.inputs.rows import watching
 from quantplug.calibration.inputs.sums import BlockProducts, Squares
 from quantplug.calibration.run import ForwardLoop, max_calibrate
 from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.releases.mtp import without_labels
 
 
 def seen(
@@ -52,7 +53,8 @@ def seen(
 
     max_calibrate(model, loop, distributed_sync, **options)
     if not loops:
-        all_or_none(lambda: loop(model))
+        with without_labels([model]):
+            all_or_none(lambda: loop(model))
     moments = [moments_of(linear, found, policy) for linear, found in zip(linears, added.reduced(linears), strict=True)]
     all_or_none(lambda: require_known(linears, moments))
     return linears, moments

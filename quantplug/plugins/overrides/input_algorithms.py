@@ -7,6 +7,7 @@ That of `weighted_mse` is known where this package is imported.
 from collections.abc import Callable
 from typing import Any, Literal
 
+from megatron.core.transformer import MegatronModule
 from modelopt.torch.opt.config import ModeloptField
 from modelopt.torch.quantization import model_calib
 from modelopt.torch.quantization.config import MaxCalibConfig, QuantizeAlgorithmConfig
@@ -26,7 +27,6 @@ from quantplug.calibration.algorithms.weighted_mse import weighted_mse_calibrate
 from quantplug.calibration.inputs.linears import linears_of
 from quantplug.calibration.inputs.moments import FEW_TOKENS, ExpertInputs, InputPolicy
 from quantplug.megatron.parallel import pipeline_stages
-from quantplug.megatron.parameters import LanguageModel
 
 GPTQ_MODE, WEIGHTED_MODE, AWQ_MODE = "gptq_calibrate", "weighted_mse_calibrate", "awq_lite_calibrate"
 HESSIAN_MODE = "local_hessian_calibrate"
@@ -60,7 +60,7 @@ def _awq_lite(
     model: nn.Module, forward_loop: Callable[..., None] | None = None, alpha_step: float = 0.1, **options: Any
 ) -> None:
     """Ours of a Megatron model: of any other, ModelOpt's, whose factors stay beside the weights."""
-    if any(isinstance(module, LanguageModel) for module in model.modules()):
+    if any(isinstance(module, MegatronModule) for module in model.modules()):
         awq.awq_lite(model, forward_loop, alpha_step)
     else:
         model_calib.awq(model, forward_loop, alpha_step=alpha_step, **options)
@@ -76,7 +76,7 @@ def _local_hessian(
     **options: Any,
 ) -> None:
     """Ours of a Megatron model, whose grouped experts ModelOpt's searches by plain errors; of any other, ModelOpt's."""
-    if any(isinstance(module, LanguageModel) for module in model.modules()):
+    if any(isinstance(module, MegatronModule) for module in model.modules()):
         local_hessian_calibrate(model, forward_loop, **options)
         return
     multiples = {"start_multiplier": start_multiplier, "stop_multiplier": stop_multiplier, "step_size": step_size}

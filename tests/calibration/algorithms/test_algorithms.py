@@ -1,6 +1,7 @@
 """Algorithms that know inputs, through mtq.quantize, on models whose experts are grouped and on such whose are not."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformer_engine.pytorch import GroupedLinear
 
 from examples.evaluate import decode
-from quantplug import export_mcore_gpt_to_hf, load_checkpoint, save_checkpoint
+from quantplug import build_model, export_mcore_gpt_to_hf, load_checkpoint, save_checkpoint
 from quantplug.calibration.algorithms.gptq import gptq, refuse_stages
 from quantplug.calibration.algorithms.targets import targets
 from quantplug.calibration.inputs.importance import importance_of
@@ -25,6 +26,8 @@ from quantplug.megatron.models.build import LayerSpec
 from tests.calibration.inputs.fed import feed, identity
 from tests.calibration.local_model import build, run
 from tests.export.checkpoints import load, read
+from tests.families.cases import make
+from tests.made_once import MadeOnce
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -114,6 +117,15 @@ def test_a_layer_is_rounded_behind_those_before_it(tiny_qwen3_moe_dir: Path) -> 
 
     assert changed == [[False, False], [False, False], [True, False]]
     assert any(not torch.equal(before[1][name], new) for name, new in model.decoder.layers[1].named_parameters())
+
+
+def test_a_model_that_predicts_further_tokens_is_rounded(made_once: MadeOnce) -> None:
+    """Megatron-Core 0.16 wants labels in every forward of a model that has some, which calibration data has not."""
+    source = made_once("family_glm4_moe", partial(make, "glm4_moe"))
+    model = build_model(source, import_weights=True, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
+    mtq.quantize(model, config(None))
+    found = gptq(model, run)
+    assert all(one.tokens for one in found if one.key.expert is None)
 
 
 def weighted_errors(model: nn.Module, importance: dict[str, torch.Tensor]) -> dict[str, float]:
