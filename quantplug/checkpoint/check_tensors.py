@@ -38,11 +38,18 @@ def check_tensors(
         findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
     for name, key in known.items():
         if name not in tensors and not (tied and name in family.tied):
-            findings.add(_MISSING_TENSOR, name, f"needed for {key.name}", key.expert)
+            findings.add(_MISSING_TENSOR, name, f"needed for {key.name}{_untied(name, family)}", key.expert)
         elif name in tensors and tensors[name].dtype not in _FLOATS and not table[key.module].role.is_passthrough:
             findings.add(_DTYPE, name, f"is {tensors[name].dtype}", key.expert)
     # A tied output layer of another shape is one of another type and other values, of which all is said at once.
     _check_copies({copy: it for copy, it in copies.items() if copy not in family.tied}, tensors, findings)
+
+
+def _untied(name: str, family: Family) -> str:
+    """What else may be the matter with an output layer that is missing: the default of a config that says nothing."""
+    if name not in family.tied:
+        return ""
+    return f"; where it is {family.tied[name]}, config.json says so by tie_word_embeddings true"
 
 
 def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, TensorHeader], findings: Findings) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
 from quantplug.checkpoint.config_file import ties_embeddings
-from quantplug.errors import SourceError
+from quantplug.errors import MappingError, SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import load, one_rank, read
 from tests.export.refusals import refused
@@ -84,6 +84,20 @@ def test_both_remedies_work(tied: Path, embedding: torch.Tensor, tmp_path: Path)
     removed = with_head(tied, tmp_path / "removed", None)
     quantize_checkpoint(removed, tmp_path / "other", "w4a16_nvfp4")
     assert HEAD not in read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("said", [None, False])
+def test_a_head_that_is_nowhere_may_be_the_embedding_and_the_remedy_works(
+    said: bool | None, tied: Path, tmp_path: Path
+) -> None:
+    """A config that says nothing leaves it to a default, which differs from one architecture to another."""
+    source = with_head(tied, tmp_path / "in", None, tie_word_embeddings=said)
+    with refused(MappingError, tmp_path) as caught:
+        quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
+    assert f"where it is {EMBEDDING}, config.json says so by tie_word_embeddings true" in str(caught.value)
+    mended = with_head(source, tmp_path / "mended", None, tie_word_embeddings=True)
+    quantize_checkpoint(mended, tmp_path / "out", "w4a16_nvfp4")
+    assert EMBEDDING in read(tmp_path / "out")
 
 
 def test_the_same_head_is_left_out(tied: Path, embedding: torch.Tensor, tmp_path: Path) -> None:
