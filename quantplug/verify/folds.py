@@ -8,7 +8,7 @@ so that one that is without them, or has others, is as wrong as any weight is th
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,8 @@ from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
 from quantplug.verify.layouts import is_plain
 from quantplug.verify.matrices import Matrix
-from quantplug.verify.measure import read_rows
-from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.modules import Inventory
+from quantplug.verify.networks import GatedNetwork, StoredBeside, networks_of
 from quantplug.verify.originals import ExpertPart, PartOriginal, PlainOriginal
 from quantplug.verify.report import Finding, error, note
 
@@ -34,7 +34,6 @@ _READERS = {
 _FIRST = frozenset({"q_proj", "k_proj", "v_proj", *names.ROUTERS, "gate_proj", "up_proj", "gate_up_proj", "w1", "w3"})
 _CLEAR = 0.05
 """Squared error of a column, over its square, below which it is told apart: four bits leave 0.01 of ordinary ones."""
-_UP_TO_DOWN = {"up_proj": ("gate_proj", "down_proj"), "w3": ("w1", "w2")}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ def folded(inventory: Inventory, source: Checkpoint, experts: FusedExperts) -> t
     if not norms:
         return source, []
     with_norms = _with(source, factors)
-    networks = [(one, rows) for one in _networks(inventory, with_norms, experts) if (rows := _of_rows(one)) is not None]
+    networks = [
+        (one, rows) for one in networks_of(inventory, with_norms, experts) if (rows := _of_rows(one)) is not None
+    ]
     for network, rows in networks:
         for name, factor in network.factors(with_norms, rows):
             factors[name] = factors.get(name, torch.ones(1)) * factor
@@ -144,17 +145,19 @@ def _readers(source: Checkpoint) -> Mapping[str, Sequence[TensorInfo]]:
 
 def _of_readers(inventory: Inventory, source: Checkpoint, readers: Sequence[TensorInfo]) -> int:
     """How many channels of a norm have a factor that what reads it has not, as far as quantized weights tell."""
-    pairs: list[_Stored] = []
+    pairs: list[StoredBeside] = []
     for info in readers:
         module = inventory.modules.get(names.split(info.name)[0])
         # A weight that is not quantized, as a router, is compared value by value.
         if module is None or len(info.shape) != 2 or not module.quantized:
             return 0
-        pairs.append(_Stored(module, Matrix(inventory.checkpoint, module.name), PlainOriginal(source, info, False)))
+        pairs.append(
+            StoredBeside(module, Matrix(inventory.checkpoint, module.name), PlainOriginal(source, info, False))
+        )
     return _strayed(pairs)
 
 
-def _of_down(inventory: Inventory, source: Checkpoint, network: "_Network") -> int:
+def _of_down(inventory: Inventory, source: Checkpoint, network: GatedNetwork) -> int:
     """How many rows of an up projection have a factor that the down projection's columns have not."""
     name, info = names.split(network.down)[0], source.tensors[network.down]
     module, parent = inventory.modules.get(name), network.up.name.rpartition(".")[0]
@@ -168,39 +171,10 @@ def _of_down(inventory: Inventory, source: Checkpoint, network: "_Network") -> i
         original = PartOriginal(PlainOriginal(source, info, network.is_transposed), part)
     is_turned = bool(module.placement and module.placement.transposed)
     place = network.expert if module.placement is not None else None
-    return _strayed([_Stored(module, Matrix(inventory.checkpoint, module.name, place, is_turned), original)])
+    return _strayed([StoredBeside(module, Matrix(inventory.checkpoint, module.name, place, is_turned), original)])
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A quantized weight, and what it was made of."""
-
-    module: Module
-    weight: Matrix
-    original: PlainOriginal | PartOriginal
-
-    def rows(self, above: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """FP64 rows as they are decoded, and as they were; none of what cannot be decoded.
-
-        Args:
-            above: How many rows of the stored weight lie above those of the original.
-        """
-        layout, codes, (rows, columns) = self.module.layout, self.module.codes, self.original.shape
-        if not self.module.sound or layout is None or codes is None:
-            return
-        if codes.shape[0] != above + rows or layout.columns(codes) != columns:
-            return
-        step = self.original.step(columns)
-        try:
-            for first in range(0, rows, step):
-                last = min(first + step, rows)
-                before = self.original.rows(None, first, last).double()
-                yield read_rows(self.weight, layout, above + first, above + last).decoded().double(), before
-        except UnreadableTensorError:  # Said where it is compared.
-            return
-
-
-def _strayed(stored: Sequence[_Stored]) -> int:
+def _strayed(stored: Sequence[StoredBeside]) -> int:
     """How many columns of weights are another power of two times what they were made of, and not that itself."""
     # Sums over rows, chunk by chunk: of squares, of products, and of the original's squares.
     sums = torch.zeros(3, stored[0].original.shape[1], dtype=torch.float64)
@@ -219,89 +193,9 @@ def _columns(of_channels: torch.Tensor, is_transposed: bool | None) -> torch.Ten
     return of_channels[:, None] if is_transposed else of_channels
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A gated network, or one expert: its up projection, with a factor a row, and the down projection behind it.
-
-    Attributes:
-        up: The module of the export that has the up projection.
-        weight: The weight in it, whose last rows are the up projection's.
-        original: What these were made of.
-        down: Name of the source's down projection.
-        expert: Its place in the source's tensors of all experts; None where it has its own.
-        is_transposed: Whether these are [experts, in, out].
-    """
-
-    up: Module
-    weight: Matrix
-    original: PlainOriginal | PartOriginal
-    down: str
-    expert: int | None
-    is_transposed: bool
-
-    def factors(self, source: Checkpoint, rows: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the source's two tensors are multiplied by, given factors of rows."""
-        up = self.original.info
-        if self.expert is None:
-            yield up.name, rows[:, None]
-            yield self.down, rows.reciprocal()
-            return
-        experts, *matrix = up.shape
-        of_all = torch.ones(experts, matrix[1 if self.is_transposed else 0])
-        # The rows of up lie below those of gate.
-        of_all[self.expert, -len(rows) :] = rows
-        columns = torch.ones(experts, len(rows))
-        columns[self.expert] = rows.reciprocal()
-        first, last = (1, 2) if self.is_transposed else (2, 1)
-        yield up.name, of_all.unsqueeze(first)
-        yield self.down, columns.unsqueeze(last)
-
-
-def _networks(inventory: Inventory, source: Checkpoint, experts: FusedExperts) -> Iterator[_Network]:
-    for name, module in inventory.modules.items():
-        parent, _, last = name.rpartition(".")
-        if last not in _UP_TO_DOWN:
-            continue
-        gate, down = (f"{parent}.{part}.weight" for part in _UP_TO_DOWN[last])
-        up = source.tensors.get(f"{name}.weight")
-        if up is not None and all(_is_matrix(source, each) for each in (up.name, gate, down)):
-            weight = Matrix(inventory.checkpoint, name)
-            yield _Network(module, weight, PlainOriginal(source, up, False), down, None, False)
-    for info in source.tensors.values():
-        yield from _in_one_tensor(inventory, source, experts, info)
-
-
-def _in_one_tensor(
-    inventory: Inventory, source: Checkpoint, experts: FusedExperts, info: TensorInfo
-) -> Iterator[_Network]:
-    """Those whose gate and up projections are in one tensor of all experts, in the source at least."""
-    name = names.split(info.name)[0]
-    is_transposed, down = experts.is_transposed(name), f"{name.rpartition('.')[0]}.down_proj.weight"
-    is_first = names.last(name) == "gate_up_proj" and len(info.shape) == 3 and is_plain(info)
-    if is_transposed is None or not is_first or down not in source.tensors:
-        return
-    for expert in range(info.shape[0]):
-        apart = experts.apart(name, expert)
-        up = apart[1] if len(apart) > 1 else f"{name}.{expert}"
-        part = ExpertPart(up, info, expert, is_transposed, 1, 2)
-        original = PartOriginal(PlainOriginal(source, info, is_transposed), part)
-        if (module := inventory.modules.get(name)) is not None and module.placement is not None:
-            weight = Matrix(inventory.checkpoint, name, expert, module.placement.transposed)
-        elif (module := inventory.modules.get(names.split(up)[0])) is not None:
-            weight = Matrix(inventory.checkpoint, module.name)
-        else:
-            continue
-        yield _Network(module, weight, original, down, expert, is_transposed)
-
-
-def _is_matrix(source: Checkpoint, name: str) -> bool:
-    info = source.tensors.get(name)
-    return info is not None and is_plain(info) and len(info.shape) == 2
-
-
-def _of_rows(network: _Network) -> torch.Tensor | None:
+def _of_rows(network: GatedNetwork) -> torch.Tensor | None:
     """Powers of two nearest to the sizes of an export's rows over the source's, FP32 [out]; None where all are 1."""
-    stored, codes = _Stored(network.up, network.weight, network.original), network.up.codes
+    stored, codes = StoredBeside(network.up, network.weight, network.original), network.up.codes
     above = codes.shape[0] - network.original.shape[0] if codes is not None else 0
     found = []
     for decoded, before in stored.rows(above):
