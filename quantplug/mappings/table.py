@@ -443,6 +443,7 @@ class Family:
             values are converted.
         server_settings: Settings, where the sizes are, without which servers compute another model, and which
             transformers neither needs nor writes.
+        unserved_names: Names of tensors that some tool writes and servers do not know, each with the name that they do.
         shapes: Of tensors whose shapes by the sizes are not those that tensors of such names have elsewhere: by the
             name without numbers and without what its layers are in, such as `self_attn.q_norm`. None in a shape is a
             size that the config does not say.
@@ -464,6 +465,7 @@ class Family:
     zero_centred: bool = False
     server_settings: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, Callable[[ModelDimensions], tuple[int | None, ...]]] = field(default_factory=dict)
+    unserved_names: Mapping[str, str] = field(default_factory=dict)
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""

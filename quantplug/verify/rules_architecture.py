@@ -16,7 +16,7 @@ from quantplug.verify.checks import Check
 from quantplug.verify.known import KnownArchitecture
 from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, WEIGHT_SUFFIXES
 from quantplug.verify.modules import Inventory, Module
-from quantplug.verify.report import Finding, error
+from quantplug.verify.report import Finding, error, warning
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ def server_settings(inventory: Inventory) -> Iterator[Finding]:
         if holder.get(name) != value:
             message = f"is {shown(holder[name]) if name in holder else 'not set'}: servers compute another router"
             yield error(Check.SERVER_SETTINGS, f"config.json {name}", f"{message}; set it to {value}")
+
+
+def served_names(inventory: Inventory) -> Iterator[Finding]:
+    """Tensors have the names that servers look for, where tools write others too."""
+    known = inventory.known
+    for name, served in ({} if known is None else known.family.unserved_names).items():
+        if name in inventory.checkpoint.tensors:
+            yield warning(Check.NAMES, name, f"servers look for {served}: rename the tensor, in the index too")
 
 
 def _required(inventory: Inventory, known: KnownArchitecture) -> Iterator[str]:
@@ -205,4 +213,4 @@ def _others(like: list[str]) -> str:
     return f" (and {len(like) - 1} more like it)" if len(like) > 1 else ""
 
 
-RULES = (architecture, server_settings)
+RULES = (architecture, server_settings, served_names)

@@ -14,6 +14,14 @@ _SHOWN = 4
 # Of compressed-tensors' lists vLLM asks for these linears of the first expert, whatever the checkpoint calls them, and
 # by exact comparison (`CompressedTensorsMoEMethod.get_moe_method`, vLLM 0.33).
 _FIRST_EXPERT = ("0.gate_proj", "0.up_proj", "0.down_proj")
+# SGLang 0.5.23 (`is_layer_excluded` of modelopt_quant.py) holds the last part of such a pattern against that of every
+# module's name, in all layers.
+_BY_LAST_PART = {
+    "q_a_proj": frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    "kv_a_proj_with_mqa": frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    "q_b_proj": frozenset({"q_b_proj"}),
+    "kv_b_proj": frozenset({"kv_b_proj"}),
+}
 
 
 def _listed(modules: list[str]) -> str:
@@ -59,6 +67,21 @@ def _plain_name(inventory: Inventory, pattern: str, parts: NamesByPart) -> Itera
     if swallowed := parts.containing(pattern):
         message = f"is part of the name {_listed(swallowed)}, which vLLM then leaves unquantized too"
         yield warning(Check.EXCLUDE_PATTERN, pattern, message)
+
+
+def latent(inventory: Inventory) -> Iterator[Finding]:
+    """Projections of multi-latent attention are on the list in all layers, or by a pattern of their layer."""
+    if inventory.scheme.method != "modelopt":
+        return
+    listed = {names.last(pattern): pattern for pattern in reversed(inventory.scheme.excludes.patterns)}
+    for last, alike in _BY_LAST_PART.items():
+        also = [module.name for module in inventory.quantized if names.last(module.name) in alike]
+        if last in listed and also:
+            message = (
+                f"SGLang takes it for all layers, and leaves {_listed(also)} unquantized too; "
+                "name the layer by a pattern (model.layers.0.*) in both config files"
+            )
+            yield warning(Check.EXCLUDE_PATTERN, listed[last], message)
 
 
 def plain_experts(inventory: Inventory) -> Iterator[Finding]:
@@ -127,4 +150,4 @@ def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Se
         yield error(Check.EXCLUDE_MISSING, module.name, message)
 
 
-RULES = (patterns, plain_experts, sensitive)
+RULES = (patterns, latent, plain_experts, sensitive)

@@ -47,7 +47,9 @@ def test_one_thing_spoiled_is_found(
 @pytest.mark.parametrize("name", [DENSE, MOE, LATENT])
 def test_nothing_but_serving_shards_is_warned_of(name: str, export: Export) -> None:
     findings = verify_checkpoint(export(name, "w4a16_nvfp4")).findings
-    assert {found.check for found in findings} <= {Check.SERVING_TP}
+    # This one has its embedding under the name that transformers 5 gives it, and servers do not know.
+    known = {Check.NAMES} if name == DENSE else set()
+    assert {found.check for found in findings} <= {Check.SERVING_TP, *known}
     assert all(found.severity is not Severity.ERROR for found in findings)
 
 
@@ -120,5 +122,9 @@ def test_either_name_of_the_embedding_is_one(export: Export, tmp_path: Path) -> 
         text = (copy / file).read_text().replace("backbone.embedding", "backbone.embeddings")
         (copy / file).write_text(text)
     assert told(copy) == set()
+    # vLLM 0.32 stops at the name of transformers 5: "no module or parameter named 'model.embedding'".
+    amiss = {it.subject for it in verify_checkpoint(export(DENSE, "w4a16_nvfp4")).findings if it.check is Check.NAMES}
+    assert amiss == {"backbone.embedding.weight"}
+    assert not [it for it in verify_checkpoint(copy).findings if it.check is Check.NAMES]
     both = copy_of(copy, tmp_path / "both", add("backbone.embedding.weight"))
     assert ("architecture", "backbone.embedding.weight") in told(both)

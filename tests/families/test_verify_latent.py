@@ -10,6 +10,7 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors.torch import load_file, save_file
 
+from quantplug import quantize_checkpoint
 from quantplug.verify import verify_checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Severity
@@ -170,3 +171,24 @@ def test_kv_b_proj_in_fp4_is_a_warning(export: Export, tmp_path: Path) -> None:
         section[listed] = [name for name in section[listed] if not name.endswith("self_attn.kv_b_proj")]
         (packed / file).write_text(json.dumps(config))
     assert Check.MIN_BITS in {it.check for it in verify_checkpoint(packed).findings}
+
+
+def test_a_layer_that_is_excluded_by_its_projections_is_told(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """SGLang 0.5.23 leaves those of all layers plain: tests/servers/test_sglang.py runs it."""
+    quantize_checkpoint(checkpoint("deepseek_v3"), tmp_path / "out", "w4a16_nvfp4", exclude=["model.layers.0.*"])
+
+    told = {
+        it.subject for it in verify_checkpoint(tmp_path / "out").findings if "SGLang takes it for all" in it.message
+    }
+    assert told == {f"model.layers.0.self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")}
+
+    for file in ("config.json", "hf_quant_config.json"):
+        config = json.loads((tmp_path / "out" / file).read_text())
+        holder = config.get("quantization_config") or config["quantization"]
+        key = "ignore" if "ignore" in holder else "exclude_modules"
+        others = [name for name in holder[key] if not name.startswith("model.layers.0.self_attn.")]
+        holder[key] = ["model.layers.0.self_attn.*", *others]
+        (tmp_path / "out" / file).write_text(json.dumps(config))
+    report = verify_checkpoint(tmp_path / "out")
+    assert report.ok
+    assert not [it for it in report.findings if "SGLang takes it for all" in it.message]

@@ -182,4 +182,6 @@ NEMOTRON_H = Family(
     passthrough=("mtp.",),
     needs_source=nemotron_h_config.has_mtp,
     forms=(WITHOUT_S,),
+    # vLLM 0.32 and SGLang 0.5.23 (models/nemotron_h.py of both) rename `embeddings` alone; vLLM stops at the other one.
+    unserved_names={"backbone.embedding.weight": "backbone.embeddings.weight"},
 )
