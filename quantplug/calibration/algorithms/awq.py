@@ -58,13 +58,33 @@ def awq_lite(
     alpha_step: float = 0.1,
     policy: InputPolicy | None = None,
 ) -> tuple[FoldedChannels, ...]:
-    """Stands for ModelOpt's calibration of the same name, on Megatron models; calibrates by maximum afterwards.
+    """Stands for ModelOpt's calibration of the same name, on Megatron models: `fold_channels`, then `max`.
+
+    The data runs once more where inputs are quantized. A collective: all ranks must call it.
+
+    Raises:
+        CalibrationError: As `fold_channels`, or as `calibrate`.
+        UnsupportedQuantizationError: As `fold_channels`.
+    """
+    folded = fold_channels(model, forward_loop, alpha_step, policy)
+    max_calibrate(model, forward_loop if _has_inputs(model) else None)
+    return folded
+
+
+@torch.no_grad()
+def fold_channels(
+    model: nn.Module,
+    forward_loop: ForwardLoop | None = None,
+    alpha_step: float = 0.1,
+    policy: InputPolicy | None = None,
+) -> tuple[FoldedChannels, ...]:
+    """Chooses factors of channels and puts them into a model, whose quantizers are calibrated afterwards.
 
     Weights and norms of the model are changed; what it computes is not. A collective: all ranks must call it.
 
     Args:
-        model: A quantized Megatron model.
-        forward_loop: Runs calibration data through it; once, and once more where inputs are quantized.
+        model: A quantized Megatron model that is not calibrated yet.
+        forward_loop: Runs calibration data through it; called once.
         alpha_step: Step of the grid from 0 to 1.
         policy: What is taken for the inputs of experts that saw few tokens.
 
@@ -72,7 +92,7 @@ def awq_lite(
         What was done, for what this rank holds.
 
     Raises:
-        CalibrationError: No data, data that does not reach a linear or is not finite; or as `calibrate`.
+        CalibrationError: No data, or data that does not reach a linear or is not finite.
         UnsupportedQuantizationError: A weight of another format than NVFP4 or INT4, or behind what no factor can be
             put into exactly.
     """
@@ -90,7 +110,6 @@ def awq_lite(
             fold.apply(found)
     else:
         chosen = [torch.zeros_like(found) for found in chosen]
-    max_calibrate(model, forward_loop if _has_inputs(model) else None)
     return tuple(FoldedChannels(fold.name, found) for fold, found in zip(folds, chosen, strict=True))
 
 

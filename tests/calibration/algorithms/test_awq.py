@@ -19,7 +19,9 @@ from quantplug import (
     save_checkpoint,
     verify_checkpoint,
 )
-from quantplug.calibration.algorithms.awq import FoldedChannels, awq_lite
+from quantplug.calibration.algorithms.awq import FoldedChannels, awq_lite, fold_channels
+from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
+from quantplug.calibration.run import calibrate
 from quantplug.errors import CalibrationError, UnsupportedQuantizationError
 from quantplug.megatron.parameters import LanguageModel
 from tests.calibration.test_expert_inputs import run
@@ -96,6 +98,23 @@ def test_a_saved_model_is_exported_as_the_live_one(tiny_qwen3_moe_dir: Path, tmp
     assert live.keys() == again.keys()
     assert all(torch.equal(live[name], again[name]) for name in live)
     assert verify_checkpoint(tmp_path / "loaded", tiny_qwen3_moe_dir).ok
+
+
+def test_quantized_inputs_are_calibrated_behind_the_factors(made_once: MadeOnce, tmp_path: Path) -> None:
+    source = source_of("qwen2_moe", made_once, tmp_path / "source")
+    amaxes = []
+    for folds in (False, True):
+        model = build_model(source, import_weights=True, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
+        mtq.quantize(model, {**quant_cfg("nvfp4", source), "algorithm": None})
+        if folds:
+            fold_channels(model, run)
+        calibrate(model, run, CalibrationPolicy(cold_experts=ColdExperts.LAYER_MAX))
+        inputs = [layer.self_attention.linear_qkv.input_quantizer for layer in model.decoder.layers]
+        amaxes.append([float(quantizer.amax) for quantizer in inputs])
+    # The four channels were 32 times as large as the others.
+    assert all(folded < plain / 3 for plain, folded in zip(*amaxes, strict=True)), amaxes
+    export_mcore_gpt_to_hf(model, source, export_dir=tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out", source).ok
 
 
 @pytest.fixture
