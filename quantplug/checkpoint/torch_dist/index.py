@@ -26,6 +26,7 @@ from quantplug.errors import Offender
 _MOST_SIZE = 2**48  # Of an axis, an offset or a file: what is larger is made up.
 _MOST_AXES = 8
 _METADATA = "torch.distributed.checkpoint.metadata."
+_PLANNER = "torch.distributed.checkpoint.planner."
 DTYPES = {
     f"torch.{name}": getattr(torch, name)
     for name in (
@@ -44,6 +45,13 @@ _ALLOWED = frozenset(
                 *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
             )
         ),
+        # Megatron-Core hangs the plans of all ranks on it (`state_dict_saver.py`, `all_local_plans`). PyTorch 2.11 writes a
+        # copy without them, 2.14 what it was given. Nothing here reads them.
+        *(
+            _PLANNER + name
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+        ),
+        "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
         "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
         "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
         "torch.distributed.checkpoint.filesystem._StorageInfo",

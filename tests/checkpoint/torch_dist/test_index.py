@@ -4,10 +4,12 @@ import gc
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from quantplug.checkpoint.torch_dist import files
 from quantplug.checkpoint.torch_dist.index import Index, read_index, require_covered
@@ -53,6 +56,19 @@ def test_tensors_and_objects_are_where_pytorch_finds_them(directory: Path) -> No
     extents = {key: tensor.chunks[0].extent for key, tensor in index.tensors.items()} | dict(index.objects)
     assert {key: (extent.file, extent.offset, extent.length) for key, extent in extents.items()} == places
     require_covered(index, index.tensors)
+
+
+def test_the_plans_of_all_ranks_which_megatron_leaves_in_it_are_no_matter(directory: Path) -> None:
+    before = read_index(directory)
+    plan = create_default_local_save_plan({**TENSORS, "settings": {"a": 1}}, is_coordinator=True)
+    assert {item.type for item in plan.items} == {WriteItemType.TENSOR, WriteItemType.BYTE_IO}
+
+    def edit(metadata: Metadata) -> None:
+        metadata.all_local_plans = [replace(plan, planner_data={})]  # type: ignore[attr-defined]  # As Megatron-Core does.
+
+    edit_index(directory, edit)
+    assert b"WriteItemType" in (directory / INDEX_FILE).read_bytes()
+    assert read_index(directory) == before
 
 
 def with_chunks(directory: Path, *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Index:
