@@ -21,7 +21,10 @@ def _device() -> ProcessGroupGloo.Device:
 
 
 @wraps(_make)
-def _on_the_one_device(group: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+def _on_the_one_device(
+    group: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta, enable_reconfigure: bool = False
+) -> None:
+    assert not enable_reconfigure  # torch 2.14 says so with every group; 2.11 has no such word.
     options = ProcessGroupGloo._Options()
     options._devices = [_device()]
     options._timeout = timeout

@@ -36,9 +36,9 @@ def nemotron_h(layers: list[str], **settings: Any) -> NemotronHConfig:
 
 
 def as_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The embedding under the name that all published checkpoints have; transformers 5.14 saves it under another."""
-    embedding = tensors.pop("backbone.embedding.weight")
-    return {**tensors, "backbone.embeddings.weight": embedding}
+    """The embedding under the name that all published checkpoints have, as transformers 5.24 saves it, but not 5.14."""
+    saved = tensors.pop("backbone.embedding.weight", None)
+    return tensors if saved is None else {**tensors, "backbone.embeddings.weight": saved}
 
 
 def correction_biases(model: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Tensor]:

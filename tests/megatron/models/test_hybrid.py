@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import NemotronHConfig
-from transformers.models.nemotron_h.modeling_nemotron_h import Zamba2RMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from quantplug.errors import TopologyError, UnsupportedModelError
 from quantplug.mappings.families import find_family
