@@ -1,7 +1,9 @@
-"""The sums of `bounds.py` as compiled loops: one pass over the bytes, without the interpreter's lock.
+"""The sums of `bounds.py` as loops that numba compiles: one pass over the bytes, without the interpreter's lock.
 
-They share nothing with the packers' loops but numba: values come from the tables of `decode.py`. Importing needs numba
-and NumPy, compiling takes a second or two a loop, so `bounds.py` is used for small models, and where these are missing.
+They share nothing with the packers' loops but the compiler: values come from the tables of `decode.py`. They are called
+by their names (`machine_code.py`), and so that their code needs nothing of numba's when it runs they are given the room
+that they work in. To compile one takes a second or two, once on a machine, so `bounds.py` is used for small models, and
+where numba is missing.
 
 The original arrives as FP32 values, or as the bits of BF16 in uint16, for which NumPy has no type. Sums are FP64 and
 may be taken in any order ("reassoc"), which makes vector instructions of them; products are rounded to FP32 as readers
@@ -11,17 +13,27 @@ do.
 from typing import Any
 
 import numpy as np
-from numba import config, njit, types
+from numba import njit, types
 from numba.extending import overload
 
+from quantplug.compiled.arguments import Array
+from quantplug.compiled.compiler import OPTIONS
 from quantplug.verify import bounds
 from quantplug.verify.decode import E2M1_VALUES, E4M3_VALUES, NVFP4_BLOCK
+from quantplug.verify.sum_columns import (
+    ALONG,
+    AMAX,
+    BEYOND,
+    BOUND,
+    DOT,
+    ERROR,
+    LARGEST_ERROR,
+    LOST,
+    NORM,
+    QUARTIC,
+)
 
-if config.DISABLE_JIT:
-    raise ImportError("NUMBA_DISABLE_JIT is set: these loops are nothing without their machine code")
-
-Array = np.ndarray[Any, Any]
-_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
+_OPTIONS = {**OPTIONS, "fastmath": {"reassoc"}}
 
 _E2M1, _E4M3 = E2M1_VALUES.numpy(), E4M3_VALUES.numpy()
 _SMALLEST_NORMAL, _SMALLEST = np.float32(bounds.E4M3_SMALLEST_NORMAL), np.float32(bounds.E4M3_SMALLEST)
@@ -32,10 +44,6 @@ _RELATIVE, _ABSOLUTE = np.float32(bounds.FP8_RELATIVE_BOUND), np.float32(bounds.
 _INT4_OFFSET, _INT4_VALUE = np.float32(8), np.float32(bounds.INT4_VALUE_BOUND)
 _REBIAS, _NAN = np.float32(2.0**120), np.float32(np.nan)
 _SEGMENT = bounds.FP8_SEGMENT
-
-# Columns of the sums of a row; `bounds.RowSums` names them.
-ERROR, NORM, BOUND, DOT, QUARTIC, ALONG, LARGEST_ERROR, AMAX, BEYOND, LOST = range(10)
-COLUMNS = 10
 
 
 def _fp32(bits: Any) -> Any:
@@ -57,10 +65,14 @@ def _along(dot: Any, norm: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def nvfp4(packed: Array, scales: Array, tensor_scale: Any, original: Array, sums: Array) -> None:
-    """Fills the sums [rows, COLUMNS] of `packed` [rows, columns / 2] and E4M3 bytes `scales` [rows, columns / 16]."""
-    values = np.empty(NVFP4_BLOCK, np.float32)
-    decoded = np.empty(NVFP4_BLOCK, np.float32)
+def nvfp4(
+    packed: Array, scales: Array, scale_of_tensor: Any, original: Array, values: Array, decoded: Array, sums: Array
+) -> None:
+    """Fills the sums [rows, COLUMNS] of `packed` [rows, columns / 2] and E4M3 bytes `scales` [rows, columns / 16].
+
+    `values` and `decoded` are room for a block of FP32.
+    """
+    tensor_scale = np.float32(scale_of_tensor)
     for row in range(packed.shape[0]):
         error = norm = bound = dot = quartic = along = 0.0
         beyond = lost = 0
@@ -116,7 +128,15 @@ def _e4m3(code: Any) -> Any:
 
 @njit(**_OPTIONS)
 def fp8(
-    codes: Array, scales: Array, first_row: int, block_rows: int, block_columns: int, original: Array, sums: Array
+    codes: Array,
+    scales: Array,
+    first_row: int,
+    block_rows: int,
+    block_columns: int,
+    original: Array,
+    values: Array,
+    decoded: Array,
+    sums: Array,
 ) -> None:
     """Fills the sums of E4M3 bytes `codes` [rows, columns], with one scale for each block of the whole weight.
 
@@ -124,10 +144,9 @@ def fp8(
         first_row: Row of the weight at which these begin.
         scales: FP32 [block rows, block columns].
         block_columns: A multiple of 16, or more than the weight has.
+        values: Room for 16 numbers of FP32, as `decoded`.
     """
     columns = codes.shape[1]
-    values = np.empty(NVFP4_BLOCK, np.float32)
-    decoded = np.empty(NVFP4_BLOCK, np.float32)
     for row in range(codes.shape[0]):
         error = norm = bound = dot = quartic = along = 0.0
         beyond = lost = 0
@@ -174,10 +193,12 @@ def fp8(
 
 
 @njit(**_OPTIONS)
-def int4(packed: Array, scales: Array, original: Array, sums: Array) -> None:
-    """Fills the sums of `packed` bytes [rows, columns / 2] of INT4 codes and FP32 `scales` [rows, groups]."""
+def int4(packed: Array, scales: Array, original: Array, values: Array, decoded: Array, sums: Array) -> None:
+    """Fills the sums of `packed` bytes [rows, columns / 2] of INT4 codes and FP32 `scales` [rows, groups].
+
+    `values` and `decoded` are room for a group of FP32.
+    """
     width = 2 * packed.shape[1] // scales.shape[1]
-    values, decoded = np.empty(width, np.float32), np.empty(width, np.float32)
     for row in range(packed.shape[0]):
         error = norm = bound = dot = quartic = along = 0.0
         beyond = lost = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quantplug.verify import bounds, decode, gains, rounding
+from quantplug.verify import bounds, decode, gains, rounding, sum_columns
 from quantplug.verify.bounds import ErrorSum, RowSums
 from quantplug.verify.gains import GainBound, RoundedAnew
 from quantplug.verify.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
@@ -243,32 +243,32 @@ def meter_for(source_bytes: int) -> Meter:
 def compiled_loops() -> ModuleType | None:
     """The loops; None without numba or NumPy."""
     try:
-        from quantplug.verify import loops  # The checker itself needs torch and safetensors alone.
+        from quantplug.verify import machine_code  # The checker itself needs torch and safetensors alone.
     except ImportError:
         return None
-    return loops
+    return machine_code
 
 
 def _compiled_sums(loops: ModuleType, packed: Rows, original: torch.Tensor) -> RowSums:
-    sums, values = _empty_sums(loops, original), _values(original)
+    sums, values = _empty_sums(original), _values(original)
     codes = packed.codes.contiguous().numpy()
     if packed.block_scales is None:
         loops.fp8(codes, packed.scales.contiguous().numpy(), packed.first, *packed.block, values, sums.numpy())
     else:
-        scale = packed.scales.reshape(()).numpy()[()]
+        scale = float(packed.scales.reshape(()))
         loops.nvfp4(codes, packed.block_scales.contiguous().numpy(), scale, values, sums.numpy())
-    return _row_sums(loops, sums, original)
+    return _row_sums(sums, original)
 
 
 def _compiled_int4(loops: ModuleType, packed: Int4Rows, original: torch.Tensor) -> RowSums:
-    sums = _empty_sums(loops, original)
+    sums = _empty_sums(original)
     codes, scales = packed.codes.contiguous().numpy(), packed.scales.contiguous().numpy()
     loops.int4(codes, scales, _values(original), sums.numpy())
-    return _row_sums(loops, sums, original)
+    return _row_sums(sums, original)
 
 
-def _empty_sums(loops: ModuleType, original: torch.Tensor) -> torch.Tensor:
-    return torch.empty(original.shape[0], loops.COLUMNS, dtype=torch.float64)
+def _empty_sums(original: torch.Tensor) -> torch.Tensor:
+    return torch.empty(original.shape[0], sum_columns.COLUMNS, dtype=torch.float64)
 
 
 def _values(original: torch.Tensor) -> Any:
@@ -278,18 +278,18 @@ def _values(original: torch.Tensor) -> Any:
     return bits.contiguous().numpy()
 
 
-def _row_sums(loops: ModuleType, sums: torch.Tensor, original: torch.Tensor) -> RowSums:
+def _row_sums(sums: torch.Tensor, original: torch.Tensor) -> RowSums:
     return RowSums(
-        error=sums[:, loops.ERROR],
-        norm=sums[:, loops.NORM],
-        bound=sums[:, loops.BOUND],
-        dot=sums[:, loops.DOT],
-        quartic=sums[:, loops.QUARTIC],
-        along=sums[:, loops.ALONG],
-        largest_error=sums[:, loops.LARGEST_ERROR],
-        amax=sums[:, loops.AMAX],
-        beyond=sums[:, loops.BEYOND],
-        lost=sums[:, loops.LOST],
+        error=sums[:, sum_columns.ERROR],
+        norm=sums[:, sum_columns.NORM],
+        bound=sums[:, sum_columns.BOUND],
+        dot=sums[:, sum_columns.DOT],
+        quartic=sums[:, sum_columns.QUARTIC],
+        along=sums[:, sum_columns.ALONG],
+        largest_error=sums[:, sum_columns.LARGEST_ERROR],
+        amax=sums[:, sum_columns.AMAX],
+        beyond=sums[:, sum_columns.BEYOND],
+        lost=sums[:, sum_columns.LOST],
         values=original.shape[1],
     )
 

@@ -47,12 +47,24 @@ def test_eight_processes_fill_an_empty_cache_at_once_and_later_ones_need_no_numb
     assert [said_by(started(script, dtype)) for dtype in ("f4", "i8")] == ["False", "False"]
 
 
-def test_no_kernel_needs_numba_once_it_is_compiled() -> None:
-    """Every loop, of every element type."""
-    said_by(started("-c", OF_ALL_ENDS))
+OF_THE_JUDGE = """
+import numpy as np
+from quantplug.verify.measure import compiled_loops
+loops = compiled_loops()
+for original in (np.ones((2, 32), np.uint16), np.ones((2, 32), np.float32)):
+    loops.nvfp4(np.ones((2, 16), np.uint8), np.ones((2, 2), np.uint8), 0.5, original, np.empty((2, 10)))
+    loops.fp8(np.ones((2, 32), np.uint8), np.ones((1, 1), np.float32), 0, 128, 128, original, np.empty((2, 10)))
+    loops.int4(np.ones((2, 16), np.uint8), np.ones((2, 1), np.float32), original, np.empty((2, 10)))
+"""
+
+
+def test_no_loop_needs_numba_once_it_is_compiled() -> None:
+    """Every kernel of every element type, and the judge's."""
+    every = OF_ALL_ENDS + OF_THE_JUDGE
+    said_by(started("-c", every))
 
     said = said_by(
-        started("-c", f"{OF_ALL_ENDS}\nimport sys; print([m in sys.modules for m in ('numba', 'llvmlite')])")
+        started("-c", f"{every}\nimport sys; print([name in sys.modules for name in ('numba', 'llvmlite')])")
     )
 
     assert said == "[False, True]\n"
