@@ -45,8 +45,8 @@ _ALLOWED = frozenset(
                 *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
             )
         ),
-        # Megatron-Core hangs the plans of all ranks on it (`state_dict_saver.py`, `all_local_plans`). PyTorch 2.11 writes a
-        # copy without them, 2.14 what it was given. Nothing here reads them.
+        # Megatron-Core hangs the plans of all ranks on it (`state_dict_saver.py`, `all_local_plans`). PyTorch 2.11
+        # writes a copy without them, 2.14 what it was given. Nothing here reads them.
         *(
             _PLANNER + name
             for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
