@@ -35,6 +35,18 @@ LATENT: Sizes = {
     "qk_head_dim": 192,
     "v_head_dim": 128,
 }
+# As in published configs of DeepSeek-V2. Where ours has null vLLM's router for CPUs stops, and without scaling its
+# rotary embedding there is another.
+AS_V2: Sizes = {
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 DELTA: Sizes = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -57,7 +69,7 @@ OWN_SIZES: Mapping[str, Sizes] = {
     "llama4": {"intermediate_size": 128},
     "llama4_text": {"intermediate_size": 128},
     "gpt_oss": {"intermediate_size": 128},
-    "deepseek_v2": LATENT,
+    "deepseek_v2": {**LATENT, **AS_V2},
     "deepseek_v2_lite": {**LATENT, "q_lora_rank": None},
     "deepseek_v3": LATENT,
     "qwen3_next": DELTA,
