@@ -18,6 +18,7 @@ from quantplug.verify import (
     rules_groups,
     rules_model,
     rules_modules,
+    rules_servers,
     settings,
     side_files,
     tied_head,
@@ -48,6 +49,7 @@ _RULES = (
     *rules_modules.RULES,
     *rules_model.RULES,
     *rules_architecture.RULES,
+    *rules_servers.RULES,
 )
 
 

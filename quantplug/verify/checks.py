@@ -34,6 +34,7 @@ class Check(StrEnum):
     KV_SCALES = "kv-scales"
     MIXED = "mixed"
     TRANSFORMERS = "transformers"
+    SGLANG = "sglang"
     SOURCE = "source"
     SOURCE_NAMES = "source-names"
     SOURCE_VALUES = "source-values"

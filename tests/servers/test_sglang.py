@@ -14,6 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from quantplug import quantize_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.checks import Check
 from tests.servers.cases import make_published
 from tests.servers.test_vllm import PAGE, PYTHON
 
@@ -95,6 +97,8 @@ def test_sglang_loads_what_the_page_says(case: str, name: str, said: str, made: 
     found = problems(answers[export.name], export)
     assert said in ("loaded", "not loaded")
     assert (found == []) is (said == "loaded"), found
+    # Which is said of the files alone, too.
+    assert (Check.SGLANG in verify_checkpoint(export).checks(Severity.WARNING)) is (said == "not loaded")
 
 
 def test_quantized_is_what_the_checkpoint_has_scales_for(made: Path, answers: Answers) -> None:
