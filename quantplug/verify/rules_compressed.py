@@ -37,7 +37,9 @@ def compressed_groups(inventory: Inventory) -> Iterator[Finding]:
         if stated != default and default != _MIXED and not {stated, default} <= set(_FLOAT):
             yield _error(f"{where}.format", f"is {shown(stated)}, beside a format {shown(default)} of the whole")
         if stated in (*_FLOAT, _NVFP4):
-            yield from _weights(where, as_object(group.get("weights")), stated)
+            # A group without any is no group, which is told by itself.
+            if isinstance(weights := group.get("weights"), dict):
+                yield from _weights(where, weights, stated)
             yield from _inputs(where, as_object(group.get("input_activations")), stated)
         if group.get("output_activations"):
             yield _error(f"{where}.output_activations", "is set: outputs of linears would be rounded, too")

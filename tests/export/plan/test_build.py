@@ -312,8 +312,8 @@ def test_arguments_that_cannot_be_served_are_refused(wrong):
         plan(weights(), **wrong)
 
 
-@pytest.mark.parametrize("name", ["output_layer.weight", "decoder.layers.0.mlp.router.weight"])
-def test_lm_head_and_routers_stay_in_high_precision(name):
+@pytest.mark.parametrize("name", ["embedding.word_embeddings.weight", "decoder.layers.0.mlp.router.weight"])
+def test_embeddings_and_routers_stay_in_high_precision(name):
     with pytest.raises(UnsupportedQuantizationError, match="high precision"):
         plan(change(weights(quantizer=NVFP4), name, weight=NVFP4))
 

@@ -174,17 +174,10 @@ def test_quantizers_that_no_tensor_expresses(sources: Sources, tmp_path: Path) -
     }
 
 
-def test_a_quantized_output_layer(sources: Sources, tmp_path: Path) -> None:
-    model = mtq.quantize(load(sources("dense")), rules({"quantizer_name": "*output_layer.weight*", "enable": True}))
-    with refused(UnsupportedQuantizationError, tmp_path) as caught:
-        export_mcore_gpt_to_hf(model, sources("dense"), export_dir=tmp_path / "out")
-    assert "output_layer.weight" in {name for name, _ in offenders(caught)}
-
-
 def test_awq_scales_are_not_dropped(sources: Sources, tmp_path: Path) -> None:
-    """ModelOpt smooths weights and scales inputs whether it quantizes inputs or not."""
+    """ModelOpt smooths weights and scales inputs whether it quantizes inputs or not. By awq_full: awq_lite is ours."""
     model = load(sources("dense"), LayerSpec.LOCAL)
-    model = mtq.quantize(model, {**mtq.W4A16_NVFP4_CFG, "algorithm": "awq_lite"}, megatron_logits)
+    model = mtq.quantize(model, {**mtq.W4A16_NVFP4_CFG, "algorithm": "awq_full"}, megatron_logits)
     scaled = {
         name.replace("input_quantizer", "weight")
         for name, module in model.named_modules()
