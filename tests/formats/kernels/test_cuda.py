@@ -279,7 +279,7 @@ def test_groups_of_weights_apart_in_memory(dtype: torch.dtype, assert_interprete
             *POWERS,
         ):
             calls.append(packing(encoding, group, scales))
-    assert_interpreted_as_the_reference(calls, large=4)
+    assert_interpreted_as_the_reference(calls, large=16)
 
 
 def test_every_byte_unpacks_alike(assert_interpreted_as_the_reference: Compare) -> None:
