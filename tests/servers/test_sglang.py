@@ -40,6 +40,12 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 
 CELLS = list(cells())
+# What the page says in words: a directory, the case that it is of, and how that is quantized.
+BESIDE_CELLS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "other-spelling": ("llama3", {"format": "fp8_blockwise", "dialect": "compressed-tensors"}),
+    "head-nvfp4": ("llama3", {"format": "w4a16_nvfp4", "quantize_lm_head": True}),
+    "head-int4": ("qwen3_moe", {"format": "int4", "quantize_lm_head": True}),
+}
 Answers = Mapping[str, dict[str, Any]]
 
 
@@ -64,6 +70,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_published(case, directory / case)
     for case, name, _ in CELLS:
         quantize_checkpoint(directory / case, directory / f"{case}-{name}", name)
+    for name, (case, arguments) in BESIDE_CELLS.items():
+        quantize_checkpoint(directory / case, directory / name, **arguments)
     # SGLang compares the last part of such a name alone, so that every layer becomes plain.
     exclude = ["model.layers.0.*"]
     quantize_checkpoint(directory / "deepseek_v3", directory / "excluded", "w4a16_nvfp4", exclude=exclude)
@@ -74,7 +82,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(made: Path) -> Answers:
     """What SGLang says of each, by name; one process for all, as SGLang takes long to import."""
-    names = [*(f"{case}-{name}" for case, name, _ in CELLS), "excluded", "qwen3_moe-w4a16_nvfp4-dropped"]
+    names = [*(f"{case}-{name}" for case, name, _ in CELLS), *BESIDE_CELLS]
+    names += ["excluded", "qwen3_moe-w4a16_nvfp4-dropped"]
     reader = Path(__file__).with_name("sglang_reader.py")
     ran = subprocess.run([PYTHON, reader, "qwen3", *names], capture_output=True, text=True, check=False, cwd=made)
     found = [json.loads(line[5:]) for line in ran.stdout.splitlines() if line.startswith("READ ")]
@@ -99,6 +108,13 @@ def test_sglang_loads_what_the_page_says(case: str, name: str, said: str, made: 
     assert (found == []) is (said == "loaded"), found
     # Which is said of the files alone, too.
     assert (Check.SGLANG in verify_checkpoint(export).checks(Severity.WARNING)) is (said == "not loaded")
+
+
+@pytest.mark.parametrize("name", BESIDE_CELLS)
+def test_what_the_page_says_beside_its_table_is_loaded(name: str, made: Path, answers: Answers) -> None:
+    assert problems(answers[name], made / name) == []
+    is_plain = answers[name]["methods"]["lm_head"].startswith("Unquantized")
+    assert is_plain is not name.startswith("head")
 
 
 def test_quantized_is_what_the_checkpoint_has_scales_for(made: Path, answers: Answers) -> None:
