@@ -7,6 +7,8 @@ import pytest
 
 from quantplug.export.plan.dialects.table import DIALECTS
 from quantplug.formats.names import SCHEMES, QuantFormat
+from quantplug.mappings.families import FAMILIES
+from tests.families.cases import CASES
 
 PAGE = Path(__file__).parents[3] / "docs" / "readers.md"
 HEAD = "| format | without data |"
@@ -20,6 +22,13 @@ def rows() -> dict[str, list[str]]:
 
 def test_every_format_has_a_row() -> None:
     assert set(rows()) == set(QuantFormat)
+
+
+def test_every_architecture_has_a_row_by_which_a_server_runs_it() -> None:
+    """So that none is added of which nobody has seen whether a server reads it."""
+    cases = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), flags=re.MULTILINE))
+    ours = {architecture for family in FAMILIES for architecture in family.architectures}
+    assert {CASES[case].model.__name__ for case in cases & CASES.keys()} == ours
 
 
 @pytest.mark.parametrize("name", QuantFormat)
