@@ -38,7 +38,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
     return work
 
 
-def test_the_same_bytes_at_tp2_ep2_as_without_ranks(family: str, exports: Path) -> None:
+def test_the_same_bytes_at_tp2_ep2_as_at_one_rank(family: str, exports: Path) -> None:
     one, two = read(exports / family / "1-1"), read(exports / family / "2-2")
     assert one.keys() == two.keys()
     assert [name for name in one if not same_bytes(one[name], two[name])] == []
