@@ -211,31 +211,6 @@ def write_or_preview(
     dry_run: bool,
     kept: Reasons,
 ) -> tuple[ExportPlan, Preview | None]:
-    """Writes an export as `write_export` does; or writes nothing, and says what it would be.
-
-    Args:
-        dry_run: Which of the two.
-        kept: Why weights stay plain that a choice keeps so, for the preview.
-
-    Raises:
-        QuantplugError: As the entries say.
-    """
-    if not dry_run:
-        return write_export(plan_of, rows, beside, destination, dtype, progress, policy), None
-    plan = plan_of(None)
-    nbytes = sum(sizes_on_disk(plan, beside, dtype).values())
-    return plan, preview_of(plan, rows, destination, nbytes, kept, policy)
-
-
-def write_export(
-    plan_of: PlanOf,
-    rows: Source,
-    beside: Beside,
-    destination: Path,
-    dtype: torch.dtype | None,
-    progress: Progress,
-    policy: WeightAmax = WeightAmax.CALIBRATED,
-) -> ExportPlan:
     """Looks at all weights once, then packs and writes them, in one process; what has been finished before is kept.
 
     Args:
@@ -243,14 +218,20 @@ def write_export(
             are read; the second one has the amaxes that reading gave, in its scales and in its digest.
         dtype: Type of plain tensors; None where they keep their own.
         policy: What becomes of weights that have grown since they were calibrated.
+        dry_run: Whether nothing is written, and the first plan is all that is made.
+        kept: Why weights stay plain that a choice keeps so, for the preview.
 
     Returns:
-        The plan of what was written.
+        The plan of what was written; or of what would be, and what that would be like.
 
     Raises:
         QuantplugError: As the entries say.
     """
-    found = prescan(plan_of(None).tasks, rows, progress, policy=policy)
+    plan = plan_of(None)
+    if dry_run:
+        nbytes = sum(sizes_on_disk(plan, beside, dtype).values())
+        return plan, preview_of(plan, rows, destination, nbytes, kept, policy)
+    found = prescan(plan.tasks, rows, progress, policy=policy)
     plan = plan_of(found.amaxes)
     refuse_outliers(plan.tasks, found.typical, rows)
     reading = Reading(unchanged_rows(rows, found.marks), rows.bucket_bytes)
@@ -267,4 +248,4 @@ def write_export(
         raise
     finally:
         staging.close()
-    return plan
+    return plan, None
