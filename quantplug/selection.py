@@ -152,6 +152,12 @@ class Policy:
             return Kept(Reason.ACCURACY, words)
         return None
 
+    def why_part_kept(self, row: WeightMapping, part: int) -> Kept | None:
+        """Why one of the tensors that a weight stands for (`row.hf[part]`) stays in high precision."""
+        if row.role is Role.LINEAR and row.hf[part] in row.high_precision:
+            return Kept(Reason.ROLE, Role.HIGH_PRECISION.value)
+        return self.why_kept(row)
+
     def why_unserved(self, row: WeightMapping) -> str | None:
         """Why no server would load weights of a row that are quantized in the format; None where some do.
 

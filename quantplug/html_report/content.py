@@ -10,14 +10,7 @@ from quantplug.html_report.histograms import Histogram
 from quantplug.html_report.survey import QuantizedWeight, Survey
 from quantplug.verify import Severity, VerifyReport, names
 from quantplug.verify.modules import Inventory
-
-# Who reads a spelling at all (docs/formats.md); what each of them stumbles over are findings.
-_READERS = {
-    "modelopt": "vLLM, SGLang, TensorRT-LLM",
-    "compressed-tensors": "vLLM, SGLang, transformers",
-    "fp8": "vLLM, SGLang, transformers",
-    "mxfp4": "vLLM, transformers",
-}
+from quantplug.verify.readers import readers
 
 
 def content(
@@ -40,7 +33,11 @@ def content(
         "sourceBytes": report.source_bytes,
         "kvCache": scheme.kv_cache or None,
         "servingTp": str(report.serving_tp).partition(": ")[2],
-        "readers": _READERS.get(scheme.method),
+        "servingLimits": [[it.what, it.size, it.whole, list(it.refused)] for it in report.serving_tp.limits],
+        "readers": [
+            [str(it.reader), str(it.answer), it.how, ", ".join(map(str, it.sizes)), "; ".join(it.against)]
+            for it in readers(inventory, report.findings, report.serving_tp)
+        ],
         "excludes": list(scheme.excludes.patterns),
         "findings": [
             [str(finding.severity), str(finding.check), finding.subject, finding.message] for finding in report.findings

@@ -4,14 +4,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from quantplug.choices import DialectName
 from quantplug.html_report.histograms import Histogram, of_codes, of_scales, samples_of
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.mappings.table import Role
+from quantplug.selection import Policy
 from quantplug.verify import names
-from quantplug.verify.checkpoint import Checkpoint, UnreadableTensorError
-from quantplug.verify.known import KnownArchitecture
+from quantplug.verify.checkpoint import UnreadableTensorError
 from quantplug.verify.layouts import is_plain
 from quantplug.verify.modules import Inventory, Module
+from quantplug.verify.spellings import code_bits
 from quantplug.verify.values import Values
 
 
@@ -105,35 +107,49 @@ def _weight(module: Module, amax: float | None) -> QuantizedWeight:
 
 
 def _kept(inventory: Inventory) -> Iterator[KeptKind]:
-    roles = _roles(inventory.known, inventory.checkpoint)
+    reasons = _reasons(inventory)
     found: dict[tuple[str, str], list[int]] = defaultdict(list)
     for module in inventory.modules.values():
         for info in module.tensors.values():
             if not module.quantized and is_plain(info):
-                found[kind_of(info.name), _why(inventory, module, roles.get(info.name))].append(info.nbytes)
+                why = reasons.get(info.name) or _by_name(inventory, module)
+                found[kind_of(info.name), why].append(info.nbytes)
     for (kind, why), sizes in sorted(found.items()):
         yield KeptKind(kind, why, len(sizes), sum(sizes))
 
 
-def _roles(known: KnownArchitecture | None, checkpoint: Checkpoint) -> dict[str, Role]:
-    """What each tensor of a known architecture is to the model."""
-    if known is None:
+def _reasons(inventory: Inventory) -> dict[str, str]:
+    """Of tensors of a known architecture, why the policy of our own exports keeps them from the checkpoint's formats.
+
+    What is asked of the policy beside formats leaves no mark in the files: it is taken for the default.
+    """
+    if inventory.known is None:
         return {}
-    dims = known.dims
-    expected = ((row.role, row.hf_names(key, dims)) for row in known.family.mappings for key in row.keys(dims))
-    return {tensor: role for role, tensors in expected for tensor in tensors if tensor in checkpoint.tensors}
+    family, dims = inventory.known.family, inventory.known.dims
+    # Of formats side by side that of the fewest bits, as only the rows that it leaves out are asked about.
+    policy = Policy(
+        weight_bits=min((code_bits(it.layout) for it in inventory.quantized if it.layout is not None), default=16),
+        of_gpt_oss=inventory.scheme.method == DialectName.MXFP4,
+    )
+    return {
+        tensor: kept.words
+        for row in family.mappings
+        for part, kept in enumerate([policy.why_part_kept(row, part) for part in range(len(row.hf))])
+        if kept is not None
+        for key in row.keys(dims)
+        for tensor in (row.hf_names(key, dims)[part],)
+        if tensor in inventory.checkpoint.tensors
+    }
 
 
-def _why(inventory: Inventory, module: Module, role: Role | None) -> str:
-    """The first that holds: what a server could not quantize at all is told before what somebody chose."""
-    if role is not None and role is not Role.LINEAR:
-        return role.value
+def _by_name(inventory: Inventory, module: Module) -> str:
+    """Why a tensor is plain that no row of a table keeps: what a server could not quantize at all comes first."""
     if inventory.known is not None and inventory.known.carries(f"{module.name}.weight"):
-        return "carried over from the source as it is"
+        return Role.PASSTHROUGH_WEIGHT.value
     if module.plain_matrix is None:
-        return "no matrix product"
+        return Role.OTHER.value
     if names.is_embedding(module.name):
-        return "embedding"
+        return Role.EMBEDDING.value
     if names.is_head(module.name):
-        return "head"
+        return Role.OUTPUT_LAYER.value
     return "excluded by the config" if module.excluded else "the config promises no format for it"

@@ -12,7 +12,6 @@ from quantplug.verify.layouts import (
     KV_SUFFIXES,
     WEIGHT_SUFFIXES,
     Fp8Layout,
-    Int4Layout,
     Mxfp4Layout,
     Nvfp4Layout,
     UnjudgedLayout,
@@ -21,6 +20,7 @@ from quantplug.verify.layouts import (
 )
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.report import Finding, error, note, warning
+from quantplug.verify.spellings import code_bits
 
 # Linears below which servers look for the scales of a KV cache.
 _CACHED = frozenset({"k_proj", "v_proj", "qkv_proj"})
@@ -230,7 +230,7 @@ def min_bits(inventory: Inventory) -> Iterator[Finding]:
     kept = {bits: _kept_modules(inventory, bits) for bits in (4, 8)}
     said: set[str] = set()
     for module in inventory.quantized:
-        bits = 4 if isinstance(module.layout, Nvfp4Layout | Int4Layout | Mxfp4Layout) else 8
+        bits = 8 if module.layout is None else code_bits(module.layout)
         # Where we have no table of the architecture, MLA's projection is known by its name.
         reads_packed = bits == 4 and names.last(module.name) == names.TAKEN_APART
         subject, words = kind_of(module.name), kept[bits].get(module.name)

@@ -23,6 +23,7 @@ from quantplug.verify import judge, verify_checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import error
 from tests.cli.shell import run
+from tests.families.cases import make
 from tests.made_once import MadeOnce
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>&amp;"
@@ -191,6 +192,36 @@ def test_what_is_kept_has_a_reason(nvfp4: Path, tmp_path: Path) -> None:
     assert "output layer" in why["lm_head.weight"]
     assert why["input_layernorm.weight"] == "no matrix product"
     assert {row[KIND] for row in data["weights"]}.isdisjoint(kind.removesuffix(".weight") for kind in why)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "reason", "excluded"),
+    [
+        ("deepseek_v3", "self_attn.kv_b_proj.weight", "not every server reads in 4 bits", "mlp.down_proj.weight"),
+        ("qwen3_next", "linear_attn.in_proj_qkvz.weight", "loses much in 4 bits", "mlp.experts.down_proj.weight"),
+    ],
+)
+def test_what_the_policy_keeps_is_not_laid_to_the_config(
+    case: str, kind: str, reason: str, excluded: str, made_once: MadeOnce, tmp_path: Path
+) -> None:
+    source = made_once(f"family_{case}", partial(make, case))
+    quantize_checkpoint(source, tmp_path / "export", "w4a16_nvfp4", exclude=["model.layers.0.mlp.*"])
+
+    why = [row[:2] for row in page_of(tmp_path / "export", None, tmp_path).data["kept"]]
+
+    (words,) = (words for name, words in why if name == kind)
+    assert reason in words
+    assert [excluded, "excluded by the config"] in why
+
+
+def test_readers_are_those_that_are_known_to_load_it(nvfp4: Path, tmp_path: Path) -> None:
+    data = page_of(nvfp4, None, tmp_path).data
+    answers = {reader: [answer, how, sizes] for reader, answer, how, sizes, _ in data["readers"]}
+    sizes = ", ".join(map(str, verify_checkpoint(nvfp4).serving_tp.sizes))
+
+    assert answers["vLLM 0.32"] == ["yes", "run with this architecture, in a tiny model", sizes]
+    assert answers["SGLang 0.5.23"] == ["yes", "loaded with this architecture, in a tiny model", sizes]
+    assert answers["transformers"][0] == "not known"
 
 
 def test_statistics_become_pictures_of_experts(nvfp4: Path, tmp_path: Path) -> None:

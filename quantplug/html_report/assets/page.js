@@ -33,7 +33,8 @@
       ["Quantized weights", number.format(data.weights.length)], ["Size", bytes(data.bytes) + ratio],
     ];
     facts.push(["Tensor-parallel sizes", data.servingTp]);
-    if (data.readers) facts.push(["Spelling read by", data.readers]);
+    const loading = data.readers.filter(([, answer]) => answer === "yes").map(([reader]) => reader);
+    if (data.readers.length) facts.push(["Readers", loading.join(", ") || "none is known"]);
     for (const [name, value] of facts) {
       const box = document.createElement("div");
       box.append(make("dt", name), make("dd", value));
@@ -100,6 +101,20 @@
       sorter: (one, other) => ["error", "warning", "note"].indexOf(one) - ["error", "warning", "note"].indexOf(other),
     };
     table("findings-table", [severity, { title: "Check", width: 150 }, textual("What", 260), textual("Message", 380)], data.findings, "420px");
+  }
+
+  function readers() {
+    leaveOut("readers", data.readers.length === 0);
+    if (!data.readers.length) return;
+    const answer = { title: "Loads it", width: 110, formatter: (cell) => make("span", cell.getValue(), `answer ${cell.getValue()}`) };
+    table("readers-table", [
+      { title: "Reader", width: 150 }, answer, textual("How that is known", 300), textual("Tensor-parallel sizes", 180),
+      textual("What stands against it", 330),
+    ], data.readers);
+    for (const [what, size, whole, refused] of data.servingLimits) {
+      at("limits").append(make("li", `not ${refused.join(", ")}: ${size} ${what}${whole > 1 ? ` in blocks of ${whole}` : ""}`));
+    }
+    at("limits-of-sizes").hidden = data.servingLimits.length === 0;
   }
 
   // Charts.
@@ -231,6 +246,7 @@
   leaveOut("kept", data.kept.length === 0 && data.excludes.length === 0);
   leaveOut("sizes", data.sizes.length === 0);
   findings();
+  readers();
   heats("errors", 9, "relative error");
   heats("amaxes", 8, "range");
   experts();
