@@ -27,7 +27,7 @@ docs:  ## The documentation as a site, in site/; links are checked. In a small e
 wheel: setup  ## Builds the wheel, and uses it in an environment of what it declares and nothing else.
 	@BIN="$(bin)" tools/check_wheel.sh
 
-browser: setup  ## Reports in a real browser: Chromium without a window. QUANTPLUG_SCREENSHOTS=DIR keeps the pictures.
+browser: setup  ## Reports, and the site of `make docs`, in a real browser: Chromium without a window. QUANTPLUG_SCREENSHOTS=DIR keeps pictures.
 	@BIN="$(bin)" tools/setup_browser.sh
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 0 tests/browser $(PYTEST_ARGS)
 

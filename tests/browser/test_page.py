@@ -5,9 +5,6 @@ Chromium without a window, which `make browser` sets up; without one these tests
 With QUANTPLUG_SCREENSHOTS the pictures that a person would look at are kept in that directory.
 """
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +14,12 @@ from quantplug import quantize_checkpoint
 from quantplug.html_report import write_html
 from quantplug.html_report.render import render
 from quantplug.verify import judge
+from tests.browser.opened import NARROW, Opened, needs_chromium
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: make browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: make browser")
+pytestmark = needs_chromium
 
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 HOSTILE = "</script><b id=hostile>bold</b><img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        # Inside containers Chromium has no sandbox of its own to make; the page is ours, and asks for nothing.
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-class Opened:
-    """A page that was opened and drawn; what went to its console and what it asked the network for is kept."""
-
-    def __init__(self, browser: Any, file: Path, **how: Any) -> None:
-        self.page = browser.new_page(**({"viewport": WIDE} | how))
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda problem: self.said.append(str(problem)))
-        self.page.on("dialog", lambda dialog: (self.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-        self.page.wait_for_selector("html[data-ready=true]", timeout=120_000)
-
-    def shown(self, table: str) -> list[str]:
-        """Texts of the first cells of the rows in sight."""
-        return self.page.locator(f"#{table} .tabulator-row .tabulator-cell:first-child").all_inner_texts()
-
-    def picture(self, name: str) -> None:
-        if directory := os.environ.get("QUANTPLUG_SCREENSHOTS"):
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +42,9 @@ def many(weights: int) -> dict[str, Any]:
         "version": "0", "directory": HOSTILE, "source": HOSTILE, "quantization": HOSTILE, "architecture": None,
         "ok": False,
         "errors": 1, "warnings": 0, "notes": 0, "tensors": 4 * weights, "bytes": 10**10, "sourceBytes": 4 * 10**10,
-        "kvCache": None, "readers": None, "excludes": [HOSTILE], "findings": [["error", "names", HOSTILE, HOSTILE]],
+        "kvCache": None, "servingTp": HOSTILE, "servingLimits": [[HOSTILE, 6, 1, [4]]],
+        "readers": [["vLLM", "yes", HOSTILE, "1, 2", HOSTILE]], "excludes": [HOSTILE],
+        "findings": [["error", "names", HOSTILE, HOSTILE]],
         "sizes": [["mlp", 1, 4]], "weights": rows, "kept": [[HOSTILE, HOSTILE, 1, 1]], "experts": [],
         "codes": [{"format": "NVFP4", "kind": HOSTILE, "bars": [[0.0, 3], [1.0, 4]], "counted": 7, "of": 7}],
         "scales": [],
@@ -88,7 +53,7 @@ def many(weights: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str) -> None:
-    opened = Opened(browser, report, color_scheme=scheme)
+    opened = Opened(browser, report.as_uri(), color_scheme=scheme)
     opened.picture(f"report-{scheme}")
 
     assert opened.said == []
@@ -106,7 +71,7 @@ def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str
 
 
 def test_it_fits_a_narrow_window(browser: Any, report: Path) -> None:
-    opened = Opened(browser, report, viewport=NARROW)
+    opened = Opened(browser, report.as_uri(), viewport=NARROW)
     opened.picture("report-narrow")
 
     assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -115,7 +80,7 @@ def test_it_fits_a_narrow_window(browser: Any, report: Path) -> None:
 
 def test_twelve_thousand_rows_sort_and_filter(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(render(many(12_384)))
-    opened = Opened(browser, tmp_path / "page.html")
+    opened = Opened(browser, (tmp_path / "page.html").as_uri())
     table = opened.page.locator("#weights-table")
 
     # Of all rows only those near the ones in sight are elements.
@@ -138,7 +103,7 @@ def test_twelve_thousand_rows_sort_and_filter(browser: Any, tmp_path: Path) -> N
 
 def test_text_of_files_is_never_markup(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(render(many(480)))
-    opened = Opened(browser, tmp_path / "page.html")
+    opened = Opened(browser, (tmp_path / "page.html").as_uri())
     opened.picture("hostile")
 
     assert opened.said == []
@@ -146,6 +111,7 @@ def test_text_of_files_is_never_markup(browser: Any, tmp_path: Path) -> None:
     assert opened.page.locator("#hostile").count() == 0
     assert opened.page.locator("#directory").inner_text() == HOSTILE
     assert HOSTILE in opened.page.locator("#findings-table").inner_text()
+    assert HOSTILE in opened.page.locator("#readers-table").inner_text()
     # Pointing at a chart shows a name of a file too.
     opened.page.locator("#codes-chart").hover()
     assert opened.page.locator("#hostile").count() == 0
