@@ -5,7 +5,7 @@ that would be loaded from it, and so are the bytes. Nothing that the checkpoint 
 plain data.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,13 +13,8 @@ import torch
 
 from quantplug.checkpoint.config_file import in_megatrons_words
 from quantplug.checkpoint.side_files import choose_side_files
-from quantplug.checkpoint.torch_dist.arguments import is_zero_centred, read_arguments, require_as_trained
-from quantplug.checkpoint.torch_dist.aside import Aside, is_mtp, unwrapped, without_mtp
-from quantplug.checkpoint.torch_dist.files import read_own_file, require_as_saved
-from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.aside import Aside
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
-from quantplug.checkpoint.torch_dist.roots import find_iteration
-from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 from quantplug.choices import EXPORT_FORMATS, PLAIN
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.asked_quantization import AskedQuantization
@@ -46,6 +41,7 @@ from quantplug.export.sources.hf_directory import (
     resolve_directory,
 )
 from quantplug.export.sources.passthrough import has_passthrough
+from quantplug.export.sources.trained.checkpoint import TrainedCheckpoint
 from quantplug.export.sources.trained.norms import with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
 from quantplug.export.sources.trained.weights import checkpoint_weights
@@ -202,15 +198,10 @@ def export_checkpoint(
         )
     target = Path(destination)
     require_free(target)
-    directory = find_iteration(checkpoint, iteration)
-    require_as_saved(directory, read_own_file(directory).get("files", {}))
-    index = unwrapped(read_index(directory))
-    has_mtp = drop_mtp or any(map(is_mtp, index.tensors))
-    if drop_mtp:
-        index = without_mtp(index)
+    trained = TrainedCheckpoint.open(checkpoint, iteration, drop_mtp=drop_mtp)
 
     def read(directory: Path) -> ModelByConfig:
-        model = read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
+        model = read_model(directory, trust_remote_code, model_has_mtp=trained.has_mtp)
         model = model.without_mtp() if drop_mtp else model
         return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
@@ -219,16 +210,10 @@ def export_checkpoint(
         asked.require_parts(model)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
     side_files = choose_side_files(model.directory, code=trust_remote_code)
-    arguments = read_arguments(directory, index)
-    if arguments:
-        by_config = in_megatrons_words(model.config, model.family, model.directory)
-        # What norms multiply with is written, whichever way they were trained.
-        settings = {**by_config.model, **by_config.transformer}
-        require_as_trained(arguments, settings, "in config.json", unchecked_settings)
-    padding = padded_to(arguments)
-    with TorchDistReader(index) as reader:
-        found = checkpoint_weights(reader, model.family, model.dims, padding, grown=vocab_size is not None)
-        weights = (*with_norms(found.weights, is_zero_centred(arguments)), *_beside(table))
+    trained.require_settings(_settings_of(model), unchecked_settings)
+    with TorchDistReader(trained.index) as reader:
+        found = checkpoint_weights(reader, model.family, model.dims, trained.padded_to, grown=vocab_size is not None)
+        weights = (*with_norms(found.weights, trained.is_zero_centred), *_beside(table))
         stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
         request = ExportRequest(
             tied_embeddings=model.tied,
@@ -256,7 +241,7 @@ def export_checkpoint(
     written = replace(result_of(plan, target, side_files, model.lost_mtp, reasons=kept), preview=preview)
     return CheckpointExport(
         **{each.name: getattr(written, each.name) for each in fields(written)},
-        checkpoint=directory,
+        checkpoint=trained.directory,
         aside=found.aside,
     )
 
@@ -270,6 +255,13 @@ def _refuse_choices(**given: object) -> None:
             offenders,
             f"Name one of {', '.join(EXPORT_FORMATS[:-1])}; else quantizers in the checkpoint say what is quantized.",
         )
+
+
+def _settings_of(model: ModelByConfig) -> Mapping[str, object]:
+    """What its config means, by the names of Megatron-Core."""
+    by_config = in_megatrons_words(model.config, model.family, model.directory)
+    # What norms multiply with is written, whichever way they were trained.
+    return {**by_config.model, **by_config.transformer}
 
 
 def _read_hf(

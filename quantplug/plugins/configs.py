@@ -151,10 +151,11 @@ def quant_cfg(
     config = copy.deepcopy(dict(_STOCK[scheme.format]))
     if group_size is not None:
         config["quant_cfg"] = [_in_groups(rule, group_size) for rule in config["quant_cfg"]]
-    if quantize_mtp and _has_mtp(family, dims):
-        config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] != _NO_MTP]
+    # Rules of the stock configs that would turn off what is asked for.
+    overruled = [_NO_MTP] if quantize_mtp and _has_mtp(family, dims) else []
     if quantize_lm_head:
-        config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] not in _NO_LM_HEAD]
+        overruled += _NO_LM_HEAD
+    config["quant_cfg"] = [rule for rule in config["quant_cfg"] if rule["quantizer_name"] not in overruled]
     # Asked as if MTP were quantized: the rule that it is not is one of the stock config's already.
     whatever_mtp = replace(policy, quantize_mtp=True)
     decisions = {
