@@ -25,12 +25,16 @@ from tests.one_event_loop import share_event_loop
 _IMPORTED = [
     "megatron.core.dist_checkpointing",
     "modelopt.torch.opt.plugins.mcore_dist_checkpointing",
-    "numba.extending",  # Of no use without its compiler, but the first weight that is packed asks for it.
+    "quantplug.calibration.collect",
+    "quantplug.export.stream.api",
+    "quantplug.formats.kernels.cpu",
     "quantplug.plugins",
     "tests.distributed.export_worker",
+    "tests.distributed.mortal_ranks",
     "tests.export.checkpoints",
     "tests.families.served",
-    "torch.testing._internal.distributed.fake_pg",
+    "tests.ranks",  # With pytest. What a rank is to run is found in here, and imported anew by each that lacks it.
+    "transformers.models.qwen3_moe",
     "typer",
     "tests.freeze",  # The last one.
 ]
@@ -64,7 +68,6 @@ def rank_context() -> ForkServerContext:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         patch.setenv("PYTHONWARNINGS", "ignore")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("NUMBA_DISABLE_JIT", "1")  # The same bytes, without compiling loops for a few small weights.
         forkserver.ensure_running()
     return context
 

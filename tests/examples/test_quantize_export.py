@@ -34,8 +34,7 @@ def by_torchrun(script: str, *options: str | Path) -> Ended:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Without compiling loops for a few small weights: the same bytes.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NUMBA_DISABLE_JIT": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
     )
     return Ended((run.returncode,), run.stdout)
 
