@@ -1,4 +1,4 @@
-"""Algorithms that know inputs on 2 ranks, by the same inputs at every layout, for test_calibration_sync.py."""
+"""Algorithms that know inputs on 4 ranks, by the same inputs at every layout, for test_calibration_sync.py."""
 
 import sys
 from pathlib import Path
@@ -8,15 +8,24 @@ import modelopt.torch.quantization as mtq
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from transformer_engine.pytorch import GroupedLinear
 
 import quantplug.plugins  # noqa: F401
-from quantplug import import_mcore_gpt_from_hf
+from quantplug import LayerSpec, import_mcore_gpt_from_hf
 from quantplug.calibration.algorithms.targets import targets
 from quantplug.calibration.inputs.linears import LinearWeight
 from quantplug.megatron.parallel import initialize_parallel
-from tests.calibration.inputs.fed import feed, identity
+from tests.calibration.inputs.fed import feed, identity, multiply_in_torch
 from tests.calibration.local_model import build
 
+WHOLE_EXPERTS, SLICED_EXPERTS = {"tp": 2, "ep": 2}, {"tp": 2, "ep": 2, "etp": 2}
+LAYOUTS = {
+    "gptq": (WHOLE_EXPERTS, SLICED_EXPERTS),
+    "weighted_mse": (SLICED_EXPERTS,),
+    "local_hessian": (WHOLE_EXPERTS,),
+    "awq_lite": (WHOLE_EXPERTS, SLICED_EXPERTS),
+}
+"""Of all ranks, where at first each has all of the model."""
 Found = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -24,7 +33,7 @@ def rounded(directory: Path, algorithm: Any, **layout: int) -> Found:
     """Weights, scales of their blocks and amaxes of the wholes, as far as this rank has them."""
     parallel_state.destroy_model_parallel()
     initialize_parallel(**layout)
-    model = build(directory)
+    model = build(directory, LayerSpec.TRANSFORMER_ENGINE)
     import_mcore_gpt_from_hf(model, directory)
     config = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
     off = {"quantizer_name": "*input_quantizer", "enable": False}
@@ -40,8 +49,14 @@ def blocks(weight: LinearWeight) -> torch.Tensor:
     return weight.quantizer.amax.view(len(weight.weight), -1)
 
 
-def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str, rank: int) -> torch.Tensor:
-    """What a rank holds: rows of gate and of up, rows, columns, or everything."""
+def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str) -> torch.Tensor:
+    """What this rank holds: rows of gate and of up, rows, columns, or everything."""
+    is_expert = " expert " in name
+    rank = (
+        parallel_state.get_expert_tensor_parallel_rank()
+        if is_expert
+        else parallel_state.get_tensor_model_parallel_rank()
+    )
     if whole.shape == part.shape:
         return whole
     if whole.shape[0] == part.shape[0]:
@@ -53,16 +68,17 @@ def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str, rank: int) -> t
 
 def main(directory: Path) -> None:
     initialize_parallel()
-    for algorithm in ("gptq", "weighted_mse", "local_hessian", "awq_lite"):
+    GroupedLinear.forward = multiply_in_torch
+    for algorithm, layouts in LAYOUTS.items():
         reference = rounded(directory, algorithm)
-        for layout in ({"ep": 2}, {"tp": 2}, {"tp": 2, "etp": 2}):
+        for layout in layouts:
             found = rounded(directory, algorithm, **layout)
             assert len(found) == 2 * (2 + 2 * 8 // layout.get("ep", 1))
             for name, (*tensors, whole) in found.items():
                 *expected, whole_before = reference[name]
                 assert torch.equal(whole, whole_before), (layout, name)
                 for mine, before in zip(tensors, expected, strict=True):
-                    assert torch.equal(mine, slice_of(before, mine, name, dist.get_rank())), (layout, name)
+                    assert torch.equal(mine, slice_of(before, mine, name)), (layout, name)
             if dist.get_rank() == 0:
                 sys.stdout.write(f"{algorithm} {layout} ok\n")
     dist.destroy_process_group()

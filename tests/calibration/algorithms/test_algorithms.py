@@ -23,7 +23,7 @@ from quantplug.formats import NVFP4
 from quantplug.formats.search.by_products import scales_by_products
 from quantplug.formats.search.candidates import GIVEN
 from quantplug.megatron.models.build import LayerSpec
-from tests.calibration.inputs.fed import feed, identity
+from tests.calibration.inputs.fed import feed, identity, multiply_in_torch
 from tests.calibration.local_model import build, run
 from tests.export.checkpoints import load, read
 from tests.families.cases import make
@@ -56,13 +56,7 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.fixture
 def torch_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TE's grouped linear on a CPU: its weights are asked for and multiplied, as its own forward does on a GPU."""
-
-    def forward(self: GroupedLinear, inp: torch.Tensor, m_splits: list[int], *_: Any, **__: Any) -> torch.Tensor:
-        weights = self._get_weight_tensors()
-        return torch.cat([rows @ weight.T for rows, weight in zip(inp.split(m_splits), weights, strict=True)])
-
-    monkeypatch.setattr(GroupedLinear, "forward", forward)
+    monkeypatch.setattr(GroupedLinear, "forward", multiply_in_torch)
 
 
 @pytest.mark.usefixtures("torch_experts")

@@ -1,5 +1,6 @@
 """Inputs that a model's linears are given by hand, the same at every layout and in grouped and single experts."""
 
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -31,6 +32,12 @@ def feed(model: nn.Module) -> None:
         else:
             for module, part in zip(linear.modules, parts, strict=True):
                 module.input_quantizer(part)
+
+
+def multiply_in_torch(self: GroupedLinear, inp: torch.Tensor, m_splits: list[int], *_: Any, **__: Any) -> torch.Tensor:
+    """TE's grouped forward on a CPU: its weights are asked for and multiplied, as its own does on a GPU."""
+    weights = self._get_weight_tensors()
+    return torch.cat([rows @ weight.T for rows, weight in zip(inp.split(m_splits), weights, strict=True)])
 
 
 def _rows(weight: LinearWeight, columns: int) -> torch.Tensor:
