@@ -1,19 +1,22 @@
 """Factors of channels that a quantized checkpoint has in its norms, and the source as it is with them.
 
 A norm's weight divided by powers of two, and the columns of every linear that reads it multiplied by them, are the same
-model (AWQ, arXiv 2306.00978, folded). So are rows of an up projection and the columns of its down projection. The
-factors are read off what the export has: exactly, of norms; of up projections, which are quantized, by the nearest
-power of two to the size of each row. All readers of a channel are then judged against the source with these factors,
-so that one that is without them, or has others, is as wrong as any weight is that has another's values.
+model (AWQ, arXiv 2306.00978, folded). So are rows of an up projection and the columns of its down projection, and rows
+of attention's values and the columns of its output projection that read them. The factors are read off what the export
+has: exactly, of norms; of up projections and values, which may be quantized, by the nearest power of two to the size of
+each row. All readers of a channel are then judged against the source with these factors, so that one that is without
+them, or has others, is as wrong as any weight is that has another's values.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from quantplug.verify import names
+from quantplug.verify.attentions import attentions_of
 from quantplug.verify.checkpoint import Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
@@ -77,14 +80,19 @@ def folded(inventory: Inventory, source: Checkpoint, experts: FusedExperts) -> t
         return source, []
     with_norms = _with(source, factors)
     networks = [
-        (one, rows) for one in networks_of(inventory, with_norms, experts) if (rows := _of_rows(one)) is not None
+        (one, rows) for one in networks_of(inventory, with_norms, experts) if (rows := _of_rows(one.beside)) is not None
     ]
-    for network, rows in networks:
-        for name, factor in network.factors(with_norms, rows):
-            factors[name] = factors.get(name, torch.ones(1)) * factor
+    attentions = [
+        (one, rows) for one in attentions_of(inventory, with_norms) if (rows := _of_rows(one.values)) is not None
+    ]
+    of_both = [one.factors(with_norms, rows) for one, rows in networks]
+    of_both += [one.factors(with_norms, rows) for one, rows in attentions]
+    for name, factor in chain.from_iterable(of_both):
+        factors[name] = factors.get(name, torch.ones(1)) * factor
     whole = _with(source, factors)
     stray = [(f"{name}.weight", _of_readers(inventory, whole, readers[name])) for name in norms]
     stray += [(network.up.name, _of_down(inventory, whole, network)) for network, _ in networks]
+    stray += [(one.values.module.name, _strayed([one.output_of(whole)])) for one, _ in attentions]
     findings = [
         error(Check.SOURCE_VALUES, name, f"{count} channels have factors that the weights behind them do not have")
         for name, count in stray
@@ -93,6 +101,8 @@ def folded(inventory: Inventory, source: Checkpoint, experts: FusedExperts) -> t
     message = f"channels of {len(norms)} norms"
     if networks:
         message += f" and of {len(networks)} up projections"
+    if attentions:
+        message += f" and of {len(attentions)} projections to values"
     message += " are divided by powers of two, which the weights behind them are judged with"
     return whole, [*findings, note(Check.SOURCE_VALUES, "norms", message)]
 
@@ -193,15 +203,13 @@ def _columns(of_channels: torch.Tensor, is_transposed: bool | None) -> torch.Ten
     return of_channels[:, None] if is_transposed else of_channels
 
 
-def _of_rows(network: GatedNetwork) -> torch.Tensor | None:
+def _of_rows(stored: StoredBeside) -> torch.Tensor | None:
     """Powers of two nearest to the sizes of an export's rows over the source's, FP32 [out]; None where all are 1."""
-    stored, codes = StoredBeside(network.up, network.weight, network.original), network.up.codes
-    above = codes.shape[0] - network.original.shape[0] if codes is not None else 0
     found = []
-    for decoded, before in stored.rows(above):
+    for decoded, before in stored.rows():
         norms = before.square().sum(1)
         gains = (decoded * before).sum(1) / torch.where(norms > 0, norms, 1.0)
         # What is not positive has no factor, and is wrong by any.
         found.append(torch.where(gains > 0, gains, 1.0).log2().round().clamp(-64, 64).exp2())
     factors = torch.cat(found).float() if found else torch.ones(1)
-    return None if bool((factors == 1).all()) or len(factors) != network.original.shape[0] else factors
+    return None if bool((factors == 1).all()) or len(factors) != stored.original.shape[0] else factors

@@ -19,31 +19,44 @@ _UP_TO_DOWN = {"up_proj": ("gate_proj", "down_proj"), "w3": ("w1", "w2")}
 
 @dataclass(frozen=True)
 class StoredBeside:
-    """A quantized weight, and what it was made of."""
+    """A weight, quantized or not, and what it was made of."""
 
     module: Module
     weight: Matrix
     original: PlainOriginal | PartOriginal
 
-    def rows(self, above: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """FP64 rows as they are decoded, and as they were; none of what cannot be decoded.
 
-        Args:
-            above: How many rows of the stored weight lie above those of the original.
+        The last rows of the stored weight are those of the original: gate's may lie above those of up.
         """
-        layout, codes, (rows, columns) = self.module.layout, self.module.codes, self.original.shape
-        if not self.module.sound or layout is None or codes is None:
+        rows, columns = self.original.shape
+        stored = self._shape
+        if stored is None or stored[0] < rows or stored[1] != columns:
             return
-        if codes.shape[0] != above + rows or layout.columns(codes) != columns:
-            return
-        step = self.original.step(columns)
+        above, step = stored[0] - rows, self.original.step(columns)
         try:
             for first in range(0, rows, step):
                 last = min(first + step, rows)
                 before = self.original.rows(None, first, last).double()
-                yield read_rows(self.weight, layout, above + first, above + last).decoded().double(), before
+                yield self._decoded(above + first, above + last).double(), before
         except UnreadableTensorError:  # Said where it is compared.
             return
+
+    @property
+    def _shape(self) -> tuple[int, int] | None:
+        """[out, in] of the weight that is stored; None of what is not sound."""
+        layout, codes, plain = self.module.layout, self.module.codes, self.module.plain_matrix
+        if plain is not None:
+            return (plain.shape[0], plain.shape[1]) if is_plain(plain) else None
+        if not self.module.sound or layout is None or codes is None:
+            return None
+        return codes.shape[0], layout.columns(codes)
+
+    def _decoded(self, first: int, last: int) -> torch.Tensor:
+        if self.module.layout is None:
+            return self.weight.rows("weight", first, last)
+        return read_rows(self.weight, self.module.layout, first, last).decoded()
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,11 @@ class GatedNetwork:
     down: str
     expert: int | None
     is_transposed: bool
+
+    @property
+    def beside(self) -> StoredBeside:
+        """The up projection."""
+        return StoredBeside(self.up, self.weight, self.original)
 
     def factors(self, source: Checkpoint, rows: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """What the source's two tensors are multiplied by, given factors of rows."""

@@ -13,7 +13,7 @@ is, with the second moments m of its inputs and over all rows,
 that of an expert times the tokens that it saw. Alpha 0 is in the grid, so nothing is made worse by this measure.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +25,14 @@ from torch import nn
 from quantplug.calibration.algorithms.folds import MOST_BINADES, Fold, folds_of
 from quantplug.calibration.algorithms.targets import require_data
 from quantplug.calibration.inputs.linears import Linear, linears_of
-from quantplug.calibration.inputs.moments import FEW_TOKENS, InputPolicy, Moments, moments_of, require_known
-from quantplug.calibration.inputs.rows import watching
-from quantplug.calibration.inputs.sums import Squares, add_over
+from quantplug.calibration.inputs.moments import FEW_TOKENS, InputPolicy, Moments
+from quantplug.calibration.inputs.plain_forward import unquantized_moments
+from quantplug.calibration.inputs.sums import add_over
 from quantplug.calibration.quantizers import needs_amax
 from quantplug.calibration.run import ForwardLoop, max_calibrate
 from quantplug.errors import Offender, UnsupportedQuantizationError
 from quantplug.formats import INT4, INT4_32, NVFP4, BlockFormat
 from quantplug.megatron.agreement import all_or_none, collective_device, gather_objects
-from quantplug.megatron.releases.mtp import without_labels
 
 METHOD = "awq_lite"
 
@@ -44,7 +43,8 @@ class FoldedChannels:
 
     Attributes:
         name: Of the norm before them, or of the linear.
-        exponents: int32 [vectors, channels of this rank]: their columns were multiplied by 2 to these.
+        exponents: int32 [vectors, channels of this rank]: their columns were multiplied by 2 to these. Of attention's
+            output projection, channels of values, each of which several columns read.
     """
 
     name: str
@@ -101,7 +101,8 @@ def fold_channels(
     linears = linears_of(model)
     folds = all_or_none(lambda: _folds(model, linears))
     read = list({id(linear): linear for fold in folds for linear in fold.quantized}.values())
-    seen = _moments(model, forward_loop, read, policy or InputPolicy())
+    moments = unquantized_moments(model, forward_loop, read, policy or InputPolicy())
+    seen = {id(linear): found for linear, found in zip(read, moments, strict=True)}
     chosen = [_exponents(fold, seen, alpha_step) for fold in folds]
     # A reader of the files knows a folded model by its norms (`verify/folds.py`): without any, nothing is folded.
     has_norms = any(bool(found.any()) for fold, found in zip(folds, chosen, strict=True) if fold.is_shared)
@@ -137,25 +138,6 @@ def _format(quantizer: TensorQuantizer) -> BlockFormat | None:
     return {128: INT4, 32: INT4_32}.get(sizes.get(-1, 0)) if quantizer.num_bits == 4 and len(sizes) == 1 else None
 
 
-def _moments(
-    model: nn.Module, forward_loop: ForwardLoop, linears: Sequence[Linear], policy: InputPolicy
-) -> Mapping[int, Moments]:
-    """By the `id` of a linear."""
-    squares = Squares(linears)
-    quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer) and module.is_enabled]
-    for quantizer in quantizers:
-        quantizer.disable()
-    try:
-        with watching(linears, squares.take), without_labels([model]):
-            all_or_none(lambda: forward_loop(model))
-    finally:
-        for quantizer in quantizers:
-            quantizer.enable()
-    found = [moments_of(one, sums, policy) for one, sums in zip(linears, squares.reduced(linears), strict=True)]
-    all_or_none(lambda: require_known(linears, found))
-    return {id(linear): moments for linear, moments in zip(linears, found, strict=True)}
-
-
 def _has_inputs(model: nn.Module) -> bool:
     """Whether calibration needs data: something beside weights is quantized by an amax."""
     weights = {id(weight.quantizer) for linear in linears_of(model) for weight in linear.weights}
@@ -171,10 +153,13 @@ def _exponents(fold: Fold, seen: Mapping[int, Moments], step: float) -> torch.Te
     sizes = _sizes(fold, seen)
     grid = [index * step for index in range(int(1 / step + 1e-9) + 1)]
     candidates = torch.stack([_powers(sizes * alpha) for alpha in grid])
-    dead = torch.stack([torch.stack([_is_zero(tensor) for tensor in group]).all(0) for group in fold.before])
+    dead = torch.stack(
+        [torch.stack([_is_zero(tensor, fold.channels) for tensor in group]).all(0) for group in fold.before]
+    )
     # What multiplies nothing stays: by a norm's weight of zero no reader could tell the factor.
     candidates = torch.where(dead, 0, candidates)
-    errors = sum(_errors(linear, seen[id(linear)], candidates, fold.is_shared) for linear in fold.quantized)
+    of_columns = fold.spread(candidates)
+    errors = sum(_errors(linear, seen[id(linear)], of_columns, fold.is_shared) for linear in fold.quantized)
     assert isinstance(errors, torch.Tensor)
     best = errors.argmin(0)
     return torch.stack([candidates[index, vector] for vector, index in enumerate(best.tolist())])
@@ -184,8 +169,8 @@ def _powers(logarithms: torch.Tensor) -> torch.Tensor:
     return logarithms.round().clamp(-MOST_BINADES, MOST_BINADES).int()
 
 
-def _is_zero(tensor: torch.Tensor) -> torch.Tensor:
-    return ~tensor.detach().flatten(1).any(1) if tensor.ndim > 1 else tensor.detach() == 0
+def _is_zero(tensor: torch.Tensor, channels: int) -> torch.Tensor:
+    return ~tensor.detach().reshape(channels, -1).any(1)
 
 
 def _sizes(fold: Fold, seen: Mapping[int, Moments]) -> torch.Tensor:
@@ -197,7 +182,7 @@ def _sizes(fold: Fold, seen: Mapping[int, Moments]) -> torch.Tensor:
             total += add_over(linear.expert_group, (moments.values * _tokens(linear, moments)[:, None]).sum(0))
         squares = total[None]
     else:
-        squares = seen[id(fold.linears[0])].values
+        squares = fold.summed(seen[id(fold.linears[0])].values)
     # A channel that no token used is as large as the smallest that one did.
     least = torch.where(squares > 0, squares, torch.inf).amin(-1, keepdim=True)
     known = torch.where(least.isfinite(), squares.maximum(least), 1.0)
@@ -217,7 +202,7 @@ def _errors(linear: Linear, moments: Moments, candidates: torch.Tensor, is_share
     """FP64 [candidates, vectors]: weighted errors of a linear's weights. A collective over its ranks.
 
     Args:
-        candidates: Exponents int32 [candidates, vectors, channels].
+        candidates: Exponents int32 [candidates, vectors, columns].
     """
     factors = candidates.double().exp2().float()
     # [weights, channels]: of the whole scaled weight it is the largest of its columns', without scaling any.

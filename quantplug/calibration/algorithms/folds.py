@@ -3,7 +3,9 @@
 What a norm multiplies its channels by is taken up by every linear that reads them: a channel divided by s in the norm
 is multiplied by s in the columns of q, k and v, or of the first linears of a feed-forward network: all experts, shared
 ones, and the router. What the second linear of a gated network reads is its first linear's up half times a function of
-the gate half; so a factor goes into the rows of that up half, for each expert by itself.
+the gate half; so a factor goes into the rows of that up half, for each expert by itself. What attention's output
+projection reads are means of values, times a gate where there is one; so a factor goes into the rows, and the bias, of
+these values. Several heads of queries read one head of values, and so have its factors in common.
 
 With powers of two all of it is exact, in BF16 too (AWQ, arXiv 2306.00978, has factors of any size, and either puts
 them into what comes before, as here, or multiplies the input).
@@ -34,6 +36,30 @@ _PROBLEM = "The algorithm awq_lite puts factors of channels into what comes befo
 
 
 @dataclass(frozen=True)
+class SharedValues:
+    """Heads of values, each read by several heads of queries, whose columns lie one head after another.
+
+    Attributes:
+        groups: Heads of values on this rank.
+        queries: Heads of queries that read each of them.
+        size: Entries of a head.
+    """
+
+    groups: int
+    queries: int
+    size: int
+
+    def spread(self, of_channels: torch.Tensor) -> torch.Tensor:
+        """[..., groups * size] of channels to [..., groups * queries * size] of columns."""
+        heads = of_channels.unflatten(-1, (self.groups, 1, self.size))
+        return heads.expand(*heads.shape[:-2], self.queries, self.size).flatten(-3)
+
+    def summed(self, of_columns: torch.Tensor) -> torch.Tensor:
+        """[..., groups * queries * size] of columns to the sums [..., groups * size] of what reads a channel."""
+        return of_columns.unflatten(-1, (self.groups, self.queries, self.size)).sum(-2).flatten(-2)
+
+
+@dataclass(frozen=True)
 class Fold:
     """Channels whose factors go from the columns of weights into what comes before.
 
@@ -42,9 +68,10 @@ class Fold:
         linears: The linears that read the channels.
         plain: Weights [., channels] beside them that do too, and are never quantized.
         before: What the channels are divided in: for each factor's vector tensors [channels, ...] of the model, or
-            views of such.
+            views of such; of values [groups, size, ...].
         is_shared: Whether all weights share one vector, as behind a norm; else each weight of the one linear has its
             own, as each expert's second linear.
+        values: Where several columns read one channel; None where each reads its own.
     """
 
     name: str
@@ -52,6 +79,7 @@ class Fold:
     plain: tuple[torch.Tensor, ...]
     before: tuple[tuple[torch.Tensor, ...], ...]
     is_shared: bool
+    values: SharedValues | None = None
 
     @property
     def quantized(self) -> tuple[Linear, ...]:
@@ -61,7 +89,15 @@ class Fold:
     @property
     def channels(self) -> int:
         """How many there are on this rank."""
-        return self.linears[0].columns
+        return self.linears[0].columns // (1 if self.values is None else self.values.queries)
+
+    def spread(self, of_channels: torch.Tensor) -> torch.Tensor:
+        """[..., channels] to [..., columns of the linears]."""
+        return of_channels if self.values is None else self.values.spread(of_channels)
+
+    def summed(self, of_columns: torch.Tensor) -> torch.Tensor:
+        """[..., columns of the linears] to the sums [..., channels] of those that read a channel."""
+        return of_columns if self.values is None else self.values.summed(of_columns)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything that is multiplied."""
@@ -76,16 +112,18 @@ class Fold:
             exponents: int32 [vectors, channels]: of one vector, or of one for each weight.
         """
         factors = exponents.double().exp2()
+        of_columns = self.spread(factors)
         if self.is_shared:
             columns = [weight.weight for linear in self.linears for weight in linear.weights]
-            pairs = [(tensor, factors[0]) for tensor in (*columns, *self.plain)]
+            pairs = [(tensor, of_columns[0]) for tensor in (*columns, *self.plain)]
         else:
-            pairs = [(weight.weight, own) for weight, own in zip(self.linears[0].weights, factors, strict=True)]
+            pairs = [(weight.weight, own) for weight, own in zip(self.linears[0].weights, of_columns, strict=True)]
         for tensor, own in pairs:
             tensor.data.mul_(own.to(tensor))
+        axes = (self.channels,) if self.values is None else (self.values.groups, self.values.size)
         for group, own in zip(self.before, factors.reciprocal(), strict=True):
             for tensor in group:
-                tensor.data.mul_(own.to(tensor).view(-1, *(1,) * (tensor.ndim - 1)))
+                tensor.data.mul_(own.to(tensor).view(*axes, *(1,) * (tensor.ndim - len(axes))))
 
 
 def folds_of(model: nn.Module, linears: list[Linear]) -> list[Fold]:
@@ -145,6 +183,7 @@ def _of_layer(name: str, layer: TransformerLayer, by_module: _Linears) -> Iterat
         first = by_module.of(attention.linear_qkv, f"{name}.self_attention.linear_qkv")
         norm = _norm_before(layer.input_layernorm, attention.linear_qkv)
         yield Fold(f"{name}.input_layernorm", (first,), (), (norm,), is_shared=True)
+        yield from _values_and_output(f"{name}.self_attention", attention, first, by_module)
     if isinstance(network, MLP):
         norm = _norm_before(layer.pre_mlp_layernorm, network.linear_fc1)
         first, second = _pair(f"{name}.mlp", network, by_module)
@@ -152,6 +191,22 @@ def _of_layer(name: str, layer: TransformerLayer, by_module: _Linears) -> Iterat
         yield from _up_and_down(f"{name}.mlp", first, second)
     elif isinstance(network, MoELayer):
         yield from _of_experts(name, layer, network, by_module)
+
+
+def _values_and_output(name: str, attention: SelfAttention, first: Linear, by_module: _Linears) -> Iterator[Fold]:
+    second = by_module.of(attention.linear_proj, f"{name}.linear_proj")
+    config, size = attention.config, attention.hidden_size_per_attention_head
+    queries = config.num_attention_heads // config.num_query_groups
+    groups, is_cut = divmod(second.columns // size, queries)
+    # Where heads of values are fewer than tensor parallel ranks, several of these read one: then it has no factors.
+    if is_cut:
+        return
+    # Each group has the rows of its queries, of their gates where there are any, of its key and, last, of its value.
+    weight = first.weights[0].weight
+    bias = dict(attention.linear_qkv.named_parameters(recurse=False)).get("bias")
+    rows = [tensor.view(groups, -1, size, *tensor.shape[1:])[:, -1] for tensor in (weight, bias) if tensor is not None]
+    values = SharedValues(groups, queries, size)
+    yield Fold(f"{name}.linear_proj", (second,), (), (tuple(rows),), is_shared=False, values=values)
 
 
 def _of_experts(name: str, layer: TransformerLayer, network: MoELayer, by_module: _Linears) -> Iterator[Fold]:

@@ -1,0 +1,39 @@
+"""What linears multiply in a forward that no quantizer changes, in one run of the data."""
+
+from collections.abc import Sequence
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import nn
+
+from quantplug.calibration.inputs.linears import Linear
+from quantplug.calibration.inputs.moments import InputPolicy, Moments, moments_of, require_known
+from quantplug.calibration.inputs.rows import watching
+from quantplug.calibration.inputs.sums import Squares
+from quantplug.calibration.run import ForwardLoop
+from quantplug.megatron.agreement import all_or_none
+from quantplug.megatron.releases.mtp import without_labels
+
+
+@torch.no_grad()
+def unquantized_moments(
+    model: nn.Module, forward_loop: ForwardLoop, linears: Sequence[Linear], policy: InputPolicy
+) -> list[Moments]:
+    """Second moments [weights, channels of this rank] of the inputs of linears, over all ranks. A collective.
+
+    Raises:
+        CalibrationError: Data that does not reach a linear or is not finite.
+    """
+    squares = Squares(linears)
+    quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer) and module.is_enabled]
+    for quantizer in quantizers:
+        quantizer.disable()
+    try:
+        with watching(linears, squares.take), without_labels([model]):
+            all_or_none(lambda: forward_loop(model))
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable()
+    found = [moments_of(one, sums, policy) for one, sums in zip(linears, squares.reduced(linears), strict=True)]
+    all_or_none(lambda: require_known(linears, found))
+    return found
