@@ -82,6 +82,13 @@ def tiny_qwen3_moe_dir(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_layer_dir(made_once: MadeOnce) -> Path:
+    """Qwen3-MoE in bf16 of one layer and 4 experts, for models that are built again and again."""
+    config = Qwen3MoeConfig(**{**MOE_SIZES, "num_hidden_layers": 1, "num_experts": 4})
+    return made_once("one_layer", partial(_save, Qwen3MoeForCausalLM, config))
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen3_mixed_dir(made_once: MadeOnce) -> Path:
     """Qwen3-MoE in bf16 with 4 layers, the second of them dense, in shards of at most 400 kB."""
     config = Qwen3MoeConfig(**{**MOE_SIZES, "num_hidden_layers": 4}, mlp_only_layers=[1])

@@ -23,7 +23,7 @@ from tests.distributed.export_worker import quantized_model
 from tests.one_event_loop import share_event_loop
 from tests.ranks import rank_context
 
-MAX_SHARD_SIZE = 60_000  # About ten files for each of two ranks.
+MAX_SHARD_SIZE = 60_000  # About ten files for each of two ranks, of two layers.
 KILLED = "killed"
 EXPORTED = "exported"
 
@@ -89,6 +89,7 @@ class Ranks:
     Attributes:
         notes: Directory for what the ranks have to say.
         numbers: Of the runs, each of which has its own part of the store.
+        max_shard_size: Of the exports.
     """
 
     source: Path
@@ -96,13 +97,16 @@ class Ranks:
     store: dist.TCPStore
     context: ForkServerContext
     numbers: "itertools.count[int]"
+    max_shard_size: int
 
     def export(self, out: Path, **settings: Any) -> list[str]:
         """How each rank of a `Run` ended: KILLED, EXPORTED, or its error."""
         run, number = Run(out, **settings), next(self.numbers)
         notes = [self.notes / f"{number}-{rank}.txt" for rank in range(run.world_size)]
         processes = [
-            self.context.Process(target=_be_rank, args=(rank, run, self.source, self.store.port, number, note))
+            self.context.Process(
+                target=_be_rank, args=(rank, run, self.source, self.max_shard_size, self.store.port, number, note)
+            )
             for rank, note in enumerate(notes)
         ]
         for process in processes:
@@ -112,10 +116,10 @@ class Ranks:
         return [_outcome(process.exitcode, note) for process, note in zip(processes, notes, strict=True)]
 
 
-def start_ranks(source: Path, notes: Path) -> Ranks:
+def start_ranks(source: Path, notes: Path, max_shard_size: int = MAX_SHARD_SIZE) -> Ranks:
     """What exports of a source are run with."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    return Ranks(source, notes, store, rank_context(), itertools.count())
+    return Ranks(source, notes, store, rank_context(), itertools.count(), max_shard_size)
 
 
 def finished(out: Path) -> dict[str, tuple[int, int]]:
@@ -138,7 +142,7 @@ def _outcome(status: int | None, note: Path) -> str:
     return note.read_text() if status == 0 else KILLED
 
 
-def _be_rank(rank: int, run: Run, source: Path, port: int, number: int, note: Path) -> None:
+def _be_rank(rank: int, run: Run, source: Path, max_shard_size: int, port: int, number: int, note: Path) -> None:
     signal.alarm(60)  # A rank that hangs dies of a signal that no test expects.
     torch.set_num_threads(1)
     share_event_loop()
@@ -152,7 +156,7 @@ def _be_rank(rank: int, run: Run, source: Path, port: int, number: int, note: Pa
     if run.killed and rank in run.killed:
         run.killed[rank].await_death()
     try:
-        export_mcore_gpt_to_hf(model, source, export_dir=run.out, max_shard_size=MAX_SHARD_SIZE)
+        export_mcore_gpt_to_hf(model, source, export_dir=run.out, max_shard_size=max_shard_size)
     except QuantplugError as error:
         note.write_text(f"{type(error).__name__}: {error}")
     else:
