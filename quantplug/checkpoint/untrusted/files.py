@@ -101,7 +101,8 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     if len(content) > MOST_JSON_BYTES:
         raise unreadable(path, f"has more than {MOST_JSON_BYTES} bytes")
     try:
-        value = json.loads(content)
+        # As text: of bytes Python's parser reads UTF-16, and a mark of byte order, at which all others stop.
+        value = json.loads(content.decode())
         if b"\\ud" in content.lower():
             # Half of a surrogate pair, which JSON can spell and no file can hold; the error is a ValueError.
             json.dumps(value, ensure_ascii=False).encode()

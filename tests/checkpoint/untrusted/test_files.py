@@ -143,6 +143,9 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
 BAD_JSON = {
     "cut": b"{",
     "not UTF-8": b"\xff\xfe{}",
+    # Python's parser reads these bytes, and not the text that transformers and servers make of them.
+    "UTF-8 with a mark of byte order": b"\xef\xbb\xbf{}",
+    "UTF-16": "{}".encode("utf-16-le"),
     "a list": b"[]",
     "a number": b"7",
     "a number of five thousand digits": b'{"a": ' + b"9" * 5000 + b"}",
