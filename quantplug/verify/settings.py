@@ -167,9 +167,10 @@ def _is_lost(name: str, ours: Any, theirs: Any) -> bool:
 
 def _has_type(export: Checkpoint, settings_here: Mapping[str, Any], ours: Any, theirs: Any) -> bool:
     """Whether the export's plain matrices are of the type that it names: it was cast, and says so."""
-    if ours is _ABSENT:
+    if ours is _ABSENT or ours is None:
         # Said of the whole or of the language model inside. Where nothing says it, readers take FP16 or FP32.
-        return any(name.rpartition(".")[2] == "dtype" for name in settings_here)
+        said = {name: value for name, value in settings_here.items() if name.rpartition(".")[2] == "dtype"}
+        return any(value is not None for value in said.values())
     if theirs is _ABSENT:
         return True
     types = {_FLOAT_TYPES.get(info.dtype) for info in export.tensors.values() if len(info.shape) > 1}

@@ -84,6 +84,12 @@ def test_what_is_said_at_the_top_or_inside_is_not_lost(name: str, value: object)
             assert Severity.ERROR not in found(export, source, dtype="F16").values()
 
 
+def test_a_type_of_null_is_none() -> None:
+    """Packed weights are of no type that a config could name, so that null is none of theirs."""
+    for dtype in ("U8", "F8_E4M3", "BF16"):
+        assert found(SOURCE | {"torch_dtype": None}, dtype=dtype) == {"dtype": Severity.ERROR}
+
+
 def test_what_every_config_has_off_may_be_left_out() -> None:
     off = {"pad_token_id": None, "is_decoder": False, "rope_scaling": None, "tokenizer_class": None}
     assert found({"hidden_act": "silu"}, {"hidden_act": "silu", **off}) == {}
