@@ -18,6 +18,7 @@ from quantplug.verify import (
     rules_groups,
     rules_model,
     rules_modules,
+    rules_server_configs,
     rules_servers,
     settings,
     side_files,
@@ -50,6 +51,7 @@ _RULES = (
     *rules_model.RULES,
     *rules_architecture.RULES,
     *rules_servers.RULES,
+    *rules_server_configs.RULES,
 )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from quantplug import quantize_checkpoint
 from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
-from tests.servers.cases import make_published
+from tests.servers.cases import make_published, make_served
 from tests.servers.test_vllm import PAGE, PYTHON
 
 HEAD = "SGLang 0.5.23"
@@ -46,6 +46,12 @@ BESIDE_CELLS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "head-nvfp4": ("llama3", {"format": "w4a16_nvfp4", "quantize_lm_head": True}),
     "head-int4": ("qwen3_moe", {"format": "int4", "quantize_lm_head": True}),
 }
+# Configs as transformers 5 writes them, and what SGLang says of them.
+REWRITTEN = {
+    "qwen3_next": "has no attribute 'full_attention_interval'",
+    "deepseek_v2": "has no attribute 'moe_layer_freq'",
+    "nemotron_h": "layers_block_type contains invalid types",
+}
 Answers = Mapping[str, dict[str, Any]]
 
 
@@ -72,6 +78,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         quantize_checkpoint(directory / case, directory / f"{case}-{name}", name)
     for name, (case, arguments) in BESIDE_CELLS.items():
         quantize_checkpoint(directory / case, directory / name, **arguments)
+    for case in REWRITTEN:
+        make_served(case, directory / f"rewritten-{case}")
+        quantize_checkpoint(directory / f"rewritten-{case}", directory / f"{case}-rewritten", "w4a16_nvfp4")
     # SGLang compares the last part of such a name alone, so that every layer becomes plain.
     exclude = ["model.layers.0.*"]
     quantize_checkpoint(directory / "deepseek_v3", directory / "excluded", "w4a16_nvfp4", exclude=exclude)
@@ -83,7 +92,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(made: Path) -> Answers:
     """What SGLang says of each, by name; one process for all, as SGLang takes long to import."""
     names = [*(f"{case}-{name}" for case, name, _ in CELLS), *BESIDE_CELLS]
-    names += ["excluded", "qwen3_moe-w4a16_nvfp4-dropped"]
+    names += ["excluded", "qwen3_moe-w4a16_nvfp4-dropped", *(f"{case}-rewritten" for case in REWRITTEN)]
     reader = Path(__file__).with_name("sglang_reader.py")
     ran = subprocess.run([PYTHON, reader, "qwen3", *names], capture_output=True, text=True, check=False, cwd=made)
     found = [json.loads(line[5:]) for line in ran.stdout.splitlines() if line.startswith("READ ")]
@@ -115,6 +124,12 @@ def test_what_the_page_says_beside_its_table_is_loaded(name: str, made: Path, an
     assert problems(answers[name], made / name) == []
     is_plain = answers[name]["methods"]["lm_head"].startswith("Unquantized")
     assert is_plain is not name.startswith("head")
+
+
+@pytest.mark.parametrize("case", REWRITTEN)
+def test_a_config_that_transformers_has_written_anew_stops_it(case: str, made: Path, answers: Answers) -> None:
+    assert REWRITTEN[case] in answers[f"{case}-rewritten"]["error"]
+    assert Check.SGLANG in verify_checkpoint(made / f"{case}-rewritten").checks(Severity.WARNING)
 
 
 def test_quantized_is_what_the_checkpoint_has_scales_for(made: Path, answers: Answers) -> None:
