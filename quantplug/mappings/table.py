@@ -202,6 +202,8 @@ class WeightMapping:
         high_precision: Those of `hf` that stay in high precision also where the weight is quantized: servers load them
             so.
         merged: What servers make of several of `hf`, where an exclude list must name it beside these.
+        served: Names by which servers look for these tensors, in the order of `hf`, which some tool writes and they do
+            not know: an export has the served ones. Empty where servers know `hf`.
         offset: What Hugging Face's values are more than Megatron's: 1 where Megatron's norm is zero-centred, and
             multiplies with 1 + weight, and Hugging Face's is not. Of a model whose norms are as the family says
             (`Family.zero_centred`).
@@ -224,6 +226,7 @@ class WeightMapping:
     served_in_mxfp4: bool = False
     high_precision: tuple[str, ...] = ()
     merged: tuple[Merged, ...] = ()
+    served: tuple[str, ...] = ()
     offset: float = 0.0
 
     def keys(self, dims: ModelDimensions) -> Iterator[ParamKey]:
@@ -279,6 +282,10 @@ class WeightMapping:
         """The row of the same weight in a form that holds no matrix as [in, out]: mostly this one."""
         return self
 
+    def as_served(self) -> Self:
+        """The row of the same weight by the names that servers look for: mostly this one."""
+        return replace(self, hf=self.served, served=()) if self.served else self
+
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same row with other names in Hugging Face."""
         # Every field that holds names: one that keeps its old name would match nothing, without an error.
@@ -289,6 +296,7 @@ class WeightMapping:
             duplicates=tuple(map(rename, self.duplicates)),
             high_precision=tuple(map(rename, self.high_precision)),
             merged=tuple(Merged(rename(it.name), tuple(map(rename, it.parts))) for it in self.merged),
+            served=tuple(map(rename, self.served)),
         )
 
     def of_norm(self, zero_centred: bool | None, *, usual: bool) -> Self:
@@ -443,7 +451,6 @@ class Family:
             values are converted.
         server_settings: Settings, where the sizes are, without which servers compute another model, and which
             transformers neither needs nor writes.
-        unserved_names: Names of tensors that some tool writes and servers do not know, each with the name that they do.
         shapes: Of tensors whose shapes by the sizes are not those that tensors of such names have elsewhere: by the
             name without numbers and without what its layers are in, such as `self_attn.q_norm`. None in a shape is a
             size that the config does not say.
@@ -465,7 +472,6 @@ class Family:
     zero_centred: bool = False
     server_settings: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, Callable[[ModelDimensions], tuple[int | None, ...]]] = field(default_factory=dict)
-    unserved_names: Mapping[str, str] = field(default_factory=dict)
 
     def expected(self, dims: ModelDimensions) -> Iterator[tuple[tuple[str, ...], ParamKey]]:
         """Every parameter of a whole model of these sizes, with its Hugging Face names, row by row."""
@@ -483,6 +489,12 @@ class Family:
         if not tied:
             return names
         return {copy: self.tied.get(name, name) for copy, name in names.items()} | dict(self.tied)
+
+    @property
+    def served_names(self) -> dict[str, str]:
+        """Names of tensors that some tool writes and servers do not know, each with the name that they do."""
+        rows = (row for form in self.forms for row in form if row.served)
+        return {name: served for row in rows for name, served in zip(row.hf, row.served, strict=True)}
 
     def without_mtp(self) -> "Family":
         """The table of a model whose layers of multi-token prediction are left out, so that none are carried over."""

@@ -33,7 +33,7 @@ from quantplug.verify.folds import folded
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
 from quantplug.verify.input_ranges import input_ranges
 from quantplug.verify.journal import Journal
-from quantplug.verify.known import known_architecture, table_of
+from quantplug.verify.known import known_architecture, table_of, with_names_of
 from quantplug.verify.modules import Inventory, take_inventory
 from quantplug.verify.originals import Originals
 from quantplug.verify.report import Finding, KindError, Severity, Size, TensorError, VerifyReport
@@ -114,6 +114,8 @@ def judge(
         known_source, _ = known_architecture(original)
         source_experts = fused_experts(known_source.family) if known_source else fused
         original, _ = with_inner_names(original, source_experts)
+        if known_source:
+            original = with_names_of(export, original, known_source.family)
         original = tied_head.with_embedding(original, known_source.family.tied if known_source else {})
     checkpoints = [export] if original is None else [export, original]
     with nullcontext() if resume is None else Journal(Path(resume), checkpoints) as journal:

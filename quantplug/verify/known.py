@@ -1,6 +1,6 @@
 """The architecture that config.json names, where we have its table: sizes, and rows in the form that the files have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantplug.checkpoint.untrusted.json_reader import Json, as_texts
@@ -59,6 +59,18 @@ def known_architecture(checkpoint: Checkpoint) -> tuple[KnownArchitecture | None
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     (name, *_) = as_texts(config.get("architectures"))
     return KnownArchitecture(name, in_form(family, shapes, dims), dims), []
+
+
+def with_names_of(export: Checkpoint, source: Checkpoint, family: Family) -> Checkpoint:
+    """A source by the names of its export, of tensors that tools and servers call otherwise (`Family.served_names`)."""
+    pairs = [pair for name, served in family.served_names.items() for pair in ((name, served), (served, name))]
+    named = {
+        theirs: ours
+        for theirs, ours in pairs
+        if theirs in source.tensors and ours in export.tensors and ours not in source.tensors
+    }
+    tensors = (replace(info, name=named.get(name, name)) for name, info in source.tensors.items())
+    return replace(source, tensors={info.name: info for info in tensors})
 
 
 def table_of(config: Json) -> Family | None:

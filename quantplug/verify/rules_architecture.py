@@ -64,7 +64,7 @@ def server_settings(inventory: Inventory) -> Iterator[Finding]:
 def served_names(inventory: Inventory) -> Iterator[Finding]:
     """Tensors have the names that servers look for, where tools write others too."""
     known = inventory.known
-    for name, served in ({} if known is None else known.family.unserved_names).items():
+    for name, served in ({} if known is None else known.family.served_names).items():
         if name in inventory.checkpoint.tensors:
             yield warning(Check.NAMES, name, f"servers look for {served}: rename the tensor, in the index too")
 

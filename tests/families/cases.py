@@ -437,7 +437,9 @@ CASES |= {
 
 CASES |= {
     "nemotron_h": Case(
-        NemotronHForCausalLM, hybrid.nemotron_h(["linear_attention", "mlp", "full_attention", "linear_attention"])
+        NemotronHForCausalLM,
+        hybrid.nemotron_h(["linear_attention", "mlp", "full_attention", "linear_attention"]),
+        published=hybrid.as_published,
     ),
     "nemotron_h_moe": Case(
         NemotronHForCausalLM,

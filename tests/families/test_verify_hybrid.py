@@ -5,11 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from quantplug import export_mcore_gpt_to_hf, quantize_checkpoint
 from quantplug.verify import verify_checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.report import Severity
+from tests.export.checkpoints import load, one_rank, read
 from tests.families.cases import Tensors
+from tests.families.served import errors_of
 from tests.families.test_verify import Spoil, add, copy_of, cut, drop, told
 
 Export = Callable[..., Path]
@@ -47,9 +51,7 @@ def test_one_thing_spoiled_is_found(
 @pytest.mark.parametrize("name", [DENSE, MOE, LATENT])
 def test_nothing_but_what_servers_do_with_it_is_warned_of(name: str, export: Export) -> None:
     findings = verify_checkpoint(export(name, "w4a16_nvfp4")).findings
-    # This one has its embedding under the name that transformers 5 gives it, and servers do not know.
-    known = {Check.NAMES} if name == DENSE else set()
-    assert {found.check for found in findings} <= {Check.SERVING_TP, Check.SGLANG, *known}
+    assert {found.check for found in findings} <= {Check.SERVING_TP, Check.SGLANG}
     assert all(found.severity is not Severity.ERROR for found in findings)
 
 
@@ -111,6 +113,31 @@ def test_a_pattern_in_place_of_a_list_is_read(export: Export, tmp_path: Path) ->
     del config["layers_block_type"]
     (copy / "config.json").write_text(json.dumps({**config, "hybrid_override_pattern": "ME*E"}))
     assert told(copy) == set()
+
+
+def test_the_embedding_is_written_by_the_name_that_servers_look_for(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whatever the source calls it: transformers 5.14 saves another name, and reads both."""
+
+    def as_transformers_saves_it(tensors: Tensors) -> None:
+        tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+
+    def other(tensors: Tensors) -> None:
+        tensors["backbone.embeddings.weight"] = tensors["backbone.embeddings.weight"].flip(0)
+
+    source, out, live = (tmp_path / name for name in ("source", "out", "live"))
+    copy_of(checkpoint(DENSE), source, as_transformers_saves_it)
+    quantize_checkpoint(source, out, "w4a16_nvfp4")
+    with one_rank():
+        export_mcore_gpt_to_hf(load(source), source, live)
+    for made in (out, live):
+        (name,) = (name for name in read(made) if "embedding" in name)
+        assert name == "backbone.embeddings.weight"
+        assert torch.equal(read(made)[name], read(source)["backbone.embedding.weight"])
+    assert "backbone.embeddings" in json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert errors_of(out, source) == set()
+    assert errors_of(copy_of(out, tmp_path / "other", other), source) == {"source-values"}
 
 
 def test_either_name_of_the_embedding_is_one(export: Export, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def build_plan(
     if dialect is not None:
         check_output_layer(mapped, schemes, dialect, dims, request.leave_out, findings)
     # Before the groups: experts in one tensor are one scale group, written one by one they are none.
-    written = _rows_written(mapped, schemes, dialect)
+    written = {key: row.as_served() for key, row in _rows_written(mapped, schemes, dialect).items()}
     groups = group_names(mapped, written, dims)
     mapped = with_shared_amaxes(mapped, groups, findings)
     check_one_scheme(mapped, groups, schemes, findings)

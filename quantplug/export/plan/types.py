@@ -210,7 +210,7 @@ class ExportTask:
     Attributes:
         mapping: The row that says what is written.
         stored: The row that says how a plain checkpoint holds it; another one only where a quantized one holds it
-            otherwise.
+            otherwise, or where servers know another name.
         ranks: The ranks that deliver it, in slice order.
         owner: The one of them that writes it.
         gather_first: Whether its slices are put together before they are packed, because a block or a head straddles

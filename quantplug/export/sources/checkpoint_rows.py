@@ -11,6 +11,7 @@ from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.source import Chunk, Rows, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.table import Placement
 
 BUCKET_BYTES = 128 * 2**20
 """A piece has an eighth of it: 16 MiB are enough that starting a piece costs nothing beside the work on it."""
@@ -56,25 +57,24 @@ class CheckpointSource:
 
     def _read_part(self, task: ExportTask, part: int, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a part; what Megatron's layout interleaves lies in parts as they are."""
+        output, placement = task.outputs[part], task.stored.placement(task.source.key, self.dims)
         # Written by another row than it is stored by: experts of one tensor, which are written one by one.
-        if task.stored is not task.mapping:
-            return self._read_unfused(task, part)[rows]
-        output = task.outputs[part]
+        if placement is not None and task.stored is not task.mapping:
+            return self._read_unfused(task, placement, part)[rows]
+        name = self._tensors_of(task)[part]  # Which may be written under another.
         if output.placement is not None:
             # One expert is one read, and is cut after it is turned: stored as [in, out] its rows are columns on disk.
-            return output.placement.turned(self.checkpoint.read(output.name, (output.placement.expert,)))[rows]
+            return output.placement.turned(self.checkpoint.read(name, (output.placement.expert,)))[rows]
         if not output.shape:
             # Pieces are made of rows, and a scalar is one; assembling gives it back its shape.
-            return self.checkpoint.read(output.name).reshape(1)
-        return self.checkpoint.read(output.name, (rows,))
+            return self.checkpoint.read(name).reshape(1)
+        return self.checkpoint.read(name, (rows,))
 
-    def _read_unfused(self, task: ExportTask, part: int) -> torch.Tensor:
+    def _read_unfused(self, task: ExportTask, placement: Placement, part: int) -> torch.Tensor:
         """A part [out, in] of one expert, which the source holds in a tensor of all experts.
 
         That tensor may hold gate and up together, where they are written as two: the one layout merges them, the other
         splits them.
         """
-        placement = task.stored.placement(task.source.key, self.dims)
-        assert placement is not None
         slices = [placement.turned(self.checkpoint.read(name, (placement.expert,))) for name in self._tensors_of(task)]
         return task.mapping.layout.split(task.stored.layout.merge(tuple(slices), self.dims), self.dims)[part]

@@ -54,7 +54,8 @@ EMBEDDINGS = (
 )
 
 # transformers 5.14 writes it so (https://github.com/huggingface/transformers/pull/48075 mends that), and reads both.
-WITHOUT_S = (_embedding("backbone.embedding.weight"),)
+# vLLM 0.32 and SGLang 0.5.23 (models/nemotron_h.py of both) rename `embeddings` alone; vLLM stops at the other one.
+WITHOUT_S = (replace(_embedding("backbone.embedding.weight"), served=("backbone.embeddings.weight",)),)
 
 # One norm before the one module of a layer: part of its first linear with Transformer Engine, apart in the local spec.
 NORM = WeightMapping(
@@ -182,6 +183,4 @@ NEMOTRON_H = Family(
     passthrough=("mtp.",),
     needs_source=nemotron_h_config.has_mtp,
     forms=(WITHOUT_S,),
-    # vLLM 0.32 and SGLang 0.5.23 (models/nemotron_h.py of both) rename `embeddings` alone; vLLM stops at the other one.
-    unserved_names={"backbone.embedding.weight": "backbone.embeddings.weight"},
 )
