@@ -4,7 +4,8 @@ Importing this package needs torch and safetensors alone. The names below are lo
 only then does one that works on a live model import Megatron-Core.
 
 With a model: `initialize_parallel`, `build_model`, `quant_cfg`, `recipe_cfg`, `calibrate`, `plan_export`,
-`save_checkpoint` and `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf`, and for RL
+`save_checkpoint` and `load_checkpoint`, `import_mcore_gpt_from_hf`, `export_mcore_gpt_to_hf` and, for its judge,
+`write_input_moments`, and for RL
 `export_hf_weights_quant` or `plan_stream`, with `RefitSource` and `flattened_buckets` for servers. Without one:
 `export_checkpoint`, `quantize_checkpoint` and `verify_checkpoint`. `QuantFormat` and `KVCacheFormat` have the names of
 all formats, `DialectName` those of their spellings on disk, `WeightAmax` what becomes of weights that have grown since
@@ -50,6 +51,7 @@ __all__ = [
     "register_family",
     "save_checkpoint",
     "verify_checkpoint",
+    "write_input_moments",
 ]
 
 _HOMES = {
@@ -79,6 +81,7 @@ _HOMES = {
     "register_family": "quantplug.mappings.families",
     "save_checkpoint": "quantplug.megatron.checkpoint.save_load",
     "verify_checkpoint": "quantplug.verify",
+    "write_input_moments": "quantplug.export.input_moments",
 }
 
 # Type checkers read the imports; at run time each name is looked up when it is first used.
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from quantplug.choices import DialectName, KVCacheFormat, Preset, QuantFormat, WeightAmax
     from quantplug.export.export_checkpoint import export_checkpoint
     from quantplug.export.files.staging import check_destination
+    from quantplug.export.input_moments import write_input_moments
     from quantplug.export.live_plan import plan_export
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
     from quantplug.export.stream.api import export_hf_weights_quant, plan_stream

@@ -29,7 +29,7 @@ ROWS = (
 )
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.
 EXPORT_ROWS = (
-    ("to_disk", "quantize_checkpoint", "export_checkpoint"),
+    ("to_disk", "quantize_checkpoint", "export_checkpoint", "input_moments"),
     ("asked_quantization",),
     ("model_free",),
     ("stream", "files"),

@@ -52,14 +52,21 @@ def _errors(report: VerifyReport) -> Table:
     table = Table(title="Relative error of dequantized weights against the source", title_justify="left")
     table.add_column("kind", overflow="fold")
     table.add_column("format", overflow="fold")
-    for name in ("n", "error", "worst", "max err/amax", "gain"):
+    kinds = report.errors_by_kind
+    by_inputs = any(kind.input_error is not None for kind in kinds)
+    for name in ("n", "error", *(["by inputs"] if by_inputs else []), "worst", "max err/amax", "gain"):
         table.add_column(name, justify="right", overflow="fold")
-    for kind in report.errors_by_kind:
-        numbers = (kind.relative_error, kind.worst_relative_error, kind.max_error)
+    for kind in kinds:
+        weighted = [] if not by_inputs else [kind.input_error]
+        numbers = (kind.relative_error, *weighted, kind.worst_relative_error, kind.max_error)
         # 1 would be neither too large nor too small; rounding leaves it within a hundredth.
         gain = f"{kind.smallest_gain:.3f} to {kind.largest_gain:.3f}"
-        table.add_row(plain(kind.kind), kind.format, str(kind.tensors), *(f"{number:.4f}" for number in numbers), gain)
+        table.add_row(plain(kind.kind), kind.format, str(kind.tensors), *map(_number, numbers), gain)
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _sizes(report: VerifyReport) -> Table:

@@ -12,6 +12,7 @@ from quantplug.cli.terminal import Say, command_line, terminal
 EXAMPLES = (
     "quantplug verify OUT",
     "quantplug verify OUT --source DIR --json report.json --html report.html",
+    "quantplug verify OUT --source DIR --moments FILE",
     "quantplug verify OUT --source DIR --resume progress",
 )
 
@@ -21,6 +22,10 @@ def verify(
     source: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The checkpoint it was quantized from: plain, FP8 in blocks, or MXFP4."),
+    ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weigh errors by inputs, too: what write_input_moments wrote of the model."),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -58,7 +63,7 @@ def verify(
         run_family_files(family or ())
         statistics = None if stats is None else CalibrationTable.load(stats)
         with here.byte_bar() as bar:
-            judgement = judge(directory, source, partial(bar, "reading"), resume=resume)
+            judgement = judge(directory, source, partial(bar, "reading"), resume=resume, moments=moments)
         report = judgement.report
         # Before the table is printed: where the file cannot be written, the exit status is 2 and nothing looks like a
         # verdict.

@@ -52,7 +52,10 @@ def content(
 
 
 def _weights(report: VerifyReport, survey: Survey) -> list[list[Any]]:
-    """A row for each weight: module, kind, layer, expert, format, rows, columns, bytes, amax, error, bound, largest."""
+    """A row for each weight: module, kind, layer, expert, format, rows, columns, bytes, amax, and four errors.
+
+    These are the relative one, its bound, the largest value's, and that by inputs.
+    """
     by_module = {weight.module: weight for weight in survey.weights}
     rows = []
     for measured in report.errors_by_tensor:
@@ -64,10 +67,11 @@ def _weights(report: VerifyReport, survey: Survey) -> list[list[Any]]:
         # Of a tensor that holds all experts, errors are measured by expert, and the rest is said of all of them.
         expert = int(index) if index else weight.expert
         where = f"{weight.module}[{index}]" if index else weight.module
-        rows.append([*_of(weight, where, expert), measured.relative_error, measured.bound, measured.max_error])
+        errors = (measured.relative_error, measured.bound, measured.max_error, measured.input_error)
+        rows.append([*_of(weight, where, expert), *errors])
     in_parts = {row[0].partition("[")[0] for row in rows if "[" in row[0]}
     unmeasured = (weight for weight in by_module.values() if weight.module not in in_parts)
-    return rows + [[*_of(weight, weight.module, weight.expert), None, None, None] for weight in unmeasured]
+    return rows + [[*_of(weight, weight.module, weight.expert), None, None, None, None] for weight in unmeasured]
 
 
 def _of(weight: QuantizedWeight, name: str, expert: int | None) -> list[Any]:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantplug.errors import ArgumentError
 from quantplug.mappings.serving_tp import of_checkpoint
 from quantplug.verify import (
     names,
@@ -31,6 +32,7 @@ from quantplug.verify import (
 from quantplug.verify.checkpoint import Checkpoint, of_source, open_checkpoint
 from quantplug.verify.folds import folded
 from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
+from quantplug.verify.input_moments import InputMoments
 from quantplug.verify.input_ranges import input_ranges
 from quantplug.verify.journal import Journal
 from quantplug.verify.known import known_architecture, table_of, with_names_of
@@ -61,6 +63,7 @@ def verify_checkpoint(
     on_progress: OnProgress | None = None,
     *,
     resume: str | Path | None = None,
+    moments: str | Path | None = None,
 ) -> VerifyReport:
     """Judges a checkpoint directory, of whichever tool, and with the original at hand the error of every tensor.
 
@@ -72,15 +75,17 @@ def verify_checkpoint(
         on_progress: Called with (bytes read so far, bytes to read in all).
         resume: A file in which progress is kept, outside of both directories. Where the same call was interrupted it
             goes on from there, if no file of either directory has changed since; at the end it is removed.
+        moments: With a source: a file that `write_input_moments` wrote of the exported model. Errors are then weighted
+            by inputs too, and what clips where inputs are small is not taken for wrong.
 
     Returns:
         All findings at once; whatever is wrong inside the directories is a finding, never an exception.
 
     Raises:
-        SourceError: One of the two is not a directory.
-        ArgumentError: Progress cannot be kept in `resume`.
+        SourceError: One of the two is not a directory, or `moments` is no file of moments.
+        ArgumentError: Progress cannot be kept in `resume`, or `moments` come without a source.
     """
-    return judge(directory, source, on_progress, resume=resume).report
+    return judge(directory, source, on_progress, resume=resume, moments=moments).report
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,12 @@ def judge(
     on_progress: OnProgress | None = None,
     *,
     resume: str | Path | None = None,
+    moments: str | Path | None = None,
 ) -> Judgement:
     """As `verify_checkpoint`."""
+    inputs = None if moments is None else InputMoments.open(Path(moments))
+    if inputs is not None and source is None:
+        raise ArgumentError("Moments of inputs weigh errors, which are measured against a source.", remedy="Give it.")
     inventory, findings = _opened(Path(directory))
     export, fused = inventory.checkpoint, inventory.fused
     original, source_findings = open_checkpoint(Path(source), is_source=True) if source is not None else (None, [])
@@ -118,9 +127,11 @@ def judge(
             original = with_names_of(export, original, known_source.family)
         original = tied_head.with_embedding(original, known_source.family.tied if known_source else {})
     checkpoints = [export] if original is None else [export, original]
-    with nullcontext() if resume is None else Journal(Path(resume), checkpoints) as journal:
-        errors, read = _judge(inventory, original, source_experts, findings, on_progress, journal)
+    beside = [] if inputs is None else [inputs.file]
+    with nullcontext() if resume is None else Journal(Path(resume), checkpoints, beside) as journal:
+        errors, read = _judge(inventory, original, source_experts, inputs, findings, on_progress, journal)
     findings += export.changed()
+    findings += [finding for file in beside for finding in file.changed()]
     findings += map(of_source, original.changed() if original is not None else ())
     # Rules speak in a module's spelling; a user looks for the name that is on disk.
     findings = [replace(finding, subject=fused.stored_name(finding.subject)) for finding in findings]
@@ -158,6 +169,7 @@ def _judge(
     inventory: Inventory,
     original: Checkpoint | None,
     source_experts: FusedExperts,
+    moments: InputMoments | None,
     findings: list[Finding],
     on_progress: OnProgress | None,
     journal: Journal | None,
@@ -191,7 +203,8 @@ def _judge(
     unfolded, fold_findings = folded(inventory, original, source_experts)
     findings += fold_findings
     originals = Originals(unfolded, read_scheme(original)[0])
-    errors, compare_findings = source_rules.compare(inventory, originals, source_experts, on_bytes, journal)
+    findings += [] if moments is None else moments.missing(inventory)
+    errors, compare_findings = source_rules.compare(inventory, originals, source_experts, moments, on_bytes, journal)
     findings.extend(compare_findings)
     return errors, read
 

@@ -161,7 +161,7 @@ class ErrorSum:
     def squared_limit(self) -> float:
         """What `squared_error` may be at most, however values were rounded."""
         bound, norm = torch.tensor([self.squared_bound, self.squared_norm], dtype=torch.float64)
-        return float(_limit(bound, norm, self.feedback, WEIGHT_LIMIT))
+        return float(limit_of(bound, norm, self.feedback, WEIGHT_LIMIT))
 
     def add(self, rows: RowSums) -> None:
         self.squared_error += float(rows.error.sum())
@@ -170,7 +170,7 @@ class ErrorSum:
         self.dot += float(rows.dot.sum())
         self.quartic += float(rows.quartic.sum())
         self.along += float(rows.along.sum())
-        self.broken_rows += int((rows.error > _limit(rows.bound, rows.norm, self.feedback, ROW_LIMIT)).sum())
+        self.broken_rows += int((rows.error > limit_of(rows.bound, rows.norm, self.feedback, ROW_LIMIT)).sum())
         if rows.error.numel():
             self.max_error = max(self.max_error, float(rows.largest_error.max()))
             self.amax = max(self.amax, float(rows.amax.max()))
@@ -179,7 +179,7 @@ class ErrorSum:
         self.lost += int(rows.lost.sum())
 
 
-def _limit(bound: torch.Tensor, norm: torch.Tensor, feedback: float, limit: float) -> torch.Tensor:
+def limit_of(bound: torch.Tensor, norm: torch.Tensor, feedback: float, limit: float) -> torch.Tensor:
     """Squared error that no way of rounding exceeds: `feedback` times the bound, but no more than `limit` of the norm.
 
     Where the bound itself is more than that, all may be lost to rounding, and it is the bound.

@@ -154,6 +154,14 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
     return checkpoint, [of_source(finding) for finding in findings] if is_source else findings
 
 
+def open_file_of_tensors(path: Path) -> tuple[Checkpoint, list[Finding]]:
+    """One file of safetensors, of no checkpoint, and what is wrong with it."""
+    findings: list[Finding] = []
+    identities = {path.name: identity_of(path)}
+    tensors = {info.name: info for info in _header(path.parent, path.name, findings)}
+    return Checkpoint(path.parent, {}, None, tensors, identities), findings
+
+
 def of_source(finding: Finding) -> Finding:
     """A finding on a file or tensor of the source, which the export may have under the same name."""
     return replace(finding, message=f"in the source: {finding.message}")

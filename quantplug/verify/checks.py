@@ -41,6 +41,7 @@ class Check(StrEnum):
     ERROR_BOUND = "error-bound"
     VALUE_BOUND = "value-bound"
     GAIN = "gain"
+    INPUT_MOMENTS = "input-moments"
     INPUT_RANGE = "input-range"
     SETTINGS = "settings"
     SIDE_FILES = "side-files"

@@ -59,6 +59,18 @@ class Sums:
         """1 / sqrt(n), for n blocks of equal norm."""
         return self.quartic.sqrt() / self.norm
 
+    def over_rows(self) -> "Sums":
+        """The same sums of all rows together, [1]."""
+        return Sums(*(sums.sum(dim=0, keepdim=True) for sums in self._five))
+
+    def plus(self, other: "Sums") -> "Sums":
+        """The sums over both."""
+        return Sums(*(mine + theirs for mine, theirs in zip(self._five, other._five, strict=True)))
+
+    @property
+    def _five(self) -> tuple[torch.Tensor, ...]:
+        return self.error, self.norm, self.dot, self.quartic, self.along
+
 
 @dataclass(frozen=True)
 class RoundedAnew:
@@ -144,9 +156,31 @@ class GainBound:
 
     def off(self, sums: Sums, plain: RoundedAnew, stored: RoundedAnew) -> torch.Tensor:
         """BOOL: whose gain neither the scales of a plain packer explain, nor those that are stored."""
-        saturated = SATURATED * (sums.error - stored.error).clamp(min=0) / sums.norm
-        allowed = self.decisive + self.chance(sums) + saturated
-        return self.suspicious(sums) & (plain.off(sums) > allowed) & (stored.off(sums) > SAME)
+        return self.suspicious(sums) & (plain.off(sums) > self._allowed(sums, stored)) & (stored.off(sums) > SAME)
+
+    def off_by_stored(self, sums: Sums, stored: RoundedAnew) -> torch.Tensor:
+        """BOOL: the same of values that the stored scales hold, whatever search found these.
+
+        Rounding to nearest gives the gain of the stored scales; only error feedback another, and with it an error.
+        """
+        allowed = torch.minimum(self._allowed(sums, stored), _beyond(sums, stored) / sums.norm)
+        return self.suspicious(sums) & (stored.off(sums) > SAME + allowed)
+
+    def _allowed(self, sums: Sums, stored: RoundedAnew) -> torch.Tensor:
+        saturated = SATURATED * _beyond(sums, stored) / sums.norm
+        return self.decisive + self.chance(sums) + saturated
+
+
+def misplaced_by_stored(sums: Sums, stored: RoundedAnew) -> torch.Tensor:
+    """BOOL: the same of values that the stored scales hold: without feedback none of the error may lie elsewhere."""
+    share = (ALONG_DECISIVE + ALONG_DEVIATIONS * sums.spread) * sums.error
+    most = stored.along + torch.minimum(share, _beyond(sums, stored)) + SAME**2 * sums.norm
+    return (sums.norm > 0) & (sums.along > most)
+
+
+def _beyond(sums: Sums, stored: RoundedAnew) -> torch.Tensor:
+    """The squared error that rounding by the stored scales does not have."""
+    return (sums.error - stored.error).clamp(min=0)
 
 
 def misplaced(sums: Sums, stored: RoundedAnew | None = None) -> torch.Tensor:

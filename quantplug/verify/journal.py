@@ -48,13 +48,15 @@ class Journal:
     Args:
         path: Need not exist yet.
         checkpoints: All that are read.
+        beside: Files that are read beside them.
 
     Raises:
         ArgumentError: It cannot be written, is in one of the directories, is in use, or is somebody else's.
     """
 
-    def __init__(self, path: Path, checkpoints: Sequence[Checkpoint]) -> None:
-        files = [(str(it.directory.resolve()), sorted(it.identities.items())) for it in checkpoints]
+    def __init__(self, path: Path, checkpoints: Sequence[Checkpoint], beside: Sequence[Checkpoint] = ()) -> None:
+        read = (*checkpoints, *beside)
+        files = [(str(it.directory.resolve()), sorted(it.identities.items())) for it in read]
         mark = hashlib.sha256(f"{_code()} {files}".encode(errors="surrogatepass")).hexdigest()
         self._path, self._first = path, {"of": _KIND, "mark": mark}
         self._found: dict[tuple[str, str], Any] = {}

@@ -11,6 +11,7 @@ import torch
 from quantplug.verify import bounds, decode, gains, rounding, sum_columns
 from quantplug.verify.bounds import ErrorSum, RowSums
 from quantplug.verify.gains import GainBound, RoundedAnew
+from quantplug.verify.input_moments import InputMoments
 from quantplug.verify.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.originals import Original
@@ -53,15 +54,27 @@ class Rows:
             return decode.decode_e4m3(self.codes) * self.spread
         return decode.decode_nvfp4(self.codes, self.block_scales, self.scales)
 
-    def rounded(self, original: torch.Tensor) -> "Anew":
-        """The FP32 original rounded anew; FP8 has no scales but those that are stored."""
+    def in_blocks(self, values: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] to [rows, blocks, columns of one]."""
+        return bounds.in_blocks(values)
+
+    def holds(self, values: torch.Tensor) -> torch.Tensor:
+        """BOOL [rows, columns]: which values are not beyond the largest that their scales let codes stand for."""
         if self.block_scales is None:
-            values, scales = bounds.in_blocks(original), bounds.in_blocks(self.spread)
-            return Anew.of(values, scales, scales, rounding.e4m3)
-        values, scale = bounds.in_blocks(original), self.scales.reshape(())
+            return values.abs() <= rounding.E4M3_LARGEST * self.spread
+        largest = rounding.E2M1_LARGEST * decode.decode_e4m3(self.block_scales) * self.scales.reshape(())
+        return (self.in_blocks(values).abs() <= largest.unsqueeze(-1)).flatten(1)
+
+    def rounded(self, original: torch.Tensor, sizes: torch.Tensor | None = None) -> "Anew":
+        """The FP32 original rounded anew, as `Anew.of`; FP8 has no scales but those that are stored."""
+        values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
+        if self.block_scales is None:
+            scales = self.in_blocks(self.spread)
+            return Anew.of(values, scales, scales, rounding.e4m3, by)
+        scale = self.scales.reshape(())
         scales = decode.decode_e4m3(self.block_scales).unsqueeze(-1) * scale
         plain = rounding.plain_nvfp4_scales(_amaxes(values), scale)
-        return Anew.of(values, plain, scales, rounding.e2m1)
+        return Anew.of(values, plain, scales, rounding.e2m1, by)
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,19 @@ class Int4Rows:
         """FP32 values [rows, columns]."""
         return decode.decode_int4(self.codes, self.scales)
 
-    def rounded(self, original: torch.Tensor) -> "Anew":
-        """The FP32 original rounded anew."""
-        values = bounds.in_blocks(original, self.group)
+    def in_blocks(self, values: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] to [rows, groups, columns of one]."""
+        return bounds.in_blocks(values, self.group)
+
+    def holds(self, values: torch.Tensor) -> torch.Tensor:
+        """As of `Rows`."""
+        return (self.in_blocks(values).abs() <= rounding.INT4_LARGEST * self.scales.unsqueeze(-1)).flatten(1)
+
+    def rounded(self, original: torch.Tensor, sizes: torch.Tensor | None = None) -> "Anew":
+        """The FP32 original rounded anew, as `Anew.of`."""
+        values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
         plain = rounding.plain_int4_scales(_amaxes(values))
-        return Anew.of(values, plain, self.scales.unsqueeze(-1), rounding.int4)
+        return Anew.of(values, plain, self.scales.unsqueeze(-1), rounding.int4, by)
 
 
 @dataclass(frozen=True)
@@ -108,12 +129,21 @@ class Mxfp4Rows:
         """FP32 values [rows, columns]."""
         return decode.decode_mxfp4(self.blocks, self.exponents)
 
-    def rounded(self, original: torch.Tensor) -> "Anew":
-        """The FP32 original rounded anew."""
-        values = bounds.in_blocks(original, decode.MXFP4_BLOCK)
+    def in_blocks(self, values: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] to [rows, blocks, columns of one]."""
+        return bounds.in_blocks(values, decode.MXFP4_BLOCK)
+
+    def holds(self, values: torch.Tensor) -> torch.Tensor:
+        """As of `Rows`."""
+        largest = rounding.E2M1_LARGEST * decode.decode_e8m0(self.exponents)
+        return (self.in_blocks(values).abs() <= largest.unsqueeze(-1)).flatten(1)
+
+    def rounded(self, original: torch.Tensor, sizes: torch.Tensor | None = None) -> "Anew":
+        """The FP32 original rounded anew, as `Anew.of`."""
+        values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
         plain = rounding.plain_mxfp4_scales(_amaxes(values))
         scales = decode.decode_e8m0(self.exponents).unsqueeze(-1)
-        return Anew.of(values, plain, scales, rounding.e2m1)
+        return Anew.of(values, plain, scales, rounding.e2m1, by)
 
 
 AnyRows = Rows | Int4Rows | Mxfp4Rows
@@ -133,12 +163,19 @@ class Anew:
         plain: torch.Tensor,
         stored: torch.Tensor,
         rounded: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        sizes: torch.Tensor | None = None,
     ) -> "Anew":
-        """Of FP32 blocks [rows, blocks, values], by scales of each kind that broadcast to them."""
+        """Of FP32 blocks [rows, blocks, values], by scales of each kind that broadcast to them.
+
+        Args:
+            sizes: FP32 [., blocks, values], by which values are multiplied once they are rounded; None for 1.
+        """
         # Only the stored scales have to explain all: with a plain packer's, ties are rounded to even as it does.
-        as_they_are = rounded(blocks, plain)
-        ends = (rounded(blocks * (1 + ties), stored) for ties in (-gains.TIES, gains.TIES))
-        return cls(RoundedAnew.of(blocks, as_they_are, as_they_are), RoundedAnew.of(blocks, *ends))
+        by = 1.0 if sizes is None else sizes
+        as_they_are = rounded(blocks, plain) * by
+        ends = (rounded(blocks * (1 + ties), stored) * by for ties in (-gains.TIES, gains.TIES))
+        values = blocks * by
+        return cls(RoundedAnew.of(values, as_they_are, as_they_are), RoundedAnew.of(values, *ends))
 
     def plus(self, other: "Anew") -> "Anew":
         """The sums over both."""
@@ -183,15 +220,16 @@ class Meter:
 
     Attributes:
         loops: The compiled ones; None for PyTorch, with the same results.
+        moments: Of the weights' inputs; None where they are not given.
     """
 
     loops: ModuleType | None
+    moments: InputMoments | None = None
 
     def measure(self, original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> ErrorSum:
         """All sums of a weight [rows, columns]; reads some rows at a time."""
-        gain, row_gain = _gains(layout)
-        feedback = bounds.MXFP4_FEEDBACK if isinstance(layout, Mxfp4Layout) else bounds.FEEDBACK
-        total, step = ErrorSum(feedback=feedback), original.step(columns)
+        gain, row_gain = gains_of(layout)
+        total, step = ErrorSum(feedback=feedback_of(layout)), original.step(columns)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
@@ -224,7 +262,12 @@ class Meter:
         return bounds.nvfp4_sums(packed.decoded(), values, packed.scales)
 
 
-def _gains(layout: Layout) -> tuple[GainBound, GainBound]:
+def feedback_of(layout: Layout) -> float:
+    """Times its bound that a weight or a row may be off by."""
+    return bounds.MXFP4_FEEDBACK if isinstance(layout, Mxfp4Layout) else bounds.FEEDBACK
+
+
+def gains_of(layout: Layout) -> tuple[GainBound, GainBound]:
     """Of a weight, and of one of its rows."""
     if isinstance(layout, Mxfp4Layout):
         return bounds.MXFP4_GAINS
@@ -235,9 +278,9 @@ def _gains(layout: Layout) -> tuple[GainBound, GainBound]:
     return bounds.FP8_GAINS
 
 
-def meter_for(source_bytes: int) -> Meter:
+def meter_for(source_bytes: int, moments: InputMoments | None) -> Meter:
     """Compiled loops where there is enough to do, and numba is there."""
-    return Meter(compiled_loops() if source_bytes >= _WORTH_COMPILING else None)
+    return Meter(compiled_loops() if source_bytes >= _WORTH_COMPILING else None, moments)
 
 
 def compiled_loops() -> ModuleType | None:

@@ -67,6 +67,10 @@ class TensorError:
         squared_error: Squared Frobenius norm of the difference.
         squared_norm: Squared Frobenius norm of the original.
         gain: <dequantized, original> / <original, original>; 1 for a zero original.
+        input_error: Root of the mean squared error that the weight makes in its outputs, over that of the outputs, of
+            inputs whose channels are not correlated; None where their second moments are not given.
+        squared_input_error: That mean squared error.
+        squared_input_norm: Mean squared norm of the outputs.
     """
 
     name: str
@@ -78,6 +82,9 @@ class TensorError:
     squared_error: float
     squared_norm: float
     gain: float = 1.0
+    input_error: float | None = None
+    squared_input_error: float | None = None
+    squared_input_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class KindError:
         relative_error: Frobenius norm of all differences over that of all originals.
         worst: Name of the tensor with the largest relative error.
         smallest_gain: Of a tensor's `gain`; `largest_gain` likewise.
+        input_error: As a tensor's, of all of them; None where it is not known of each.
     """
 
     kind: str
@@ -99,6 +107,7 @@ class KindError:
     max_error: float
     smallest_gain: float
     largest_gain: float
+    input_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,13 +189,25 @@ def _summary(kind: str, format_name: str, members: list[TensorError]) -> KindErr
         kind=kind,
         format=format_name,
         tensors=len(members),
-        relative_error=difference / norm if norm else (math.inf if difference else 0.0),
+        relative_error=ratio(difference, norm),
         worst_relative_error=worst.relative_error,
         worst=worst.name,
         max_error=max(tensor.max_error for tensor in members),
         smallest_gain=min(tensor.gain for tensor in members),
         largest_gain=max(tensor.gain for tensor in members),
+        input_error=_input_error(members),
     )
+
+
+def _input_error(members: list[TensorError]) -> float | None:
+    errors = [tensor.squared_input_error for tensor in members if tensor.squared_input_error is not None]
+    norms = [tensor.squared_input_norm for tensor in members if tensor.squared_input_norm is not None]
+    return ratio(math.sqrt(sum(errors)), math.sqrt(sum(norms))) if len(errors) == len(members) else None
+
+
+def ratio(part: float, whole: float) -> float:
+    """Of two norms. Two zero tensors agree; anything else against zero is infinitely far off."""
+    return part / whole if whole else (math.inf if part else 0.0)
 
 
 def finite(value: Any) -> Any:

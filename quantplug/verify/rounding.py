@@ -10,7 +10,7 @@ from quantplug.verify import decode
 
 _MAGNITUDES = decode.E2M1_VALUES[:8]
 _HALFWAY = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
-_E4M3_LARGEST = 448.0
+E4M3_LARGEST, E2M1_LARGEST, INT4_LARGEST = 448.0, 6.0, 7.0
 
 
 def e2m1(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -53,4 +53,4 @@ def _over(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def _e4m3(values: torch.Tensor) -> torch.Tensor:
     # torch's cast makes NaN of what is larger than 448; packers saturate.
-    return values.clamp(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+    return values.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()

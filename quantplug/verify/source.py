@@ -11,16 +11,18 @@ from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
 from quantplug.verify import bounds, names, originals
+from quantplug.verify.by_inputs import SeenByInputs
 from quantplug.verify.checkpoint import ITEM_BYTES, PLAIN_FLOATS, Checkpoint, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
 from quantplug.verify.fused import FusedExperts
+from quantplug.verify.input_moments import InputMoments
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
 from quantplug.verify.layouts import KV_SUFFIXES, SCALE_SUFFIXES, WEIGHT_SUFFIXES, is_plain
 from quantplug.verify.matrices import Matrix
 from quantplug.verify.measure import Meter, meter_for
 from quantplug.verify.modules import Inventory, Module
 from quantplug.verify.originals import ExpertPart, Original, Originals
-from quantplug.verify.report import Finding, Size, TensorError, error, warning
+from quantplug.verify.report import Finding, Size, TensorError, error, note, ratio, warning
 from quantplug.verify.tied_head import is_tied
 
 OnBytes = Callable[[int], None]
@@ -33,12 +35,18 @@ def bytes_to_read(source: Checkpoint) -> int:
 
 
 def compare(
-    inventory: Inventory, source: Originals, experts: FusedExperts, on_bytes: OnBytes, journal: Journal | None
+    inventory: Inventory,
+    source: Originals,
+    experts: FusedExperts,
+    moments: InputMoments | None,
+    on_bytes: OnBytes,
+    journal: Journal | None,
 ) -> tuple[list[TensorError], list[Finding]]:
     """The error of every quantized weight, and all findings on names, shapes and values.
 
     Args:
         experts: The source's tensors that hold all experts of a layer; the export may have these one by one.
+        moments: Of the inputs of the export's weights, where they are given.
     """
     # Found before the threads begin: what the export has too much is told from all names together.
     tensors = source.source.tensors
@@ -48,7 +56,7 @@ def compare(
         *_extra(inventory, source, {part.name for p in apart.values() for part in p}),
     ]
     measured: list[TensorError] = []
-    meter = meter_for(bytes_to_read(source.source))
+    meter = meter_for(bytes_to_read(source.source), moments)
 
     def judged(info: TensorInfo) -> tuple[list[TensorError], list[Finding]]:
         # A list of its own for each tensor: threads then share nothing, and the report has the order of the source.
@@ -296,42 +304,42 @@ def _quantized(
         return
     for weight in _weights(inventory, module):
         total = meter.measure(original, weight, layout, rows, columns)
-        tensor = f"{module.name}.weight" if weight.expert is None else f"{module.name}[{weight.expert}]"
-        result = _tensor_error(tensor, kind_of(module.name), layout.name, total)
+        held = module.name if weight.expert is None else f"{module.name}[{weight.expert}]"
+        tensor = f"{held}.weight" if weight.expert is None else held
+        by_columns = None if meter.moments is None else meter.moments.of(held, columns)
+        seen = None if by_columns is None else SeenByInputs(original, weight, layout, rows, columns, by_columns)
+        result = _tensor_error(tensor, kind_of(module.name), layout.name, total, seen)
         measured.append(result)
-        yield from _bound_findings(result, total)
+        yield from _bound_findings(result, total, seen)
 
 
-def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum) -> TensorError:
-    # Two zero tensors agree; anything else against zero is infinitely far off.
-    def relative(part: float, whole: float) -> float:
-        return part / whole if whole else (math.inf if part else 0.0)
-
+def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum, seen: SeenByInputs | None) -> TensorError:
+    by_inputs = None if seen is None else seen.squares()
     norm = math.sqrt(total.squared_norm)
     return TensorError(
         name=name,
         kind=kind,
         format=layout,
-        relative_error=relative(math.sqrt(total.squared_error), norm),
-        bound=relative(math.sqrt(total.squared_bound), norm),
-        max_error=relative(total.max_error, total.amax),
+        relative_error=ratio(math.sqrt(total.squared_error), norm),
+        bound=ratio(math.sqrt(total.squared_bound), norm),
+        max_error=ratio(total.max_error, total.amax),
         squared_error=total.squared_error,
         squared_norm=total.squared_norm,
         gain=total.gain,
+        input_error=None if by_inputs is None else ratio(*map(math.sqrt, by_inputs)),
+        squared_input_error=None if by_inputs is None else by_inputs[0],
+        squared_input_norm=None if by_inputs is None else by_inputs[1],
     )
 
 
-def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Finding]:
-    if not total.squared_error <= total.squared_limit:  # NaN is beyond every bound
-        most = f"rounding these values to {result.format} gives at most {result.bound:.4g}"
-        message = f"relative error {result.relative_error:.4g}; {most}"
-        if not total.squared_norm:
-            message = "the source is all zero, the export does not decode to zeros"
-        yield error(Check.ERROR_BOUND, result.name, message)
-    elif total.lost or total.broken_rows:
-        yield error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
-    elif total.off or total.off_rows or total.misplaced:
-        yield error(Check.GAIN, result.name, _off_message(total))
+def _bound_findings(result: TensorError, total: bounds.ErrorSum, seen: SeenByInputs | None) -> Iterator[Finding]:
+    wrong = _wrong(result, total)
+    if wrong is not None and seen is not None and not total.lost and seen.is_of_rounding():
+        by_inputs = f"as its inputs weigh them errors are {result.input_error:.4g}, and of rounding"
+        message = f"{wrong.message}; {by_inputs}"
+        yield note(wrong.check, wrong.subject, message)
+    elif wrong is not None:
+        yield wrong
     # The weakest sign, said only where there is no stronger one: GPTQ moves values further than rounding does.
     elif total.beyond:
         message = (
@@ -339,6 +347,20 @@ def _bound_findings(result: TensorError, total: bounds.ErrorSum) -> Iterator[Fin
             "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
         )
         yield warning(Check.VALUE_BOUND, result.name, message)
+
+
+def _wrong(result: TensorError, total: bounds.ErrorSum) -> Finding | None:
+    """What no rounding of these values gives, all columns being alike."""
+    if not total.squared_norm and total.squared_error:
+        return error(Check.ERROR_BOUND, result.name, "the source is all zero, the export does not decode to zeros")
+    if not total.squared_error <= total.squared_limit:  # NaN is beyond every bound
+        most = f"rounding these values to {result.format} gives at most {result.bound:.4g}"
+        return error(Check.ERROR_BOUND, result.name, f"relative error {result.relative_error:.4g}; {most}")
+    if total.lost or total.broken_rows:
+        return error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
+    if total.off or total.off_rows or total.misplaced:
+        return error(Check.GAIN, result.name, _off_message(total))
+    return None
 
 
 def _off_message(total: bounds.ErrorSum) -> str:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from transformer_engine.pytorch import GroupedLinear
 
 import quantplug.plugins  # noqa: F401
-from quantplug import LayerSpec, import_mcore_gpt_from_hf
+from quantplug import LayerSpec, import_mcore_gpt_from_hf, plan_export, write_input_moments
 from quantplug.calibration.algorithms.targets import targets
 from quantplug.calibration.inputs.linears import LinearWeight
 from quantplug.megatron.parallel import initialize_parallel
@@ -29,8 +29,8 @@ LAYOUTS = {
 Found = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def rounded(directory: Path, algorithm: Any, **layout: int) -> Found:
-    """Weights, scales of their blocks and amaxes of the wholes, as far as this rank has them."""
+def rounded(directory: Path, algorithm: Any, moments: Path, **layout: int) -> Found:
+    """Weights, scales of their blocks and amaxes of the wholes, as far as this rank has them; `moments` is written."""
     parallel_state.destroy_model_parallel()
     initialize_parallel(**layout)
     model = build(directory, LayerSpec.TRANSFORMER_ENGINE)
@@ -38,6 +38,8 @@ def rounded(directory: Path, algorithm: Any, **layout: int) -> Found:
     config = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
     off = {"quantizer_name": "*input_quantizer", "enable": False}
     mtq.quantize(model, {**config, "quant_cfg": [*config["quant_cfg"], off], "algorithm": algorithm}, feed)
+    if algorithm == "weighted_mse":
+        write_input_moments(model, feed, plan_export(model, directory), moments)
     return {
         identity(weight.key): (weight.weight.detach(), blocks(weight), weight.quantizer.global_amax)
         for linear in targets(model, "any")
@@ -66,23 +68,25 @@ def slice_of(whole: torch.Tensor, part: torch.Tensor, name: str) -> torch.Tensor
     return whole.chunk(2)[rank]
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, scratch: Path) -> None:
     initialize_parallel()
     GroupedLinear.forward = multiply_in_torch
     for algorithm, layouts in LAYOUTS.items():
-        reference = rounded(directory, algorithm)
+        reference = rounded(directory, algorithm, scratch / "whole")
         for layout in layouts:
-            found = rounded(directory, algorithm, **layout)
+            found = rounded(directory, algorithm, scratch / "parts", **layout)
             assert len(found) == 2 * (2 + 2 * 8 // layout.get("ep", 1))
             for name, (*tensors, whole) in found.items():
                 *expected, whole_before = reference[name]
                 assert torch.equal(whole, whole_before), (layout, name)
                 for mine, before in zip(tensors, expected, strict=True):
                     assert torch.equal(mine, slice_of(before, mine, name)), (layout, name)
+            if algorithm == "weighted_mse":
+                assert (scratch / "whole").read_bytes() == (scratch / "parts").read_bytes()
             if dist.get_rank() == 0:
                 sys.stdout.write(f"{algorithm} {layout} ok\n")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -27,7 +27,7 @@ from tests.families.cases import make
 from tests.made_once import MadeOnce
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>&amp;"
-MODULE, KIND, LAYER, EXPERT, FORMAT, ROWS, COLUMNS, BYTES, AMAX, ERROR, BOUND, LARGEST = range(12)
+MODULE, KIND, LAYER, EXPERT, FORMAT, ROWS, COLUMNS, BYTES, AMAX, ERROR, BOUND, LARGEST, BY_INPUTS = range(13)
 
 
 class Page(HTMLParser):
@@ -91,7 +91,7 @@ def test_rows_say_what_the_judge_measured_and_what_the_source_holds(
     assert len(rows) == len(report.errors_by_tensor) == sum("proj" in name for name in source)
     for measured in report.errors_by_tensor:
         row = rows[measured.name.removesuffix(".weight")]
-        assert row[ERROR:] == [measured.relative_error, measured.bound, measured.max_error]
+        assert row[ERROR:] == [measured.relative_error, measured.bound, measured.max_error, None]
         # The largest block's scale is rounded to E4M3: by a sixteenth at the most. A scale is shared by gate and up.
         weight = source[f"{row[MODULE]}.weight"]
         assert row[AMAX] == pytest.approx(weight.abs().max().item(), rel=1 / 16)

@@ -248,13 +248,14 @@
   findings();
   readers();
   heats("errors", 9, "relative error");
+  heats("input-errors", 12, "relative error by inputs");
   heats("amaxes", 8, "range");
   experts();
   histograms();
   // What is asked first stands first: where a weight is, and how far it is off.
   const columns = [
     [0, textual("Module", 330)], [2, numeric("Layer")], [3, numeric("Expert")], [4, { title: "Format", width: 150 }],
-    ...(data.source === null ? [] : [[9, numeric("Error", short)], [10, numeric("Bound", short)], [11, numeric("Largest", short)]]),
+    ...(data.source === null ? [] : [[9, numeric("Error", short)], ...(data.weights.some((row) => row[12] !== null) ? [[12, numeric("By inputs", short)]] : []), [10, numeric("Bound", short)], [11, numeric("Largest", short)]]),
     [8, numeric("Range", short)], [5, numeric("Rows")], [6, numeric("Columns")], [7, numeric("Bytes", (value) => number.format(value))],
   ];
   table("weights-table", columns.map(([, column]) => column), data.weights.map((row) => columns.map(([from]) => row[from])), "560px");

@@ -1,0 +1,134 @@
+"""The file of moments by the names of an export, and a verdict that knows how large inputs are."""
+
+import json
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from quantplug import (
+    LayerSpec,
+    build_model,
+    export_mcore_gpt_to_hf,
+    plan_export,
+    verify_checkpoint,
+    write_input_moments,
+)
+from quantplug.cli.report import print_report
+from quantplug.errors import ArgumentError, SourceError
+from quantplug.html_report import write_html
+from quantplug.verify import Severity, VerifyReport, judge
+from tests.calibration.local_model import run
+from tests.logits import transformers_model
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+OFF = {"quantizer_name": "*input_quantizer", "enable": False}
+SWEEP = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
+WEIGHTED = {**SWEEP, "quant_cfg": [*SWEEP["quant_cfg"], OFF], "algorithm": "weighted_mse"}
+LARGE = (3, 17, 40)
+READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight", "gate.weight")
+
+
+def with_large_columns(made: Path, directory: Path) -> Path:
+    """The same function with columns of weights times 32 behind norms that make their inputs as much smaller."""
+    shutil.copytree(made, directory)
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+            tensor[list(LARGE)] /= 32
+        elif name.endswith(READERS):
+            tensor[:, list(LARGE)] *= 32
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+class Made:
+    """An export of clipped weights, its source and the moments of its inputs."""
+
+    def __init__(self, checkpoint: Path, scratch: Path) -> None:
+        self.source = with_large_columns(checkpoint, scratch / "source")
+        self.out, self.moments = scratch / "out", scratch / "moments.safetensors"
+        model = build_model(self.source, import_weights=True, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
+        mtq.quantize(model, WEIGHTED, run)
+        export_mcore_gpt_to_hf(model, self.source, export_dir=self.out)
+        write_input_moments(model, run, plan_export(model, self.source), self.moments)
+
+    def judged(self) -> VerifyReport:
+        return verify_checkpoint(self.out, self.source, moments=self.moments)
+
+
+@pytest.fixture
+def made(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> Made:
+    return Made(tiny_qwen3_moe_dir, tmp_path)
+
+
+def test_what_is_clipped_where_inputs_are_small_is_no_error(made: Made) -> None:
+    blind = verify_checkpoint(made.out, made.source)
+    assert {str(check) for check in blind.checks(Severity.ERROR)} <= {"error-bound", "gain"}
+    assert not blind.ok
+    assert all(kind.input_error is None for kind in blind.errors_by_kind)
+
+    report = made.judged()
+    assert report.ok, report.findings
+    notes = {finding.subject for finding in report.findings if "of rounding" in finding.message}
+    assert notes == {finding.subject for finding in blind.findings if finding.severity is Severity.ERROR}
+    printed, page = Console(record=True, width=160, file=StringIO()), made.out.with_name("page.html")
+    print_report(report, printed, 20)
+    assert "by inputs" in printed.export_text()
+    write_html(judge(made.out, made.source, moments=made.moments), page)
+    assert '"By inputs"' in page.read_text()
+    kinds = {kind["kind"]: kind for kind in json.loads(report.to_json())["errors_by_kind"]}
+    assert kinds["self_attn.q_proj"]["input_error"] < 0.5 * kinds["self_attn.q_proj"]["relative_error"]
+
+
+def test_a_wrong_scale_is_one_all_the_same(made: Made) -> None:
+    (file,) = made.out.glob("*.safetensors")
+    tensors = load_file(file)
+    wrong = "model.layers.1.mlp.experts.3"
+    for part in ("gate_proj", "up_proj"):
+        tensors[f"{wrong}.{part}.weight_scale_2"] *= 1.15
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = {finding.subject for finding in made.judged().findings if finding.severity is Severity.ERROR}
+    assert found == {f"{wrong}.gate_proj.weight", f"{wrong}.up_proj.weight"}
+
+
+def test_it_has_what_transformers_multiplies_by_the_names_of_the_export(made: Made) -> None:
+    stored = load_file(made.moments)
+    (file,) = made.out.glob("*.safetensors")
+    quantized = {name.removesuffix("_scale_2") for name in load_file(file) if name.endswith(".weight_scale_2")}
+    assert {f"{name.removesuffix('.input_moments')}.weight" for name in stored} == quantized
+
+    model, seen = transformers_model(made.source), {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "o_proj")):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen.update({name: inputs[0].double().flatten(0, -2).square().mean(0)})
+            )
+    with torch.no_grad():
+        model(torch.arange(48).view(2, 24) * 7 % 500, use_cache=False)
+    assert len(seen) == 4
+    for name, expected in seen.items():
+        torch.testing.assert_close(stored[f"{name}.input_moments"].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_file_of_another_model_is_told(made: Made, tmp_path: Path) -> None:
+    stored = load_file(made.moments)
+    name = "model.layers.0.self_attn.o_proj"
+    save_file({**stored, f"{name}.input_moments": stored[f"{name}.input_moments"][1:].clone()}, made.moments)
+    findings = [finding for finding in made.judged().findings if finding.check == "input-moments"]
+    assert [finding.subject for finding in findings] == [name]
+    for content in ({"other": torch.ones(3)}, {}):
+        save_file(content, tmp_path / "other.safetensors")
+        with pytest.raises(SourceError, match="input_moments"):
+            verify_checkpoint(made.out, made.source, moments=tmp_path / "other.safetensors")
+    with pytest.raises(SourceError, match="moments"):
+        verify_checkpoint(made.out, made.source, moments=tmp_path / "absent")
+    with pytest.raises(ArgumentError, match="source"):
+        verify_checkpoint(made.out, moments=made.moments)
