@@ -31,7 +31,7 @@ from quantplug.calibration.run import calibrate
 from quantplug.megatron import cpu
 from quantplug.megatron.parallel import destroy_parallel, initialize_parallel
 from quantplug.megatron.parameters import LanguageModel
-from tests.examples.outliers import with_outliers
+from tests.examples.outliers import with_outliers, with_outliers_in_values
 
 CALIBRATED, BATCH = 128, 16
 SWEEP = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
@@ -73,6 +73,7 @@ def main(sequences: Annotated[int, typer.Option(help="Of 128 bytes each, that ar
             "as it is": MODEL,
             "outliers in activations": with_outliers(Path(scratch) / "activations", 32.0),
             "outliers in weights": with_outliers(Path(scratch) / "weights", 1 / 32),
+            "outliers in values": with_outliers_in_values(Path(scratch) / "values", 32.0),
         }
         for config in ALGORITHMS.values():  # Loops are compiled, and memory that stays is taken.
             quantized(MODEL, config, 1)

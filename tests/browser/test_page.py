@@ -37,7 +37,8 @@ def many(weights: int) -> dict[str, Any]:
         layer, expert = index // (weights // 48), index % (weights // 48)
         name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj"
         where = [name, "mlp.experts.down_proj", layer, expert, "NVFP4"]
-        rows.append([*where, 2048, 768, 900_000, 0.1 + index / 1e6, 0.09 + (index * 7919 % 1000) / 1e5, 0.12, 0.03])
+        errors = [0.09 + (index * 7919 % 1000) / 1e5, 0.12, 0.03, 0.05 + index % 7 / 1e3]
+        rows.append([*where, 2048, 768, 900_000, 0.1 + index / 1e6, *errors])
     return {
         "version": "0", "directory": HOSTILE, "source": HOSTILE, "quantization": HOSTILE, "architecture": None,
         "ok": False,
@@ -67,6 +68,8 @@ def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str
     for chart in ("errors", "amaxes", "codes", "scales"):
         layers = opened.page.locator(f"#{chart}-chart canvas").all()
         assert not all(layer.evaluate(blank) for layer in layers), chart
+    # Nothing is known of inputs, so that nothing is shown of them.
+    assert opened.page.locator("#input-errors").is_hidden()
     opened.page.close()
 
 
@@ -109,6 +112,8 @@ def test_text_of_files_is_never_markup(browser: Any, tmp_path: Path) -> None:
     assert opened.said == []
     assert opened.asked == [(tmp_path / "page.html").as_uri()]
     assert opened.page.locator("#hostile").count() == 0
+    assert opened.page.locator("#input-errors-chart canvas").count() > 0
+    assert "By inputs" in opened.page.locator("#weights-table").inner_text()
     assert opened.page.locator("#directory").inner_text() == HOSTILE
     assert HOSTILE in opened.page.locator("#findings-table").inner_text()
     assert HOSTILE in opened.page.locator("#readers-table").inner_text()

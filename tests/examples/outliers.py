@@ -1,4 +1,4 @@
-"""The trained model of tests/data with four large channels behind each norm: the same function, harder to quantize."""
+"""The trained model of tests/data with few channels far larger than others: the same function, harder to quantize."""
 
 import re
 import shutil
@@ -29,5 +29,25 @@ def with_outliers(directory: Path, factor: float) -> Path:
             for name, tensor in tensors.items():
                 if f"layers.{layer}.{part}." in name and _READS_A_NORM.search(name):
                     tensor[:, channels] /= factor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def with_outliers_in_values(directory: Path, factor: float) -> Path:
+    """A channel of each head of values times a power of two, and the columns that read it divided by it.
+
+    Args:
+        directory: Where it is written.
+        factor: Above 1.
+    """
+    shutil.copytree(MODEL, directory)
+    tensors = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(4):
+        values, output = (tensors[f"model.layers.{layer}.self_attn.{part}_proj.weight"] for part in "vo")
+        # Four heads of values of 32 entries, each read by two heads of queries.
+        for head, channel in enumerate(torch.randint(32, (4,), generator=generator).tolist()):
+            values.view(4, 32, -1)[head, channel] *= factor
+            output.view(-1, 4, 2, 32)[:, head, :, channel] /= factor
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
