@@ -17,6 +17,8 @@ from quantplug.checkpoint.safetensors.dtypes import NAMES
 from quantplug.formats import TensorSpec
 
 _HEADER_ALIGNMENT = 8
+_ADVISED, _LEAST_ADVISED = 8 * 2**20, 64 * 2**10
+"""Bytes of a stretch of a file with which the disk is told to begin, and of the smallest tensor that counts for it."""
 
 OnFull = Callable[[Path, Path], None]
 
@@ -55,6 +57,7 @@ class SafetensorsFile:
             make_file(path, specs)
         # Of a shared file another rank has made this one already.
         self._file = os.open(self._partial, os.O_WRONLY)
+        self._start = self._stop = 0  # Of what has been written since the disk was told to begin.
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
         """Puts a tensor, or rows of it, in their place; the last ones finish the file.
@@ -75,7 +78,7 @@ class SafetensorsFile:
         # Rows are contiguous, so those from `row` on begin after all bytes of the rows before. A scalar has no rows.
         start = row * (spec.nbytes // spec.shape[0]) if row else 0
         _write_all(self._file, data.data, self._offsets[name] + start)
-        _begin_sync(self._file, self._offsets[name] + start, data.nbytes)
+        self._begin_sync(self._offsets[name] + start, data.nbytes)
         self._missing[name] -= tensor.nbytes
         assert self._missing[name] >= 0, f"{name} was written twice"
         if not self._missing[name]:
@@ -88,6 +91,28 @@ class SafetensorsFile:
         if self._missing and self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _begin_sync(self, offset: int, nbytes: int) -> None:
+        """Lets the disk begin with what has been written, so that the fsync at the end has little left to wait for.
+
+        By its name the advice would drop pages. But Linux drops none that is not on disk yet: it begins to write them,
+        and goes on (mm/fadvise.c, `generic_fadvise`). Where that is otherwise, advice changes no data. It has every
+        core hand in its lists of pages, so that it is given in stretches, and small tensors are left to the fsync.
+        """
+        if nbytes < _LEAST_ADVISED:
+            return
+        # Large tensors come in the order in which they lie in the file, but for those of other types.
+        if offset != self._stop:
+            self._advise()
+            self._start = offset
+        self._stop = offset + nbytes
+        if self._stop - self._start >= _ADVISED:
+            self._advise()
+
+    def _advise(self) -> None:
+        if self._start < self._stop:
+            os.posix_fadvise(self._file, self._start, self._stop - self._start, os.POSIX_FADV_DONTNEED)
+            self._start = self._stop
 
     def _finish(self) -> None:
         if self._is_shared:
@@ -170,15 +195,6 @@ def _plan(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
-
-
-def _begin_sync(file: int, offset: int, nbytes: int) -> None:
-    """Lets the disk begin with what has just been written, so that the fsync at the end has little left to wait for.
-
-    By its name it would drop pages. But Linux drops none that is not on disk yet: it begins to write them, and goes on
-    (mm/fadvise.c, `generic_fadvise`). Where that is otherwise, advice changes no data.
-    """
-    os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

@@ -17,7 +17,7 @@ from quantplug.export.files.sink import FileSink
 from quantplug.export.files.staging import Staging
 from quantplug.export.pipeline.assemble import assemble_piece
 from quantplug.export.pipeline.buckets import Bucket, Round, make_rounds
-from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices, pack_pieces
+from quantplug.export.pipeline.gather import Delivered, Groups, PackedBucket, Slices, pack_groups
 from quantplug.export.pipeline.writer_thread import WriterThread
 from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, Piece, source_bytes
 from quantplug.export.plan.source import ReadRows
@@ -157,15 +157,22 @@ class _RankWork:
     def _pack_and_write(self, bucket: Bucket) -> None:
         handed_over = 0
         group_bytes = self.reading.bucket_bytes // PIECES_IN_A_BUCKET
-        for piece, packed in pack_pieces(bucket.pieces, self.reading.read, group_bytes):
-            # From the device here: another thread would not wait for the stream that has packed it.
-            self.writing.do(partial(self._write, piece, [[tensor.cpu() for tensor in packed]]))
-            del packed
+        for group in pack_groups(bucket.pieces, self.reading.read, group_bytes):
+            pieces = [piece for piece, _ in group]
+            # From the device here: another thread would not wait for the stream that has packed it. A group at once,
+            # whose tensors share memory anyway: piece by piece the thread would soon wait for the next group.
+            self.writing.do(partial(self._write_group, [(piece, [[it.cpu() for it in made]]) for piece, made in group]))
+            del group
             handed_over += 1
-            self._count(piece)
-        # What the last bucket left is written by now, as the next agreement says; of this one the last pieces may wait,
+            for piece in pieces:
+                self._count(piece)
+        # What the last bucket left is written by now, as the next agreement says; of this one the last groups may wait,
         # so that the thread has work while the next bucket is begun.
         self.writing.wait(handed_over)
+
+    def _write_group(self, group: Delivered) -> None:
+        while group:  # Emptied on the way, so that nothing outlives its being written.
+            self._write(*group.pop(0))
 
     def _write_delivered(self, piece: Piece, slices: Slices) -> None:
         self._write(piece, slices)

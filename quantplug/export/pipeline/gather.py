@@ -1,12 +1,13 @@
 """Moving packed slices to the ranks that write them: flat byte buckets, one typed collective each, no objects."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from quantplug.export.pipeline.buckets import Bucket
-from quantplug.export.pipeline.pack import pack_in_groups
+from quantplug.export.pipeline.pack import Packed, pack_in_groups
 from quantplug.export.plan.pieces import BUCKET_BYTES, PIECES_IN_A_BUCKET, Piece, travel_specs
 from quantplug.export.plan.source import ReadRows
 from quantplug.formats import TensorSpec
@@ -25,15 +26,20 @@ Delivered = list[tuple[Piece, Slices]]
 """Pieces that this rank writes, each with what it has received of it."""
 
 
-def pack_pieces(
-    pieces: Iterable[Piece], read: ReadRows, most: int = GROUP_BYTES
-) -> Iterator[tuple[Piece, Sequence[torch.Tensor]]]:
+def pack_groups(pieces: Iterable[Piece], read: ReadRows, most: int = GROUP_BYTES) -> Iterator[list[Packed]]:
     """What a rank sends of pieces in turn, of whose weights it holds one slice; on the weights' device.
+
+    In groups of what is packed at once, as `pack_in_groups`.
 
     Args:
         most: Bytes of rows that are packed at once.
     """
     return pack_in_groups(((piece, read(piece)) for piece in pieces), most)
+
+
+def pack_pieces(pieces: Iterable[Piece], read: ReadRows, most: int = GROUP_BYTES) -> Iterator[Packed]:
+    """As `pack_groups`, one piece after another."""
+    return chain.from_iterable(pack_groups(pieces, read, most))
 
 
 class PackedBucket:

@@ -4,7 +4,7 @@ One small weight by itself fills neither a GPU nor the threads of a CPU, so that
 than the work.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ from quantplug.formats import EncodedRows
 Packed = tuple[Piece, Sequence[torch.Tensor]]
 
 
-def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Generator[Packed, None, None]:
+def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Iterator[list[Packed]]:
     """What a rank sends of pieces, each given with the rows that it has of it; in their order, on the rows' device.
 
-    Rows that are packed already are handed on as they are.
+    In groups of what is packed at once; none is empty. Rows that are packed already are handed on as they are.
 
     Args:
         most: Bytes of the rows of a group, but of one that is larger by itself; what they are packed to, and working
@@ -30,7 +30,7 @@ def pack_in_groups(read: Iterable[tuple[Piece, Rows]], most: int) -> Generator[P
     for piece, rows in read:
         if isinstance(rows, EncodedRows):
             yield from _packed(group)
-            yield piece, tuple(rows.packed.tensors.values())
+            yield [(piece, tuple(rows.packed.tensors.values()))]
             continue
         read_now = _Read(piece, *rows) if isinstance(rows, ScaledRows) else _Read(piece, rows)
         # Kernels take a group as one batch, which has one shape, dtype, device and stride. Another kind of rows ends
@@ -54,12 +54,14 @@ class _Read(NamedTuple):
     block_amaxes: torch.Tensor | None = None
 
 
-def _packed(group: list[_Read]) -> Generator[Packed, None, None]:
+def _packed(group: list[_Read]) -> Iterator[list[Packed]]:
     """Empties the group."""
+    if not group:
+        return
     reads = list(group)
     group.clear()
     pieces = [read.piece for read in reads]
-    if len(reads) > 1 or (reads and reads[0].block_amaxes is not None):
+    if len(reads) > 1 or reads[0].block_amaxes is not None:
         packed = pack_alike(reads)
     else:
         packed = [
@@ -67,7 +69,7 @@ def _packed(group: list[_Read]) -> Generator[Packed, None, None]:
             for piece, values, _ in reads
         ]
     reads.clear()
-    yield from zip(pieces, packed, strict=True)
+    yield list(zip(pieces, packed, strict=True))
 
 
 def _are_alike(one: _Read, other: _Read) -> bool:

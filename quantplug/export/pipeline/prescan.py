@@ -6,7 +6,8 @@ they were calibrated; and it takes what later steps need: every weight's amax, a
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from quantplug.export.plan.source import Place, ReadRows, Rows, ScaledRows, Sour
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
 from quantplug.formats import EncodedRows, first_nonfinite
+from quantplug.formats.kernels.threads import in_order
 from quantplug.formats.scales import weight_amax
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
@@ -109,27 +111,25 @@ def prescan(
     largest = torch.zeros(len(mine), dtype=torch.float32, device=source.device)
     sampled = torch.full_like(largest, torch.nan)
     done, total = 0, sum(_share(task) for task in mine)
-    for task, amax, typical in zip(mine, largest.unbind(), sampled.unbind(), strict=True):
-        looked = 0
-        groups = Groups.of(task, source) if policy is not WeightAmax.REFRESH else None
-        for chunk in source.chunks(task):
+
+    def tell(looked: int) -> None:
+        progress("Checking weights", done + looked, total)
+
+    looking = _Looking(source, policy, with_marks)
+    each = zip(mine, largest.unbind(), sampled.unbind(), strict=True)
+    # To copy rows out of a file takes longer than to look at them, and keeps one core busy. Where several threads read,
+    # each has a weight of its own, of which nothing is heard before its end.
+    if source.is_shared_by_threads:
+        looked_at = in_order(lambda it: looking.look(*it), each)
+    else:
+        looked_at = (looking.look(*it, tell) for it in each)
+    with closing(looked_at):  # So that no thread still reads when the caller is interrupted.
+        for task, (groups, of_task) in zip(mine, looked_at, strict=True):
+            marks |= of_task
             if groups is not None:
-                groups.look(chunk)
-            if (largest_here := _amax(task, chunk.rows)) is not None:
-                torch.maximum(amax, largest_here.to(amax.device), out=amax)  # Lets a NaN through.
-            if (sample := _sample(task, chunk.rows)) is not None:
-                torch.fmin(typical, sample.to(typical.device), out=typical)  # Lets no NaN through.
-            if with_marks:
-                marks[chunk.place] = fingerprint(chunk.rows)
-            looked += chunk.rows.nbytes
-            # Only within a weight. Its end is told below, and by its size in the plan: padding rows are never looked
-            # at, and the sum must come out at the total.
-            if looked < _share(task):
-                progress("Checking weights", done + looked, total)
-        if groups is not None:
-            groups.judge(findings)
-        done += _share(task)
-        progress("Checking weights", done, total)
+                groups.judge(findings)
+            done += _share(task)
+            tell(0)
     amaxes = {}
     for task, found in zip(mine, largest.tolist(), strict=True):
         if not task.mapping.role.is_passthrough:
@@ -137,6 +137,46 @@ def prescan(
             amaxes[task.source.key] = found
     findings.raise_if_any()
     return Prescan(amaxes, marks, dict(zip((task.source.key for task in mine), sampled.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """How every weight is looked at: each by one thread, by several at once where these share the source."""
+
+    source: Source
+    policy: WeightAmax
+    with_marks: bool
+
+    def look(
+        self,
+        task: ExportTask,
+        amax: torch.Tensor,
+        typical: torch.Tensor,
+        tell: Callable[[int], None] = lambda looked: None,
+    ) -> tuple[Groups | None, Marks]:
+        """Raises `amax` and lowers `typical` to what a weight has; gives its groups, where it has such, and its marks.
+
+        Args:
+            tell: Called in bytes of it, but for the last of them.
+        """
+        marks: Marks = {}
+        looked = 0
+        groups = Groups.of(task, self.source) if self.policy is not WeightAmax.REFRESH else None
+        for chunk in self.source.chunks(task):
+            if groups is not None:
+                groups.look(chunk)
+            if (largest_here := _amax(task, chunk.rows)) is not None:
+                torch.maximum(amax, largest_here.to(amax.device), out=amax)  # Lets a NaN through.
+            if (sample := _sample(task, chunk.rows)) is not None:
+                torch.fmin(typical, sample.to(typical.device), out=typical)  # Lets no NaN through.
+            if self.with_marks:
+                marks[chunk.place] = fingerprint(chunk.rows)
+            looked += chunk.rows.nbytes
+            # Only within a weight. Its end is told by its size in the plan: padding rows are never looked at, and the
+            # sum must come out at the total.
+            if looked < _share(task):
+                tell(looked)
+        return groups, marks
 
 
 def _amax(task: ExportTask, rows: Rows) -> torch.Tensor | None:

@@ -111,6 +111,10 @@ class Source(Protocol):
     def device(self) -> torch.device:
         """The device on which most of its data is."""
 
+    @property
+    def is_shared_by_threads(self) -> bool:
+        """Whether several threads may read of it at once, and gain by it."""
+
     # Every copy is looked at, not the delivered one alone: copies that differ are an error, which only a look at all of
     # them finds.
     def holds(self, task: ExportTask) -> bool:

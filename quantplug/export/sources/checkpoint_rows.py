@@ -29,6 +29,7 @@ class CheckpointSource:
     dims: ModelDimensions
     bucket_bytes: int = BUCKET_BYTES
     device: ClassVar[torch.device] = torch.device("cpu")
+    is_shared_by_threads: ClassVar[bool] = True
 
     def holds(self, task: ExportTask) -> bool:
         return True

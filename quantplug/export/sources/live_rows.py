@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,7 @@ class LiveSource:
     dims: ModelDimensions
     passthrough: Source | None = None
     bucket_bytes: int = BUCKET_BYTES
+    is_shared_by_threads: ClassVar[bool] = False  # Nothing is read: memory is as fast as the loops.
 
     @cached_property
     def device(self) -> torch.device:

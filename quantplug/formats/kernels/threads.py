@@ -5,14 +5,33 @@ runtime ends the process when two threads, or a forked process, use it at once.
 """
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_MOST_AT_ONCE = 8
+"""Steps of `in_order`: each may hold a piece of a weight, and memory must not grow with the cores of a machine."""
+
+
+class _OfThread(threading.local):
+    """What is true of the thread that asks.
+
+    Attributes:
+        has_neighbours: Whether others do the same work beside it, so that it is to do its own alone.
+    """
+
+    has_neighbours = False
+
+
+_here = _OfThread()
 
 
 def run(loop: Callable[..., Result], *pieces: Iterable[Any]) -> list[Result]:
@@ -27,6 +46,8 @@ def run_each(loop: Callable[..., Result], rows: Iterable[tuple[Any, ...]]) -> li
         Exception: Whatever a call has raised, once no thread works on the pieces any more.
     """
     calls = list(rows)
+    if _here.has_neighbours:
+        return [loop(*arguments) for arguments in calls]
     results: dict[int, Result] = {}
     waiting = iter(enumerate(calls))  # Each thread takes the next: the interpreter lets one at a time.
 
@@ -45,6 +66,42 @@ def run_each(loop: Callable[..., Result], rows: Iterable[tuple[Any, ...]]) -> li
     for helper in helping:
         helper.result()
     return [results[number] for number in range(len(calls))]
+
+
+def in_order(step: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+    """What a step gives of each item, in their order; on several threads, each of which then runs its loops alone.
+
+    For steps that do more than loops, such as to read what these work on. Of the items to come as many are begun as
+    there are threads, and one more.
+
+    Raises:
+        Exception: What the first failing step has raised, once no step is under way any more.
+    """
+    threads = min(torch.get_num_threads(), _MOST_AT_ONCE)
+    if threads == 1 or _here.has_neighbours:
+        yield from map(step, items)
+        return
+    under_way: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            under_way.append(_pool(threads).submit(_beside_others, step, item))
+            if len(under_way) > threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
+        wait(under_way)
+
+
+def _beside_others(step: Callable[[Item], Result], item: Item) -> Result:
+    _here.has_neighbours = True
+    try:
+        with torch.no_grad():  # Which callers have said of their own thread alone.
+            return step(item)
+    finally:
+        _here.has_neighbours = False
 
 
 # Kept, because starting threads takes longer than a small weight. One pool for each number that `set_num_threads` sets.

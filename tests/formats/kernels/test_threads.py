@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quantplug.formats.kernels.threads import run
+from quantplug.formats.kernels.threads import in_order, run
 
 
 @pytest.fixture(params=[1, 3], autouse=True)
@@ -50,6 +50,48 @@ def test_several_callers_at_once() -> None:
     for caller in callers:
         caller.join(timeout=60)
     assert found == [list(range(50))] * 4
+
+
+def test_steps_give_their_results_in_the_order_of_the_items() -> None:
+    assert list(in_order(lambda n: -n, range(100))) == [-n for n in range(100)]
+
+
+def test_as_many_steps_are_under_way_as_there_are_threads(threads: int) -> None:
+    together = threading.Barrier(threads, timeout=30)
+    assert len(list(in_order(lambda _: together.wait(), range(threads)))) == threads
+
+
+def test_a_step_runs_its_loops_alone_and_needs_no_gradients() -> None:
+    def step(_: int) -> set[int]:
+        return {threading.get_ident(), *run(lambda _: threading.get_ident(), range(20))}
+
+    with torch.no_grad():
+        assert {len(found) for found in in_order(step, range(20))} == {1}
+        assert not any(in_order(lambda _: torch.is_grad_enabled(), range(20)))
+    # And afterwards the same threads help each other again.
+    together = threading.Barrier(torch.get_num_threads(), timeout=30)
+    run(lambda _: together.wait(), range(torch.get_num_threads()))
+
+
+def test_steps_are_begun_only_a_few_items_ahead(threads: int) -> None:
+    begun: list[int] = []
+    for number, _ in enumerate(in_order(begun.append, range(50))):
+        assert len(begun) <= number + threads + 1
+
+
+def test_a_failing_step_ends_it_when_no_step_is_under_way() -> None:
+    begun, ended = [], []
+
+    def step(number: int) -> None:
+        begun.append(number)
+        if number == 3:
+            raise ZeroDivisionError
+        ended.append(number)
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(step, range(50)))
+    assert set(begun) - set(ended) == {3}
+    assert len(begun) < 50
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -38,6 +38,7 @@ class TorchDistSource:
     group_amaxes_of: Mapping[ParamKey, tuple[Segment, ...]] = field(default_factory=dict)
     bucket_bytes: int = BUCKET_BYTES
     device: ClassVar[torch.device] = torch.device("cpu")
+    is_shared_by_threads: ClassVar[bool] = False  # Its reader has one place in each file.
 
     def holds(self, task: ExportTask) -> bool:
         return True
