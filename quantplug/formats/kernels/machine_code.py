@@ -58,9 +58,9 @@ def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> 
 
 
 def _room(weight: Array, width: int) -> tuple[Array, Array, Array, Array]:
-    """For half the elements of a tile, for a quarter, for its FP32 scales and for its codes."""
+    """For half the elements of a tile, for a quarter, for its FP32 scales, and two bytes for each of its codes."""
     halves = np.empty(TILE // 2, weight.dtype), np.empty(TILE // 4, weight.dtype)
-    return *halves, np.empty(TILE // width, np.float32), np.empty(TILE, np.uint8)
+    return *halves, np.empty(TILE // width, np.float32), np.empty(2 * TILE, np.uint8)
 
 
 def pack_nvfp4_given(weight: Array, scale_2: float, packed: Array, block_scales: Array) -> None:
