@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, viewed
+from quantplug.compiled.compiler import OPTIONS, prefetch, viewed
 from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
@@ -283,8 +283,10 @@ def _pairs_encoder(width: int, encode_tile: Any) -> Any:
     """
 
     @njit(**OPTIONS)
-    def encode_blocks(blocks: Array, bounds: Array, codes: Array) -> None:
+    def encode_blocks(tile: Array, blocks: Array, bounds: Array, codes: Array) -> None:
         for block in range(len(blocks)):
+            # The next tile comes while this one is worked on, or its first look would wait for memory.
+            prefetch(tile, TILE + block * width)
             past_025, from_075 = bounds[0, block], bounds[1, block]
             # A binade below the bounds at 1.25 and 1.75: how many binades an element is behind is how many of the
             # bounds it has behind it that are these doubled.
@@ -316,7 +318,7 @@ def _pairs_encoder(width: int, encode_tile: Any) -> Any:
             return
         bounds, shape = viewed(room, (4, scales.size), np.int16), (scales.size, width)
         e2m1_bounds(scales, bounds)
-        encode_blocks(viewed(tile, shape, tile.dtype), bounds, viewed(codes, shape, np.uint16))
+        encode_blocks(tile, viewed(tile, shape, tile.dtype), bounds, viewed(codes, shape, np.uint16))
         pairs = viewed(codes, (packed.size,), np.uint32)
         for i in range(packed.size):
             # Two words 000H 000L, little-endian, become HL.
