@@ -21,7 +21,7 @@ def sglang_config(inventory: Inventory) -> Iterator[Finding]:
         return
     config, nested = inventory.checkpoint.config, known.family.nested
     settings, where = (config, "") if nested is None else (as_object(config.get(nested)), f"{nested}.")
-    for asked in (_of_delta_nets, _of_qwen3_next, _of_latent_experts, _of_mamba, _of_dense_layers):
+    for asked in (_of_delta_nets, _of_qwen3_next, _of_latent_experts, _of_mamba):
         for name, message in asked(settings, known.dims):
             if name in known.family.server_settings:  # Which all servers ask for, and another rule.
                 continue
@@ -75,13 +75,6 @@ def _of_mamba(settings: Json, dims: ModelDimensions) -> _Asked:
         yield "layers_block_type", message
     if "mamba_n_groups" not in settings and dims.mamba.num_groups != 8:
         yield "mamba_n_groups", f"is not set: SGLang 0.5.23 builds 8 groups; set it to {dims.mamba.num_groups}"
-
-
-def _of_dense_layers(settings: Json, dims: ModelDimensions) -> _Asked:
-    """Qwen's layers without experts, which none of its models looks for."""
-    for name in ("mlp_only_layers", "decoder_sparse_step"):
-        if dims.num_experts and dims.dense_layers and settings.get(name) not in (None, [], 1):
-            yield name, f"is {shown(settings[name])}: SGLang 0.5.23 builds experts in these layers too"
 
 
 RULES = (sglang_config,)

@@ -34,20 +34,19 @@ def test_what_sglang_does_not_load_is_warned_of(
 
 Settings = dict[str, object]
 EVERY_SECOND = ["linear_attention", "full_attention"] * 2
-QWEN3_NEXT: Settings = {"full_attention_interval": 2, "layer_types": None, "mlp_only_layers": []}
+QWEN3_NEXT: Settings = {"full_attention_interval": 2, "layer_types": None}
 NEMOTRON_H: Settings = {"hybrid_override_pattern": "M-*M", "layers_block_type": None, "mamba_n_groups": 2}
 SAID: list[tuple[str, Settings, set[str]]] = [
     # As transformers 5 saves them.
-    ("qwen3_next", {}, {"layer_types", "mlp_only_layers"}),
-    ("qwen3_next", {"layer_types": EVERY_SECOND, "mlp_only_layers": []}, {"full_attention_interval"}),
+    ("qwen3_next", {}, {"layer_types"}),
+    ("qwen3_next", {"layer_types": EVERY_SECOND}, {"full_attention_interval"}),
     ("deepseek_v2", {}, {"moe_layer_freq", "scoring_func"}),
     ("nemotron_h", {}, {"layers_block_type", "mamba_n_groups"}),
-    ("qwen3_moe", {}, {"mlp_only_layers"}),
     # As published.
     ("qwen3_next", QWEN3_NEXT, set()),
     ("deepseek_v2", {"moe_layer_freq": 1, "scoring_func": "softmax"}, set()),
     ("nemotron_h", NEMOTRON_H, set()),
-    ("qwen3_moe", {"mlp_only_layers": []}, set()),
+    ("qwen3_moe", {}, set()),
     # One thing otherwise.
     (
         "qwen3_next",
