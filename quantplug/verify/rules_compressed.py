@@ -21,6 +21,8 @@ _DYNAMIC = ("token", "tensor", "group")  # strategies of FP8 inputs whose scales
 # What a setting that is left out means: the defaults of `QuantizationArgs` in compressed-tensors 0.20. A strategy that
 # is left out follows from the size of groups.
 _DEFAULTS: Json = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+_ARGUMENTS = ("weights", "input_activations", "output_activations")
+_GROUPED = ("group", "tensor_group")
 _CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
@@ -116,6 +118,40 @@ def compressed_cache(inventory: Inventory) -> Iterator[Finding]:
     yield from _differing("kv_cache_scheme", said, _CACHE)
 
 
+def arguments(inventory: Inventory) -> Iterator[Finding]:
+    """Arguments of a quantization are some that the library takes: at any others readers stop."""
+    config = as_object(inventory.checkpoint.config.get("quantization_config"))
+    if inventory.scheme.method != "compressed-tensors":
+        return
+    named = {"kv_cache_scheme": config.get("kv_cache_scheme")}
+    for name, group in as_object(config.get("config_groups")).items():
+        of_group = as_object(group)
+        named |= {f"config_groups.{name}.{key}": of_group.get(key) for key in _ARGUMENTS}
+        if of_group.get("input_activations") == {}:
+            message = "is {}: to vLLM none, to transformers integers of 8 bits; leave it out, or say what inputs are"
+            yield _error(f"config_groups.{name}.input_activations", message)
+    for where, said in named.items():
+        for key, problem in argument_problems(as_object(said)):
+            yield _error(f"{where}.{key}", problem)
+
+
+def argument_problems(said: Json) -> Iterator[tuple[str, str]]:
+    """Names of arguments that `QuantizationArgs` of compressed-tensors 0.20 refuses, and why."""
+    for key, usual in _DEFAULTS.items():
+        if key in said and said[key] is None:
+            yield key, f"is null, at which compressed-tensors stops: leave it out for {shown(usual)}"
+    size, strategy, block = said.get("group_size"), said.get("strategy"), said.get("block_structure")
+    # A strategy that is left out follows from the size.
+    if size is not None and not isinstance(size, int):
+        yield "group_size", f"is {shown(size)}, which is no size of groups"
+    elif size is not None and size > 0 and strategy not in (None, *_GROUPED):
+        yield "group_size", f"is {shown(size)} beside strategy {shown(strategy)}, which has no groups: readers stop"
+    elif strategy in _GROUPED and (size is None or size < 1):
+        yield "group_size", f"is {shown(size)}, and strategy {shown(strategy)} has groups of a size: readers stop"
+    if (block is not None) is not (strategy == "block"):
+        yield "block_structure", f"is {shown(block)} beside strategy {shown(strategy)}: readers stop"
+
+
 def not_judged(inventory: Inventory) -> Iterator[Finding]:
     """Sparse weights, and transforms of inputs, are other computations than those that are judged here."""
     config = as_object(inventory.checkpoint.config.get("quantization_config"))
@@ -144,4 +180,4 @@ def _error(where: str, message: str) -> Finding:
     return error(Check.CONFIG_GROUPS, f"config.json {where}", message)
 
 
-RULES = (compressed_groups, inputs_of_experts, compressed_cache, not_judged, targets)
+RULES = (compressed_groups, inputs_of_experts, compressed_cache, arguments, not_judged, targets)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from quantplug import quantize_checkpoint
 from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.rules_compressed import argument_problems
 from tests.made_once import MadeOnce
 
 Config = dict[str, Any]
@@ -102,6 +103,10 @@ SPOILED: dict[str, tuple[Callable[[Config], object], str]] = {
     "no word on the weights yet": (lambda config: config.pop("quantization_status"), "quantization-status"),
     "a KV cache that is none": (whole(kv_cache_scheme=3), GROUPS),
     "inputs by a strategy that is none": (inputs(strategy="tokens"), GROUPS),
+    "inputs of which nothing is said": (group(input_activations={}), GROUPS),
+    "inputs of null bits": (inputs(num_bits=None), GROUPS),
+    "groups beside another strategy": (weights(group_size=16), GROUPS),
+    "a KV cache of null": (cache(symmetric=None), GROUPS),
     "a head quantized": (lambda config: config["ignore"].remove("lm_head"), "exclude-missing"),
     "q left out": (lambda config: config["ignore"].append("model.layers.0.self_attn.q_proj"), "coverage"),
 }
@@ -113,7 +118,7 @@ SPELLINGS: dict[str, Callable[[Config], object]] = {
     "no format of its own": lambda config: config["config_groups"]["group_0"].pop("format"),
     "the older name": whole(format="naive-quantized"),
     "defaults left out": lambda config: config["config_groups"]["group_0"]["weights"].pop("symmetric"),
-    "null defaults": weights(dynamic=None, actorder=None, observer="minmax"),
+    "null where it may be": weights(group_size=None, block_structure=None, actorder=None, observer="minmax"),
 }
 
 
@@ -123,6 +128,30 @@ def meant(said: Config) -> QuantizationArgs | None:
         return QuantizationArgs.model_validate(said)
     except (ValueError, NotImplementedError):
         return None
+
+
+ARGUMENTS: Config = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({name: None} for name in ARGUMENTS),
+        *({"group_size": size} for size in (None, -1, 0, 1, True, 16, "16")),
+        *({"group_size": size, "strategy": None} for size in (None, -1, 16)),
+        *({"group_size": size, "strategy": "group"} for size in (None, -1, 16)),
+        *({"group_size": size, "strategy": "tensor_group"} for size in (None, 16)),
+        *({"block_structure": [128, 128], "strategy": strategy} for strategy in ("block", "channel", None)),
+        *({"block_structure": None, "strategy": strategy} for strategy in ("block", "channel")),
+    ],
+    ids=str,
+)
+def test_arguments_that_the_library_refuses_are_found(said: Config) -> None:
+    try:
+        refused = meant(ARGUMENTS | said) is None
+    except TypeError:  # Of a size that is text, which it compares.
+        refused = True
+    assert bool(list(argument_problems(ARGUMENTS | said))) is refused
 
 
 SETTINGS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size")
