@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from quantplug.errors import ArgumentError, SourceError
 from quantplug.html_report import write_html
 from quantplug.verify import Severity, VerifyReport, judge
 from tests.calibration.local_model import run
+from tests.export.checkpoints import one_rank
 from tests.logits import transformers_model
-
-pytestmark = pytest.mark.usefixtures("single_rank")
 
 OFF = {"quantizer_name": "*input_quantizer", "enable": False}
 SWEEP = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
@@ -49,24 +49,38 @@ def with_large_columns(made: Path, directory: Path) -> Path:
     return directory
 
 
+@dataclass(frozen=True)
 class Made:
     """An export of clipped weights, its source and the moments of its inputs."""
 
-    def __init__(self, checkpoint: Path, scratch: Path) -> None:
-        self.source = with_large_columns(checkpoint, scratch / "source")
-        self.out, self.moments = scratch / "out", scratch / "moments.safetensors"
-        model = build_model(self.source, import_weights=True, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
-        mtq.quantize(model, WEIGHTED, run)
-        export_mcore_gpt_to_hf(model, self.source, export_dir=self.out)
-        write_input_moments(model, run, plan_export(model, self.source), self.moments)
+    source: Path
+    out: Path
+    moments: Path
 
     def judged(self) -> VerifyReport:
         return verify_checkpoint(self.out, self.source, moments=self.moments)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_qwen3_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    scratch = tmp_path_factory.mktemp("moments")
+    made = Made(
+        with_large_columns(tiny_qwen3_moe_dir, scratch / "source"), scratch / "out", scratch / "moments.safetensors"
+    )
+    with one_rank():
+        model = build_model(made.source, import_weights=True, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
+        mtq.quantize(model, WEIGHTED, run)
+        export_mcore_gpt_to_hf(model, made.source, export_dir=made.out)
+        write_input_moments(model, run, plan_export(model, made.source), made.moments)
+    return made
+
+
 @pytest.fixture
-def made(tiny_qwen3_moe_dir: Path, tmp_path: Path) -> Made:
-    return Made(tiny_qwen3_moe_dir, tmp_path)
+def made(whole: Made, tmp_path: Path) -> Made:
+    """A copy, to be spoilt."""
+    shutil.copytree(whole.out, tmp_path / "out")
+    shutil.copy(whole.moments, tmp_path / "moments.safetensors")
+    return Made(whole.source, tmp_path / "out", tmp_path / "moments.safetensors")
 
 
 def test_what_is_clipped_where_inputs_are_small_is_no_error(made: Made) -> None:
@@ -75,14 +89,15 @@ def test_what_is_clipped_where_inputs_are_small_is_no_error(made: Made) -> None:
     assert not blind.ok
     assert all(kind.input_error is None for kind in blind.errors_by_kind)
 
-    report = made.judged()
+    judgement = judge(made.out, made.source, moments=made.moments)
+    report = judgement.report
     assert report.ok, report.findings
     notes = {finding.subject for finding in report.findings if "of rounding" in finding.message}
     assert notes == {finding.subject for finding in blind.findings if finding.severity is Severity.ERROR}
     printed, page = Console(record=True, width=160, file=StringIO()), made.out.with_name("page.html")
     print_report(report, printed, 20)
     assert "by inputs" in printed.export_text()
-    write_html(judge(made.out, made.source, moments=made.moments), page)
+    write_html(judgement, page)
     assert '"By inputs"' in page.read_text()
     kinds = {kind["kind"]: kind for kind in json.loads(report.to_json())["errors_by_kind"]}
     assert kinds["self_attn.q_proj"]["input_error"] < 0.5 * kinds["self_attn.q_proj"]["relative_error"]
@@ -121,9 +136,11 @@ def test_it_has_what_transformers_multiplies_by_the_names_of_the_export(made: Ma
 def test_a_file_of_another_model_is_told(made: Made, tmp_path: Path) -> None:
     stored = load_file(made.moments)
     name = "model.layers.0.self_attn.o_proj"
-    save_file({**stored, f"{name}.input_moments": stored[f"{name}.input_moments"][1:].clone()}, made.moments)
-    findings = [finding for finding in made.judged().findings if finding.check == "input-moments"]
-    assert [finding.subject for finding in findings] == [name]
+    mine = stored[f"{name}.input_moments"]
+    for wrong in (mine[1:].clone(), torch.where(mine == mine[0], -mine, mine)):
+        save_file({**stored, f"{name}.input_moments": wrong}, made.moments)
+        findings = [finding for finding in made.judged().findings if finding.check == "input-moments"]
+        assert [finding.subject for finding in findings] == [name]
     for content in ({"other": torch.ones(3)}, {}):
         save_file(content, tmp_path / "other.safetensors")
         with pytest.raises(SourceError, match="input_moments"):

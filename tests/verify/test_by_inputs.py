@@ -10,7 +10,19 @@ from quantplug.formats.search.candidates import BY_WEIGHTED_ERROR
 from quantplug.formats.table import NVFP4
 from quantplug.verify import layouts
 from quantplug.verify.by_inputs import SeenByInputs
-from tests.verify.test_gains import Held, Tensors, faults, gptq, judged, moved, trained
+from tests.verify.test_gains import (
+    FORMATS,
+    SCALED,
+    Held,
+    Tensors,
+    faults,
+    gptq,
+    judged,
+    moved,
+    packed_in,
+    the_scale,
+    trained,
+)
 
 ROWS, COLUMNS = 128, 512
 LARGE = torch.arange(COLUMNS) % 32 == 9  # sixteen columns of large weights, each in a block with fifteen others
@@ -44,10 +56,11 @@ def fed_back(values: torch.Tensor) -> Tensors:
     return gptq(values, moments())
 
 
-def is_of_rounding(packed: Tensors, original: torch.Tensor) -> bool:
+def is_of_rounding(
+    packed: Tensors, original: torch.Tensor, layout: layouts.Layout = layouts.MODELOPT_W4A16_NVFP4
+) -> bool:
     held = Held({"weight": original}), Held(packed)
-    by_columns = moments().diagonal()
-    seen = SeenByInputs(*held, layouts.MODELOPT_W4A16_NVFP4, ROWS, COLUMNS, by_columns)  # type: ignore[arg-type]
+    seen = SeenByInputs(*held, layout, *original.shape, moments().diagonal())  # type: ignore[arg-type]
     return seen.is_of_rounding()
 
 
@@ -96,3 +109,15 @@ def test_the_error_is_that_of_outputs() -> None:
         ((inputs @ part.T).square().sum(1)).mean() for part in (decoded - original.double(), original.double())
     )
     torch.testing.assert_close(torch.tensor(seen.squares()).double(), torch.stack([error, norm]), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_seen_so(name: str) -> None:
+    original, layout = trained(32, COLUMNS, 2), FORMATS[name][1]
+    packed = packed_in(name, original)
+    assert is_of_rounding(packed, original, layout)
+    assert not is_of_rounding(packed, original.roll(1, 0), layout)
+    if name in SCALED:
+        scale = the_scale(packed)
+        packed[scale] = (packed[scale].float() * 1.05).to(packed[scale].dtype)
+        assert not is_of_rounding(packed, original, layout)
