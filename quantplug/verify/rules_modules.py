@@ -219,6 +219,13 @@ def transformers_reader(inventory: Inventory) -> Iterator[Finding]:
     if inventory.scheme.method == "compressed-tensors" and inventory.scheme.kv_cache and not has_scales:
         message = "a KV cache without scales: transformers 5.14 multiplies with memory that nobody has filled"
         yield warning(Check.TRANSFORMERS, label, message)
+    listed = as_object(inventory.checkpoint.config.get("quantization_config")).get("modules_to_not_convert")
+    if inventory.scheme.method == "fp8" and isinstance(listed, list):
+        # Without a list it leaves the head as it is. With one it goes by that (`get_modules_to_not_convert`).
+        for module in inventory.modules.values():
+            if names.last(module.name) == "lm_head" and not module.quantized and not module.excluded:
+                message = "plain, and modules_to_not_convert does not name it: transformers 5.14 takes it for FP8"
+                yield warning(Check.TRANSFORMERS, module.name, message)
     if inventory.scheme.method == "modelopt" and any(isinstance(part, Fp8Layout) for part, _ in layouts):
         yield note(
             Check.TRANSFORMERS, label, "transformers 5.23 loads the FP8 codes without their scales; serve it elsewhere"

@@ -10,6 +10,9 @@ import pytest
 import torch
 from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors.torch import save_file
+from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Linear, replace_with_fp8_linear
+from transformers.quantizers.base import HfQuantizer
 
 from quantplug.verify import Severity, verify_checkpoint
 from tests.verify.foreign import Tensors, compress_checkpoint, linears, write
@@ -218,7 +221,7 @@ DEEPSEEK_SPOILED: list[tuple[str, Callable[[Tensors], object], dict[str, Any], s
     ("another float", lambda t: None, {"fmt": "e5m2"}, "algo"),
     ("scales that are no powers of two", lambda t: None, {"scale_fmt": "ue8m0"}, "algo"),
     ("two lists", lambda t: None, {"modules_to_not_convert": ["lm_head"], "ignored_layers": ["x"]}, "config-agreement"),
-    ("excluded, yet quantized", lambda t: None, {"modules_to_not_convert": ["model.layers.0.self_attn.o_proj"]}, "coverage"),
+    ("excluded, yet quantized", lambda t: None, {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn.o_proj"]}, "coverage"),
 ]  # fmt: skip
 
 
@@ -230,6 +233,27 @@ def test_deepseek_spoiled(
 ) -> None:
     directory, _ = deepseek(tmp_path, spoil, **config)
     assert fired(verify_checkpoint(directory)) - {"serving-tp"} == {check}
+
+
+@pytest.mark.parametrize(
+    ("listed", "warned"), [(None, False), (["lm_head"], False), ([], True), (["model.embed_tokens"], True)]
+)
+def test_a_list_that_does_not_name_the_head(listed: list[str] | None, warned: bool, tmp_path: Path) -> None:
+    """transformers leaves the head as it is where there is no list; with one it goes by that."""
+    directory, _ = deepseek(
+        tmp_path,
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+        **({} if listed is None else {"modules_to_not_convert": listed}),
+    )
+    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert fired(verify_checkpoint(directory)) - {"serving-tp"} == ({"transformers"} if warned else set())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=128, intermediate_size=128))
+    kept = HfQuantizer.get_modules_to_not_convert(model, listed)
+    form = FineGrainedFP8Config(modules_to_not_convert=listed)
+    replace_with_fp8_linear(model, kept, form, pre_quantized=True)
+    assert isinstance(model.lm_head, FP8Linear) is warned
 
 
 def test_scales_inverted_as_their_name_says(tmp_path: Path) -> None:
