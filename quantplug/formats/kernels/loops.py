@@ -54,7 +54,7 @@ _PAST_025, _FROM_075 = 0.25 + 2.0**-26, 0.75 - 2.0**-25
 _PAST_125, _FROM_175 = 1.25 + 2.0**-24, 1.75 - 2.0**-24
 # FP64 holds the product of such a number, of 27 bits, and of a divisor, of 24; and BF16 the upper 16 bits of FP32.
 _F64_BELOW_BF16 = np.int64(52 - 7)
-_PASS, _REACH = np.int64(1 << (52 - 7)), np.int64((1 << (52 - 7)) - 1)
+_BF16_STEP = np.int64(1 << (52 - 7))
 _F64_TO_BF16_BIAS = np.int64((1023 - 127) << 7)
 _BF16_BINADE, _BF16_MAGNITUDE = np.int16(1 << 7), np.int16(0x7FFF)
 # Between these divisors no bound is a subnormal of BF16, and no quotient is 0 but that of 0.
@@ -259,9 +259,9 @@ def _are_usual(divisors: Array) -> bool:
 
 
 @njit(**OPTIONS)
-def _least_bf16(bound: float, rounding: Any) -> Any:
-    """The bits of the least BF16 magnitude that passes a bound, or reaches it."""
-    return np.int16((np.int64(np.float64(bound).view(np.int64) + rounding) >> _F64_BELOW_BF16) - _F64_TO_BF16_BIAS)
+def _next_bf16(bound: float) -> Any:
+    """The bits of the least BF16 magnitude above a bound, which by its last half step of FP32 is none itself."""
+    return np.int16((np.int64(np.float64(bound).view(np.int64) + _BF16_STEP) >> _F64_BELOW_BF16) - _F64_TO_BF16_BIAS)
 
 
 @njit(**OPTIONS)
@@ -269,10 +269,10 @@ def e2m1_bounds(divisors: Array, bounds: Array) -> None:
     """The bits of the least BF16 magnitudes whose quotients by usual divisors [n] have the next code, [4, n]."""
     for i in range(divisors.size):
         divisor = np.float64(divisors[i])
-        bounds[0, i] = _least_bf16(divisor * _PAST_025, _PASS)
-        bounds[1, i] = _least_bf16(divisor * _FROM_075, _REACH)
-        bounds[2, i] = _least_bf16(divisor * _PAST_125, _PASS)
-        bounds[3, i] = _least_bf16(divisor * _FROM_175, _REACH)
+        bounds[0, i] = _next_bf16(divisor * _PAST_025)
+        bounds[1, i] = _next_bf16(divisor * _FROM_075)
+        bounds[2, i] = _next_bf16(divisor * _PAST_125)
+        bounds[3, i] = _next_bf16(divisor * _FROM_175)
 
 
 def _pairs_encoder(width: int, encode_tile: Any) -> Any:
