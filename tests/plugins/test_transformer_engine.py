@@ -1,5 +1,7 @@
 import copy
+import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -159,25 +161,21 @@ def test_plain_modelopt_loses_experts_in_a_restore_and_ours_does_not(plain_check
 @pytest.fixture
 def torch_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """TE's own Python forward, with its CUDA grouped GEMM replaced by torch's matrix product."""
+    parameters = inspect.signature(te_grouped_linear._GroupedLinear.forward)
 
-    def grouped(
-        inp: torch.Tensor, m_splits: torch.Tensor, _: Any, out: None, dgrad: None, *tensors: torch.Tensor
-    ) -> Any:
-        parts = zip(inp.split(m_splits.tolist()), tensors[: len(m_splits)], strict=True)
-        return torch.cat([x @ weight.T for x, weight in parts]), []
-
-    def grouped_before(inp: torch.Tensor, of_call: tuple[Any, ...], *tensors: torch.Tensor) -> torch.Tensor:
-        """As TE called it before 2.17: the rows of each expert among all that is no tensor."""
-        return grouped(inp, torch.tensor(of_call[0]), None, None, None, *tensors)[0]
-
-    product = grouped if release_of(version("transformer-engine")) >= (2, 17) else grouped_before
+    def grouped(*args: Any) -> Any:
+        """Takes what TE hands over by the names in its own product: places differ from release to release."""
+        given = parameters.bind(*args).arguments
+        # Before 2.17 the rows of each expert came first among all that is no tensor.
+        splits = given["m_splits"].tolist() if "m_splits" in given else given["non_tensor_args"][0]
+        experts = given["weights_and_biases"][: len(splits)]
+        output = torch.cat([x @ weight.T for x, weight in zip(given["inp"].split(splits), experts, strict=True)])
+        # From 2.15 on quantized weights to keep come back too.
+        return output if release_of(version("transformer-engine")) < (2, 15) else (output, [])
 
     class Gemm:
-        apply = staticmethod(product)
-
-        @staticmethod
-        def forward(_: None, *args: Any) -> Any:
-            return product(*args)
+        forward = staticmethod(grouped)
+        apply = staticmethod(partial(grouped, None))
 
     def prepare_forward(module: GroupedLinear, inp: torch.Tensor, num_gemms: int) -> torch.Tensor:
         """TE's, without its refusal of an input that is not on a GPU."""
