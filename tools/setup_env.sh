@@ -4,8 +4,7 @@
 # the same pins does nothing.
 #
 # Environment: PYTHON (default python3), STACK (default: the newest that this Python can have, in .venv; or one of
-# tools/stacks by name, in .venv-NAME), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel, MAX_JOBS
-# (compilers at once; default: one a core, and no more than memory allows).
+# tools/stacks by name, in .venv-NAME), XDG_CACHE_HOME (default ~/.cache) for the built Transformer Engine wheel.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -58,14 +57,13 @@ PY
 cache="$wheels/$key"
 
 build_binding() {
-  say "building Transformer Engine's PyTorch binding once (3 to 5 minutes on 2 cores); kept in $cache"
-  local work jobs wheel
+  say "building Transformer Engine's PyTorch binding once (1 to 2 minutes); kept in $cache"
+  local work wheel
   work="$(mktemp -d)"
   # shellcheck disable=SC2064  # the value of now
   trap "rm -rf '$work'" EXIT
-  jobs="$(awk -v cores="$(nproc)" '/MemAvailable/ { fit = int($2 / 3e6); print (fit < 1 ? 1 : fit < cores ? fit : cores) }' /proc/meminfo)"
-  PATH="$venv/bin:$PATH" PCH_DIR="$work" CC="$PWD/tools/pch-cxx" CXX="$PWD/tools/pch-cxx" \
-    MAX_JOBS="${MAX_JOBS:-$jobs}" NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch \
+  PATH="$venv/bin:$PATH" CC="$PWD/tools/unity-cxx" CXX="$PWD/tools/unity-cxx" \
+    NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_FRAMEWORK=pytorch \
     "$venv/bin/python" -m pip --disable-pip-version-check wheel -q --no-cache-dir --no-build-isolation --no-deps \
     --wheel-dir "$work/wheel" "transformer-engine-torch==$te_version"
   # The rename is within one folder, so a killed run leaves no half a wheel under the real name.
