@@ -19,7 +19,7 @@ bridge="tools/stacks/bridge/$stack.txt"
 python_version="$("$python" -V)"
 
 # The folder belongs to the pins too: an environment and an editable install know their absolute path.
-pins="$python_version $PWD $(cat tools/constraints.txt "$pinned" "$bridge" tools/te-build-requirements.txt tools/setup_env.sh tools/driver_stub.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
+pins="$python_version $PWD $(cat tools/constraints.txt "$pinned" "$bridge" tools/te-build-requirements.txt tools/setup_env.sh tools/te_libraries.sh pyproject.toml | sha256sum | cut -d' ' -f1)"
 stamp="$venv/.quantplug-pins"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; then
   exit 0
@@ -87,9 +87,7 @@ imports() {
   "$venv/bin/python" -W ignore -c 'import torch, transformer_engine.pytorch, megatron.core, modelopt.torch.quantization' 2> "$venv/import.log"
 }
 if ! imports; then
-  if grep -q "libcuda.so.1: cannot open" "$venv/import.log"; then
-    BIN="$venv/bin" tools/driver_stub.sh
-  fi
+  BIN="$venv/bin" tools/te_libraries.sh "$venv/import.log"
   imports || { cat "$venv/import.log" >&2; fail "the environment does not import; see above"; }
 fi
 printf '%s' "$pins" > "$stamp"
