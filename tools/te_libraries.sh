@@ -3,7 +3,7 @@
 #
 #   tools/te_libraries.sh FILE
 #
-# 2.14 to 2.16 use cuBLAS of CUDA 13.2, where torch 2.11 brings that of 13.1. 2.17 to 2.19 ask the loader for libcuda.so.1 of
+# 2.14 to 2.16 use cuBLAS 13.2, where torch 2.11 brings 13.1. 2.17 to 2.19 ask the loader for libcuda.so.1 of
 # NVIDIA's driver, of which an import calls nothing: where there is none, each Python of the environment loads an empty one.
 #
 # Environment: BIN (default .venv/bin).
