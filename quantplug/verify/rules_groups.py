@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, is_texts
+from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts, is_texts
 from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.modules import Inventory
@@ -31,8 +31,24 @@ def config_groups(inventory: Inventory) -> Iterator[Finding]:
         if not isinstance(group, dict):
             yield _error(f".{name}", f"is {shown(group)}, not an object")
             continue
-        bits = _compressed_bits(config, group) if compressed else _MODELOPT_BITS.get(as_text(config.get("quant_algo")))
-        yield from _group(f".{name}", group, bits)
+        if compressed:
+            yield from _group(f".{name}", group, _compressed_bits(config, group))
+            continue
+        listed = _listed_bits(config, group)
+        if len(listed) > 1:
+            one, other, *_ = listed.values()
+            yield _error(f".{name}", f"is for {one} and for {other}, of other bits by quantized_layers")
+            continue
+        of_all = _MODELOPT_BITS.get(as_text(config.get("quant_algo")))
+        yield from _group(f".{name}", group, next(iter(listed), of_all))
+
+
+def _listed_bits(config: Json, group: Json) -> dict[int, str]:
+    """By bits a target that has them, in a config that lists every layer with its algorithm (`MIXED_PRECISION`)."""
+    layers = as_object(config.get("quantized_layers"))
+    targets = as_texts(group.get("targets"))
+    bits = {target: _MODELOPT_BITS.get(as_text(as_object(layers.get(target)).get("quant_algo"))) for target in targets}
+    return {of_target: target for target, of_target in bits.items() if of_target is not None}
 
 
 def _compressed_bits(config: Json, group: Json) -> int | None:

@@ -304,6 +304,18 @@ def plain_experts(surgery: Any) -> None:
     layers["model.layers.1.mlp.gate"] = {"quant_algo": "NVFP4", "group_size": 16}
 
 
+def grouped(bits: int, *more: str) -> Callable[[Any], None]:
+    """One group of `config_groups` for an expert, and for more modules, by name."""
+    weights = {"num_bits": bits, "type": "float", "group_size": 16}
+    group = {"targets": [EXPERT, *more], "weights": weights}
+    return lambda s: s.quantization_config.update(config_groups={"group_0": group})
+
+
+def grouped_with_fp8(surgery: Any) -> None:
+    in_both("model.layers.1.mlp.gate", {"quant_algo": "FP8"})(surgery)
+    grouped(4, "model.layers.1.mlp.gate")(surgery)
+
+
 MIXED_SPOILED: list[tuple[str, Callable[[Any], object], set[str]]] = [
     ("nothing", lambda s: None, set()),
     ("a layer that is not there", in_both("model.layers.7.mlp", {"quant_algo": "NVFP4"}), {"mixed"}),
@@ -318,6 +330,9 @@ MIXED_SPOILED: list[tuple[str, Callable[[Any], object], set[str]]] = [
     ("a parent that no server looks up", by_its_parent("model.layers.0.self_attn"), {"coverage", "mixed"}),
     ("all experts by one name", by_its_parent("model.layers.1.mlp.experts"), set()),
     ("plain experts on no list", plain_experts, {"mixed"}),
+    ("a group of its own bits", grouped(4), set()),
+    ("a group of other bits", grouped(8), {"config-groups"}),
+    ("a group of two formats", grouped_with_fp8, {"config-groups"}),
     ("another algorithm in one expert", in_both(EXPERT, {"quant_algo": "W4A16_NVFP4"}), {"one-algo", "weight-only"}),
 ]  # fmt: skip
 
