@@ -37,6 +37,7 @@ ELSEWHERE = {
     "amax.md": "tests/mappings/amax/test_table.py",
     "accuracy.md": "tests/examples/test_evaluate.py",
     "megatron_bridge.md": "tests/bridge/test_bridge.py",
+    "verify.md": "tests/export/test_input_moments.py",
 }
 # Of experts; all others are about any model, and have the dense one.
 OF_EXPERTS = {"recipes.md"}

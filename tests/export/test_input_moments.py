@@ -1,6 +1,7 @@
 """The file of moments by the names of an export, and a verdict that knows how large inputs are."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from io import StringIO
@@ -16,9 +17,7 @@ from quantplug import (
     LayerSpec,
     build_model,
     export_mcore_gpt_to_hf,
-    plan_export,
     verify_checkpoint,
-    write_input_moments,
 )
 from quantplug.cli.report import print_report
 from quantplug.errors import ArgumentError, SourceError
@@ -28,6 +27,7 @@ from tests.calibration.local_model import run
 from tests.export.checkpoints import one_rank
 from tests.logits import transformers_model
 
+PAGE = Path(__file__).parents[2] / "docs" / "verify.md"
 OFF = {"quantizer_name": "*input_quantizer", "enable": False}
 SWEEP = mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG
 WEIGHTED = {**SWEEP, "quant_cfg": [*SWEEP["quant_cfg"], OFF], "algorithm": "weighted_mse"}
@@ -71,7 +71,10 @@ def whole(tiny_qwen3_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         model = build_model(made.source, import_weights=True, layer_spec=LayerSpec.LOCAL, dtype=torch.float32)
         mtq.quantize(model, WEIGHTED, run)
         export_mcore_gpt_to_hf(model, made.source, export_dir=made.out)
-        write_input_moments(model, run, plan_export(model, made.source), made.moments)
+        # As the page says it: its one block of code.
+        (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+        names = {"model": model, "source": made.source, "forward_loop": run}
+        exec(block.replace("moments.safetensors", str(made.moments)), names)
     return made
 
 

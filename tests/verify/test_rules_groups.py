@@ -69,7 +69,9 @@ def test_broken_groups(
     odd = {"config.json config_groups.odd"}
     assert in_modelopt(open_copy, config_groups={"fine": GOOD, "odd": group}) == odd
     blocks = {"fine": in_blocks(GOOD), "odd": in_blocks(group)}
-    assert in_compressed_tensors(pristine["source"], tmp_path, config_groups=blocks) == odd
+    found = in_compressed_tensors(pristine["source"], tmp_path, config_groups=blocks)
+    # What the library refuses too is said of the argument itself beside.
+    assert odd <= found <= odd | {"config.json config_groups.odd.weights.group_size"}
 
 
 @pytest.mark.parametrize("groups", [[1], "group_0", 7, None])
