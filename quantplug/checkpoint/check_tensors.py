@@ -13,6 +13,11 @@ from quantplug.mappings.table import Family
 
 _WHOLE_SOURCE = "Fetch or save the checkpoint again, with its own config.json."
 _UNKNOWN_TENSOR = Kind(MappingError, "The source has tensors that its architecture has not.", _WHOLE_SOURCE)
+_UNSERVED_BIAS = Kind(
+    MappingError,
+    "The source has biases that are not served in its architecture.",
+    "Nothing is wrong with it, and there is no way around: docs/architectures.md says which biases are served.",
+)
 _MISSING_TENSOR = Kind(MappingError, "The source lacks tensors that its architecture has.", _WHOLE_SOURCE)
 _COPY_SHAPE = Kind(ShapeError, "Tensors that the source holds twice have two shapes.", _WHOLE_SOURCE)
 _DTYPE = Kind(
@@ -20,6 +25,7 @@ _DTYPE = Kind(
     "The source has weights that are not plain floating-point numbers.",
     "Pass the checkpoint that it was quantized from.",
 )
+_BIAS = ".bias"
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -35,6 +41,9 @@ def check_tensors(
     known = {name: key for names, key in family.expected(dims) for name in names}
     patterns = {_pattern(name) for name in known}
     for name in sorted(tensors.keys() - known.keys() - copies.keys()):
+        if name.endswith(_BIAS) and f"{name.removesuffix(_BIAS)}.weight" in known:
+            findings.add(_UNSERVED_BIAS, name, "would be lost")
+            continue
         findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
     for name, key in known.items():
         if name not in tensors and not (tied and name in family.tied):

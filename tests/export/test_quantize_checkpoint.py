@@ -332,6 +332,7 @@ def test_an_outlier_that_costs_no_block_is_taken(sources: Sources, tmp_path: Pat
 REFUSALS: list[tuple[dict[str, torch.Tensor | None], dict[str, object], type[QuantplugError], str]] = [
     ({UP: None}, {}, MappingError, UP),
     ({"model.layers.0.stray.weight": torch.zeros(2)}, {}, MappingError, "model.layers.0.stray.weight"),
+    ({"model.layers.0.self_attn.o_proj.bias": torch.zeros(160)}, {}, MappingError, "biases that are not served"),
     ({UP: torch.zeros(2, 2, dtype=torch.int8)}, {}, SourceError, UP),
     ({UP: torch.zeros(96, 160, dtype=torch.float64)}, {}, SourceError, UP),
     ({UP: torch.zeros(94, 160, dtype=torch.bfloat16)}, {}, ShapeError, UP),
