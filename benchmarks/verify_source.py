@@ -24,7 +24,7 @@ from results import machine, write_section
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import QuantFormat
 from quantplug.verify import verify_checkpoint
-from quantplug.verify.measure import Meter, Rows, compiled_loops
+from quantplug.verify.source.measure import Meter, Rows, compiled_loops
 
 MEASURE = "measure"
 

@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 import quantplug
 
 PACKAGE = Path(quantplug.__file__).parent
@@ -37,9 +39,18 @@ EXPORT_ROWS = (
     ("pipeline", "sources"),
     ("plan",),
 )
-# What a newcomer takes in at a glance. Readers' rules and families are lists, with one file an entry.
+# And inside verify, whose entry is the package itself: rules at the top, at the bottom arithmetic, which knows no file.
+VERIFY_ROWS = (
+    ("rules", "readers"),
+    ("source", "values"),
+    ("journal",),
+    ("inventory",),
+    ("report",),
+    ("checks", "numbers", "threads"),
+)
+# What a newcomer takes in at a glance. Families are a list, with one file an entry.
 MOST_FILES = 12
-LISTS = {"verify", "mappings/families"}
+LISTS = {"mappings/families"}
 
 
 def heights(rows: tuple[tuple[str, ...], ...]) -> dict[str, int]:
@@ -48,6 +59,7 @@ def heights(rows: tuple[tuple[str, ...], ...]) -> dict[str, int]:
 
 HEIGHT = heights(ROWS)
 EXPORT_HEIGHT = heights(EXPORT_ROWS)
+INSIDE: Mapping[str, Mapping[str, int]] = {"export": EXPORT_HEIGHT, "verify": heights(VERIFY_ROWS)}
 
 
 def room_of(file: Path, of: Path = PACKAGE) -> str:
@@ -75,10 +87,12 @@ def wrong_imports(room: str, imported: Iterable[str], height: Mapping[str, int] 
 
 def test_every_room_has_its_row() -> None:
     rooms = {room_of(file) for file in PACKAGE.rglob("*.py")}
-    of_export = {room_of(file, PACKAGE / "export") for file in (PACKAGE / "export").rglob("*.py")}
+    inside = {name: {room_of(file, PACKAGE / name) for file in (PACKAGE / name).rglob("*.py")} for name in INSIDE}
 
     assert rooms - {"__init__"} == HEIGHT.keys()
-    assert of_export - {"__init__"} == EXPORT_HEIGHT.keys()
+    assert {name: found - {"__init__"} for name, found in inside.items()} == {
+        name: height.keys() for name, height in INSIDE.items()
+    }
 
 
 def test_imports_point_down() -> None:
@@ -91,12 +105,13 @@ def test_imports_point_down() -> None:
     assert wrong == {}
 
 
-def test_imports_inside_export_point_down() -> None:
-    export = PACKAGE / "export"
+@pytest.mark.parametrize("name", INSIDE)
+def test_imports_inside_a_room_point_down(name: str) -> None:
+    folder = PACKAGE / name
     wrong: set[tuple[str, str]] = set()
-    for file in export.rglob("*.py"):
-        if (room := room_of(file, export)) != "__init__":
-            wrong |= wrong_imports(room, imported_rooms(file.read_text(), "quantplug.export"), EXPORT_HEIGHT)
+    for file in folder.rglob("*.py"):
+        if (room := room_of(file, folder)) != "__init__":
+            wrong |= wrong_imports(room, imported_rooms(file.read_text(), f"quantplug.{name}"), INSIDE[name])
 
     assert wrong == set()
 

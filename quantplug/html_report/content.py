@@ -8,8 +8,9 @@ from quantplug.calibration.show.grids import expert_grids, label
 from quantplug.calibration.statistics import CalibrationTable
 from quantplug.html_report.histograms import Histogram
 from quantplug.html_report.survey import QuantizedWeight, Survey
-from quantplug.verify import Severity, VerifyReport, names
-from quantplug.verify.modules import Inventory
+from quantplug.verify import Severity, VerifyReport
+from quantplug.verify.inventory import names
+from quantplug.verify.inventory.modules import Inventory
 from quantplug.verify.readers import readers
 
 

@@ -8,10 +8,10 @@ from math import prod
 
 import torch
 
-from quantplug.verify.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
-from quantplug.verify.decode import E2M1_VALUES, E4M3_VALUES, E8M0_VALUES
-from quantplug.verify.layouts import Fp8Layout, Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
-from quantplug.verify.modules import Module
+from quantplug.verify.inventory.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from quantplug.verify.inventory.layouts import Fp8Layout, Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
+from quantplug.verify.inventory.modules import Module
+from quantplug.verify.numbers.decode import E2M1_VALUES, E4M3_VALUES, E8M0_VALUES
 from quantplug.verify.values import Values
 
 # Codes that are looked at, of all weights together: as many as a reader waits for, and far more than a chart can show.

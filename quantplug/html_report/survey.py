@@ -9,11 +9,11 @@ from quantplug.html_report.histograms import Histogram, of_codes, of_scales, sam
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.mappings.table import Role
 from quantplug.selection import Policy
-from quantplug.verify import names
-from quantplug.verify.checkpoint import UnreadableTensorError
-from quantplug.verify.layouts import is_plain
-from quantplug.verify.modules import Inventory, Module
-from quantplug.verify.spellings import code_bits
+from quantplug.verify.inventory import names
+from quantplug.verify.inventory.checkpoint import UnreadableTensorError
+from quantplug.verify.inventory.layouts import is_plain
+from quantplug.verify.inventory.modules import Inventory, Module
+from quantplug.verify.inventory.spellings import code_bits
 from quantplug.verify.values import Values
 
 

@@ -10,51 +10,26 @@ from pathlib import Path
 
 from quantplug.errors import ArgumentError
 from quantplug.mappings.serving_tp import of_checkpoint
-from quantplug.verify import (
-    names,
-    rules_architecture,
-    rules_compressed,
-    rules_config,
-    rules_excludes,
-    rules_groups,
-    rules_model,
-    rules_modules,
-    rules_server_configs,
-    rules_servers,
-    settings,
-    side_files,
-    tied_head,
-    values,
-)
-from quantplug.verify import (
-    source as source_rules,
-)
-from quantplug.verify.checkpoint import Checkpoint, of_source, open_checkpoint
-from quantplug.verify.folds import folded
-from quantplug.verify.fused import FusedExperts, fused_experts, with_inner_names
-from quantplug.verify.input_moments import InputMoments
-from quantplug.verify.input_ranges import input_ranges
+from quantplug.verify import values
+from quantplug.verify.inventory import names, tied_head
+from quantplug.verify.inventory.checkpoint import Checkpoint, of_source, open_checkpoint
+from quantplug.verify.inventory.fused import FusedExperts, fused_experts, with_inner_names
+from quantplug.verify.inventory.known import known_architecture, table_of, with_names_of
+from quantplug.verify.inventory.modules import Inventory, take_inventory
+from quantplug.verify.inventory.scheme import read_scheme
 from quantplug.verify.journal import Journal
-from quantplug.verify.known import known_architecture, table_of, with_names_of
-from quantplug.verify.modules import Inventory, take_inventory
-from quantplug.verify.originals import Originals
 from quantplug.verify.report import Finding, KindError, Severity, Size, TensorError, VerifyReport
-from quantplug.verify.scheme import read_scheme
+from quantplug.verify.rules import RULES, settings, side_files
+from quantplug.verify.rules.input_ranges import input_ranges
+from quantplug.verify.rules.model import quantized_linears
+from quantplug.verify.source import compare
+from quantplug.verify.source.folds import folded
+from quantplug.verify.source.input_moments import InputMoments
+from quantplug.verify.source.originals import Originals
 
 __all__ = ["Finding", "KindError", "OnProgress", "Severity", "Size", "TensorError", "VerifyReport", "verify_checkpoint"]
 
 OnProgress = Callable[[int, int], None]
-_RULES = (
-    *rules_config.RULES,
-    *rules_groups.RULES,
-    *rules_compressed.RULES,
-    *rules_excludes.RULES,
-    *rules_modules.RULES,
-    *rules_model.RULES,
-    *rules_architecture.RULES,
-    *rules_servers.RULES,
-    *rules_server_configs.RULES,
-)
 
 
 def verify_checkpoint(
@@ -142,9 +117,9 @@ def judge(
         tensors=len(export.tensors),
         findings=tuple(sorted(findings, key=_order)),
         errors_by_tensor=tuple(errors),
-        sizes=tuple(source_rules.sizes(export, original)),
+        sizes=tuple(compare.sizes(export, original)),
         serving_tp=of_checkpoint(
-            rules_model.quantized_linears(inventory), None if inventory.known is None else inventory.known.dims
+            quantized_linears(inventory), None if inventory.known is None else inventory.known.dims
         ),
     )
     return Judgement(report, inventory, read)
@@ -175,9 +150,9 @@ def _judge(
     journal: Journal | None,
 ) -> tuple[list[TensorError], values.Values]:
     """Appends the findings of all rules and gives the measured errors, and what reading all values left behind."""
-    for rule in _RULES:
+    for rule in RULES:
         findings.extend(rule(inventory))
-    to_read = values.bytes_to_read(inventory) + (source_rules.bytes_to_read(original) if original is not None else 0)
+    to_read = values.bytes_to_read(inventory) + (compare.bytes_to_read(original) if original is not None else 0)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -204,7 +179,7 @@ def _judge(
     findings += fold_findings
     originals = Originals(unfolded, read_scheme(original)[0])
     findings += [] if moments is None else moments.missing(inventory)
-    errors, compare_findings = source_rules.compare(inventory, originals, source_experts, moments, on_bytes, journal)
+    errors, compare_findings = compare.compare(inventory, originals, source_experts, moments, on_bytes, journal)
     findings.extend(compare_findings)
     return errors, read
 

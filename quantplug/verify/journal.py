@@ -21,8 +21,8 @@ import torch
 import quantplug
 from quantplug.checkpoint.lock import take_lock
 from quantplug.errors import ArgumentError, Offender
-from quantplug.verify.checkpoint import Checkpoint, TensorInfo
 from quantplug.verify.checks import Check
+from quantplug.verify.inventory.checkpoint import Checkpoint, TensorInfo
 from quantplug.verify.report import Finding, Severity
 from quantplug.verify.threads import in_threads
 

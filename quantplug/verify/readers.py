@@ -10,11 +10,11 @@ from enum import IntEnum, StrEnum
 
 from quantplug.choices import DialectName, QuantFormat
 from quantplug.mappings.serving_tp import ServingTp
-from quantplug.verify import names
 from quantplug.verify.checks import Check
-from quantplug.verify.modules import Inventory
+from quantplug.verify.inventory import names
+from quantplug.verify.inventory.modules import Inventory
+from quantplug.verify.inventory.spellings import dialect_of, format_of
 from quantplug.verify.report import Finding, Severity
-from quantplug.verify.spellings import dialect_of, format_of
 
 
 class Reader(StrEnum):

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from quantplug.mappings.shapes.kinds import kind_of
-from quantplug.verify.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
 from quantplug.verify.checks import Check
+from quantplug.verify.inventory.checkpoint import PLAIN_FLOATS, TensorInfo, UnreadableTensorError
+from quantplug.verify.inventory.layouts import Int4Layout, Nvfp4Layout, exponents_of
+from quantplug.verify.inventory.modules import Inventory, Module
+from quantplug.verify.inventory.names import FusedGroup, last, split
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
-from quantplug.verify.layouts import Int4Layout, Nvfp4Layout, exponents_of
-from quantplug.verify.modules import Inventory, Module
-from quantplug.verify.names import FusedGroup, last, split
 from quantplug.verify.report import Finding, error, note, ranges, warning
 
 # Suffixes of floating-point scales: a multiplier or divisor that must be above zero.

@@ -49,7 +49,7 @@ def test_four_processes_fill_an_empty_cache_at_once_and_later_ones_need_no_numba
 
 OF_THE_JUDGE = """
 import numpy as np
-from quantplug.verify.measure import compiled_loops
+from quantplug.verify.source.measure import compiled_loops
 loops = compiled_loops()
 for original in (np.ones((2, 32), np.uint16), np.ones((2, 32), np.float32)):
     loops.nvfp4(np.ones((2, 16), np.uint8), np.ones((2, 2), np.uint8), 0.5, original, np.empty((2, 10)))

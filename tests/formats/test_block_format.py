@@ -10,7 +10,7 @@ from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4, BlockFormat
 from quantplug.formats.codes import E2M1
 from quantplug.formats.encoding import Block, Encoding
 from quantplug.formats.scale_types import E4M3_SCALE, ScaleType
-from quantplug.verify import decode
+from quantplug.verify.numbers import decode
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
 

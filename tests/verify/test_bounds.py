@@ -11,7 +11,7 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from quantplug.formats import NVFP4
 from quantplug.formats.search.candidates import SEARCHES, Scales
-from quantplug.verify import bounds, decode
+from quantplug.verify.numbers import bounds, decode
 
 
 def nvfp4_error(weight: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> bounds.ErrorSum:

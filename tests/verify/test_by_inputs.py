@@ -8,8 +8,8 @@ import torch
 
 from quantplug.formats.search.candidates import BY_WEIGHTED_ERROR
 from quantplug.formats.table import NVFP4
-from quantplug.verify import layouts
-from quantplug.verify.by_inputs import SeenByInputs
+from quantplug.verify.inventory import layouts
+from quantplug.verify.source.by_inputs import SeenByInputs
 from tests.verify.test_gains import (
     FORMATS,
     SCALED,

@@ -5,7 +5,7 @@ import torch
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from quantplug.verify import decode
+from quantplug.verify.numbers import decode
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

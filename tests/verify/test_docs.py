@@ -15,5 +15,5 @@ def test_every_check_has_its_row() -> None:
 
 
 def test_every_check_can_fire() -> None:
-    sources = "".join(file.read_text() for file in PACKAGE.glob("*.py"))
+    sources = "".join(file.read_text() for file in PACKAGE.rglob("*.py"))
     assert [check for check in Check if f"Check.{check.name}" not in sources] == []

@@ -2,8 +2,8 @@
 
 import pytest
 
-from quantplug.verify import excludes
-from quantplug.verify.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt
+from quantplug.verify.inventory import excludes
+from quantplug.verify.inventory.excludes import PatternList, matches_compressed_tensors, matches_fp8, matches_modelopt
 
 GATE, UP, LAYER_11 = "model.layers.1.mlp.gate", "model.layers.1.mlp.gate_up_proj", "model.layers.11.mlp.gate"
 

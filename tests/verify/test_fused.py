@@ -9,8 +9,8 @@ import torch
 
 from quantplug.mappings.families.gpt_oss import GPT_OSS
 from quantplug.verify import Severity, verify_checkpoint
-from quantplug.verify.fused import fused_experts
-from quantplug.verify.known import table_of
+from quantplug.verify.inventory.fused import fused_experts
+from quantplug.verify.inventory.known import table_of
 
 EXPERTS = "model.layers.1.mlp.experts"
 GATE_UP, DOWN = f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"
@@ -255,7 +255,7 @@ def test_channel_scales_are_served_for_no_experts(open_fused: Callable[[str], An
 def test_experts_with_values_that_are_not_finite_are_named(
     open_fused: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr("quantplug.verify.checkpoint.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("quantplug.verify.inventory.checkpoint.CHUNK_BYTES", chunk)
     surgery = open_fused("nvfp4")
     for expert in (0, 2):
         put(f"{DOWN}_weight_scale", expert, 0x7F)(surgery)

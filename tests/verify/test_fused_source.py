@@ -145,7 +145,7 @@ def test_reads_in_pieces_give_the_same_numbers(fused: dict[str, Path], monkeypat
     for name in ("nvfp4", "fp8"):
         whole = verify_checkpoint(fused[name], fused["source"])
         with monkeypatch.context() as patch:
-            patch.setattr("quantplug.verify.checkpoint.CHUNK_BYTES", 700)
+            patch.setattr("quantplug.verify.inventory.checkpoint.CHUNK_BYTES", 700)
             pieces = verify_checkpoint(fused[name], fused["source"])
         assert told(pieces) == set()
         for one, other in zip(whole.errors_by_tensor, pieces.errors_by_tensor, strict=True):

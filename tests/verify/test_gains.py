@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from quantplug.formats.block_format import BlockFormat
 from quantplug.formats.search.candidates import SEARCHES, Scales
 from quantplug.formats.table import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
-from quantplug.verify import bounds, decode, layouts
-from quantplug.verify.measure import Meter
+from quantplug.verify.inventory import layouts
+from quantplug.verify.numbers import bounds, decode
+from quantplug.verify.source.measure import Meter
 
 Tensors = dict[str, torch.Tensor]
 

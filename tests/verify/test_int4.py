@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
-from quantplug.verify import Severity, bounds, verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
-from quantplug.verify.decode import decode_int4
-from quantplug.verify.measure import Int4Rows, Meter, compiled_loops
+from quantplug.verify.numbers import bounds
+from quantplug.verify.numbers.decode import decode_int4
+from quantplug.verify.source.measure import Int4Rows, Meter, compiled_loops
 from tests.verify.conftest import Surgery
 from tests.verify.test_measure import drawn
 

@@ -11,7 +11,7 @@ from quantplug import quantize_checkpoint
 from quantplug.checkpoint.lock import take_lock
 from quantplug.errors import ArgumentError
 from quantplug.verify import VerifyReport, journal, verify_checkpoint
-from quantplug.verify.checkpoint import Checkpoint
+from quantplug.verify.inventory.checkpoint import Checkpoint
 from tests.made_once import MadeOnce
 
 Read = list[str]

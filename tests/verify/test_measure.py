@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-from quantplug.verify import bounds
-from quantplug.verify.measure import Meter, Rows, compiled_loops
+from quantplug.verify.numbers import bounds
+from quantplug.verify.source.measure import Meter, Rows, compiled_loops
 
 MAGNITUDES = st.sampled_from([1.0, 1e-2, 1e-24, 1e30])
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float16])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantplug.verify import names
+from quantplug.verify.inventory import names
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from quantplug import quantize_checkpoint
 from quantplug.verify import Severity, verify_checkpoint
-from quantplug.verify.rules_compressed import argument_problems
+from quantplug.verify.rules.compressed import argument_problems
 from tests.made_once import MadeOnce
 
 Config = dict[str, Any]

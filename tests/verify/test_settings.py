@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from quantplug.verify import Severity
-from quantplug.verify.checkpoint import Checkpoint, TensorInfo
-from quantplug.verify.settings import settings
+from quantplug.verify.inventory.checkpoint import Checkpoint, TensorInfo
+from quantplug.verify.rules.settings import settings
 
 SOURCE: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16", "hidden_act": "silu",

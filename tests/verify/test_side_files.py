@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantplug.verify import Severity
-from quantplug.verify.side_files import side_files
+from quantplug.verify.rules.side_files import side_files
 
 FILES: dict[str, Any] = {
     "tokenizer.json": {"version": "1.0", "model": {"vocab": {"a": 0}}, "padding": None},

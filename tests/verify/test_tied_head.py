@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantplug.verify.checkpoint import open_checkpoint
-from quantplug.verify.tied_head import lost_head
+from quantplug.verify.inventory.checkpoint import open_checkpoint
+from quantplug.verify.inventory.tied_head import lost_head
 
 EMBEDDING = torch.arange(48.0).reshape(12, 4).bfloat16()
 

@@ -495,7 +495,7 @@ def test_serving_sizes_that_cut_blocks(open_copy: Callable[[str], Any]) -> None:
 
 def test_reads_in_chunks_give_the_same_numbers(pristine: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = verify_checkpoint(pristine["nvfp4"], pristine["source"])
-    monkeypatch.setattr("quantplug.verify.checkpoint.CHUNK_BYTES", 700)
+    monkeypatch.setattr("quantplug.verify.inventory.checkpoint.CHUNK_BYTES", 700)
     pieces = verify_checkpoint(pristine["nvfp4"], pristine["source"])
     assert fired(pieces) == set()
     for one, other in zip(whole.errors_by_tensor, pieces.errors_by_tensor, strict=True):

@@ -104,7 +104,7 @@ def fold_channels(
     moments = unquantized_moments(model, forward_loop, read, policy or InputPolicy())
     seen = {id(linear): found for linear, found in zip(read, moments, strict=True)}
     chosen = [_exponents(fold, seen, alpha_step) for fold in folds]
-    # A reader of the files knows a folded model by its norms (`verify/folds.py`): without any, nothing is folded.
+    # Readers of the files know a folded model by its norms (`verify/source/folds.py`): without any, nothing is folded.
     has_norms = any(bool(found.any()) for fold, found in zip(folds, chosen, strict=True) if fold.is_shared)
     if any(gather_objects(has_norms)):
         for fold, found in zip(folds, chosen, strict=True):

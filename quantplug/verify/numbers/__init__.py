@@ -1,0 +1,1 @@
+"""Decoding and rounding as the formats define them, and bounds of errors: arithmetic alone."""

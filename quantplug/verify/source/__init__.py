@@ -1,0 +1,1 @@
+"""A checkpoint beside the one that it was made from."""
