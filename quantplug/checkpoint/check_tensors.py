@@ -43,8 +43,8 @@ def check_tensors(
     for name in sorted(tensors.keys() - known.keys() - copies.keys()):
         if name.endswith(_BIAS) and f"{name.removesuffix(_BIAS)}.weight" in known:
             findings.add(_UNSERVED_BIAS, name, "would be lost")
-            continue
-        findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
+        else:
+            findings.add(_UNKNOWN_TENSOR, name, f"a model of this config has none{nearest(_pattern(name), patterns)}")
     for name, key in known.items():
         if name not in tensors and not (tied and name in family.tied):
             findings.add(_MISSING_TENSOR, name, f"needed for {key.name}{_untied(name, family)}", key.expert)

@@ -45,7 +45,6 @@ _BELOW_A_BINADE = np.uint32((1 << _F32_MANTISSA_BITS) - 1)
 _F32_E8M0_SMALLEST = np.uint32(1 << (_F32_MANTISSA_BITS - 1))
 """The bits of 2^-127, which E8M0's exponent 0 stands for: a subnormal of FP32."""
 
-# 1.0 is E2M1's smallest normal magnitude (exponent bias 1), 2^-6 is E4M3's (bias 7).
 # E2M1 changes its code in the middle between two of its values: at 0.25, 0.75, 1.25, 1.75, and at 2.5, 5 and 3.5, which
 # are the last two of these doubled. A quotient is rounded to FP32 before it is rounded to a code, so that it reaches a
 # middle half a step of FP32 before it, and passes it half a step behind. Ties go to the even code: up at 0.75 and 1.75,
@@ -60,6 +59,7 @@ _BF16_BINADE, _BF16_MAGNITUDE = np.int16(1 << 7), np.int16(0x7FFF)
 # Between these divisors no bound is a subnormal of BF16, and no quotient is 0 but that of 0.
 _LEAST_DIVISOR, _MOST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**16)
 
+# 1.0 is E2M1's smallest normal magnitude (exponent bias 1), 2^-6 is E4M3's (bias 7).
 # Codes as (mantissa bits, FP32 bits of the smallest normal magnitude, largest magnitude).
 _E2M1_MANTISSA, _E2M1_NORMAL, _E2M1_LARGEST = 1, np.uint32(0x3F800000), np.float32(E2M1_MAX)
 _E4M3_MANTISSA, _E4M3_NORMAL, _E4M3_LARGEST = 3, np.uint32(0x3C800000), np.float32(E4M3_MAX)
