@@ -39,4 +39,5 @@ class Opened:
         """Keeps what a person would see, where QUANTPLUG_SCREENSHOTS names a directory for it."""
         if directory := os.environ.get("QUANTPLUG_SCREENSHOTS"):
             Path(directory).mkdir(parents=True, exist_ok=True)
+            self.page.evaluate("scrollTo(0, 0)")
             self.page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)

@@ -19,6 +19,7 @@ from tests.browser.opened import NARROW, Opened, needs_chromium
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: make browser")
 pytestmark = needs_chromium
 
+CHARTS = ("errors", "amaxes", "codes", "scales")
 HOSTILE = "</script><b id=hostile>bold</b><img src=x onerror=alert(1)>"
 
 
@@ -52,9 +53,24 @@ def many(weights: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def see(opened: Opened, *charts: str) -> None:
+    """Scrolls to each chart, which is drawn as it comes near."""
+    for chart in charts:
+        opened.page.locator(f"#{chart}-chart").scroll_into_view_if_needed()
+        opened.page.wait_for_selector(f"#{chart}-chart canvas")
+
+
+def has_drawn(opened: Opened, chart: str) -> bool:
+    """Whether not all pixels of a chart are those of its first."""
+    blank = """canvas => new Set(new Uint32Array(
+        canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size === 1"""
+    return not all(layer.evaluate(blank) for layer in opened.page.locator(f"#{chart}-chart canvas").all())
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str) -> None:
     opened = Opened(browser, report.as_uri(), color_scheme=scheme)
+    see(opened, *CHARTS)
     opened.picture(f"report-{scheme}")
 
     assert opened.said == []
@@ -62,12 +78,7 @@ def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str
     assert opened.page.title().startswith("OK: ")
     back = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(16, 20, 24)")
-    # Each chart has drawn something: not all of its pixels are those of its first.
-    blank = """canvas => new Set(new Uint32Array(
-        canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size === 1"""
-    for chart in ("errors", "amaxes", "codes", "scales"):
-        layers = opened.page.locator(f"#{chart}-chart canvas").all()
-        assert not all(layer.evaluate(blank) for layer in layers), chart
+    assert all(has_drawn(opened, chart) for chart in CHARTS)
     # Nothing is known of inputs, so that nothing is shown of them.
     assert opened.page.locator("#input-errors").is_hidden()
     opened.page.close()
@@ -75,9 +86,22 @@ def test_it_opens_in_both_colour_schemes(browser: Any, report: Path, scheme: str
 
 def test_it_fits_a_narrow_window(browser: Any, report: Path) -> None:
     opened = Opened(browser, report.as_uri(), viewport=NARROW)
+    see(opened, *CHARTS)
     opened.picture("report-narrow")
 
     assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    opened.page.close()
+
+
+def test_paper_has_the_charts_that_no_screen_has_shown(browser: Any, report: Path) -> None:
+    """As shapes: what is drawn on a canvas while Chromium prints comes out white where it is clear."""
+    unseen = CHARTS[1:]
+    opened = Opened(browser, report.as_uri())
+    assert not any(opened.page.locator(f"#{chart}-chart").inner_html() for chart in unseen)
+    opened.page.pdf()
+
+    assert all(opened.page.locator(f"#{chart}-chart svg path").count() > 5 for chart in unseen)
+    assert opened.said == []
     opened.page.close()
 
 
@@ -107,12 +131,13 @@ def test_twelve_thousand_rows_sort_and_filter(browser: Any, tmp_path: Path) -> N
 def test_text_of_files_is_never_markup(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(render(many(480)))
     opened = Opened(browser, (tmp_path / "page.html").as_uri())
+    see(opened, "errors", "input-errors", "amaxes", "codes")
     opened.picture("hostile")
 
     assert opened.said == []
     assert opened.asked == [(tmp_path / "page.html").as_uri()]
     assert opened.page.locator("#hostile").count() == 0
-    assert opened.page.locator("#input-errors-chart canvas").count() > 0
+    assert has_drawn(opened, "input-errors")
     assert "By inputs" in opened.page.locator("#weights-table").inner_text()
     assert opened.page.locator("#directory").inner_text() == HOSTILE
     assert HOSTILE in opened.page.locator("#findings-table").inner_text()

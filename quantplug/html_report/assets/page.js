@@ -61,11 +61,10 @@
   const tables = [];
   function table(id, columns, rows, height) {
     const fields = columns.map((column, index) => ({
-      field: `c${index}`, headerFilter: "input", headerFilterPlaceholder: "filter", formatter: "plaintext", ...column,
+      field: String(index), headerFilter: "input", headerFilterPlaceholder: "filter", formatter: "plaintext", ...column,
     }));
     const made = new Tabulator(at(id), {
-      data: rows.map((row) => Object.fromEntries(row.map((value, index) => [`c${index}`, value]))),
-      columns: fields, height: rows.length > 12 ? height : undefined, layout: "fitDataStretch",
+      data: rows, columns: fields, height: rows.length > 12 ? height : undefined, layout: "fitDataStretch",
       placeholder: "Nothing here.", columnDefaults: { headerTooltip: true },
     });
     tables.push(made);
@@ -117,18 +116,34 @@
     at("limits-of-sizes").hidden = data.servingLimits.length === 0;
   }
 
-  // Charts.
-  const charts = [];
+  // Charts. One that is out of sight keeps nobody waiting: it is drawn when it comes in sight, or for paper.
+  const watches = [];
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  // The library runs from the first chart on. The page's policy names its digest: no other text would run in its place.
+  function library() {
+    if (!window.echarts) document.head.append(make("script", at("charts-library").textContent));
+    return window.echarts;
+  }
   function chart(id, option) {
-    const made = echarts.init(at(id), null, { renderer: "canvas" });
-    const draw = () => made.setOption(option(), true);
-    draw();
-    charts.push({ made, draw });
+    let made = null;
+    const draw = (renderer = "canvas") => {
+      made ??= library().init(at(id), null, { renderer });
+      made.setOption(option(), true);
+    };
+    const show = (renderer) => {
+      sight.disconnect();
+      if (!made) draw(renderer);
+    };
+    const sight = new IntersectionObserver((seen) => {
+      if (seen.some(({ isIntersecting }) => isIntersecting)) show("canvas");
+    });
+    watches.push(() => sight.observe(at(id)));
+    // As shapes: Chromium prints a canvas that is drawn in this very turn with white for all that is clear.
+    window.addEventListener("beforeprint", () => show("svg"));
+    window.addEventListener("resize", () => made?.resize());
+    dark.addEventListener("change", () => made && draw());
     return draw;
   }
-  window.addEventListener("resize", () => charts.forEach(({ made }) => made.resize()));
-  dark.addEventListener("change", () => charts.forEach(({ draw }) => draw()));
 
   // A value by (layer, column), darker or lighter with its size on a scale of its own.
   function heat(cells, columnName, valueName) {
@@ -157,7 +172,7 @@
         formatter: ({ value }) => `layer ${layers[value[1]]}, ${columnName} ${columns[value[0]]}\n${valueName}: ${short(value[2])}`,
       },
       series: [{
-        type: "heatmap", progressive: 4000,
+        type: "heatmap", progressive: 0, // All in one turn: paper waits for no other.
         data: cells.filter(([, , value]) => value !== null).map(([layer, column, value]) => [place.get(column), row.get(layer), value]),
       }],
     };
@@ -258,14 +273,15 @@
     ...(data.source === null ? [] : [[9, numeric("Error", short)], ...(data.weights.some((row) => row[12] !== null) ? [[12, numeric("By inputs", short)]] : []), [10, numeric("Bound", short)], [11, numeric("Largest", short)]]),
     [8, numeric("Range", short)], [5, numeric("Rows")], [6, numeric("Columns")], [7, numeric("Bytes", (value) => number.format(value))],
   ];
-  table("weights-table", columns.map(([, column]) => column), data.weights.map((row) => columns.map(([from]) => row[from])), "560px");
+  table("weights-table", columns.map(([from, column]) => ({ field: String(from), ...column })), data.weights, "560px");
   table("kept-table", [textual("Kind", 250), textual("Why", 350), numeric("Tensors"), numeric("Bytes", (value) => number.format(value))], data.kept, "420px");
   table("sizes-table", [
     textual("Kind", 250), numeric("Export", (value) => number.format(value)), numeric("Source", (value) => (value === null ? "" : number.format(value))),
   ], data.sizes, "420px");
   contents();
-  // For whoever waits for the page: tables are built when the browser has had a turn.
+  // For whoever waits for the page: tables are built when the browser has had a turn, and charts after them.
   Promise.all(tables.map((made) => new Promise((done) => made.on("tableBuilt", done)))).then(() => {
     document.documentElement.dataset.ready = "true";
+    watches.forEach((watch) => watch());
   });
 })();
