@@ -1,35 +1,19 @@
 """`quantplug quantize`: from checkpoint to checkpoint."""
 
-import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantplug.choices import KVCacheFormat, Preset, QuantFormat, Scales
-from quantplug.cli.options import (
-    Dialect,
-    DryRun,
-    Exclude,
-    ExpertFormat,
-    FamilyFiles,
-    GroupSize,
-    Html,
-    InputScale,
-    JsonFile,
-    LogFile,
-    MaxShardSize,
-    QuantizeLmHead,
-    QuantizeMtp,
-    Quiet,
-    Revision,
-    WhichLinears,
-    run_family_files,
-)
-from quantplug.cli.terminal import Say, terminal
-from quantplug.cli.written import kept_of, refuse_page_of_nothing, say_result
+from quantplug.cli import options
+from quantplug.cli.terminal import ByteBar, Say
+from quantplug.cli.writing import write_and_say
 from quantplug.errors import ArgumentError, Offender
 from quantplug.recipes import RECIPES, Recipe, recipe_named
+
+if TYPE_CHECKING:
+    from quantplug.export.files.finish import ExportResult
 
 EXAMPLES = (
     "quantplug quantize DIR OUT --format w4a16_nvfp4",
@@ -46,87 +30,85 @@ def quantize(
         QuantFormat | None,
         typer.Option(help="Formats of activations take a model and data, or --input-scale."),
     ] = None,
-    expert_format: ExpertFormat = None,
-    group_size: GroupSize = None,
+    expert_format: options.ExpertFormat = None,
+    group_size: options.GroupSize = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"In place of the format and its options: {', '.join(RECIPES)}.")
     ] = None,
-    preset: WhichLinears = None,
-    input_scale: InputScale = None,
+    preset: options.WhichLinears = None,
+    input_scale: options.InputScale = None,
     scales: Annotated[
         Scales | None,
         typer.Option(help="With nvfp4, w4a16_nvfp4: how scales of blocks are found; mse has the least error."),
     ] = None,
-    exclude: Exclude = None,
-    quantize_mtp: QuantizeMtp = False,
-    quantize_lm_head: QuantizeLmHead = False,
+    exclude: options.Exclude = None,
+    quantize_mtp: options.QuantizeMtp = False,
+    quantize_lm_head: options.QuantizeLmHead = False,
     kv_cache: Annotated[
         KVCacheFormat | None,
         typer.Option(help="Format of the server's KV cache; 16 bits where none is given. fp8_cast needs no data."),
     ] = None,
-    dialect: Dialect = None,
-    max_shard_size: MaxShardSize = None,
-    dry_run: DryRun = False,
-    revision: Revision = None,
+    dialect: options.Dialect = None,
+    max_shard_size: options.MaxShardSize = None,
+    dry_run: options.DryRun = False,
+    revision: options.Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Carry over code that the source brings for its readers to run.")
     ] = False,
-    html: Html = None,
-    family: FamilyFiles = None,
-    json: JsonFile = None,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
+    html: options.Html = None,
+    family: options.FamilyFiles = None,
+    json: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    log_file: options.LogFile = None,
 ) -> None:
     """Quantizes the weights of a Hugging Face checkpoint: no Megatron-Core model, no GPU, no data.
 
     Killed, it goes on where it was when the same command is run again. Exit status: 0, 1 when
     --html finds an error in what was written, 2 when it cannot be done, 130 when Ctrl-C stops it.
     """
-    from quantplug.checkpoint.reader import resolve_source
-    from quantplug.cli.proof import print_proved, proved  # Help need not wait for torch.
+    from quantplug.checkpoint.reader import resolve_source  # Help need not wait for torch.
     from quantplug.export.plan.build import MAX_SHARD_SIZE
     from quantplug.export.quantize_checkpoint import quantize_checkpoint
 
-    # A clock that no time server sets back.
-    start = time.perf_counter()
-    with terminal(Say(quiet, log_file, json, html), lambda: kept_of(destination)) as here:
-        run_family_files(family or ())
-        refuse_page_of_nothing(html, dry_run=dry_run)
-        with here.byte_bar() as bar:
-            asked = _asked(
-                recipe,
-                format=format,
-                preset=preset,
-                input_scale=input_scale,
-                scales=scales,
-                kv_cache=kv_cache,
-                expert_format=expert_format,
-            )
-            result = quantize_checkpoint(
-                source,
-                destination,
-                asked.format,
-                expert_format=asked.experts,
-                group_size=group_size,
-                exclude=exclude or (),
-                quantize_mtp=quantize_mtp,
-                quantize_lm_head=quantize_lm_head,
-                preset=asked.preset,
-                input_scale=asked.input_scale,
-                scales=asked.scales,
-                kv_cache=asked.kv_cache,
-                dialect=dialect,
-                trust_remote_code=trust_remote_code,
-                revision=revision,
-                max_shard_size=max_shard_size or MAX_SHARD_SIZE,
-                dry_run=dry_run,
-                progress=bar,
-            )
-            seconds = time.perf_counter() - start
-            original = None if html is None else resolve_source(source, revision=revision)
-            report = proved(destination, original, html, bar)
-        say_result(result, seconds, here)
-        print_proved(report, here.console)
+    def write(bar: ByteBar) -> "ExportResult":
+        asked = _asked(
+            recipe,
+            format=format,
+            preset=preset,
+            input_scale=input_scale,
+            scales=scales,
+            kv_cache=kv_cache,
+            expert_format=expert_format,
+        )
+        return quantize_checkpoint(
+            source,
+            destination,
+            asked.format,
+            expert_format=asked.experts,
+            group_size=group_size,
+            exclude=exclude or (),
+            quantize_mtp=quantize_mtp,
+            quantize_lm_head=quantize_lm_head,
+            preset=asked.preset,
+            input_scale=asked.input_scale,
+            scales=asked.scales,
+            kv_cache=asked.kv_cache,
+            dialect=dialect,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            max_shard_size=max_shard_size or MAX_SHARD_SIZE,
+            dry_run=dry_run,
+            progress=bar,
+        )
+
+    write_and_say(
+        Say(quiet, log_file, json, html),
+        destination,
+        write,
+        families=family or (),
+        dry_run=dry_run,
+        source=lambda: resolve_source(source, revision=revision),
+    )
 
 
 def _asked(
