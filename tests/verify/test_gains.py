@@ -48,6 +48,7 @@ def faults(total: bounds.ErrorSum) -> set[str]:
         "gain": total.off,
         "gain of rows": total.off_rows > 0,
         "misplaced": total.misplaced,
+        "damage": total.damage is not None,
     }
     return {name for name, is_so in found.items() if is_so}
 

@@ -53,6 +53,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantplug.verify.numbers.damage import Damage
 from quantplug.verify.numbers.decode import MXFP4_BLOCK, NVFP4_BLOCK
 from quantplug.verify.numbers.gains import GainBound, Sums, along_blocks
 
@@ -128,6 +129,7 @@ class ErrorSum:
         off_rows: Rows whose gain is off, though round to nearest gives another.
         off: The same of the whole weight.
         misplaced: The error lies along the blocks, as if their scales were of other blocks.
+        damage: Of some rows or columns, looked for where single values are beyond; None where there is none.
     """
 
     squared_error: float = 0.0
@@ -145,6 +147,7 @@ class ErrorSum:
     off_rows: int = 0
     off: bool = False
     misplaced: bool = False
+    damage: Damage | None = None
     feedback: float = FEEDBACK
 
     @property
@@ -259,15 +262,20 @@ def mxfp4_sums(decoded: torch.Tensor, original: torch.Tensor) -> RowSums:
 
 def fp8_sums(decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor) -> RowSums:
     """Of FP32 rows of an FP8 weight [rows, columns]; `scale` broadcasts to them."""
-    # Zero is a code of its own and decodes to zero under every scale: it may not move at all.
-    absolute = torch.where(original == 0, 0.0, FP8_ABSOLUTE_BOUND * scale)
-    value_bound = original.abs() * FP8_RELATIVE_BOUND + absolute
+    value_bound = fp8_value_bound(original, scale)
     held = (original != 0) & (original.abs() >= E4M3_SMALLEST * scale)
     segments = zip(held.split(FP8_SEGMENT, dim=1), decoded.split(FP8_SEGMENT, dim=1), strict=True)
     lost = sum((there.any(dim=1) & (values == 0).all(dim=1)).long() for there, values in segments)
     bound = torch.linalg.vector_norm(value_bound, dim=1, dtype=torch.float64).square()
     values, bounds = in_blocks(original), in_blocks(value_bound)
     return _row_sums(in_blocks(decoded), values, bound, bounds, torch.as_tensor(lost), original.shape[1])
+
+
+def fp8_value_bound(original: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """How far each FP32 value may be moved; `scale` broadcasts to them."""
+    # Zero is a code of its own and decodes to zero under every scale: it may not move at all.
+    absolute = torch.where(original == 0, 0.0, FP8_ABSOLUTE_BOUND * scale)
+    return original.abs() * FP8_RELATIVE_BOUND + absolute
 
 
 def in_blocks(rows: torch.Tensor, width: int = NVFP4_BLOCK) -> torch.Tensor:

@@ -25,7 +25,8 @@ from quantplug.verify.inventory.modules import Inventory, Module
 from quantplug.verify.inventory.tied_head import is_tied
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
 from quantplug.verify.numbers import bounds
-from quantplug.verify.report import Finding, Size, TensorError, error, note, ratio, warning
+from quantplug.verify.numbers.damage import Damage
+from quantplug.verify.report import Finding, Size, TensorError, error, note, ranges, ratio, warning
 from quantplug.verify.source import originals
 from quantplug.verify.source.by_inputs import SeenByInputs
 from quantplug.verify.source.input_moments import InputMoments
@@ -342,7 +343,7 @@ def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum, see
 
 def _bound_findings(result: TensorError, total: bounds.ErrorSum, seen: SeenByInputs | None) -> Iterator[Finding]:
     wrong = _wrong(result, total)
-    if wrong is not None and seen is not None and not total.lost and seen.is_of_rounding():
+    if wrong is not None and seen is not None and not (total.lost or total.damage) and seen.is_of_rounding():
         by_inputs = f"as its inputs weigh them errors are {result.input_error:.4g}, and of rounding"
         message = f"{wrong.message}; {by_inputs}"
         yield note(wrong.check, wrong.subject, message)
@@ -368,6 +369,8 @@ def _wrong(result: TensorError, total: bounds.ErrorSum) -> Finding | None:
         return error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
     if total.off or total.off_rows or total.misplaced:
         return error(Check.GAIN, result.name, _off_message(total))
+    if total.damage is not None:
+        return error(Check.VALUE_BOUND, result.name, _damage_message(result, total.damage))
     return None
 
 
@@ -379,6 +382,15 @@ def _off_message(total: bounds.ErrorSum) -> str:
         f"blocks are too large or too small, which is {along:.0%} of the squared error": total.misplaced,
     }
     return f"{'; '.join(text for text, is_so in said.items() if is_so)}: no rounding gives that, so scales are wrong"
+
+
+def _damage_message(result: TensorError, damage: Damage) -> str:
+    said = {
+        f"{damage.values} values in rows {ranges(damage.rows)} are not the source's, though of all other rows nearly "
+        f"every value is the source's, rounded to {result.format} by the stored scales": damage.rows,
+        f"columns {ranges(damage.columns)} are lost, too large or too small as a whole, or others": damage.columns,
+    }
+    return f"{'; '.join(text for text, is_so in said.items() if is_so)}: codes or scales are damaged in part"
 
 
 def _lost_message(result: TensorError, total: bounds.ErrorSum) -> str:

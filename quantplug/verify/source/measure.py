@@ -1,6 +1,6 @@
 """The sums over some rows of one quantized weight against its original, by compiled loops or by PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from types import ModuleType
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from quantplug.verify.inventory.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
-from quantplug.verify.numbers import bounds, decode, gains, rounding, sum_columns
+from quantplug.verify.numbers import bounds, damage, decode, gains, rounding, sum_columns
 from quantplug.verify.numbers.bounds import ErrorSum, RowSums
+from quantplug.verify.numbers.damage import AgainstRounding
 from quantplug.verify.numbers.gains import GainBound, RoundedAnew
 from quantplug.verify.source.input_moments import InputMoments
 from quantplug.verify.source.matrices import Matrix
@@ -69,12 +70,22 @@ class Rows:
         """The FP32 original rounded anew, as `Anew.of`; FP8 has no scales but those that are stored."""
         values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
         if self.block_scales is None:
-            scales = self.in_blocks(self.spread)
-            return Anew.of(values, scales, scales, rounding.e4m3, by)
-        scale = self.scales.reshape(())
-        scales = decode.decode_e4m3(self.block_scales).unsqueeze(-1) * scale
-        plain = rounding.plain_nvfp4_scales(_amaxes(values), scale)
-        return Anew.of(values, plain, scales, rounding.e2m1, by)
+            return Anew.of(values, self.by_stored(values), self.by_stored, by)
+        plain = rounding.plain_nvfp4_scales(_amaxes(values), self.scales.reshape(()))
+        return Anew.of(values, rounding.e2m1(values, plain), self.by_stored, by)
+
+    def by_stored(self, blocks: torch.Tensor) -> torch.Tensor:
+        """FP32 blocks rounded to nearest by the scales that are stored."""
+        if self.block_scales is None:
+            return rounding.e4m3(blocks, self.in_blocks(self.spread))
+        scales = decode.decode_e4m3(self.block_scales).unsqueeze(-1) * self.scales.reshape(())
+        return rounding.e2m1(blocks, scales)
+
+    def margin(self, original: torch.Tensor) -> torch.Tensor:
+        """As `AgainstRounding.of` takes it."""
+        if self.block_scales is None:
+            return self.in_blocks(bounds.fp8_value_bound(original, self.spread))
+        return damage.MARGIN * _amaxes(self.in_blocks(original))
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,15 @@ class Int4Rows:
         """The FP32 original rounded anew, as `Anew.of`."""
         values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
         plain = rounding.plain_int4_scales(_amaxes(values))
-        return Anew.of(values, plain, self.scales.unsqueeze(-1), rounding.int4, by)
+        return Anew.of(values, rounding.int4(values, plain), self.by_stored, by)
+
+    def by_stored(self, blocks: torch.Tensor) -> torch.Tensor:
+        """As of `Rows`."""
+        return rounding.int4(blocks, self.scales.unsqueeze(-1))
+
+    def margin(self, original: torch.Tensor) -> torch.Tensor:
+        """As of `Rows`."""
+        return damage.MARGIN * _amaxes(self.in_blocks(original))
 
 
 @dataclass(frozen=True)
@@ -142,8 +161,15 @@ class Mxfp4Rows:
         """The FP32 original rounded anew, as `Anew.of`."""
         values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
         plain = rounding.plain_mxfp4_scales(_amaxes(values))
-        scales = decode.decode_e8m0(self.exponents).unsqueeze(-1)
-        return Anew.of(values, plain, scales, rounding.e2m1, by)
+        return Anew.of(values, rounding.e2m1(values, plain), self.by_stored, by)
+
+    def by_stored(self, blocks: torch.Tensor) -> torch.Tensor:
+        """As of `Rows`."""
+        return rounding.e2m1(blocks, decode.decode_e8m0(self.exponents).unsqueeze(-1))
+
+    def margin(self, original: torch.Tensor) -> torch.Tensor:
+        """As of `Rows`."""
+        return damage.MARGIN * _amaxes(self.in_blocks(original))
 
 
 AnyRows = Rows | Int4Rows | Mxfp4Rows
@@ -161,19 +187,20 @@ class Anew:
         cls,
         blocks: torch.Tensor,
         plain: torch.Tensor,
-        stored: torch.Tensor,
-        rounded: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        by_stored: Callable[[torch.Tensor], torch.Tensor],
         sizes: torch.Tensor | None = None,
     ) -> "Anew":
-        """Of FP32 blocks [rows, blocks, values], by scales of each kind that broadcast to them.
+        """Of FP32 blocks [rows, blocks, values].
 
         Args:
+            plain: The same, rounded by a plain packer's scales.
+            by_stored: Rounds by the scales that are stored.
             sizes: FP32 [., blocks, values], by which values are multiplied once they are rounded; None for 1.
         """
         # Only the stored scales have to explain all: with a plain packer's, ties are rounded to even as it does.
         by = 1.0 if sizes is None else sizes
-        as_they_are = rounded(blocks, plain) * by
-        ends = (rounded(blocks * (1 + ties), stored) * by for ties in (-gains.TIES, gains.TIES))
+        as_they_are = plain * by
+        ends = (by_stored(blocks * (1 + ties)) * by for ties in (-gains.TIES, gains.TIES))
         values = blocks * by
         return cls(RoundedAnew.of(values, as_they_are, as_they_are), RoundedAnew.of(values, *ends))
 
@@ -243,6 +270,8 @@ class Meter:
             anew = _rounded(original, weight, layout, rows, columns)
             total.off = bool(gain.off(sums, anew.plain, anew.stored))
             total.misplaced = bool(gains.misplaced(sums, anew.stored))
+        if total.beyond:
+            total.damage = damage.found(_against_rounding(original, weight, layout, rows, columns))
         return total
 
     def sums(self, packed: AnyRows, original: torch.Tensor) -> RowSums:
@@ -355,3 +384,16 @@ def _rounded(original: Original, weight: Matrix, layout: Layout, rows: int, colu
         for last in (min(first + step, rows),)
     )
     return reduce(Anew.plus, chunks)
+
+
+def _against_rounding(
+    original: Original, weight: Matrix, layout: Layout, rows: int, columns: int
+) -> Iterator[AgainstRounding]:
+    """A weight beside its original rounded by the stored scales, chunk by chunk."""
+    for first in range(0, rows, step := original.step(columns)):
+        last = min(first + step, rows)
+        values, packed = original.rows(weight.expert, first, last).float(), read_rows(weight, layout, first, last)
+        blocks = packed.in_blocks(values)
+        smaller, larger = (packed.by_stored(blocks * (1 + ties)) for ties in (-damage.TIES, damage.TIES))
+        decoded, margin = packed.in_blocks(packed.decoded()), packed.margin(values)
+        yield AgainstRounding.of(blocks, decoded, smaller, larger, margin, columns)

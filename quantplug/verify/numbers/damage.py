@@ -1,0 +1,178 @@
+"""Whether a weight is damaged in part: a block, a few codes, a column, too few of its values to move any sum.
+
+Asked where single values are further off than rounding to nearest can put them (`bounds.py`). A search for scales
+clips, and error feedback (GPTQ) moves values, so such values alone are no fault. Two things are, whatever packed it:
+
+- Values that were changed after they were rounded. Where nearly all values are what rounding to nearest by the stored
+  scales gives, there was no feedback: these scales then explain every value, clipped ones too, and one that is further
+  off by `MARGIN` was changed, or its scale. Damage spoils few rows or few columns, feedback all: the worst `FEW` of
+  them are left out, and of the others `CLEAN` of all values may be unexplained. (Feedback that makes a difference of a
+  quarter of a step or more, which `MARGIN` is, changes one code in twenty.) As inputs that are alike in few channels
+  may feed back into few columns alone, a column is damaged only where its error is as large as itself, too.
+- A column whose gain, <decoded, original> / <original, original> over its rows, is neither 1, nor what rounding by the
+  stored scales gives. Errors that are fed back come from other columns and so have no common sign with the column's
+  own values, be they more than a step: lost columns are 1 off, and so are columns in each other's places.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import reduce
+
+import torch
+
+TIES = 2.0**-7  # what packers that divide in BF16, by a scale in BF16, take for a tie
+MARGIN = 1 / 24  # of a block's largest magnitude: a quarter of a step between codes of 4 bits
+FEW = 0.05  # of the rows, or of the columns, that may hold the damage: one row, or the columns of one byte, at least
+CLEAN = 0.005  # of the other values, that may be unexplained
+ENOUGH = 1024  # values, to tell feedback from none
+OFF_COLUMN = 0.5  # that a column's gain may be off by
+DEVIATIONS = 5.0  # of chance
+STEP = 4.0  # margins: a step of 4 bits
+_SAME = 1e-6  # in which FP32 products differ
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Where a weight is damaged.
+
+    Attributes:
+        rows: Rows with values that nothing explains, of a weight that was rounded to nearest.
+        values: How many these are.
+        columns: Columns that are lost, or others.
+    """
+
+    rows: list[int]
+    values: int
+    columns: list[int]
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """INT64 [rows].
+
+    Attributes:
+        unexplained: Values that rounding does not give.
+        far: Those of them that are further off than it puts values, by a margin.
+    """
+
+    unexplained: torch.Tensor
+    far: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """FP64 [columns], over some rows.
+
+    Attributes:
+        norm: Squares of the original.
+        dot: Products of decoded and original.
+        error: Squared differences.
+        lower: The least that `dot` is where the original is rounded by the stored scales.
+        upper: The most.
+        unexplained: Values that rounding does not give.
+        margin: Squares of the margin.
+    """
+
+    norm: torch.Tensor
+    dot: torch.Tensor
+    error: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    unexplained: torch.Tensor
+    margin: torch.Tensor
+
+    def plus(self, other: "ColumnSums") -> "ColumnSums":
+        """The sums over both."""
+        return ColumnSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def off(self, rows: int) -> torch.Tensor:
+        """BOOL [columns]: whose gain neither rounding explains, nor errors of other columns."""
+        outside = torch.maximum(
+            torch.minimum(self.lower, self.norm) - self.dot, self.dot - torch.maximum(self.upper, self.norm)
+        )
+        # The error across the column is what others may have fed back; it lies along the column by chance alone.
+        across = (self.error - (self.dot - self.norm).square() / self.norm).clamp(min=0)
+        chance = DEVIATIONS * (across / self.norm / rows).sqrt()
+        return (self.norm > self._step) & (outside / self.norm > OFF_COLUMN + chance)
+
+    @property
+    def gone(self) -> torch.Tensor:
+        """BOOL [columns]: whose error is larger than they are, and than feedback from few others makes it."""
+        return (self.norm > 0) & (self.error > torch.maximum(self.norm, self._step))
+
+    @property
+    def _step(self) -> torch.Tensor:
+        return STEP**2 * self.margin
+
+
+@dataclass(frozen=True)
+class AgainstRounding:
+    """Some rows of a weight beside their original, rounded by the stored scales."""
+
+    by_row: RowCounts
+    by_column: ColumnSums
+
+    @classmethod
+    def of(
+        cls,
+        original: torch.Tensor,
+        decoded: torch.Tensor,
+        smaller: torch.Tensor,
+        larger: torch.Tensor,
+        margin: torch.Tensor,
+        columns: int,
+    ) -> "AgainstRounding":
+        """Of FP32 blocks [rows, blocks, values].
+
+        Args:
+            smaller: The original rounded by the stored scales, where ties are rounded towards zero.
+            larger: The same, where they are rounded away from it.
+            margin: How much further off than these what was rounded may be, however it was divided. Broadcasts.
+            columns: How many the weight has; the last block may go beyond them.
+        """
+
+        def flat(blocks: torch.Tensor) -> torch.Tensor:
+            return blocks.flatten(1)[:, :columns]
+
+        margins = flat(margin.expand_as(original))
+        original, decoded, smaller, larger = (flat(it) for it in (original, decoded, smaller, larger))
+        slack = _SAME * decoded.abs()
+        low, high = torch.minimum(smaller, larger) - slack, torch.maximum(smaller, larger) + slack
+        # What is not a number is not explained, and not far: it has a finding of its own.
+        unexplained = ~((decoded >= low) & (decoded <= high))
+        difference = (decoded - original).abs()
+        nearest = torch.maximum((smaller - original).abs(), (larger - original).abs())
+        far = unexplained & (difference > nearest + margins)
+        values = original.double()
+        dots = [(it.double() * values).sum(0) for it in (decoded, smaller, larger)]
+        by_column = ColumnSums(
+            norm=values.square().sum(0),
+            dot=dots[0],
+            error=difference.double().square().sum(0),
+            lower=torch.minimum(*dots[1:]),
+            upper=torch.maximum(*dots[1:]),
+            unexplained=unexplained.double().sum(0),
+            margin=margins.double().square().sum(0),
+        )
+        return cls(RowCounts(unexplained.sum(1), far.sum(1)), by_column)
+
+
+def found(chunks: Iterable[AgainstRounding]) -> Damage | None:
+    """The damage of a weight, of all of its rows in order; None where there is none."""
+    counts, sums = zip(*((it.by_row, it.by_column) for it in chunks), strict=True)
+    by_column = reduce(ColumnSums.plus, sums)
+    unexplained, far = (torch.cat([getattr(it, name) for it in counts]) for name in ("unexplained", "far"))
+    rows, columns = len(far), len(by_column.norm)
+    if not _is_clean(unexplained, columns, 1):
+        far = torch.zeros_like(far)
+    off = by_column.off(rows)
+    if _is_clean(by_column.unexplained, rows, 2):
+        off |= by_column.gone
+    damaged = [places.nonzero().flatten().tolist() for places in (far > 0, off)]
+    return Damage(damaged[0], int(far.sum()), damaged[1]) if any(damaged) else None
+
+
+def _is_clean(unexplained: torch.Tensor, values: int, least: int) -> bool:
+    """Whether rows, or columns, but for few hold what rounding gives: each of them so many values."""
+    others = unexplained.sort(descending=True).values[max(least, int(FEW * len(unexplained))) :]
+    return len(others) * values >= ENOUGH and int(others.sum()) <= CLEAN * len(others) * values
