@@ -23,6 +23,7 @@ class Option(Enum):
     QUERY_DIRECT = "queries of multi-latent attention without one"
     QK_NORM = "norms on queries and keys"
     QKV_BIAS = "biases of queries, keys and values"
+    OUTPUT_BIAS = "bias of what attention gives"
     QUERY_GATE = "gates of what attention gives, in the projection of the queries"
     EXPERT_LATENT = "projections into a latent before the routed experts, and out of it behind them"
 

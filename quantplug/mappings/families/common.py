@@ -76,6 +76,11 @@ QKV_BIAS = (
     ),
 )
 
+# Added once, after the sum over ranks: whole on each.
+OUTPUT_BIAS = WeightMapping(
+    ("decoder.layers.*.self_attention.linear_proj.bias",), ("model.layers.*.self_attn.o_proj.bias",), Scope.LAYER
+)
+
 # One weight [D] for all heads, so every tensor parallel rank holds it whole.
 QK_NORM = (
     WeightMapping(

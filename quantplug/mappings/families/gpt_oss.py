@@ -18,10 +18,10 @@ CLAMP = 7.0
 _EXPERTS = "model.layers.*.mlp.experts"
 _ATTENTION = "model.layers.*.self_attn"
 
-# The bias of the output projection is added once, after the sum over ranks: whole on each. Sinks go with the heads.
+# Sinks go with the heads.
 ATTENTION_BIASES = (
     *common.QKV_BIAS,
-    WeightMapping(("decoder.layers.*.self_attention.linear_proj.bias",), (f"{_ATTENTION}.o_proj.bias",), Scope.LAYER),
+    common.OUTPUT_BIAS,
     WeightMapping(
         ("decoder.layers.*.self_attention.core_attention.softmax_offset",),
         (f"{_ATTENTION}.sinks",),
