@@ -1,7 +1,7 @@
 """What callers choose from, by name: in Python, on the command line, in examples and documents alike.
 
 Nothing but names and what they mean, so that the command line can list and complete them without waiting for torch.
-What each does is said where it is done: `formats/names.py`, `formats/search/candidates.py`, `selection.py`,
+What each does is said where it is done: `formats/names.py`, `formats/search/candidates.py`, `selection/policy.py`,
 `export/plan/dialects/table.py` and `export/pipeline/amaxes.py` have a table of each.
 """
 

@@ -9,18 +9,9 @@ from quantplug.errors import MappingError, QuantplugError, UnsupportedQuantizati
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions, Option
 from quantplug.mappings.table import Family, ParamKey
-from quantplug.selection import (
-    LeaveOut,
-    Policy,
-    Reason,
-    by_checker,
-    by_exclude,
-    by_rules,
-    by_rules_of_pairs,
-    decide,
-    excluding,
-    quantized,
-)
+from quantplug.selection.advice import LeaveOut, by_checker, by_exclude, by_rules, by_rules_of_pairs
+from quantplug.selection.exclude import excluding
+from quantplug.selection.policy import Policy, Reason, decide, quantized
 from tests.export.refusals import offenders
 
 MOE = ModelDimensions(2, 160, 4, 2, 48, vocab_size=523, num_experts=3, moe_layers=(0, 1))

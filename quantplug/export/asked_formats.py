@@ -10,7 +10,7 @@ import torch
 from quantplug.errors import ArgumentError, Offender
 from quantplug.formats.names import Scheme, in_groups, scheme_named, scheme_without_data
 from quantplug.mappings.table import Family, ParamKey
-from quantplug.selection import Decision, Decisions, Policy, decide
+from quantplug.selection.policy import Decision, Decisions, Policy, decide
 
 
 @dataclass(frozen=True)

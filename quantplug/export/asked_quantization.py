@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from quantplug.choices import Preset
 from quantplug.export.asked_formats import Formats, asked_formats, require_experts
 from quantplug.export.files.outcome import Reasons
 from quantplug.export.model_free import ModelByConfig, WeightOnlyPlan, chosen_weights
@@ -11,7 +12,8 @@ from quantplug.export.plan.build import ExportRequest
 from quantplug.export.plan.types import WholeWeight
 from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_without_data, scales_named
 from quantplug.formats.search.candidates import Scales
-from quantplug.selection import Policy, Preset, by_exclude, preset_named, require_output_layer
+from quantplug.selection.advice import by_exclude
+from quantplug.selection.policy import Policy, preset_named, require_output_layer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from quantplug.checkpoint.config_file import in_megatrons_words
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.checkpoint.torch_dist.aside import Aside
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader
-from quantplug.choices import EXPORT_FORMATS, PLAIN
+from quantplug.choices import EXPORT_FORMATS, PLAIN, Preset
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.asked_quantization import AskedQuantization
 from quantplug.export.files.finish import Beside, ExportResult, result_of
@@ -53,7 +53,7 @@ from quantplug.formats.names import (
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent
-from quantplug.selection import Preset, preset_named
+from quantplug.selection.policy import preset_named
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.megatron.parameters import model_chunks
 from quantplug.plugins.local_layers import misplaced_rules, refuse_misplaced
 from quantplug.plugins.rules import judge_rules, refuse_unmatched
-from quantplug.selection import LeaveOut, by_rules, by_rules_of_pairs
+from quantplug.selection.advice import LeaveOut, by_rules, by_rules_of_pairs
 from quantplug.topology import ParallelTopology
 
 

@@ -41,7 +41,8 @@ from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey
 from quantplug.progress import Progress
-from quantplug.selection import Policy, excluding, quantized
+from quantplug.selection.exclude import excluding
+from quantplug.selection.policy import Policy, quantized
 
 
 def require_free(destination: Path) -> None:

@@ -14,6 +14,7 @@ from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
+from quantplug.choices import Preset
 from quantplug.export.asked_quantization import AskedQuantization
 from quantplug.export.files.finish import Beside, ExportResult, result_of
 from quantplug.export.model_free import (
@@ -32,7 +33,6 @@ from quantplug.formats.names import (
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
-from quantplug.selection import Preset
 
 __all__ = ["QuantFormat", "quantize_checkpoint"]
 

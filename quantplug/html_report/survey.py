@@ -8,7 +8,7 @@ from quantplug.choices import DialectName
 from quantplug.html_report.histograms import Histogram, of_codes, of_scales, samples_of
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.mappings.table import Role
-from quantplug.selection import Policy
+from quantplug.selection.policy import Policy
 from quantplug.verify.inventory import names
 from quantplug.verify.inventory.checkpoint import UnreadableTensorError
 from quantplug.verify.inventory.layouts import is_plain

@@ -12,6 +12,7 @@ from modelopt.recipe import ModelOptPTQRecipe, load_recipe
 from quantplug.checkpoint.config_file import ties_embeddings
 from quantplug.checkpoint.reader import resolve_source
 from quantplug.checkpoint.source_config import read_source_config
+from quantplug.choices import Preset
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_named
 from quantplug.mappings.families import find_family
@@ -19,14 +20,13 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
 from quantplug.plugins.recipe_names import in_megatron
-from quantplug.selection import (
+from quantplug.selection.advice import quantizer_rule
+from quantplug.selection.policy import (
     Decision,
     Kept,
     Policy,
-    Preset,
     Reason,
     preset_named,
-    quantizer_rule,
     refuse_nothing,
     require_output_layer,
 )

@@ -8,7 +8,7 @@ from quantplug.export.plan.types import ExportPlan
 from quantplug.mappings.serving_tp import BlockedLinear, ServingTp, of_checkpoint
 from quantplug.mappings.shapes.kinds import kind_of
 from quantplug.mappings.table import ParamKey
-from quantplug.selection import Kept, Reason
+from quantplug.selection.policy import Kept, Reason
 
 Reasons = Mapping[ParamKey, Kept]
 """Why weights of matrix products stay in high precision."""

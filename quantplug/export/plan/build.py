@@ -45,7 +45,7 @@ from quantplug.formats import BlockFormat, TensorSpec, WeightFormat
 from quantplug.formats.names import KVCacheFormat, Scheme
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
 from quantplug.mappings.table import Family, ParamKey, Placement, Role, WeightMapping
-from quantplug.selection import LeaveOut, by_rules
+from quantplug.selection.advice import LeaveOut, by_rules
 
 MAX_SHARD_SIZE = 5 * 10**9
 """Bytes of one file unless a caller says otherwise: what a killed export has not finished of a file is written anew."""

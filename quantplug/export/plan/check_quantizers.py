@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from quantplug.choices import Preset
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
 from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.dialects.dialect import Dialect
@@ -12,7 +13,8 @@ from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role, Scope, WeightMapping, fill
-from quantplug.selection import NONE_LEFT, Kept, LeaveOut, Policy, Preset, quantizer_rules
+from quantplug.selection.advice import NONE_LEFT, LeaveOut, quantizer_rules
+from quantplug.selection.policy import Kept, Policy
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
 # Where a weight's format is not known: bits enough for every row, so that the policy judges by role alone.

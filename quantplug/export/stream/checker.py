@@ -8,7 +8,7 @@ from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none, gather_objects
-from quantplug.selection import Kept, Reason
+from quantplug.selection.policy import Kept, Reason
 
 QuantizationChecker = Callable[[str], bool]
 """Sees a global Megatron name such as `decoder.layers.3.mlp.experts.linear_fc1.weight69`; whether to quantize it."""

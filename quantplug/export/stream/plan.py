@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantplug.choices import Preset
 from quantplug.export.asked_formats import require_experts
 from quantplug.export.live_plan import PlannedExport, plan_export
 from quantplug.export.plan.scheme import quantizers_for
@@ -19,7 +20,8 @@ from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
-from quantplug.selection import Kept, Policy, Preset, by_checker, refuse_nothing, require_output_layer
+from quantplug.selection.advice import by_checker
+from quantplug.selection.policy import Kept, Policy, refuse_nothing, require_output_layer
 from quantplug.topology import ParallelTopology
 
 

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from quantplug.choices import Preset
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError, UnsupportedQuantizationError
 from quantplug.export.asked_formats import Formats, asked_formats
 from quantplug.export.pipeline.amaxes import WeightAmax, weight_amax_policy
@@ -21,7 +22,7 @@ from quantplug.export.stream.checker import QuantizationChecker
 from quantplug.export.stream.quant_fn import QuantFn
 from quantplug.formats.names import QuantFormat, scales_named
 from quantplug.formats.search.candidates import Scales
-from quantplug.selection import Preset, preset_named
+from quantplug.selection.policy import preset_named
 from quantplug.topology import ParallelTopology
 
 Arguments = ParamSpec("Arguments")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.mappings.shapes.kinds import kind_of
-from quantplug.selection import Policy, Reason, decide
+from quantplug.selection.policy import Policy, Reason, decide
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory import names
 from quantplug.verify.inventory.checkpoint import ITEM_BYTES
