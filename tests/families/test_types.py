@@ -1,4 +1,4 @@
-"""Tensors that models compute with in FP32: their type on disk is the source's, and no bit of them is lost."""
+"""Tensors that models compute with in FP32: no bit of them is lost, by whichever way they are written."""
 
 import json
 import shutil
@@ -56,6 +56,28 @@ def test_without_the_source_s_weights_they_are_written_as_all_others(source: Pat
     stored, exported = read(source), read(tmp_path / "out")
     for name in [name for name in stored if name.endswith(WIDE)]:
         assert same_bytes(exported[name], stored[name].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "glm4v_moe"])
+def test_biases_that_choose_experts_are_fp32_by_every_way(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Servers and transformers hold them so, whatever a source has them in: 16 bits widened, no other number."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint(name), source)
+    tensors = load_file(source / "model.safetensors")
+    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert biases
+    tensors |= {name: tensors[name].bfloat16() for name in biases}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with one_rank():
+        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "out")
+    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4", preset="all")
+    exported, free = read(tmp_path / "out"), read(tmp_path / "free")
+    assert [name for name in biases if not same_bytes(free[name], tensors[name].float())] == []
+    assert exported.keys() == free.keys()
+    assert [name for name in exported if not same_bytes(exported[name], free[name])] == []
+    assert verify_checkpoint(tmp_path / "free", source).ok
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "llama4"])

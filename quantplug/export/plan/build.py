@@ -263,15 +263,16 @@ class _Packing:
         """Types on disk of the parts that stay plain."""
         # Where each tensor keeps its own type, parts of one weight may have several. Written by another row than they
         # are stored by they are other parts, which have the one type that holds all values.
-        own = weight.part_dtypes if self.request.dtype is None else ()
+        own = weight.part_dtypes if self.request.dtype is None and mapping.dtype is None else ()
         return own if len(own) == parts else (self._plain_dtype(weight, mapping),) * parts
 
     def _plain_dtype(self, weight: WholeWeight, mapping: WeightMapping) -> torch.dtype:
-        # From checkpoint to checkpoint: every plain tensor keeps its own type, routers and norms too.
-        if self.request.dtype is None:
-            return weight.dtype
+        # Servers and transformers hold it in this type, whatever the source has it in.
         if mapping.dtype is not None:
             return mapping.dtype
+        # From checkpoint to checkpoint: every other plain tensor keeps its own type, routers and norms too.
+        if self.request.dtype is None:
+            return weight.dtype
         if mapping.keep_source_dtype:
             # The wider of the two: the decay of a delta net (A_log) that is FP32 in the source must not lose bits, nor
             # one in BF16 be kept from the type that was asked for.
