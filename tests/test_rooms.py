@@ -26,7 +26,7 @@ ROWS = (
     ("mappings", "formats"),
     ("findings",),
     ("releases",),
-    ("atomic", "choices", "compiled", "errors", "lazy", "progress", "topology"),
+    ("atomic", "choices", "compiled", "errors", "lazy", "progress", "threads", "topology"),
     ("printable",),
 )
 # The same inside export: entries at the top; at the bottom the plan, which knows neither ranks at work nor files.

@@ -6,13 +6,14 @@ runtime ends the process when two threads, or a forked process, use it at once.
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
+
+from quantplug.threads import results_in_order
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,18 +82,7 @@ def in_order(step: Callable[[Item], Result], items: Iterable[Item]) -> Generator
     if threads == 1 or _here.has_neighbours:
         yield from map(step, items)
         return
-    under_way: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            under_way.append(_pool(threads).submit(_beside_others, step, item))
-            if len(under_way) > threads:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        for future in under_way:
-            future.cancel()
-        wait(under_way)
+    yield from results_in_order(_pool(threads), partial(_beside_others, step), items, threads)
 
 
 def _beside_others(step: Callable[[Item], Result], item: Item) -> Result:
