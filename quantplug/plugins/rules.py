@@ -63,7 +63,7 @@ class JudgedRule:
 
     Attributes:
         matched: Whether it matches a quantizer here.
-        reason: What to tell the user if it matches none anywhere.
+        reason: What to tell the user if it matches none anywhere; empty where it matches here.
     """
 
     rule: Rule
@@ -84,7 +84,12 @@ def judge_rules(model: nn.Module | Sequence[nn.Module]) -> tuple[JudgedRule, ...
     # The rules are about names as seen from the modules that `mtq.quantize` was called on.
     roots = list(quantized_roots([model] if isinstance(model, nn.Module) else model))
     rules = dict.fromkeys(rule for root in roots for rule in _rules_to_judge(root))
-    return tuple(JudgedRule(rule, any(map(rule.matches, roots)), _reason(rule, roots)) for rule in rules)
+    matched = {rule for rule in rules if any(map(rule.matches, roots))}
+    # Looking for a name that is near takes a while where there are many: only for rules of which it may be told.
+    patterns = _name_patterns(roots) if len(matched) < len(rules) else []
+    return tuple(
+        JudgedRule(rule, rule in matched, "" if rule in matched else _reason(rule, patterns)) for rule in rules
+    )
 
 
 def refuse_unmatched(judged: Iterable[JudgedRule]) -> None:
@@ -164,10 +169,10 @@ def _stock_disabling_rules() -> Iterator[Rule]:
             yield from (rule for rule in _rules(config["quant_cfg"]) if not rule.enable)
 
 
-def _reason(rule: Rule, roots: Sequence[nn.Module]) -> str:
+def _reason(rule: Rule, patterns: Sequence[str]) -> str:
     where = f" in a {rule.parent_class}" if rule.parent_class else ""
     # Without a cutoff: however far off a name is, the nearest one that exists says more than none.
-    near = get_close_matches(rule.quantizer_name, _name_patterns(roots), n=1, cutoff=0.0)
+    near = get_close_matches(rule.quantizer_name, patterns, n=1, cutoff=0.0)
     effect = "matches nothing" if rule.enable else "is to leave out, but matches nothing"
     return f"{effect}{where}" + (f"; the nearest quantizers are {near[0]}" if near else "")
 

@@ -19,7 +19,7 @@ from quantplug.megatron.parameters import MegatronParameter, iter_parameters
 from tests.plugins.configs import BLOCKWISE
 from tests.plugins.tiny_model import DENSE, EXPERTS, tiny_model
 
-LAYOUTS = [{}, {"tp": 2, "pp": 2}, {"ep": 4}, {"tp": 2, "ep": 2}, {"tp": 2, "etp": 2, "ep": 2}, {"pp": 2, "ep": 2}]
+LAYOUTS = [{}, {"tp": 2, "ep": 2}, {"tp": 2, "etp": 2, "ep": 2}, {"pp": 2, "ep": 2}]
 WHOLE_BLOCKS = {"hidden_size": 256, "moe_ffn_hidden_size": 256}
 
 

@@ -13,12 +13,12 @@ from quantplug.megatron.parallel import initialize_parallel
 from tests.distributed.checkpoint_worker import Key, block_shard, gathered, quantizers, relayout
 from tests.plugins.tiny_model import EXPERTS, tiny_model
 
-LAYOUTS = [{"ep": 4}, {"pp": 2, "ep": 2}, {"tp": 2, "etp": 2}, {"tp": 2, "ep": 2}]
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("047_nvfp4", {}),
-    ("046_nvfp4", {}),
-    ("047_fp8_blockwise_256", {"moe_ffn_hidden_size": 256}),
+CASES: list[tuple[str, list[dict[str, int]], dict[str, Any]]] = [
+    ("047_nvfp4", [{"pp": 2, "ep": 2}, {"tp": 2, "ep": 2}], {}),
+    ("046_nvfp4", [{"pp": 2, "ep": 2}, {"ep": 4}], {}),
+    ("047_fp8_blockwise_256", [{"ep": 4}, {"tp": 2, "etp": 2}], {"moe_ffn_hidden_size": 256}),
 ]
+"""Name of a checkpoint, the layouts that it is loaded at, and the sizes of its model."""
 
 
 def place(name: str) -> Key:
@@ -46,8 +46,8 @@ def check(directory: Path, name: str, layout: dict[str, int], **settings: Any) -
 
 def main(directory: Path) -> None:
     initialize_parallel()
-    for name, settings in CASES:
-        for layout in LAYOUTS:
+    for name, layouts, settings in CASES:
+        for layout in layouts:
             check(directory, name, layout, **settings)
             if dist.get_rank() == 0:
                 sys.stdout.write(f"{name} {layout} ok\n")

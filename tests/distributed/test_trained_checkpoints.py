@@ -36,7 +36,7 @@ def sources(made_once: MadeOnce, request: pytest.FixtureRequest) -> dict[str, Pa
 def trained(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     directory = tmp_path_factory.mktemp("trained")
     return directory, run_ranks(
-        4, HERE / "trained_worker.py", directory, *(f"{it[0]}={it[1]}" for it in sources.items())
+        2, HERE / "trained_worker.py", directory, *(f"{it[0]}={it[1]}" for it in sources.items())
     )
 
 

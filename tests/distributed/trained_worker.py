@@ -1,4 +1,4 @@
-"""Saves models as trainers do at some layouts and loads them at others, on 4 ranks, for test_trained_checkpoints.py.
+"""Saves models as trainers do at some layouts and loads them at others, on 2 ranks, for test_trained_checkpoints.py.
 
 Usage: trained_worker.py OUTPUT_DIR NAME=SOURCE_DIR ...
 """
@@ -31,12 +31,12 @@ Layout = dict[str, Any]
 """Parallel sizes; `vpp`, virtual stages of a rank; `stages`, their layers in Megatron's words."""
 
 SAVED: dict[str, list[tuple[str, Layout]]] = {
-    "qwen3_moe": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "ep": 2, "stages": "Ett|L"})],
+    "qwen3_moe": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "stages": "Ett|L"})],
     # One layer of it is dense.
     "qwen3_mixed": [("vpp2", {"pp": 2, "vpp": 2})],
-    "deepseek_v3": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "ep": 2, "stages": "Etttt|mL"})],
+    "deepseek_v3": [("tp2ep2", {"tp": 2, "ep": 2}), ("pp2", {"pp": 2, "stages": "Etttt|mL"})],
 }
-LOADED: list[Layout] = [{}, {"ep": 4}, {"pp": 2, "vpp": 2}, {"tp": 2, "etp": 2}, {"pp": 2, "stages": "E|ttttL"}]
+LOADED: list[Layout] = [{}, {"ep": 2}, {"pp": 2, "vpp": 2}, {"tp": 2, "etp": 2}, {"pp": 2, "stages": "E|ttttL"}]
 
 
 def built(source: Path, layout: Layout, *, weights: bool) -> list[nn.Module]:
@@ -66,7 +66,7 @@ class Hostile:
 
 
 def hostile(directory: Path, source: Path) -> None:
-    """An object that two of four ranks read ends all of them alike, and runs on none."""
+    """An object that one of two ranks reads ends both of them alike, and runs on none."""
     set_up({"ep": 2})
     model = quantplug.build_model(source, import_weights=True)
     quantplug.save_checkpoint(

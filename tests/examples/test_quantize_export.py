@@ -1,10 +1,7 @@
-"""The two commands of the README as a user runs them, with torchrun and a checkpoint between them."""
+"""The two commands of the README on one rank, with a checkpoint between them; tools/demo.sh runs them by torchrun."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,21 +19,7 @@ from tests.ranks import Ended, run_ranks
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-Run = Callable[..., Ended]
 Source = Callable[[str], Path]
-
-
-def by_torchrun(script: str, *options: str | Path) -> Ended:
-    """One rank under torchrun, on a port of its own choice."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    run = subprocess.run(
-        [*launcher, str(EXAMPLES / script), *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
-    )
-    return Ended((run.returncode,), run.stdout)
 
 
 def forked(script: str, *options: str | Path) -> Ended:
@@ -48,13 +31,13 @@ def make(directory: Path, architecture: Architecture) -> Path:
     return directory
 
 
-def quantize_and_export(run: Run, source: Path, work: Path, *options: str) -> Path:
-    quantized = run(
+def quantize_and_export(source: Path, work: Path, *options: str) -> Path:
+    quantized = forked(
         "quantize.py", "--hf-model-id", source, "--megatron-save-path", work / "Q", "--stats-json", work / "s", *options
     )
     assert quantized.ok, quantized.output
     assert "Quantization Statistics" in quantized.output
-    exported = run(
+    exported = forked(
         "export.py", "--hf-model-id", source, "--megatron-load-path", work / "Q", "--export-dir", work / "out"
     )
     assert exported.ok, exported.output
@@ -65,7 +48,7 @@ def quantize_and_export(run: Run, source: Path, work: Path, *options: str) -> Pa
 def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
     options = ("--export-quant-cfg", "nvfp4", "--weight-only", "--kv-cache", "fp8_cast")
-    exported = read(quantize_and_export(by_torchrun, source, tmp_path, *options))
+    exported = read(quantize_and_export(source, tmp_path, *options))
     original = read(source)
     amaxes = group_amaxes(original)
     for name, weight in linear_weights(original).items():
@@ -87,7 +70,7 @@ def test_nvfp4_of_experts_is_modelopts_of_the_source(tmp_path: Path) -> None:
 
 def test_fp8_of_a_dense_model(tmp_path: Path) -> None:
     source = make(tmp_path / "hf", Architecture.QWEN3)
-    exported = read(quantize_and_export(forked, source, tmp_path, "--export-quant-cfg", "fp8", "--weight-only"))
+    exported = read(quantize_and_export(source, tmp_path, "--export-quant-cfg", "fp8", "--weight-only"))
     original = read(source)
     for name, amax in group_amaxes(original).items():
         scale = torch.tensor(amax) / torch.tensor(448.0)
@@ -112,7 +95,7 @@ def test_activations_are_calibrated_on_a_text_without_a_gpu(tmp_path: Path) -> N
     (tmp_path / "text").write_text("In the beginning was the Word, and the Word was with God. " * 40)
     data = ("--calib-dataset", tmp_path / "text", "--calib-size", 4, "--calib-seq-length", 32)
     options = ("--export-quant-cfg", "fp8", "--cold-experts", "layer_max", *data)
-    exported = read(quantize_and_export(forked, source, tmp_path, *options))
+    exported = read(quantize_and_export(source, tmp_path, *options))
     scales = {name: float(tensor) * 448 for name, tensor in exported.items() if name.endswith(".input_scale")}
     tokens = tokenized(source, tmp_path / "text")[: 4 * 32].view(4, 32)
     largest = largest_inputs(source, tokens)
@@ -140,7 +123,7 @@ def test_a_recipe_without_data(tmp_path: Path) -> None:
     """Experts in NVFP4 with a constant scale of their inputs, and a KV cache in FP8 by cast, as NVIDIA publishes."""
     source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
     recipe = "nvfp4_experts_only_input_scale1-kv_fp8_cast"
-    exported = read(quantize_and_export(forked, source, tmp_path, "--recipe", recipe))
+    exported = read(quantize_and_export(source, tmp_path, "--recipe", recipe))
     scales = {name: tensor.item() for name, tensor in exported.items() if name.endswith(".input_scale")}
     assert set(scales.values()) == {1.0}
     assert all(".mlp.experts." in name for name in scales)
