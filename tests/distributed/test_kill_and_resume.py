@@ -124,7 +124,7 @@ def test_random_kills_end_with_the_same_bytes(ranks: Ranks, smooth: Path, tmp_pa
     dice = random.Random(0)
     kills = 0
     out = tmp_path / "out"
-    while kills < 8:
+    while kills < 5:
         while not out.exists():
             victims = dice.choice([(0,), (1,), (0, 1)])
             outcomes = ranks.export(out, killed={rank: Moment(DISK, dice.randrange(160)) for rank in victims})
