@@ -13,7 +13,8 @@ from quantplug.export.plan.types import WholeWeight
 from quantplug.formats.names import KVCacheFormat, QuantFormat, kv_cache_without_data, scales_named
 from quantplug.formats.search.candidates import Scales
 from quantplug.selection.advice import by_exclude
-from quantplug.selection.policy import Policy, preset_named, require_output_layer
+from quantplug.selection.output_layer import require_output_layer
+from quantplug.selection.policy import Policy, preset_named
 
 
 @dataclass(frozen=True)

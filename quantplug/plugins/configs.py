@@ -21,6 +21,7 @@ from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMappin
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
 from quantplug.plugins.recipe_names import in_megatron
 from quantplug.selection.advice import quantizer_rule
+from quantplug.selection.output_layer import require_output_layer
 from quantplug.selection.policy import (
     Decision,
     Kept,
@@ -28,7 +29,6 @@ from quantplug.selection.policy import (
     Reason,
     preset_named,
     refuse_nothing,
-    require_output_layer,
 )
 
 _NO_INPUTS = {"quantizer_name": "*input_quantizer", "enable": False}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from quantplug.choices import Preset
-from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
+from quantplug.errors import UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, choice_named
 from quantplug.formats.names import Scheme
 from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
@@ -167,20 +167,6 @@ def decide(keys: Iterable[ParamKey], family: Family, policy: Policy) -> Decision
     table = family.by_megatron()
     rows = {key: table[key.module] for key in keys if key.module in table}
     return {key: Decision(row, policy.why_kept(row)) for key, row in rows.items() if row.role.multiplies}
-
-
-def require_output_layer(*, quantize_lm_head: bool, tied: bool) -> None:
-    """Refuses to quantize an output layer that is the embedding's weight, which servers look rows up in.
-
-    Raises:
-        ArgumentError: That is asked for.
-    """
-    if quantize_lm_head and tied:
-        raise ArgumentError(
-            "The model has no output layer of its own: its config ties it to the embedding.",
-            [Offender("quantize_lm_head", "is set")],
-            "Leave it out (--quantize-lm-head): a tied output layer stays in high precision, as the embedding does.",
-        )
 
 
 def refuse_nothing(decisions: Decisions) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
 from quantplug import (
@@ -19,6 +20,8 @@ from quantplug import (
 )
 from quantplug.errors import ArgumentError, CheckpointError, QuantplugError, UnsupportedQuantizationError
 from quantplug.verify import verify_checkpoint
+from quantplug.verify.checks import Check
+from quantplug.verify.report import Severity
 from tests.export.checkpoints import assert_same_export, load, read, same_bytes
 from tests.families.served import errors_of
 
@@ -122,6 +125,30 @@ def test_fp8_blocks_have_no_place_for_it(divisible_dir: Path, tmp_path: Path) ->
             quantize_checkpoint(
                 divisible_dir, tmp_path / "out", "fp8_blockwise", dialect=dialect, quantize_lm_head=True
             )
+
+
+def test_those_of_others_are_found(divisible_dir: Path, tmp_path: Path) -> None:
+    """compressed-tensors' config can ask for them; SGLang 0.5.23 (`get_lm_head_scheme`) has no such scheme."""
+    out = tmp_path / "out"
+    quantize_checkpoint(divisible_dir, out, "fp8_blockwise", dialect="compressed-tensors")
+    tensors = read(out)
+    rows, columns = tensors[HEAD].shape
+    tensors[HEAD] = tensors[HEAD].to(torch.float8_e4m3fn)
+    tensors["lm_head.weight_scale"] = torch.ones(-(-rows // 128), -(-columns // 128), dtype=torch.bfloat16)
+    for file in out.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    said = config["quantization_config"]
+    said["ignore"].remove("lm_head")
+    said["config_groups"]["group_0"]["targets"].append("lm_head")
+    (out / "config.json").write_text(json.dumps(config))
+
+    verdict = verify_checkpoint(out)
+    (found,) = [finding for finding in verdict.findings if finding.subject == "lm_head"]
+    assert (found.check, found.severity) == (Check.SGLANG, Severity.WARNING)
+    assert "FP8 blocks" in found.message
+    assert verdict.ok
 
 
 def test_a_tied_one_is_the_embedding(tiny_qwen3_tied_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import ParamKey, Role, Scope, WeightMapping, fill
 from quantplug.selection.advice import NONE_LEFT, LeaveOut, quantizer_rules
+from quantplug.selection.output_layer import unread_output_layer
 from quantplug.selection.policy import Kept, Policy
 
 _SETTING = Kind(UnsupportedQuantizationError, "Quantizers are set in a way that cannot be written.", schemes.WAY_OUT)
@@ -191,9 +192,9 @@ def check_output_layer(
         if scheme is None or row.role is not Role.OUTPUT_LAYER:
             continue
         way_out = leave_out([whole.key], _quantized_rows(mapped), dims)
-        if problem := dialect.output_layer_problem(scheme):
+        if unread := unread_output_layer(dialect.name, scheme.format):
             kind = Kind(UnsupportedQuantizationError, _UNSERVED, _or_else("Choose another format.", way_out))
-            findings.add_weight(kind, whole, f"{scheme.label}: the dialect {problem}")
+            findings.add_weight(kind, whole, f"{scheme.label}, an output layer: {unread.words}")
         # Servers find a copy by the name of the layer that it is in, which an exclude list spares as a whole.
         elif copies := row.duplicate_names(dims):
             kind = Kind(UnsupportedQuantizationError, _COPIED, _or_else("Export with drop_mtp (--drop-mtp).", way_out))

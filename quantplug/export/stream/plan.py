@@ -21,7 +21,8 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family, ParamKey, Role
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.selection.advice import by_checker
-from quantplug.selection.policy import Kept, Policy, refuse_nothing, require_output_layer
+from quantplug.selection.output_layer import require_output_layer
+from quantplug.selection.policy import Kept, Policy, refuse_nothing
 from quantplug.topology import ParallelTopology
 
 

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 from quantplug.checkpoint.config_file import ties_embeddings
 from quantplug.mappings.table import Role
+from quantplug.selection.output_layer import UnreadHead, unread_output_layer
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory import excludes, names
 from quantplug.verify.inventory.excludes import NamesByPart, with_parents
 from quantplug.verify.inventory.modules import Inventory, Module
+from quantplug.verify.inventory.spellings import dialect_of, format_of
 from quantplug.verify.report import Finding, Severity, error, warning
 
 _SHOWN = 4
@@ -120,24 +122,30 @@ def sensitive(inventory: Inventory) -> Iterator[Finding]:
             severity = Severity.WARNING if foreign else Severity.ERROR
             if not module.quantized or module.excluded:
                 yield from _must_be_plain(inventory, module, "the head", severity)
-            elif why := _unread_head(inventory, module):
-                yield error(Check.EXCLUDE_MISSING, module.name, f"the head, yet quantized: {why}")
+            elif unread := _unread_head(inventory, module):
+                message = f"the head, yet quantized: {unread.words}"
+                yield (
+                    warning(Check.SGLANG, module.name, message)
+                    if unread.by_sglang_alone
+                    else error(Check.EXCLUDE_MISSING, module.name, message)
+                )
         elif names.is_embedding(module.name) and module.quantized:
             yield error(Check.EXCLUDE_MISSING, module.name, "an embedding, yet quantized: no server reads that")
 
 
-def _unread_head(inventory: Inventory, module: Module) -> str | None:
+def _unread_head(inventory: Inventory, module: Module) -> UnreadHead | None:
     """Why servers do not read a quantized head: by `get_quant_method` of vLLM 0.32 and SGLang 0.5.23."""
+    method = inventory.scheme.method
     if names.last(module.name) != "lm_head":
-        return "servers load one of multi-token prediction in 16 bits"
+        return UnreadHead("servers load one of multi-token prediction in 16 bits")
     if ties_embeddings(inventory.checkpoint.config):
-        return "config.json ties it to the embedding, which servers look rows up in"
-    if inventory.scheme.method == "fp8":
-        return "in DeepSeek's form servers load it in 16 bits"
+        return UnreadHead("config.json ties it to the embedding, which servers look rows up in")
+    if (dialect := dialect_of(method)) and (unread := unread_output_layer(dialect, format_of(method, module.layout))):
+        return unread
     if not inventory.scheme.is_named(module.name):
-        return f"a group of Linear means no head to servers; name {module.name} in its targets"
+        return UnreadHead(f"a group of Linear means no head to servers; name {module.name} in its targets")
     rows = () if inventory.known is None else inventory.known.family.mappings
-    return next((row.unserved for row in rows if row.role is Role.OUTPUT_LAYER), None)
+    return next((UnreadHead(row.unserved) for row in rows if row.role is Role.OUTPUT_LAYER and row.unserved), None)
 
 
 def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Severity) -> Iterator[Finding]:

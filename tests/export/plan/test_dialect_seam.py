@@ -26,6 +26,7 @@ SHAPE = (8, 64)
 class Turned(Dialect):
     """Codes in 32 bits with an axis more, the scale of the tensor inverted, and a tensor beside."""
 
+    name = DialectName.MODELOPT
     fused_is_read = frozenset()
     reads_globs = False
 

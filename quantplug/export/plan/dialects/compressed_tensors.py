@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from quantplug.choices import DialectName
 from quantplug.export.plan.dialects.dialect import Dialect, Spelled, modules_by_scheme, stored_name
 from quantplug.export.plan.types import Constant, QuantConfig
 from quantplug.formats import FP8, TensorSpec
@@ -99,6 +100,7 @@ class CompressedTensorsDialect(Dialect):
     column in the low nibble, these are the same bytes. A KV cache has its scales beside attention's projections.
     """
 
+    name: ClassVar[DialectName] = DialectName.COMPRESSED_TENSORS
     # llm-compressor writes experts one by one, whatever the architecture, and servers load them so.
     fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
@@ -128,12 +130,6 @@ class CompressedTensorsDialect(Dialect):
         if scheme.format is not QuantFormat.INT4:
             return ()
         return (Constant(TensorSpec(stored_name(weight, "weight_shape"), (2,), torch.int64), shape),)
-
-    def output_layer_problem(self, scheme: Scheme) -> str | None:
-        # `get_lm_head_scheme` of SGLang 0.5.23's compressed_tensors.py.
-        if scheme.format is QuantFormat.FP8_BLOCKWISE:
-            return "has no output layer in FP8 blocks: SGLang takes scales a row or a tensor"
-        return None
 
     def cache_scale(self, projection: str, scale: str) -> TensorSpec:
         return TensorSpec(f"{projection.rpartition('.')[0]}.{scale}", (1,), torch.float32)

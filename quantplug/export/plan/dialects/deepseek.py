@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from quantplug.choices import DialectName
 from quantplug.export.plan.dialects.dialect import Dialect, Spelled
 from quantplug.export.plan.types import QuantConfig
 from quantplug.formats import TensorSpec
@@ -17,6 +18,7 @@ class DeepSeekDialect(Dialect):
     Experts in one tensor have `gate_up_proj_scale_inv`, as transformers and servers read it.
     """
 
+    name: ClassVar[DialectName] = DialectName.DEEPSEEK
     fused_is_read: ClassVar[Set[QuantFormat]] = frozenset()
     reads_globs: ClassVar[bool] = False
 
@@ -34,10 +36,6 @@ class DeepSeekDialect(Dialect):
     def stored(self, scheme: Scheme, weight: str, tensor: TensorSpec) -> Spelled:
         # The suffix goes behind the whole name: `q_proj.weight_scale_inv`, and `experts.gate_up_proj_scale_inv`.
         return Spelled(replace(tensor, name=weight if tensor.name == "weight" else f"{weight}_scale_inv"))
-
-    def output_layer_problem(self, scheme: Scheme) -> str | None:
-        # `Fp8Config.get_quant_method` of vLLM 0.32 and SGLang 0.5.23 knows linears and experts.
-        return "has no output layer: servers load it in 16 bits beside FP8 blocks"
 
     def config(
         self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None

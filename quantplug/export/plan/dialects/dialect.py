@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from quantplug.choices import DialectName
 from quantplug.export.plan.types import Constant, QuantConfig
 from quantplug.formats import TensorSpec
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
@@ -36,6 +37,7 @@ class Dialect(Protocol):
     """A way to spell a checkpoint.
 
     Attributes:
+        name: What it is called.
         fused_is_read: The formats in which servers read all experts in one tensor, of any architecture.
         turns_experts: Whether experts in one tensor lie in it as they do where they are plain, [in, out] where that is
             so, and not [out, in] in any case.
@@ -44,6 +46,7 @@ class Dialect(Protocol):
         scales_of_cast: Whether the scales of a KV cache that is cast are written too, though all are 1.
     """
 
+    name: ClassVar[DialectName]
     fused_is_read: ClassVar[Set[QuantFormat]]
     turns_experts: ClassVar[bool] = True
     all_experts: ClassVar[bool] = False
@@ -81,10 +84,6 @@ class Dialect(Protocol):
 
     def cache_problem(self, kv_cache: KVCacheFormat, formats: Set[QuantFormat]) -> str | None:
         """Why its config cannot ask for a KV cache beside weights of these formats; None if it can."""
-
-    def output_layer_problem(self, scheme: Scheme) -> str | None:
-        """Why its config cannot ask for an output layer in a scheme of `formats`; None if it can."""
-        return None
 
     def cache_scale(self, projection: str, scale: str) -> TensorSpec:
         """Where a scale of a calibrated KV cache is stored.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from quantplug.choices import DialectName
 from quantplug.export.plan.dialects.dialect import Dialect, Spelled
 from quantplug.export.plan.types import QuantConfig
 from quantplug.formats import TensorSpec
@@ -18,6 +19,7 @@ class GptOssDialect(Dialect):
     Nothing but experts is quantized: transformers' `Mxfp4HfQuantizer` and vLLM's `Mxfp4Config` know no other module.
     """
 
+    name: ClassVar[DialectName] = DialectName.MXFP4
     fused_is_read: ClassVar[Set[QuantFormat]] = frozenset((QuantFormat.MXFP4,))
     turns_experts: ClassVar[bool] = False
     all_experts: ClassVar[bool] = True
@@ -39,9 +41,6 @@ class GptOssDialect(Dialect):
         packed = MX_BLOCK // scheme.weight.encoding.code.in_a_byte
         shape = (*tensor.shape[:-1], tensor.shape[-1] // packed, packed)
         return Spelled(replace(tensor, name=f"{weight}_blocks", shape=shape))
-
-    def output_layer_problem(self, scheme: Scheme) -> str | None:
-        return "has experts alone"
 
     def config(
         self, modules: Mapping[str, Scheme], excluded: Sequence[str], kv_cache: KVCacheFormat | None

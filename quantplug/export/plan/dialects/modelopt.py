@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 from quantplug import __version__
+from quantplug.choices import DialectName
 from quantplug.export.plan.dialects.dialect import Dialect, Spelled, modules_by_scheme, stored_name
 from quantplug.export.plan.types import QuantConfig
 from quantplug.formats import FP8, NVFP4, BlockFormat, TensorSpec
@@ -65,6 +66,7 @@ _KV_SCHEMES: Mapping[BlockFormat, Mapping[str, Any] | str] = {FP8: _FP8_ARGUMENT
 class ModelOptDialect(Dialect):
     """ModelOpt's schema: both config files, `weight_scale` and `weight_scale_2`, 0-d FP32 scalars."""
 
+    name: ClassVar[DialectName] = DialectName.MODELOPT
     # ModelOpt writes them so for Llama 4, and vLLM's loader of it turns them by the types that these formats have. Of
     # MXFP8 nobody has published one; experts one by one are what every loader takes.
     fused_is_read: ClassVar[Set[QuantFormat]] = _SPELLINGS.keys() - {QuantFormat.MXFP8}

@@ -17,10 +17,8 @@ from quantplug.mappings.table import Role, Scope
 
 # Of several that can say a format the first is taken where none is asked for.
 DIALECTS: Mapping[DialectName, Dialect] = {
-    DialectName.MODELOPT: ModelOptDialect(),
-    DialectName.DEEPSEEK: DeepSeekDialect(),
-    DialectName.COMPRESSED_TENSORS: CompressedTensorsDialect(),
-    DialectName.MXFP4: GptOssDialect(),
+    dialect.name: dialect
+    for dialect in (ModelOptDialect(), DeepSeekDialect(), CompressedTensorsDialect(), GptOssDialect())
 }
 
 _PLAIN = Kind(
