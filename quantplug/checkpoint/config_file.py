@@ -87,6 +87,19 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any], nested
     return {**config, **said_twice, nested: {**config[nested], **settings}}
 
 
+def counted_mtp(config: Mapping[str, Any], family: Family) -> Any:
+    """What a config counts as layers of multi-token prediction, as it stands there; None where it says nothing."""
+    settings = config if family.nested is None else config[family.nested]
+    return settings.get(family.mtp_setting)
+
+
+def counting_no_mtp(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The config of a model without layers of multi-token prediction; as it is where it counts none."""
+    if not counted_mtp(config, family):
+        return dict(config)
+    return with_settings(config, {family.mtp_setting: 0}, family.nested)
+
+
 def architecture_of(config: dict[str, Any], directory: Path) -> str:
     """`architectures[0]`.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from quantplug.checkpoint.config_file import counted_mtp
 from quantplug.checkpoint.untrusted.json_reader import as_count
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family
@@ -23,12 +24,10 @@ class LostMtp:
 
     Attributes:
         setting: The setting that counts them.
-        nested: Key of config.json under which it stands; None at the top.
         count: What it says.
     """
 
     setting: str
-    nested: str | None
     count: int
 
     def __str__(self) -> str:
@@ -36,14 +35,6 @@ class LostMtp:
             f"config.json counts {self.count} in {self.setting}, and the source holds no such layer of multi-token "
             "prediction (transformers saves none): taken as 0"
         )
-
-    def without(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config, counting none where it counted some."""
-        settings = config if self.nested is None else config[self.nested]
-        if not settings.get(self.setting):
-            return dict(config)
-        mended = {**settings, self.setting: 0}
-        return mended if self.nested is None else {**config, self.nested: mended}
 
 
 def lost_mtp(
@@ -55,8 +46,7 @@ def lost_mtp(
         config: All settings, which `dims` were read from.
         names: Of the checkpoint's tensors; without any, nothing is known of what it holds.
     """
-    settings = config if family.nested is None else config[family.nested]
-    count = as_count(settings.get(family.mtp_setting))
+    count = as_count(counted_mtp(config, family))
     carries = _CARRIED in family.passthrough
     if not names or not count or not (dims.mtp_layers or carries):
         return None
@@ -65,4 +55,4 @@ def lost_mtp(
     # One tensor of them is enough: then the others are missing, which is an error.
     if not set(expected).isdisjoint(names) or any(name.startswith(_CARRIED) for name in names):
         return None
-    return LostMtp(family.mtp_setting, family.nested, count)
+    return LostMtp(family.mtp_setting, count)

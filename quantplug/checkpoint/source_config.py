@@ -13,6 +13,7 @@ from quantplug.checkpoint.config_file import (
     UNUSABLE,
     architecture_of,
     config_error,
+    counted_mtp,
     in_megatrons_words,
     read_config_file,
     refuse_own_code,
@@ -67,6 +68,12 @@ class SourceConfig:
             )
         return self.changed({"vocab_size": vocab_size})
 
+    def counting_no_mtp(self) -> "SourceConfig":
+        """The config without layers of multi-token prediction."""
+        family = find_family(self.architecture)
+        # Also where the file says nothing and the architecture's default counts some: readers fill that in too.
+        return self.changed({family.mtp_setting: 0}) if counted_mtp(self.values, family) else self
+
     def changed(self, settings: Mapping[str, Any]) -> "SourceConfig":
         """The config with other settings of its (language) model, as it stands in the file too."""
         nested = find_family(self.architecture).nested
@@ -101,7 +108,7 @@ def read_source_config(
         raise config_error(directory, str(error).strip()) from error
     found = SourceConfig(directory, architecture, raw, values)
     lost = None if model_has_mtp else lost_mtp(values, family, dims, stored_names(directory))
-    return found if lost is None else replace(found, raw=lost.without(raw), values=lost.without(values), lost_mtp=lost)
+    return found if lost is None else replace(found.counting_no_mtp(), lost_mtp=lost)
 
 
 def _all_settings(directory: Path, raw: Mapping[str, Any], family: Family, trust_remote_code: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from quantplug.checkpoint.config_file import (
     architecture_of,
+    counting_no_mtp,
     read_config_file,
     refuse_own_code,
     ties_embeddings,
@@ -77,10 +78,7 @@ class ModelByConfig:
 
     def without_mtp(self) -> "ModelByConfig":
         """The same model without layers of multi-token prediction."""
-        family, config = self.family.without_mtp(), self.config
-        settings = config if family.nested is None else config[family.nested]
-        if settings.get(family.mtp_setting):
-            config = with_settings(config, {family.mtp_setting: 0}, family.nested)
+        family, config = self.family.without_mtp(), counting_no_mtp(self.config, self.family)
         return replace(self, config=config, family=family, dims=read_dimensions(config, family))
 
     def with_vocabulary(self, tokens: int) -> "ModelByConfig":
@@ -117,7 +115,7 @@ def read_model(directory: Path, trust_remote_code: bool, *, model_has_mtp: bool 
     dims = read_dimensions(config, family)
     lost = None if model_has_mtp else lost_mtp(config, family, dims, stored_names(directory))
     if lost is not None:
-        config = lost.without(config)
+        config = counting_no_mtp(config, family)
         dims = family.dimensions(config)
     return ModelByConfig(directory, config, family, dims, lost)
 

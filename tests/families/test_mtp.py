@@ -115,9 +115,11 @@ def test_the_same_below_text_config(checkpoint: Checkpoint, tmp_path: Path) -> N
             del tensors[name]
 
     counted = {**text, "mtp_num_hidden_layers": 1}
-    source = changed(checkpoint("qwen3_5_vl"), tmp_path / "source", drop, text_config=counted)
+    source = changed(checkpoint("qwen3_5_vl"), tmp_path / "source", drop, text_config=counted, mtp_num_hidden_layers=1)
     result = quantize_checkpoint(source, tmp_path / "out", "w4a16_nvfp4")
-    assert read_config_file(result.directory)["text_config"]["mtp_num_hidden_layers"] == 0
+    config = read_config_file(result.directory)
+    # Some readers take it from the whole, some from what its language model says.
+    assert (config["text_config"]["mtp_num_hidden_layers"], config["mtp_num_hidden_layers"]) == (0, 0)
     assert result.lost_mtp is not None
 
 

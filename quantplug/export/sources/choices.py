@@ -30,8 +30,6 @@ class Choices:
         Raises:
             ArgumentError: A `vocab_size` that is no number of tokens.
         """
-        family = find_family(source.architecture)
-        said = source.values[family.nested] if family.nested else source.values
-        if self.drop_mtp and said.get(family.mtp_setting):
-            source = source.changed({family.mtp_setting: 0})
+        if self.drop_mtp:
+            source = source.counting_no_mtp()
         return source if self.vocab_size is None else source.with_tokens(self.vocab_size)
