@@ -59,7 +59,9 @@ def quantize_checkpoint(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
-    """Quantizes the linear weights of a Hugging Face checkpoint; every other tensor keeps its values and its type.
+    """Quantizes the linear weights of a Hugging Face checkpoint; every other tensor keeps its values.
+
+    It keeps its type, too, but for a router's correction bias, which servers hold in FP32.
 
     Linears that some server cannot read in four bits (MLA's `kv_b_proj`) are among the others in such a format.
 

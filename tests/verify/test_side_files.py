@@ -58,6 +58,43 @@ def test_what_differs_is_found(tmp_path: Path, changed: dict[str, Any], expected
     assert found(tmp_path, changed) == {name: severity for name, severity in expected.items() if severity}
 
 
+TOKENS: dict[str, Any] = {
+    "tokenizer.json": {"model": {"vocab": {"a": 0, "<e>": 1}}, "added_tokens": [{"id": 1, "content": "<e>"}]},
+    "tokenizer_config.json": {"add_bos_token": False},
+    "special_tokens_map.json": {"eos_token": {"content": "<e>"}},
+    "added_tokens.json": {"<e>": 1},
+}
+LISTED = {"add_bos_token": False, "eos_token": "<e>", "added_tokens_decoder": {"1": {"content": "<e>"}}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "subjects"),
+    [
+        ({"special_tokens_map.json": {"eos_token": "a"}}, {"tokenizer_config.json"}),
+        ({"special_tokens_map.json": None}, {"tokenizer_config.json"}),
+        ({"tokenizer_config.json": LISTED | {"added_tokens_decoder": {"1": {"content": "<f>"}}}}, {"added tokens"}),
+        ({"tokenizer_config.json": LISTED | {"added_tokens_decoder": {"2": {"content": "<f>"}}}}, {"added tokens"}),
+        # As newer releases write them: all in the config, or all in tokenizer.json.
+        ({"tokenizer_config.json": LISTED, "special_tokens_map.json": None, "added_tokens.json": None}, set()),
+        ({"tokenizer_config.json": LISTED, "special_tokens_map.json": {"eos_token": "not read"}}, set()),
+        (
+            {
+                "tokenizer_config.json": {"add_bos_token": False, "eos_token": "<e>"},
+                "special_tokens_map.json": None,
+                "added_tokens.json": None,
+            },
+            set(),
+        ),
+    ],
+)
+def test_special_and_added_tokens_are_those_that_transformers_finds(
+    tmp_path: Path, changed: dict[str, Any], subjects: set[str]
+) -> None:
+    files = {name: said for name, said in (TOKENS | changed).items() if said is not None}
+    findings = list(side_files(write(tmp_path / "export", files), write(tmp_path / "source", TOKENS)))
+    assert {finding.subject for finding in findings} == subjects
+
+
 CODE: dict[str, Any] = {
     "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}},
     "tokenization_kimi.py": "class TikTokenTokenizer: ...",

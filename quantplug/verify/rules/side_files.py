@@ -25,6 +25,8 @@ _TEKKEN = "tekken.json"
 _MOST_BYTES = 256 * 2**20  # of a JSON file that is read; the largest tokenizer known to us has 35 MB
 _GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_ADDED = "added_tokens_decoder"
 # What a newer transformers writes otherwise, and no server reads from here.
 _NOT_READ = {
     "tokenizer.json": frozenset({"version", "padding", "truncation"}),
@@ -60,14 +62,43 @@ def side_files(export: Path, source: Path) -> Iterator[Finding]:
 
 
 def _tokenizer_config(export: Path, source: Path) -> Iterator[Finding]:
-    here, there = _object(export / _TOKENIZER_CONFIG), _object(source / _TOKENIZER_CONFIG)
-    if here and there:
-        for key in sorted(_DECIDING):
-            if not same(_text_of(here.get(key)), _text_of(there.get(key))):
-                message = f"{key} is {shown(here.get(key))}, in the source {shown(there.get(key))}"
-                yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, message)
-    elif there:
+    if _object(source / _TOKENIZER_CONFIG) and not _object(export / _TOKENIZER_CONFIG):
         yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, "in the source, but not in the export")
+        return
+    here, there = _settings(export), _settings(source)
+    for key in sorted(_DECIDING) if here and there else ():
+        if not same(_text_of(here.get(key)), _text_of(there.get(key))):
+            message = f"{key} is {shown(here.get(key))}, in the source {shown(there.get(key))}"
+            yield error(Check.SIDE_FILES, _TOKENIZER_CONFIG, message)
+    added, known = _added_tokens(export), _added_tokens(source)
+    others = sorted(token for token in added.keys() | known.keys() if added.get(token) != known.get(token))
+    if others:
+        token = others[0]
+        more = f", and {len(others) - 1} more tokens" if len(others) > 1 else ""
+        message = f"token {token} is {shown(added.get(token))}, in the source {shown(known.get(token))}{more}"
+        yield error(Check.SIDE_FILES, "added tokens", f"{message}: servers make other tokens of a text")
+
+
+def _settings(directory: Path) -> Mapping[str, Any]:
+    """What a tokenizer is told, as transformers 5.14 puts it together (`PreTrainedTokenizerBase._from_pretrained`)."""
+    said = _object(directory / _TOKENIZER_CONFIG)
+    # The older file is read where a config does not list its tokens, and is then what counts.
+    return said if _ADDED in said else {**said, **_object(directory / _SPECIAL_TOKENS)}
+
+
+def _added_tokens(directory: Path) -> Mapping[str, Any]:
+    """Texts of the tokens that are added to a vocabulary, by their numbers: from whichever of three places has them."""
+    in_json = _object(directory / "tokenizer.json").get("added_tokens")
+    found = {
+        str(token.get("id")): token.get("content")
+        for token in (in_json if isinstance(in_json, list) else ())
+        if isinstance(token, Mapping)
+    }
+    listed = _object(directory / _TOKENIZER_CONFIG).get(_ADDED)
+    # Those that a config lists are added to those of tokenizer.json; without a list the oldest of the files is read.
+    if isinstance(listed, Mapping):
+        return found | {number: _text_of(token) for number, token in listed.items()}
+    return {str(number): text for text, number in _object(directory / "added_tokens.json").items()} | found
 
 
 def _code(export: Path, source: Path) -> Iterator[Finding]:
