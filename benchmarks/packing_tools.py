@@ -33,7 +33,7 @@ CPP = r"""
 #include <cmath>
 #include <cstdint>
 
-// Code, without sign, and value of a magnitude: see quantplug/formats/kernels/loops.py for the method.
+// Code, without sign, and value of a magnitude: see quantplug/formats/kernels/cpu/codes.py for the method.
 template <int mantissa, uint32_t normal>
 static inline uint32_t rounded(float magnitude, float* value) {
     uint32_t binade = std::max(std::bit_cast<uint32_t>(magnitude) & 0x7F800000u, normal);
@@ -71,7 +71,7 @@ Pack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def with_numba() -> Pack:
-    from quantplug.formats.kernels import cpu
+    from quantplug.formats.kernels.cpu import kernels as cpu
 
     def pack(weight: torch.Tensor, scale_2: torch.Tensor, codes: torch.Tensor, block_scales: torch.Tensor) -> None:
         cpu.pack(NVFP4_ENCODING, (weight,), Encoded(codes[None], block_scales[None], scale_2.reshape(1)))

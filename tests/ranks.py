@@ -27,7 +27,7 @@ _IMPORTED = [
     "modelopt.torch.opt.plugins.mcore_dist_checkpointing",
     "quantplug.calibration.collect",
     "quantplug.export.stream.api",
-    "quantplug.formats.kernels.cpu",
+    "quantplug.formats.kernels.cpu.kernels",
     "quantplug.plugins",
     "tests.distributed.export_worker",
     "tests.distributed.mortal_ranks",

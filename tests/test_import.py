@@ -27,10 +27,11 @@ def modules_below(room: str) -> list[str]:
 # Need numba or Triton, and are imported only where those are.
 COMPILED = {
     *(
-        f"quantplug.formats.kernels.{kernels}"
-        for kernels in ("cpu", "loops", "machine_code", "cuda", "triton_loops", "triton_codes")
+        f"quantplug.formats.kernels.cpu.{compiled}"
+        for compiled in ("kernels", "machine_code", "loops", "codes", "scales", "e2m1_bounds")
     ),
-    *(f"quantplug.formats.search.{kernels}" for kernels in ("loops", "triton_loops")),
+    *(f"quantplug.formats.kernels.cuda.{compiled}" for compiled in ("kernels", "loops", "codes")),
+    *(f"quantplug.formats.search.{compiled}" for compiled in ("loops", "triton_loops")),
 }
 
 # What a machine without Megatron-Core, Transformer Engine, ModelOpt and transformers must be able to import.

@@ -57,11 +57,12 @@ class Home:
 
     Args:
         module: Its name.
-        sources: The folder of all that its machine code is made of.
+        sources: The folder of all that its machine code is made of: what its loops call, wherever that is written,
+            becomes part of it, and so do constants.
     """
 
     def __init__(self, module: str, sources: Path) -> None:
-        self._module, self._sources = module, sources
+        self.module, self._sources = module, sources
 
     def require(self) -> None:
         """Finds out whether loops can be had here.
@@ -75,7 +76,7 @@ class Home:
             raise ImportError("numba is not installed")
         # What has compiled a loop here can compile the next one; only where nothing has is that found out.
         if object_files.is_empty_of(self._digest):
-            import_module(self._module)
+            import_module(self.module)
 
     def loop(self, name: str) -> Loop:
         """One of its functions."""
@@ -90,7 +91,7 @@ class Home:
         if object_file is None:
             from quantplug.compiled.compiler import compiled
 
-            fresh = compiled(vars(import_module(self._module))[name], kinds)
+            fresh = compiled(vars(import_module(self.module))[name], kinds)
             if fresh.object_file is None:
                 return _Code(machine.callable_at(fresh.callback.address), fresh.callback)
             object_file = fresh.object_file
@@ -98,12 +99,15 @@ class Home:
         loaded = machine.Loaded(object_file)
         return _Code(machine.callable_at(loaded.address), loaded)
 
+    def sources(self) -> list[Path]:
+        """The files of which another word makes it other code."""
+        return [file for folder in (_HERE, self._sources) for file in sorted(folder.rglob("*.py"))]
+
     @cached_property
     def _digest(self) -> str:
         """Of all that machine code depends on, but the loop itself."""
-        files = [file for folder in (_HERE, self._sources) for file in sorted(folder.rglob("*.py"))]
-        sources = [sha256(file.read_bytes()).hexdigest() for file in files]
-        return sha256(repr((_surroundings(), self._module, sources)).encode()).hexdigest()[:32]
+        sources = [sha256(file.read_bytes()).hexdigest() for file in self.sources()]
+        return sha256(repr((_surroundings(), self.module, sources)).encode()).hexdigest()[:32]
 
 
 @cache

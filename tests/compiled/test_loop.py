@@ -1,15 +1,19 @@
 """Loops of processes that start at once, of later ones without numba, and of other sources."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from quantplug.compiled.loop import Home
+from quantplug.formats.kernels.cpu import machine_code as packers
+from quantplug.verify.numbers import machine_code as judges
 from tests.formats.kernels.test_kernels import OF_ALL_ENDS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -108,6 +112,29 @@ def test_other_sources_are_other_code(cached: Path, tmp_path: Path) -> None:
     Home("tests.compiled.sums", copied).loop("scaled")(np.zeros(1), 1.0, 0, np.zeros(1))
 
     assert len({file.name.split("-")[0] for file in cached.iterdir()}) == 2
+
+
+def read_by(file: Path) -> set[Path]:
+    """Files of the package that a file imports, and what these import."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("quantplug."):
+            continue
+        folder = REPOSITORY / str(node.module).replace(".", "/")
+        modules = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
+        found.update(module for module in modules if module.exists())
+    return found.union(*map(read_by, found))
+
+
+@pytest.mark.parametrize("machine_code", [packers, judges])
+def test_what_a_loop_is_made_of_is_in_its_digest(machine_code: ModuleType) -> None:
+    """Machine code has in it what a loop calls, of other files too: a changed one must not be run as it was."""
+    homes = [it for it in vars(machine_code).values() if isinstance(it, Home)]
+
+    assert homes
+    for home in homes:
+        file = REPOSITORY / f"{home.module.replace('.', '/')}.py"
+        assert {file} | read_by(file) <= set(home.sources())
 
 
 def test_a_damaged_file_is_compiled_anew(cached: Path) -> None:

@@ -5,7 +5,8 @@ import torch
 
 from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4
 from quantplug.formats.encoding import NVFP4_ENCODING
-from quantplug.formats.kernels import Encoded, cuda, kernels_for
+from quantplug.formats.kernels import Encoded, kernels_for
+from quantplug.formats.kernels.cuda import kernels as cuda
 from quantplug.formats.search.candidates import FOUND
 from tests.formats.kernels.values import E4M3_SCALES, TENSOR_SCALES, every_block
 

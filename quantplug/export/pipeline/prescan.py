@@ -22,7 +22,7 @@ from quantplug.export.plan.source import Place, ReadRows, Rows, ScaledRows, Sour
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
 from quantplug.formats import EncodedRows, first_nonfinite
-from quantplug.formats.kernels.threads import in_order
+from quantplug.formats.kernels.cpu.threads import in_order
 from quantplug.formats.scales import weight_amax
 from quantplug.mappings.table import ParamKey
 from quantplug.progress import Progress, silent

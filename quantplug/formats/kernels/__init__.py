@@ -44,10 +44,10 @@ def _cpu_kernels() -> Kernels:
     and should not wait for its import.
     """
     try:
-        from quantplug.formats.kernels import cpu
+        from quantplug.formats.kernels.cpu import kernels
     except ImportError:  # Not here, not for this version of Python or NumPy, or told not to compile.
         return reference
-    return cpu
+    return kernels
 
 
 # Proved for each dtype and device: Triton compiles other code for each, and a host may hold GPUs of two kinds.
@@ -60,12 +60,12 @@ def _cuda_kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
     try:
         from triton.errors import TritonError
 
-        from quantplug.formats.kernels import cuda
+        from quantplug.formats.kernels.cuda import kernels
     except ImportError:  # As in builds of PyTorch for CPUs and for some GPUs.
         return reference
     try:
-        if gives_the_bits_of_the_reference(cuda, dtype, device):
-            return cuda
+        if gives_the_bits_of_the_reference(kernels, dtype, device):
+            return kernels
         reason = "Triton's kernels round otherwise than they should"
     # No C compiler, which Triton needs, or a GPU that it does not compile for.
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:

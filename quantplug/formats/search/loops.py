@@ -12,8 +12,10 @@ from numba import njit
 from quantplug.compiled.arguments import Array
 from quantplug.compiled.compiler import OPTIONS, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
-from quantplug.formats.kernels.loops import encode_nvfp4, fp32, magnitude_bits, nvfp4_scales
-from quantplug.formats.kernels.tiles import TILE
+from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
+from quantplug.formats.kernels.cpu.loops import encode_nvfp4
+from quantplug.formats.kernels.cpu.scales import nvfp4_scales
+from quantplug.formats.kernels.cpu.tiles import TILE
 
 _E2M1_LARGEST = np.float32(E2M1_MAX)
 _ONE_BITS, _EXPONENT, _E2M1_STEP = np.uint32(0x3F800000), np.uint32(0x7F800000), np.uint32(22 << 23)
@@ -70,7 +72,7 @@ def _square(magnitude: Any, reciprocal: Any) -> Any:
     """What rounding to E2M1 leaves over of a quotient, squared."""
     quotient = np.float32(magnitude * reciprocal)
     saturated = np.float32(min(quotient, _E2M1_LARGEST))
-    # `kernels.loops._rounded` says why adding such a number rounds.
+    # `kernels.cpu.codes.rounded` says why adding such a number rounds.
     binade = np.uint32(max(np.uint32(np.float32(saturated).view(np.uint32) & _EXPONENT), _ONE_BITS))
     rounder = np.uint32(binade + _E2M1_STEP).view(np.float32)
     left = np.float32(quotient - np.float32(np.float32(saturated + rounder) - rounder))

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from quantplug.formats.constants import NVFP4_BLOCK
-from quantplug.formats.kernels.triton_codes import E2M1_LARGEST, e4m3_scale, e4m3_value, nearest_e2m1
-from quantplug.formats.kernels.triton_loops import block_amax, block_quotient, block_values, store_pairs, weight_of
+from quantplug.formats.kernels.cuda.codes import E2M1_LARGEST, e4m3_scale, e4m3_value, nearest_e2m1
+from quantplug.formats.kernels.cuda.loops import block_amax, block_quotient, block_values, store_pairs, weight_of
 
 _WIDTH = tl.constexpr(NVFP4_BLOCK)
 _LEAST_CODE, _LARGEST_CODE = tl.constexpr(1), tl.constexpr(126)

@@ -7,7 +7,7 @@ between 1 and 2 are enough, which are 2^23.
 import numpy as np
 import pytest
 
-from quantplug.formats.kernels.loops import e2m1_bounds
+from quantplug.formats.kernels.cpu.e2m1_bounds import e2m1_bounds
 
 _DIVISORS, _AT_ONCE, _BINADE = 1 << 23, 1 << 20, 1 << 7
 

@@ -25,7 +25,8 @@ from quantplug.formats.encoding import (
     Block,
     Encoding,
 )
-from quantplug.formats.kernels import cpu, reference
+from quantplug.formats.kernels import reference
+from quantplug.formats.kernels.cpu import kernels as cpu
 from quantplug.formats.kernels.protocol import Encoded, Kernels
 from quantplug.formats.scale_types import F32_SCALE
 from quantplug.formats.search.candidates import FOUND, GIVEN, ScaleSearch

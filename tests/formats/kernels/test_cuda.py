@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from quantplug.formats import encoding as encodings
-from quantplug.formats.kernels import reference, triton_loops
+from quantplug.formats.kernels import reference
+from quantplug.formats.kernels.cuda import loops as triton_loops
 from quantplug.formats.search import triton_loops as search_loops
 from tests.formats.kernels.calls import Call, empty
 from tests.formats.kernels.values import E4M3_SCALES, all_values, every_block
@@ -34,7 +35,7 @@ from tests.formats.kernels.fused import fused_multiply_add
 interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(
     fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar
 )
-from quantplug.formats.kernels import cuda
+from quantplug.formats.kernels.cuda import kernels as cuda
 blocks, tile, in_groups = cuda._BLOCKS, cuda._TILE, cuda._IN_GROUPS
 for line in sys.stdin:
     signal.alarm(300)

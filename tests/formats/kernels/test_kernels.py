@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from quantplug.formats import NVFP4
-from quantplug.formats.kernels import cpu, kernels_for, reference
+from quantplug.formats.kernels import kernels_for, reference
+from quantplug.formats.kernels.cpu import kernels as cpu
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
 REPOSITORY = Path(__file__).parents[3]

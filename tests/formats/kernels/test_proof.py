@@ -21,7 +21,9 @@ from quantplug.formats.encoding import (
     NVFP4_ENCODING,
     Encoding,
 )
-from quantplug.formats.kernels import cpu, cuda, reference
+from quantplug.formats.kernels import reference
+from quantplug.formats.kernels.cpu import kernels as cpu
+from quantplug.formats.kernels.cuda import kernels as cuda
 from quantplug.formats.kernels.proof import gives_the_bits_of_the_reference
 from quantplug.formats.kernels.protocol import Encoded
 from tests.formats.weights import DTYPES

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quantplug.formats.kernels.threads import in_order, run
+from quantplug.formats.kernels.cpu.threads import in_order, run
 
 
 @pytest.fixture(params=[1, 3], autouse=True)

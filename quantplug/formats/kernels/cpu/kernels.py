@@ -26,10 +26,10 @@ from quantplug.formats.encoding import (
     NVFP4_ENCODING,
     Encoding,
 )
-from quantplug.formats.kernels import machine_code as loops
 from quantplug.formats.kernels import reference
+from quantplug.formats.kernels.cpu import machine_code as loops
+from quantplug.formats.kernels.cpu.threads import run, run_each
 from quantplug.formats.kernels.protocol import Encoded, Loops
-from quantplug.formats.kernels.threads import run, run_each
 from quantplug.formats.scale_types import E8M0_SCALE
 from quantplug.formats.search.candidates import FOUND, TAKEN, ScaleSearch
 

@@ -24,7 +24,8 @@ from quantplug.formats.encoding import (
     NVFP4_ENCODING,
     Encoding,
 )
-from quantplug.formats.kernels import reference, triton_loops
+from quantplug.formats.kernels import reference
+from quantplug.formats.kernels.cuda import loops
 from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.scale_types import E8M0_SCALE
 from quantplug.formats.search import triton_loops as search_loops
@@ -57,7 +58,7 @@ def amax(weight: torch.Tensor) -> torch.Tensor:
     # FP32 bits as an integer, 0 being those of 0.0: programs add to their maximum in any order, with one result.
     largest = torch.zeros((), dtype=torch.int32, device=weight.device)
     with _on(weight):
-        triton_loops.amax[(triton.cdiv(rows.numel(), _TILE),)](
+        loops.amax[(triton.cdiv(rows.numel(), _TILE),)](
             rows, *rows.stride(), rows.shape[1], rows.numel(), largest, ROWS=rows.shape[0] > 1, TILE=_TILE
         )
     return largest.view(torch.float32)
@@ -72,7 +73,7 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
 
 
 def _pack_blocks(encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
-    _launch_blocks(triton_loops.pack_blocks, weights, encoded, **_blocks_of(encoding))
+    _launch_blocks(loops.pack_blocks, weights, encoded, **_blocks_of(encoding))
 
 
 def _pack_given(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
@@ -116,7 +117,7 @@ def _unpack_blocks(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -
         block_scales = of_weight.block_scales
         blocks = block_scales.numel()
         with _on(values):
-            triton_loops.unpack_blocks[(triton.cdiv(blocks, _BLOCKS),)](
+            loops.unpack_blocks[(triton.cdiv(blocks, _BLOCKS),)](
                 of_weight.codes.view(torch.uint8),
                 block_scales.view(torch.uint8),
                 of_weight.whole,
@@ -141,7 +142,7 @@ def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     rows = [_rows(weight) for weight in weights]
     first, elements = rows[0], rows[0].numel()
     with _on(first):
-        triton_loops.pack_fp8[(triton.cdiv(elements, _TILE), len(rows))](
+        loops.pack_fp8[(triton.cdiv(elements, _TILE), len(rows))](
             _source(rows),
             *first.stride(),
             first.shape[1],
@@ -158,7 +159,7 @@ def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         elements = of_values.numel()
         with _on(values):
-            triton_loops.unpack_fp8[(triton.cdiv(elements, _TILE),)](
+            loops.unpack_fp8[(triton.cdiv(elements, _TILE),)](
                 of_weight.codes.view(torch.uint8), of_weight.tensor_scales, of_values, elements, TILE=_TILE
             )
 
@@ -167,7 +168,7 @@ def _pack_fp8_row(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     first = weights[0].detach()
     rows, columns = first.shape
     with _on(first):
-        triton_loops.pack_fp8_row[(rows, len(weights))](
+        loops.pack_fp8_row[(rows, len(weights))](
             _source(weights),
             *first.stride(),
             encoded.codes.view(torch.uint8),
@@ -184,7 +185,7 @@ def _unpack_fp8_row(encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         rows, columns = of_values.shape
         with _on(values):
-            triton_loops.unpack_fp8_row[(rows, triton.cdiv(columns, _ROW_TILE))](
+            loops.unpack_fp8_row[(rows, triton.cdiv(columns, _ROW_TILE))](
                 of_weight.codes.view(torch.uint8), of_weight.block_scales, of_values, columns, TILE=_ROW_TILE
             )
 
@@ -195,7 +196,7 @@ def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     squares = block_scales[0].numel()
     # One program a square: its amax is then a reduction within the program, and no element is read a second time.
     with _on(first):
-        triton_loops.pack_fp8_block[(squares, len(weights))](
+        loops.pack_fp8_block[(squares, len(weights))](
             _source(weights),
             *first.stride(),
             encoded.codes.view(torch.uint8),
@@ -214,7 +215,7 @@ def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         rows, columns = of_values.shape
         with _on(values):
-            triton_loops.unpack_fp8_block[(of_weight.block_scales.numel(),)](
+            loops.unpack_fp8_block[(of_weight.block_scales.numel(),)](
                 of_weight.codes.view(torch.uint8),
                 of_weight.block_scales,
                 of_values,
@@ -231,7 +232,7 @@ def _pack_int4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     groups = group_scales.numel() // len(weights)
     sizes = _group_sizes(encoded)
     with _on(first):
-        triton_loops.pack_int4[(triton.cdiv(groups, sizes["BLOCKS"]), len(weights))](
+        loops.pack_int4[(triton.cdiv(groups, sizes["BLOCKS"]), len(weights))](
             _source(weights),
             *first.stride(),
             encoded.codes,
@@ -249,7 +250,7 @@ def _unpack_int4(encoded: Encoded, values: torch.Tensor) -> None:
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
         groups = of_weight.block_scales.numel()
         with _on(values):
-            triton_loops.unpack_int4[(triton.cdiv(groups, sizes["BLOCKS"]),)](
+            loops.unpack_int4[(triton.cdiv(groups, sizes["BLOCKS"]),)](
                 of_weight.codes, of_weight.block_scales.view(torch.int16), of_values, groups, **sizes
             )
 

@@ -1,7 +1,8 @@
 """FP32 to codes and scales and back, in Triton: what the loops of the GPU kernels do to each element.
 
-Codes and E4M3 scales are made and read with integers, as in `loops`: not every GPU converts FP8. A GPU rounds `/` of
-FP32 otherwise than IEEE, and multiplies with the reciprocal where the divisor is a constant: `div_rn` does neither.
+Codes and E4M3 scales are made and read with integers, as on a CPU (`cpu.codes`): not every GPU converts FP8. A GPU
+rounds `/` of FP32 otherwise than IEEE, and multiplies with the reciprocal where the divisor is a constant: `div_rn`
+does neither.
 """
 
 import triton

@@ -11,10 +11,10 @@ import numpy as np
 from quantplug.compiled.arguments import Array
 from quantplug.compiled.loop import Home, Loop
 from quantplug.formats.constants import MX_BLOCK, NVFP4_BLOCK
-from quantplug.formats.kernels.tiles import SIDE, TILE
+from quantplug.formats.kernels.cpu.tiles import SIDE, TILE
 
-_FORMATS = Path(__file__).parents[1]
-_LOOPS = Home("quantplug.formats.kernels.loops", _FORMATS)
+_FORMATS = Path(__file__).parents[2]
+_LOOPS = Home("quantplug.formats.kernels.cpu.loops", _FORMATS)
 _SEARCH = Home("quantplug.formats.search.loops", _FORMATS)
 _LOOPS.require()
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from quantplug.formats.constants import FP8_BLOCK_SIDE
-from quantplug.formats.kernels.triton_codes import (
+from quantplug.formats.kernels.cuda.codes import (
     E2M1_LARGEST,
     E4M3_LARGEST,
     MAGNITUDE,

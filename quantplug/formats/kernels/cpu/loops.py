@@ -1,0 +1,350 @@
+"""The loops of the CPU kernels as numba compiles them: flat NumPy arrays in, flat arrays filled, one thread.
+
+A compiler on the user's machine is not needed. A loop is compiled for the element type that it is called with, which
+takes a second or two, and `compiled` keeps the machine code for later processes, which import nothing of this: they
+call loops by their names (`machine_code`). So that the code needs nothing of numba's when it runs, no loop allocates
+memory, raises, or gives something back: it fills arrays, is given room to work in, and takes steps that are known when
+it is compiled. What it calls of `codes`, `scales` and `e2m1_bounds` becomes part of its code.
+
+The loops are written so that LLVM makes vector instructions of them: no branch in an inner loop, no slice, every
+integer of 32 bits or fewer.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from quantplug.compiled.arguments import Array
+from quantplug.compiled.compiler import OPTIONS, viewed
+from quantplug.formats.constants import E2M1_MAX, E4M3_MAX, FP8_BLOCK_SIDE, INT4_SMALL_GROUP, MX_BLOCK, NVFP4_BLOCK
+from quantplug.formats.kernels.cpu.codes import (
+    INT4_LOWEST_VALUE,
+    e2m1_code,
+    e4m3_code,
+    fp32,
+    int4_code,
+    magnitude_bits,
+)
+from quantplug.formats.kernels.cpu.e2m1_bounds import pairs_encoder
+from quantplug.formats.kernels.cpu.scales import e4m3_scale, e8m0_scales, int4_scales, nvfp4_scales
+from quantplug.formats.kernels.cpu.tiles import SIDE, TILE
+
+
+@njit(**OPTIONS)
+def _pairwise_max(values: Array, half: Array, count: int) -> None:
+    """The larger of each two neighbours."""
+    for i in range(count):
+        half[i] = max(values[2 * i], values[2 * i + 1])
+
+
+@njit(**OPTIONS)
+def _block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> None:
+    """Largest magnitude of each block of neighbours, a power of two of them.
+
+    As a tree: a loop over each block would not become vector instructions.
+
+    Args:
+        longer: For half as many elements.
+        shorter: For a quarter.
+    """
+    count = weight.size // 2
+    for i in range(count):
+        longer[i] = max(magnitude_bits(weight[2 * i]), magnitude_bits(weight[2 * i + 1]))
+    while count > amax.size:
+        count //= 2
+        _pairwise_max(longer, shorter, count)
+        longer, shorter = shorter, longer
+    for i in range(amax.size):
+        amax[i] = fp32(longer[i])
+
+
+def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
+    """Encodes blocks of `width` neighbours under divisors that are there already; arguments as of `_blocks_packer`."""
+
+    @njit(**OPTIONS)
+    def encode_blocks(blocks: Array, scales: Array, codes: Array) -> None:
+        """One code a byte, from the bits of blocks [n, width] and their divisors [n]."""
+        for block in range(scales.size):
+            scale = scales[block]
+            for i in range(width):
+                # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
+                codes[block, i] = encode(np.float32(fp32(blocks[block, i]) / scale))
+
+    @njit(**OPTIONS)
+    def encode_tile(tile: Array, scales: Array, room: Array, packed: Array) -> None:
+        """Bits of n * width elements to bytes of codes; `room` is for a code a byte."""
+        shape = (scales.size, width)
+        blocks = viewed(tile, shape, tile.dtype)
+        if in_a_byte == 1:
+            encode_blocks(blocks, scales, viewed(packed, shape, packed.dtype))
+        else:
+            encode_blocks(blocks, scales, viewed(room, shape, room.dtype))
+            pairs = viewed(room, (packed.size,), np.uint16)
+            for i in range(packed.size):
+                # Two bytes 0H 0L, little-endian, become HL.
+                packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+    return encode_tile
+
+
+def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) -> Any:
+    """Packs blocks of `width` neighbours: a loop is compiled for each, in which all of these are known.
+
+    Args:
+        fill_scales: Of blocks, from their amaxes.
+        encode: FP32 to a code.
+        in_a_byte: Codes, 1 or 2.
+    """
+    encode_tile = _tile_encoder(width, encode, in_a_byte)
+    encode_pairs = pairs_encoder(width, encode_tile)
+
+    @njit(**OPTIONS)
+    def pack(
+        weight: Array,
+        weight_scale_2: float,
+        longer: Array,
+        shorter: Array,
+        scales: Array,
+        codes: Array,
+        packed: Array,
+        block_scales: Array,
+    ) -> None:
+        """Bits of n elements to n / in_a_byte bytes of codes and n / width scales.
+
+        Room to work in is for a tile: `longer` for half its elements and `shorter` for a quarter, both of the
+        type of the weight, `scales` for one of each block, and `codes` for two bytes of each element.
+        """
+        scale_2 = np.float32(weight_scale_2)
+        # One step after another over a tile: each is a loop simple enough to become vector instructions.
+        for start in range(0, weight.size, TILE):
+            tile = weight[start : start + TILE]
+            blocks = tile.size // width
+            first = start // width
+            _block_amax(tile, longer, shorter, scales[:blocks])
+            fill_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
+            first_byte = start // in_a_byte
+            of_tile = packed[first_byte : first_byte + tile.size // in_a_byte]
+            if in_a_byte == 1:
+                encode_tile(tile, scales[:blocks], codes, of_tile)
+            else:
+                encode_pairs(tile, scales[:blocks], longer, codes, of_tile)
+
+    return pack
+
+
+def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
+    """Undoes what `_blocks_packer` makes, in FP32."""
+
+    @njit(**OPTIONS)
+    def unpack_pairs(
+        packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
+    ) -> None:
+        scale_2 = np.float32(weight_scale_2)
+        pairs = viewed(packed, (block_scales.size, width // 2), packed.dtype)
+        values = viewed(out, (block_scales.size, width // 2, 2), out.dtype)
+        for block in range(block_scales.size):
+            # Both scales first, then the code: another order of the FP32 products would give other last bits.
+            scale = np.float32(scale_values[block_scales[block]] * scale_2)
+            for i in range(width // 2):
+                pair = pairs[block, i]
+                values[block, i, 0] = code_values[pair & 15] * scale
+                values[block, i, 1] = code_values[pair >> 4] * scale
+
+    @njit(**OPTIONS)
+    def unpack(
+        packed: Array, block_scales: Array, weight_scale_2: float, code_values: Array, scale_values: Array, out: Array
+    ) -> None:
+        scale_2 = np.float32(weight_scale_2)
+        shape = (block_scales.size, width)
+        codes, values = viewed(packed, shape, packed.dtype), viewed(out, shape, out.dtype)
+        for block in range(block_scales.size):
+            scale = np.float32(scale_values[block_scales[block]] * scale_2)
+            for i in range(width):
+                values[block, i] = code_values[codes[block, i]] * scale
+
+    return unpack if in_a_byte == 1 else unpack_pairs
+
+
+encode_nvfp4 = _tile_encoder(NVFP4_BLOCK, e2m1_code, in_a_byte=2)
+pack_nvfp4 = _blocks_packer(NVFP4_BLOCK, nvfp4_scales, e2m1_code, in_a_byte=2)
+pack_mxfp4 = _blocks_packer(MX_BLOCK, e8m0_scales(E2M1_MAX), e2m1_code, in_a_byte=2)
+pack_mxfp8 = _blocks_packer(MX_BLOCK, e8m0_scales(E4M3_MAX), e4m3_code, in_a_byte=1)
+unpack_nvfp4 = _blocks_unpacker(NVFP4_BLOCK, in_a_byte=2)
+unpack_mxfp4 = _blocks_unpacker(MX_BLOCK, in_a_byte=2)
+unpack_mxfp8 = _blocks_unpacker(MX_BLOCK, in_a_byte=1)
+
+
+@njit(**OPTIONS)
+def copy_transposed(source: Array, column_stride: int, row_stride: int, square: Array, copy: Array) -> None:
+    """Copies [columns, rows] of any strides to contiguous [rows, columns], in squares.
+
+    `source` is all memory from its first element to its last, strides count elements.
+
+    Neighbours in a row of the copy are far apart in the source, often by a power of two that lets them displace each
+    other from the cache: so each row of a square is read at once, and the square turned in a buffer.
+    """
+    rows, columns = copy.shape
+    for top in range(0, columns, SIDE):
+        height = min(SIDE, columns - top)
+        for left in range(0, rows, SIDE):
+            width = min(SIDE, rows - left)
+            for i in range(height):
+                for j in range(width):
+                    square[i, j] = source[(top + i) * column_stride + (left + j) * row_stride]
+            for j in range(width):
+                for i in range(height):
+                    copy[left + j, top + i] = square[i, j]
+
+
+@njit(**OPTIONS)
+def largest_magnitude(weight: Array, found: Array) -> None:
+    """Bits of the largest magnitude, the only element of `found`; those of a NaN where there is one."""
+    largest = magnitude_bits(weight[0])
+    for i in range(weight.size):
+        largest = max(largest, magnitude_bits(weight[i]))
+    found[0] = largest
+
+
+@njit(**OPTIONS)
+def bit_sums(rows: Array, first: int, of_columns: Array, found: Array) -> None:
+    """The sums of `Kernels.bit_sums` of rows [n, columns] of signed integers, the first of which has number `first`.
+
+    `of_columns` is room for a sum of each, zeros; the two sums become the elements of `found`.
+    """
+    by_row = np.int64(0)
+    for i in range(rows.shape[0]):
+        # Weighted once a row and once a column, so that the inner loop only adds; int64 wraps, which is the modulus.
+        of_row = np.int64(0)
+        for j in range(rows.shape[1]):
+            bits = np.int64(rows[i, j])
+            of_row += bits
+            of_columns[j] += bits
+        by_row += of_row * np.int64(2 * (first + i) + 1)
+    by_column = np.int64(0)
+    for j in range(rows.shape[1]):
+        by_column += of_columns[j] * np.int64(2 * j + 1)
+    found[0], found[1] = by_row, by_column
+
+
+@njit(**OPTIONS)
+def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
+    """Bits of n elements to n E4M3 codes."""
+    scale = np.float32(weight_scale)
+    for i in range(weight.size):
+        codes[i] = e4m3_code(np.float32(fp32(weight[i]) / scale))
+
+
+@njit(**OPTIONS)
+def unpack_fp8(codes: Array, weight_scale: float, e4m3: Array, out: Array) -> None:
+    """Undoes `pack_fp8` in FP32."""
+    scale = np.float32(weight_scale)
+    for i in range(codes.size):
+        out[i] = e4m3[codes[i]] * scale
+
+
+@njit(**OPTIONS)
+def pack_fp8_row(rows: Array, row_scales: Array, codes: Array) -> None:
+    """Bits of [rows, columns] elements to an FP32 scale for each row and as many E4M3 codes as elements."""
+    for row in range(rows.shape[0]):
+        largest = magnitude_bits(rows[row, 0])
+        for i in range(rows.shape[1]):
+            largest = max(largest, magnitude_bits(rows[row, i]))
+        scale = e4m3_scale(fp32(largest))
+        row_scales[row] = scale
+        # A row is short enough to be in a core's cache still.
+        for i in range(rows.shape[1]):
+            codes[row, i] = e4m3_code(np.float32(fp32(rows[row, i]) / scale))
+
+
+@njit(**OPTIONS)
+def unpack_fp8_row(codes: Array, row_scales: Array, e4m3: Array, out: Array) -> None:
+    """Undoes `pack_fp8_row` in FP32."""
+    for row in range(codes.shape[0]):
+        for i in range(codes.shape[1]):
+            out[row, i] = e4m3[codes[row, i]] * row_scales[row]
+
+
+@njit(**OPTIONS)
+def _square_scale(bands: Array, band: int, block: int) -> Any:
+    """The FP32 scale of one square of [bands, 128, blocks, 128]."""
+    largest = magnitude_bits(bands[band, 0, block, 0])
+    for row in range(FP8_BLOCK_SIDE):
+        for i in range(FP8_BLOCK_SIDE):
+            largest = max(largest, magnitude_bits(bands[band, row, block, i]))
+    return e4m3_scale(fp32(largest))
+
+
+@njit(**OPTIONS)
+def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
+    """Bits of [bands, 128, blocks, 128] elements to [bands, blocks] FP32 scales and as many E4M3 codes as elements."""
+    for band in range(block_scales.shape[0]):
+        for block in range(block_scales.shape[1]):
+            scale = _square_scale(bands, band, block)
+            block_scales[band, block] = scale
+            for row in range(FP8_BLOCK_SIDE):
+                for i in range(FP8_BLOCK_SIDE):
+                    codes[band, row, block, i] = e4m3_code(np.float32(fp32(bands[band, row, block, i]) / scale))
+
+
+@njit(**OPTIONS)
+def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array) -> None:
+    """Undoes `pack_fp8_block` in FP32."""
+    for band in range(block_scales.shape[0]):
+        # Row by row across all squares of a band, which is the order in memory.
+        for row in range(FP8_BLOCK_SIDE):
+            for block in range(block_scales.shape[1]):
+                for i in range(FP8_BLOCK_SIDE):
+                    out[band, row, block, i] = e4m3[codes[band, row, block, i]] * block_scales[band, block]
+
+
+@njit(**OPTIONS)
+def _int4_codes(parts: Array, parts_a_group: int, scales: Array, codes: Array) -> None:
+    """Fills `codes` [n, 32] with one code a byte, from the bits of as many elements."""
+    for part in range(parts.shape[0]):
+        scale = scales[part // parts_a_group]
+        for i in range(INT4_SMALL_GROUP):
+            codes[part, i] = int4_code(np.float32(fp32(parts[part, i]) / scale))
+
+
+@njit(**OPTIONS)
+def pack_int4(
+    weight: Array,
+    group: int,
+    longer: Array,
+    shorter: Array,
+    scales: Array,
+    codes: Array,
+    packed: Array,
+    group_scales: Array,
+) -> None:
+    """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128.
+
+    Room to work in is as that of `_blocks_packer`.
+    """
+    parts_a_group = group // INT4_SMALL_GROUP
+    pairs = viewed(codes, (codes.size // 2,), np.uint16)
+    for start in range(0, weight.size, TILE):
+        tile = weight[start : start + TILE]
+        groups, first = tile.size // group, start // group
+        _block_amax(tile, longer, shorter, scales[:groups])
+        int4_scales(scales[:groups], group_scales[first : first + groups])
+        parts = (tile.size // INT4_SMALL_GROUP, INT4_SMALL_GROUP)
+        _int4_codes(viewed(tile, parts, tile.dtype), parts_a_group, scales, viewed(codes, parts, codes.dtype))
+        nibbles = packed[start // 2 : start // 2 + tile.size // 2]
+        for i in range(nibbles.size):
+            nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+
+@njit(**OPTIONS)
+def unpack_int4(packed: Array, group_scales: Array, out: Array) -> None:
+    """Undoes `pack_int4` in FP32; the scales are given as FP32."""
+    in_a_group = packed.size // group_scales.size
+    pairs = viewed(packed, (group_scales.size, in_a_group), packed.dtype)
+    values = viewed(out, (group_scales.size, in_a_group, 2), out.dtype)
+    for group in range(group_scales.size):
+        scale = group_scales[group]
+        for i in range(pairs.shape[1]):
+            pair = pairs[group, i]
+            values[group, i, 0] = (np.float32(pair & np.uint8(15)) + INT4_LOWEST_VALUE) * scale
+            values[group, i, 1] = (np.float32(pair >> np.uint8(4)) + INT4_LOWEST_VALUE) * scale
