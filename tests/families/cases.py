@@ -397,6 +397,10 @@ CASES: dict[str, Case] = {
     ),
 }
 
+_SAME_DECODER = {"deepseek_v2", "glm4_moe_air", "llama2", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe_resaved"}
+DECODERS = [name for name in CASES if name not in _SAME_DECODER]
+"""One of each that is the same in Megatron: of deepseek_v3, glm4v_moe, llama3, and with vision rather than without."""
+
 
 LLAMA4: Mapping[str, Any] = {
     **DECODER,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing
 
@@ -11,6 +12,7 @@ from quantplug.megatron import cpu
 from quantplug.megatron.checkpoint.files import results_within_process
 from quantplug.megatron.parameters import LanguageModel
 from tests.export.checkpoints import assert_same_export, load, one_rank, quantize
+from tests.families.cases import DECODERS
 from tests.families.served import serves_experts
 
 Export = Callable[..., Path]
@@ -24,6 +26,7 @@ def save_stacked(model: LanguageModel, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("family", DECODERS)
 def test_a_checkpoint_gives_the_bytes_of_its_model(
     family: str, checkpoint: Callable[[str], Path], export: Export, tmp_path: Path
 ) -> None:

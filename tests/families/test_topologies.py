@@ -7,14 +7,11 @@ import pytest
 
 from quantplug import quantize_checkpoint
 from tests.export.checkpoints import read, same_bytes
-from tests.families.cases import CASES
+from tests.families.cases import DECODERS
 from tests.families.served import errors_of
 from tests.ranks import run_ranks
 
-# Their decoders, as Megatron cuts them, are those of deepseek_v3, glm4v_moe, llama3, and the ones with vision.
-SAME_DECODER = {"deepseek_v2", "glm4_moe_air", "llama2", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe_resaved"}
-FAMILIES = [name for name in CASES if name not in SAME_DECODER]
-OF_ONE_RANK = [name for name in FAMILIES if name.startswith("nemotron_h")]
+OF_ONE_RANK = [name for name in DECODERS if name.startswith("nemotron_h")]
 WORKER = Path(__file__).with_name("examples_worker.py")
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -27,13 +24,13 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
     FAMILY/1-1 without ranks, but for decoders with Mamba mixers: of these, several ranks load the checkpoint of one.
     """
     work = tmp_path_factory.mktemp("examples")
-    for name in FAMILIES:
+    for name in DECODERS:
         (work / name).mkdir()
         (work / name / "hf").symlink_to(checkpoint(name))
         if name not in OF_ONE_RANK:
             quant_format = "mxfp4" if name == "gpt_oss" else "w4a16_nvfp4"
             quantize_checkpoint(work / name / "hf", work / name / "1-1", quant_format, quantize_mtp=True)
-    for size, names in ((1, OF_ONE_RANK), (2, FAMILIES)):
+    for size, names in ((1, OF_ONE_RANK), (2, DECODERS)):
         # Models keep their groups, and each group has threads: few models for each set of ranks.
         for few in (names[first : first + 5] for first in range(0, len(names), 5)):
             run = run_ranks(size, WORKER, work, size, size, *few, timeout=300)
@@ -41,7 +38,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
     return work
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_the_same_bytes_at_tp2_ep2_as_at_one_rank(family: str, exports: Path) -> None:
     one, two = read(exports / family / "1-1"), read(exports / family / "2-2")
     assert one.keys() == two.keys()
@@ -56,6 +53,6 @@ def test_a_checkpoint_of_one_rank_is_the_same_at_tp2_ep2(hybrid: str, exports: P
     assert [name for name in one if not same_bytes(one[name], two[name])] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_verify_with_the_source_finds_no_fault(family: str, exports: Path, checkpoint: Callable[[str], Path]) -> None:
     assert errors_of(exports / family / "2-2", checkpoint(family)) == set()

@@ -67,14 +67,6 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
     yield lambda kernels: (kernels.amax(weight), kernels.amax(weight[:, 1::2]))
     for encoding, scale in product((NVFP4_ENCODING, FP8_ENCODING), _SCALES):
         yield partial(_packed, encoding, weight, weight.new_tensor([scale, scale * 8], dtype=torch.float32))
-    for search, scale in product((*FOUND, *TAKEN), _SCALES[2:]):
-        scales = weight.new_tensor([scale, scale * 8], dtype=torch.float32)
-        yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales)
-    # Of many sizes, and zero for some columns.
-    columns = torch.arange(_SIDE, dtype=torch.float32, device=weight.device)
-    of_columns = torch.stack((columns % 7 / 3, columns.flip(0) ** 3 + 1 / 3))
-    for search in FOUND:
-        yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales, importance=of_columns)
     # 32 neighbours spread over more binades still, so that values of all sizes stand beside each of the amaxes.
     yield from (partial(_packed, encoding, weight, None) for encoding in (MXFP4_ENCODING, MXFP8_ENCODING))
     for amax in _BLOCK_AMAXES:
@@ -91,6 +83,15 @@ def _works(weight: torch.Tensor) -> Iterator[Work]:
             of_groups = torch.where(weight.abs() <= amax, weight, 0)
             of_groups[:, ::group] = amax
             yield partial(_packed, encoding, of_groups, None)
+    # The searches last, which take the longest: kernels that round otherwise are mostly found before.
+    for search, scale in product((*FOUND, *TAKEN), _SCALES[2:]):
+        scales = weight.new_tensor([scale, scale * 8], dtype=torch.float32)
+        yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales)
+    # Of many sizes, and zero for some columns.
+    columns = torch.arange(_SIDE, dtype=torch.float32, device=weight.device)
+    of_columns = torch.stack((columns % 7 / 3, columns.flip(0) ** 3 + 1 / 3))
+    for search in FOUND:
+        yield partial(_packed, NVFP4_ENCODING.searched(search), weight, scales, importance=of_columns)
 
 
 def _packed(
