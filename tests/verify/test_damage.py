@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantplug.verify.inventory import layouts
+from quantplug.verify.numbers import damage
 from tests.verify.test_gains import FORMATS, Tensors, faults, gaussian, gptq, judged, packed_in, trained
 
 Spoil = Callable[[torch.Tensor], None]
@@ -77,6 +78,16 @@ def test_columns_are_found_beside_error_feedback(what: str) -> None:
     assert faults(judged(with_codes(packed, CODES[what]), weight, layouts.MODELOPT_W4A16_NVFP4))
 
 
+def test_feedback_in_rows_with_far_larger_values_is_no_damage() -> None:
+    """Little is fed back elsewhere, as inputs are hardly alike; in these rows it is as much as the values are."""
+    large = (torch.arange(300) % 19 == 0)[:, None] & (torch.arange(128) // 16 == 3)
+    weight = torch.where(large, 300 * gaussian(300, 128, 3), gaussian(300, 128, 4)).bfloat16()
+    inputs = (gaussian(4000, 128, 6) * torch.logspace(-2, 2, 128)).double()
+    total = judged(gptq(weight, inputs.T @ inputs / 4000), weight, layouts.MODELOPT_W4A16_NVFP4)
+    assert total.beyond
+    assert total.damage is None
+
+
 def test_it_says_where() -> None:
     weight = trained(96, 256, 0)
     packed = packed_in("nvfp4", weight)
@@ -85,7 +96,30 @@ def test_it_says_where() -> None:
     assert damaged(packed, weight) == ([17], [])
 
 
+def test_of_a_large_weight_rows_beyond_are_found_wherever_they_are() -> None:
+    weight = trained(1000, 128, 2)
+    packed = packed_in("nvfp4", weight)
+    for row in (0, 333, 335, 999):
+        packed["weight"][row, 3:9] ^= 0x88
+    assert damaged(packed, weight) == ([0, 333, 335, 999], [])
+
+
+@pytest.mark.parametrize("step", [1, 5, 16, 100])
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 1000])
+def test_what_is_looked_at_lies_in_the_weight_and_is_enough(rows: int, step: int) -> None:
+    stretches = list(damage.sample_of(rows, step))
+    seen = [row for first, last in stretches for row in range(first, last)]
+    assert len(set(seen)) == min(rows, damage.SAMPLE)
+    assert max(last - first for first, last in stretches) <= step
+    assert seen[0] == 0
+    assert seen[-1] == rows - 1
+    wanted = sorted({0, rows // 2, rows - 1})
+    held = [row for first, last in damage.stretches_of(wanted, step) for row in range(first, last)]
+    assert set(wanted) <= set(held)
+    assert len(held) == len(set(held))
+
+
 def damaged(packed: Tensors, weight: torch.Tensor) -> tuple[list[int], list[int]]:
-    damage = judged(packed, weight, FORMATS["nvfp4"][1]).damage
-    assert damage is not None
-    return damage.rows, damage.columns
+    found = judged(packed, weight, FORMATS["nvfp4"][1]).damage
+    assert found is not None
+    return found.rows, found.columns

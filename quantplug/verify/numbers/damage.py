@@ -6,15 +6,19 @@ clips, and error feedback (GPTQ) moves values, so such values alone are no fault
 - Values that were changed after they were rounded. Where nearly all values are what rounding to nearest by the stored
   scales gives, there was no feedback: these scales then explain every value, clipped ones too, and one that is further
   off by `MARGIN` was changed, or its scale. Damage spoils few rows or few columns, feedback all: the worst `FEW` of
-  them are left out, and of the others `CLEAN` of all values may be unexplained. (Feedback that makes a difference of a
-  quarter of a step or more, which `MARGIN` is, changes one code in twenty.) As inputs that are alike in few channels
-  may feed back into few columns alone, a column is damaged only where its error is as large as itself, too.
+  them are left out, and of the others `CLEAN` of all values may be unexplained. (Feedback of a quarter of a step, which
+  `MARGIN` is, changes one code in twenty. Where it is a hundredth, and a row has a block of far larger values, that row
+  alone is fed back a quarter, which `CLEAN` must not let pass.) As inputs that are alike in few channels may feed back
+  into few columns alone, a column is damaged only where its error is as large as itself, too.
 - A column whose gain, <decoded, original> / <original, original> over its rows, is neither 1, nor what rounding by the
   stored scales gives. Errors that are fed back come from other columns and so have no common sign with the column's
   own values, be they more than a step: lost columns are 1 off, and so are columns in each other's places.
+
+Whether there was feedback, and which columns are off, is asked of `SAMPLE` rows: rounding all of a large weight anew
+takes thirty times as long as the other sums. Of the others only those are rounded that have a value beyond.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
 
@@ -23,11 +27,12 @@ import torch
 TIES = 2.0**-7  # what packers that divide in BF16, by a scale in BF16, take for a tie
 MARGIN = 1 / 24  # of a block's largest magnitude: a quarter of a step between codes of 4 bits
 FEW = 0.05  # of the rows, or of the columns, that may hold the damage: one row, or the columns of one byte, at least
-CLEAN = 0.005  # of the other values, that may be unexplained
+CLEAN = 0.0005  # of the other values, that may be unexplained; of those that were rounded to nearest none was
 ENOUGH = 1024  # values, to tell feedback from none
 OFF_COLUMN = 0.5  # that a column's gain may be off by
 DEVIATIONS = 5.0  # of chance
 STEP = 4.0  # margins: a step of 4 bits
+SAMPLE, STRETCH = 256, 16  # rows that are looked at first, and how many of them lie side by side
 _SAME = 1e-6  # in which FP32 products differ
 
 
@@ -51,10 +56,12 @@ class RowCounts:
     """INT64 [rows].
 
     Attributes:
+        numbers: Of the rows in the weight.
         unexplained: Values that rounding does not give.
         far: Those of them that are further off than it puts values, by a margin.
     """
 
+    numbers: torch.Tensor
     unexplained: torch.Tensor
     far: torch.Tensor
 
@@ -121,6 +128,7 @@ class AgainstRounding:
         larger: torch.Tensor,
         margin: torch.Tensor,
         columns: int,
+        first: int,
     ) -> "AgainstRounding":
         """Of FP32 blocks [rows, blocks, values].
 
@@ -129,6 +137,7 @@ class AgainstRounding:
             larger: The same, where they are rounded away from it.
             margin: How much further off than these what was rounded may be, however it was divided. Broadcasts.
             columns: How many the weight has; the last block may go beyond them.
+            first: Row of the weight at which these begin.
         """
 
         def flat(blocks: torch.Tensor) -> torch.Tensor:
@@ -154,22 +163,51 @@ class AgainstRounding:
             unexplained=unexplained.double().sum(0),
             margin=margins.double().square().sum(0),
         )
-        return cls(RowCounts(unexplained.sum(1), far.sum(1)), by_column)
+        numbers = torch.arange(first, first + len(values))
+        return cls(RowCounts(numbers, unexplained.sum(1), far.sum(1)), by_column)
 
 
-def found(chunks: Iterable[AgainstRounding]) -> Damage | None:
-    """The damage of a weight, of all of its rows in order; None where there is none."""
-    counts, sums = zip(*((it.by_row, it.by_column) for it in chunks), strict=True)
-    by_column = reduce(ColumnSums.plus, sums)
-    unexplained, far = (torch.cat([getattr(it, name) for it in counts]) for name in ("unexplained", "far"))
-    rows, columns = len(far), len(by_column.norm)
-    if not _is_clean(unexplained, columns, 1):
-        far = torch.zeros_like(far)
+def sample_of(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """The rows [first, last) that are looked at first: all of a small weight, at most `step` at a time."""
+    if rows <= SAMPLE:
+        yield from ((first, min(first + step, rows)) for first in range(0, rows, step))
+        return
+    count = SAMPLE // STRETCH
+    for index in range(count):
+        first = index * (rows - STRETCH) // (count - 1)
+        yield from ((it, min(it + step, first + STRETCH)) for it in range(first, first + STRETCH, step))
+
+
+def stretches_of(numbers: list[int], step: int) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) that hold these, which are in order: `step` at most, and few others between them."""
+    begin = 0
+    for end in range(1, len(numbers) + 1):
+        ends = end == len(numbers) or numbers[end] - numbers[end - 1] > STRETCH or numbers[end] - numbers[begin] >= step
+        if ends:
+            yield numbers[begin], numbers[end - 1] + 1
+            begin = end
+
+
+def found(sample: Iterable[AgainstRounding], beyond: Iterable[AgainstRounding]) -> Damage | None:
+    """The damage of a weight; None where there is none.
+
+    Args:
+        sample: Of rows evenly apart.
+        beyond: Of all rows with a value beyond, in order. Not looked at where there was feedback.
+    """
+    counts, sums = zip(*((it.by_row, it.by_column) for it in sample), strict=True)
+    by_column, unexplained = reduce(ColumnSums.plus, sums), torch.cat([it.unexplained for it in counts])
+    rows, columns = len(unexplained), len(by_column.norm)
+    hurt: list[int] = []
+    values = 0
+    for part in (it.by_row for it in beyond) if _is_clean(unexplained, columns, 1) else ():
+        hurt += part.numbers[part.far > 0].tolist()
+        values += int(part.far.sum())
     off = by_column.off(rows)
     if _is_clean(by_column.unexplained, rows, 2):
         off |= by_column.gone
-    damaged = [places.nonzero().flatten().tolist() for places in (far > 0, off)]
-    return Damage(damaged[0], int(far.sum()), damaged[1]) if any(damaged) else None
+    off_columns = off.nonzero().flatten().tolist()
+    return Damage(hurt, values, off_columns) if hurt or off_columns else None
 
 
 def _is_clean(unexplained: torch.Tensor, values: int, least: int) -> bool:

@@ -1,6 +1,6 @@
 """The sums over some rows of one quantized weight against its original, by compiled loops or by PyTorch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from types import ModuleType
@@ -257,12 +257,14 @@ class Meter:
         """All sums of a weight [rows, columns]; reads some rows at a time."""
         gain, row_gain = gains_of(layout)
         total, step = ErrorSum(feedback=feedback_of(layout)), original.step(columns)
+        beyond: list[int] = []  # Rows with such values.
         for first in range(0, rows, step):
             last = min(first + step, rows)
             values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
             of_rows = self.sums(packed, values)
             total.add(of_rows)
             total.off_rows += _off_rows(of_rows, packed, values, row_gain)
+            beyond += (first + of_rows.beyond.nonzero().flatten()).tolist()
         # What is far from others of its format may still be what rounding gives of few, equal values. The weight is
         # read again to tell, which happens to hardly any.
         sums = total.sums
@@ -271,7 +273,7 @@ class Meter:
             total.off = bool(gain.off(sums, anew.plain, anew.stored))
             total.misplaced = bool(gains.misplaced(sums, anew.stored))
         if total.beyond:
-            total.damage = damage.found(_against_rounding(original, weight, layout, rows, columns))
+            total.damage = _damage(original, weight, layout, rows, columns, beyond)
         return total
 
     def sums(self, packed: AnyRows, original: torch.Tensor) -> RowSums:
@@ -386,14 +388,18 @@ def _rounded(original: Original, weight: Matrix, layout: Layout, rows: int, colu
     return reduce(Anew.plus, chunks)
 
 
-def _against_rounding(
-    original: Original, weight: Matrix, layout: Layout, rows: int, columns: int
-) -> Iterator[AgainstRounding]:
-    """A weight beside its original rounded by the stored scales, chunk by chunk."""
-    for first in range(0, rows, step := original.step(columns)):
-        last = min(first + step, rows)
+def _damage(
+    original: Original, weight: Matrix, layout: Layout, rows: int, columns: int, beyond: list[int]
+) -> damage.Damage | None:
+    """Where a weight is damaged, some of whose rows have a value beyond."""
+
+    def against_rounding(first: int, last: int) -> AgainstRounding:
         values, packed = original.rows(weight.expert, first, last).float(), read_rows(weight, layout, first, last)
         blocks = packed.in_blocks(values)
         smaller, larger = (packed.by_stored(blocks * (1 + ties)) for ties in (-damage.TIES, damage.TIES))
         decoded, margin = packed.in_blocks(packed.decoded()), packed.margin(values)
-        yield AgainstRounding.of(blocks, decoded, smaller, larger, margin, columns)
+        return AgainstRounding.of(blocks, decoded, smaller, larger, margin, columns, first)
+
+    step = original.step(columns)
+    sample = (against_rounding(*stretch) for stretch in damage.sample_of(rows, step))
+    return damage.found(sample, (against_rounding(*stretch) for stretch in damage.stretches_of(beyond, step)))
