@@ -7,8 +7,9 @@ import pytest
 
 from quantplug.errors import MappingError, QuantplugError, UnsupportedQuantizationError
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions, Option
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family
 from quantplug.selection.advice import LeaveOut, by_checker, by_exclude, by_rules, by_rules_of_pairs
 from quantplug.selection.exclude import excluding
 from quantplug.selection.policy import Policy, Reason, decide, quantized

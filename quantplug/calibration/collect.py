@@ -13,7 +13,7 @@ from quantplug.calibration.quantizers import is_dynamic, leaf_quantizers
 from quantplug.calibration.run import CalibrationRecord
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.calibration.tokens import record_layer
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.checkpoint.layouts import FanOut
 from quantplug.megatron.parameters import LanguageModel, MegatronParameter, iter_parameters, model_chunks

@@ -8,7 +8,7 @@ from torch import nn
 from quantplug.calibration.quantizers import weights_to_calibrate
 from quantplug.errors import Offender, WeightError
 from quantplug.formats import first_nonfinite
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 
 

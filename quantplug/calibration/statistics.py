@@ -14,7 +14,7 @@ from typing import Any
 
 from quantplug.atomic import write_atomically
 from quantplug.errors import ArgumentError, CalibrationError, Offender, SourceError
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 SCHEMA_VERSION = 2
 

@@ -9,7 +9,8 @@ import torch
 
 from quantplug.errors import ArgumentError, Offender
 from quantplug.formats.names import Scheme, in_groups, scheme_named, scheme_without_data
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.keys import ParamKey
+from quantplug.mappings.table import Family
 from quantplug.selection.policy import Decision, Decisions, Policy, decide
 
 

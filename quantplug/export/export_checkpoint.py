@@ -51,7 +51,7 @@ from quantplug.formats.names import (
     scales_named,
 )
 from quantplug.formats.search.candidates import Scales
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.progress import Progress, silent
 from quantplug.selection.policy import preset_named
 

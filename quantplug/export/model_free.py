@@ -39,8 +39,9 @@ from quantplug.export.plan.types import ExportPlan, Schemes, WholeWeight
 from quantplug.formats.names import Scheme
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family
 from quantplug.progress import Progress
 from quantplug.selection.exclude import excluding
 from quantplug.selection.policy import Policy, quantized

@@ -8,7 +8,8 @@ from quantplug.checkpoint.reader import TensorHeader
 from quantplug.errors import MappingError, ShapeError
 from quantplug.findings import Findings, Kind, nearest
 from quantplug.mappings.layouts import ModelDimensions, VocabularyRows, layout_shapes
-from quantplug.mappings.table import Family, Placement, WeightMapping
+from quantplug.mappings.rows import Placement, WeightMapping
+from quantplug.mappings.table import Family
 from quantplug.megatron.parameters import MegatronParameter
 
 _SAME_MODEL = "Build the model from the config.json of this checkpoint, and pass every model chunk."

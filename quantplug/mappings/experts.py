@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import GATED, GATED_JOINED, ROW, Layout, ModelDimensions
-from quantplug.mappings.table import ParamKey, Placement, Role, Scope, WeightMapping
+from quantplug.mappings.rows import Placement, Role, Scope, WeightMapping
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from quantplug.errors import Offender
 from quantplug.mappings.experts import FusedExpertMapping
-from quantplug.mappings.table import Family, LayerStack, Scope, WeightMapping
+from quantplug.mappings.rows import LayerStack, Scope, WeightMapping
+from quantplug.mappings.table import Family
 
 # How many numbers a name of each scope has: the layer's, and the expert's.
 _STARS = {**dict.fromkeys(Scope, 1), Scope.MODEL: 0, Scope.EXPERT: 2}

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Merged, Role, Scope, WeightMapping
+from quantplug.mappings.rows import Merged, Role, Scope, WeightMapping
+from quantplug.mappings.table import Family
 
 
 class Stored(Protocol):

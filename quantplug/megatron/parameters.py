@@ -37,7 +37,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.tensor import DTensor
 
 from quantplug.errors import Offender, UnsupportedModelError
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.layers import Layer, layers_of, pattern_of_model
 from quantplug.megatron.models.delta_net import ZeroCentredNorm
 from quantplug.megatron.parallel import current_topology

@@ -16,8 +16,10 @@ from quantplug.choices import Preset
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_named
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.rows import Role, Scope, WeightMapping
+from quantplug.mappings.table import Family
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
 from quantplug.plugins.recipe_names import in_megatron
 from quantplug.selection.advice import quantizer_rule

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from quantplug.mappings.hybrid_pattern import in_hybrid_model
+from quantplug.mappings.keys import ParamKey, fill
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, fill
 from quantplug.selection.patterns import exclude_patterns
 from quantplug.selection.together import Rows, fused_with
 

@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 
 from quantplug.errors import MappingError, UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, nearest
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family
 from quantplug.selection.advice import by_exclude
 from quantplug.selection.patterns import packed_parts, spellings
 from quantplug.selection.policy import Decisions, Kept, Reason, quantized, refuse_nothing

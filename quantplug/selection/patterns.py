@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, WeightMapping
+from quantplug.mappings.rows import WeightMapping
 from quantplug.selection.together import Rows, fused_with
 
 

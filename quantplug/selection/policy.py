@@ -13,7 +13,9 @@ from quantplug.choices import Preset
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.findings import Findings, Kind, choice_named
 from quantplug.formats.names import Scheme
-from quantplug.mappings.table import Family, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.keys import ParamKey
+from quantplug.mappings.rows import Role, Scope, WeightMapping
+from quantplug.mappings.table import Family
 
 _NOTHING_CHOSEN = Kind(
     UnsupportedQuantizationError,

@@ -6,8 +6,9 @@ These are the experts of a layer, and a scale group.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, WeightMapping
+from quantplug.mappings.rows import WeightMapping
 
 Rows = Mapping[ParamKey, WeightMapping]
 """Weights with their rows."""

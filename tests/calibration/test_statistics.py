@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quantplug.calibration.statistics import HAS_AMAX, AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import CalibrationError, SourceError
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
 QKV = "decoder.layers.*.self_attention.linear_qkv.weight"

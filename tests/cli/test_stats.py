@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.cli import app
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 
 @pytest.fixture

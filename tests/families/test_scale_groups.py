@@ -12,7 +12,7 @@ from quantplug.errors import WeightError
 from quantplug.export.live_plan import plan_export
 from quantplug.export.pipeline.amaxes import amaxes_of_wholes
 from quantplug.export.pipeline.prescan import prescan
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.plugins import quant_cfg
 from tests.export.checkpoints import load, one_rank, read, same_bytes
 

@@ -7,8 +7,8 @@ from quantplug.checkpoint.reader import TensorHeader
 from quantplug.findings import Findings
 from quantplug.import_hf.plan import ImportTask, part_index, plan_import, whole_shape
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 from quantplug.megatron.parameters import MegatronParameter
 from quantplug.topology import Shard, ShardAxis
 

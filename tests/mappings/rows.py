@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, WeightMapping
+from quantplug.mappings.rows import WeightMapping
 
 
 def to_hf(row: WeightMapping, key: ParamKey, weight: torch.Tensor, dims: ModelDimensions) -> dict[str, torch.Tensor]:

@@ -8,8 +8,10 @@ from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeConfig
 
 from quantplug.errors import UnsupportedModelError
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import LatentSizes
-from quantplug.mappings.table import LayerStack, MegatronConfig, ParamKey
+from quantplug.mappings.rows import LayerStack
+from quantplug.mappings.table import MegatronConfig
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096}
 KINDS = {"DeepseekV2": DeepseekV2Config, "DeepseekV3": DeepseekV3Config, "Glm4Moe": Glm4MoeConfig}

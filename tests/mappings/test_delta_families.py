@@ -14,7 +14,8 @@ from quantplug.errors import UnsupportedModelError, UnsupportedQuantizationError
 from quantplug.mappings.amax import convert_to_amax_map
 from quantplug.mappings.delta_layouts import DELTA_PARTS
 from quantplug.mappings.families import find_family
-from quantplug.mappings.table import Family, LayerStack
+from quantplug.mappings.rows import LayerStack
+from quantplug.mappings.table import Family
 from tests.families.cases import DELTA, GATED_EXPERTS
 
 KINDS: dict[str, type[PreTrainedConfig]] = {

@@ -3,8 +3,8 @@
 import torch
 
 from quantplug.mappings.experts import grouped_mlp
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import GATED, ModelDimensions
-from quantplug.mappings.table import ParamKey
 from tests.mappings.rows import to_hf, to_megatron
 
 DIMS = ModelDimensions(4, 160, 4, 2, 48, 523, num_experts=8, moe_layers=(0, 1, 2, 3))

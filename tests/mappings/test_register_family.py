@@ -15,7 +15,7 @@ from quantplug.mappings import families
 from quantplug.mappings.families import FAMILIES, find_family
 from quantplug.mappings.families.llama import LLAMA
 from quantplug.mappings.family_check import problems
-from quantplug.mappings.table import Scope, WeightMapping
+from quantplug.mappings.rows import Scope, WeightMapping
 from quantplug.megatron.models.build import LayerSpec
 from quantplug.verify import verify_checkpoint
 from tests.export.checkpoints import assert_same_export, load, one_rank, quantize

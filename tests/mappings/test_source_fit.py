@@ -10,8 +10,8 @@ from quantplug.mappings.experts import FusedExpertMapping
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.families.qwen3_vl import QWEN3_VL_MOE
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.rows import Role
 from quantplug.mappings.source_fit import fitted
-from quantplug.mappings.table import Role
 
 EXPERTS = "model.language_model.layers.{}.mlp.experts"
 

@@ -15,7 +15,7 @@ from transformer_engine.pytorch import GroupedLinear
 from quantplug.calibration.finite import global_keys
 from quantplug.calibration.shared_amax import TENSOR_AXES, Axis, axes_of
 from quantplug.errors import Offender
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.parallel import current_topology
 
 

@@ -14,7 +14,7 @@ import torch
 from quantplug.calibration.inputs.linears import Linear
 from quantplug.calibration.inputs.sums import InputSums, add_over
 from quantplug.errors import CalibrationError, Offender
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 FEW_TOKENS = 32
 """How many tokens of its own weigh as much as the layer's, by default."""

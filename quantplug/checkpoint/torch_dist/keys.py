@@ -21,8 +21,10 @@ from itertools import product
 from quantplug.checkpoint.torch_dist.aside import kind_of
 from quantplug.checkpoint.torch_dist.reader import Segment
 from quantplug.mappings.hybrid_pattern import in_hybrid_model
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Scope
+from quantplug.mappings.rows import Scope
+from quantplug.mappings.table import Family
 
 _EXPERT = re.compile(r"(?P<above>.*\.experts)\.(?:local_experts\.\*\.)?(?P<linear>linear_fc[12]\.\w+)\*?")
 # Suffixes of the parts in their order, longer lists before those that they contain: gate and up of an expert or MLP

@@ -19,7 +19,7 @@ from quantplug.checkpoint.torch_dist.pickles import Made, only_one
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
 from quantplug.errors import Offender
-from quantplug.mappings.table import ParamKey, fill
+from quantplug.mappings.keys import ParamKey, fill
 
 MODELOPT_STATE = "modelopt_state"
 """Directory beside the tensors of a quantized model: the config that its quantizers were inserted by."""

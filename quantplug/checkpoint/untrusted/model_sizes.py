@@ -6,7 +6,8 @@ from typing import Any
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
 from quantplug.errors import Offender, SourceError, UnsupportedModelError
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, Scope, SizeSetting
+from quantplug.mappings.rows import Scope
+from quantplug.mappings.table import Family, SizeSetting
 
 _DECODER_SIZES = (
     *(

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from quantplug.export.plan.types import ExportPlan
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.serving_tp import BlockedLinear, ServingTp, of_checkpoint
 from quantplug.mappings.shapes.kinds import kind_of
-from quantplug.mappings.table import ParamKey
 from quantplug.selection.policy import Kept, Reason
 
 Reasons = Mapping[ParamKey, Kept]

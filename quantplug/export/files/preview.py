@@ -18,8 +18,8 @@ from quantplug.export.plan.pieces import PIECES_IN_A_BUCKET, cut
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput
 from quantplug.formats.names import Scheme
+from quantplug.mappings.rows import Role
 from quantplug.mappings.shapes.kinds import kind_of
-from quantplug.mappings.table import Role
 
 TRIAL_SECONDS = 2.0
 

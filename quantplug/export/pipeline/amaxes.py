@@ -9,7 +9,7 @@ from quantplug.choices import WeightAmax as WeightAmax
 from quantplug.export.pipeline.gather import Groups
 from quantplug.export.plan.types import ExportTask
 from quantplug.findings import choice_named
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.agreement import collective_device, lost_ranks_named
 
 GROWTH = 2**-7

@@ -9,7 +9,7 @@ from quantplug.export.plan.pieces import Piece, first_row, joined
 from quantplug.export.plan.types import TensorRows
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Placement
+from quantplug.mappings.rows import Placement
 
 
 def assemble_piece(piece: Piece, slices: list[Sequence[torch.Tensor]], dims: ModelDimensions) -> Iterator[TensorRows]:

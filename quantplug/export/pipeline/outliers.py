@@ -14,7 +14,7 @@ from quantplug.export.plan.types import ExportTask
 from quantplug.findings import Findings, Kind
 from quantplug.formats import BlockFormat
 from quantplug.formats.constants import NVFP4_BLOCK
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 _DROWNED = Kind(
     WeightError,

@@ -24,7 +24,7 @@ from quantplug.findings import Findings, Kind
 from quantplug.formats import EncodedRows, first_nonfinite
 from quantplug.formats.kernels.cpu.threads import in_order
 from quantplug.formats.scales import weight_amax
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.progress import Progress, silent
 
 _NONFINITE = Kind(

@@ -43,8 +43,10 @@ from quantplug.export.plan.types import (
 from quantplug.findings import Findings, Kind
 from quantplug.formats import BlockFormat, TensorSpec, WeightFormat
 from quantplug.formats.names import KVCacheFormat, Scheme
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
-from quantplug.mappings.table import Family, ParamKey, Placement, Role, WeightMapping
+from quantplug.mappings.rows import Placement, Role, WeightMapping
+from quantplug.mappings.table import Family
 from quantplug.selection.advice import LeaveOut, by_rules
 
 MAX_SHARD_SIZE = 5 * 10**9

@@ -11,8 +11,9 @@ from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups
+from quantplug.mappings.keys import ParamKey, fill
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, Role, Scope, WeightMapping, fill
+from quantplug.mappings.rows import Role, Scope, WeightMapping
 from quantplug.selection.advice import NONE_LEFT, LeaveOut, quantizer_rules
 from quantplug.selection.output_layer import unread_output_layer
 from quantplug.selection.policy import Kept, Policy

@@ -22,9 +22,10 @@ from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats import WeightFormat
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
+from quantplug.mappings.rows import WeightMapping
 from quantplug.mappings.segments import SegmentedAlike
-from quantplug.mappings.table import ParamKey, WeightMapping
 
 _PARTIAL = Kind(
     UnsupportedQuantizationError,

@@ -20,7 +20,7 @@ from quantplug.findings import Findings, Kind
 from quantplug.formats.names import KV_CACHES, CacheScheme, KVCacheFormat
 from quantplug.formats.scale_types import scale_from_amax
 from quantplug.formats.table import FP8
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 _SETTING = Kind(
     UnsupportedQuantizationError,

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from quantplug.errors import MappingError, ShapeError
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind, nearest
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
+from quantplug.mappings.rows import WeightMapping
 from quantplug.mappings.shapes.expected import expected_shape, fits
 from quantplug.mappings.shapes.kinds import kind_of
-from quantplug.mappings.table import Family, ParamKey, WeightMapping
+from quantplug.mappings.table import Family
 
 _SAME_MODEL = (
     "Check that the Hugging Face config is that of this model, and that the model holds all layers and experts."

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantplug.export.plan.types import ExportTask, WholeWeight
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.topology import ShardAxis
 
 PHASES = (ShardAxis.TP, ShardAxis.ETP, None)

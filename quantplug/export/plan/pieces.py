@@ -16,7 +16,7 @@ from quantplug.export.plan.slices import packed_specs, slice_shape
 from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.formats import TensorSpec
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import WeightMapping
+from quantplug.mappings.rows import WeightMapping
 
 BUCKET_BYTES = 256 * 2**20
 """Bytes of a bucket of a live model: enough that to start a collective costs nothing beside what it moves."""

@@ -8,7 +8,7 @@ packed.
 from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.mappings.layouts import ModelDimensions, layout_shapes
-from quantplug.mappings.table import WeightMapping
+from quantplug.mappings.rows import WeightMapping
 
 
 def slice_shape(shape: tuple[int, ...], slices: int, mapping: WeightMapping) -> tuple[int, ...]:

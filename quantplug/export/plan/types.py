@@ -11,8 +11,9 @@ import torch
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
 from quantplug.formats.search.candidates import BY_MAX, ScaleSearch
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey, Placement, WeightMapping
+from quantplug.mappings.rows import Placement, WeightMapping
 from quantplug.topology import Shard, ShardAxis
 
 

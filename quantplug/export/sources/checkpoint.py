@@ -12,8 +12,10 @@ from quantplug.export.plan.build import PLAIN_DTYPES
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats import WeightFormat
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import Layout, ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Placement, WeightMapping
+from quantplug.mappings.rows import Placement, WeightMapping
+from quantplug.mappings.table import Family
 
 _SHAPE = Kind(
     ShapeError,

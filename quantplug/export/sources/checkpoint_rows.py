@@ -11,7 +11,7 @@ from quantplug.export.plan.pieces import Piece
 from quantplug.export.plan.source import Chunk, Rows, chunks_by_piece
 from quantplug.export.plan.types import ExportTask
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Placement
+from quantplug.mappings.rows import Placement
 
 BUCKET_BYTES = 128 * 2**20
 """A piece has an eighth of it: 16 MiB are enough that starting a piece costs nothing beside the work on it."""

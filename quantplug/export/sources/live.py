@@ -15,7 +15,7 @@ from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.parameters import MegatronParameter, iter_parameters, model_chunks
 
 OUTPUT_LAYER = "output_layer.weight"

@@ -16,8 +16,9 @@ from quantplug.errors import Offender, SourceError
 from quantplug.export.plan.pieces import BUCKET_BYTES
 from quantplug.export.plan.types import WeightRef, not_here
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef, WholeWeight, not_here
 from quantplug.export.sources.vocabulary import VocabularySigns
 from quantplug.findings import Findings, Kind
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.agreement import gather_objects
 from quantplug.plugins.rules import JudgedRule
 from quantplug.topology import ShardAxis

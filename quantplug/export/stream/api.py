@@ -14,7 +14,7 @@ from quantplug.export.stream.plan import PlannedStream, make_stream_plan
 from quantplug.export.stream.request import AS_QUANTIZED, StreamRequest, refuse_adapters, with_arguments_of
 from quantplug.export.stream.rounds import Delivery, Run, cut_into_runs
 from quantplug.formats import TensorSpec
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.agreement import all_or_none, collective_device
 from quantplug.megatron.parallel import current_topology, process_groups
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from quantplug.errors import Offender, UnsupportedQuantizationError
 from quantplug.export.plan.types import WholeWeight
 from quantplug.findings import Findings, Kind
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.agreement import all_or_none, gather_objects
 from quantplug.selection.policy import Kept, Reason
 

@@ -17,8 +17,10 @@ from quantplug.export.stream.request import StreamRequest
 from quantplug.formats import TensorSpec, WeightFormat
 from quantplug.formats.names import Scheme
 from quantplug.formats.search.candidates import Scales
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey, Role
+from quantplug.mappings.rows import Role
+from quantplug.mappings.table import Family
 from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.selection.advice import by_checker
 from quantplug.selection.output_layer import require_output_layer

@@ -17,8 +17,8 @@ from quantplug.export.plan.pieces import Piece, cut
 from quantplug.export.plan.source import ReadRows, Source
 from quantplug.export.plan.types import ExportTask, PartOutput
 from quantplug.export.stream.broadcast import BroadcastBucket
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none, collective_device, lost_ranks_named
 from quantplug.topology import ShardAxis
 

@@ -17,8 +17,9 @@ from typing import TypeVar
 import torch
 
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import Identity, ModelDimensions
-from quantplug.mappings.table import ParamKey, WeightMapping
+from quantplug.mappings.rows import WeightMapping
 
 Name = TypeVar("Name", bound=Hashable)
 

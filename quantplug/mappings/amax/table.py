@@ -19,7 +19,7 @@ from quantplug.mappings.amax.rows import (
     Operand,
 )
 from quantplug.mappings.layouts import Layout
-from quantplug.mappings.table import LayerStack, Role, Scope, WeightMapping
+from quantplug.mappings.rows import LayerStack, Role, Scope, WeightMapping
 
 QUANTIZED: frozenset[Role] = frozenset({Role.LINEAR})
 _MAPPED_NAME = re.compile(r"\.(?P<quantizer>(?P<operand>weight|input|output)_quantizer)\.(?P<buffer>\w*amax)")
@@ -27,7 +27,7 @@ _ATTENTION_OUTPUT = ".self_attention.linear_proj.weight"
 
 
 class WeightRow(Protocol):
-    """What a weight mapping must say to have its quantizers named. `quantplug.mappings.table.WeightMapping` does.
+    """What a weight mapping must say to have its quantizers named. `quantplug.mappings.rows.WeightMapping` does.
 
     A protocol, so that tables of other packages can be converted without becoming ours.
     """

@@ -22,8 +22,9 @@ import torch
 from quantplug.errors import MappingError, Offender, ShapeError, UnsupportedQuantizationError
 from quantplug.mappings.amax.rows import AmaxMapping, MoeAmaxFanoutMapping, largest, raise_missing
 from quantplug.mappings.hybrid_pattern import outside_pairs
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import LayerStack, ParamKey
+from quantplug.mappings.rows import LayerStack
 
 Name = TypeVar("Name")
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quantplug.mappings.experts import FusedExpertMapping
-from quantplug.mappings.table import Family, Role, fill
+from quantplug.mappings.keys import fill
+from quantplug.mappings.rows import Role
+from quantplug.mappings.table import Family
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory.checkpoint import Checkpoint, TensorInfo
 from quantplug.verify.report import Finding, error

@@ -8,8 +8,9 @@ from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import SourceError, UnsupportedModelError
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import ModelDimensions
+from quantplug.mappings.rows import LayerStack
 from quantplug.mappings.source_fit import in_form
-from quantplug.mappings.table import Family, LayerStack
+from quantplug.mappings.table import Family
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory.checkpoint import Checkpoint
 from quantplug.verify.report import Finding, error

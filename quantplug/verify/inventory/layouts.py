@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
-from quantplug.mappings.table import Placement
+from quantplug.mappings.rows import Placement
 from quantplug.verify.inventory.checkpoint import PLAIN_FLOATS, TensorInfo
 
 SCALARS = ((), (1,))

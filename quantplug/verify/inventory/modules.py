@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
-from quantplug.mappings.table import Placement
+from quantplug.mappings.rows import Placement
 from quantplug.verify.inventory import names
 from quantplug.verify.inventory.checkpoint import Checkpoint, TensorInfo
 from quantplug.verify.inventory.excludes import with_parents

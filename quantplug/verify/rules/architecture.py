@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from quantplug.checkpoint.untrusted.json_reader import as_object
+from quantplug.mappings.rows import LayerStack
 from quantplug.mappings.shapes.expected import Shape, expected_shape, fits
 from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
-from quantplug.mappings.table import LayerStack
 from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory import names

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from quantplug.checkpoint.config_file import ties_embeddings
-from quantplug.mappings.table import Role
+from quantplug.mappings.rows import Role
 from quantplug.selection.output_layer import UnreadHead, unread_output_layer
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory import excludes, names

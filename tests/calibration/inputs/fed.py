@@ -9,7 +9,7 @@ from transformer_engine.pytorch import GroupedLinear
 
 from quantplug.calibration.inputs.linears import Linear, LinearWeight, linears_of
 from quantplug.calibration.shared_amax import Axis
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 TOKENS = (300, 0, 3, 120)
 """How many rows an expert gets, by its number modulo four; every other linear gets the first."""

@@ -1,6 +1,6 @@
 from quantplug.calibration.show.grids import expert_grids, label, layer_rows
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
 QKV = "decoder.layers.*.self_attention.linear_qkv.weight"

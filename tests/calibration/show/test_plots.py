@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from quantplug.calibration.show.plots import DOTS_PER_INCH, MARKS, Mark, save_plot, statistics_figure
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
 from quantplug.errors import DestinationError, SourceError
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 FC1 = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
 FC2 = "decoder.layers.*.mlp.experts.linear_fc2.weight*"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from quantplug.calibration.show.render import print_statistics, summary
 from quantplug.calibration.statistics import AmaxSource, CalibrationTable, StatisticsRow
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 TABLE = CalibrationTable(
     (

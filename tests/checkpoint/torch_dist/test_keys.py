@@ -5,8 +5,8 @@ import pytest
 from quantplug.checkpoint.torch_dist.keys import find_parameters, naming_of, unknown_keys
 from quantplug.checkpoint.torch_dist.reader import Segment
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 
 FAMILY = find_family("Qwen3MoeForCausalLM")
 DIMS = FAMILY.dimensions(

@@ -8,8 +8,8 @@ import torch
 from quantplug.errors import ArgumentError
 from quantplug.export.pipeline.amaxes import amaxes_of_wholes, has_grown, weight_amax_policy
 from quantplug.export.plan.types import ExportTask
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 from tests.export.pipeline.test_slices import task_for
 
 DIMS = ModelDimensions(1, 256, 8, 8, 32, 0)

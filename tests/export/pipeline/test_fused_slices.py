@@ -17,8 +17,10 @@ from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.pieces import cut
 from quantplug.export.plan.types import ExportPlan, QuantizerState, WholeWeight
 from quantplug.mappings.experts import FusedExpertMapping, FusedGatedExpertMapping, spellings
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import COLUMN, GATED_INTERLEAVED, GATED_JOINED, ROW, ModelDimensions
-from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope
+from quantplug.mappings.rows import Role, Scope
+from quantplug.mappings.table import Family, MegatronConfig
 from quantplug.topology import ShardAxis
 from tests.export.checkpoints import same_bytes
 from tests.export.pieces import pack_piece

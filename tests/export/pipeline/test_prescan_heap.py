@@ -10,8 +10,8 @@ import torch
 from quantplug.export.pipeline.prescan import prescan
 from quantplug.export.plan.types import WeightRef
 from quantplug.export.sources.live_rows import LiveSource
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 from tests.export.pipeline.test_slices import task_for
 
 ROOT = Path(__file__).parents[3]

@@ -16,8 +16,10 @@ from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.pieces import cut, travel_specs
 from quantplug.export.plan.types import ExportTask, QuantizerState, WholeWeight
 from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, NVFP4
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, VOCABULARY, ModelDimensions
-from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.rows import Role, Scope, WeightMapping
+from quantplug.mappings.table import Family, MegatronConfig
 from quantplug.topology import ShardAxis
 from tests.export.live_bytes import LiveBytes
 from tests.export.pieces import pack_piece

@@ -11,9 +11,9 @@ from quantplug.export.plan.dialects.table import DialectName
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.formats import TensorSpec
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.source_fit import fitted
-from quantplug.mappings.table import ParamKey
 from quantplug.topology import ShardAxis
 
 MOE = find_family("Qwen3MoeForCausalLM")

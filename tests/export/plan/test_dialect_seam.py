@@ -13,8 +13,10 @@ from quantplug.export.plan.dialects.table import DIALECTS, DialectName
 from quantplug.export.plan.types import Constant, ExportPlan, QuantConfig, QuantizerState, WholeWeight
 from quantplug.formats import NVFP4, TensorSpec
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import COLUMN, ModelDimensions
-from quantplug.mappings.table import Family, MegatronConfig, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.rows import Role, Scope, WeightMapping
+from quantplug.mappings.table import Family, MegatronConfig
 from quantplug.topology import ShardAxis
 from tests.export.pipeline.test_slices import exported
 

@@ -12,8 +12,8 @@ from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.findings import Findings
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import LatentSizes, ModelDimensions, Option
-from quantplug.mappings.table import ParamKey
 
 FAMILY = find_family("DeepseekV3ForCausalLM")
 DIMS = ModelDimensions(

@@ -9,8 +9,9 @@ from quantplug.errors import ShapeError
 from quantplug.export.plan.build import ExportRequest, build_plan
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.mappings.layouts import COLUMN, GATED, QKV, ROW, Layout, ModelDimensions
+from quantplug.mappings.rows import Role, Scope, WeightMapping
 from quantplug.mappings.segments import SegmentedAlike
-from quantplug.mappings.table import Family, MegatronConfig, Role, Scope, WeightMapping
+from quantplug.mappings.table import Family, MegatronConfig
 
 FP8_BLOCK = QuantizerState("", (4, 3), ((-2, 128), (-1, 128)), amax=0.5)
 FP8 = QuantizerState("", (4, 3), amax=0.5)

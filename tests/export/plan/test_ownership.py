@@ -6,7 +6,7 @@ import torch
 
 from quantplug.export.plan.ownership import assign
 from quantplug.export.plan.types import WholeWeight
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 
 EXPERTS = "decoder.layers.*.mlp.experts.linear_fc1.weight*"
 

@@ -12,7 +12,7 @@ from quantplug.export.plan.pieces import cut
 from quantplug.export.plan.types import QuantizerState, WeightRef, not_here
 from quantplug.export.sources.rank_inventory import RankInventory, whole_weights
 from quantplug.findings import Findings
-from quantplug.mappings.table import ParamKey
+from quantplug.mappings.keys import ParamKey
 from quantplug.topology import Shard, ShardAxis
 from tests.export.plan.test_build import NVFP4, plan, spread, weights
 

@@ -9,8 +9,8 @@ from quantplug.export.plan.types import WholeWeight
 from quantplug.export.sources.vocabulary import VocabularySigns, add_grown
 from quantplug.findings import Findings
 from quantplug.mappings.families import find_family
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 from quantplug.topology import ShardAxis
 
 FAMILY = find_family("Qwen3ForCausalLM")

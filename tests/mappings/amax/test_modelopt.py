@@ -15,7 +15,7 @@ from quantplug.mappings.amax import amaxes_to_hf, amaxes_to_megatron, convert_to
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families import find_family
 from quantplug.mappings.layouts import IDENTITY
-from quantplug.mappings.table import Scope, WeightMapping
+from quantplug.mappings.rows import Scope, WeightMapping
 
 KV_CACHE = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3)}, "enable": True}
 FP8_AND_KV_CACHE: dict[str, Any] = {

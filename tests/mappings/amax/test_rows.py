@@ -9,8 +9,9 @@ from quantplug.errors import MappingError, ShapeError, UnsupportedQuantizationEr
 from quantplug.mappings.amax import AmaxMapping, FusedAmax, Operand, convert_to_amax_map, merge_amaxes
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.common import ATTENTION, DENSE_MLP, ROUTED_EXPERTS
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import GATED, IDENTITY, QKV, VOCABULARY, ModelDimensions
-from quantplug.mappings.table import ParamKey, Scope, WeightMapping
+from quantplug.mappings.rows import Scope, WeightMapping
 
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 1))
 NAN = float("nan")

@@ -18,8 +18,9 @@ from quantplug.mappings.amax import (
 )
 from quantplug.mappings.families import FAMILIES
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import GATED, IDENTITY, Layout, ModelDimensions
-from quantplug.mappings.table import LayerStack, ParamKey, Role, Scope
+from quantplug.mappings.rows import LayerStack, Role, Scope
 
 DIMS = ModelDimensions(2, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 1), mtp_layers=1)
 EXPERTS = "decoder.layers.*.mlp.experts"

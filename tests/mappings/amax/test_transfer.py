@@ -27,8 +27,9 @@ from quantplug.mappings.amax import (
 from quantplug.mappings.experts import grouped_mlp
 from quantplug.mappings.families.qwen3_moe import QWEN3_MOE
 from quantplug.mappings.hybrid_pattern import parse
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import IDENTITY, ModelDimensions
-from quantplug.mappings.table import LayerStack, ParamKey, Role, Scope, WeightMapping
+from quantplug.mappings.rows import LayerStack, Role, Scope, WeightMapping
 
 DIMS = ModelDimensions(3, 160, 4, 2, 48, 523, num_experts=4, moe_layers=(0, 2))
 FUSED = tuple(

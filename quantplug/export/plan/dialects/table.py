@@ -13,7 +13,7 @@ from quantplug.export.plan.match import Mapped
 from quantplug.export.plan.types import Schemes
 from quantplug.findings import Findings, Kind, choice_named
 from quantplug.formats.names import QuantFormat
-from quantplug.mappings.table import Role, Scope
+from quantplug.mappings.rows import Role, Scope
 
 # Of several that can say a format the first is taken where none is asked for.
 DIALECTS: Mapping[DialectName, Dialect] = {

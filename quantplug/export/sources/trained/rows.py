@@ -13,8 +13,8 @@ from quantplug.export.plan.source import Chunk, Rows, ScaledRows, Source, chunks
 from quantplug.export.plan.types import ExportTask
 from quantplug.export.sources.checkpoint_rows import BUCKET_BYTES
 from quantplug.formats.constants import NVFP4_BLOCK
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import ParamKey
 
 # Rows are read run by run as long as a run has so many; where they are scattered more widely, all between the first and
 # the last are.

@@ -18,8 +18,9 @@ from quantplug.export.plan.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind, nearest
+from quantplug.mappings.keys import ParamKey
 from quantplug.mappings.layouts import ModelDimensions
-from quantplug.mappings.table import Family, ParamKey
+from quantplug.mappings.table import Family
 
 _LINEAR_OF_KEYS = ".linear_qkv.weight"
 
