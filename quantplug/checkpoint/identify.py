@@ -12,9 +12,9 @@ from quantplug.checkpoint.config_file import CONFIG_FILE, read_config_file
 from quantplug.checkpoint.encoded.described import read_quantization
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
 from quantplug.checkpoint.stored_tensors import stored_tensors
-from quantplug.checkpoint.torch_dist.arguments import read_arguments
 from quantplug.checkpoint.torch_dist.aside import kind_of, left_aside, unwrapped
 from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.noted.arguments import read_arguments
 from quantplug.checkpoint.torch_dist.quantizers import is_quantized
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.checkpoint.untrusted.files import read_json

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from quantplug.checkpoint.torch_dist.files import damaged, read_file
-from quantplug.checkpoint.torch_dist.pickles import Made, Named, UnusablePickleError, read_pickle, said
 from quantplug.checkpoint.torch_dist.roots import INDEX_FILE
 from quantplug.checkpoint.untrusted.files import file_problem
+from quantplug.checkpoint.untrusted.pickles import Made, Named, UnusablePickleError, read_pickle, said
 from quantplug.errors import Offender
 
 _MOST_SIZE = 2**48  # Of an axis, an offset or a file: what is larger is made up.

@@ -15,9 +15,9 @@ import torch
 from quantplug.checkpoint.torch_dist.files import damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import Extent, Index
 from quantplug.checkpoint.torch_dist.keys import Naming
-from quantplug.checkpoint.torch_dist.pickles import Made, only_one
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
+from quantplug.checkpoint.untrusted.pickles import Made, only_one
 from quantplug.errors import Offender
 from quantplug.mappings.keys import ParamKey, fill
 

@@ -19,8 +19,8 @@ import torch
 from quantplug.checkpoint.reader import identity_of
 from quantplug.checkpoint.torch_dist.files import damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import DTYPES, Index, StoredChunk, StoredTensor
-from quantplug.checkpoint.torch_dist.pickles import Made, Named, Outside
 from quantplug.checkpoint.torch_dist.saved import Saved, Span, UnusableSaveError, read_saved
+from quantplug.checkpoint.untrusted.pickles import Made, Named, Outside
 from quantplug.errors import Offender, SourceError
 
 _MOST_OPEN = 64  # Files: a checkpoint of a thousand ranks has two thousand, and a process may have a thousand open.

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import IO, Any
 
 from quantplug.checkpoint.torch_dist.files import MOST_BYTES
-from quantplug.checkpoint.torch_dist.pickles import UnusablePickleError, read_pickle
+from quantplug.checkpoint.untrusted.pickles import UnusablePickleError, read_pickle
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # PKZIP APPNOTE 6.3.10, 4.3.7: signature, ..., lengths of name and extra.
 _PICKLE, _STORAGES, _BYTE_ORDER = "data.pkl", "data/", "byteorder"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantplug.checkpoint.torch_dist.vocabulary import padding_unit
+from quantplug.checkpoint.torch_dist.noted.vocabulary import padding_unit
 from quantplug.errors import ShapeError
 from quantplug.export.plan.types import WeightRef, WholeWeight
 from quantplug.findings import Findings, Kind

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from quantplug.checkpoint.torch_dist.arguments import read_arguments
 from quantplug.checkpoint.torch_dist.aside import Aside, kind_of, left_aside, unwrapped
-from quantplug.checkpoint.torch_dist.common import Plain
 from quantplug.checkpoint.torch_dist.index import Index, read_index, require_covered
-from quantplug.checkpoint.torch_dist.vocabulary import padded_to
+from quantplug.checkpoint.torch_dist.noted.arguments import read_arguments
+from quantplug.checkpoint.torch_dist.noted.common import Plain
+from quantplug.checkpoint.torch_dist.noted.vocabulary import padded_to
 from quantplug.megatron.checkpoint.keys import Stored
 
 

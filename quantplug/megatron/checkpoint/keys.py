@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from quantplug.checkpoint.torch_dist.index import StoredTensor
-from quantplug.checkpoint.torch_dist.vocabulary import is_padding
+from quantplug.checkpoint.torch_dist.noted.vocabulary import is_padding
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron.agreement import all_or_none, gather_objects, union
 from quantplug.megatron.checkpoint.differences import differences, sizes_of

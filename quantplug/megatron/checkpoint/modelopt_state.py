@@ -16,8 +16,8 @@ import torch
 
 from quantplug.checkpoint.torch_dist.files import damaged, open_regular, read_file
 from quantplug.checkpoint.torch_dist.index import read_index
-from quantplug.checkpoint.torch_dist.pickles import only_one
 from quantplug.checkpoint.torch_dist.roots import BACKEND_FILE, COMMON_FILE, COMMON_OBJECT, INDEX_FILE
+from quantplug.checkpoint.untrusted.pickles import only_one
 from quantplug.errors import Offender
 from quantplug.megatron.checkpoint.files import damage_named
 

@@ -41,14 +41,14 @@ from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import nn
 
 from quantplug import __version__
-from quantplug.checkpoint.torch_dist.arguments import (
+from quantplug.checkpoint.torch_dist.aside import Aside
+from quantplug.checkpoint.torch_dist.files import read_own_file
+from quantplug.checkpoint.torch_dist.noted.arguments import (
     ZERO_CENTRED_NORMS,
     asks_for_centre,
     is_zero_centred,
     require_as_trained,
 )
-from quantplug.checkpoint.torch_dist.aside import Aside
-from quantplug.checkpoint.torch_dist.files import read_own_file
 from quantplug.checkpoint.torch_dist.roots import find_iteration
 from quantplug.errors import CheckpointError, Offender
 from quantplug.megatron import cpu

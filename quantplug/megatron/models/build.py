@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
-from quantplug.checkpoint.torch_dist.vocabulary import UNIT_OF_A_RANK
+from quantplug.checkpoint.torch_dist.noted.vocabulary import UNIT_OF_A_RANK
 from quantplug.errors import Offender, TopologyError, UnsupportedModelError
 from quantplug.mappings.hybrid_pattern import hybrid_settings, pattern_of
 from quantplug.mappings.table import Activation, MegatronConfig, ModelKind

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantplug.checkpoint.torch_dist.common import COMMON_FILE, read_common
 from quantplug.checkpoint.torch_dist.index import read_index
+from quantplug.checkpoint.torch_dist.noted.common import COMMON_FILE, read_common
 from quantplug.errors import CheckpointError
 from tests.checkpoint.torch_dist.written import Touching, put_object, save
 

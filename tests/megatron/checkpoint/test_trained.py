@@ -332,7 +332,7 @@ def test_values_that_stand_for_others_by_a_scale_are_refused(tmp_path: Path) -> 
 def test_rows_of_a_vocabulary_that_padding_does_not_explain_are_refused(
     rows: int, arguments: dict[str, int], taken: bool
 ) -> None:
-    from quantplug.checkpoint.torch_dist.vocabulary import is_padding
+    from quantplug.checkpoint.torch_dist.noted.vocabulary import is_padding
 
     multiple = arguments.get("make_vocab_size_divisible_by", 0) * arguments.get("tensor_model_parallel_size", 0)
     assert is_padding(rows, 384, 1, multiple or None) is taken

@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from quantplug.checkpoint.torch_dist.arguments import Settings, is_zero_centred, read_arguments, require_as_trained
 from quantplug.checkpoint.torch_dist.aside import is_mtp, unwrapped, without_mtp
-from quantplug.checkpoint.torch_dist.common import Plain
 from quantplug.checkpoint.torch_dist.files import read_own_file, require_as_saved
 from quantplug.checkpoint.torch_dist.index import Index, read_index
+from quantplug.checkpoint.torch_dist.noted.arguments import (
+    Settings,
+    is_zero_centred,
+    read_arguments,
+    require_as_trained,
+)
+from quantplug.checkpoint.torch_dist.noted.common import Plain
+from quantplug.checkpoint.torch_dist.noted.vocabulary import padded_to
 from quantplug.checkpoint.torch_dist.roots import find_iteration
-from quantplug.checkpoint.torch_dist.vocabulary import padded_to
 
 
 @dataclass(frozen=True)

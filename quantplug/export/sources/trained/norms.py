@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from quantplug.checkpoint.torch_dist.arguments import asks_for_centre
+from quantplug.checkpoint.torch_dist.noted.arguments import asks_for_centre
 from quantplug.export.plan.types import WholeWeight
 
 

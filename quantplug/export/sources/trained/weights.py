@@ -8,10 +8,10 @@ from quantplug.checkpoint.torch_dist.aside import Aside, left_aside
 from quantplug.checkpoint.torch_dist.files import damaged
 from quantplug.checkpoint.torch_dist.index import require_covered
 from quantplug.checkpoint.torch_dist.keys import FoundParameter, find_parameters, naming_of, of_checkpoint, unknown_keys
-from quantplug.checkpoint.torch_dist.pickles import said
+from quantplug.checkpoint.torch_dist.noted.vocabulary import is_padding
 from quantplug.checkpoint.torch_dist.quantizers import SavedQuantizer, SavedQuantizers, Settings, is_quantized
 from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
-from quantplug.checkpoint.torch_dist.vocabulary import is_padding
+from quantplug.checkpoint.untrusted.pickles import said
 from quantplug.errors import CheckpointError, MappingError, Offender, ShapeError
 from quantplug.export.plan.build import PLAIN_DTYPES
 from quantplug.export.plan.kv_cache import KVQuantizers

@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.torch_dist.common import Plain, is_endless, read_common
 from quantplug.checkpoint.torch_dist.files import read_file, read_own_file
 from quantplug.checkpoint.torch_dist.index import Index
+from quantplug.checkpoint.torch_dist.noted.common import Plain, is_endless, read_common
 from quantplug.errors import CheckpointError, Offender
 
 Settings = Mapping[str, Any]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantplug.checkpoint.torch_dist.pickles import Made, Named, Outside, UnusablePickleError, read_pickle
+from quantplug.checkpoint.untrusted.pickles import Made, Named, Outside, UnusablePickleError, read_pickle
 from tests.checkpoint.torch_dist.written import Touching
 
 PATH = f"{Path.__module__}.Path"  # A module of its own in Python 3.13.

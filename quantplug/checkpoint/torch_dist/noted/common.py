@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from quantplug.checkpoint.torch_dist.files import MOST_BYTES, damaged, open_regular
 from quantplug.checkpoint.torch_dist.index import Extent, Index
-from quantplug.checkpoint.torch_dist.pickles import Made, only_one
 from quantplug.checkpoint.torch_dist.roots import COMMON_FILE, COMMON_OBJECT
 from quantplug.checkpoint.torch_dist.saved import Span, UnusableSaveError, read_saved
+from quantplug.checkpoint.untrusted.pickles import Made, only_one
 from quantplug.errors import Offender
 
 _DEEPEST, _MOST_VALUES = 3, 100_000  # A trainer notes a thousand settings, some of them lists of a layer each.

@@ -7,7 +7,7 @@ size, and its load takes as many rows as both have, in silence. What is lost by 
 import math
 from collections.abc import Mapping
 
-from quantplug.checkpoint.torch_dist.common import Plain
+from quantplug.checkpoint.torch_dist.noted.common import Plain
 
 LARGEST_UNIT = 1024
 """Rows to a multiple of which a vocabulary is taken to be padded, on all ranks together, where no setting is known."""
