@@ -26,8 +26,8 @@ from quantplug.megatron.agreement import all_or_none, require_same
 from quantplug.megatron.layers import pattern_of_model
 from quantplug.megatron.parallel import current_topology, group_ranks
 from quantplug.megatron.parameters import model_chunks
-from quantplug.plugins.local_layers import misplaced_rules, refuse_misplaced
-from quantplug.plugins.rules import judge_rules, refuse_unmatched
+from quantplug.plugins.rules.local_layers import misplaced_rules, refuse_misplaced
+from quantplug.plugins.rules.unmatched import judge_rules, refuse_unmatched
 from quantplug.selection.advice import LeaveOut, by_rules, by_rules_of_pairs
 from quantplug.topology import ParallelTopology
 

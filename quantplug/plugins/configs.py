@@ -21,7 +21,7 @@ from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.rows import Role, Scope, WeightMapping
 from quantplug.mappings.table import Family
 from quantplug.megatron.releases.hybrid import CONVOLUTION_IS_A_MODULE
-from quantplug.plugins.recipe_names import in_megatron
+from quantplug.plugins.rules.recipe_names import in_megatron
 from quantplug.selection.advice import quantizer_rule
 from quantplug.selection.output_layer import require_output_layer
 from quantplug.selection.policy import (

@@ -7,7 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug.calibration.run import calibrate
 from quantplug.errors import MappingError
-from quantplug.plugins.local_layers import misplaced_rules, refuse_misplaced
+from quantplug.plugins.rules.local_layers import misplaced_rules, refuse_misplaced
 from tests.plugins.tiny_model import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantplug.plugins.recipe_names import in_megatron, meaning
+from quantplug.plugins.rules.recipe_names import in_megatron, meaning
 
 NAMES = {
     "*o_proj*weight_quantizer": "*linear_proj*weight_quantizer",

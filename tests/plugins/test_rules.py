@@ -11,7 +11,7 @@ from modelopt.torch.opt.conversion import ModeloptStateManager
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug.errors import MappingError
-from quantplug.plugins.rules import judge_rules, refuse_unmatched
+from quantplug.plugins.rules.unmatched import judge_rules, refuse_unmatched
 from tests.plugins.tiny_model import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -15,7 +15,7 @@ from quantplug.export.sources.vocabulary import VocabularySigns
 from quantplug.findings import Findings, Kind
 from quantplug.mappings.keys import ParamKey
 from quantplug.megatron.agreement import gather_objects
-from quantplug.plugins.rules import JudgedRule
+from quantplug.plugins.rules.unmatched import JudgedRule
 from quantplug.topology import ShardAxis
 
 _INCOMPLETE = Kind(

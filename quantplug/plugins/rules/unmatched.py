@@ -20,7 +20,7 @@ from torch import nn
 
 from quantplug.calibration.quantizers import quantized_roots
 from quantplug.errors import MappingError, Offender
-from quantplug.plugins.recipe_names import meaning
+from quantplug.plugins.rules.recipe_names import meaning
 
 # What ModelOpt's stock configs for MLPs say of Mixtral's, Nemotron-H's and all routed experts: no model has them all.
 _OTHER_ARCHITECTURES = re.compile(r"\*(block_sparse_moe\*|\.mixer\.(up|down)_proj\.|\.experts\.\*)\w+_quantizer")

@@ -18,7 +18,7 @@ from torch import nn
 from quantplug.calibration.quantizers import quantized_roots
 from quantplug.errors import MappingError, Offender
 from quantplug.megatron.parameters import LanguageModel
-from quantplug.plugins.rules import Rule, rules_of
+from quantplug.plugins.rules.unmatched import Rule, rules_of
 
 # `layers.3`, whole, and not those of multi-token prediction, which are all on one stage.
 _NUMBERED = re.compile(r"(?<!mtp\.)(?<![A-Za-z0-9_])layers\.\d+(?![0-9])")
