@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.config_file import CONFIG_FILE, read_config_file
+from quantplug.checkpoint.config.file import CONFIG_FILE, read_config_file
 from quantplug.checkpoint.encoded.described import read_quantization
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
 from quantplug.checkpoint.stored_tensors import stored_tensors

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantplug.checkpoint.config_file import CONFIG_FILE
+from quantplug.checkpoint.config.file import CONFIG_FILE
 from quantplug.checkpoint.reader import INDEX_FILE, weight_files
 from quantplug.checkpoint.untrusted.files import OUTSIDE, file_problem
 from quantplug.errors import Offender, SourceError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from quantplug.checkpoint.config_file import in_megatrons_words
+from quantplug.checkpoint.config.file import in_megatrons_words
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.checkpoint.torch_dist.aside import Aside
 from quantplug.checkpoint.torch_dist.reader import TorchDistReader

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from quantplug.checkpoint.config_file import ties_embeddings
-from quantplug.checkpoint.source_config import SourceConfig, read_source_config
+from quantplug.checkpoint.config.file import ties_embeddings
+from quantplug.checkpoint.config.source import SourceConfig, read_source_config
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.dialects.table import DialectName, dialect_named
 from quantplug.export.plan.types import ExportPlan, WholeWeight

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.config_file import (
+from quantplug.checkpoint.config.file import (
     architecture_of,
     counting_no_mtp,
     read_config_file,
@@ -18,8 +18,8 @@ from quantplug.checkpoint.config_file import (
     ties_embeddings,
     with_settings,
 )
+from quantplug.checkpoint.config.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.disk_errors import disk_errors
-from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import ArgumentError, Offender, SourceError

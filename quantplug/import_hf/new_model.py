@@ -7,8 +7,8 @@ from typing import overload
 import torch
 
 import quantplug.plugins  # Registers our wrappers with ModelOpt, so that what is built here can be quantized.  # noqa: F401
+from quantplug.checkpoint.config.source import SourceConfig, megatron_config, read_source_config
 from quantplug.checkpoint.reader import resolve_source
-from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.errors import ArgumentError, Offender, TopologyError
 from quantplug.import_hf.to_model import import_mcore_gpt_from_hf
 from quantplug.mappings.table import MegatronConfig, ModelKind

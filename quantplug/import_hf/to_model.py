@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from quantplug.checkpoint.config_file import ties_embeddings
+from quantplug.checkpoint.config.file import ties_embeddings
+from quantplug.checkpoint.config.source import SourceConfig, megatron_config, read_source_config
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
 from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
-from quantplug.checkpoint.source_config import SourceConfig, megatron_config, read_source_config
 from quantplug.findings import Findings
 from quantplug.import_hf.plan import ImportTask, add_unused, part_index, plan_import
 from quantplug.mappings.families import find_family

@@ -9,9 +9,9 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 from modelopt.recipe import ModelOptPTQRecipe, load_recipe
 
-from quantplug.checkpoint.config_file import ties_embeddings
+from quantplug.checkpoint.config.file import ties_embeddings
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.checkpoint.reader import resolve_source
-from quantplug.checkpoint.source_config import read_source_config
 from quantplug.choices import Preset
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
 from quantplug.formats.names import KVCacheFormat, QuantFormat, Scheme, kv_cache_named, scheme_named

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.cli import app
 from quantplug.errors import SourceError, UnsupportedModelError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.checkpoint.config_file import ties_embeddings
+from quantplug.checkpoint.config.file import ties_embeddings
 from quantplug.errors import MappingError, SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from tests.export.checkpoints import load, one_rank, read

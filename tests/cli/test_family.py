@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
-from quantplug.checkpoint.config_file import in_megatrons_words
+from quantplug.checkpoint.config.file import in_megatrons_words
 from quantplug.errors import ArgumentError, UnsupportedModelError
 from quantplug.mappings import families, installed
 from quantplug.mappings.families import find_family

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from quantplug import build_model
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
+from quantplug.checkpoint.config.source import megatron_config, read_source_config
 from quantplug.errors import QuantplugError
 from quantplug.export.live_plan import plan_export
 from quantplug.megatron.models import build

@@ -18,7 +18,7 @@ from torch import nn
 
 from quantplug import QuantplugError, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf, load_checkpoint
 from quantplug.calibration.quantizers import needs_amax
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.export.files import write_rounds as work
 from quantplug.export.pipeline.buckets import make_rounds
 from quantplug.mappings.families import find_family

@@ -11,7 +11,7 @@ import torch
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.export.files import write_rounds as work
 from quantplug.export.pipeline.buckets import make_rounds
 from quantplug.export.stream.api import plan_stream

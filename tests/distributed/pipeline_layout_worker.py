@@ -17,7 +17,7 @@ from torch import nn
 
 import quantplug
 from quantplug import calibration, quant_cfg
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron.models import build
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from quantplug import QuantplugError, export_hf_weights_quant, import_mcore_gpt_from_hf
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.export.stream.api import StreamPlan, plan_stream
 from quantplug.mappings.families import find_family
 from quantplug.megatron.models.build import build_model

@@ -19,7 +19,7 @@ from quantplug import (
     quantize_checkpoint,
     save_checkpoint,
 )
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
+from quantplug.checkpoint.config.source import megatron_config, read_source_config
 from quantplug.errors import ArgumentError, MappingError, ShapeError
 from quantplug.megatron.models import build
 from quantplug.megatron.parameters import LanguageModel

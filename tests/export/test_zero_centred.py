@@ -10,7 +10,7 @@ import torch
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
+from quantplug.checkpoint.config.source import megatron_config, read_source_config
 from quantplug.megatron.models.build import build_model
 from quantplug.megatron.parameters import LanguageModel, iter_parameters
 from tests.export.checkpoints import load, read, same_bytes

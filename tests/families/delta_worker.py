@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from quantplug import export_mcore_gpt_to_hf
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.errors import CheckpointError, UnsupportedQuantizationError
 from quantplug.mappings.families import find_family
 from quantplug.megatron.checkpoint.save_load import load_checkpoint, save_checkpoint

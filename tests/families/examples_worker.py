@@ -15,7 +15,7 @@ import quantize  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 import quantplug  # noqa: E402
-from quantplug.checkpoint.source_config import read_source_config  # noqa: E402
+from quantplug.checkpoint.config.source import read_source_config  # noqa: E402
 from quantplug.mappings.families import find_family  # noqa: E402
 from tests.families.served import has_experts  # noqa: E402
 

@@ -18,7 +18,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 import quantplug  # noqa: E402
 from quantplug import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf, save_checkpoint  # noqa: E402
-from quantplug.checkpoint.source_config import megatron_config, read_source_config  # noqa: E402
+from quantplug.checkpoint.config.source import megatron_config, read_source_config  # noqa: E402
 from quantplug.mappings.table import MegatronConfig, ModelKind  # noqa: E402
 from quantplug.megatron.models.build import build_model  # noqa: E402
 from quantplug.megatron.parallel import initialize_parallel  # noqa: E402

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.verify import Severity, verify_checkpoint
 

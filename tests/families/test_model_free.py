@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantplug import export_hf_weights_quant, export_mcore_gpt_to_hf, quant_cfg
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.errors import UnsupportedQuantizationError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family

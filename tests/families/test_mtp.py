@@ -18,7 +18,7 @@ from quantplug.calibration.collect import gather_statistics
 from quantplug.calibration.policy import CalibrationPolicy, ColdExperts
 from quantplug.calibration.run import calibrate
 from quantplug.calibration.statistics import StatisticsRow
-from quantplug.checkpoint.config_file import read_config_file
+from quantplug.checkpoint.config.file import read_config_file
 from quantplug.errors import CalibrationError, MappingError, SourceError
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.mappings.families import find_family

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Dots1Config, Dots1ForCausalLM, MistralConfig, MistralForCausalLM
 
 from quantplug import export_mcore_gpt_to_hf, quantize_checkpoint, register_family
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
+from quantplug.checkpoint.config.source import megatron_config, read_source_config
 from quantplug.errors import ArgumentError, UnsupportedModelError
 from quantplug.mappings import families
 from quantplug.mappings.families import FAMILIES, find_family

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import quantplug.plugins  # noqa: F401  # registers the wrappers
 from quantplug import import_mcore_gpt_from_hf
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.mappings.families import find_family
 from quantplug.megatron import cpu
 from quantplug.megatron.models.build import LayerSpec, build_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.config_file import CONFIG_FILE, saved_dtype
+from quantplug.checkpoint.config.file import CONFIG_FILE, saved_dtype
 from quantplug.checkpoint.encoded.described import FP8Storage, MXFP4Storage, read_quantization
 from quantplug.checkpoint.encoded.fp8_source import FP8Checkpoint
 from quantplug.checkpoint.encoded.mxfp4_source import MXFP4Checkpoint

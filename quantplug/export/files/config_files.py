@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantplug.atomic import finish_file, sync_directory
-from quantplug.checkpoint.config_file import CONFIG_FILE
+from quantplug.checkpoint.config.file import CONFIG_FILE
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
 from quantplug.checkpoint.untrusted.files import open_file
 from quantplug.export.files.index import write_json

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from quantplug.checkpoint.config_file import CONFIG_FILE
+from quantplug.checkpoint.config.file import CONFIG_FILE
+from quantplug.checkpoint.config.lost_mtp import LostMtp
 from quantplug.checkpoint.disk_errors import disk_errors
-from quantplug.checkpoint.lost_mtp import LostMtp
 from quantplug.checkpoint.reader import INDEX_FILE, NONE_ASIDE, ScalesAside
 from quantplug.checkpoint.safetensors.writer import file_size
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE, SideFiles

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quantplug.checkpoint.source_config import SourceConfig
+from quantplug.checkpoint.config.source import SourceConfig
 from quantplug.mappings.families import find_family
 from quantplug.mappings.table import Family
 

@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantplug.checkpoint.config_file import ties_embeddings
-from quantplug.checkpoint.source_config import SourceConfig, megatron_config
+from quantplug.checkpoint.config.file import ties_embeddings
+from quantplug.checkpoint.config.source import SourceConfig, megatron_config
 from quantplug.errors import SourceError, UnsupportedModelError
 from quantplug.export.sources.live import Model
 from quantplug.findings import Findings

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from quantplug.checkpoint.config_file import ties_embeddings
+from quantplug.checkpoint.config.file import ties_embeddings
 from quantplug.mappings.rows import Role
 from quantplug.selection.output_layer import UnreadHead, unread_output_layer
 from quantplug.verify.checks import Check

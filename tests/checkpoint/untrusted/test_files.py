@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantplug.checkpoint.config_file import read_config_file
+from quantplug.checkpoint.config.file import read_config_file
 from quantplug.checkpoint.reader import INDEX_FILE, HFCheckpoint, weight_files
 from quantplug.checkpoint.untrusted import files as untrusted_files
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json

@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from quantplug import plan_stream
-from quantplug.checkpoint.source_config import megatron_config, read_source_config
+from quantplug.checkpoint.config.source import megatron_config, read_source_config
 from quantplug.errors import MappingError, UnsupportedModelError
 from quantplug.export.live_plan import plan_export
 from quantplug.mappings.table import Activation

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.errors import SourceError
 from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.mappings.families import find_family

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quantplug import export_checkpoint
-from quantplug.checkpoint.config_file import read_config_file
+from quantplug.checkpoint.config.file import read_config_file
 from quantplug.mappings.families import find_family
 from tests.export.checkpoints import read, same_bytes
 from tests.export.test_zero_centred import FAMILIES, turned

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.errors import MappingError
 from quantplug.export.sources.live_settings import check_settings
 from quantplug.megatron.models.build import build_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantplug.checkpoint.source_config import read_source_config
+from quantplug.checkpoint.config.source import read_source_config
 from quantplug.errors import SourceError
 
 

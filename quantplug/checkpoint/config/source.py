@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from quantplug.checkpoint.config_file import (
+from quantplug.checkpoint.config.file import (
     UNUSABLE,
     architecture_of,
     config_error,
@@ -20,7 +20,7 @@ from quantplug.checkpoint.config_file import (
     saved_dtype,
     with_settings,
 )
-from quantplug.checkpoint.lost_mtp import LostMtp, lost_mtp
+from quantplug.checkpoint.config.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.json_reader import as_object
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from quantplug.checkpoint.config_file import counted_mtp
+from quantplug.checkpoint.config.file import counted_mtp
 from quantplug.checkpoint.untrusted.json_reader import as_count
 from quantplug.mappings.layouts import ModelDimensions
 from quantplug.mappings.table import Family
