@@ -227,12 +227,11 @@ def export_checkpoint(
         kept: Reasons = {}
         if format is None:
             request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
-        else:
-            weights = _without_quantizers(weights)
-        if asked is None:
             plan_of = _AsSaved(weights, model, request, policy)
+        elif asked is None:
+            plan_of = _AsSaved(_without_quantizers(weights), model, request, policy)
         else:
-            plan_of, kept = asked.plan_of(weights, model, request)
+            plan_of, kept = asked.plan_of(_without_quantizers(weights), model, request)
         rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model), found.group_amaxes)
         beside = Beside(model.directory, model.config, side_files)
         plan, preview = write_or_preview(
