@@ -33,7 +33,7 @@ from quantplug.export.pipeline.amaxes import WeightAmax
 from quantplug.export.pipeline.outliers import refuse_outliers
 from quantplug.export.pipeline.prescan import digest_of, prescan, require_unchanged, unchanged_rows
 from quantplug.export.plan.build import ExportRequest, build_plan
-from quantplug.export.plan.scheme import quantizers_for
+from quantplug.export.plan.quantizers.scheme import quantizers_for
 from quantplug.export.plan.source import Source
 from quantplug.export.plan.types import ExportPlan, Schemes, WholeWeight
 from quantplug.formats.names import Scheme

@@ -1,8 +1,8 @@
 """The one table of formats by public name: what each name says of weights and of activations.
 
 Python, the command line, the examples and the documents all use these names. How a format is spelled on disk is said
-in `export/plan/dialects`, which settings of ModelOpt's quantizers mean it in `export/plan/scheme.py`; both are keyed
-by this table.
+in `export/plan/dialects`, which settings of ModelOpt's quantizers mean it in `export/plan/quantizers/scheme.py`; both
+are keyed by this table.
 """
 
 from collections.abc import Mapping, Sequence

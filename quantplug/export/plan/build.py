@@ -13,20 +13,25 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from quantplug.errors import ArgumentError, Offender, UnsupportedQuantizationError
-from quantplug.export.plan.check_quantizers import (
+from quantplug.export.plan.dialects.dialect import INPUT_SCALE, Dialect, Spelled
+from quantplug.export.plan.dialects.table import DialectName, choose_dialect
+from quantplug.export.plan.match import Mapped, match_table, part_shapes
+from quantplug.export.plan.modules import excluded_modules, quantized_modules
+from quantplug.export.plan.ownership import Assignment, assign, in_order
+from quantplug.export.plan.quantizers.check import (
     check_calibrated,
     check_output_layer,
     check_quantizers,
     check_served,
     check_shapes,
 )
-from quantplug.export.plan.dialects.dialect import INPUT_SCALE, Dialect, Spelled
-from quantplug.export.plan.dialects.table import DialectName, choose_dialect
-from quantplug.export.plan.fused_linears import check_block_borders, check_one_scheme, group_names, with_shared_amaxes
-from quantplug.export.plan.kv_cache import KVCache, KVQuantizers, check_kv_cache, check_kv_place
-from quantplug.export.plan.match import Mapped, match_table, part_shapes
-from quantplug.export.plan.modules import excluded_modules, quantized_modules
-from quantplug.export.plan.ownership import Assignment, assign, in_order
+from quantplug.export.plan.quantizers.fused_linears import (
+    check_block_borders,
+    check_one_scheme,
+    group_names,
+    with_shared_amaxes,
+)
+from quantplug.export.plan.quantizers.kv_cache import KVCache, KVQuantizers, check_kv_cache, check_kv_place
 from quantplug.export.plan.slices import must_gather_first
 from quantplug.export.plan.types import (
     ON_ONE_RANK,

@@ -11,7 +11,7 @@ from modelopt.torch.quantization.nn import QuantModule, SequentialQuantizer, Sta
 from modelopt.torch.quantization.qtensor import QTensorWrapper
 
 from quantplug.errors import UnsupportedQuantizationError
-from quantplug.export.plan.kv_cache import KVQuantizers
+from quantplug.export.plan.quantizers.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, Unquantized, WeightRef
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from quantplug.errors import CalibrationError, MappingError, Offender, ShapeError
-from quantplug.export.plan.kv_cache import KVQuantizers
+from quantplug.export.plan.quantizers.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WeightRef, WholeWeight, not_here
 from quantplug.export.sources.vocabulary import VocabularySigns
 from quantplug.findings import Findings, Kind

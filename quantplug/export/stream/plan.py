@@ -9,7 +9,7 @@ import torch
 from quantplug.choices import Preset
 from quantplug.export.asked_formats import require_experts
 from quantplug.export.live_plan import PlannedExport, plan_export
-from quantplug.export.plan.scheme import quantizers_for
+from quantplug.export.plan.quantizers.scheme import quantizers_for
 from quantplug.export.plan.types import ExportPlan, ExportTask, PartOutput, WholeWeight
 from quantplug.export.stream.checker import chosen_weights, refuse_widened
 from quantplug.export.stream.quant_fn import QuantFn, QuantFunction

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from quantplug.errors import UnsupportedQuantizationError
-from quantplug.export.plan.fused_linears import group_names, with_shared_amaxes
 from quantplug.export.plan.match import Mapped
+from quantplug.export.plan.quantizers.fused_linears import group_names, with_shared_amaxes
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.findings import Findings
 from quantplug.mappings.families import find_family

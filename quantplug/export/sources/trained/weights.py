@@ -14,7 +14,7 @@ from quantplug.checkpoint.torch_dist.reader import Segment, TorchDistReader
 from quantplug.checkpoint.untrusted.pickles import said
 from quantplug.errors import CheckpointError, MappingError, Offender, ShapeError
 from quantplug.export.plan.build import PLAIN_DTYPES
-from quantplug.export.plan.kv_cache import KVQuantizers
+from quantplug.export.plan.quantizers.kv_cache import KVQuantizers
 from quantplug.export.plan.types import QuantizerState, WholeWeight
 from quantplug.export.sources.quantizer_state import CHANGES_INPUTS, QuantizerSettings, wrong_blocks
 from quantplug.findings import Findings, Kind, nearest

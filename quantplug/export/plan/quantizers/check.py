@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from quantplug.choices import Preset
 from quantplug.errors import CalibrationError, ShapeError, UnsupportedQuantizationError
-from quantplug.export.plan import scheme as schemes
 from quantplug.export.plan.dialects.dialect import Dialect
 from quantplug.export.plan.match import Mapped
+from quantplug.export.plan.quantizers import scheme as schemes
 from quantplug.export.plan.types import QuantizerState, Schemes, WholeWeight
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import SCHEMES, Scheme, in_smaller_groups

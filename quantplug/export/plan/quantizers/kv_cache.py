@@ -14,7 +14,7 @@ import torch
 
 from quantplug.errors import CalibrationError, UnsupportedQuantizationError
 from quantplug.export.plan.dialects.dialect import Dialect
-from quantplug.export.plan.scheme import weight_format
+from quantplug.export.plan.quantizers.scheme import weight_format
 from quantplug.export.plan.types import QuantizerState, Schemes
 from quantplug.findings import Findings, Kind
 from quantplug.formats.names import KV_CACHES, CacheScheme, KVCacheFormat
