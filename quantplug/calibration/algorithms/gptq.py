@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantplug.calibration.algorithms.feedback import inverse_factors, rounded
+from quantplug.calibration.algorithms.static_scales import set_scales
 from quantplug.calibration.algorithms.steps import in_steps
 from quantplug.calibration.algorithms.targets import require_data, static_quantizers, targets
 from quantplug.calibration.inputs.linears import Linear
@@ -24,7 +25,6 @@ from quantplug.calibration.inputs.moments import InputPolicy, Moments, WeightInp
 from quantplug.calibration.inputs.rows import watching
 from quantplug.calibration.inputs.sums import Products, whole_columns
 from quantplug.calibration.run import ForwardLoop, max_calibrate
-from quantplug.calibration.static_scales import set_scales
 from quantplug.errors import ArgumentError, CalibrationError, Offender
 from quantplug.formats import NVFP4
 from quantplug.formats.constants import NVFP4_BLOCK

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from quantplug.calibration.algorithms.seen import seen
+from quantplug.calibration.algorithms.static_scales import set_scales
 from quantplug.calibration.algorithms.targets import static_quantizers
 from quantplug.calibration.inputs.importance import DAMPING
 from quantplug.calibration.inputs.moments import InputPolicy, WeightInputs
 from quantplug.calibration.inputs.sums import BlockProducts
 from quantplug.calibration.run import ForwardLoop
-from quantplug.calibration.static_scales import set_scales
 from quantplug.errors import ArgumentError, Offender
 from quantplug.formats import NVFP4
 from quantplug.formats.constants import NVFP4_BLOCK

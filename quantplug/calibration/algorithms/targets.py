@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer
 from torch import nn
 
+from quantplug.calibration.algorithms.static_scales import wants
 from quantplug.calibration.inputs.linears import Linear, LinearWeight, linears_of
-from quantplug.calibration.static_scales import wants
 from quantplug.errors import CalibrationError, Offender, UnsupportedQuantizationError
 from quantplug.formats import NVFP4
 from quantplug.formats.search.candidates import BY_ERROR

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from quantplug.calibration.algorithms.seen import seen
+from quantplug.calibration.algorithms.static_scales import Searched, find_scales
 from quantplug.calibration.algorithms.targets import static_quantizers
 from quantplug.calibration.inputs.importance import importance_of
 from quantplug.calibration.inputs.moments import InputPolicy, InputSource, WeightInputs
 from quantplug.calibration.inputs.sums import Squares
 from quantplug.calibration.run import ForwardLoop
-from quantplug.calibration.static_scales import Searched, find_scales
 from quantplug.formats.search.candidates import BY_WEIGHTED_ERROR
 
 METHOD = "weighted_mse"

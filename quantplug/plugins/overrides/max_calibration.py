@@ -10,8 +10,8 @@ from modelopt.torch.quantization.mode import (
     MseCalibrateModeDescriptor,
 )
 
+from quantplug.calibration.algorithms.static_scales import mse_calibrate
 from quantplug.calibration.run import max_calibrate
-from quantplug.calibration.static_scales import mse_calibrate
 
 MODE, MSE_MODE = "max_calibrate", "mse_calibrate"
 
