@@ -47,7 +47,7 @@ def test_codes_that_are_damaged_in_part_are_found(name: str, what: str) -> None:
     assert faults(judged(with_codes(packed, CODES[what]), weight, FORMATS[name][1]))
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.67, 1.5, 2.0])
+@pytest.mark.parametrize("factor", [0.5, 0.67, 0.8, 1.25, 1.5, 2.0])
 @pytest.mark.parametrize("name", ["nvfp4", "four_over_six", "mse", "int4", "int4_32", "fp8_block"])
 def test_one_scale_that_is_off_is_found(name: str, factor: float) -> None:
     weight = trained(96, 256, 1)

@@ -71,6 +71,7 @@ FEEDBACK = 3.0  # times its bound that a weight, or a row, may be off by, for pa
 MXFP4_FEEDBACK = 2.0  # The bound of a power of two is wide; an exponent that is one off doubles a block.
 WEIGHT_LIMIT = 0.6  # of its norm that a weight may be off by, however wide its bound is
 ROW_LIMIT = 0.9
+ODD_BLOCK = 0.15  # of a block's squared norm that its product with what is decoded is off by: hardly any is that
 FP8_SEGMENT = 128  # columns that are looked at together for whether they were lost
 
 
@@ -105,6 +106,7 @@ class RowSums(Sums):
         amax: The largest magnitude of the original.
         beyond: Values further off than round to nearest can put them.
         lost: Blocks that decode to zeros though the format holds the original's values.
+        odd: Blocks that are larger or smaller as a whole than rounding makes all but a few.
         values: How many values a row has.
     """
 
@@ -113,6 +115,7 @@ class RowSums(Sums):
     amax: torch.Tensor
     beyond: torch.Tensor
     lost: torch.Tensor
+    odd: torch.Tensor
     values: int
 
 
@@ -129,7 +132,7 @@ class ErrorSum:
         off_rows: Rows whose gain is off, though round to nearest gives another.
         off: The same of the whole weight.
         misplaced: The error lies along the blocks, as if their scales were of other blocks.
-        damage: Of some rows or columns, looked for where single values are beyond; None where there is none.
+        damage: Of some rows or columns, looked for where values are beyond or blocks odd; None where there is none.
     """
 
     squared_error: float = 0.0
@@ -198,10 +201,16 @@ def _row_sums(
     value_bound: torch.Tensor,
     lost: torch.Tensor,
     columns: int,
+    normal: torch.Tensor | None = None,
 ) -> RowSums:
-    """Of FP32 blocks [rows, blocks, values], the FP64 squared bound of each row, and the bound of each value."""
+    """Of FP32 blocks [rows, blocks, values], the FP64 squared bound of each row, and the bound of each value.
+
+    Args:
+        normal: BOOL [rows, blocks]: which blocks the format does not round more coarsely than others; None for all.
+    """
     difference = (decoded - original).abs()
     norms, dots = _squares(original), (decoded.double() * original.double()).sum(dim=-1)
+    odd = (dots - norms).abs() > ODD_BLOCK * norms
     return RowSums(
         error=_squares(difference).sum(dim=1),
         norm=norms.sum(dim=1),
@@ -213,6 +222,7 @@ def _row_sums(
         amax=original.abs().flatten(1).amax(dim=1),
         beyond=(difference > value_bound * SLACK).flatten(1).sum(dim=1),
         lost=lost,
+        odd=(odd if normal is None else odd & normal).sum(dim=1),
         values=columns,
     )
 
@@ -234,7 +244,7 @@ def nvfp4_sums(decoded: torch.Tensor, original: torch.Tensor, tensor_scale: torc
     decoded_blocks = decoded.view_as(blocks)
     # The format could hold the block, and every code of it decodes to zero: somebody lost it.
     lost = ((scales >= E4M3_SMALLEST) & (decoded_blocks == 0).all(dim=-1)).sum(dim=1)
-    return _row_sums(decoded_blocks, blocks, bound, value_bound.unsqueeze(-1), lost, original.shape[1])
+    return _row_sums(decoded_blocks, blocks, bound, value_bound.unsqueeze(-1), lost, original.shape[1], normal)
 
 
 def int4_sums(decoded: torch.Tensor, original: torch.Tensor, group: int) -> RowSums:
@@ -268,7 +278,9 @@ def fp8_sums(decoded: torch.Tensor, original: torch.Tensor, scale: torch.Tensor)
     lost = sum((there.any(dim=1) & (values == 0).all(dim=1)).long() for there, values in segments)
     bound = torch.linalg.vector_norm(value_bound, dim=1, dtype=torch.float64).square()
     values, bounds = in_blocks(original), in_blocks(value_bound)
-    return _row_sums(in_blocks(decoded), values, bound, bounds, torch.as_tensor(lost), original.shape[1])
+    normal = (values.abs() >= E4M3_SMALLEST_NORMAL * in_blocks(scale.expand_as(original))).any(dim=-1)
+    normal &= (values != 0).any(dim=-1)
+    return _row_sums(in_blocks(decoded), values, bound, bounds, torch.as_tensor(lost), original.shape[1], normal)
 
 
 def fp8_value_bound(original: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

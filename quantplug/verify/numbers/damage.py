@@ -1,7 +1,8 @@
 """Whether a weight is damaged in part: a block, a few codes, a column, too few of its values to move any sum.
 
-Asked where single values are further off than rounding to nearest can put them (`bounds.py`). A search for scales
-clips, and error feedback (GPTQ) moves values, so such values alone are no fault. Two things are, whatever packed it:
+Asked where single values are further off than rounding to nearest can put them, or a block as a whole is larger or
+smaller than it makes all but a few (`bounds.py`). A search for scales clips, and error feedback (GPTQ) moves values,
+so such values alone are no fault. Two things are, whatever packed it:
 
 - Values that were changed after they were rounded. Where nearly all values are what rounding to nearest by the stored
   scales gives, there was no feedback: these scales then explain every value, clipped ones too, and one that is further
@@ -15,7 +16,7 @@ clips, and error feedback (GPTQ) moves values, so such values alone are no fault
   own values, be they more than a step: lost columns are 1 off, and so are columns in each other's places.
 
 Whether there was feedback, and which columns are off, is asked of `SAMPLE` rows: rounding all of a large weight anew
-takes thirty times as long as the other sums. Of the others only those are rounded that have a value beyond.
+takes thirty times as long as the other sums. Of the others only those are rounded that have such a value or block.
 """
 
 from collections.abc import Iterable, Iterator
@@ -188,19 +189,19 @@ def stretches_of(numbers: list[int], step: int) -> Iterator[tuple[int, int]]:
             begin = end
 
 
-def found(sample: Iterable[AgainstRounding], beyond: Iterable[AgainstRounding]) -> Damage | None:
+def found(sample: Iterable[AgainstRounding], doubtful: Iterable[AgainstRounding]) -> Damage | None:
     """The damage of a weight; None where there is none.
 
     Args:
         sample: Of rows evenly apart.
-        beyond: Of all rows with a value beyond, in order. Not looked at where there was feedback.
+        doubtful: Of all rows with a value beyond or an odd block, in order. Not looked at where there was feedback.
     """
     counts, sums = zip(*((it.by_row, it.by_column) for it in sample), strict=True)
     by_column, unexplained = reduce(ColumnSums.plus, sums), torch.cat([it.unexplained for it in counts])
     rows, columns = len(unexplained), len(by_column.norm)
     hurt: list[int] = []
     values = 0
-    for part in (it.by_row for it in beyond) if _is_clean(unexplained, columns, 1) else ():
+    for part in (it.by_row for it in doubtful) if _is_clean(unexplained, columns, 1) else ():
         hurt += part.numbers[part.far > 0].tolist()
         values += int(part.far.sum())
     off = by_column.off(rows)

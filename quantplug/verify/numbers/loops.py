@@ -30,6 +30,7 @@ from quantplug.verify.numbers.sum_columns import (
     LARGEST_ERROR,
     LOST,
     NORM,
+    ODD,
     QUARTIC,
 )
 
@@ -65,6 +66,12 @@ def _along(dot: Any, norm: Any) -> Any:
 
 
 @njit(**_OPTIONS)
+def _is_odd(dot: Any, norm: Any) -> Any:
+    """Whether a block as a whole is larger or smaller than rounding makes all but a few."""
+    return int(abs(dot - norm) > bounds.ODD_BLOCK * norm)
+
+
+@njit(**_OPTIONS)
 def nvfp4(
     packed: Array, scales: Array, scale_of_tensor: Any, original: Array, values: Array, decoded: Array, sums: Array
 ) -> None:
@@ -75,7 +82,7 @@ def nvfp4(
     tensor_scale = np.float32(scale_of_tensor)
     for row in range(packed.shape[0]):
         error = norm = bound = dot = quartic = along = 0.0
-        beyond = lost = 0
+        beyond = lost = odd = 0
         largest = row_amax = np.float32(0)
         for block in range(scales.shape[1]):
             scale = np.float32(_E4M3[scales[row, block]] * tensor_scale)
@@ -109,8 +116,9 @@ def nvfp4(
             along += _along(block_dot, block_norm)
             bound += block_norm * (_BLOCK_BOUND_2 if normal else 1.0)
             lost += int(asked >= _SMALLEST and zeros == NVFP4_BLOCK)
+            odd += _is_odd(block_dot, block_norm) if normal else 0
             largest, row_amax = max(largest, worst), max(row_amax, amax)
-        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost)
+        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost, odd)
 
 
 @njit(**_OPTIONS)
@@ -149,7 +157,7 @@ def fp8(
     columns = codes.shape[1]
     for row in range(codes.shape[0]):
         error = norm = bound = dot = quartic = along = 0.0
-        beyond = lost = 0
+        beyond = lost = odd = 0
         largest = row_amax = np.float32(0)
         row_scales = scales[(first_row + row) // block_rows]
         for segment in range(0, columns, _SEGMENT):
@@ -188,8 +196,9 @@ def fp8(
                 largest, row_amax = max(largest, worst), max(row_amax, amax)
                 # In units of the scale, which differs from block to block of the weight.
                 held += int(amax >= np.float32(_SMALLEST * scale) and amax > 0)
+                odd += _is_odd(part_dot, part_norm) if amax >= np.float32(_SMALLEST_NORMAL * scale) else 0
             lost += int(held > 0 and filled == 0)
-        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost)
+        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost, odd)
 
 
 @njit(**_OPTIONS)
@@ -201,7 +210,7 @@ def int4(packed: Array, scales: Array, original: Array, values: Array, decoded: 
     width = 2 * packed.shape[1] // scales.shape[1]
     for row in range(packed.shape[0]):
         error = norm = bound = dot = quartic = along = 0.0
-        beyond = lost = 0
+        beyond = lost = odd = 0
         largest = row_amax = np.float32(0)
         for group in range(scales.shape[1]):
             scale = scales[row, group]
@@ -233,8 +242,9 @@ def int4(packed: Array, scales: Array, original: Array, values: Array, decoded: 
             along += _along(group_dot, group_norm)
             beyond += int(group_beyond)
             lost += int(amax > 0 and zeros == width)
+            odd += _is_odd(group_dot, group_norm)
             largest, row_amax = max(largest, worst), max(row_amax, amax)
-        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost)
+        _store(sums[row], error, norm, bound, dot, quartic, along, largest, row_amax, beyond, lost, odd)
 
 
 @njit(**_OPTIONS)
@@ -250,7 +260,8 @@ def _store(
     amax: Any,
     beyond: Any,
     lost: Any,
+    odd: Any,
 ) -> None:
     sums[ERROR], sums[NORM], sums[BOUND], sums[DOT], sums[QUARTIC] = error, norm, bound, dot, quartic
     sums[ALONG], sums[LARGEST_ERROR], sums[AMAX] = along, largest, amax
-    sums[BEYOND], sums[LOST] = beyond, lost
+    sums[BEYOND], sums[LOST], sums[ODD] = beyond, lost, odd

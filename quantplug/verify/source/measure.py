@@ -257,14 +257,14 @@ class Meter:
         """All sums of a weight [rows, columns]; reads some rows at a time."""
         gain, row_gain = gains_of(layout)
         total, step = ErrorSum(feedback=feedback_of(layout)), original.step(columns)
-        beyond: list[int] = []  # Rows with such values.
+        doubtful: list[int] = []  # Rows with values beyond, or odd blocks.
         for first in range(0, rows, step):
             last = min(first + step, rows)
             values, packed = original.rows(weight.expert, first, last), read_rows(weight, layout, first, last)
             of_rows = self.sums(packed, values)
             total.add(of_rows)
             total.off_rows += _off_rows(of_rows, packed, values, row_gain)
-            beyond += (first + of_rows.beyond.nonzero().flatten()).tolist()
+            doubtful += (first + (of_rows.beyond + of_rows.odd).nonzero().flatten()).tolist()
         # What is far from others of its format may still be what rounding gives of few, equal values. The weight is
         # read again to tell, which happens to hardly any.
         sums = total.sums
@@ -272,8 +272,8 @@ class Meter:
             anew = _rounded(original, weight, layout, rows, columns)
             total.off = bool(gain.off(sums, anew.plain, anew.stored))
             total.misplaced = bool(gains.misplaced(sums, anew.stored))
-        if total.beyond:
-            total.damage = _damage(original, weight, layout, rows, columns, beyond)
+        if doubtful:
+            total.damage = _damage(original, weight, layout, rows, columns, doubtful)
         return total
 
     def sums(self, packed: AnyRows, original: torch.Tensor) -> RowSums:
@@ -364,6 +364,7 @@ def _row_sums(sums: torch.Tensor, original: torch.Tensor) -> RowSums:
         amax=sums[:, sum_columns.AMAX],
         beyond=sums[:, sum_columns.BEYOND],
         lost=sums[:, sum_columns.LOST],
+        odd=sums[:, sum_columns.ODD],
         values=original.shape[1],
     )
 
@@ -389,9 +390,9 @@ def _rounded(original: Original, weight: Matrix, layout: Layout, rows: int, colu
 
 
 def _damage(
-    original: Original, weight: Matrix, layout: Layout, rows: int, columns: int, beyond: list[int]
+    original: Original, weight: Matrix, layout: Layout, rows: int, columns: int, doubtful: list[int]
 ) -> damage.Damage | None:
-    """Where a weight is damaged, some of whose rows have a value beyond."""
+    """Where a weight is damaged, some of whose rows have values beyond, or odd blocks."""
 
     def against_rounding(first: int, last: int) -> AgainstRounding:
         values, packed = original.rows(weight.expert, first, last).float(), read_rows(weight, layout, first, last)
@@ -402,4 +403,4 @@ def _damage(
 
     step = original.step(columns)
     sample = (against_rounding(*stretch) for stretch in damage.sample_of(rows, step))
-    return damage.found(sample, (against_rounding(*stretch) for stretch in damage.stretches_of(beyond, step)))
+    return damage.found(sample, (against_rounding(*stretch) for stretch in damage.stretches_of(doubtful, step)))
