@@ -27,6 +27,7 @@ import quantplug
 from quantplug import KVCacheFormat, LayerSpec, QuantFormat, calibration
 from quantplug.calibration.quantizers import needs_amax
 from quantplug.errors import ArgumentError, CalibrationError, Offender, UnsupportedQuantizationError
+from quantplug.export.live_plan import PlannedExport
 from quantplug.megatron.agreement import all_or_none, gather_objects
 
 
@@ -100,6 +101,10 @@ def main(
     unchecked_setting: Annotated[
         list[str] | None, typer.Option(help="A setting that may differ from what errors hold it against; repeatable.")
     ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(help="Write here what verify --moments takes; formats of weights alone run the data, too, then."),
+    ] = None,
     stats_json: Annotated[Path | None, typer.Option(help="Write the statistics table here.")] = None,
     all_statistics: Annotated[
         bool, typer.Option("--all-statistics", help="Show a line for each quantizer, not one for a layer's experts.")
@@ -122,8 +127,8 @@ def main(
             quantplug.check_destination(megatron_save_path)
             if recipe is not None:
                 return config_of_recipe(recipe, own)
-            if quant_format.needs_data:
-                require_one_stage(pp, quant_format)
+            if quant_format.needs_data or moments is not None:
+                require_one_stage(pp, quant_format if quant_format.needs_data else "--moments")
             # Also whether servers load the model's experts in the format, before the model is built.
             return quantplug.quant_cfg(
                 quant_format,
@@ -170,26 +175,42 @@ def main(
             return model
 
         model = quantized(LayerSpec.TRANSFORMER_ENGINE)
+
+        def planned(of: torch.nn.Module) -> PlannedExport:
+            return quantplug.plan_export(
+                of,
+                hf_model_id,
+                trust_remote_code=trust_remote_code,
+                calibrated=False,
+                vocab_size=vocab_size,
+                unchecked_settings=unchecked_setting or (),
+            )
+
         # What cannot be exported is refused before calibration is paid for.
-        quantplug.plan_export(
-            model,
-            hf_model_id,
-            trust_remote_code=trust_remote_code,
-            calibrated=False,
-            vocab_size=vocab_size,
-            unchecked_settings=unchecked_setting or (),
-        )
+        planned(model)
         policy = calibration.CalibrationPolicy(expert_weights, cold_experts)
         loop = stand_in = None
         # A stage of a pipeline may have nothing that does, and runs the data through all the same.
-        if any(gather_objects(waits_for_data(model))):
+        is_needed = any(gather_objects(waits_for_data(model)))
+        if is_needed or moments is not None:
             data = CalibrationData(calib_dataset, calib_size, calib_seq_length)
             loop = all_or_none(lambda: forward_loop(hf_model_id, data, trust_remote_code, bars))
             if not torch.cuda.is_available():
-                all_or_none(lambda: require_one_stage(pp, asked))
+                all_or_none(lambda: require_one_stage(pp, asked if is_needed else "--moments"))
                 say("There is no GPU: data run through Megatron-Core's own layers, in FP32 ...")
                 stand_in = quantized(LayerSpec.LOCAL, torch.float32)
-        record = quantplug.calibrate(model, loop, policy, progress=bars, stand_in=stand_in)
+        record = quantplug.calibrate(
+            model,
+            loop if is_needed else None,
+            policy,
+            progress=bars,
+            stand_in=stand_in if is_needed else None,
+        )
+        if moments is not None:
+            assert loop is not None
+            runs = stand_in or model
+            quantplug.write_input_moments(runs, loop, planned(runs), moments)
+            say(f"Saved the sizes of inputs in {moments}: quantplug verify OUT --source DIR --moments {moments}")
 
         statistics = calibration.gather_statistics(model, record)
         if topology.rank == 0:
@@ -239,8 +260,8 @@ def require_one_stage(pp: int, asked: str) -> None:
     if pp > 1 and not torch.cuda.is_available():
         raise CalibrationError(
             "Without a GPU calibration data do not run through a pipeline.",
-            [Offender("--pp", f"is {pp}, and {asked} has scales that are calibrated with data")],
-            "Use --tp or --ep in place of --pp, a format of weights alone, or a machine with a GPU.",
+            [Offender("--pp", f"is {pp}, and {asked} asks for data")],
+            "Use --tp or --ep in place of --pp, a format of weights alone without --moments, or a machine with a GPU.",
         )
 
 

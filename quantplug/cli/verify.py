@@ -25,7 +25,7 @@ def verify(
     ] = None,
     moments: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Weigh errors by inputs, too: what write_input_moments wrote of the model."),
+        typer.Option(metavar="FILE", help="Judge by errors of outputs: what write_input_moments wrote of the model."),
     ] = None,
     resume: Annotated[
         Path | None,

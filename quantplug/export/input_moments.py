@@ -1,8 +1,13 @@
-"""Second moments of what a model's linears multiply, in a file by the names of its export: for `verify --moments`.
+"""How large the inputs of a model's linears are, in a file by the names of its export: for `verify --moments`.
 
-The file is one of safetensors, with `<module>.input_moments` F32 [in] for each weight of the export that is quantized,
-the mean square of each of its input channels over the data; `<module>[3].input_moments` for expert 3 in a tensor that
-holds all experts of a layer. It belongs to the model as it is exported: after channels were folded, inputs are others.
+The file is one of safetensors, with two tensors for each weight of the export that is quantized, `<module>[3]` for
+expert 3 in a tensor that holds all experts of a layer:
+
+- `<module>.input_moments` F32 [in]: the mean square of each of its input channels over the data;
+- `<module>.input_sketch` BF16 [k, in]: random sums S of its inputs x. Of an error D [out, in] of the weight ||D S^T||^2
+  is about the mean of ||D x||^2, the squared error of its outputs (`calibration/inputs/sketches.py`).
+
+It belongs to the model as it is exported: after channels were folded, inputs are others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,25 +19,31 @@ from torch import nn
 
 from quantplug.atomic import write_atomically
 from quantplug.calibration.inputs.linears import Linear, linears_of
-from quantplug.calibration.inputs.moments import InputPolicy, Moments
-from quantplug.calibration.inputs.plain_forward import unquantized_moments
-from quantplug.calibration.inputs.sums import whole_columns
+from quantplug.calibration.inputs.moments import InputPolicy
+from quantplug.calibration.inputs.plain_forward import known_moments, run_unquantized
+from quantplug.calibration.inputs.sketches import Sketches, sketch_of
+from quantplug.calibration.inputs.sums import Squares, whole_columns
 from quantplug.calibration.run import ForwardLoop
 from quantplug.calibration.shared_amax import Axis
 from quantplug.checkpoint.disk_errors import disk_errors
 from quantplug.export.live_plan import PlannedExport
 from quantplug.export.plan.types import PartOutput
 from quantplug.mappings.table import ParamKey
-from quantplug.megatron.agreement import all_or_none, gather_objects
+from quantplug.megatron.agreement import all_or_none, gather_on_first
 from quantplug.megatron.parallel import current_topology
+from quantplug.verify.source.input_moments import MOMENTS, SKETCH
+
+OfWeight = Mapping[str, torch.Tensor]
+"""By the ends of their names."""
 
 
 @torch.no_grad()
 def write_input_moments(model: nn.Module, forward_loop: ForwardLoop, planned: PlannedExport, file: str | Path) -> None:
-    """Runs data through a model and writes the second moments of its linears' inputs, by which `verify` weighs errors.
+    """Runs data through a model and writes how large its linears' inputs are, by which `verify` weighs errors.
 
-    Quantizers are off meanwhile. An expert that saw few tokens has the layer's beside its own, as in `weighted_mse`. A
-    collective: all ranks must call it; the first one writes.
+    Quantizers are off meanwhile. An expert that saw few tokens has the layer's beside its own, as in `weighted_mse`.
+    The file has 68 bytes for each input channel of each weight, in the memory of the first rank too, which writes it.
+    A collective: all ranks must call it.
 
     Args:
         model: A quantized Megatron model, as it is exported.
@@ -45,10 +56,16 @@ def write_input_moments(model: nn.Module, forward_loop: ForwardLoop, planned: Pl
         WriteError: The file cannot be written.
     """
     linears = [one for one in linears_of(model) if any(weight.quantizer.is_enabled for weight in one.weights)]
-    moments = unquantized_moments(model, forward_loop, linears, InputPolicy())
-    mine = dict(pair for one, found in zip(linears, moments, strict=True) for pair in _of_linear(one, found))
-    # Vectors, and of each linear on one rank alone: little beside the model.
-    by_key = {key: values for of_rank in gather_objects(mine) for key, values in of_rank.items()}
+    squares, sketches = Squares(linears), Sketches(linears)
+    run_unquantized(model, forward_loop, linears, squares.take, sketches.take)
+    of_squares = squares.reduced(linears)
+    moments = known_moments(linears, of_squares, InputPolicy())
+    sums = sketches.reduced(linears)
+    mine: dict[ParamKey, OfWeight] = {}
+    for linear, known, found, squared in zip(linears, moments, sums, of_squares, strict=True):
+        mine.update(_of_linear(linear, known.values, sketch_of(linear, found, squared)))
+    # Each linear is of one rank alone.
+    by_key = {key: values for of_rank in gather_on_first(mine) for key, values in of_rank.items()}
 
     def written() -> None:
         if current_topology().rank == 0:
@@ -58,20 +75,21 @@ def write_input_moments(model: nn.Module, forward_loop: ForwardLoop, planned: Pl
     all_or_none(written)
 
 
-def _of_linear(linear: Linear, moments: Moments) -> Iterator[tuple[ParamKey, torch.Tensor]]:
-    """FP32 [in] of all ranks' channels, on the first of the ranks that hold a linear or its slices. A collective."""
-    values = whole_columns(linear, moments.values)
+def _of_linear(linear: Linear, moments: torch.Tensor, sketches: torch.Tensor) -> Iterator[tuple[ParamKey, OfWeight]]:
+    """Of all ranks' channels, on the first of the ranks that hold a linear or its slices. A collective."""
+    whole_moments = whole_columns(linear, moments).float().cpu()
+    whole_sketches = whole_columns(linear, sketches.flatten(0, 1)).bfloat16().cpu().unflatten(0, sketches.shape[:2])
     if all(group.rank() == 0 for axis, group in linear.axes.items() if axis is not Axis.EXPERT):
-        for weight, of_weight in zip(linear.weights, values.float().cpu(), strict=True):
-            yield weight.key, of_weight
+        for weight, of_moments, of_sketch in zip(linear.weights, whole_moments, whole_sketches, strict=True):
+            yield weight.key, {MOMENTS: of_moments, SKETCH: of_sketch}
 
 
-def _named(planned: PlannedExport, by_key: Mapping[ParamKey, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _named(planned: PlannedExport, by_key: Mapping[ParamKey, OfWeight]) -> Iterator[tuple[str, torch.Tensor]]:
     for task in planned.plan.tasks:
-        if (values := by_key.get(task.source.key)) is not None:
-            for output in task.outputs:
+        for output in task.outputs:
+            for suffix, values in by_key.get(task.source.key, {}).items():
                 # Safetensors writes no tensor twice, however alike the inputs of gate and up are.
-                yield f"{_module(output)}.input_moments", values.clone()
+                yield f"{_module(output)}.{suffix}", values.clone()
 
 
 def _module(output: PartOutput) -> str:

@@ -66,6 +66,17 @@ def gather_objects(mine: T) -> list[T]:
     return gathered  # type: ignore[return-value]  # Every place is filled.
 
 
+def gather_on_first(mine: T) -> list[T]:
+    """One object of every rank, in order, on the first of them; none on the others. A collective."""
+    if not _several_ranks():
+        return [mine]
+    is_first = dist.get_rank() == 0
+    gathered: list[T | None] | None = [None] * dist.get_world_size() if is_first else None
+    with lost_ranks_named():
+        dist.gather_object(mine, gathered)
+    return gathered or []  # type: ignore[return-value]  # Every place is filled.
+
+
 def require_same(mine: str, what: str, remedy: str) -> None:
     """Refuses ranks that come to different results where all must come to the same. A collective, of a short text.
 

@@ -50,8 +50,8 @@ def verify_checkpoint(
         on_progress: Called with (bytes read so far, bytes to read in all).
         resume: A file in which progress is kept, outside of both directories. Where the same call was interrupted it
             goes on from there, if no file of either directory has changed since; at the end it is removed.
-        moments: With a source: a file that `write_input_moments` wrote of the exported model. Errors are then weighted
-            by inputs too, and what clips where inputs are small is not taken for wrong.
+        moments: With a source: a file that `write_input_moments` wrote of the exported model. Errors are then those of
+            outputs, too, and what clips where inputs are small, or is made up for, is not taken for wrong.
 
     Returns:
         All findings at once; whatever is wrong inside the directories is a finding, never an exception.

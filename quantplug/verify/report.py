@@ -67,8 +67,8 @@ class TensorError:
         squared_error: Squared Frobenius norm of the difference.
         squared_norm: Squared Frobenius norm of the original.
         gain: <dequantized, original> / <original, original>; 1 for a zero original.
-        input_error: Root of the mean squared error that the weight makes in its outputs, over that of the outputs, of
-            inputs whose channels are not correlated; None where their second moments are not given.
+        input_error: Root of the mean squared error that the weight makes in its outputs, over that of the outputs, by a
+            sketch of its inputs; None where this is not given.
         squared_input_error: That mean squared error.
         squared_input_norm: Mean squared norm of the outputs.
     """

@@ -94,7 +94,8 @@ def test_activations_are_calibrated_on_a_text_without_a_gpu(tmp_path: Path) -> N
     source = make(tmp_path / "hf", Architecture.QWEN3_MOE)
     (tmp_path / "text").write_text("In the beginning was the Word, and the Word was with God. " * 40)
     data = ("--calib-dataset", tmp_path / "text", "--calib-size", 4, "--calib-seq-length", 32)
-    options = ("--export-quant-cfg", "fp8", "--cold-experts", "layer_max", *data)
+    moments = tmp_path / "moments"
+    options = ("--export-quant-cfg", "fp8", "--cold-experts", "layer_max", "--moments", moments, *data)
     exported = read(quantize_and_export(source, tmp_path, *options))
     scales = {name: float(tensor) * 448 for name, tensor in exported.items() if name.endswith(".input_scale")}
     tokens = tokenized(source, tmp_path / "text")[: 4 * 32].view(4, 32)
@@ -104,7 +105,9 @@ def test_activations_are_calibrated_on_a_text_without_a_gpu(tmp_path: Path) -> N
         for linear, theirs in linears.items():
             (ours,) = {it for name, it in scales.items() if f"layers.{layer}." in name and f".{linear}." in name}
             assert ours == pytest.approx(largest(layer, theirs), rel=1e-5), (layer, linear)
-    assert verify_checkpoint(tmp_path / "out", source).ok
+    by_inputs = verify_checkpoint(tmp_path / "out", source, moments=moments)
+    assert by_inputs.ok, by_inputs.findings
+    assert all(kind.input_error is not None for kind in by_inputs.errors_by_kind)
     rows = json.loads((tmp_path / "s").read_text())["rows"]
     assert {row["weighted"] for row in rows if row["parameter"].endswith("linear_fc2.input_quantizer")} == {False}
 

@@ -90,7 +90,7 @@ def moments_of(linear: Linear, found: InputSums, policy: InputPolicy) -> Moments
     """
     rows = found.rows.to(found.sums)
     mixes = linear.is_routed and policy.expert_inputs is ExpertInputs.MIXED
-    prior = _of_the_layer(linear, found, rows) if mixes else None
+    prior = layer_moments(linear, found) if mixes else None
     shape = (-1,) + (1,) * (found.sums.ndim - 1)
     if prior is None:
         values = found.sums / rows.clamp(min=1).view(shape)
@@ -126,9 +126,12 @@ def require_known(linears: Sequence[Linear], moments: Sequence[Moments]) -> None
         )
 
 
-def _of_the_layer(linear: Linear, found: InputSums, rows: torch.Tensor) -> torch.Tensor | None:
-    """Mean over the rows of all experts of the layer, of the shape of one weight's; None where none saw any."""
-    total = add_over(linear.expert_group, rows.sum().reshape(1))
+def layer_moments(linear: Linear, found: InputSums) -> torch.Tensor | None:
+    """Mean over the rows of all experts of the layer, of the shape of one weight's; None where none saw any.
+
+    A collective over the expert and tensor parallel ranks of a linear.
+    """
+    total = add_over(linear.expert_group, found.rows.to(found.sums).sum().reshape(1))
     sums = found.sums.sum(0)
     if not linear.is_row_parallel:
         mean = add_over(linear.expert_group, sums) / total.clamp(min=1)

@@ -1,6 +1,7 @@
 """What linears multiply in a forward that no quantizer changes, in one run of the data."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -8,11 +9,28 @@ from torch import nn
 
 from quantplug.calibration.inputs.linears import Linear
 from quantplug.calibration.inputs.moments import InputPolicy, Moments, moments_of, require_known
-from quantplug.calibration.inputs.rows import watching
-from quantplug.calibration.inputs.sums import Squares
+from quantplug.calibration.inputs.rows import Take, watching
+from quantplug.calibration.inputs.sums import InputSums, Squares
 from quantplug.calibration.run import ForwardLoop
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.releases.mtp import without_labels
+
+
+@torch.no_grad()
+def run_unquantized(model: nn.Module, forward_loop: ForwardLoop, linears: Sequence[Linear], *takes: Take) -> None:
+    """Runs data through a model without its quantizers, and hands over what linears multiply, to each of `takes`."""
+    quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer) and module.is_enabled]
+    for quantizer in quantizers:
+        quantizer.disable()
+    try:
+        with ExitStack() as stack:
+            for take in takes:
+                stack.enter_context(watching(linears, take))
+            stack.enter_context(without_labels([model]))
+            all_or_none(lambda: forward_loop(model))
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable()
 
 
 @torch.no_grad()
@@ -25,15 +43,12 @@ def unquantized_moments(
         CalibrationError: Data that does not reach a linear or is not finite.
     """
     squares = Squares(linears)
-    quantizers = [module for module in model.modules() if isinstance(module, TensorQuantizer) and module.is_enabled]
-    for quantizer in quantizers:
-        quantizer.disable()
-    try:
-        with watching(linears, squares.take), without_labels([model]):
-            all_or_none(lambda: forward_loop(model))
-    finally:
-        for quantizer in quantizers:
-            quantizer.enable()
-    found = [moments_of(one, sums, policy) for one, sums in zip(linears, squares.reduced(linears), strict=True)]
+    run_unquantized(model, forward_loop, linears, squares.take)
+    return known_moments(linears, squares.reduced(linears), policy)
+
+
+def known_moments(linears: Sequence[Linear], squares: Sequence[InputSums], policy: InputPolicy) -> list[Moments]:
+    """Second moments of sums of squares over all ranks; raises as `unquantized_moments`. A collective."""
+    found = [moments_of(one, sums, policy) for one, sums in zip(linears, squares, strict=True)]
     all_or_none(lambda: require_known(linears, found))
     return found

@@ -25,8 +25,8 @@ class InputSums:
 
     Attributes:
         rows: int64 [weights], on CPU.
-        sums: FP64 [weights, in] of squares, [weights, in, in] of products, or [weights, in / 16, 16, 16] of those in
-            blocks; zeros where no row came by.
+        sums: FP64 [weights, in] of squares, [weights, in, in] of products, [weights, in / 16, 16, 16] of those in
+            blocks, or [weights, k, in] of random sums; zeros where no row came by.
     """
 
     rows: torch.Tensor
@@ -37,13 +37,13 @@ class Squares:
     """Sums of squares by channel, of this rank's channels."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self._of = {id(linear): _zeros(linear, (linear.columns,)) for linear in linears}
+        self._of = {id(linear): zeros_of(linear, (linear.columns,)) for linear in linears}
 
     def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
         """Adds rows [n, in] that a weight multiplies."""
         mine = self._of[id(linear)]
         mine.rows[number] += len(rows)
-        for part in rows.split(_ROWS):
+        for part in in_parts(rows):
             mine.sums[number] += part.double().square().sum(0)
 
     def reduced(self, linears: Sequence[Linear]) -> list[InputSums]:
@@ -56,13 +56,13 @@ class BlockProducts:
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         shapes = {id(linear): (linear.columns // NVFP4_BLOCK, NVFP4_BLOCK, NVFP4_BLOCK) for linear in linears}
-        self._of = {id(linear): _zeros(linear, shapes[id(linear)]) for linear in linears}
+        self._of = {id(linear): zeros_of(linear, shapes[id(linear)]) for linear in linears}
 
     def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
         """Adds rows [n, in] that a weight multiplies."""
         mine = self._of[id(linear)]
         mine.rows[number] += len(rows)
-        for part in rows.split(_ROWS):
+        for part in in_parts(rows):
             blocks = part.double().unflatten(-1, (-1, NVFP4_BLOCK)).transpose(0, 1)
             mine.sums[number] += blocks.mT @ blocks
 
@@ -76,13 +76,13 @@ class Products:
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         sizes = {id(linear): linear.columns * _slices(linear) for linear in linears}
-        self._of = {id(linear): _zeros(linear, (sizes[id(linear)],) * 2) for linear in linears}
+        self._of = {id(linear): zeros_of(linear, (sizes[id(linear)],) * 2) for linear in linears}
 
     def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
         """Adds rows [n, in] that a weight multiplies. A collective where ranks have slices of its channels."""
         mine = self._of[id(linear)]
         mine.rows[number] += len(rows)
-        for part in rows.split(_ROWS):
+        for part in in_parts(rows):
             whole = whole_columns(linear, part).double()
             mine.sums[number] += whole.T @ whole
 
@@ -92,7 +92,7 @@ class Products:
         for linear, one in zip(linears, found, strict=True):
             # One by one: a flat copy of a layer's matrices would double the largest thing that is held here.
             for part in (one.sums, one.rows):
-                _add_up([linear], [part], copies=1)
+                add_up([linear], [part], copies=1)
         return [_once(linear, one) for linear, one in zip(linears, found, strict=True)]
 
 
@@ -108,6 +108,11 @@ def whole_columns(linear: Linear, part: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, 1).to(part.device)
 
 
+def in_parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows [n, in] as many at a time as are to be in FP64 at once."""
+    return rows.split(_ROWS)
+
+
 def add_over(group: DistributedProcessGroup | None, tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over a group; itself where there is none. A collective."""
     if group is None:
@@ -118,7 +123,7 @@ def add_over(group: DistributedProcessGroup | None, tensor: torch.Tensor) -> tor
 
 
 def _all_reduced(linears: Sequence[Linear], found: Sequence[InputSums]) -> list[InputSums]:
-    _add_up(linears, [part for one in found for part in (one.sums, one.rows)])
+    add_up(linears, [part for one in found for part in (one.sums, one.rows)])
     return [_once(linear, one) for linear, one in zip(linears, found, strict=True)]
 
 
@@ -127,7 +132,8 @@ def _slices(linear: Linear) -> int:
     return 1 if group is None else int(group.world_size())
 
 
-def _zeros(linear: Linear, shape: tuple[int, ...]) -> InputSums:
+def zeros_of(linear: Linear, shape: tuple[int, ...]) -> InputSums:
+    """Sums of this shape for each weight of a linear, of no rows yet."""
     count, device = len(linear.weights), linear.weights[0].weight.device
     return InputSums(
         torch.zeros(count, dtype=torch.int64), torch.zeros(count, *shape, dtype=torch.float64, device=device)
@@ -139,7 +145,7 @@ def _once(linear: Linear, found: InputSums) -> InputSums:
     return InputSums(found.rows // linear.repeats, found.sums / linear.repeats)
 
 
-def _add_up(linears: Sequence[Linear], parts: Sequence[torch.Tensor], copies: int = 2) -> None:
+def add_up(linears: Sequence[Linear], parts: Sequence[torch.Tensor], copies: int = 2) -> None:
     """Adds tensors of linears, `copies` for each in order, over the ranks that see other rows, in place."""
     owners = [linear for linear in linears for _ in range(copies)]
     # In this order on every rank, so that no two wait for each other in different groups.

@@ -1,6 +1,5 @@
 """Holds a quantized checkpoint against the one it was made from: all tensors there, all values in bounds."""
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,15 +23,14 @@ from quantplug.verify.inventory.layouts import KV_SUFFIXES, SCALE_SUFFIXES, WEIG
 from quantplug.verify.inventory.modules import Inventory, Module
 from quantplug.verify.inventory.tied_head import is_tied
 from quantplug.verify.journal import Form, Journal, findings_of_json, findings_to_json, in_journal
-from quantplug.verify.numbers import bounds
-from quantplug.verify.numbers.damage import Damage
-from quantplug.verify.report import Finding, Size, TensorError, error, note, ranges, ratio, warning
+from quantplug.verify.report import Finding, Size, TensorError, error
 from quantplug.verify.source import originals
-from quantplug.verify.source.by_inputs import SeenByInputs
+from quantplug.verify.source.by_inputs import by_inputs
 from quantplug.verify.source.input_moments import InputMoments
 from quantplug.verify.source.matrices import Matrix
 from quantplug.verify.source.measure import Meter, meter_for
 from quantplug.verify.source.originals import ExpertPart, Original, Originals
+from quantplug.verify.source.verdict import findings_on, tensor_error
 
 OnBytes = Callable[[int], None]
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
@@ -315,92 +313,11 @@ def _quantized(
         total = meter.measure(original, weight, layout, rows, columns)
         held = module.name if weight.expert is None else f"{module.name}[{weight.expert}]"
         tensor = f"{held}.weight" if weight.expert is None else held
-        by_columns = None if meter.moments is None else meter.moments.of(held, columns)
-        seen = None if by_columns is None else SeenByInputs(original, weight, layout, rows, columns, by_columns)
-        result = _tensor_error(tensor, kind_of(module.name), layout.name, total, seen)
+        inputs = None if meter.moments is None else meter.moments.of(held, columns)
+        seen = None if inputs is None else by_inputs(original, weight, layout, rows, columns, inputs)
+        result = tensor_error(tensor, kind_of(module.name), layout.name, total, seen)
         measured.append(result)
-        yield from _bound_findings(result, total, seen)
-
-
-def _tensor_error(name: str, kind: str, layout: str, total: bounds.ErrorSum, seen: SeenByInputs | None) -> TensorError:
-    by_inputs = None if seen is None else seen.squares()
-    norm = math.sqrt(total.squared_norm)
-    return TensorError(
-        name=name,
-        kind=kind,
-        format=layout,
-        relative_error=ratio(math.sqrt(total.squared_error), norm),
-        bound=ratio(math.sqrt(total.squared_bound), norm),
-        max_error=ratio(total.max_error, total.amax),
-        squared_error=total.squared_error,
-        squared_norm=total.squared_norm,
-        gain=total.gain,
-        input_error=None if by_inputs is None else ratio(*map(math.sqrt, by_inputs)),
-        squared_input_error=None if by_inputs is None else by_inputs[0],
-        squared_input_norm=None if by_inputs is None else by_inputs[1],
-    )
-
-
-def _bound_findings(result: TensorError, total: bounds.ErrorSum, seen: SeenByInputs | None) -> Iterator[Finding]:
-    wrong = _wrong(result, total)
-    if wrong is not None and seen is not None and not (total.lost or total.damage) and seen.is_of_rounding():
-        by_inputs = f"as its inputs weigh them errors are {result.input_error:.4g}, and of rounding"
-        message = f"{wrong.message}; {by_inputs}"
-        yield note(wrong.check, wrong.subject, message)
-    elif wrong is not None:
-        yield wrong
-    # The weakest sign, said only where there is no stronger one: GPTQ moves values further than rounding does.
-    elif total.beyond:
-        message = (
-            f"{total.beyond} of {total.values} values are further off than round to nearest can put them "
-            "(expected of GPTQ or a scale search; otherwise scales are misplaced)"
-        )
-        yield warning(Check.VALUE_BOUND, result.name, message)
-
-
-def _wrong(result: TensorError, total: bounds.ErrorSum) -> Finding | None:
-    """What no rounding of these values gives, all columns being alike."""
-    if not total.squared_norm and total.squared_error:
-        return error(Check.ERROR_BOUND, result.name, "the source is all zero, the export does not decode to zeros")
-    if not total.squared_error <= total.squared_limit:  # NaN is beyond every bound
-        most = f"rounding these values to {result.format} gives at most {result.bound:.4g}"
-        return error(Check.ERROR_BOUND, result.name, f"relative error {result.relative_error:.4g}; {most}")
-    if total.lost or total.broken_rows:
-        return error(Check.ERROR_BOUND, result.name, _lost_message(result, total))
-    if total.off or total.off_rows or total.misplaced:
-        return error(Check.GAIN, result.name, _off_message(total))
-    if total.damage is not None:
-        return error(Check.VALUE_BOUND, result.name, _damage_message(result, total.damage))
-    return None
-
-
-def _off_message(total: bounds.ErrorSum) -> str:
-    along = total.along / total.squared_error if total.squared_error else 0.0
-    said = {
-        f"decoded weights are {total.gain:.4f} times the source's": total.off,
-        f"{total.off_rows} rows are too large or too small as a whole": total.off_rows,
-        f"blocks are too large or too small, which is {along:.0%} of the squared error": total.misplaced,
-    }
-    return f"{'; '.join(text for text, is_so in said.items() if is_so)}: no rounding gives that, so scales are wrong"
-
-
-def _damage_message(result: TensorError, damage: Damage) -> str:
-    said = {
-        f"{damage.values} values in rows {ranges(damage.rows)} are not the source's, though of all other rows nearly "
-        f"every value is the source's, rounded to {result.format} by the stored scales": damage.rows,
-        f"columns {ranges(damage.columns)} are lost, too large or too small as a whole, or others": damage.columns,
-    }
-    return f"{'; '.join(text for text, is_so in said.items() if is_so)}: codes or scales are damaged in part"
-
-
-def _lost_message(result: TensorError, total: bounds.ErrorSum) -> str:
-    said = {
-        f"{total.lost} blocks decode to zeros, the source's are not, and {result.format} holds them": total.lost,
-        f"{total.broken_rows} rows are off by more than any way of rounding to {result.format} gives": (
-            total.broken_rows
-        ),
-    }
-    return "; ".join(text for text, count in said.items() if count)
+        yield from findings_on(result, total, seen)
 
 
 def sizes(export: Checkpoint, source: Checkpoint | None) -> Iterator[Size]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -13,14 +12,30 @@ from quantplug.verify.inventory.checkpoint import PLAIN_FLOATS, Checkpoint, Unre
 from quantplug.verify.inventory.modules import Inventory, Module
 from quantplug.verify.report import Finding, error
 
-_SUFFIX = "input_moments"
+MOMENTS, SKETCH = "input_moments", "input_sketch"
+"""Ends of the names of a weight's two tensors; `export/input_moments.py` says what is in them."""
 _LEAST = 0.001
 """Share of the mean moment that every channel has at least: what the data did not show is not worth nothing."""
+_FEWEST = 2
+"""Random sums: of one there is no spread."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of one weight.
+
+    Attributes:
+        moments: FP64 [in], second moments of its input channels, above zero.
+        sketch: FP64 [k, in], random sums of its inputs.
+    """
+
+    moments: torch.Tensor
+    sketch: torch.Tensor
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Second moments of the inputs of weights, by their names in an export (`export/input_moments.py` has the form)."""
+    """How large the inputs of weights are, by their names in an export."""
 
     file: Checkpoint
 
@@ -33,34 +48,41 @@ class InputMoments:
         """
         file, findings = open_file_of_tensors(path)
         offenders = [Offender(str(path), finding.message) for finding in findings]
-        if not offenders and not any(name.endswith(f".{_SUFFIX}") for name in file.tensors):
+        if not offenders and not any(name.endswith(f".{MOMENTS}") for name in file.tensors):
             offenders.append(Offender(str(path), "holds no tensor that is called so"))
         if offenders:
             raise SourceError(
-                f"A file of moments has <module>.{_SUFFIX} for each quantized weight.",
+                f"A file of moments has <module>.{MOMENTS} for each quantized weight.",
                 offenders,
                 "Give the file that quantplug.write_input_moments wrote of the very model that was exported.",
             )
         return cls(file)
 
-    def of(self, weight: str, columns: int) -> torch.Tensor | None:
-        """FP64 [columns] of a weight, as the report names it; None where there are none of this length, or not finite.
+    def of(self, weight: str, columns: int) -> Inputs | None:
+        """Of a weight, as the report names it; None where there are none of this length, or not finite.
 
         Args:
             weight: `<module>`, or `<module>[3]` for expert 3 in a tensor that holds all.
         """
-        info = self.file.tensors.get(f"{weight}.{_SUFFIX}")
-        if info is None or info.shape != (columns,) or info.dtype not in PLAIN_FLOATS:
+        moments, sketch = self._read(f"{weight}.{MOMENTS}"), self._read(f"{weight}.{SKETCH}")
+        if moments is None or moments.shape != (columns,) or not bool((moments >= 0).all()):
+            return None
+        if sketch is None or sketch.ndim != 2 or len(sketch) < _FEWEST or sketch.shape[1] != columns:
+            return None
+        mean = float(moments.mean())
+        # Of inputs that are all zero nothing is known.
+        return Inputs(moments.clamp(min=_LEAST * mean) if mean else torch.ones_like(moments), sketch)
+
+    def _read(self, name: str) -> torch.Tensor | None:
+        """FP64; None of what is not there, cannot be read or is not finite."""
+        info = self.file.tensors.get(name)
+        if info is None or info.dtype not in PLAIN_FLOATS or 0 in info.shape:
             return None
         try:
-            values = self.file.read(info.name).double()
+            values = self.file.read(name).double()
         except UnreadableTensorError:
             return None
-        mean = float(values.mean())
-        if not isfinite(mean) or not bool((values >= 0).all()):
-            return None
-        # Of inputs that are all zero nothing is known.
-        return values.clamp(min=_LEAST * mean) if mean else torch.ones_like(values)
+        return values if bool(values.isfinite().all()) else None
 
     def missing(self, inventory: Inventory) -> Iterator[Finding]:
         """A finding for each quantized weight of which the file says nothing that can be used."""
@@ -69,7 +91,10 @@ class InputMoments:
                 columns = module.layout.columns(module.codes)
                 for name in names_of(module):
                     if self.of(name, columns) is None:
-                        message = f"the file of moments has no {columns} usable ones for it: it is of another model"
+                        message = (
+                            f"the file of moments has no {columns} usable ones and no sketch for it: it is of another "
+                            "model or version"
+                        )
                         yield error(Check.INPUT_MOMENTS, name, message)
 
 

@@ -1,6 +1,5 @@
 """The sums over some rows of one quantized weight against its original, by compiled loops or by PyTorch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from types import ModuleType
@@ -10,9 +9,10 @@ import torch
 
 from quantplug.verify.inventory.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.numbers import bounds, damage, decode, gains, rounding, sum_columns
+from quantplug.verify.numbers.anew import Anew, AnewSums
 from quantplug.verify.numbers.bounds import ErrorSum, RowSums
 from quantplug.verify.numbers.damage import AgainstRounding
-from quantplug.verify.numbers.gains import GainBound, RoundedAnew
+from quantplug.verify.numbers.gains import GainBound
 from quantplug.verify.source.input_moments import InputMoments
 from quantplug.verify.source.matrices import Matrix
 from quantplug.verify.source.originals import Original
@@ -66,13 +66,13 @@ class Rows:
         largest = rounding.E2M1_LARGEST * decode.decode_e4m3(self.block_scales) * self.scales.reshape(())
         return (self.in_blocks(values).abs() <= largest.unsqueeze(-1)).flatten(1)
 
-    def rounded(self, original: torch.Tensor, sizes: torch.Tensor | None = None) -> "Anew":
-        """The FP32 original rounded anew, as `Anew.of`; FP8 has no scales but those that are stored."""
-        values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
+    def anew(self, original: torch.Tensor) -> Anew:
+        """The FP32 original, to be rounded anew; FP8 has no scales but those that are stored."""
+        values = self.in_blocks(original)
         if self.block_scales is None:
-            return Anew.of(values, self.by_stored(values), self.by_stored, by)
+            return Anew(values, self.by_stored(values), self.by_stored)
         plain = rounding.plain_nvfp4_scales(_amaxes(values), self.scales.reshape(()))
-        return Anew.of(values, rounding.e2m1(values, plain), self.by_stored, by)
+        return Anew(values, rounding.e2m1(values, plain), self.by_stored)
 
     def by_stored(self, blocks: torch.Tensor) -> torch.Tensor:
         """FP32 blocks rounded to nearest by the scales that are stored."""
@@ -117,11 +117,11 @@ class Int4Rows:
         """As of `Rows`."""
         return (self.in_blocks(values).abs() <= rounding.INT4_LARGEST * self.scales.unsqueeze(-1)).flatten(1)
 
-    def rounded(self, original: torch.Tensor, sizes: torch.Tensor | None = None) -> "Anew":
-        """The FP32 original rounded anew, as `Anew.of`."""
-        values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
+    def anew(self, original: torch.Tensor) -> Anew:
+        """As of `Rows`."""
+        values = self.in_blocks(original)
         plain = rounding.plain_int4_scales(_amaxes(values))
-        return Anew.of(values, rounding.int4(values, plain), self.by_stored, by)
+        return Anew(values, rounding.int4(values, plain), self.by_stored)
 
     def by_stored(self, blocks: torch.Tensor) -> torch.Tensor:
         """As of `Rows`."""
@@ -157,11 +157,11 @@ class Mxfp4Rows:
         largest = rounding.E2M1_LARGEST * decode.decode_e8m0(self.exponents)
         return (self.in_blocks(values).abs() <= largest.unsqueeze(-1)).flatten(1)
 
-    def rounded(self, original: torch.Tensor, sizes: torch.Tensor | None = None) -> "Anew":
-        """The FP32 original rounded anew, as `Anew.of`."""
-        values, by = self.in_blocks(original), None if sizes is None else self.in_blocks(sizes)
+    def anew(self, original: torch.Tensor) -> Anew:
+        """As of `Rows`."""
+        values = self.in_blocks(original)
         plain = rounding.plain_mxfp4_scales(_amaxes(values))
-        return Anew.of(values, rounding.e2m1(values, plain), self.by_stored, by)
+        return Anew(values, rounding.e2m1(values, plain), self.by_stored)
 
     def by_stored(self, blocks: torch.Tensor) -> torch.Tensor:
         """As of `Rows`."""
@@ -173,44 +173,6 @@ class Mxfp4Rows:
 
 
 AnyRows = Rows | Int4Rows | Mxfp4Rows
-
-
-@dataclass(frozen=True)
-class Anew:
-    """Rows that were rounded anew: by a plain packer's scales, and by those that are stored."""
-
-    plain: RoundedAnew
-    stored: RoundedAnew
-
-    @classmethod
-    def of(
-        cls,
-        blocks: torch.Tensor,
-        plain: torch.Tensor,
-        by_stored: Callable[[torch.Tensor], torch.Tensor],
-        sizes: torch.Tensor | None = None,
-    ) -> "Anew":
-        """Of FP32 blocks [rows, blocks, values].
-
-        Args:
-            plain: The same, rounded by a plain packer's scales.
-            by_stored: Rounds by the scales that are stored.
-            sizes: FP32 [., blocks, values], by which values are multiplied once they are rounded; None for 1.
-        """
-        # Only the stored scales have to explain all: with a plain packer's, ties are rounded to even as it does.
-        by = 1.0 if sizes is None else sizes
-        as_they_are = plain * by
-        ends = (by_stored(blocks * (1 + ties)) * by for ties in (-gains.TIES, gains.TIES))
-        values = blocks * by
-        return cls(RoundedAnew.of(values, as_they_are, as_they_are), RoundedAnew.of(values, *ends))
-
-    def plus(self, other: "Anew") -> "Anew":
-        """The sums over both."""
-        return Anew(self.plain.plus(other.plain), self.stored.plus(other.stored))
-
-    def over_rows(self) -> "Anew":
-        """The same sums of all rows together."""
-        return Anew(self.plain.over_rows(), self.stored.over_rows())
 
 
 def _amaxes(blocks: torch.Tensor) -> torch.Tensor:
@@ -374,19 +336,20 @@ def _off_rows(sums: RowSums, packed: AnyRows, original: torch.Tensor, gain: Gain
     # Only chunks with rows that look wrong are worth rounding anew, and nearly none has one.
     if not gain.suspicious(sums).any():
         return 0
-    anew = packed.rounded(original.float())
+    anew = packed.anew(original.float()).sums()
     return int(gain.off(sums, anew.plain, anew.stored).sum())
 
 
-def _rounded(original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> Anew:
+def _rounded(original: Original, weight: Matrix, layout: Layout, rows: int, columns: int) -> AnewSums:
     """A weight rounded anew, chunk by chunk."""
     step = original.step(columns)
     chunks = (
-        read_rows(weight, layout, first, last).rounded(original.rows(weight.expert, first, last).float()).over_rows()
+        read_rows(weight, layout, first, last).anew(values.float()).sums().over_rows()
         for first in range(0, rows, step)
         for last in (min(first + step, rows),)
+        for values in (original.rows(weight.expert, first, last),)
     )
-    return reduce(Anew.plus, chunks)
+    return reduce(AnewSums.plus, chunks)
 
 
 def _damage(
