@@ -26,6 +26,7 @@ BROKEN_GROUPS: list[object] = [
     GOOD | {"weights": WEIGHTS | {"num_bits": 8}},
     GOOD | {"weights": WEIGHTS | {"num_bits": True}},
     GOOD | {"weights": WEIGHTS | {"type": "int"}},
+    GOOD | {"input_activations": 1},
 ]
 
 
@@ -72,6 +73,14 @@ def test_broken_groups(
     found = in_compressed_tensors(pristine["source"], tmp_path, config_groups=blocks)
     # What the library refuses too is said of the argument itself beside.
     assert odd <= found <= odd | {"config.json config_groups.odd.weights.group_size"}
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"num_bits": 8, "type": "float"}, {"type": "float"}, {"num_bits": 4, "type": "int"}]
+)
+def test_inputs_that_modelopt_does_not_write_of_its_algorithm(open_copy: Callable[[str], Any], inputs: object) -> None:
+    groups = {"odd": GOOD | {"input_activations": inputs}}
+    assert in_modelopt(open_copy, config_groups=groups) == {"config.json config_groups.odd"}
 
 
 @pytest.mark.parametrize("groups", [[1], "group_0", 7, None])

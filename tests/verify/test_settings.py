@@ -29,6 +29,8 @@ def found(config: dict[str, Any], source: dict[str, Any] = SOURCE, dtype: str = 
     [
         ({"rms_norm_eps": 0.5}, "rms_norm_eps"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok"),
+        # transformers 5.14 refuses it, and so do readers that are built on it.
+        ({"num_experts_per_tok": float(SOURCE["num_experts_per_tok"])}, "num_experts_per_tok"),
         ({"norm_topk_prob": False}, "norm_topk_prob"),
         ({"norm_topk_prob": 1}, "norm_topk_prob"),
         ({"rope_theta": 5}, "rope.rope_theta"),
@@ -52,6 +54,14 @@ def test_what_differs_is_found(changed: dict[str, Any], name: str) -> None:
         assert subjects[name] == Severity.ERROR
     else:
         assert subjects == {"config.json": Severity.WARNING}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_list_of_other_layers_is_found_though_each_has_the_default(layers: int) -> None:
+    kinds = ["full_attention"] * layers
+    assert found(SOURCE | {"layer_types": kinds}, SOURCE | {"layer_types": ["full_attention"] * 2}) == {
+        "layer_types": Severity.ERROR
+    }
 
 
 def test_what_is_missing_is_found() -> None:
@@ -100,7 +110,7 @@ def test_what_every_config_has_off_may_be_left_out() -> None:
     [
         {"quantization_config": {"quant_method": "modelopt"}},
         {"use_cache": False, "transformers_version": "5.24.0", "_name_or_path": "x"},
-        {"rms_norm_eps": 0.000001, "num_experts_per_tok": 8.0},
+        {"rms_norm_eps": 0.000001, "rope_theta": 1000000},
         {"layer_types": ["full_attention"] * 4, "mlp_bias": False, "num_nextn_predict_layers": 0},
     ],
 )

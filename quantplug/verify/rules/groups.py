@@ -40,7 +40,9 @@ def config_groups(inventory: Inventory) -> Iterator[Finding]:
             yield _error(f".{name}", f"is for {one} and for {other}, of other bits by quantized_layers")
             continue
         of_all = _MODELOPT_BITS.get(as_text(config.get("quant_algo")))
-        yield from _group(f".{name}", group, next(iter(listed), of_all))
+        bits = next(iter(listed), of_all)
+        yield from _group(f".{name}", group, bits)
+        yield from _inputs(f".{name}", group.get("input_activations"), bits)
 
 
 def _listed_bits(config: Json, group: Json) -> dict[int, str]:
@@ -59,6 +61,9 @@ def _group(name: str, group: Json, bits: int | None) -> Iterator[Finding]:
     """`bits` are those of the algorithm; None when its groups are not known in full."""
     if not is_texts(group.get("targets")) or not group["targets"]:
         yield _error(name, f"targets is {shown(group.get('targets'))}, not a list of classes or modules")
+    inputs = group.get("input_activations")
+    if inputs is not None and not isinstance(inputs, dict):
+        yield _error(name, f"input_activations is {shown(inputs)}, not an object or null")
     weights = group.get("weights")
     # Groups of an algorithm that is not known in full may say it otherwise.
     if bits is None and weights is None:
@@ -73,6 +78,16 @@ def _group(name: str, group: Json, bits: int | None) -> Iterator[Finding]:
         yield _error(name, f"weights.type is {shown(kind)}, expected {'float' if bits else 'a name'}")
     if bits == 4 and weights.get("group_size") is None:
         yield _error(name, "weights.group_size is not set, NVFP4 has 16")
+
+
+def _inputs(name: str, inputs: object, bits: int | None) -> Iterator[Finding]:
+    """Of ModelOpt's algorithms that are known in full, inputs have the type of the weights."""
+    if not isinstance(inputs, dict) or not inputs or bits is None:
+        return
+    if inputs.get("num_bits") != bits:
+        yield _error(name, f"input_activations.num_bits is {shown(inputs.get('num_bits'))}, expected {bits}")
+    if inputs.get("type", "float") != "float":
+        yield _error(name, f"input_activations.type is {shown(inputs['type'])}, expected float")
 
 
 def kv_cache_algo(inventory: Inventory) -> Iterator[Finding]:

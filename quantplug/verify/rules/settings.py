@@ -46,6 +46,9 @@ _OFF_BY_DEFAULT = frozenset({
     "rope_scaling", "sep_token_id", "suppress_tokens", "task_specific_params", "tf_legacy_loss",
     "tie_encoder_decoder", "tokenizer_class",
 })  # fmt: skip
+# Whole numbers by their names. Others may be written either way, such as a base of rotary embeddings.
+_COUNTS = frozenset({"first_k_dense_replace", "n_group", "n_routed_experts", "n_shared_experts", "topk_group"})
+_COUNTING = ("_dim", "_embeddings", "_layers", "_per_tok", "_rank", "_size", "_token_id")
 _ROPE = "rope"  # what both spellings become
 _DEEPEST = 8  # objects within objects; no config known to us has more than three
 _FLOAT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -68,7 +71,13 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
     for name in sorted(here.keys() | there.keys()):
         ours, theirs = here.get(name, _ABSENT), there.get(name, _ABSENT)
         last = name.rpartition(".")[2]
-        both_off = _is_off(ours) and _is_off(theirs) and not _is_lost(last, ours, theirs)
+        # A list says it of each layer: one that is too short or too long is refused.
+        lengths = {len(value) for value in (ours, theirs) if isinstance(value, list)}
+        both_off = _is_off(ours) and _is_off(theirs) and not _is_lost(last, ours, theirs) and len(lengths) < 2
+        if _is_no_count(last, ours, theirs):
+            message = f"is {shown(ours)}, in the source {shown(theirs)}: readers want a whole number, and stop"
+            yield error(Check.SETTINGS, f"config.json {name}", message)
+            continue
         if same(ours, theirs) or both_off or (last in _DRAFTS and ours == 0):
             continue
         if last == "dtype" and _has_type(export, here, ours, theirs):
@@ -151,6 +160,12 @@ def same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, bool) or isinstance(theirs, bool) or not isinstance(ours, int | float):
         return type(ours) is type(theirs) and bool(ours == theirs)
     return isinstance(theirs, int | float) and math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=0.0)
+
+
+def _is_no_count(name: str, ours: Any, theirs: Any) -> bool:
+    """Whether a number that counts something is written with a point: transformers 5 refuses it, as PyTorch does."""
+    counts = name in _COUNTS or name.startswith("num_") or name.endswith(_COUNTING)
+    return counts and isinstance(ours, float) and isinstance(theirs, int) and not isinstance(theirs, bool)
 
 
 def _is_off(value: Any) -> bool:
