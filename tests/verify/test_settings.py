@@ -56,6 +56,13 @@ def test_what_differs_is_found(changed: dict[str, Any], name: str) -> None:
         assert subjects == {"config.json": Severity.WARNING}
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "topk_group", "sliding_window", "kv_lora_rank", "head_dim"])
+def test_a_count_with_a_point_is_found_and_another_number_is_not(name: str) -> None:
+    assert found(SOURCE | {name: 4.0}, SOURCE | {name: 4}) == {name: Severity.ERROR}
+    assert found(SOURCE | {name: 4.0}, SOURCE | {name: 4.0}) == {}
+    assert found(SOURCE | {"logits_scaling": 4.0}, SOURCE | {"logits_scaling": 4}) == {}
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_list_of_other_layers_is_found_though_each_has_the_default(layers: int) -> None:
     kinds = ["full_attention"] * layers

@@ -47,7 +47,10 @@ _OFF_BY_DEFAULT = frozenset({
     "tie_encoder_decoder", "tokenizer_class",
 })  # fmt: skip
 # Whole numbers by their names. Others may be written either way, such as a base of rotary embeddings.
-_COUNTS = frozenset({"first_k_dense_replace", "n_group", "n_routed_experts", "n_shared_experts", "topk_group"})
+_COUNTS = frozenset({
+    "first_k_dense_replace", "n_group", "n_routed_experts", "n_shared_experts", "pretraining_tp", "sliding_window",
+    "topk_group",
+})  # fmt: skip
 _COUNTING = ("_dim", "_embeddings", "_layers", "_per_tok", "_rank", "_size", "_token_id")
 _ROPE = "rope"  # what both spellings become
 _DEEPEST = 8  # objects within objects; no config known to us has more than three
