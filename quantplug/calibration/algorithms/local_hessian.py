@@ -1,9 +1,11 @@
 """ModelOpt's `local_hessian` for static NVFP4 blocks: scales by e H e^T, with H the mean product of a block's inputs.
 
-`weighted_mse` knows H's diagonal alone; this also what channels of one block have in common. What ModelOpt cannot pair
-with inputs, such as grouped experts, it searches as if all inputs were alike, without a word.
+`weighted_mse` knows H's diagonal alone; this also what channels of one block have in common, and by the means of inputs
+what errors of different blocks have. What ModelOpt cannot pair with inputs, such as grouped experts, it searches as if
+all inputs were alike, without a word.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from quantplug.calibration.algorithms.seen import seen
 from quantplug.calibration.algorithms.static_scales import set_scales
 from quantplug.calibration.algorithms.targets import static_quantizers
 from quantplug.calibration.inputs.importance import DAMPING
-from quantplug.calibration.inputs.moments import InputPolicy, WeightInputs
-from quantplug.calibration.inputs.sums import BlockProducts
+from quantplug.calibration.inputs.linears import Linear
+from quantplug.calibration.inputs.moments import InputPolicy, WeightInputs, means_of
+from quantplug.calibration.inputs.sums import BlockProductsAndTotals, whole_columns
 from quantplug.calibration.run import ForwardLoop
 from quantplug.errors import ArgumentError, Offender
 from quantplug.formats import NVFP4
@@ -59,16 +62,40 @@ def local_hessian_calibrate(
             [Offender("fp8_scale_sweep", f"is {fp8_scale_sweep}"), Offender("block_size", f"is {block_size}")],
             f"Leave both out, or give True and {NVFP4_BLOCK}.",
         )
-    linears, moments = seen(
-        model, forward_loop, METHOD, BlockProducts, policy or InputPolicy(), distributed_sync, options
-    )
-    for linear, found in zip(linears, moments, strict=True):
+    policy, added = policy or InputPolicy(), list[BlockProductsAndTotals]()
+
+    def sums(linears: Sequence[Linear]) -> BlockProductsAndTotals:
+        added.append(BlockProductsAndTotals(linears))
+        return added[0]
+
+    linears, moments = seen(model, forward_loop, METHOD, sums, policy, distributed_sync, options)
+    for linear, found, totals in zip(linears, moments, added[0].totals(linears), strict=True):
         diagonals = found.values.diagonal(dim1=-2, dim2=-1)
         means = diagonals.mean((-2, -1), keepdim=True)
         # What calibration did not see is not worth nothing.
         diagonals += torch.where(means > 0, DAMPING * means, 1.0)
-        for weight, quantizer, products in zip(linear.weights, static_quantizers(linear), found.values, strict=True):
-            whole = quantizer.global_amax.float().reshape(())
-            scales = scales_by_products(NVFP4.encoding, weight.weight.detach(), whole, products)
-            set_scales(quantizer, scales, whole, NVFP4.encoding)
+        _find(linear, found.values, means_of(linear, totals, policy))
     return tuple(inputs for found in moments for inputs in found.inputs)
+
+
+def _find(linear: Linear, products: torch.Tensor, means: torch.Tensor) -> None:
+    """Gives a linear's quantizers their scales. A collective where ranks have slices of its columns.
+
+    Args:
+        linear: The linear.
+        products: FP64 [weights, in / 16, 16, 16] of this rank's channels.
+        means: FP64 [weights, in] of them.
+    """
+    # A row's blocks are looked at together, and so every rank that has a slice of it finds the scales of all.
+    whole_means = whole_columns(linear, means)
+    whole_products = whole_columns(linear, products.flatten(1)).unflatten(1, (-1, *products.shape[2:]))
+    group = linear.tensor_group if linear.is_row_parallel else None
+    first = 0 if group is None else group.rank() * products.shape[1]
+    mine = slice(first, first + products.shape[1])
+    for weight, quantizer, of_blocks, of_channels in zip(
+        linear.weights, static_quantizers(linear), whole_products, whole_means, strict=True
+    ):
+        amax = quantizer.global_amax.float().reshape(())
+        values = whole_columns(linear, weight.weight.detach())
+        scales = scales_by_products(NVFP4.encoding, values, amax, of_blocks, of_channels)
+        set_scales(quantizer, scales[:, mine].contiguous(), amax, NVFP4.encoding)

@@ -105,6 +105,25 @@ def moments_of(linear: Linear, found: InputSums, policy: InputPolicy) -> Moments
     return Moments(values, tuple(WeightInputs(weight.key, count, source) for weight, count, source in pairs))
 
 
+def means_of(linear: Linear, totals: InputSums, policy: InputPolicy) -> torch.Tensor:
+    """FP64 [weights, in]: means of the channels of inputs, of the rows that `moments_of` takes. A collective, as that.
+
+    Args:
+        linear: The linear.
+        totals: Sums of its channels over all ranks that see its rows.
+        policy: Whose tokens are taken for an expert's.
+    """
+    rows = totals.rows.to(totals.sums)[:, None]
+    if not linear.is_routed or policy.expert_inputs is not ExpertInputs.MIXED:
+        return totals.sums / rows.clamp(min=1)
+    few = policy.few_tokens
+    if linear.is_row_parallel:
+        # Of the layer's no more is taken than their size.
+        return totals.sums / (rows + few)
+    total = add_over(linear.expert_group, rows.sum().reshape(1)).clamp(min=1)
+    return (totals.sums + few * add_over(linear.expert_group, totals.sums.sum(0)) / total) / (rows + few)
+
+
 def require_known(linears: Sequence[Linear], moments: Sequence[Moments]) -> None:
     """Refuses inputs that are not finite, and linears of all tokens that saw none.
 

@@ -71,6 +71,26 @@ class BlockProducts:
         return _all_reduced(linears, [self._of[id(linear)] for linear in linears])
 
 
+class BlockProductsAndTotals(BlockProducts):
+    """These, and sums of the channels themselves, [weights, in]."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        super().__init__(linears)
+        self._totals = {id(linear): zeros_of(linear, (linear.columns,)) for linear in linears}
+
+    def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
+        """Adds rows [n, in] that a weight multiplies."""
+        super().take(linear, number, rows)
+        mine = self._totals[id(linear)]
+        mine.rows[number] += len(rows)
+        for part in in_parts(rows):
+            mine.sums[number] += part.double().sum(0)
+
+    def totals(self, linears: Sequence[Linear]) -> list[InputSums]:
+        """The sums of channels over all ranks that see their rows. A collective: one call an axis."""
+        return _all_reduced(linears, [self._totals[id(linear)] for linear in linears])
+
+
 class Products:
     """Sums of products of any two channels, of all ranks' channels: the Hessian of a linear's squared error, halved."""
 

@@ -187,7 +187,7 @@ def test_scales_of_local_hessian_lose_least_of_all_codes() -> None:
     rows = torch.randn(2, 40, 16, generator=generator).double() @ torch.randn(2, 16, 16, generator=generator).double()
     products, amax = rows.mT @ rows / 40, weight.abs().max()
 
-    chosen = scales_by_products(NVFP4.encoding, weight, amax, products)
+    chosen = scales_by_products(NVFP4.encoding, weight, amax, products, torch.zeros(32).double())
 
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat((-magnitudes, magnitudes))
@@ -203,6 +203,24 @@ def test_scales_of_local_hessian_lose_least_of_all_codes() -> None:
     # Ties of codes go another way here; of eleven near codes and every third far one the best is as good as the best.
     assert torch.all(found <= errors.amin(0) * 1.2)
     assert (found <= errors.amin(0) * (1 + 1e-6)).float().mean() > 0.8
+
+
+def test_errors_of_blocks_that_meet_in_an_output_make_up_for_each_other() -> None:
+    """Of inputs that are little else than their means, against the best scales of each block by itself."""
+    generator = torch.Generator().manual_seed(7)
+    weight, means = torch.randn(40, 256, generator=generator), torch.rand(256, generator=generator).double() + 0.5
+    inputs = means + torch.randn(4000, 256, generator=generator).double() / 4
+    products, amax = inputs.T @ inputs / len(inputs), weight.abs().max()
+    of_blocks = torch.stack([products[at : at + 16, at : at + 16] for at in range(0, 256, 16)])
+    squares = []
+    for known in (torch.zeros(256).double(), inputs.mean(0)):
+        scales = scales_by_products(NVFP4.encoding, weight, amax, of_blocks, known)
+        steps = (scales.float() * (amax / 2688)).repeat_interleave(16, 1)
+        magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        nearest = magnitudes[((weight / steps).abs()[..., None] - magnitudes).abs().argmin(-1)] * weight.sign() * steps
+        error = (nearest - weight).double()
+        squares.append(float(((error @ products) * error).sum()))
+    assert squares[1] < 0.6 * squares[0]
 
 
 def test_settings_of_another_search_are_refused(sources: Sources) -> None:
