@@ -63,6 +63,13 @@ def test_a_count_with_a_point_is_found_and_another_number_is_not(name: str) -> N
     assert found(SOURCE | {"logits_scaling": 4.0}, SOURCE | {"logits_scaling": 4}) == {}
 
 
+def test_a_kind_of_rotary_embeddings_that_is_null_is_none() -> None:
+    kinds = [{"rope_theta": 1e4} | kind for kind in ({"rope_type": None}, {}, {"rope_type": "default"})]
+    null, absent, default = ({"rope_parameters": it} for it in kinds)
+    assert found(null, default) == {"rope.rope_type": Severity.ERROR}
+    assert found(absent, default) == found(default, absent) == {}
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_list_of_other_layers_is_found_though_each_has_the_default(layers: int) -> None:
     kinds = ["full_attention"] * layers

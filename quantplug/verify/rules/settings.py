@@ -148,7 +148,8 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
         return config
     if not all(same(old[key], new[key]) for key in old.keys() & new.keys()):
         return config
-    whole["rope_type"] = whole.get("rope_type") or whole.pop("type", None) or "default"
+    # Where it is not there it is the default; at a null transformers stops.
+    whole["rope_type"] = whole.get("rope_type", whole.get("type", "default"))
     whole.pop("type", None)
     moved = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
     rope = {**moved, **whole}
@@ -179,7 +180,12 @@ def _is_off(value: Any) -> bool:
 
 
 def _is_lost(name: str, ours: Any, theirs: Any) -> bool:
-    """Whether the source switches something off in words, and the export leaves it to a default that may be on."""
+    """Whether the source switches something off in words, and the export leaves it to a default that may be on.
+
+    Or says null where readers look for a name: transformers has no kind of rotary embeddings of that name.
+    """
+    if name == "rope_type" and ours is None:
+        return True
     return ours is _ABSENT and (theirs is None or theirs is False) and name not in _OFF_BY_DEFAULT
 
 
