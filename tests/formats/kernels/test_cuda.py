@@ -166,11 +166,12 @@ def test_searched_and_given_scales(dtype: torch.dtype, assert_interpreted_as_the
         for search in ("FOUR_OVER_SIX", "BY_ERROR", "GIVEN", "GIVEN_FOUR_OVER_SIX")
         for view, scale in ((weight, 1e-4), (weight.t().contiguous().t(), 1 / 3), (weight, 2.0**-126))
     ]
-    # Weighted by the importance of columns: one weight, and a group of two.
+    # Weighted by the importance of columns: one weight, which far offsets are tried for too, and a group of two.
     importance = heavy_tailed((2, 96), torch.float32).abs()
     whole, pair = torch.tensor([1e-4, 1 / 3]), (codes.repeat(2, 1, 1), given.view(1, 32, 6).repeat(2, 1, 1))
+    alone = (codes, given.view(1, 32, 6), whole[:1], importance[:1])
     calls += [
-        Call("pack", "NVFP4_ENCODING", [weight], (codes, given.view(1, 32, 6), whole[:1], importance[:1]), "BY_ERROR"),
+        Call("pack", "NVFP4_ENCODING", [weight], alone, "BY_WEIGHTED_ERROR"),
         Call("pack", "NVFP4_ENCODING", [weight, weight.flip(0)], (*pair, whole, importance), "BY_ERROR"),
     ]
     assert_interpreted_as_the_reference(calls)
