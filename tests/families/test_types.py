@@ -58,7 +58,7 @@ def test_without_the_source_s_weights_they_are_written_as_all_others(source: Pat
         assert same_bytes(exported[name], stored[name].bfloat16())
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "glm4v_moe"])
+@pytest.mark.parametrize("name", ["glm4_moe", "glm4v_moe", "deepseek_v3", "nemotron_h_moe"])
 def test_biases_that_choose_experts_are_fp32_by_every_way(
     name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -71,10 +71,12 @@ def test_biases_that_choose_experts_are_fp32_by_every_way(
     tensors |= {name: tensors[name].bfloat16() for name in biases}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with one_rank():
-        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4"), source, tmp_path / "out")
-    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4", preset="all")
+        export_mcore_gpt_to_hf(quantize(load(source), "w4a16_nvfp4", source), source, tmp_path / "out")
+    quantize_checkpoint(source, tmp_path / "free", "w4a16_nvfp4")
     exported, free = read(tmp_path / "out"), read(tmp_path / "free")
-    assert [name for name in biases if not same_bytes(free[name], tensors[name].float())] == []
+    # Nemotron-H's layers of multi-token prediction are carried by every way as they are: Megatron has no such layer.
+    served = [bias for bias in biases if not bias.startswith("mtp.")]
+    assert [bias for bias in served if not same_bytes(free[bias], tensors[bias].float())] == []
     assert exported.keys() == free.keys()
     assert [name for name in exported if not same_bytes(exported[name], free[name])] == []
     assert verify_checkpoint(tmp_path / "free", source).ok
