@@ -19,8 +19,8 @@ from torch import nn
 
 from quantplug.atomic import write_atomically
 from quantplug.calibration.inputs.linears import Linear, linears_of
-from quantplug.calibration.inputs.moments import InputPolicy
-from quantplug.calibration.inputs.plain_forward import known_moments, run_unquantized
+from quantplug.calibration.inputs.moments import InputPolicy, known_moments
+from quantplug.calibration.inputs.plain_forward import run_unquantized
 from quantplug.calibration.inputs.sketches import Sketches, sketch_of
 from quantplug.calibration.inputs.sums import Squares, whole_columns
 from quantplug.calibration.run import ForwardLoop

@@ -21,7 +21,7 @@ from quantplug.calibration.algorithms.static_scales import set_scales
 from quantplug.calibration.algorithms.steps import in_steps
 from quantplug.calibration.algorithms.targets import require_data, static_quantizers, targets
 from quantplug.calibration.inputs.linears import Linear
-from quantplug.calibration.inputs.moments import InputPolicy, Moments, WeightInputs, moments_of, require_known
+from quantplug.calibration.inputs.moments import InputPolicy, Moments, WeightInputs, known_moments
 from quantplug.calibration.inputs.rows import watching
 from quantplug.calibration.inputs.sums import Products, whole_columns
 from quantplug.calibration.run import ForwardLoop, max_calibrate
@@ -87,9 +87,8 @@ def _round_step(
     products = Products(step)
     with watching(step, products.take), _weights_as_they_are(model), without_labels([model]):
         all_or_none(lambda: forward_loop(model))
-    moments = [moments_of(linear, found, policy) for linear, found in zip(step, products.reduced(step), strict=True)]
+    moments = known_moments(step, products.reduced(step), policy)
     del products
-    all_or_none(lambda: require_known(step, moments))
     # Gathered before anything is computed, which may fail on one rank alone.
     wholes = [_Whole.of(linear) for linear in step]
 

@@ -5,7 +5,6 @@ what errors of different blocks have. What ModelOpt cannot pair with inputs, suc
 all inputs were alike, without a word.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,14 +61,11 @@ def local_hessian_calibrate(
             [Offender("fp8_scale_sweep", f"is {fp8_scale_sweep}"), Offender("block_size", f"is {block_size}")],
             f"Leave both out, or give True and {NVFP4_BLOCK}.",
         )
-    policy, added = policy or InputPolicy(), list[BlockProductsAndTotals]()
-
-    def sums(linears: Sequence[Linear]) -> BlockProductsAndTotals:
-        added.append(BlockProductsAndTotals(linears))
-        return added[0]
-
-    linears, moments = seen(model, forward_loop, METHOD, sums, policy, distributed_sync, options)
-    for linear, found, totals in zip(linears, moments, added[0].totals(linears), strict=True):
+    policy = policy or InputPolicy()
+    linears, moments, added = seen(
+        model, forward_loop, METHOD, BlockProductsAndTotals, policy, distributed_sync, options
+    )
+    for linear, found, totals in zip(linears, moments, added.totals(linears), strict=True):
         diagonals = found.values.diagonal(dim1=-2, dim2=-1)
         means = diagonals.mean((-2, -1), keepdim=True)
         # What calibration did not see is not worth nothing.

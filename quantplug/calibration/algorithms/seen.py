@@ -2,30 +2,34 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from quantplug.calibration.algorithms.targets import require_data, targets
 from quantplug.calibration.inputs.linears import Linear
-from quantplug.calibration.inputs.moments import InputPolicy, Moments, moments_of, require_known
+from quantplug.calibration.inputs.moments import InputPolicy, Moments, known_moments
 from quantplug.calibration.inputs.rows import watching
-from quantplug.calibration.inputs.sums import BlockProducts, Squares
+from quantplug.calibration.inputs.sums import BlockProducts, BlockProductsAndTotals, Squares
 from quantplug.calibration.run import ForwardLoop, max_calibrate
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.releases.mtp import without_labels
+
+Sums = TypeVar("Sums", Squares, BlockProducts, BlockProductsAndTotals)
 
 
 def seen(
     model: nn.Module,
     forward_loop: ForwardLoop | None,
     method: str,
-    sums: Callable[[Sequence[Linear]], Squares | BlockProducts],
+    sums: Callable[[Sequence[Linear]], Sums],
     policy: InputPolicy,
     distributed_sync: bool | None,
     options: Mapping[str, Any],
-) -> tuple[list[Linear], list[Moments]]:
-    """The linears whose scales are to be found, calibrated by maximum, and the moments of their inputs. A collective.
+) -> tuple[list[Linear], list[Moments], Sums]:
+    """The linears whose scales are to be found, calibrated by maximum, the moments of their inputs, and the sums.
+
+    A collective.
 
     Args:
         model: Quantized, its weights in static NVFP4 blocks.
@@ -55,6 +59,4 @@ def seen(
     if not loops:
         with without_labels([model]):
             all_or_none(lambda: loop(model))
-    moments = [moments_of(linear, found, policy) for linear, found in zip(linears, added.reduced(linears), strict=True)]
-    all_or_none(lambda: require_known(linears, moments))
-    return linears, moments
+    return linears, known_moments(linears, added.reduced(linears), policy), added

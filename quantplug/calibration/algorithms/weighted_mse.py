@@ -47,7 +47,8 @@ def weighted_mse_calibrate(
         CalibrationError: No data, data that does not reach a linear or is not finite; or as `calibrate`.
         UnsupportedQuantizationError: A weight of another format.
     """
-    linears, moments = seen(model, forward_loop, METHOD, Squares, policy or InputPolicy(), distributed_sync, options)
+    policy = policy or InputPolicy()
+    linears, moments, _ = seen(model, forward_loop, METHOD, Squares, policy, distributed_sync, options)
     for linear, found in zip(linears, moments, strict=True):
         quantizers = static_quantizers(linear)
         of_columns = importance_of(found.values)

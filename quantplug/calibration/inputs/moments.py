@@ -15,6 +15,7 @@ from quantplug.calibration.inputs.linears import Linear
 from quantplug.calibration.inputs.sums import InputSums, add_over
 from quantplug.errors import CalibrationError, Offender
 from quantplug.mappings.keys import ParamKey
+from quantplug.megatron.agreement import all_or_none
 
 FEW_TOKENS = 32
 """How many tokens of its own weigh as much as the layer's, by default."""
@@ -122,6 +123,17 @@ def means_of(linear: Linear, totals: InputSums, policy: InputPolicy) -> torch.Te
         return totals.sums / (rows + few)
     total = add_over(linear.expert_group, rows.sum().reshape(1)).clamp(min=1)
     return (totals.sums + few * add_over(linear.expert_group, totals.sums.sum(0)) / total) / (rows + few)
+
+
+def known_moments(linears: Sequence[Linear], sums: Sequence[InputSums], policy: InputPolicy) -> list[Moments]:
+    """What sums over all ranks make of the inputs of each linear. A collective.
+
+    Raises:
+        CalibrationError: Inputs that are not finite, or linears of all tokens that saw none, on whichever rank.
+    """
+    found = [moments_of(linear, of_linear, policy) for linear, of_linear in zip(linears, sums, strict=True)]
+    all_or_none(lambda: require_known(linears, found))
+    return found
 
 
 def require_known(linears: Sequence[Linear], moments: Sequence[Moments]) -> None:

@@ -8,9 +8,9 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 
 from quantplug.calibration.inputs.linears import Linear
-from quantplug.calibration.inputs.moments import InputPolicy, Moments, moments_of, require_known
+from quantplug.calibration.inputs.moments import InputPolicy, Moments, known_moments
 from quantplug.calibration.inputs.rows import Take, watching
-from quantplug.calibration.inputs.sums import InputSums, Squares
+from quantplug.calibration.inputs.sums import Squares
 from quantplug.calibration.run import ForwardLoop
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.releases.mtp import without_labels
@@ -45,10 +45,3 @@ def unquantized_moments(
     squares = Squares(linears)
     run_unquantized(model, forward_loop, linears, squares.take)
     return known_moments(linears, squares.reduced(linears), policy)
-
-
-def known_moments(linears: Sequence[Linear], squares: Sequence[InputSums], policy: InputPolicy) -> list[Moments]:
-    """Second moments of sums of squares over all ranks; raises as `unquantized_moments`. A collective."""
-    found = [moments_of(one, sums, policy) for one, sums in zip(linears, squares, strict=True)]
-    all_or_none(lambda: require_known(linears, found))
-    return found

@@ -9,6 +9,13 @@ from quantplug.verify.numbers import gains
 from quantplug.verify.numbers.gains import RoundedAnew
 
 
+def rounded_both_ways(
+    blocks: torch.Tensor, by_stored: Callable[[torch.Tensor], torch.Tensor], ties: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks rounded where what is a tie, or off one by `ties` of it, goes towards zero, and where it goes away."""
+    return by_stored(blocks * (1 - ties)), by_stored(blocks * (1 + ties))
+
+
 @dataclass(frozen=True)
 class Anew:
     """Rows of an original, rounded anew.
@@ -32,9 +39,10 @@ class Anew:
         # Only the stored scales have to explain all: with a plain packer's, ties are rounded to even as it does.
         by = 1.0 if sizes is None else sizes
         as_they_are = self.plain * by
-        ends = (self.by_stored(self.blocks * (1 + ties)) * by for ties in (-gains.TIES, gains.TIES))
+        ends = rounded_both_ways(self.blocks, self.by_stored, gains.TIES)
         values = self.blocks * by
-        return AnewSums(RoundedAnew.of(values, as_they_are, as_they_are), RoundedAnew.of(values, *ends))
+        by_stored = RoundedAnew.of(values, *(end * by for end in ends))
+        return AnewSums(RoundedAnew.of(values, as_they_are, as_they_are), by_stored)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from quantplug.verify.inventory.layouts import Int4Layout, Layout, Mxfp4Layout, Nvfp4Layout
 from quantplug.verify.numbers import bounds, damage, decode, gains, rounding, sum_columns
-from quantplug.verify.numbers.anew import Anew, AnewSums
+from quantplug.verify.numbers.anew import Anew, AnewSums, rounded_both_ways
 from quantplug.verify.numbers.bounds import ErrorSum, RowSums
 from quantplug.verify.numbers.damage import AgainstRounding
 from quantplug.verify.numbers.gains import GainBound
@@ -360,7 +360,7 @@ def _damage(
     def against_rounding(first: int, last: int) -> AgainstRounding:
         values, packed = original.rows(weight.expert, first, last).float(), read_rows(weight, layout, first, last)
         blocks = packed.in_blocks(values)
-        smaller, larger = (packed.by_stored(blocks * (1 + ties)) for ties in (-damage.TIES, damage.TIES))
+        smaller, larger = rounded_both_ways(blocks, packed.by_stored, damage.TIES)
         decoded, margin = packed.in_blocks(packed.decoded()), packed.margin(values)
         return AgainstRounding.of(blocks, decoded, smaller, larger, margin, columns, first)
 
