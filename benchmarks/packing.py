@@ -30,6 +30,7 @@ from torchao.prototype.mx_formats.mx_tensor import to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
 
+from quantplug.export.pipeline.gather import GROUP_BYTES
 from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4, BlockFormat, PackedWeight
 from quantplug.formats.constants import E4M3_MAX, NVFP4_MAX
 from quantplug.formats.kernels import Encoded, kernels_for, reference
@@ -69,20 +70,38 @@ class Contestant:
 
     Attributes:
         amax: Whether the weight's amax is `given` or `found`; empty where that is no question.
+        run: Does it to one weight after another, or `at_once` to all.
         seconds: Of each turn, over all weights.
     """
 
     task: str
     name: str
     amax: str
-    run: Callable[[Weight], object]
+    run: Callable[[Weight], object] | None = None
+    at_once: Callable[[list[Weight]], object] | None = None
     seconds: list[float] = field(default_factory=list)
 
     def take_turn(self, weights: list[Weight], clock: Callable[[], float]) -> None:
         start = clock()
-        kept = [self.run(weight) for weight in weights]
+        kept = self._made_of(weights)
         self.seconds.append(clock() - start)
         del kept
+
+    def _made_of(self, weights: list[Weight]) -> object:
+        if self.at_once is not None:
+            return self.at_once(weights)
+        assert self.run is not None
+        return [self.run(weight) for weight in weights]
+
+
+def packed_by(packing: BlockFormat, weights: list[Weight]) -> object:
+    """What an export does with the weights of experts: as many as fit a group are packed at once."""
+    in_a_group = max(GROUP_BYTES // weights[0].values.nbytes, 1)
+    groups = [weights[start : start + in_a_group] for start in range(0, len(weights), in_a_group)]
+    return [
+        packing.pack_group([weight.values for weight in group], torch.stack([weight.amax for weight in group]))
+        for group in groups
+    ]
 
 
 def plain(packing: BlockFormat, weight: Weight) -> object:
@@ -146,7 +165,7 @@ def contestants() -> list[Contestant]:
         Contestant("copy", CLONE, "", lambda w: w.values.clone()),
         Contestant("copy", "`Tensor.copy_`, into memory used before", "", lambda w: w.target.copy_(w.values)),
         Contestant("amax", "**quantplug**", "found", lambda w: kernels_for(w.values).amax(w.values)),
-        Contestant("NVFP4", QUANTPLUG, "given", lambda w: nvfp4.pack(w.values, w.amax)),
+        Contestant("NVFP4", QUANTPLUG, "given", at_once=partial(packed_by, nvfp4)),
         Contestant("NVFP4", QUANTPLUG, "found", lambda w: nvfp4.pack(w.values)),
         Contestant("NVFP4", PLAIN, "given", partial(plain, NVFP4)),
         Contestant("NVFP4", MODELOPT, "given", modelopt_nvfp4),
@@ -154,29 +173,29 @@ def contestants() -> list[Contestant]:
             "NVFP4", "torchao", "given", lambda w: nvfp4_quantize(w.values, 16, scale_from_amax(w.amax, NVFP4_MAX))
         ),
         Contestant("NVFP4", "compressed-tensors", "given", compressed_tensors_nvfp4),
-        Contestant("FP8", QUANTPLUG, "given", lambda w: fp8.pack(w.values, w.amax)),
+        Contestant("FP8", QUANTPLUG, "given", at_once=partial(packed_by, fp8)),
         Contestant("FP8", QUANTPLUG, "found", lambda w: fp8.pack(w.values)),
         Contestant("FP8", PLAIN, "given", partial(plain, FP8)),
         Contestant("FP8", MODELOPT, "given", lambda w: FP8QTensor.quantize(w.values, scale_from_amax(w.amax, e4m3))),
         Contestant("FP8", "torchao", "found", lambda w: Float8Tensor.from_hp(w.values, granularity=PerTensor())),
-        Contestant("FP8 a row", QUANTPLUG, "", lambda w: fp8_row.pack(w.values)),
+        Contestant("FP8 a row", QUANTPLUG, "", at_once=partial(packed_by, fp8_row)),
         Contestant("FP8 a row", PLAIN, "", partial(plain, FP8_ROW)),
         Contestant("FP8 a row", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, axis=0)),
         Contestant("FP8 a row", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=PerRow())),
-        Contestant("FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.pack(w.values)),
+        Contestant("FP8 128x128", QUANTPLUG, "", at_once=partial(packed_by, fp8_block)),
         Contestant("FP8 128x128", PLAIN, "", partial(plain, FP8_BLOCK)),
         Contestant("FP8 128x128", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES)),
         Contestant("FP8 128x128", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=per_block)),
-        Contestant("INT4 a 128", QUANTPLUG, "", lambda w: int4.pack(w.values)),
+        Contestant("INT4 a 128", QUANTPLUG, "", at_once=partial(packed_by, int4)),
         Contestant("INT4 a 128", PLAIN, "", partial(plain, INT4)),
         Contestant("INT4 a 128", MODELOPT, "", lambda w: INT4QTensor.quantize(w.values, 128)),
         Contestant("INT4 a 128", "compressed-tensors", "", compressed_tensors_int4),
-        Contestant("INT4 a 32", QUANTPLUG, "", lambda w: int4_32.pack(w.values)),
-        Contestant("MXFP8", QUANTPLUG, "", lambda w: MXFP8.pack(w.values)),
+        Contestant("INT4 a 32", QUANTPLUG, "", at_once=partial(packed_by, int4_32)),
+        Contestant("MXFP8", QUANTPLUG, "", at_once=partial(packed_by, MXFP8)),
         Contestant("MXFP8", PLAIN, "", partial(plain, MXFP8)),
         Contestant("MXFP8", MODELOPT, "", lambda w: MXFP8QTensor.quantize(w.values)),
         Contestant("MXFP8", "torchao", "", lambda w: to_mx(w.values, torch.float8_e4m3fn, 32, rounded_up)),
-        Contestant("MXFP4", QUANTPLUG, "", lambda w: MXFP4.pack(w.values)),
+        Contestant("MXFP4", QUANTPLUG, "", at_once=partial(packed_by, MXFP4)),
         Contestant("MXFP4", PLAIN, "", partial(plain, MXFP4)),
         Contestant("MXFP4", MODELOPT, "", lambda w: MXFP4QTensor.quantize(w.values, 32)),
         Contestant("MXFP4", "torchao", "", lambda w: to_mx(w.values, torch.float4_e2m1fn_x2, 32, rounded_up)),

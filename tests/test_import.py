@@ -28,7 +28,7 @@ def modules_below(room: str) -> list[str]:
 COMPILED = {
     *(
         f"quantplug.formats.kernels.cpu.{compiled}"
-        for compiled in ("kernels", "machine_code", "loops", "codes", "scales", "e2m1_bounds")
+        for compiled in ("kernels", "machine_code", "loops", "amaxes", "codes", "scales", "e2m1_bounds")
     ),
     *(f"quantplug.formats.kernels.cuda.{compiled}" for compiled in ("kernels", "loops", "codes")),
     *(f"quantplug.formats.search.{compiled}" for compiled in ("loops", "triton_loops")),

@@ -13,6 +13,7 @@ from quantplug.compiled.arguments import Array
 from quantplug.compiled.compiler import OPTIONS, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
 from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
+from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales
 from quantplug.formats.kernels.cpu.loops import encode_nvfp4
 from quantplug.formats.kernels.cpu.scales import nvfp4_scales
 from quantplug.formats.kernels.cpu.tiles import TILE
@@ -20,7 +21,7 @@ from quantplug.formats.kernels.cpu.tiles import TILE
 _E2M1_LARGEST = np.float32(E2M1_MAX)
 _ONE_BITS, _EXPONENT, _E2M1_STEP = np.uint32(0x3F800000), np.uint32(0x7F800000), np.uint32(22 << 23)
 _E4M3_SHIFT, _E4M3_BIAS = np.uint32(20), np.float32(2.0**120)
-_E4M3_NAN, _LEAST_CODE, _LARGEST_CODE = np.uint32(127), np.int32(1), np.int32(126)
+_LEAST_CODE, _LARGEST_CODE = np.int32(1), np.int32(126)
 
 
 @njit(**OPTIONS)
@@ -160,21 +161,21 @@ def _keep_less(errors: Array, scales: Array, codes: Array, least: Array, found: 
 
 
 @njit(**OPTIONS)
-def _finish(found: Array, scale_2: Any, block_scales: Array, divisors: Array) -> None:
-    for i in range(found.size):
-        value = np.float32(np.uint32(found[i] << _E4M3_SHIFT).view(np.float32) * _E4M3_BIAS)
-        block_scales[i] = np.uint8(found[i])
-        divisors[i] = np.float32((np.float32(np.nan) if found[i] == _E4M3_NAN else value) * scale_2)
+def _divisors(scales: Array, scale_values: Array, scale_2: Any, divisors: Array) -> None:
+    for i in range(scales.size):
+        divisors[i] = np.float32(scale_values[scales[i]] * scale_2)
 
 
 @njit(**OPTIONS)
 def pack_nvfp4(
     weight: Array,
     weight_scale_2: float,
+    scale_values: Array,
     multiples: Array,
     offsets: Array,
     importance: Array,
     first_block: int,
+    bounds: Array,
     turned: Array,
     room: Array,
     in_units: Array,
@@ -192,12 +193,15 @@ def pack_nvfp4(
     `numbers` [2, blocks], of uint32.
 
     Args:
+        scale_values: What the bytes of E4M3 scales stand for, FP32.
         multiples: Of amaxes, FP32.
         offsets: Of codes, int32; the candidates are all offsets of the first multiple, then those of the next.
         importance: Of the columns of a row, FP32; without any element where all count alike.
         first_block: How many blocks of the whole weight lie before these.
+        bounds: Room for those of E2M1, of all scales.
     """
     scale_2 = np.float32(weight_scale_2)
+    usual = bounds_of_scales(scale_values, scale_2, floats[0, : scale_values.size], bounds)
     unit = np.float32(np.float32(1) / scale_2)
     # Rows of `floats`: amax, divisor, value, reciprocal, error and least error.
     for start in range(0, weight.size, TILE):
@@ -230,31 +234,37 @@ def pack_nvfp4(
                 else:
                     _errors(rows, reciprocals, errors)
                 _keep_less(errors, values, candidates, least, found)
-        _finish(found, scale_2, scales, divisors)
-        encode_nvfp4(tile, divisors, codes, packed[start // 2 : start // 2 + tile.size // 2])
+        for i in range(blocks):
+            scales[i] = np.uint8(found[i])
+        _divisors(scales, scale_values, scale_2, divisors)
+        encode_nvfp4(tile, divisors, scales, bounds, usual, codes, packed[start // 2 : start // 2 + tile.size // 2])
 
 
 @njit(**OPTIONS)
 def pack_nvfp4_given(
     weight: Array,
     weight_scale_2: float,
+    scale_values: Array,
+    bounds: Array,
     divisors: Array,
-    found: Array,
     codes: Array,
     packed: Array,
     block_scales: Array,
 ) -> None:
     """Bits of n elements to n/2 bytes of codes, by the n/16 bytes of E4M3 scales that are there already.
 
-    Room to work in is for a tile: for each block of it an FP32 number in `divisors` and
-    a uint32 in `found`.
+    Room to work in is for a tile: for each block of it an FP32 number in `divisors`, and `codes` of bytes.
+
+    Args:
+        scale_values: What the bytes of scales stand for, FP32.
+        bounds: Room for those of E2M1, of all scales.
     """
     scale_2 = np.float32(weight_scale_2)
+    usual = bounds_of_scales(scale_values, scale_2, divisors[: scale_values.size], bounds)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
         scales = block_scales[first : first + blocks]
-        for i in range(blocks):
-            found[i] = scales[i]
-        _finish(found[:blocks], scale_2, scales, divisors[:blocks])
-        encode_nvfp4(tile, divisors[:blocks], codes, packed[start // 2 : start // 2 + tile.size // 2])
+        _divisors(scales, scale_values, scale_2, divisors[:blocks])
+        of_tile = packed[start // 2 : start // 2 + tile.size // 2]
+        encode_nvfp4(tile, divisors[:blocks], scales, bounds, usual, codes, of_tile)

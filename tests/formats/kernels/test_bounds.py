@@ -6,8 +6,9 @@ between 1 and 2 are enough, which are 2^23.
 
 import numpy as np
 import pytest
+import torch
 
-from quantplug.formats.kernels.cpu.e2m1_bounds import e2m1_bounds
+from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, e2m1_bounds
 
 _DIVISORS, _AT_ONCE, _BINADE = 1 << 23, 1 << 20, 1 << 7
 
@@ -17,24 +18,37 @@ def values(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-# The middles between values of E2M1; a tie goes to the even code, so that two are reached and the others passed.
+# The middles between values of E2M1; a tie goes to the even code, so that two are reached and the others passed. What
+# is compared with a bound lies `behind` it, in bits, by those of the least value whose quotient has the next code.
 @pytest.mark.parametrize(
-    ("row", "middles", "reached"),
+    ("bound", "behind", "middles", "reached"),
     [
-        (0, [0.25], np.greater),
-        (1, [0.75], np.greater_equal),
-        (2, [1.25, 2.5, 5.0], np.greater),
-        (3, [1.75, 3.5], np.greater_equal),
+        (0, 1, [0.25], np.greater),
+        (1, 1, [0.75], np.greater_equal),
+        (2, _BINADE, [1.25, 2.5, 5.0], np.greater),
+        (3, _BINADE, [1.75, 3.5], np.greater_equal),
+        (4, 0, [5.0], np.greater),
     ],
 )
-def test_a_bound_is_the_least_value_whose_quotient_has_the_next_code(
-    row: int, middles: list[float], reached: np.ufunc
+def test_behind_a_bound_is_the_least_value_whose_quotient_has_the_next_code(
+    bound: int, behind: int, middles: list[float], reached: np.ufunc
 ) -> None:
     for start in range(0, _DIVISORS, _AT_ONCE):
         divisors = (np.arange(_DIVISORS + start, _DIVISORS + start + _AT_ONCE) * 2.0**-23).astype(np.float32)
-        bounds = np.empty((4, _AT_ONCE), np.int16)
+        bounds = np.empty((_AT_ONCE, 5), np.uint32)
         e2m1_bounds(divisors, bounds)
+        halves = bounds[:, bound].copy().view(np.uint16).reshape(-1, 2).astype(np.int64)
+        assert (halves[:, 0] == halves[:, 1]).all()
         for doubled, middle in enumerate(middles):
-            bits = bounds[row] + _BINADE * doubled
+            bits = halves[:, 0] + behind + _BINADE * doubled
             assert reached(values(bits) / divisors, np.float32(middle)).all()
             assert not reached(values(bits - 1) / divisors, np.float32(middle)).any()
+
+
+@pytest.mark.parametrize("scale_2", [1.0, 2.0**-30, 2.0**-94, 2.0**-120, 2.0**10, 2.0**30, float("inf")])
+def test_usual_scales_are_the_bytes_between_two_and_no_others(scale_2: float) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    divisors = values * np.float32(scale_2)
+    least, most = bounds_of_scales(values, np.float32(scale_2), np.empty_like(values), np.empty((256, 5), np.uint32))
+    usual = (divisors >= 2.0**-100) & (divisors <= 2.0**16)
+    assert [number for number in range(256) if least <= number <= most] == np.flatnonzero(usual).tolist()

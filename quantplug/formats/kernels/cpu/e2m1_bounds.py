@@ -1,15 +1,20 @@
-"""BF16 to E2M1 without a division, as numba compiles it: the bits of elements against the bounds of their block."""
+"""BF16 to E2M1 without a division, as numba compiles it: bits of elements against the bounds of their scale.
+
+A scale of one byte has 256 values, so that the bounds of all are found once for a piece of a weight. BF16 has few
+values too: instead of a division and a rounding for each element, its bits are compared with the bounds.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, prefetch, viewed
-from quantplug.formats.kernels.cpu.tiles import TILE
+from quantplug.compiled.compiler import OPTIONS, prefetch
+from quantplug.compiled.vectors import Lanes, Memory
+from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, TILE
 
 # E2M1 changes its code in the middle between two of its values: at 0.25, 0.75, 1.25, 1.75, and at 2.5, 5 and 3.5, which
 # are the last two of these doubled. A quotient is rounded to FP32 before it is rounded to a code, so that it reaches a
@@ -21,89 +26,156 @@ _PAST_125, _FROM_175 = 1.25 + 2.0**-24, 1.75 - 2.0**-24
 _F64_BELOW_BF16 = np.int64(52 - 7)
 _BF16_STEP = np.int64(1 << (52 - 7))
 _F64_TO_BF16_BIAS = np.int64((1023 - 127) << 7)
-_BF16_BINADE, _BF16_MAGNITUDE = np.int16(1 << 7), np.int16(0x7FFF)
+_BF16_MANTISSA_BITS, _BF16_MAGNITUDE, _BF16_SIGN = 7, 0x7FFF, 0x8000
+_BF16_BINADE = 1 << _BF16_MANTISSA_BITS
+_E2M1_SIGN = 8
 # Between these divisors no bound is a subnormal of BF16, and no quotient is 0 but that of 0.
 _LEAST_DIVISOR, _MOST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**16)
 
 
 @njit(**OPTIONS)
-def _are_usual(divisors: Array) -> bool:
-    """Whether all are numbers between `_LEAST_DIVISOR` and `_MOST_DIVISOR`."""
-    others = np.uint32(0)
-    for i in range(divisors.size):
-        others |= np.uint32(0) if (divisors[i] >= _LEAST_DIVISOR) & (divisors[i] <= _MOST_DIVISOR) else np.uint32(1)
-    return others == np.uint32(0)
+def _are_between(scale_bytes: Array, least: int, most: int) -> bool:
+    """Whether all are; both fit a byte."""
+    lowest, highest = scale_bytes[0], scale_bytes[0]
+    for i in range(scale_bytes.size):
+        lowest, highest = min(lowest, scale_bytes[i]), max(highest, scale_bytes[i])
+    return (lowest >= least) & (highest <= most)
 
 
 @njit(**OPTIONS)
 def _next_bf16(bound: float) -> Any:
     """The bits of the least BF16 magnitude above a bound, which by its last half step of FP32 is none itself."""
-    return np.int16((np.int64(np.float64(bound).view(np.int64) + _BF16_STEP) >> _F64_BELOW_BF16) - _F64_TO_BF16_BIAS)
+    return np.int64((np.int64(np.float64(bound).view(np.int64) + _BF16_STEP) >> _F64_BELOW_BF16) - _F64_TO_BF16_BIAS)
+
+
+@njit(**OPTIONS)
+def _twice(bits: int) -> Any:
+    """In both halves of a word: a word can be spread over a vector as it is read, and half a word cannot."""
+    return np.uint32(np.uint32(bits << 16) | np.uint32(bits))
 
 
 @njit(**OPTIONS)
 def e2m1_bounds(divisors: Array, bounds: Array) -> None:
-    """The bits of the least BF16 magnitudes whose quotients by usual divisors [n] have the next code, [4, n]."""
+    """What BF16 magnitudes are compared with whose quotients by usual divisors [n] become codes, bits [n, 5].
+
+    The first two are the largest magnitudes before the codes of 0.5 and 1, which are to be passed. The others are the
+    least that have those of 1.5 and 2, a binade below: how many binades an element is behind is how many of the bounds
+    at 1.25, 2.5 and 5, or at 1.75 and 3.5, it has behind it. The last is the least that has the code of 6, the largest.
+    """
     for i in range(divisors.size):
         divisor = np.float64(divisors[i])
-        bounds[0, i] = _next_bf16(divisor * _PAST_025)
-        bounds[1, i] = _next_bf16(divisor * _FROM_075)
-        bounds[2, i] = _next_bf16(divisor * _PAST_125)
-        bounds[3, i] = _next_bf16(divisor * _FROM_175)
+        from_15 = _next_bf16(divisor * _PAST_125)
+        bounds[i, 0] = _twice(_next_bf16(divisor * _PAST_025) - 1)
+        bounds[i, 1] = _twice(_next_bf16(divisor * _FROM_075) - 1)
+        bounds[i, 2] = _twice(from_15 - _BF16_BINADE)
+        bounds[i, 3] = _twice(_next_bf16(divisor * _FROM_175) - _BF16_BINADE)
+        bounds[i, 4] = _twice(from_15 + 2 * _BF16_BINADE)
+
+
+@njit(**OPTIONS)
+def bounds_of_scales(values: Array, scale_2: Any, divisors: Array, bounds: Array) -> tuple[int, int]:
+    """The bounds [256, 5] of all scales of a byte, by their FP32 values [256] and the scale above them.
+
+    `divisors` is room for 256. Gives the least and the most byte whose divisor is usual, and so are those between them:
+    of numbers above 0 a larger one has a larger byte. Where there is none, the least is above the most.
+    """
+    least, most = 255, 0
+    for i in range(values.size):
+        divisors[i] = np.float32(values[i] * scale_2)
+        if (divisors[i] >= _LEAST_DIVISOR) & (divisors[i] <= _MOST_DIVISOR):
+            least, most = min(least, i), max(most, i)
+    e2m1_bounds(divisors, bounds)
+    return least, most
 
 
 def pairs_encoder(width: int, encode_tile: Any) -> Any:
-    """Encodes blocks of `width` neighbours as `encode_tile` does, to E2M1.
+    """Encodes blocks of `width` neighbours as `encode_tile` does, to E2M1."""
+    encode_block = _block_encoder(width)
 
-    BF16 has few values: instead of a division and a rounding for each element, its bits are compared with those of the
-    bounds of its block. Sixteen elements are a vector of AVX2 then, and were two.
-    """
-
-    @njit(**OPTIONS)
-    def encode_blocks(tile: Array, blocks: Array, bounds: Array, codes: Array) -> None:
-        for block in range(len(blocks)):
-            # The next tile comes while this one is worked on, or its first look would wait for memory.
-            prefetch(tile, TILE + block * width)
-            past_025, from_075 = bounds[0, block], bounds[1, block]
-            # A binade below the bounds at 1.25 and 1.75: how many binades an element is behind is how many of the
-            # bounds it has behind it that are these doubled.
-            below_125, below_175 = np.int16(bounds[2, block] - _BF16_BINADE), np.int16(bounds[3, block] - _BF16_BINADE)
-            for i in range(width):
-                bits = np.int16(blocks[block, i])
-                magnitude = np.int16(bits & _BF16_MAGNITUDE)
-                of_125 = np.int16(np.int16(max(magnitude, below_125) - below_125) >> np.int16(7))
-                of_175 = np.int16(np.int16(max(magnitude, below_175) - below_175) >> np.int16(7))
-                small = np.int16(np.int16(magnitude >= past_025) + np.int16(magnitude >= from_075))
-                code = np.int16(small + min(of_125, np.int16(3)) + min(of_175, np.int16(2)))
-                # The negative of -0.0, the least of all integers, is itself, and so has no sign either.
-                sign = np.int16(8) if np.int16(-bits) > np.int16(0) else np.int16(0)
-                codes[block, i] = np.uint16(code | sign)
-
-    def encode(tile: Array, scales: Array, room: Array, codes: Array, packed: Array) -> None:
+    def encode(
+        tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
+    ) -> None:
         """Bits of n * width elements to half as many bytes.
 
         Args:
-            room: For 4 * n elements.
-            codes: For two bytes of each.
+            scales: FP32 divisors [n].
+            scale_bytes: What stands for them.
+            bounds: Of all scales.
+            usual: The least and the most of the bytes that have bounds.
+            codes: Room for a byte of each element.
         """
 
     @overload(encode, strict=False)
-    def encode_of_type(tile: Any, scales: Any, room: Any, codes: Any, packed: Any) -> Callable[..., None]:
+    def encode_of_type(
+        tile: Any, scales: Any, scale_bytes: Any, bounds: Any, usual: Any, codes: Any, packed: Any
+    ) -> Callable[..., None]:
         return encode_bf16 if tile.dtype == types.uint16 else encode_any
 
-    def encode_any(tile: Array, scales: Array, room: Array, codes: Array, packed: Array) -> None:
+    def encode_any(
+        tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
+    ) -> None:
         encode_tile(tile, scales, codes, packed)
 
-    def encode_bf16(tile: Array, scales: Array, room: Array, codes: Array, packed: Array) -> None:
-        if not _are_usual(scales):
+    def encode_bf16(
+        tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
+    ) -> None:
+        least, most = usual
+        if not _are_between(scale_bytes, least, most):
             encode_tile(tile, scales, codes, packed)
             return
-        bounds, shape = viewed(room, (4, scales.size), np.int16), (scales.size, width)
-        e2m1_bounds(scales, bounds)
-        encode_blocks(tile, viewed(tile, shape, tile.dtype), bounds, viewed(codes, shape, np.uint16))
-        pairs = viewed(codes, (packed.size,), np.uint32)
-        for i in range(packed.size):
-            # Two words 000H 000L, little-endian, become HL.
-            packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
+        for block in range(scales.size):
+            # The next tile comes while this one is worked on, or its first look would wait for memory.
+            prefetch(tile, TILE + block * width)
+            encode_block(tile, scale_bytes, bounds, packed, block)
 
-    return njit(**OPTIONS)(lambda tile, scales, room, codes, packed: encode(tile, scales, room, codes, packed))
+    return njit(**OPTIONS)(
+        lambda tile, scales, scale_bytes, bounds, usual, codes, packed: encode(
+            tile, scales, scale_bytes, bounds, usual, codes, packed
+        )
+    )
+
+
+def _block_encoder(width: int) -> Any:
+    """For compiled code: the codes of the block that has a number, in width / 2 bytes."""
+
+    @intrinsic
+    def encode(
+        typing_context: Any, tile: Any, scale_bytes: Any, bounds: Any, packed: Any, block: Any
+    ) -> tuple[Any, Any]:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            *arrays, block = arguments
+            kinds = signature.args[: len(arrays)]
+            elements, scales, bounds, packed = (
+                Memory.of(context, builder, kind, array) for kind, array in zip(kinds, arrays, strict=True)
+            )
+            scale = builder.zext(builder.load(scales.at(block)), block.type)
+            of_scale = builder.mul(scale, block.type(E2M1_BOUNDS[1]))
+            words = (bounds.spread(bounds.at(of_scale, bound), width // 2) for bound in range(E2M1_BOUNDS[1]))
+            compared = (word.as_lanes_of(16) for word in words)
+            bits = elements.lanes(elements.at(builder.mul(block, block.type(width))), width)
+            codes = _e2m1_codes(bits, *compared)
+            packed.write(_pairs(codes), packed.at(builder.mul(block, block.type(width // 2))))
+            return context.get_dummy_value()
+
+        return types.void(tile, scale_bytes, bounds, packed, types.intp), generate
+
+    return encode
+
+
+def _e2m1_codes(
+    bits: Lanes, before_05: Lanes, before_1: Lanes, below_15: Lanes, below_2: Lanes, least_of_6: Lanes
+) -> Lanes:
+    """The codes of BF16 elements, in as many bits, by the bounds of their scale."""
+    # Behind the largest code binades would go on being counted.
+    magnitudes = (bits & _BF16_MAGNITUDE).min(least_of_6)
+    large = (magnitudes.above(below_15) >> _BF16_MANTISSA_BITS) + (magnitudes.above(below_2) >> _BF16_MANTISSA_BITS)
+    codes = large + magnitudes.where_more_signed(before_05, 1) + magnitudes.where_more_signed(before_1, 1)
+    # All bits but the sign are 0 in -0.0, which has no sign as a code.
+    return codes + bits.where_more(_BF16_SIGN, _E2M1_SIGN)
+
+
+def _pairs(codes: Lanes) -> Lanes:
+    """Two codes a byte, from lanes of 16 bits each."""
+    # Two words 000H 000L, little-endian, become HL.
+    pairs = codes.as_lanes_of(32)
+    return (pairs | (pairs >> 12)).narrowed(8)

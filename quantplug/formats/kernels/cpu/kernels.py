@@ -79,7 +79,11 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
 # The pieces of all weights of a group go to the threads at once: no thread waits for another between small weights.
 # A tensor's FP32 scale is handed over as a Python float, which holds it exactly; the loop makes FP32 of it again.
 def _pack_blocks(
-    loop: Callable[..., None], encoding: Encoding, weights: Sequence[torch.Tensor], encoded: Encoded
+    loop: loops.PackBlocks,
+    encoding: Encoding,
+    tables: "_Tables",
+    weights: Sequence[torch.Tensor],
+    encoded: Encoded,
 ) -> None:
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
         for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
@@ -88,7 +92,7 @@ def _pack_blocks(
             yield zip(pieces, repeat(_above_blocks(of_weight)), codes, scales, strict=False)
 
     def pack(piece: Array, scale_2: float, packed: Array, scales: Array) -> None:
-        loop(_flat(piece), scale_2, packed, scales)
+        loop(_flat(piece), scale_2, tables.scales(), packed, scales)
 
     run_each(pack, chain.from_iterable(calls()))
 
@@ -107,7 +111,8 @@ def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded
             yield zip(pieces, repeat(scale_2), repeat(importance), first_blocks, codes, scales, strict=False)
 
     def pack(piece: Array, scale_2: float, importance: Array, first_block: int, packed: Array, scales: Array) -> None:
-        loops.pack_nvfp4_searched(_flat(piece), scale_2, multiples, offsets, importance, first_block, packed, scales)
+        searched = scale_2, _e4m3_values(), multiples, offsets, importance, first_block
+        loops.pack_nvfp4_searched(_flat(piece), *searched, packed, scales)
 
     run_each(pack, chain.from_iterable(calls()))
 
@@ -242,7 +247,7 @@ class _Tables(NamedTuple):
 
 
 def _of_blocks(encoding: Encoding, pack: Callable[..., None], unpack: Callable[..., None], tables: _Tables) -> Loops:
-    return Loops(partial(_pack_blocks, pack, encoding), partial(_unpack_blocks, unpack, encoding, tables))
+    return Loops(partial(_pack_blocks, pack, encoding, tables), partial(_unpack_blocks, unpack, encoding, tables))
 
 
 _LOOPS: Mapping[Encoding, Loops] = {

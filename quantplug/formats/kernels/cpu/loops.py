@@ -4,7 +4,7 @@ A compiler on the user's machine is not needed. A loop is compiled for the eleme
 takes a second or two, and `compiled` keeps the machine code for later processes, which import nothing of this: they
 call loops by their names (`machine_code`). So that the code needs nothing of numba's when it runs, no loop allocates
 memory, raises, or gives something back: it fills arrays, is given room to work in, and takes steps that are known when
-it is compiled. What it calls of `codes`, `scales` and `e2m1_bounds` becomes part of its code.
+it is compiled. What it calls of `amaxes`, `codes`, `scales` and `e2m1_bounds` becomes part of its code.
 
 The loops are written so that LLVM makes vector instructions of them: no branch in an inner loop, no slice, every
 integer of 32 bits or fewer.
@@ -17,7 +17,16 @@ from numba import njit
 
 from quantplug.compiled.arguments import Array
 from quantplug.compiled.compiler import OPTIONS, viewed
-from quantplug.formats.constants import E2M1_MAX, E4M3_MAX, FP8_BLOCK_SIDE, INT4_SMALL_GROUP, MX_BLOCK, NVFP4_BLOCK
+from quantplug.formats.constants import (
+    E2M1_MAX,
+    E4M3_MAX,
+    FP8_BLOCK_SIDE,
+    INT4_GROUP,
+    INT4_SMALL_GROUP,
+    MX_BLOCK,
+    NVFP4_BLOCK,
+)
+from quantplug.formats.kernels.cpu.amaxes import block_amaxes
 from quantplug.formats.kernels.cpu.codes import (
     INT4_LOWEST_VALUE,
     e2m1_code,
@@ -26,37 +35,9 @@ from quantplug.formats.kernels.cpu.codes import (
     int4_code,
     magnitude_bits,
 )
-from quantplug.formats.kernels.cpu.e2m1_bounds import pairs_encoder
+from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder
 from quantplug.formats.kernels.cpu.scales import e4m3_scale, e8m0_scales, int4_scales, nvfp4_scales
 from quantplug.formats.kernels.cpu.tiles import SIDE, TILE
-
-
-@njit(**OPTIONS)
-def _pairwise_max(values: Array, half: Array, count: int) -> None:
-    """The larger of each two neighbours."""
-    for i in range(count):
-        half[i] = max(values[2 * i], values[2 * i + 1])
-
-
-@njit(**OPTIONS)
-def _block_amax(weight: Array, longer: Array, shorter: Array, amax: Array) -> None:
-    """Largest magnitude of each block of neighbours, a power of two of them.
-
-    As a tree: a loop over each block would not become vector instructions.
-
-    Args:
-        longer: For half as many elements.
-        shorter: For a quarter.
-    """
-    count = weight.size // 2
-    for i in range(count):
-        longer[i] = max(magnitude_bits(weight[2 * i]), magnitude_bits(weight[2 * i + 1]))
-    while count > amax.size:
-        count //= 2
-        _pairwise_max(longer, shorter, count)
-        longer, shorter = shorter, longer
-    for i in range(amax.size):
-        amax[i] = fp32(longer[i])
 
 
 def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
@@ -96,6 +77,7 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         encode: FP32 to a code.
         in_a_byte: Codes, 1 or 2.
     """
+    fill_amaxes = block_amaxes(width)
     encode_tile = _tile_encoder(width, encode, in_a_byte)
     encode_pairs = pairs_encoder(width, encode_tile)
 
@@ -103,6 +85,8 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
     def pack(
         weight: Array,
         weight_scale_2: float,
+        scale_values: Array,
+        bounds: Array,
         longer: Array,
         shorter: Array,
         scales: Array,
@@ -113,22 +97,29 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         """Bits of n elements to n / in_a_byte bytes of codes and n / width scales.
 
         Room to work in is for a tile: `longer` for half its elements and `shorter` for a quarter, both of the
-        type of the weight, `scales` for one of each block, and `codes` for two bytes of each element.
+        type of the weight, `scales` for one of each block, and `codes` for a byte of each element.
+
+        Args:
+            scale_values: What the bytes of scales stand for, FP32.
+            bounds: Room for the bounds of all scales.
         """
         scale_2 = np.float32(weight_scale_2)
+        if in_a_byte == 2:
+            usual = bounds_of_scales(scale_values, scale_2, scales[: scale_values.size], bounds)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         for start in range(0, weight.size, TILE):
             tile = weight[start : start + TILE]
             blocks = tile.size // width
             first = start // width
-            _block_amax(tile, longer, shorter, scales[:blocks])
-            fill_scales(scales[:blocks], scale_2, block_scales[first : first + blocks])
+            scale_bytes = block_scales[first : first + blocks]
+            fill_amaxes(tile, longer, shorter, scales[:blocks])
+            fill_scales(scales[:blocks], scale_2, scale_bytes)
             first_byte = start // in_a_byte
             of_tile = packed[first_byte : first_byte + tile.size // in_a_byte]
             if in_a_byte == 1:
                 encode_tile(tile, scales[:blocks], codes, of_tile)
             else:
-                encode_pairs(tile, scales[:blocks], longer, codes, of_tile)
+                encode_pairs(tile, scales[:blocks], scale_bytes, bounds, usual, codes, of_tile)
 
     return pack
 
@@ -166,7 +157,7 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
     return unpack if in_a_byte == 1 else unpack_pairs
 
 
-encode_nvfp4 = _tile_encoder(NVFP4_BLOCK, e2m1_code, in_a_byte=2)
+encode_nvfp4 = pairs_encoder(NVFP4_BLOCK, _tile_encoder(NVFP4_BLOCK, e2m1_code, in_a_byte=2))
 pack_nvfp4 = _blocks_packer(NVFP4_BLOCK, nvfp4_scales, e2m1_code, in_a_byte=2)
 pack_mxfp4 = _blocks_packer(MX_BLOCK, e8m0_scales(E2M1_MAX), e2m1_code, in_a_byte=2)
 pack_mxfp8 = _blocks_packer(MX_BLOCK, e8m0_scales(E4M3_MAX), e4m3_code, in_a_byte=1)
@@ -298,6 +289,9 @@ def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array)
                     out[band, row, block, i] = e4m3[codes[band, row, block, i]] * block_scales[band, block]
 
 
+_small_group_amaxes, _group_amaxes = block_amaxes(INT4_SMALL_GROUP), block_amaxes(INT4_GROUP)
+
+
 @njit(**OPTIONS)
 def _int4_codes(parts: Array, parts_a_group: int, scales: Array, codes: Array) -> None:
     """Fills `codes` [n, 32] with one code a byte, from the bits of as many elements."""
@@ -327,7 +321,10 @@ def pack_int4(
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         groups, first = tile.size // group, start // group
-        _block_amax(tile, longer, shorter, scales[:groups])
+        if group == INT4_SMALL_GROUP:
+            _small_group_amaxes(tile, longer, shorter, scales[:groups])
+        else:
+            _group_amaxes(tile, longer, shorter, scales[:groups])
         int4_scales(scales[:groups], group_scales[first : first + groups])
         parts = (tile.size // INT4_SMALL_GROUP, INT4_SMALL_GROUP)
         _int4_codes(viewed(tile, parts, tile.dtype), parts_a_group, scales, viewed(codes, parts, codes.dtype))

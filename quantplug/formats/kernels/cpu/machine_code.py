@@ -11,15 +11,16 @@ import numpy as np
 from quantplug.compiled.arguments import Array
 from quantplug.compiled.loop import Home, Loop
 from quantplug.formats.constants import MX_BLOCK, NVFP4_BLOCK
-from quantplug.formats.kernels.cpu.tiles import SIDE, TILE
+from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, SIDE, TILE
 
 _FORMATS = Path(__file__).parents[2]
 _LOOPS = Home("quantplug.formats.kernels.cpu.loops", _FORMATS)
 _SEARCH = Home("quantplug.formats.search.loops", _FORMATS)
 _LOOPS.require()
 
-PackBlocks = Callable[[Array, float, Array, Array], None]
-"""Of bits of a weight, the scale above its blocks, and the bytes of codes and scales to fill."""
+PackBlocks = Callable[[Array, float, Array, Array, Array], None]
+"""Of bits of a weight, the scale above its blocks, the FP32 values of the bytes of scales, and the bytes of codes and
+scales to fill."""
 
 unpack_nvfp4 = _LOOPS.loop("unpack_nvfp4")
 unpack_mxfp4 = _LOOPS.loop("unpack_mxfp4")
@@ -41,8 +42,8 @@ _pack_given = _SEARCH.loop("pack_nvfp4_given")
 
 
 def _blocks_packer(loop: Loop, width: int) -> PackBlocks:
-    def pack(weight: Array, scale_2: float, packed: Array, block_scales: Array) -> None:
-        loop(weight, scale_2, *_room(weight, width), packed, block_scales)
+    def pack(weight: Array, scale_2: float, scale_values: Array, packed: Array, block_scales: Array) -> None:
+        loop(weight, scale_2, scale_values, _bounds(), *_room(weight, width), packed, block_scales)
 
     return pack
 
@@ -58,21 +59,26 @@ def pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> 
 
 
 def _room(weight: Array, width: int) -> tuple[Array, Array, Array, Array]:
-    """For half the elements of a tile, for a quarter, for its FP32 scales, and two bytes for each of its codes."""
+    """For half the elements of a tile, for a quarter, for its FP32 scales, and a byte for each of its codes."""
     halves = np.empty(TILE // 2, weight.dtype), np.empty(TILE // 4, weight.dtype)
-    return *halves, np.empty(TILE // width, np.float32), np.empty(2 * TILE, np.uint8)
+    return *halves, np.empty(TILE // width, np.float32), np.empty(TILE, np.uint8)
 
 
-def pack_nvfp4_given(weight: Array, scale_2: float, packed: Array, block_scales: Array) -> None:
+def _bounds() -> Array:
+    """For the bounds of E2M1 of all scales of blocks."""
+    return np.empty(E2M1_BOUNDS, np.uint32)
+
+
+def pack_nvfp4_given(weight: Array, scale_2: float, scale_values: Array, packed: Array, block_scales: Array) -> None:
     """Bits of n elements to n/2 bytes of codes, by the n/16 bytes of E4M3 scales that are there already."""
-    blocks = TILE // NVFP4_BLOCK
-    divisors, found = np.empty(blocks, np.float32), np.empty(blocks, np.uint32)
-    _pack_given(weight, scale_2, divisors, found, np.empty(TILE, np.uint8), packed, block_scales)
+    divisors, codes = np.empty(TILE // NVFP4_BLOCK, np.float32), np.empty(TILE, np.uint8)
+    _pack_given(weight, scale_2, scale_values, _bounds(), divisors, codes, packed, block_scales)
 
 
 def pack_nvfp4_searched(
     weight: Array,
     scale_2: float,
+    scale_values: Array,
     multiples: Array,
     offsets: Array,
     importance: Array,
@@ -83,6 +89,7 @@ def pack_nvfp4_searched(
     """Bits of n elements to n/2 bytes of codes and n/16 bytes of the E4M3 scales that are found for them.
 
     Args:
+        scale_values: What the bytes of E4M3 scales stand for, FP32.
         multiples: Of amaxes, FP32.
         offsets: Of codes, int32; the candidates are all offsets of the first multiple, then those of the next.
         importance: Of the columns of a row, FP32; without any element where all count alike.
@@ -93,7 +100,8 @@ def pack_nvfp4_searched(
     of_columns = np.empty(TILE if importance.size else 0, np.float32)
     of_blocks = np.empty((6, blocks), np.float32), np.empty((2, blocks), np.uint32)
     of_tile = *room, of_columns, *of_blocks, np.empty(TILE, np.uint8)
-    _pack_searched(weight, scale_2, multiples, offsets, importance, first_block, *of_tile, packed, block_scales)
+    searched = scale_2, scale_values, multiples, offsets, importance, first_block
+    _pack_searched(weight, *searched, _bounds(), *of_tile, packed, block_scales)
 
 
 def copy_transposed(source: Array, copy: Array) -> None:

@@ -5,3 +5,6 @@ TILE = 8192
 
 SIDE = 64
 """Rows and columns of the squares in which a transposed weight is copied."""
+
+E2M1_BOUNDS = (256, 5)
+"""So many scales of a byte, and so many bounds of each with which BF16 is compared."""
