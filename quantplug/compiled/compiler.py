@@ -141,16 +141,16 @@ def viewed(typing_context: Any, array: Any, shape: Any, dtype: Any) -> tuple[Any
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
-    """For compiled code: lets the second cache ask for an element, which may lie behind the last: none is read."""
+    """For compiled code: lets the first cache ask for an element, which may lie behind the last: none is read."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         data = make_array(array)(context, builder, arguments[0]).data
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        # To be read, kept in the second cache and those above it, data.
+        # To be read, kept in all caches, data.
         address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(function, [address, number(0), number(2), number(1)])
+        builder.call(function, [address, number(0), number(3), number(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

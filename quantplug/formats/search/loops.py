@@ -201,7 +201,7 @@ def pack_nvfp4(
         bounds: Room for those of E2M1, of all scales.
     """
     scale_2 = np.float32(weight_scale_2)
-    usual = bounds_of_scales(scale_values, scale_2, floats[0, : scale_values.size], bounds)
+    usual = bounds_of_scales(scale_values, scale_2, bounds)
     unit = np.float32(np.float32(1) / scale_2)
     # Rows of `floats`: amax, divisor, value, reciprocal, error and least error.
     for start in range(0, weight.size, TILE):
@@ -260,7 +260,7 @@ def pack_nvfp4_given(
         bounds: Room for those of E2M1, of all scales.
     """
     scale_2 = np.float32(weight_scale_2)
-    usual = bounds_of_scales(scale_values, scale_2, divisors[: scale_values.size], bounds)
+    usual = bounds_of_scales(scale_values, scale_2, bounds)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK

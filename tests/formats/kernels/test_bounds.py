@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, e2m1_bounds
+from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales
 
 _DIVISORS, _AT_ONCE, _BINADE = 1 << 23, 1 << 20, 1 << 7
 
@@ -36,7 +36,7 @@ def test_behind_a_bound_is_the_least_value_whose_quotient_has_the_next_code(
     for start in range(0, _DIVISORS, _AT_ONCE):
         divisors = (np.arange(_DIVISORS + start, _DIVISORS + start + _AT_ONCE) * 2.0**-23).astype(np.float32)
         bounds = np.empty((_AT_ONCE, 5), np.uint32)
-        e2m1_bounds(divisors, bounds)
+        bounds_of_scales(divisors, np.float32(1), bounds)
         halves = bounds[:, bound].copy().view(np.uint16).reshape(-1, 2).astype(np.int64)
         assert (halves[:, 0] == halves[:, 1]).all()
         for doubled, middle in enumerate(middles):
@@ -49,6 +49,6 @@ def test_behind_a_bound_is_the_least_value_whose_quotient_has_the_next_code(
 def test_usual_scales_are_the_bytes_between_two_and_no_others(scale_2: float) -> None:
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
     divisors = values * np.float32(scale_2)
-    least, most = bounds_of_scales(values, np.float32(scale_2), np.empty_like(values), np.empty((256, 5), np.uint32))
+    first, last = bounds_of_scales(values, np.float32(scale_2), np.empty((256, 5), np.uint32))
     usual = (divisors >= 2.0**-100) & (divisors <= 2.0**16)
-    assert [number for number in range(256) if least <= number <= most] == np.flatnonzero(usual).tolist()
+    assert [number for number in range(256) if first <= number <= last] == np.flatnonzero(usual).tolist()

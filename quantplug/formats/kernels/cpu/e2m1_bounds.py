@@ -34,12 +34,12 @@ _LEAST_DIVISOR, _MOST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**16)
 
 
 @njit(**OPTIONS)
-def _are_between(scale_bytes: Array, least: int, most: int) -> bool:
-    """Whether all are; both fit a byte."""
+def _are_between(scale_bytes: Array, first: int, last: int) -> bool:
+    """Whether all are."""
     lowest, highest = scale_bytes[0], scale_bytes[0]
     for i in range(scale_bytes.size):
         lowest, highest = min(lowest, scale_bytes[i]), max(highest, scale_bytes[i])
-    return (lowest >= least) & (highest <= most)
+    return (lowest >= first) & (highest <= last)
 
 
 @njit(**OPTIONS)
@@ -55,37 +55,30 @@ def _twice(bits: int) -> Any:
 
 
 @njit(**OPTIONS)
-def e2m1_bounds(divisors: Array, bounds: Array) -> None:
-    """What BF16 magnitudes are compared with whose quotients by usual divisors [n] become codes, bits [n, 5].
+def bounds_of_scales(values: Array, scale_2: Any, bounds: Array) -> tuple[int, int]:
+    """What BF16 magnitudes are compared with whose quotients by scales [n] become codes, bits [n, 5].
 
-    The first two are the largest magnitudes before the codes of 0.5 and 1, which are to be passed. The others are the
+    A scale's FP32 value, times the scale above it, is what is divided by; of one that is not usual the bounds are none.
+    The first two are the largest magnitudes before the codes of 0.5 and 1, which are to be passed. The next two are the
     least that have those of 1.5 and 2, a binade below: how many binades an element is behind is how many of the bounds
     at 1.25, 2.5 and 5, or at 1.75 and 3.5, it has behind it. The last is the least that has the code of 6, the largest.
+
+    Gives the first and the last scale that is usual, and so are those between them: of bytes that stand for numbers
+    above 0 a larger one stands for a larger number. Where there is none, the first is behind the last.
     """
-    for i in range(divisors.size):
-        divisor = np.float64(divisors[i])
+    first, last = values.size, -1
+    for i in range(values.size):
+        scale = np.float32(values[i] * scale_2)
+        if (scale >= _LEAST_DIVISOR) & (scale <= _MOST_DIVISOR):
+            first, last = min(first, i), i
+        divisor = np.float64(scale)
         from_15 = _next_bf16(divisor * _PAST_125)
         bounds[i, 0] = _twice(_next_bf16(divisor * _PAST_025) - 1)
         bounds[i, 1] = _twice(_next_bf16(divisor * _FROM_075) - 1)
         bounds[i, 2] = _twice(from_15 - _BF16_BINADE)
         bounds[i, 3] = _twice(_next_bf16(divisor * _FROM_175) - _BF16_BINADE)
         bounds[i, 4] = _twice(from_15 + 2 * _BF16_BINADE)
-
-
-@njit(**OPTIONS)
-def bounds_of_scales(values: Array, scale_2: Any, divisors: Array, bounds: Array) -> tuple[int, int]:
-    """The bounds [256, 5] of all scales of a byte, by their FP32 values [256] and the scale above them.
-
-    `divisors` is room for 256. Gives the least and the most byte whose divisor is usual, and so are those between them:
-    of numbers above 0 a larger one has a larger byte. Where there is none, the least is above the most.
-    """
-    least, most = 255, 0
-    for i in range(values.size):
-        divisors[i] = np.float32(values[i] * scale_2)
-        if (divisors[i] >= _LEAST_DIVISOR) & (divisors[i] <= _MOST_DIVISOR):
-            least, most = min(least, i), max(most, i)
-    e2m1_bounds(divisors, bounds)
-    return least, most
+    return first, last
 
 
 def pairs_encoder(width: int, encode_tile: Any) -> Any:
@@ -101,7 +94,7 @@ def pairs_encoder(width: int, encode_tile: Any) -> Any:
             scales: FP32 divisors [n].
             scale_bytes: What stands for them.
             bounds: Of all scales.
-            usual: The least and the most of the bytes that have bounds.
+            usual: The first and the last byte that have bounds.
             codes: Room for a byte of each element.
         """
 
@@ -119,8 +112,8 @@ def pairs_encoder(width: int, encode_tile: Any) -> Any:
     def encode_bf16(
         tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
     ) -> None:
-        least, most = usual
-        if not _are_between(scale_bytes, least, most):
+        first, last = usual
+        if not _are_between(scale_bytes, first, last):
             encode_tile(tile, scales, codes, packed)
             return
         for block in range(scales.size):

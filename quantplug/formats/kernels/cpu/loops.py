@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, viewed
+from quantplug.compiled.compiler import OPTIONS, prefetch, viewed
 from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
@@ -44,9 +44,12 @@ def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
     """Encodes blocks of `width` neighbours under divisors that are there already; arguments as of `_blocks_packer`."""
 
     @njit(**OPTIONS)
-    def encode_blocks(blocks: Array, scales: Array, codes: Array) -> None:
-        """One code a byte, from the bits of blocks [n, width] and their divisors [n]."""
+    def encode_blocks(tile: Array, scales: Array, codes: Array) -> None:
+        """One code a byte [n, width], from the bits of blocks and their divisors [n]."""
+        blocks = viewed(tile, (scales.size, width), tile.dtype)
         for block in range(scales.size):
+            # The next tile comes while this one is worked on, or its first look would wait for memory.
+            prefetch(tile, TILE + block * width)
             scale = scales[block]
             for i in range(width):
                 # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
@@ -56,11 +59,10 @@ def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
     def encode_tile(tile: Array, scales: Array, room: Array, packed: Array) -> None:
         """Bits of n * width elements to bytes of codes; `room` is for a code a byte."""
         shape = (scales.size, width)
-        blocks = viewed(tile, shape, tile.dtype)
         if in_a_byte == 1:
-            encode_blocks(blocks, scales, viewed(packed, shape, packed.dtype))
+            encode_blocks(tile, scales, viewed(packed, shape, packed.dtype))
         else:
-            encode_blocks(blocks, scales, viewed(room, shape, room.dtype))
+            encode_blocks(tile, scales, viewed(room, shape, room.dtype))
             pairs = viewed(room, (packed.size,), np.uint16)
             for i in range(packed.size):
                 # Two bytes 0H 0L, little-endian, become HL.
@@ -105,7 +107,7 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         """
         scale_2 = np.float32(weight_scale_2)
         if in_a_byte == 2:
-            usual = bounds_of_scales(scale_values, scale_2, scales[: scale_values.size], bounds)
+            usual = bounds_of_scales(scale_values, scale_2, bounds)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         for start in range(0, weight.size, TILE):
             tile = weight[start : start + TILE]
@@ -293,9 +295,11 @@ _small_group_amaxes, _group_amaxes = block_amaxes(INT4_SMALL_GROUP), block_amaxe
 
 
 @njit(**OPTIONS)
-def _int4_codes(parts: Array, parts_a_group: int, scales: Array, codes: Array) -> None:
+def _int4_codes(tile: Array, parts_a_group: int, scales: Array, codes: Array) -> None:
     """Fills `codes` [n, 32] with one code a byte, from the bits of as many elements."""
+    parts = viewed(tile, (len(codes), INT4_SMALL_GROUP), tile.dtype)
     for part in range(parts.shape[0]):
+        prefetch(tile, TILE + part * INT4_SMALL_GROUP)
         scale = scales[part // parts_a_group]
         for i in range(INT4_SMALL_GROUP):
             codes[part, i] = int4_code(np.float32(fp32(parts[part, i]) / scale))
@@ -327,7 +331,7 @@ def pack_int4(
             _group_amaxes(tile, longer, shorter, scales[:groups])
         int4_scales(scales[:groups], group_scales[first : first + groups])
         parts = (tile.size // INT4_SMALL_GROUP, INT4_SMALL_GROUP)
-        _int4_codes(viewed(tile, parts, tile.dtype), parts_a_group, scales, viewed(codes, parts, codes.dtype))
+        _int4_codes(tile, parts_a_group, scales, viewed(codes, parts, codes.dtype))
         nibbles = packed[start // 2 : start // 2 + tile.size // 2]
         for i in range(nibbles.size):
             nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))

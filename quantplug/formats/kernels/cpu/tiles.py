@@ -1,7 +1,7 @@
 """How much of a weight the loops on a CPU work on at a time."""
 
-TILE = 8192
-"""Elements: few enough that they and the room that is worked in, 64 KiB, stay in a core's cache."""
+TILE = 4096
+"""Elements: few enough that they, the next ones and the room that is worked in stay in a core's first cache."""
 
 SIDE = 64
 """Rows and columns of the squares in which a transposed weight is copied."""
