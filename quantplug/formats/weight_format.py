@@ -54,14 +54,14 @@ class PackedWeight:
     # Ordered, as every dict is: files are written in this order, so that one export is the same bytes as the next.
     tensors: Mapping[str, torch.Tensor]
 
-    # `zip` over tensors [count, ...] goes through their first axis: one tuple of views for each weight.
     @classmethod
     def of_group(cls, tensors: Mapping[str, torch.Tensor]) -> "list[PackedWeight]":
         """The weights of a group, from its tensors [count, ...].
 
         Each is a view: the memory of the whole group lives as long as any one of them.
         """
-        return [cls(dict(zip(tensors, of_one, strict=True))) for of_one in zip(*tensors.values(), strict=True)]
+        of_each = zip(*(tensor.unbind() for tensor in tensors.values()), strict=True)
+        return [cls(dict(zip(tensors, of_one, strict=True))) for of_one in of_each]
 
 
 class WeightFormat(Protocol):

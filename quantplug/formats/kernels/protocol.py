@@ -31,11 +31,10 @@ class Encoded:
 
     def of_each(self) -> Iterator["Encoded"]:
         """Each weight by itself: views without the first axis."""
-        # `repeat` has no end, so the zip ends with the codes.
-        blocks = repeat(None) if self.blocks is None else self.blocks
-        whole = repeat(None) if self.whole is None else self.whole
-        importance = repeat(None) if self.importance is None else self.importance
-        return (Encoded(*of_one) for of_one in zip(self.codes, blocks, whole, importance, strict=False))
+        # `repeat` has no end, so the zip ends with the codes; `unbind` is what a loop over a tensor calls after checks.
+        parts = self.codes, self.blocks, self.whole, self.importance
+        each = (repeat(None) if part is None else part.unbind() for part in parts)
+        return (Encoded(*of_one) for of_one in zip(*each, strict=False))
 
     @property
     def block_scales(self) -> torch.Tensor:
