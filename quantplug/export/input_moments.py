@@ -1,14 +1,4 @@
-"""How large the inputs of a model's linears are, in a file by the names of its export: for `verify --moments`.
-
-The file is one of safetensors, with two tensors for each weight of the export that is quantized, `<module>[3]` for
-expert 3 in a tensor that holds all experts of a layer:
-
-- `<module>.input_moments` F32 [in]: the mean square of each of its input channels over the data;
-- `<module>.input_sketch` BF16 [k, in]: random sums S of its inputs x. Of an error D [out, in] of the weight ||D S^T||^2
-  is about the mean of ||D x||^2, the squared error of its outputs (`calibration/inputs/sketches.py`).
-
-It belongs to the model as it is exported: after channels were folded, inputs are others.
-"""
+"""Writes how large the inputs of a model's linears are, by the names of its export (`checkpoint/moments_file.py`)."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,12 +16,12 @@ from quantplug.calibration.inputs.sums import Squares, whole_columns
 from quantplug.calibration.run import ForwardLoop
 from quantplug.calibration.shared_amax import Axis
 from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.moments_file import MOMENTS, SKETCH, tensor_name, weight_name
 from quantplug.export.live_plan import PlannedExport
 from quantplug.export.plan.types import PartOutput
 from quantplug.mappings.table import ParamKey
 from quantplug.megatron.agreement import all_or_none, gather_on_first
 from quantplug.megatron.parallel import current_topology
-from quantplug.verify.source.input_moments import MOMENTS, SKETCH
 
 OfWeight = Mapping[str, torch.Tensor]
 """By the ends of their names."""
@@ -87,11 +77,11 @@ def _of_linear(linear: Linear, moments: torch.Tensor, sketches: torch.Tensor) ->
 def _named(planned: PlannedExport, by_key: Mapping[ParamKey, OfWeight]) -> Iterator[tuple[str, torch.Tensor]]:
     for task in planned.plan.tasks:
         for output in task.outputs:
-            for suffix, values in by_key.get(task.source.key, {}).items():
+            for end, values in by_key.get(task.source.key, {}).items():
                 # Safetensors writes no tensor twice, however alike the inputs of gate and up are.
-                yield f"{_module(output)}.{suffix}", values.clone()
+                yield tensor_name(_weight(output), end), values.clone()
 
 
-def _module(output: PartOutput) -> str:
-    module = output.name.removesuffix(".weight")
-    return module if output.placement is None else f"{module}[{output.placement.expert}]"
+def _weight(output: PartOutput) -> str:
+    expert = None if output.placement is None else output.placement.expert
+    return weight_name(output.name.removesuffix(".weight"), expert)

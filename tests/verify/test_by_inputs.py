@@ -62,7 +62,7 @@ def moments(large: float) -> torch.Tensor:
 
 @cache
 def inputs(large: float) -> Inputs:
-    """As a file has them, by the definition in `export/input_moments.py`."""
+    """As a file has them, by the definition in `checkpoint/moments_file.py`."""
     normal = torch.randn(32, TOKENS, generator=torch.Generator().manual_seed(7)).double()
     sketch = normal @ rows(large) / (32 * TOKENS) ** 0.5
     return Inputs(moments(large).diagonal().float().double(), sketch.bfloat16().double())

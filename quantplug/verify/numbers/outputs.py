@@ -1,10 +1,10 @@
 """Whether error feedback explains an error, by what it does to a weight's outputs.
 
-Of a weight W [out, in], its decoded Q and a sketch S [k, in] of its inputs (`export/input_moments.py`) the squared norm
-of (Q - W) S^T is that of the error in the outputs. Error feedback (GPTQ, arXiv 2210.17323) moves values further than
-rounding does, so that this becomes smaller. On the model of docs/accuracy.md with outliers in weights, which the bounds
-of weights alone take for wrong, it leaves 0.03 to 0.38 of the squared error in outputs that rounding to the same scales
-leaves. Nothing that is wrong makes that smaller. But what was made so, and then got damaged, may still be below
+Of a weight W [out, in], its decoded Q and a sketch S [k, in] of its inputs (`checkpoint/moments_file.py`) the squared
+norm of (Q - W) S^T is that of the error in the outputs. Error feedback (GPTQ, arXiv 2210.17323) moves values further
+than rounding does, so that this becomes smaller. On the model of docs/accuracy.md with outliers in weights, which the
+bounds of weights alone take for wrong, it leaves 0.03 to 0.38 of the squared error in outputs that rounding to the same
+scales leaves. Nothing that is wrong makes that smaller. But what was made so, and then got damaged, may still be below
 rounding's, and is told by three things that feedback sees to:
 
 - the error has no component along Q: <(Q - W) S^T, Q S^T> / <Q S^T, Q S^T> is -0.009 to 0.015 there, whatever was

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quantplug.checkpoint.moments_file import weight_name
 from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text
 from quantplug.mappings.shapes.kinds import is_recomputed, kind_of
@@ -311,7 +312,7 @@ def _quantized(
         return
     for weight in _weights(inventory, module):
         total = meter.measure(original, weight, layout, rows, columns)
-        held = module.name if weight.expert is None else f"{module.name}[{weight.expert}]"
+        held = weight_name(module.name, weight.expert)
         tensor = f"{held}.weight" if weight.expert is None else held
         inputs = None if meter.moments is None else meter.moments.of(held, columns)
         seen = None if inputs is None else by_inputs(original, weight, layout, rows, columns, inputs)

@@ -1,4 +1,4 @@
-"""The file of `--moments`: how large the inputs are that each quantized weight multiplies, channel by channel."""
+"""The file of `--moments`, read: how large the inputs are that each quantized weight multiplies, channel by channel."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
+from quantplug.checkpoint.moments_file import MOMENTS, SKETCH, tensor_name, weight_name
 from quantplug.errors import Offender, SourceError
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory.checkpoint import PLAIN_FLOATS, Checkpoint, UnreadableTensorError, open_file_of_tensors
 from quantplug.verify.inventory.modules import Inventory, Module
 from quantplug.verify.report import Finding, error
 
-MOMENTS, SKETCH = "input_moments", "input_sketch"
-"""Ends of the names of a weight's two tensors; `export/input_moments.py` says what is in them."""
 _LEAST = 0.001
 """Share of the mean moment that every channel has at least: what the data did not show is not worth nothing."""
 _FEWEST = 2
@@ -48,7 +47,7 @@ class InputMoments:
         """
         file, findings = open_file_of_tensors(path)
         offenders = [Offender(str(path), finding.message) for finding in findings]
-        if not offenders and not any(name.endswith(f".{MOMENTS}") for name in file.tensors):
+        if not offenders and not any(name.endswith(tensor_name("", MOMENTS)) for name in file.tensors):
             offenders.append(Offender(str(path), "holds no tensor that is called so"))
         if offenders:
             raise SourceError(
@@ -62,9 +61,10 @@ class InputMoments:
         """Of a weight, as the report names it; None where there are none of this length, or not finite.
 
         Args:
-            weight: `<module>`, or `<module>[3]` for expert 3 in a tensor that holds all.
+            weight: By its name in the file.
+            columns: How many input channels it has.
         """
-        moments, sketch = self._read(f"{weight}.{MOMENTS}"), self._read(f"{weight}.{SKETCH}")
+        moments, sketch = (self._read(tensor_name(weight, end)) for end in (MOMENTS, SKETCH))
         if moments is None or moments.shape != (columns,) or not bool((moments >= 0).all()):
             return None
         if sketch is None or sketch.ndim != 2 or len(sketch) < _FEWEST or sketch.shape[1] != columns:
@@ -101,6 +101,6 @@ class InputMoments:
 def names_of(module: Module) -> Iterator[str]:
     """The weights of a module, as the file names them."""
     if module.placement is None:
-        yield module.name
+        yield weight_name(module.name, None)
     else:
-        yield from (f"{module.name}[{expert}]" for expert in range(module.placement.experts))
+        yield from (weight_name(module.name, expert) for expert in range(module.placement.experts))
