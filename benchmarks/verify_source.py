@@ -24,7 +24,8 @@ from results import machine, write_section
 from quantplug.export.quantize_checkpoint import quantize_checkpoint
 from quantplug.formats.names import QuantFormat
 from quantplug.verify import verify_checkpoint
-from quantplug.verify.source.measure import Meter, Rows, compiled_loops
+from quantplug.verify.source.measure import Meter, compiled_loops
+from quantplug.verify.source.packed_rows import Fp8Rows, Nvfp4Rows
 
 MEASURE = "measure"
 
@@ -90,8 +91,8 @@ def only_compile() -> None:
     meter = Meter(compiled_loops())
     values = torch.ones(1, 128, dtype=torch.bfloat16)
     codes, scale = torch.zeros(1, 128, dtype=torch.uint8), torch.ones(1, 1)
-    meter.sums(Rows(codes, None, scale, (128, 128), 0), values)
-    meter.sums(Rows(codes[:, :64], codes[:, :8], scale, (1, 1), 0), values)
+    meter.sums(Fp8Rows(codes, scale, (128, 128), 0), values)
+    meter.sums(Nvfp4Rows(codes[:, :64], codes[:, :8], scale), values)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from quantplug.verify import Severity, verify_checkpoint
 from quantplug.verify.checks import Check
 from quantplug.verify.numbers import bounds
 from quantplug.verify.numbers.decode import decode_int4
-from quantplug.verify.source.measure import Int4Rows, Meter, compiled_loops
+from quantplug.verify.source.measure import Meter, compiled_loops
+from quantplug.verify.source.packed_rows import Int4Rows
 from tests.verify.conftest import Surgery
 from tests.verify.test_measure import drawn
 

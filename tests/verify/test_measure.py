@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from quantplug.verify.numbers import bounds
-from quantplug.verify.source.measure import Meter, Rows, compiled_loops
+from quantplug.verify.source.measure import Meter, compiled_loops
+from quantplug.verify.source.packed_rows import Fp8Rows, Nvfp4Rows, PackedRows
 
 MAGNITUDES = st.sampled_from([1.0, 1e-2, 1e-24, 1e30])
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float16])
@@ -24,12 +25,12 @@ def drawn(rows: int, columns: int, magnitude: float, seed: int) -> torch.Tensor:
     return weight * magnitude
 
 
-def nvfp4(weight: torch.Tensor) -> Rows:
+def nvfp4(weight: torch.Tensor) -> Nvfp4Rows:
     codes, scales, tensor_scale = NVFP4QTensor.quantize(weight.float(), 16)
-    return Rows(codes._quantized_data, scales.view(torch.uint8), tensor_scale.float(), (1, 1), 0)
+    return Nvfp4Rows(codes._quantized_data, scales.view(torch.uint8), tensor_scale.float())
 
 
-def fp8(weight: torch.Tensor, block: tuple[int, int]) -> Rows:
+def fp8(weight: torch.Tensor, block: tuple[int, int]) -> Fp8Rows:
     """With one scale for each block that begins in the weight."""
     rows, columns = (-(-size // min(side, size)) for size, side in zip(weight.shape, block, strict=True))
     scales = torch.empty(rows, columns)
@@ -41,10 +42,10 @@ def fp8(weight: torch.Tensor, block: tuple[int, int]) -> Rows:
             )
             scales[i, j] = weight[place].float().abs().max() / 448
             codes[place] = (weight[place].float() / scales[i, j]).to(torch.float8_e4m3fn)
-    return Rows(codes.view(torch.uint8), None, scales, block, 0)
+    return Fp8Rows(codes.view(torch.uint8), scales, block, 0)
 
 
-def both(packed: Rows, weight: torch.Tensor) -> None:
+def both(packed: PackedRows, weight: torch.Tensor) -> None:
     plain, loops = Meter(None).sums(packed, weight), Meter(compiled_loops()).sums(packed, weight)
     for field in fields(plain):
         ours, theirs = getattr(plain, field.name), getattr(loops, field.name)
@@ -74,12 +75,13 @@ def test_loops_and_torch_agree_on_fp8(magnitude: float, rows: int, columns: int,
 @pytest.mark.parametrize("factor", [0.85, 0.9, 1.0, 1.1, 1.15])
 def test_a_uniform_error_shows(magnitude: float, factor: float) -> None:
     weight = drawn(128, 128, magnitude, 0).bfloat16()
+    of_blocks, of_all = nvfp4(weight), fp8(weight, (EVERYTHING, EVERYTHING))
     for packed, (gain, _) in (
-        (nvfp4(weight), bounds.NVFP4_GAINS),
-        (fp8(weight, (EVERYTHING, EVERYTHING)), bounds.FP8_GAINS),
+        (replace(of_blocks, tensor_scale=of_blocks.tensor_scale * factor), bounds.NVFP4_GAINS),
+        (replace(of_all, scales=of_all.scales * factor), bounds.FP8_GAINS),
     ):
         total = bounds.ErrorSum()
-        total.add(Meter(None).sums(replace(packed, scales=packed.scales * factor), weight))
+        total.add(Meter(None).sums(packed, weight))
         assert bool(gain.suspicious(total.sums)) == (factor != 1)
 
 

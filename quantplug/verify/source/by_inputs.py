@@ -32,8 +32,9 @@ from quantplug.verify.numbers.gains import RoundedAnew, Sums
 from quantplug.verify.numbers.outputs import FED_BACK, MADE_UP_FOR, OutputSums
 from quantplug.verify.source.input_moments import Inputs
 from quantplug.verify.source.matrices import Matrix
-from quantplug.verify.source.measure import AnyRows, feedback_of, gains_of, read_rows
+from quantplug.verify.source.measure import feedback_of, gains_of
 from quantplug.verify.source.originals import Original
+from quantplug.verify.source.packed_rows import PackedRows, read_rows
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,14 @@ def by_inputs(original: Original, weight: Matrix, layout: Layout, rows: int, col
 
 def _chunks(
     original: Original, weight: Matrix, layout: Layout, rows: int, columns: int
-) -> Iterator[tuple[AnyRows, torch.Tensor]]:
+) -> Iterator[tuple[PackedRows, torch.Tensor]]:
     step = original.step(columns)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         yield read_rows(weight, layout, first, last), original.rows(weight.expert, first, last).float()
 
 
-def _sums(packed: AnyRows, decoded: torch.Tensor, original: torch.Tensor, sizes: torch.Tensor) -> Sums:
+def _sums(packed: PackedRows, decoded: torch.Tensor, original: torch.Tensor, sizes: torch.Tensor) -> Sums:
     mine, values = packed.in_blocks(decoded * sizes).double(), packed.in_blocks(original * sizes).double()
     norms, dots = values.square().sum(-1), (mine * values).sum(-1)
     return Sums(

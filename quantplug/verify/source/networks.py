@@ -11,8 +11,8 @@ from quantplug.verify.inventory.fused import FusedExperts
 from quantplug.verify.inventory.layouts import is_plain
 from quantplug.verify.inventory.modules import Inventory, Module
 from quantplug.verify.source.matrices import Matrix
-from quantplug.verify.source.measure import read_rows
 from quantplug.verify.source.originals import ExpertPart, PartOriginal, PlainOriginal
+from quantplug.verify.source.packed_rows import read_rows
 
 _UP_TO_DOWN = {"up_proj": ("gate_proj", "down_proj"), "w3": ("w1", "w2")}
 
