@@ -53,7 +53,7 @@ def _address(array: Array) -> int:
     # NumPy describes an array in a dictionary to tell its address, and ctypes asks for its buffer alone, in a third of
     # the time: it takes none that is read-only or empty.
     if array.flags.writeable and array.size:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
     return int(array.__array_interface__["data"][0])
 
 

@@ -139,6 +139,29 @@ def viewed(typing_context: Any, array: Any, shape: Any, dtype: Any) -> tuple[Any
     return found(array, shape, dtype), generate
 
 
+def room_of(count: int) -> Any:
+    """For compiled code: `room_of(count)(dtype)` is an array of the loop's own to work in, on its thread's stack.
+
+    What is in it at first is anything. It is there until the loop ends.
+    """
+
+    @intrinsic
+    def room(typing_context: Any, dtype: Any) -> tuple[Any, Any]:
+        found = types.Array(dtype.dtype, 1, "C")
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            # In the first block of the function, so that a loop takes it once; aligned as the longest vector is.
+            with builder.goto_entry_block():
+                memory = builder.alloca(ir.ArrayType(context.get_data_type(dtype.dtype), count))
+            memory.align = 64
+            length = ir.Constant(ir.IntType(64), count)
+            return _array(context, builder, found, builder.ptrtoint(memory, ir.IntType(64)), [length])
+
+        return found(dtype), generate
+
+    return room
+
+
 @intrinsic
 def prefetch(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
     """For compiled code: lets the first cache ask for an element, which may lie behind the last: none is read."""

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from numba import njit, types
 from numba.extending import intrinsic
 
-from quantplug.compiled.compiler import OPTIONS
+from quantplug.compiled.compiler import OPTIONS, room_of
 from quantplug.compiled.vectors import Lanes, Memory
 
 COUNTS = (4, 16, 32)
@@ -106,3 +106,26 @@ def test_memory_is_read_and_written_where_it_is_said_and_nowhere_else(count: int
     numbers, out = np.arange(10, dtype=U16), np.full(count + 10, 99, U16)
     njit(**OPTIONS)(lambda numbers, out, index: spread(numbers, out, index))(numbers, out, 5)
     assert out.tolist() == [99] * 5 + [6] * count + [99] * 5
+
+
+_FOUR = room_of(4)
+
+
+def test_rooms_are_apart_and_keep_what_is_written() -> None:
+    @njit(**OPTIONS)
+    def work(rounds: int, out: Any) -> None:
+        whole, numbers, floats = _FOUR(np.uint16), _FOUR(np.uint16), _FOUR(np.float32)
+        for i in range(4):
+            whole[i], numbers[i], floats[i] = i, 0, i + 0.5
+        # In a loop too a room is taken once.
+        for _ in range(rounds):
+            other = _FOUR(np.uint16)
+            for i in range(4):
+                other[i] = 7
+                numbers[i] += other[i]
+        for i in range(4):
+            out[0, i], out[1, i], out[2, i], out[3, i] = whole[i], numbers[i], floats[i], floats.size
+
+    out = np.empty((4, 4))
+    work(9000, out)
+    assert out.tolist() == [[0, 1, 2, 3], [7 * 9000 % 2**16] * 4, [0.5, 1.5, 2.5, 3.5], [4] * 4]

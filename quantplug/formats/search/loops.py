@@ -10,18 +10,22 @@ import numpy as np
 from numba import njit
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, viewed
+from quantplug.compiled.compiler import OPTIONS, room_of, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
 from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
 from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales
 from quantplug.formats.kernels.cpu.loops import encode_nvfp4
 from quantplug.formats.kernels.cpu.scales import nvfp4_scales
-from quantplug.formats.kernels.cpu.tiles import TILE
+from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, TILE
 
 _E2M1_LARGEST = np.float32(E2M1_MAX)
 _ONE_BITS, _EXPONENT, _E2M1_STEP = np.uint32(0x3F800000), np.uint32(0x7F800000), np.uint32(22 << 23)
 _E4M3_SHIFT, _E4M3_BIAS = np.uint32(20), np.float32(2.0**120)
 _LEAST_CODE, _LARGEST_CODE = np.int32(1), np.int32(126)
+
+
+_bounds, _a_tile = room_of(E2M1_BOUNDS[0] * E2M1_BOUNDS[1]), room_of(TILE)
+_a_block_each, _two_a_block, _six_a_block = (room_of(times * TILE // NVFP4_BLOCK) for times in (1, 2, 6))
 
 
 @njit(**OPTIONS)
@@ -175,22 +179,10 @@ def pack_nvfp4(
     offsets: Array,
     importance: Array,
     first_block: int,
-    bounds: Array,
-    turned: Array,
-    room: Array,
-    in_units: Array,
-    of_columns: Array,
-    floats: Array,
-    numbers: Array,
-    codes: Array,
     packed: Array,
     block_scales: Array,
 ) -> None:
     """Bits of n elements to n/2 bytes of codes and n/16 bytes of the E4M3 scales that are found for them.
-
-    Room to work in is for a tile: `turned` and `room` of the type of the weight, `in_units` and `of_columns` of FP32,
-    the latter without any where all columns count alike, `codes` of bytes; and for its blocks `floats` [6, blocks] and
-    `numbers` [2, blocks], of uint32.
 
     Args:
         scale_values: What the bytes of E4M3 scales stand for, FP32.
@@ -198,12 +190,16 @@ def pack_nvfp4(
         offsets: Of codes, int32; the candidates are all offsets of the first multiple, then those of the next.
         importance: Of the columns of a row, FP32; without any element where all count alike.
         first_block: How many blocks of the whole weight lie before these.
-        bounds: Room for those of E2M1, of all scales.
     """
     scale_2 = np.float32(weight_scale_2)
+    bounds = viewed(_bounds(np.uint32), E2M1_BOUNDS, np.uint32)
     usual = bounds_of_scales(scale_values, scale_2, bounds)
     unit = np.float32(np.float32(1) / scale_2)
-    # Rows of `floats`: amax, divisor, value, reciprocal, error and least error.
+    turned, room = _a_tile(weight.dtype), _a_tile(weight.dtype)
+    in_units, of_columns = _a_tile(np.float32), _a_tile(np.float32)
+    # Rows: amax, divisor, value, reciprocal, error and least error; and candidates and what is found among them.
+    floats = viewed(_six_a_block(np.float32), (6, TILE // NVFP4_BLOCK), np.float32)
+    numbers = viewed(_two_a_block(np.uint32), (2, TILE // NVFP4_BLOCK), np.uint32)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
@@ -237,7 +233,7 @@ def pack_nvfp4(
         for i in range(blocks):
             scales[i] = np.uint8(found[i])
         _divisors(scales, scale_values, scale_2, divisors)
-        encode_nvfp4(tile, divisors, scales, bounds, usual, codes, packed[start // 2 : start // 2 + tile.size // 2])
+        encode_nvfp4(tile, divisors, scales, bounds, usual, packed[start // 2 : start // 2 + tile.size // 2])
 
 
 @njit(**OPTIONS)
@@ -245,21 +241,16 @@ def pack_nvfp4_given(
     weight: Array,
     weight_scale_2: float,
     scale_values: Array,
-    bounds: Array,
-    divisors: Array,
-    codes: Array,
     packed: Array,
     block_scales: Array,
 ) -> None:
     """Bits of n elements to n/2 bytes of codes, by the n/16 bytes of E4M3 scales that are there already.
 
-    Room to work in is for a tile: for each block of it an FP32 number in `divisors`, and `codes` of bytes.
-
     Args:
         scale_values: What the bytes of scales stand for, FP32.
-        bounds: Room for those of E2M1, of all scales.
     """
-    scale_2 = np.float32(weight_scale_2)
+    scale_2, divisors = np.float32(weight_scale_2), _a_block_each(np.float32)
+    bounds = viewed(_bounds(np.uint32), E2M1_BOUNDS, np.uint32)
     usual = bounds_of_scales(scale_values, scale_2, bounds)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
@@ -267,4 +258,4 @@ def pack_nvfp4_given(
         scales = block_scales[first : first + blocks]
         _divisors(scales, scale_values, scale_2, divisors[:blocks])
         of_tile = packed[start // 2 : start // 2 + tile.size // 2]
-        encode_nvfp4(tile, divisors[:blocks], scales, bounds, usual, codes, of_tile)
+        encode_nvfp4(tile, divisors[:blocks], scales, bounds, usual, of_tile)

@@ -7,9 +7,10 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS
+from quantplug.compiled.compiler import OPTIONS, room_of
 from quantplug.compiled.vectors import Lanes, Memory
 from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
+from quantplug.formats.kernels.cpu.tiles import TILE
 
 _AT_ONCE, _LANES = 8, 16
 """Blocks, and elements of BF16 in a vector of 256 bits."""
@@ -23,30 +24,27 @@ def block_amaxes(width: int) -> Any:
     """Fills the FP32 amaxes of blocks of `width` neighbours, which is a power of two and at least 16."""
     eight_of_bf16 = _eight_of_bf16(width)
 
-    def fill(weight: Array, longer: Array, shorter: Array, amaxes: Array) -> None:
-        """From bits of n * width elements.
-
-        Args:
-            longer: Room for half as many elements.
-            shorter: For a quarter.
-            amaxes: [n].
-        """
+    def fill(weight: Array, amaxes: Array) -> None:
+        """From bits of n * width elements, at most a tile, to as many amaxes as blocks."""
 
     @overload(fill, strict=False)
-    def fill_of_type(weight: Any, longer: Any, shorter: Any, amaxes: Any) -> Callable[..., None]:
+    def fill_of_type(weight: Any, amaxes: Any) -> Callable[..., None]:
         return fill_of_bf16 if weight.dtype == types.uint16 else fill_of_any
 
-    def fill_of_any(weight: Array, longer: Array, shorter: Array, amaxes: Array) -> None:
-        _by_tree(weight, longer, shorter, amaxes)
+    def fill_of_any(weight: Array, amaxes: Array) -> None:
+        _by_tree(weight, amaxes)
 
-    def fill_of_bf16(weight: Array, longer: Array, shorter: Array, amaxes: Array) -> None:
+    def fill_of_bf16(weight: Array, amaxes: Array) -> None:
         whole = amaxes.size // _AT_ONCE * _AT_ONCE
         for block in range(0, whole, _AT_ONCE):
             eight_of_bf16(weight, amaxes, block)
         if whole < amaxes.size:
-            _by_tree(weight[whole * width :], longer, shorter, amaxes[whole:])
+            _by_tree(weight[whole * width :], amaxes[whole:])
 
-    return njit(**OPTIONS)(lambda weight, longer, shorter, amaxes: fill(weight, longer, shorter, amaxes))
+    return njit(**OPTIONS)(lambda weight, amaxes: fill(weight, amaxes))
+
+
+_half_a_tile = room_of(TILE // 2)
 
 
 @njit(**OPTIONS)
@@ -57,8 +55,9 @@ def _pairwise_max(values: Array, half: Array, count: int) -> None:
 
 
 @njit(**OPTIONS)
-def _by_tree(weight: Array, longer: Array, shorter: Array, amaxes: Array) -> None:
+def _by_tree(weight: Array, amaxes: Array) -> None:
     """As `block_amaxes`, of any type. As a tree: a loop over each block would not become vector instructions."""
+    longer, shorter = _half_a_tile(weight.dtype), _half_a_tile(weight.dtype)
     count = weight.size // 2
     for i in range(count):
         longer[i] = max(magnitude_bits(weight[2 * i]), magnitude_bits(weight[2 * i + 1]))

@@ -85,9 +85,7 @@ def pairs_encoder(width: int, encode_tile: Any) -> Any:
     """Encodes blocks of `width` neighbours as `encode_tile` does, to E2M1."""
     encode_block = _block_encoder(width)
 
-    def encode(
-        tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
-    ) -> None:
+    def encode(tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, packed: Array) -> None:
         """Bits of n * width elements to half as many bytes.
 
         Args:
@@ -95,26 +93,21 @@ def pairs_encoder(width: int, encode_tile: Any) -> Any:
             scale_bytes: What stands for them.
             bounds: Of all scales.
             usual: The first and the last byte that have bounds.
-            codes: Room for a byte of each element.
         """
 
     @overload(encode, strict=False)
     def encode_of_type(
-        tile: Any, scales: Any, scale_bytes: Any, bounds: Any, usual: Any, codes: Any, packed: Any
+        tile: Any, scales: Any, scale_bytes: Any, bounds: Any, usual: Any, packed: Any
     ) -> Callable[..., None]:
         return encode_bf16 if tile.dtype == types.uint16 else encode_any
 
-    def encode_any(
-        tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
-    ) -> None:
-        encode_tile(tile, scales, codes, packed)
+    def encode_any(tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, packed: Array) -> None:
+        encode_tile(tile, scales, packed)
 
-    def encode_bf16(
-        tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, codes: Array, packed: Array
-    ) -> None:
+    def encode_bf16(tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, packed: Array) -> None:
         first, last = usual
         if not _are_between(scale_bytes, first, last):
-            encode_tile(tile, scales, codes, packed)
+            encode_tile(tile, scales, packed)
             return
         for block in range(scales.size):
             # The next tile comes while this one is worked on, or its first look would wait for memory.
@@ -122,8 +115,8 @@ def pairs_encoder(width: int, encode_tile: Any) -> Any:
             encode_block(tile, scale_bytes, bounds, packed, block)
 
     return njit(**OPTIONS)(
-        lambda tile, scales, scale_bytes, bounds, usual, codes, packed: encode(
-            tile, scales, scale_bytes, bounds, usual, codes, packed
+        lambda tile, scales, scale_bytes, bounds, usual, packed: encode(
+            tile, scales, scale_bytes, bounds, usual, packed
         )
     )
 

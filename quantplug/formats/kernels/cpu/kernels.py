@@ -312,6 +312,8 @@ def _contiguous(piece: Array) -> Array:
 
 def _pieces(weight: Array) -> list[Array]:
     """The weight in row-major order: flat pieces where it is contiguous, some rows each where it is not."""
+    if weight.flags.c_contiguous and _piece_elements(weight) >= weight.size:
+        return [weight]
     # Neither kind cuts a block: flat pieces are multiples of `_PIECE`, and a row is a whole number of blocks.
     rows = weight.reshape(-1, 1) if weight.flags.c_contiguous else weight
     step = max(_piece_elements(weight) * len(rows) // rows.size, 1)
@@ -333,6 +335,8 @@ def _piece_elements(weight: Array) -> int:
 def _alongside(pieces: list[Array], tensor: torch.Tensor, per: int = 1) -> list[Array]:
     """The flat bytes of a tensor in the same pieces as a weight of which `per` elements share a byte."""
     flat = _bytes(tensor).reshape(-1)
+    if len(pieces) == 1:
+        return [flat]
     ends = accumulate((piece.size // per for piece in pieces), initial=0)
     return [flat[start:end] for start, end in pairwise(ends)]
 

@@ -3,8 +3,8 @@
 A compiler on the user's machine is not needed. A loop is compiled for the element type that it is called with, which
 takes a second or two, and `compiled` keeps the machine code for later processes, which import nothing of this: they
 call loops by their names (`machine_code`). So that the code needs nothing of numba's when it runs, no loop allocates
-memory, raises, or gives something back: it fills arrays, is given room to work in, and takes steps that are known when
-it is compiled. What it calls of `amaxes`, `codes`, `scales` and `e2m1_bounds` becomes part of its code.
+memory, raises, or gives something back: it fills arrays, works in room on its thread's stack, and takes steps that are
+known when it is compiled. What it calls of `amaxes`, `codes`, `scales` and `e2m1_bounds` becomes part of its code.
 
 The loops are written so that LLVM makes vector instructions of them: no branch in an inner loop, no slice, every
 integer of 32 bits or fewer.
@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, prefetch, viewed
+from quantplug.compiled.compiler import OPTIONS, prefetch, room_of, viewed
 from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
@@ -37,7 +37,18 @@ from quantplug.formats.kernels.cpu.codes import (
 )
 from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder
 from quantplug.formats.kernels.cpu.scales import e4m3_scale, e8m0_scales, int4_scales, nvfp4_scales
-from quantplug.formats.kernels.cpu.tiles import SIDE, TILE
+from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, SIDE, TILE
+
+_a_byte_each, _bounds = room_of(TILE), room_of(E2M1_BOUNDS[0] * E2M1_BOUNDS[1])
+
+
+@njit(**OPTIONS)
+def _pair(codes: Array, packed: Array) -> None:
+    """Two codes of 4 bits, of a byte each, to a byte."""
+    pairs = viewed(codes, (packed.size,), np.uint16)
+    for i in range(packed.size):
+        # Two bytes 0H 0L, little-endian, become HL.
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
 
 
 def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
@@ -56,17 +67,15 @@ def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
                 codes[block, i] = encode(np.float32(fp32(blocks[block, i]) / scale))
 
     @njit(**OPTIONS)
-    def encode_tile(tile: Array, scales: Array, room: Array, packed: Array) -> None:
-        """Bits of n * width elements to bytes of codes; `room` is for a code a byte."""
+    def encode_tile(tile: Array, scales: Array, packed: Array) -> None:
+        """Bits of n * width elements, at most a tile, to bytes of codes."""
         shape = (scales.size, width)
         if in_a_byte == 1:
             encode_blocks(tile, scales, viewed(packed, shape, packed.dtype))
         else:
-            encode_blocks(tile, scales, viewed(room, shape, room.dtype))
-            pairs = viewed(room, (packed.size,), np.uint16)
-            for i in range(packed.size):
-                # Two bytes 0H 0L, little-endian, become HL.
-                packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+            codes = _a_byte_each(np.uint8)
+            encode_blocks(tile, scales, viewed(codes, shape, codes.dtype))
+            _pair(codes, packed)
 
     return encode_tile
 
@@ -79,7 +88,7 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         encode: FP32 to a code.
         in_a_byte: Codes, 1 or 2.
     """
-    fill_amaxes = block_amaxes(width)
+    fill_amaxes, scales_of_a_tile = block_amaxes(width), room_of(TILE // width)
     encode_tile = _tile_encoder(width, encode, in_a_byte)
     encode_pairs = pairs_encoder(width, encode_tile)
 
@@ -88,25 +97,17 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         weight: Array,
         weight_scale_2: float,
         scale_values: Array,
-        bounds: Array,
-        longer: Array,
-        shorter: Array,
-        scales: Array,
-        codes: Array,
         packed: Array,
         block_scales: Array,
     ) -> None:
         """Bits of n elements to n / in_a_byte bytes of codes and n / width scales.
 
-        Room to work in is for a tile: `longer` for half its elements and `shorter` for a quarter, both of the
-        type of the weight, `scales` for one of each block, and `codes` for a byte of each element.
-
         Args:
             scale_values: What the bytes of scales stand for, FP32.
-            bounds: Room for the bounds of all scales.
         """
-        scale_2 = np.float32(weight_scale_2)
+        scale_2, scales = np.float32(weight_scale_2), scales_of_a_tile(np.float32)
         if in_a_byte == 2:
+            bounds = viewed(_bounds(np.uint32), E2M1_BOUNDS, np.uint32)
             usual = bounds_of_scales(scale_values, scale_2, bounds)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         for start in range(0, weight.size, TILE):
@@ -114,14 +115,14 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
             blocks = tile.size // width
             first = start // width
             scale_bytes = block_scales[first : first + blocks]
-            fill_amaxes(tile, longer, shorter, scales[:blocks])
+            fill_amaxes(tile, scales[:blocks])
             fill_scales(scales[:blocks], scale_2, scale_bytes)
             first_byte = start // in_a_byte
             of_tile = packed[first_byte : first_byte + tile.size // in_a_byte]
             if in_a_byte == 1:
-                encode_tile(tile, scales[:blocks], codes, of_tile)
+                encode_tile(tile, scales[:blocks], of_tile)
             else:
-                encode_pairs(tile, scales[:blocks], scale_bytes, bounds, usual, codes, of_tile)
+                encode_pairs(tile, scales[:blocks], scale_bytes, bounds, usual, of_tile)
 
     return pack
 
@@ -292,6 +293,7 @@ def unpack_fp8_block(codes: Array, block_scales: Array, e4m3: Array, out: Array)
 
 
 _small_group_amaxes, _group_amaxes = block_amaxes(INT4_SMALL_GROUP), block_amaxes(INT4_GROUP)
+_scales_of_small_groups = room_of(TILE // INT4_SMALL_GROUP)
 
 
 @njit(**OPTIONS)
@@ -309,32 +311,23 @@ def _int4_codes(tile: Array, parts_a_group: int, scales: Array, codes: Array) ->
 def pack_int4(
     weight: Array,
     group: int,
-    longer: Array,
-    shorter: Array,
-    scales: Array,
-    codes: Array,
     packed: Array,
     group_scales: Array,
 ) -> None:
-    """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128.
-
-    Room to work in is as that of `_blocks_packer`.
-    """
+    """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128."""
     parts_a_group = group // INT4_SMALL_GROUP
-    pairs = viewed(codes, (codes.size // 2,), np.uint16)
+    scales, codes = _scales_of_small_groups(np.float32), _a_byte_each(np.uint8)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         groups, first = tile.size // group, start // group
         if group == INT4_SMALL_GROUP:
-            _small_group_amaxes(tile, longer, shorter, scales[:groups])
+            _small_group_amaxes(tile, scales[:groups])
         else:
-            _group_amaxes(tile, longer, shorter, scales[:groups])
+            _group_amaxes(tile, scales[:groups])
         int4_scales(scales[:groups], group_scales[first : first + groups])
         parts = (tile.size // INT4_SMALL_GROUP, INT4_SMALL_GROUP)
         _int4_codes(tile, parts_a_group, scales, viewed(codes, parts, codes.dtype))
-        nibbles = packed[start // 2 : start // 2 + tile.size // 2]
-        for i in range(nibbles.size):
-            nibbles[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+        _pair(codes, packed[start // 2 : start // 2 + tile.size // 2])
 
 
 @njit(**OPTIONS)
