@@ -10,12 +10,12 @@ from quantplug.calibration.algorithms.targets import require_data, targets
 from quantplug.calibration.inputs.linears import Linear
 from quantplug.calibration.inputs.moments import InputPolicy, Moments, known_moments
 from quantplug.calibration.inputs.rows import watching
-from quantplug.calibration.inputs.sums import BlockProducts, BlockProductsAndTotals, Squares
+from quantplug.calibration.inputs.sums import BlockProductsAndTotals, Squares
 from quantplug.calibration.run import ForwardLoop, max_calibrate
 from quantplug.megatron.agreement import all_or_none
 from quantplug.megatron.releases.mtp import without_labels
 
-Sums = TypeVar("Sums", Squares, BlockProducts, BlockProductsAndTotals)
+Sums = TypeVar("Sums", Squares, BlockProductsAndTotals)
 
 
 def seen(

@@ -3,6 +3,7 @@
 They are made and kept in FP64, so that another order of the rows, as another layout brings, changes them by 1e-16.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,62 +34,89 @@ class InputSums:
     sums: torch.Tensor
 
 
-class Squares:
-    """Sums of squares by channel, of this rank's channels."""
+class ChannelSums(ABC):
+    """Sums of one kind over rows, of this rank's channels."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self._of = {id(linear): zeros_of(linear, (linear.columns,)) for linear in linears}
+        self._of = {id(linear): zeros_of(linear, self._shape(linear)) for linear in linears}
+
+    @abstractmethod
+    def _shape(self, linear: Linear) -> tuple[int, ...]:
+        """Of the sums of one weight."""
+
+    @abstractmethod
+    def _over(self, part: torch.Tensor) -> torch.Tensor:
+        """The sums over FP64 rows [n, in]."""
 
     def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
         """Adds rows [n, in] that a weight multiplies."""
-        mine = self._of[id(linear)]
-        mine.rows[number] += len(rows)
         for part in in_parts(rows):
-            mine.sums[number] += part.double().square().sum(0)
+            self.add(linear, number, part.double())
+
+    def add(self, linear: Linear, number: int, part: torch.Tensor) -> None:
+        """Adds rows that are in FP64 already, few enough for that."""
+        mine = self._of[id(linear)]
+        mine.rows[number] += len(part)
+        mine.sums[number] += self._over(part)
 
     def reduced(self, linears: Sequence[Linear]) -> list[InputSums]:
         """Over all ranks that see rows of the same channels. A collective: one call an axis, whatever the model."""
-        return _all_reduced(linears, [self._of[id(linear)] for linear in linears])
+        found = [self._of[id(linear)] for linear in linears]
+        add_up(linears, [part for one in found for part in (one.sums, one.rows)])
+        return [_once(linear, one) for linear, one in zip(linears, found, strict=True)]
 
 
-class BlockProducts:
-    """Sums of products of any two channels of a block of 16, [weights, in / 16, 16, 16], of this rank's channels."""
+class Squares(ChannelSums):
+    """Sums of squares by channel, [weights, in]."""
+
+    def _shape(self, linear: Linear) -> tuple[int, ...]:
+        return (linear.columns,)
+
+    def _over(self, part: torch.Tensor) -> torch.Tensor:
+        return part.square().sum(0)
+
+
+class Totals(ChannelSums):
+    """Sums of the channels themselves, [weights, in]."""
+
+    def _shape(self, linear: Linear) -> tuple[int, ...]:
+        return (linear.columns,)
+
+    def _over(self, part: torch.Tensor) -> torch.Tensor:
+        return part.sum(0)
+
+
+class BlockProducts(ChannelSums):
+    """Sums of products of any two channels of a block of 16, [weights, in / 16, 16, 16]."""
+
+    def _shape(self, linear: Linear) -> tuple[int, ...]:
+        return (linear.columns // NVFP4_BLOCK, NVFP4_BLOCK, NVFP4_BLOCK)
+
+    def _over(self, part: torch.Tensor) -> torch.Tensor:
+        blocks = part.unflatten(-1, (-1, NVFP4_BLOCK)).transpose(0, 1)
+        return blocks.mT @ blocks
+
+
+class BlockProductsAndTotals:
+    """Both, of the same rows."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        shapes = {id(linear): (linear.columns // NVFP4_BLOCK, NVFP4_BLOCK, NVFP4_BLOCK) for linear in linears}
-        self._of = {id(linear): zeros_of(linear, shapes[id(linear)]) for linear in linears}
+        self._products, self._totals = BlockProducts(linears), Totals(linears)
 
     def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
         """Adds rows [n, in] that a weight multiplies."""
-        mine = self._of[id(linear)]
-        mine.rows[number] += len(rows)
         for part in in_parts(rows):
-            blocks = part.double().unflatten(-1, (-1, NVFP4_BLOCK)).transpose(0, 1)
-            mine.sums[number] += blocks.mT @ blocks
+            wide = part.double()
+            self._products.add(linear, number, wide)
+            self._totals.add(linear, number, wide)
 
     def reduced(self, linears: Sequence[Linear]) -> list[InputSums]:
-        """Over all ranks that see rows of the same channels. A collective: one call an axis, whatever the model."""
-        return _all_reduced(linears, [self._of[id(linear)] for linear in linears])
-
-
-class BlockProductsAndTotals(BlockProducts):
-    """These, and sums of the channels themselves, [weights, in]."""
-
-    def __init__(self, linears: Sequence[Linear]) -> None:
-        super().__init__(linears)
-        self._totals = {id(linear): zeros_of(linear, (linear.columns,)) for linear in linears}
-
-    def take(self, linear: Linear, number: int, rows: torch.Tensor) -> None:
-        """Adds rows [n, in] that a weight multiplies."""
-        super().take(linear, number, rows)
-        mine = self._totals[id(linear)]
-        mine.rows[number] += len(rows)
-        for part in in_parts(rows):
-            mine.sums[number] += part.double().sum(0)
+        """The products, as `BlockProducts` has them. A collective: one call an axis."""
+        return self._products.reduced(linears)
 
     def totals(self, linears: Sequence[Linear]) -> list[InputSums]:
         """The sums of channels over all ranks that see their rows. A collective: one call an axis."""
-        return _all_reduced(linears, [self._totals[id(linear)] for linear in linears])
+        return self._totals.reduced(linears)
 
 
 class Products:
@@ -140,11 +168,6 @@ def add_over(group: DistributedProcessGroup | None, tensor: torch.Tensor) -> tor
     there = tensor.to(collective_device(), copy=True)
     dist.all_reduce(there, group=group.group)
     return there.to(tensor.device)
-
-
-def _all_reduced(linears: Sequence[Linear], found: Sequence[InputSums]) -> list[InputSums]:
-    add_up(linears, [part for one in found for part in (one.sums, one.rows)])
-    return [_once(linear, one) for linear, one in zip(linears, found, strict=True)]
 
 
 def _slices(linear: Linear) -> int:
