@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from quantplug import quantize_checkpoint
 from quantplug.verify import Severity, verify_checkpoint
-from quantplug.verify.rules.compressed import argument_problems
+from quantplug.verify.checks import Check
+from quantplug.verify.rules.compressed import argument_problems, input_types_computed_otherwise
 from tests.made_once import MadeOnce
 
 Config = dict[str, Any]
@@ -130,6 +133,20 @@ def meant(said: Config) -> QuantizationArgs | None:
         return None
 
 
+# PyTorch's, in both spellings, and what is no type of its.
+NAMES_OF_TYPES = (
+    None,
+    "torch.bfloat16",
+    "bfloat16",
+    "half",
+    "torch.uint8",
+    "torch.torch.uint8",
+    "nn",
+    "F8",
+    "",
+    7,
+    True,
+)
 ARGUMENTS: Config = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 
 
@@ -143,6 +160,7 @@ ARGUMENTS: Config = {"num_bits": 8, "type": "float", "symmetric": True, "strateg
         *({"group_size": size, "strategy": "tensor_group"} for size in (None, 16)),
         *({"block_structure": [128, 128], "strategy": strategy} for strategy in ("block", "channel", None)),
         *({"block_structure": None, "strategy": strategy} for strategy in ("block", "channel")),
+        *({key: name} for key in ("scale_dtype", "zp_dtype") for name in NAMES_OF_TYPES),
     ],
     ids=str,
 )
@@ -182,6 +200,46 @@ def test_what_is_left_out_means_the_librarys_default(
         assert errors == set()
 
 
+TYPES = sorted({str(it) for it in vars(torch).values() if isinstance(it, torch.dtype)})
+
+
+def scales_in_transformers(said: Config, dtype: torch.dtype) -> torch.Tensor | None:
+    """Scales of inputs that compressed-tensors finds in a model of a type; None where it stops."""
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # Of NVFP4 there is one for the tensor, too; with this one all scales of blocks are normal numbers of FP8.
+    whole = torch.tensor([100.0]) if said["num_bits"] == 4 else None
+    arguments = QuantizationArgs.model_validate(said)
+    try:
+        return compute_dynamic_scales_and_zp(inputs, arguments, torch.nn.Linear(64, 3), global_scale=whole)[0].float()
+    except (RuntimeError, TypeError):  # NotImplementedError is the first of them.
+        return None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("format_name", ["fp8_dynamic", "nvfp4"])
+@pytest.mark.parametrize("key", ["scale_dtype", "zp_dtype"])
+def test_types_of_inputs_are_told_where_transformers_stops_or_rounds_to_them(
+    key: str, format_name: str, dtype: torch.dtype, made: Path, nvfp4: Path
+) -> None:
+    directory = nvfp4 if format_name == "nvfp4" else made
+    config = json.loads((directory / "config.json").read_text())
+    said = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    right = scales_in_transformers({**said, "scale_dtype": None}, dtype)
+    assert right is not None
+    # Floats of 16 bits round a scale by less than 0.4 %, which the next conversion does anyhow. FP8, in which servers
+    # have those of NVFP4, does so by up to 6.25 %: no type may do more.
+    most = {"fp8_dynamic": 0.004, "nvfp4": 0.0625}[format_name]
+    for spelled in TYPES:
+        found = scales_in_transformers({**said, key: spelled}, dtype)
+        is_right = found is not None and bool(((found - right).abs() <= most * right).all())
+        told = list(input_types_computed_otherwise({**said, key: spelled}, dtype, is_nvfp4=format_name == "nvfp4"))
+        # Whole numbers, and FP8 of another bias, are right for scales of this size alone.
+        assert told == ([] if is_right else [key]) or (told == [key] and spelled in OF_THIS_SIZE), spelled
+
+
+OF_THIS_SIZE = {f"torch.{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"torch.float8_e4m3fnuz"}
+
+
 def errors_of(made: Path, source: Path | None, directory: Path, spoil: Callable[[Config], object]) -> set[str]:
     shutil.copytree(made, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -202,6 +260,48 @@ def test_what_would_be_computed_otherwise_is_found(
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_what_means_the_same_is_none(name: str, made: Path, tiny_qwen3_moe_dir: Path, tmp_path: Path) -> None:
     assert errors_of(made, tiny_qwen3_moe_dir, tmp_path / "it", SPELLINGS[name]) == set()
+
+
+def logits(directory: Path) -> torch.Tensor | None:
+    """What transformers computes of a checkpoint; None where it stops."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    except NotImplementedError:
+        return None
+    with torch.no_grad():
+        return model(torch.arange(7)[None]).logits
+
+
+def test_types_of_nvfp4_scales_are_told_where_transformers_reads_others(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(tiny_qwen3_dir, tmp_path / "it", "w4a16_nvfp4", dialect="compressed-tensors")
+    written = json.loads((tmp_path / "it" / "config.json").read_text())
+    right = logits(tmp_path / "it")
+    assert right is not None
+    for spelled in (None, "torch.float8_e4m3fn", "bfloat16", "float8_e5m2", "uint8", "int16", "int3"):
+        config = copy.deepcopy(written)
+        weights(scale_dtype=spelled)(config["quantization_config"])
+        (tmp_path / "it" / "config.json").write_text(json.dumps(config))
+        read = logits(tmp_path / "it")
+        report = verify_checkpoint(tmp_path / "it", tiny_qwen3_dir)
+        told = [it.subject for it in report.findings if it.check is Check.TRANSFORMERS]
+        is_same = read is not None and torch.equal(read, right)
+        assert told == ([] if is_same else ["config.json config_groups.group_0.weights.scale_dtype"]), spelled
+        assert report.ok
+
+
+def test_a_type_of_inputs_is_told_with_its_place_and_what_is_no_type_is_an_error(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "it")
+    config = json.loads((made / "config.json").read_text())
+    inputs(scale_dtype="torch.uint8", zp_dtype="torch.nothing")(config["quantization_config"])
+    (tmp_path / "it" / "config.json").write_text(json.dumps(config))
+
+    told = {it.subject: it for it in verify_checkpoint(tmp_path / "it").findings}
+
+    where = "config.json config_groups.group_0.input_activations"
+    assert told[f"{where}.scale_dtype"].severity is Severity.WARNING
+    assert "leave it out" in told[f"{where}.scale_dtype"].message
+    assert told[f"{where}.zp_dtype"].severity is Severity.ERROR
+    assert "no type of PyTorch" in told[f"{where}.zp_dtype"].message
 
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj"

@@ -4,16 +4,19 @@ Each value is what servers read of the formats that are judged (vLLM 0.33, `comp
 other one is refused by them, or means other numbers for the same tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+import torch
+
+from quantplug.checkpoint.config.file import saved_dtype
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object, as_text, as_texts
 from quantplug.printable import shown
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory import names
 from quantplug.verify.inventory.layouts import Fp8Layout
 from quantplug.verify.inventory.modules import Inventory
-from quantplug.verify.report import Finding, error
+from quantplug.verify.report import Finding, error, warning
 
 _FLOAT, _NVFP4 = ("float-quantized", "naive-quantized"), "nvfp4-pack-quantized"
 _MIXED = "mixed-precision"
@@ -23,6 +26,14 @@ _DYNAMIC = ("token", "tensor", "group")  # strategies of FP8 inputs whose scales
 _DEFAULTS: Json = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _ARGUMENTS = ("weights", "input_activations", "output_activations")
 _GROUPED = ("group", "tensor_group")
+_TYPES = ("scale_dtype", "zp_dtype")
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_BYTE_FLOATS = frozenset({
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+})  # fmt: skip
+_INTEGERS = frozenset({
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+})  # fmt: skip
 _CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
@@ -150,6 +161,63 @@ def argument_problems(said: Json) -> Iterator[tuple[str, str]]:
         yield "group_size", f"is {shown(size)}, and strategy {shown(strategy)} has groups of a size: readers stop"
     if (block is not None) is not (strategy == "block"):
         yield "block_structure", f"is {shown(block)} beside strategy {shown(strategy)}: readers stop"
+    for key in _TYPES:
+        if said.get(key) is not None and _type(said[key]) is None:
+            yield key, f"is {shown(said[key])}, which is no type of PyTorch: compressed-tensors stops; leave it out"
+
+
+def _type(spelled: object) -> torch.dtype | None:
+    """The type of a name, with or without PyTorch's before it, as compressed-tensors reads it."""
+    found = vars(torch).get(spelled.removeprefix("torch.")) if isinstance(spelled, str) else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def types_of_scales(inventory: Inventory) -> Iterator[Finding]:
+    """Types that a config names for scales and zero points are some by which transformers computes what servers do.
+
+    Servers do not look at them: they take scales in the type in which they are stored, and find those of inputs in
+    their own. transformers (5.14, with compressed-tensors 0.20) does in two places, of all that are judged here.
+    """
+    config = as_object(inventory.checkpoint.config.get("quantization_config"))
+    if inventory.scheme.method != "compressed-tensors":
+        return
+    of_model, default = saved_dtype(inventory.checkpoint.config), as_text(config.get("format"))
+    for name, entry in as_object(config.get("config_groups")).items():
+        group, where = as_object(entry), f"config.json config_groups.{name}"
+        inputs, is_nvfp4 = as_object(group.get("input_activations")), (group.get("format") or default) == _NVFP4
+        found = _type(as_object(group.get("weights")).get("scale_dtype"))
+        if is_nvfp4 and found is not None and not _holds_stored_scales(found):
+            message = f"is {shown(str(found))}: transformers 5.14 takes stored scales for it, or stops; leave it out"
+            yield warning(Check.TRANSFORMERS, f"{where}.weights.scale_dtype", message)
+        for key in input_types_computed_otherwise(inputs, of_model, is_nvfp4=is_nvfp4):
+            message = f"is {shown(inputs[key])}: transformers 5.14 rounds to it, which servers do not, or stops"
+            yield warning(Check.TRANSFORMERS, f"{where}.input_activations.{key}", f"{message}; leave it out")
+
+
+def input_types_computed_otherwise(inputs: Json, of_model: torch.dtype, *, is_nvfp4: bool) -> Iterator[str]:
+    """Which of `scale_dtype` and `zp_dtype` change what transformers computes of inputs whose scales it finds."""
+    scale, zero = (_type(inputs.get(key)) for key in _TYPES)
+    if not inputs.get("dynamic"):
+        return
+    # Of NVFP4 scales of blocks are found in FP32, below the one that is stored, and rounded to FP8 where that is said.
+    is_servers = is_nvfp4 and scale is torch.float8_e4m3fn
+    if scale is not None and not is_servers and not _fits(scale, _FLOATS, torch.float32 if is_nvfp4 else of_model):
+        yield "scale_dtype"
+    # Inputs are symmetric, and zero is in any type that it can be converted to.
+    if zero is not None and not _fits(zero, _FLOATS | _BYTE_FLOATS | _INTEGERS, of_model):
+        yield "zp_dtype"
+
+
+def _holds_stored_scales(found: torch.dtype) -> bool:
+    """Whether a parameter of a type is given the FP8 scales of a file: those of another byte take them for theirs."""
+    is_plain = found.is_complex or found in _FLOATS | _INTEGERS
+    return found is torch.float8_e4m3fn or (is_plain and found.itemsize > 1)
+
+
+def _fits(found: torch.dtype, among: Set[torch.dtype], other: torch.dtype) -> bool:
+    """Whether a type is among some, none of whose numbers is too large for a float of another type: else it stops."""
+    most = torch.iinfo if found in _INTEGERS else torch.finfo
+    return found in among and most(found).max <= torch.finfo(other).max
 
 
 def not_judged(inventory: Inventory) -> Iterator[Finding]:
@@ -180,4 +248,4 @@ def _error(where: str, message: str) -> Finding:
     return error(Check.CONFIG_GROUPS, f"config.json {where}", message)
 
 
-RULES = (compressed_groups, inputs_of_experts, compressed_cache, arguments, not_judged, targets)
+RULES = (compressed_groups, inputs_of_experts, compressed_cache, arguments, types_of_scales, not_judged, targets)
