@@ -46,12 +46,31 @@ _OFF_BY_DEFAULT = frozenset({
     "rope_scaling", "sep_token_id", "suppress_tokens", "task_specific_params", "tf_legacy_loss",
     "tie_encoder_decoder", "tokenizer_class",
 })  # fmt: skip
-# Whole numbers by their names. Others may be written either way, such as a base of rotary embeddings.
-_COUNTS = frozenset({
-    "first_k_dense_replace", "n_group", "n_routed_experts", "n_shared_experts", "pretraining_tp", "sliding_window",
-    "topk_group",
+# Whole numbers, and lists of them, by who stops at one with a point, of the configs of all families
+# (tests/verify/test_whole_numbers.py). Others may be written either way, such as a base of rotary embeddings.
+# Config classes of transformers 5 declare these as whole, those of some architectures at least, and refuse all else.
+# Where a class does not, modules take them as sizes, or count by them.
+DECLARED_WHOLE = frozenset({
+    "attention_chunk_size", "boi_token_index", "bos_token_id", "chunk_size", "conv_kernel", "decoder_sparse_step",
+    "deepstack_visual_indexes", "depth", "eoi_token_index", "eos_token_id", "expand", "first_k_dense_replace",
+    "floor_scale", "head_dim", "hidden_size", "image_end_token_id", "image_size", "image_start_token_id",
+    "image_token_id", "image_token_index", "in_channels", "interleave_moe_layer_step", "intermediate_size",
+    "intermediate_size_mlp", "kv_lora_rank", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_value_head_dim", "mamba_head_dim", "mamba_num_heads", "max_position_embeddings",
+    "max_window_layers", "mlp_only_layers", "moe_intermediate_size", "moe_latent_size", "moe_layers",
+    "moe_shared_expert_intermediate_size", "n_group", "n_groups", "n_routed_experts", "n_shared_experts",
+    "no_rope_layer_interval", "no_rope_layers", "num_attention_heads", "num_channels", "num_experts",
+    "num_experts_per_tok", "num_heads", "num_hidden_layers", "num_key_value_heads", "num_local_experts",
+    "num_logits_to_keep", "num_nextn_predict_layers", "num_position_embeddings", "out_hidden_size", "pad_token_id",
+    "patch_size", "pretraining_tp", "projector_input_dim", "projector_output_dim", "q_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "shared_expert_intermediate_size", "sliding_window", "spatial_merge_size", "ssm_state_size",
+    "temporal_patch_size", "topk_group", "v_head_dim", "video_end_token_id", "video_start_token_id", "video_token_id",
+    "vision_end_token_id", "vision_output_dim", "vision_start_token_id", "vocab_size",
 })  # fmt: skip
-_COUNTING = ("_dim", "_embeddings", "_layers", "_per_tok", "_rank", "_size", "_token_id")
+# No class of transformers' declares these. vLLM 0.32 makes as many layers of the first; the parts of rotary embeddings
+# are cut by the second, there and in transformers.
+_USED_AS_WHOLE = frozenset({"mtp_num_hidden_layers", "mrope_section"})
+_COUNTS = DECLARED_WHOLE | _USED_AS_WHOLE
 _ROPE = "rope"  # what both spellings become
 _DEEPEST = 8  # objects within objects; no config known to us has more than three
 _FLOAT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -167,9 +186,11 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 def _is_no_count(name: str, ours: Any, theirs: Any) -> bool:
-    """Whether a number that counts something is written with a point: transformers 5 refuses it, as PyTorch does."""
-    counts = name in _COUNTS or name.startswith("num_") or name.endswith(_COUNTING)
-    return counts and isinstance(ours, float) and isinstance(theirs, int) and not isinstance(theirs, bool)
+    """Whether a number that counts something is written with a point, by itself or in a list."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return any(_is_no_count(name, *pair) for pair in zip(ours, theirs, strict=False))
+    whole = isinstance(theirs, int) and not isinstance(theirs, bool)
+    return name in _COUNTS and whole and isinstance(ours, float)
 
 
 def _is_off(value: Any) -> bool:
