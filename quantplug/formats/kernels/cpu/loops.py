@@ -37,7 +37,7 @@ from quantplug.formats.kernels.cpu.codes import (
 )
 from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder
 from quantplug.formats.kernels.cpu.scales import e4m3_scale, e8m0_scales, int4_scales, nvfp4_scales
-from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, SIDE, TILE
+from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, LINE, SIDE, TILE
 
 _a_byte_each, _bounds = room_of(TILE), room_of(E2M1_BOUNDS[0] * E2M1_BOUNDS[1])
 
@@ -277,6 +277,10 @@ def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
             scale = _square_scale(bands, band, block)
             block_scales[band, block] = scale
             for row in range(FP8_BLOCK_SIDE):
+                # The next square comes while this one is worked on; to the right of the last lies the next row.
+                right = ((band * FP8_BLOCK_SIDE + row) * block_scales.shape[1] + block + 1) * FP8_BLOCK_SIDE
+                for line in range(0, FP8_BLOCK_SIDE, LINE):
+                    prefetch(bands, right + line)
                 for i in range(FP8_BLOCK_SIDE):
                     codes[band, row, block, i] = e4m3_code(np.float32(fp32(bands[band, row, block, i]) / scale))
 
