@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from quantplug.checkpoint.adapter import adapter_in
 from quantplug.checkpoint.config.file import CONFIG_FILE, read_config_file
 from quantplug.checkpoint.encoded.described import read_quantization
 from quantplug.checkpoint.side_files import QUANT_CONFIG_FILE
@@ -31,6 +32,8 @@ class DirectoryKind(Enum):
     PLAIN = "Hugging Face checkpoint, not quantized"
     READABLE = "Hugging Face checkpoint, quantized in a way that is read as plain weights"
     QUANTIZED = "Hugging Face checkpoint, quantized"
+    ADAPTER = "adapter (PEFT), and no model"
+    ADAPTED = "Hugging Face checkpoint with an adapter (PEFT) that is not merged into its weights"
     CONFIG_ONLY = "config of a Hugging Face model, without weights"
     TRAINED = "Megatron checkpoint (torch_dist)"
     TRAINED_QUANTIZED = "Megatron checkpoint (torch_dist) of a quantized model"
@@ -61,6 +64,8 @@ def identify(directory: Path) -> Identified:
     """
     if os.path.lexists(directory / CONFIG_FILE):
         return _hugging_face(directory)
+    if (adapter := adapter_in(directory)) is not None:
+        return Identified(directory, DirectoryKind.ADAPTER, None, {"adapter": str(adapter)})
     if not directory.is_dir():
         raise SourceError(
             "There is no such directory.",
@@ -100,7 +105,10 @@ def _hugging_face(directory: Path) -> Identified:
         facts["quantization"] = said.name
     if producer := _producer(directory, config):
         facts["written by"] = producer
-    if not tensors:
+    if (adapter := adapter_in(directory)) is not None:
+        facts["adapter"] = str(adapter)
+        kind = DirectoryKind.ADAPTED if tensors else DirectoryKind.ADAPTER
+    elif not tensors:
         kind = DirectoryKind.CONFIG_ONLY
     elif said is None:
         kind = DirectoryKind.PLAIN

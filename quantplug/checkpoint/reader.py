@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from quantplug.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE_BESIDE
 from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import file_problem, name_problem, read_json
@@ -23,8 +24,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # Weights that tools put beside those of a model: adapters that are not merged (PEFT), layers of multi-token prediction.
 _APART = {
-    "adapter_config.json": "is of an adapter, which is not merged into the weights",
-    "adapter_model.safetensors": "is an adapter, which is not merged into the weights",
+    ADAPTER_CONFIG: "is of an adapter, which is not merged into the weights",
+    ADAPTER_WEIGHTS: "is an adapter, which is not merged into the weights",
     "mtp.safetensors": "holds layers of multi-token prediction, and the index does not name it",
     # transformers 5.14 takes this file and does not look at the index; vLLM and SGLang go by the index.
     SINGLE_FILE: f"is not among the files that {INDEX_FILE} names: readers take either the one or the others",
@@ -309,17 +310,17 @@ def _refuse_apart(directory: Path, files: Collection[str]) -> None:
     Raises:
         SourceError: Names every such file.
     """
-    offenders = [
-        Offender(str(directory / name), reason)
-        for name, reason in _APART.items()
-        if name not in files and os.path.lexists(directory / name)
-    ]
-    if offenders:
+    found = [name for name in _APART if name not in files and os.path.lexists(directory / name)]
+    if found:
+        remedies = {
+            MERGE_BESIDE: {ADAPTER_CONFIG, ADAPTER_WEIGHTS},
+            "List every file in the index; or move what is not wanted, an index of older files too, out of the "
+            "directory.": _APART.keys() - {ADAPTER_CONFIG, ADAPTER_WEIGHTS},
+        }
         raise SourceError(
             "Weights lie beside those of the source that are not among them.",
-            offenders,
-            "Merge an adapter into the weights (PEFT: merge_and_unload) and list every file in the index; or move what "
-            "is not wanted, an index of older files too, out of the directory.",
+            [Offender(str(directory / name), _APART[name]) for name in found],
+            " ".join(remedy for remedy, of in remedies.items() if not of.isdisjoint(found)),
         )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantplug.checkpoint.adapter import ADAPTER_FILES
 from quantplug.checkpoint.config.file import CONFIG_FILE
 from quantplug.checkpoint.reader import INDEX_FILE, weight_files
 from quantplug.checkpoint.untrusted.files import OUTSIDE, file_problem
@@ -85,6 +86,8 @@ def _reason_against(directory: Path, name: str, code: bool) -> str | None:
     path = Path(name)
     if (directory / name).is_dir():
         return "is a directory"
+    if path.match(ADAPTER_FILES):
+        return "is an adapter's, which readers would add to the weights"
     if path.suffix == _CODE and path.parent == Path():
         return None if code else "is code, which is carried where it is trusted"
     if path.name.startswith("."):

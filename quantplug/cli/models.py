@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantplug.calibration.show.sheet import Column, Row, Sheet
+from quantplug.checkpoint.adapter import ADAPTER_FILES
 from quantplug.cli.options import FamilyFiles, JsonFile, LogFile, Quiet, run_family_files
 from quantplug.cli.terminal import Say, plain, terminal
 from quantplug.printable import printable
@@ -65,6 +66,7 @@ def commands_for(found: "Identified") -> list[str]:
     from quantplug.checkpoint.identify import DirectoryKind
 
     here = shlex.quote(str(found.directory))
+    quantized = "quantplug quantize MERGED OUT --format w4a16_nvfp4"
     match found.kind:
         case DirectoryKind.PLAIN | DirectoryKind.READABLE if found.family is not None:
             ways = [
@@ -84,4 +86,32 @@ def commands_for(found: "Identified") -> list[str]:
             return [f"quantplug export {here} OUT --hf HF_DIR", "quantplug verify OUT"]
         case DirectoryKind.CONFIG_ONLY if found.family is not None:
             return [f"quantplug export CKPT OUT --hf {here}"]
+        case DirectoryKind.ADAPTER:
+            return [_merged_by_itself(found.directory), quantized]
+        case DirectoryKind.ADAPTED:
+            apart, merged = _merged_beside(found.directory)
+            # Codes have nothing added to them; it is the model that they were made of which is merged.
+            return [apart, f"quantplug verify {here}"] if "quantization" in found.facts else [apart, merged, quantized]
     return []
+
+
+def _merged_by_itself(directory: Path) -> str:
+    merged = f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto').merge_and_unload()"
+    return _python(f"from peft import AutoPeftModelForCausalLM; {merged}.save_pretrained('MERGED')")
+
+
+def _merged_beside(directory: Path) -> tuple[str, str]:
+    """An adapter and the model that lies with it: apart, since transformers would add the one to the other."""
+    here, apart = str(directory), str(directory / "adapter")
+    model = f"AutoModelForCausalLM.from_pretrained({here!r}, dtype='auto')"
+    merged = f"PeftModel.from_pretrained({model}, {apart!r}).merge_and_unload()"
+    imports = "from peft import PeftModel; from transformers import AutoModelForCausalLM"
+    return (
+        f"mkdir {shlex.quote(apart)} && mv {shlex.quote(here)}/{ADAPTER_FILES} {shlex.quote(apart)}",
+        _python(f"{imports}; {merged}.save_pretrained('MERGED')"),
+    )
+
+
+def _python(program: str) -> str:
+    # Strings in it have single quotes, which double ones around it leave fit to be read.
+    return f"python -c {shlex.quote(program)}" if set(program) & set('"$`\\!') else f'python -c "{program}"'

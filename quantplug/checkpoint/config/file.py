@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quantplug.checkpoint.adapter import refuse_adapter_alone
 from quantplug.checkpoint.untrusted.files import read_json
 from quantplug.errors import Offender, SourceError, UnsupportedModelError
 from quantplug.mappings.table import Family, MegatronConfig
@@ -32,9 +33,11 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     """Its settings, without the defaults that transformers would fill in.
 
     Raises:
-        SourceError: There is none, or it is not a JSON object, or what must be an object in it is none.
+        SourceError: There is none, or an adapter in its place; or it is not a JSON object, or what must be an object in
+            it is none.
     """
     if not os.path.lexists(directory / CONFIG_FILE):
+        refuse_adapter_alone(directory)
         raise SourceError(
             "The directory is no Hugging Face checkpoint.",
             [Offender(str(directory / CONFIG_FILE), "does not exist")],

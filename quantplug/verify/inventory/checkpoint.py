@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from quantplug.checkpoint.adapter import ADAPTER_CONFIG, adapter_in
 from quantplug.checkpoint.reader import FileIdentity, identity_of, open_safetensors, weight_files
 from quantplug.checkpoint.safetensors.dtypes import DTYPES
 from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
@@ -144,6 +145,7 @@ def open_checkpoint(directory: Path, *, is_source: bool = False) -> tuple[Checkp
     if config is None and not os.path.lexists(directory / "config.json"):
         why = "a source is a Hugging Face directory" if is_source else "no server can load this directory"
         findings.append(error(Check.FILES, "config.json", f"missing: {why}"))
+    findings.extend(_adapter(directory))
     hf_quant_config = _json(directory, "hf_quant_config.json", findings)
     shards = _shards(directory, is_source)
     identities |= {shard: identity_of(directory / shard) for shard in shards}
@@ -176,6 +178,24 @@ def _json(directory: Path, name: str, findings: list[Finding]) -> Json | None:
     except SourceError as problem:
         findings.extend(error(Check.FILES, name, offender.reason) for offender in problem.offenders)
         return None
+
+
+def _adapter(directory: Path) -> Iterator[Finding]:
+    """An adapter, which some readers add to the weights, and others not; or which is all that there is."""
+    try:
+        adapter = adapter_in(directory)
+    except SourceError as problem:
+        yield from (error(Check.FILES, ADAPTER_CONFIG, offender.reason) for offender in problem.offenders)
+        return
+    if adapter is None:
+        return
+    if os.path.lexists(directory / "config.json"):
+        message = f"a {adapter}: transformers adds it to the weights where PEFT is installed, servers do not"
+        remedy = "move it out of the directory; where the weights do not have it, quantize what peft has merged"
+        yield error(Check.FILES, ADAPTER_CONFIG, f"{message}: {remedy}")
+    else:
+        message = f"a {adapter}, and no model: quantize what peft has merged (merge_and_unload, save_pretrained)"
+        yield error(Check.FILES, ADAPTER_CONFIG, message)
 
 
 def _shards(directory: Path, is_source: bool) -> list[str]:
