@@ -5,9 +5,10 @@ that would be loaded from it, and so are the bytes. Nothing that the checkpoint 
 plain data.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -18,7 +19,7 @@ from quantplug.checkpoint.torch_dist.reader import TorchDistReader
 from quantplug.choices import EXPORT_FORMATS, PLAIN, Preset
 from quantplug.errors import ArgumentError, Offender
 from quantplug.export.asked_quantization import AskedQuantization
-from quantplug.export.files.finish import Beside, ExportResult, result_of
+from quantplug.export.files.finish import Beside, ExportResult
 from quantplug.export.files.outcome import Reasons
 from quantplug.export.model_free import (
     Amaxes,
@@ -44,12 +45,8 @@ from quantplug.export.sources.passthrough import has_passthrough
 from quantplug.export.sources.trained.checkpoint import TrainedCheckpoint
 from quantplug.export.sources.trained.norms import with_norms
 from quantplug.export.sources.trained.rows import TorchDistSource
-from quantplug.export.sources.trained.weights import checkpoint_weights
-from quantplug.formats.names import (
-    KVCacheFormat,
-    QuantFormat,
-    scales_named,
-)
+from quantplug.export.sources.trained.weights import CheckpointWeights, checkpoint_weights
+from quantplug.formats.names import KVCacheFormat, QuantFormat, scales_named
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.keys import ParamKey
 from quantplug.progress import Progress, silent
@@ -67,6 +64,13 @@ class CheckpointExport(ExportResult):
 
     checkpoint: Path = Path()
     aside: tuple[Aside, ...] = ()
+
+    @classmethod
+    def of(cls, written: ExportResult, checkpoint: Path, aside: tuple[Aside, ...]) -> Self:
+        """What was written, and what it was written of."""
+        return cls(
+            **{each.name: getattr(written, each.name) for each in fields(written)}, checkpoint=checkpoint, aside=aside
+        )
 
     def said(self) -> Iterator[str]:
         """Lines that tell a user what became of the checkpoint, beside its weights."""
@@ -170,21 +174,81 @@ def export_checkpoint(
         WriteError: The disk refused a file. What is finished is kept; the same call again goes on from there.
     """
     policy, spelling = weight_amax_policy(amax), dialect_named(dialect, "dialect")
-    asked = None
-    if format is None or format == PLAIN:
-        _refuse_choices(
-            expert_format=expert_format,
-            group_size=group_size,
-            exclude=exclude,
-            quantize_mtp=quantize_mtp,
-            quantize_lm_head=quantize_lm_head,
-            preset=preset_named(preset, "preset") is not Preset.DEFAULT,
-            input_scale=input_scale is not None,
-            kv_cache=kv_cache,
+    asked = _asked(
+        format,
+        expert_format=expert_format,
+        group_size=group_size,
+        exclude=exclude,
+        quantize_mtp=quantize_mtp,
+        quantize_lm_head=quantize_lm_head,
+        preset=preset,
+        input_scale=input_scale,
+        scales=scales,
+        kv_cache=kv_cache,
+    )
+    target, grown = Path(destination), vocab_size is not None
+    require_free(target)
+    trained = TrainedCheckpoint.open(checkpoint, iteration, drop_mtp=drop_mtp)
+    model, table = _read_hf(
+        pretrained_model_name_or_path,
+        revision,
+        trust_remote_code=trust_remote_code,
+        has_mtp=trained.has_mtp,
+        drop_mtp=drop_mtp,
+        vocab_size=vocab_size,
+    )
+    if asked is not None:
+        asked.require_parts(model)
+    # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
+    beside = Beside(model.directory, model.config, choose_side_files(model.directory, code=trust_remote_code))
+    trained.require_settings(_settings_of(model), unchecked_settings)
+    with TorchDistReader(trained.index) as reader:
+        held = _held(reader, trained, model, table, grown=grown)
+        request = ExportRequest(
+            tied_embeddings=model.tied,
+            dtype=dtype,
+            router_dtype=moe_router_dtype,
+            max_shard_size=max_shard_size,
+            dialect=spelling,
         )
-        scales_named(scales, "scales", None)
-    else:
-        asked = AskedQuantization.named(
+        request = _against_what_lies_beside(request, model, grown=grown)
+        plan_of, kept = _plan_of(asked, held, model, request, policy, as_saved=format is None)
+        written = write_or_preview(
+            plan_of,
+            held.rows,
+            beside,
+            target,
+            dtype,
+            progress,
+            policy,
+            dry_run=dry_run,
+            kept=kept,
+            lost_mtp=model.lost_mtp,
+        )
+    return CheckpointExport.of(written, trained.directory, held.found.aside)
+
+
+def _asked(
+    format: QuantFormat | str | None,  # noqa: A002
+    *,
+    expert_format: QuantFormat | str | None,
+    group_size: int | None,
+    exclude: Sequence[str],
+    quantize_mtp: bool,
+    quantize_lm_head: bool,
+    preset: Preset | str,
+    input_scale: float | None,
+    scales: Scales | str,
+    kv_cache: KVCacheFormat | str | None,
+) -> AskedQuantization | None:
+    """What the arguments ask for; None where the checkpoint says what is quantized, or nothing is.
+
+    Raises:
+        ArgumentError: As `AskedQuantization.named`; or there is a choice and no format.
+        UnsupportedQuantizationError: A format that needs data.
+    """
+    if format is not None and format != PLAIN:
+        return AskedQuantization.named(
             format,
             expert_format=expert_format,
             group_size=group_size,
@@ -196,53 +260,18 @@ def export_checkpoint(
             scales=scales,
             kv_cache=kv_cache,
         )
-    target = Path(destination)
-    require_free(target)
-    trained = TrainedCheckpoint.open(checkpoint, iteration, drop_mtp=drop_mtp)
-
-    def read(directory: Path) -> ModelByConfig:
-        model = read_model(directory, trust_remote_code, model_has_mtp=trained.has_mtp)
-        model = model.without_mtp() if drop_mtp else model
-        return model if vocab_size is None else model.with_vocabulary(vocab_size)
-
-    model, table = _read_hf(pretrained_model_name_or_path, read, revision)
-    if asked is not None:
-        asked.require_parts(model)
-    # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
-    side_files = choose_side_files(model.directory, code=trust_remote_code)
-    trained.require_settings(_settings_of(model), unchecked_settings)
-    with TorchDistReader(trained.index) as reader:
-        found = checkpoint_weights(reader, model.family, model.dims, trained.padded_to, grown=vocab_size is not None)
-        weights = (*with_norms(found.weights, trained.is_zero_centred), *_beside(table))
-        stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
-        request = ExportRequest(
-            tied_embeddings=model.tied,
-            dtype=dtype,
-            router_dtype=moe_router_dtype,
-            max_shard_size=max_shard_size,
-            dialect=spelling,
-        )
-        request = against(stored, request, model.family, model.dims, grown=vocab_size is not None)
-        plan_of: PlanOf
-        kept: Reasons = {}
-        if format is None:
-            request = replace(request, unclaimed=found.unclaimed, attentions=found.attentions)
-            plan_of = _AsSaved(weights, model, request, policy)
-        elif asked is None:
-            plan_of = _AsSaved(_without_quantizers(weights), model, request, policy)
-        else:
-            plan_of, kept = asked.plan_of(_without_quantizers(weights), model, request)
-        rows = TorchDistSource(reader, found.segments, model.dims, _rows_beside(table, model), found.group_amaxes)
-        beside = Beside(model.directory, model.config, side_files)
-        plan, preview = write_or_preview(
-            plan_of, rows, beside, target, dtype, progress, policy, dry_run=dry_run, kept=kept
-        )
-    written = replace(result_of(plan, target, side_files, model.lost_mtp, reasons=kept), preview=preview)
-    return CheckpointExport(
-        **{each.name: getattr(written, each.name) for each in fields(written)},
-        checkpoint=trained.directory,
-        aside=found.aside,
+    _refuse_choices(
+        expert_format=expert_format,
+        group_size=group_size,
+        exclude=exclude,
+        quantize_mtp=quantize_mtp,
+        quantize_lm_head=quantize_lm_head,
+        preset=preset_named(preset, "preset") is not Preset.DEFAULT,
+        input_scale=input_scale is not None,
+        kv_cache=kv_cache,
     )
+    scales_named(scales, "scales", None)
+    return None
 
 
 def _refuse_choices(**given: object) -> None:
@@ -264,9 +293,20 @@ def _settings_of(model: ModelByConfig) -> Mapping[str, object]:
 
 
 def _read_hf(
-    name_or_path: str | Path, read: Callable[[Path], ModelByConfig], revision: str | None
+    name_or_path: str | Path,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
+    has_mtp: bool,
+    drop_mtp: bool,
+    vocab_size: int | None,
 ) -> tuple[ModelByConfig, FittedTable]:
-    """The model by its config, with the table fitted to what lies beside the config."""
+    """The model by its config and by what differs from that, with the table fitted to what lies beside the config."""
+
+    def read(directory: Path) -> ModelByConfig:
+        model = read_model(directory, trust_remote_code, model_has_mtp=has_mtp)
+        model = model.without_mtp() if drop_mtp else model
+        return model if vocab_size is None else model.with_vocabulary(vocab_size)
 
     def needs_weights(directory: Path) -> bool:
         model = read(directory)
@@ -275,6 +315,35 @@ def _read_hf(
     model = read(resolve_directory(name_or_path, needs_weights, revision))
     table = fit_table(model.directory, model.config, model.family, model.dims)
     return replace(model, family=table.family), table
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a training checkpoint holds of a model, with what passes through beside it.
+
+    Attributes:
+        found: Of the checkpoint alone.
+        weights: All that is to be written, with what quantizers say.
+        rows: Where rows of these are.
+    """
+
+    found: CheckpointWeights
+    weights: tuple[WholeWeight, ...]
+    rows: TorchDistSource
+
+    @property
+    def without_quantizers(self) -> tuple[WholeWeight, ...]:
+        """All weights, as a model has them that was never quantized."""
+        return tuple(replace(weight, weight=None, activation=None) for weight in self.weights)
+
+
+def _held(
+    reader: TorchDistReader, trained: TrainedCheckpoint, model: ModelByConfig, table: FittedTable, *, grown: bool
+) -> _Held:
+    found = checkpoint_weights(reader, model.family, model.dims, trained.padded_to, grown=grown)
+    weights = (*with_norms(found.weights, trained.is_zero_centred), *_beside(table))
+    beside = None if table.beside is None else CheckpointSource(table.beside, model.dims)
+    return _Held(found, weights, TorchDistSource(reader, found.segments, model.dims, beside, found.group_amaxes))
 
 
 def _beside(table: FittedTable) -> tuple[WholeWeight, ...]:
@@ -286,12 +355,33 @@ def _beside(table: FittedTable) -> tuple[WholeWeight, ...]:
     return tuple(WholeWeight(ParamKey(name), header.shape, header.dtype) for name, header in headers)
 
 
-def _rows_beside(table: FittedTable, model: ModelByConfig) -> CheckpointSource | None:
-    return None if table.beside is None else CheckpointSource(table.beside, model.dims)
+def _against_what_lies_beside(request: ExportRequest, model: ModelByConfig, *, grown: bool) -> ExportRequest:
+    """The request, to be held against the tensors beside the config, where there are any."""
+    stored = known_tensors(model.directory, model.family, tied=model.tied, rank=0, ranks=1)
+    return against(stored, request, model.family, model.dims, grown=grown)
 
 
-def _without_quantizers(weights: Sequence[WholeWeight]) -> tuple[WholeWeight, ...]:
-    return tuple(replace(weight, weight=None, activation=None) for weight in weights)
+def _plan_of(
+    asked: AskedQuantization | None,
+    held: _Held,
+    model: ModelByConfig,
+    request: ExportRequest,
+    policy: WeightAmax,
+    *,
+    as_saved: bool,
+) -> tuple[PlanOf, Reasons]:
+    """What makes the plan, and why each weight that a format leaves plain stays so.
+
+    Args:
+        asked: None for a plan of what quantizers in the checkpoint say, or of nothing that is quantized.
+        as_saved: Whether it is that of quantizers.
+    """
+    if asked is not None:
+        return asked.plan_of(held.without_quantizers, model, request)
+    if not as_saved:
+        return _AsSaved(held.without_quantizers, model, request, policy), {}
+    request = replace(request, unclaimed=held.found.unclaimed, attentions=held.found.attentions)
+    return _AsSaved(held.weights, model, request, policy), {}
 
 
 @dataclass(frozen=True)

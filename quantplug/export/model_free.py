@@ -20,13 +20,14 @@ from quantplug.checkpoint.config.file import (
 )
 from quantplug.checkpoint.config.lost_mtp import LostMtp, lost_mtp
 from quantplug.checkpoint.disk_errors import disk_errors
+from quantplug.checkpoint.reader import NONE_ASIDE, ScalesAside
 from quantplug.checkpoint.stored_tensors import stored_names
 from quantplug.checkpoint.untrusted.model_sizes import read_dimensions
 from quantplug.errors import ArgumentError, Offender, SourceError
 from quantplug.export.asked_formats import Formats
-from quantplug.export.files.finish import Beside, finish, sizes_on_disk
+from quantplug.export.files.finish import Beside, ExportResult, finish, result_of, sizes_on_disk
 from quantplug.export.files.outcome import Reasons
-from quantplug.export.files.preview import Preview, preview_of
+from quantplug.export.files.preview import preview_of
 from quantplug.export.files.staging import Staging, check_destination
 from quantplug.export.files.write_rounds import Reading, write_tensors
 from quantplug.export.pipeline.amaxes import WeightAmax
@@ -210,7 +211,9 @@ def write_or_preview(
     *,
     dry_run: bool,
     kept: Reasons,
-) -> tuple[ExportPlan, Preview | None]:
+    lost_mtp: LostMtp | None,
+    scales_aside: ScalesAside = NONE_ASIDE,
+) -> ExportResult:
     """Looks at all weights once, then packs and writes them, in one process; what has been finished before is kept.
 
     Args:
@@ -219,18 +222,36 @@ def write_or_preview(
         dtype: Type of plain tensors; None where they keep their own.
         policy: What becomes of weights that have grown since they were calibrated.
         dry_run: Whether nothing is written, and the first plan is all that is made.
-        kept: Why weights stay plain that a choice keeps so, for the preview.
+        kept: Why weights stay plain that a choice keeps so, for the result.
+        lost_mtp: For the result, likewise.
+        scales_aside: The same.
 
     Returns:
-        The plan of what was written; or of what would be, and what that would be like.
+        What was written; or what would be, with a preview of it.
 
     Raises:
         QuantplugError: As the entries say.
     """
-    plan = plan_of(None)
+    plan, preview = plan_of(None), None
     if dry_run:
         nbytes = sum(sizes_on_disk(plan, beside, dtype).values())
-        return plan, preview_of(plan, rows, destination, nbytes, kept, policy)
+        preview = preview_of(plan, rows, destination, nbytes, kept, policy)
+    else:
+        plan = _write(plan, plan_of, rows, beside, destination, dtype, progress, policy)
+    return replace(result_of(plan, destination, beside.side_files, lost_mtp, scales_aside, kept), preview=preview)
+
+
+def _write(
+    plan: ExportPlan,
+    plan_of: PlanOf,
+    rows: Source,
+    beside: Beside,
+    destination: Path,
+    dtype: torch.dtype | None,
+    progress: Progress,
+    policy: WeightAmax,
+) -> ExportPlan:
+    """The plan with the amaxes that were found, once it is carried out."""
     found = prescan(plan.tasks, rows, progress, policy=policy)
     plan = plan_of(found.amaxes)
     refuse_outliers(plan.tasks, found.typical, rows)
@@ -248,4 +269,4 @@ def write_or_preview(
         raise
     finally:
         staging.close()
-    return plan, None
+    return plan

@@ -12,24 +12,18 @@ import torch
 
 from quantplug.checkpoint.duplicates import check_duplicates
 from quantplug.checkpoint.encoded.plain import open_plain, refuse_quantized
-from quantplug.checkpoint.reader import resolve_source
+from quantplug.checkpoint.reader import HFCheckpoint, resolve_source
 from quantplug.checkpoint.side_files import choose_side_files
 from quantplug.choices import Preset
 from quantplug.export.asked_quantization import AskedQuantization
-from quantplug.export.files.finish import Beside, ExportResult, result_of
-from quantplug.export.model_free import (
-    read_model,
-    require_free,
-    write_or_preview,
-)
+from quantplug.export.files.finish import Beside, ExportResult
+from quantplug.export.model_free import ModelByConfig, read_model, require_free, write_or_preview
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest
 from quantplug.export.plan.dialects.table import DialectName, dialect_named
+from quantplug.export.plan.types import WholeWeight
 from quantplug.export.sources.checkpoint import source_weights
 from quantplug.export.sources.checkpoint_rows import CheckpointSource
-from quantplug.formats.names import (
-    KVCacheFormat,
-    QuantFormat,
-)
+from quantplug.formats.names import KVCacheFormat, QuantFormat
 from quantplug.formats.search.candidates import Scales
 from quantplug.mappings.source_fit import fitted
 from quantplug.progress import Progress, silent
@@ -135,13 +129,10 @@ def quantize_checkpoint(
     refuse_quantized(model.directory, model.config)
     asked.require_parts(model)
     # Chosen before the work: a tokenizer that cannot be read must not end an export of hours.
-    side_files = choose_side_files(model.directory, code=trust_remote_code)
+    beside = Beside(model.directory, model.config, choose_side_files(model.directory, code=trust_remote_code))
     with open_plain(model.directory, model.config) as checkpoint:
-        if model.tied:
-            checkpoint.take_for(model.family.tied)
-        model = replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
-        weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied, checkpoint.packed_as)
-        check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
+        model = _fitted(model, checkpoint)
+        weights = _weights(checkpoint, model)
         # Without a type: plain tensors keep their own. The source is its own reference, whose duplicates are written
         # again.
         request = ExportRequest(
@@ -152,11 +143,34 @@ def quantize_checkpoint(
             dialect=spelling,
         )
         plan_of, kept = asked.plan_of(weights, model, request)
-        rows = CheckpointSource(checkpoint, model.dims)
-        beside = Beside(model.directory, model.config, side_files)
-        plan, preview = write_or_preview(
-            plan_of, rows, beside, target, dtype=None, progress=progress, dry_run=dry_run, kept=kept
+        return write_or_preview(
+            plan_of,
+            CheckpointSource(checkpoint, model.dims),
+            beside,
+            target,
+            dtype=None,
+            progress=progress,
+            dry_run=dry_run,
+            kept=kept,
+            lost_mtp=model.lost_mtp,
+            scales_aside=checkpoint.aside,
         )
-        aside = checkpoint.aside
-    result = result_of(plan, target, side_files, model.lost_mtp, aside, kept)
-    return replace(result, preview=preview)
+
+
+def _fitted(model: ModelByConfig, checkpoint: HFCheckpoint) -> ModelByConfig:
+    """The model with the table in the form that its checkpoint has, which takes over what ties its embeddings."""
+    if model.tied:
+        checkpoint.take_for(model.family.tied)
+    return replace(model, family=fitted(model.family, checkpoint.tensors, model.dims))
+
+
+def _weights(checkpoint: HFCheckpoint, model: ModelByConfig) -> tuple[WholeWeight, ...]:
+    """Every weight of a checkpoint, in which those that are there twice are the same.
+
+    Raises:
+        MappingError: Tensors are missing or unknown.
+        SourceError: Tensors that it holds twice differ.
+    """
+    weights = source_weights(checkpoint.tensors, model.family, model.dims, model.tied, checkpoint.packed_as)
+    check_duplicates(checkpoint, model.family.duplicates(model.dims, model.tied), rank=0, ranks=1)
+    return weights
