@@ -10,6 +10,7 @@ from quantplug.checkpoint.config.file import ties_embeddings
 from quantplug.checkpoint.config.source import SourceConfig, read_source_config
 from quantplug.export.plan.build import MAX_SHARD_SIZE, ExportRequest, build_plan
 from quantplug.export.plan.dialects.table import DialectName, dialect_named
+from quantplug.export.plan.quantizers.kv_cache import KVQuantizers
 from quantplug.export.plan.types import ExportPlan, WholeWeight
 from quantplug.export.sources.choices import Choices
 from quantplug.export.sources.hf_directory import against, fit_table, known_tensors, resolve_directory
@@ -87,40 +88,15 @@ def plan_export(
     family, dims, beside = all_or_none(lambda: _fit(source, topology, choices, with_passthrough=with_passthrough))
     # First of all: where a setting differs, what follows from it would fill pages, or nothing does.
     all_or_none(lambda: check_settings(model, source, unchecked_settings))
-    weights = all_or_none(lambda: live_weights(model))
-    refs = (*(ref for ref in weights.refs if not (drop_mtp and ref.key.is_mtp)), *beside.refs)
-    vocabulary = all_or_none(lambda: vocabulary_signs(model, weights.refs, family))
-    inventories = gather_inventories(
-        RankInventory(
-            topology.rank,
-            group_ranks(),
-            refs,
-            weights.unclaimed,
-            weights.attentions,
-            judge_rules(model),
-            vocabulary,
-            misplaced_rules(model),
-        )
-    )
+    mine = _inventory(model, family, beside, topology.rank, drop_mtp=drop_mtp)
+    inventories = gather_inventories(mine)
 
     # From here on every rank works on the same data, and so comes to the same plan or the same error.
-    # Rules of a quantizer config can match on one pipeline stage alone, so that they are judged over all ranks
-    # together.
     if requantize is None:
-        refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
-        refuse_misplaced([rule for inventory in inventories for rule in inventory.misplaced])
-    findings = Findings(ranks=len(inventories) > 1)
-    wholes: Sequence[WholeWeight] = whole_weights(inventories, findings)
-    if vocab_size is None:
-        add_grown(wholes, family, dims, [inventory.vocabulary for inventory in inventories], findings)
-    findings.raise_if_any()
-    # Copies on several ranks are named once.
-    unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
-    attentions = tuple(
-        replace(attention, rank=inventory.rank) for inventory in inventories for attention in inventory.attentions
-    )
+        _refuse_wrong_rules(inventories)
+    whole = _put_together(inventories, family, dims, grown=vocab_size is not None)
     if requantize is not None:
-        wholes, unclaimed, attentions = requantize(wholes, family), (), ()
+        whole = _WholeModel(requantize(whole.weights, family))
     # Headers of the source, where it has weights: what it says of shapes and types is held against the model's.
     tied = ties_embeddings(source.values)
     stored = all_or_none(
@@ -131,18 +107,83 @@ def plan_export(
         dtype=dtype,
         router_dtype=moe_router_dtype,
         max_shard_size=max_shard_size,
-        unclaimed=unclaimed,
-        attentions=attentions,
+        unclaimed=whole.unclaimed,
+        attentions=whole.attentions,
         calibrated=calibrated,
         leave_out=leave_out or _by_rules(model),
         dialect=spelling,
     )
     request = against(stored, request, family, dims, grown=vocab_size is not None)
     # Deterministic, so that all ranks raise alike; but the ranks' sources may differ, and then one raises alone.
-    plan = all_or_none(lambda: build_plan(wholes, family, dims, request))
+    plan = all_or_none(lambda: build_plan(whole.weights, family, dims, request))
     require_same(plan.digest, "plan", "Call with the same arguments and the same source checkpoint on all ranks.")
-    live = LiveSource({ref.key: ref for ref in refs}, dims, beside.rows(dims))
+    live = LiveSource({ref.key: ref for ref in mine.refs}, dims, beside.rows(dims))
     return PlannedExport(plan, source, family, live)
+
+
+def _inventory(model: Model, family: Family, beside: Passthrough, rank: int, *, drop_mtp: bool) -> RankInventory:
+    """What this rank holds. A collective, as are all steps in which one rank may fail."""
+    weights = all_or_none(lambda: live_weights(model))
+    refs = (*(ref for ref in weights.refs if not (drop_mtp and ref.key.is_mtp)), *beside.refs)
+    vocabulary = all_or_none(lambda: vocabulary_signs(model, weights.refs, family))
+    return RankInventory(
+        rank,
+        group_ranks(),
+        refs,
+        weights.unclaimed,
+        weights.attentions,
+        judge_rules(model),
+        vocabulary,
+        misplaced_rules(model),
+    )
+
+
+def _refuse_wrong_rules(inventories: Sequence[RankInventory]) -> None:
+    # Rules of a quantizer config can match on one pipeline stage alone, so that they are judged over all ranks
+    # together.
+    refuse_unmatched(rule for inventory in inventories for rule in inventory.rules)
+    refuse_misplaced([rule for inventory in inventories for rule in inventory.misplaced])
+
+
+@dataclass(frozen=True)
+class _WholeModel:
+    """What all ranks hold together.
+
+    Attributes:
+        weights: Each of them once.
+        unclaimed: As of `ExportRequest`.
+        attentions: The same.
+    """
+
+    weights: Sequence[WholeWeight]
+    unclaimed: tuple[str, ...] = ()
+    attentions: tuple[KVQuantizers, ...] = ()
+
+
+def _put_together(
+    inventories: Sequence[RankInventory], family: Family, dims: ModelDimensions, *, grown: bool
+) -> _WholeModel:
+    """The whole model by the inventories of all ranks.
+
+    Args:
+        grown: Whether a caller has said how many tokens there are, so that all rows beyond them are padding.
+
+    Raises:
+        MappingError: Slices are missing, or weights there twice.
+        ShapeError: Slices do not fit together, or a vocabulary is larger than the config's.
+        CalibrationError: Ranks disagree on quantizers.
+    """
+    findings = Findings(ranks=len(inventories) > 1)
+    weights = whole_weights(inventories, findings)
+    if not grown:
+        add_grown(weights, family, dims, [inventory.vocabulary for inventory in inventories], findings)
+    findings.raise_if_any()
+    # Copies on several ranks are named once.
+    unclaimed = tuple(dict.fromkeys(name for inventory in inventories for name in inventory.unclaimed))
+    attentions = tuple(
+        replace(attention, rank=inventory.rank) for inventory in inventories for attention in inventory.attentions
+    )
+    return _WholeModel(weights, unclaimed, attentions)
 
 
 def _by_rules(model: Model) -> LeaveOut:
