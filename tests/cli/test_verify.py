@@ -23,7 +23,7 @@ def checkpoint(directory: Path, tensors: dict[str, torch.Tensor], quantization: 
     directory.mkdir()
     config = {"num_hidden_layers": 1} | ({"quantization_config": quantization} if quantization else {})
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.checks import Check
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00003.safetensors"
@@ -39,6 +40,59 @@ def change_index(directory: Path, change: Callable[[Any], object]) -> None:
     index = json.loads((directory / INDEX).read_text())
     change(index)
     (directory / INDEX).write_text(json.dumps(index))
+
+
+# By what transformers 4.57.6 does of one file, or of one of two shards: it loads (None), or stops. Without metadata it
+# stops before 4.48. 5.14 loads all of them.
+FORMATS: list[tuple[dict[str, str] | None, Severity | None]] = [
+    ({"format": "pt"}, None),
+    ({"format": "pt", "producer": "somebody"}, None),
+    ({"format": "mlx"}, None),
+    (None, Severity.NOTE),
+    ({}, Severity.WARNING),
+    ({"producer": "somebody"}, Severity.WARNING),
+    ({"format": "np"}, Severity.WARNING),
+    ({"format": "tf"}, Severity.WARNING),
+]
+
+
+@pytest.mark.parametrize(("metadata", "severity"), FORMATS, ids=str)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_header_without_pytorchs_format_is_told_by_what_transformers_4_does(
+    shards: int, metadata: dict[str, str] | None, severity: Severity | None, open_copy: Callable[[str], Any]
+) -> None:
+    surgery = open_copy("w4a16")
+    surgery.close(shards)
+    names = sorted(path.name for path in surgery.directory.glob("*.safetensors"))
+    for name in names[-2:]:
+        save_file(load_file(surgery.directory / name), surgery.directory / name, metadata)
+
+    report = verify_checkpoint(surgery.directory)
+
+    found = [(it.severity, it.subject) for it in report.findings if it.check is Check.FILES]
+    assert found == ([] if severity is None else [(severity, names[-2:][0])])
+    assert all("(2 files in all)" in it.message for it in report.findings if it.check is Check.FILES) or shards == 1
+
+
+def test_a_file_that_is_saved_anew_as_the_finding_says_has_none(open_copy: Callable[[str], Any]) -> None:
+    surgery = open_copy("w4a16")
+    file = surgery.directory / "model.safetensors"
+    save_file(surgery.tensors, file)
+    (told,) = (it for it in verify_checkpoint(surgery.directory).findings if it.check is Check.FILES)
+    assert "save_file(tensors, file, {'format': 'pt'})" in told.message
+
+    save_file(surgery.tensors, file, {"format": "pt"})
+
+    assert not any(it.check is Check.FILES for it in verify_checkpoint(surgery.directory).findings)
+
+
+def test_of_a_source_no_format_is_asked(open_copy: Callable[[str], Any], pristine: dict[str, Path]) -> None:
+    surgery = open_copy("source")
+    save_file(surgery.tensors, surgery.directory / "model.safetensors")
+
+    report = verify_checkpoint(pristine["w4a16"], surgery.directory)
+
+    assert not any(it.check is Check.FILES for it in report.findings)
 
 
 INDEX_LIES: list[tuple[str, Callable[[Any], object]]] = [

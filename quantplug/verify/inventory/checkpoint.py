@@ -4,7 +4,7 @@ Nothing here trusts the files. What cannot be read becomes a finding and is left
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -19,8 +19,9 @@ from quantplug.checkpoint.safetensors.rows import data_starts, read_slice
 from quantplug.checkpoint.untrusted.files import read_json
 from quantplug.checkpoint.untrusted.json_reader import Json, as_count, as_object
 from quantplug.errors import SourceError
+from quantplug.printable import shown
 from quantplug.verify.checks import Check
-from quantplug.verify.report import Finding, error, warning
+from quantplug.verify.report import Finding, error, note, warning
 
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 4 * 1024 * 1024  # of stored bytes; small, so that what is made of them stays in the cache
@@ -160,7 +161,7 @@ def open_file_of_tensors(path: Path) -> tuple[Checkpoint, list[Finding]]:
     """One file of safetensors, of no checkpoint, and what is wrong with it."""
     findings: list[Finding] = []
     identities = {path.name: identity_of(path)}
-    tensors = {info.name: info for info in _header(path.parent, path.name, findings)}
+    tensors = {info.name: info for info in _header(path.parent, path.name, findings).tensors}
     return Checkpoint(path.parent, {}, None, tensors, identities), findings
 
 
@@ -214,13 +215,16 @@ def _tensors(directory: Path, on_disk: list[str], findings: list[Finding], *, is
     """All tensors of all shards, held against the index."""
     index = _json(directory, INDEX, findings)
     tensors: dict[str, TensorInfo] = {}
-    for shard in on_disk:
-        for info in _header(directory, shard, findings):
+    headers = {shard: _header(directory, shard, findings) for shard in on_disk}
+    for shard, header in headers.items():
+        for info in header.tensors:
             # A reader keeps whichever it comes to last, and that differs from reader to reader.
             if info.name in tensors:
                 message = f"stored twice, in {tensors[info.name].shard} and {shard}"
                 findings.append(error(Check.INDEX, info.name, message))
             tensors[info.name] = info
+    # A source is read without transformers.
+    findings.extend(() if is_source else _format_findings(headers))
     if index is not None:
         findings.extend(_index_findings(index, tensors, dict.fromkeys(on_disk)))
         # Published checkpoints have sums of other sizes, and none, and tensors that are not listed: all of a file that
@@ -234,16 +238,57 @@ def _tensors(directory: Path, on_disk: list[str], findings: list[Finding], *, is
     return tensors
 
 
-def _header(directory: Path, name: str, findings: list[Finding]) -> list[TensorInfo]:
+@dataclass(frozen=True)
+class _Header:
+    """Of a file of safetensors.
+
+    Attributes:
+        said: What it says beside the tensors (`__metadata__`), None where that is nothing.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    said: Mapping[str, str] | None
+
+
+_SAVED = "safetensors.torch.save_file(tensors, file, {'format': 'pt'}) writes one that it takes"
+# Of a file that cannot be read nothing more is said.
+_NO_HEADER = _Header((), {"format": "pt"})
+
+
+def _header(directory: Path, name: str, findings: list[Finding]) -> _Header:
     try:
         with open_safetensors(directory, name) as shard:
             slices = [(key, shard.get_slice(key)) for key in shard.keys()]  # noqa: SIM118 (not a dict)
-            return [TensorInfo(key, part.get_dtype(), tuple(part.get_shape()), name, key) for key, part in slices]
+            infos = (TensorInfo(key, part.get_dtype(), tuple(part.get_shape()), name, key) for key, part in slices)
+            return _Header(tuple(infos), shard.metadata())
     except SourceError as problem:
         findings.extend(error(Check.FILES, name, offender.reason) for offender in problem.offenders)
     except (SafetensorError, RuntimeError, ValueError) as problem:
         findings.append(error(Check.FILES, name, f"cannot be read as safetensors: {problem}"))
-    return []
+    return _NO_HEADER
+
+
+def _format_findings(headers: Mapping[str, _Header]) -> Iterator[Finding]:
+    """Whether headers name PyTorch's format: transformers went by it before its release 5, and servers never look."""
+    silent = [name for name, header in headers.items() if header.said is None]
+    # Of MLX's transformers takes the tensors as they are.
+    others = {
+        name: header.said.get("format")
+        for name, header in headers.items()
+        if header.said is not None and header.said.get("format") not in ("pt", "mlx")
+    }
+    if others:
+        name, found = next(iter(others.items()))
+        said = "names no format" if found is None else f"names the format {shown(found)}"
+        message = f"its header {said}, and not 'pt': transformers 4.57 stops, or takes it for another framework's"
+        yield warning(Check.FILES, name, f"{message}{_in_all(others)}; {_SAVED}")
+    if silent:
+        message = "its header has no metadata, and so no format: transformers before 4.48 stops"
+        yield note(Check.FILES, silent[0], f"{message}{_in_all(silent)}; {_SAVED}")
+
+
+def _in_all(files: Collection[str]) -> str:
+    return f" ({len(files)} files in all)" if len(files) > 1 else ""
 
 
 def _index_findings(index: Json, tensors: Mapping[str, TensorInfo], on_disk: Mapping[str, None]) -> Iterator[Finding]:
