@@ -1,4 +1,7 @@
-"""Whole numbers that are written with a point, in the configs of all families: what transformers refuses is found."""
+"""Numbers of another kind than the source's, in the configs of all families: what transformers refuses is found.
+
+Whole numbers that are written with a point, and fractions and switches that are written as whole numbers.
+"""
 
 import json
 from collections import defaultdict
@@ -15,7 +18,7 @@ from transformers import AutoConfig
 
 from quantplug.verify import Severity
 from quantplug.verify.inventory.checkpoint import Checkpoint
-from quantplug.verify.rules.settings import DECLARED_WHOLE, MAY_DIFFER, settings
+from quantplug.verify.rules.settings import DECLARED_FRACTION, DECLARED_WHOLE, MAY_DIFFER, settings
 from tests.families.cases import CASES
 
 # Readers compute with the first of these, and with the second transformers computes it itself.
@@ -85,3 +88,44 @@ def test_transformers_refuses_what_it_is_said_to_declare_and_nothing_that_is_no_
     refused = {name for family in CASES for name, both in judged(family).items() if any(it for _, it in both)}
 
     assert refused == DECLARED_WHOLE
+
+
+def others(config: Mapping[str, Any], place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Each fraction and each switch, and the same in a form that may be written as a whole number."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from others(value, (*place, key))
+        elif isinstance(value, float):
+            yield (*place, key), float(round(value))
+        elif isinstance(value, bool):
+            yield (*place, key), value
+
+
+@cache
+def judged_as_whole(family: str) -> Mapping[tuple[str, type], set[tuple[bool, bool]]]:
+    """Whether a fraction or a switch is found, and whether transformers refuses it, where it is a whole number."""
+    found: dict[tuple[str, type], set[tuple[bool, bool]]] = defaultdict(set)
+    with TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        CASES[family].config.save_pretrained(directory)
+        saved = json.loads((directory / "config.json").read_text())
+        for place, value in others(saved):
+            source, config = changed(saved, place, value), changed(saved, place, int(value))
+            found[place[-1], type(value)].add((is_found(config, source, place[-1]), is_refused(config, directory)))
+    return found
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_is_refused_as_a_whole_number_is_found(family: str) -> None:
+    missed = {name for name, both in judged_as_whole(family).items() if (False, True) in both}
+
+    assert not missed
+
+
+def test_fractions_that_are_found_are_those_that_transformers_refuses() -> None:
+    """Of some architecture: of others some are taken."""
+    of_all = [item for family in CASES for item in judged_as_whole(family).items()]
+    refused = {name for (name, kind), both in of_all if kind is float and any(it for _, it in both)}
+    found = {name for (name, kind), both in of_all if kind is float and any(it for it, _ in both)}
+
+    assert refused == found == DECLARED_FRACTION

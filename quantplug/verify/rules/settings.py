@@ -71,6 +71,13 @@ DECLARED_WHOLE = frozenset({
 # are cut by the second, there and in transformers.
 _USED_AS_WHOLE = frozenset({"mtp_num_hidden_layers", "mrope_section"})
 _COUNTS = DECLARED_WHOLE | _USED_AS_WHOLE
+# Numbers with a point that config classes of transformers 5 declare as such, those of some architectures at least, and
+# refuse without it: 1.0 may be written as 1 by tools that know one kind of number alone, as JavaScript does.
+DECLARED_FRACTION = frozenset({
+    "attention_dropout", "attn_scale", "initializer_range", "layer_norm_epsilon", "norm_eps", "pixel_shuffle_ratio",
+    "rms_norm_eps", "routed_scaling_factor", "router_aux_loss_coef", "router_jitter_noise", "time_step_floor",
+    "time_step_max", "time_step_min",
+})  # fmt: skip
 _ROPE = "rope"  # what both spellings become
 _DEEPEST = 8  # objects within objects; no config known to us has more than three
 _FLOAT_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -89,6 +96,7 @@ _ABSENT = _Absent()
 def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
     """Settings of the source that the export has with another value, or not at all, or has beside."""
     here, there = dict(_flat(export.config)), dict(_flat(source.config))
+    yield from _of_another_kind(export.config, source.config)
     added = []
     for name in sorted(here.keys() | there.keys()):
         ours, theirs = here.get(name, _ABSENT), there.get(name, _ABSENT)
@@ -191,6 +199,24 @@ def _is_no_count(name: str, ours: Any, theirs: Any) -> bool:
         return any(_is_no_count(name, *pair) for pair in zip(ours, theirs, strict=False))
     whole = isinstance(theirs, int) and not isinstance(theirs, bool)
     return name in _COUNTS and whole and isinstance(ours, float)
+
+
+def _of_another_kind(ours: Json, theirs: Json, prefix: str = "", depth: int = 0) -> Iterator[Finding]:
+    """Settings that are equal to the source's and not written as readers want them, also where values may differ."""
+    for key in sorted(ours.keys() & theirs.keys()):
+        here, there = ours[key], theirs[key]
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            if depth < _DEEPEST:
+                yield from _of_another_kind(here, there, f"{prefix}{key}.", depth + 1)
+        elif type(here) is int and here == there and _wants_its_own_kind(key, there):
+            wanted = "true or false" if isinstance(there, bool) else "a number with a point"
+            message = f"is {shown(here)}, in the source {shown(there)}: readers want {wanted}, and stop"
+            yield error(Check.SETTINGS, f"config.json {prefix}{key}", message)
+
+
+def _wants_its_own_kind(name: str, theirs: Any) -> bool:
+    # True for 1 is found anywhere else by the values, which differ as JSON.
+    return name in (MAY_DIFFER if isinstance(theirs, bool) else DECLARED_FRACTION)
 
 
 def _is_off(value: Any) -> bool:
