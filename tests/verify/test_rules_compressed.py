@@ -102,6 +102,8 @@ SPOILED: dict[str, tuple[Callable[[Config], object], str]] = {
     "KV cache with zero points": (cache(symmetric=False), GROUPS),
     "sparse weights": (whole(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}), "not-judged"),
     "rotated inputs": (whole(transform_config=HADAMARD), "not-judged"),
+    "a format that is no name": (group(format=True), GROUPS),
+    "a list of what is plain with a number": (lambda config: config["ignore"].append(3), "exclude-pattern"),
     "no weights yet": (whole(quantization_status="frozen"), "quantization-status"),
     "no word on the weights yet": (lambda config: config.pop("quantization_status"), "quantization-status"),
     "a KV cache that is none": (whole(kv_cache_scheme=3), GROUPS),

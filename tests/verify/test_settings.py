@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Qwen3MoeConfig
 
 from quantplug.verify import Severity
 from quantplug.verify.inventory.checkpoint import Checkpoint, TensorInfo
@@ -54,6 +56,35 @@ def test_what_differs_is_found(changed: dict[str, Any], name: str) -> None:
         assert subjects[name] == Severity.ERROR
     else:
         assert subjects == {"config.json": Severity.WARNING}
+
+
+TYPED: dict[str, Any] = {
+    "use_cache": True, "output_router_logits": False, "router_aux_loss_coef": 0.001, "initializer_range": 0.02,
+    "attention_dropout": 0.0, "transformers_version": "5.14.1", "attention_bias": False, "use_sliding_window": False,
+    "problem_type": None, "id2label": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, "", "x", [1], {"x": 1}, True, 0.5], ids=repr)
+@pytest.mark.parametrize("name", TYPED)
+def test_a_type_at_which_transformers_stops_is_found_in_what_may_differ_and_what_is_off(
+    name: str, value: object
+) -> None:
+    config = {key: it for key, it in TYPED.items() if it is not None}
+    try:
+        Qwen3MoeConfig.from_dict(config | {name: value})
+    except StrictDataclassError:
+        assert TYPED[name] is None or found(TYPED | {name: value}, TYPED)[name] == Severity.ERROR
+    else:
+        assert name not in found(TYPED | {name: value}, TYPED) or name in ("attention_bias", "use_sliding_window")
+    assert found({"text_config": TYPED | {"use_cache": "x"}}, {"text_config": TYPED}) == {
+        "text_config.use_cache": Severity.ERROR
+    }
+
+
+@pytest.mark.parametrize("value", [[1], {"x": 1}, 7, ""], ids=repr)
+def test_a_type_of_tensors_that_is_none_is_a_finding(value: object) -> None:
+    assert found(SOURCE | {"torch_dtype": value})["dtype"] == Severity.ERROR
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "topk_group", "sliding_window", "kv_lora_rank", "head_dim"])

@@ -1,12 +1,15 @@
 """The files beside the weights against the source's."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
-from quantplug.verify import Severity
+from quantplug.verify import Severity, verify_checkpoint
+from quantplug.verify.checks import Check
 from quantplug.verify.rules.side_files import side_files
 
 FILES: dict[str, Any] = {
@@ -56,6 +59,34 @@ def found(tmp_path: Path, changed: dict[str, Any]) -> dict[str, Severity]:
 )
 def test_what_differs_is_found(tmp_path: Path, changed: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found(tmp_path, changed) == {name: severity for name, severity in expected.items() if severity}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_that_transformers_cannot_read_is_not_the_sources(encoding: str, tmp_path: Path) -> None:
+    export, source = write(tmp_path / "export", FILES), write(tmp_path / "source", FILES)
+    for name, content in FILES.items():
+        if name.endswith(".json"):
+            (export / name).write_bytes(json.dumps(content).encode(encoding))
+
+    told = {finding.subject for finding in side_files(export, source) if finding.severity is Severity.ERROR}
+
+    with pytest.raises((OSError, UnicodeDecodeError)):
+        GenerationConfig.from_pretrained(export)
+    assert {name for name in FILES if name.endswith(".json")} <= told
+
+
+def test_json_that_nothing_reads_is_told_without_a_source(pristine: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(pristine["w4a16"], tmp_path / "it")
+    marked, cut = tmp_path / "it" / "generation_config.json", tmp_path / "it" / "tokenizer_config.json"
+    marked.write_bytes(marked.read_bytes().decode().encode("utf-8-sig"))
+    cut.write_text('{"eos_token": ')
+
+    told = {
+        it.subject: it.message for it in verify_checkpoint(tmp_path / "it").findings if it.check is Check.SIDE_FILES
+    }
+
+    assert told.keys() == {marked.name, cut.name}
+    assert "BOM" in told[marked.name]
 
 
 TOKENS: dict[str, Any] = {

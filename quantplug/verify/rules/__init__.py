@@ -10,6 +10,7 @@ from quantplug.verify.rules import (
     modules,
     server_configs,
     servers,
+    side_files,
 )
 
 RULES = (
@@ -22,5 +23,6 @@ RULES = (
     *architecture.RULES,
     *servers.RULES,
     *server_configs.RULES,
+    *side_files.RULES,
 )
 """All that ask an inventory alone."""

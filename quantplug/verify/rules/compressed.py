@@ -45,6 +45,8 @@ def compressed_groups(inventory: Inventory) -> Iterator[Finding]:
     default = as_text(config.get("format"))
     for name, entry in as_object(config.get("config_groups")).items():
         group, where = as_object(entry), f"config_groups.{name}"
+        if not isinstance(group.get("format"), str | None):
+            yield _error(f"{where}.format", f"is {shown(group['format'])}, which is no name: compressed-tensors stops")
         stated = as_text(group.get("format")) or default
         # Readers go by either one. That of floats has two names.
         if stated != default and default != _MIXED and not {stated, default} <= set(_FLOAT):

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from quantplug.checkpoint.config.file import ties_embeddings
+from quantplug.checkpoint.untrusted.json_reader import as_object, is_texts
 from quantplug.mappings.rows import Role
+from quantplug.printable import shown
 from quantplug.selection.output_layer import UnreadHead, unread_output_layer
 from quantplug.verify.checks import Check
 from quantplug.verify.inventory import excludes, names
@@ -13,6 +15,8 @@ from quantplug.verify.inventory.spellings import dialect_of, format_of
 from quantplug.verify.report import Finding, Severity, error, warning
 
 _SHOWN = 4
+# Under which ModelOpt, compressed-tensors and DeepSeek's form name what is plain.
+_LISTS = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 # Of compressed-tensors' lists vLLM asks for these linears of the first expert, whatever the checkpoint calls them, and
 # by exact comparison (`CompressedTensorsMoEMethod.get_moe_method`, vLLM 0.33).
 _FIRST_EXPERT = ("0.gate_proj", "0.up_proj", "0.down_proj")
@@ -54,6 +58,17 @@ def patterns(inventory: Inventory) -> Iterator[Finding]:
             yield Finding(severity, Check.EXCLUDE_PATTERN, pattern, "matches no module on disk")
         elif inventory.scheme.method == "modelopt":
             yield from _plain_name(inventory, pattern, parts) if listed.is_name(pattern) else _wildcard(pattern, hit)
+
+
+def lists(inventory: Inventory) -> Iterator[Finding]:
+    """Lists of what stays plain hold names alone: readers take each for text."""
+    config = as_object(inventory.checkpoint.config.get("quantization_config"))
+    for key in _LISTS:
+        value = config.get(key)
+        if value is not None and not is_texts(value):
+            others = [item for item in value if not isinstance(item, str)] if isinstance(value, list) else value
+            message = f"is not a list of names, but holds {shown(others)}: readers stop"
+            yield error(Check.EXCLUDE_PATTERN, f"config.json {key}", message)
 
 
 def _wildcard(pattern: str, hit: list[str]) -> Iterator[Finding]:
@@ -158,4 +173,4 @@ def _must_be_plain(inventory: Inventory, module: Module, what: str, severity: Se
         yield error(Check.EXCLUDE_MISSING, module.name, message)
 
 
-RULES = (patterns, latent, plain_experts, sensitive)
+RULES = (patterns, lists, latent, plain_experts, sensitive)

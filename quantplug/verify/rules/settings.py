@@ -108,6 +108,7 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             message = f"is {shown(ours)}, in the source {shown(theirs)}: readers want a whole number, and stop"
             yield error(Check.SETTINGS, f"config.json {name}", message)
             continue
+        both_off = both_off and (ours is _ABSENT or theirs is _ABSENT or not _is_of_another_type(ours, theirs))
         if same(ours, theirs) or both_off or (last in _DRAFTS and ours == 0):
             continue
         if last == "dtype" and _has_type(export, here, ours, theirs):
@@ -121,6 +122,7 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             continue
         else:
             yield error(Check.SETTINGS, f"config.json {name}", f"is {shown(ours)}, in the source {shown(theirs)}")
+    yield from _of_other_types(export.config, source.config)
     if said_tied(source.config) is not None and said_tied(export.config) is None:
         message = f"is {_ABSENT!r}, in the source {shown(said_tied(source.config))}: readers have defaults of their own"
         yield error(Check.SETTINGS, "config.json tie_word_embeddings", message)
@@ -129,6 +131,23 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             f"{len(added)} settings are not in the source's: {', '.join(added[:6])}: right where they are defaults"
         )
         yield warning(Check.SETTINGS, "config.json", message)
+
+
+def _of_other_types(ours: Json, theirs: Json, prefix: str = "", depth: int = 0) -> Iterator[Finding]:
+    """Settings that may have another value, and do not have one of the source's type: transformers 5 refuses them."""
+    for key in sorted(ours.keys() & theirs.keys()):
+        here, there, name = ours[key], theirs[key], f"{prefix}{key}"
+        if key in MAY_DIFFER and _is_of_another_type(here, there):
+            message = f"is {shown(here)}, in the source {shown(there)}: readers want a value of that type, and stop"
+            yield error(Check.SETTINGS, f"config.json {name}", message)
+        elif key not in MAY_DIFFER and depth < _DEEPEST:
+            yield from _of_other_types(as_object(here), as_object(there), f"{name}.", depth + 1)
+
+
+def _is_of_another_type(ours: Any, theirs: Any) -> bool:
+    """Whether a value cannot stand where another does; null can, but for a number, true or false."""
+    here, there = (float if type(value) is int else type(value) for value in (ours, theirs))
+    return theirs is not None and here is not there and (ours is not None or there in (bool, float))
 
 
 def _repeats_the_top(name: str, value: Any, settings_here: Mapping[str, Any]) -> bool:
@@ -245,4 +264,4 @@ def _has_type(export: Checkpoint, settings_here: Mapping[str, Any], ours: Any, t
     if theirs is _ABSENT:
         return True
     types = {_FLOAT_TYPES.get(info.dtype) for info in export.tensors.values() if len(info.shape) > 1}
-    return ours in types
+    return isinstance(ours, str) and ours in types

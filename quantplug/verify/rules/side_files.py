@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantplug.checkpoint.untrusted.files import file_problem
+from quantplug.checkpoint.untrusted.files import file_problem, read_json
 from quantplug.checkpoint.untrusted.json_reader import as_object, as_text, as_texts
+from quantplug.errors import SourceError
 from quantplug.printable import shown
 from quantplug.verify.checks import Check
+from quantplug.verify.inventory.modules import Inventory
 from quantplug.verify.report import Finding, error, warning
 from quantplug.verify.rules.settings import same
 
@@ -37,6 +39,23 @@ _DECIDING = frozenset({
     "add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "pad_token", "unk_token", "legacy",
     "split_special_tokens",
 })  # fmt: skip
+
+
+_JSON = (*(name for name in _BY_CONTENT if name.endswith(".json")), _TOKENIZER_CONFIG, _SPECIAL_TOKENS, _GENERATION)
+
+
+def readable(inventory: Inventory) -> Iterator[Finding]:
+    """Of the files beside the weights those of JSON are such as their readers take: text in UTF-8, and an object."""
+    directory = inventory.checkpoint.directory
+    for name in _JSON:
+        if _is_read(directory / name):
+            try:
+                read_json(directory, name)
+            except SourceError as problem:
+                yield from (
+                    error(Check.SIDE_FILES, name, f"{offender.reason}: readers stop, or go on without it")
+                    for offender in problem.offenders
+                )
 
 
 def side_files(export: Path, source: Path) -> Iterator[Finding]:
@@ -181,7 +200,8 @@ def _object(path: Path) -> Mapping[str, Any]:
     try:
         if not _is_read(path) or path.stat().st_size > _MOST_BYTES:
             return {}
-        return as_object(json.loads(path.read_bytes()))
+        # As text: of bytes Python's parser reads UTF-16, and a mark of byte order, at which transformers stops.
+        return as_object(json.loads(path.read_bytes().decode()))
     except (OSError, ValueError, RecursionError):
         return {}
 
@@ -189,3 +209,6 @@ def _object(path: Path) -> Mapping[str, Any]:
 def _is_read(path: Path) -> bool:
     """Whether it is a regular file that does not lie outside of its directory."""
     return file_problem(path.parent, path.name) is None
+
+
+RULES = (readable,)
