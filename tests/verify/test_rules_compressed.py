@@ -102,6 +102,8 @@ SPOILED: dict[str, tuple[Callable[[Config], object], str]] = {
     "KV cache with zero points": (cache(symmetric=False), GROUPS),
     "sparse weights": (whole(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}), "not-judged"),
     "rotated inputs": (whole(transform_config=HADAMARD), "not-judged"),
+    "inputs that are neither": (inputs(dynamic={"x": True}), GROUPS),
+    "a setting of a group that nobody knows": (group(made_up=None), GROUPS),
     "a format that is no name": (group(format=True), GROUPS),
     "a list of what is plain with a number": (lambda config: config["ignore"].append(3), "exclude-pattern"),
     "no weights yet": (whole(quantization_status="frozen"), "quantization-status"),
@@ -172,6 +174,26 @@ def test_arguments_that_the_library_refuses_are_found(said: Config) -> None:
     except TypeError:  # Of a size that is text, which it compares.
         refused = True
     assert bool(list(argument_problems(ARGUMENTS | said))) is refused
+
+
+VALUES_OF_ARGUMENTS: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 8, 8.5, "8", "", [1], {}, {"x": 1}, "float", "true", "local", "Local", "channel",
+    "minmax", float("inf"), "weight", "Weight", "static", "group", "dynamic",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["channel", "token", "tensor", "tensor_group", "group"])
+@pytest.mark.parametrize("key", ["dynamic", "actorder", "observer", "observer_kwargs", "an_argument_of_tomorrow"])
+def test_values_that_the_library_refuses_are_found_and_no_others(key: str, strategy: str) -> None:
+    size = {"group_size": 16} if "group" in strategy else {}
+    said = {**ARGUMENTS, **size, "strategy": strategy, "dynamic": strategy == "token"}
+    for value in VALUES_OF_ARGUMENTS:
+        # Which 0.20 takes for true after it has refused that, and 0.17, which vLLM 0.32 comes with, for another order.
+        if key == "actorder" and value == 1 and value is not True:
+            continue
+        found = list(argument_problems({**said, key: value}))
+        assert bool(found) is (meant({**said, key: value}) is None), value
+        assert {name for name, _ in found} <= {key}, value
 
 
 SETTINGS = ("num_bits", "type", "symmetric", "strategy", "dynamic", "group_size")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from compressed_tensors.quantization import preset_name_to_scheme
 
-from quantplug.verify import verify_checkpoint
+from quantplug.verify import Severity, verify_checkpoint
 
 WEIGHTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 GOOD = {"targets": ["Linear"], "weights": WEIGHTS}
@@ -98,3 +98,28 @@ def test_compressed_tensors_without_groups(pristine: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize("value", [8, True, ["FP8"], {"num_bits": 8}])
 def test_a_kv_cache_algorithm_is_a_name(open_copy: Callable[[str], Any], value: object) -> None:
     assert in_modelopt(open_copy, kv_cache_quant_algo=value) == {"config.json kv_cache_quant_algo"}
+
+
+@pytest.mark.parametrize("change", [{"type": None}, {"type": "FLOAT"}, {"dynamic": None}, {"dynamic": True}], ids=str)
+def test_a_kv_cache_that_vllm_keeps_in_16_bits_is_not_what_the_other_file_says(
+    open_copy: Callable[[str], Any], change: dict[str, object]
+) -> None:
+    surgery = open_copy("fp8")
+    assert surgery.quantization_config["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    surgery.quantization_config["kv_cache_scheme"].update(change)
+    surgery.close()
+
+    subjects = {it.subject for it in verify_checkpoint(surgery.directory).findings if it.severity is Severity.ERROR}
+
+    assert "KV cache" in subjects
+
+
+@pytest.mark.parametrize("value", [None, "modelopt", ["modelopt"], 7], ids=repr)
+def test_a_producer_that_is_no_object_is_found(open_copy: Callable[[str], Any], value: object) -> None:
+    surgery = open_copy("fp8")
+    surgery.quantization_config["producer"] = value
+    surgery.close()
+
+    subjects = {it.subject for it in verify_checkpoint(surgery.directory).findings if it.severity is Severity.ERROR}
+
+    assert subjects == {"config.json producer"}

@@ -100,9 +100,11 @@ def modelopt_kv_cache(config: Json) -> str:
     """The KV cache algorithm by name, from a config.json (dict or string) or hf_quant_config.json (string)."""
     scheme = config.get("kv_cache_scheme")
     if isinstance(scheme, dict):
-        if as_text(scheme.get("type") or "float") != "float":
+        # vLLM 0.32 (`get_kv_cache_quant_algo_string`) has no defaults: of anything else it makes a cache of 16 bits.
+        bits = as_count(scheme.get("num_bits")) if scheme.get("type") == "float" else None
+        if bits == 8 and scheme.get("dynamic") is not False:
             return "unknown"
-        return {8: "FP8", 4: "NVFP4"}.get(as_count(scheme.get("num_bits")) or 0, "unknown")
+        return {8: "FP8", 4: "NVFP4"}.get(bits or 0, "unknown")
     return as_text(scheme) or as_text(config.get("kv_cache_quant_algo"))
 
 

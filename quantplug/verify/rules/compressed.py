@@ -27,6 +27,9 @@ _DEFAULTS: Json = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": F
 _ARGUMENTS = ("weights", "input_activations", "output_activations")
 _GROUPED = ("group", "tensor_group")
 _TYPES = ("scale_dtype", "zp_dtype")
+_KNOWN = frozenset({
+    *_DEFAULTS, *_TYPES, "strategy", "group_size", "block_structure", "actorder", "observer", "observer_kwargs",
+})  # fmt: skip
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _BYTE_FLOATS = frozenset({
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
@@ -139,6 +142,9 @@ def arguments(inventory: Inventory) -> Iterator[Finding]:
     named = {"kv_cache_scheme": config.get("kv_cache_scheme")}
     for name, group in as_object(config.get("config_groups")).items():
         of_group = as_object(group)
+        for key in of_group.keys() - {*_ARGUMENTS, "targets", "format"}:
+            message = "is nothing that compressed-tensors knows of a group: it stops; leave it out"
+            yield _error(f"config_groups.{name}.{key}", message)
         named |= {f"config_groups.{name}.{key}": of_group.get(key) for key in _ARGUMENTS}
         if of_group.get("input_activations") == {}:
             message = "is {}: to vLLM none, to transformers integers of 8 bits; leave it out, or say what inputs are"
@@ -163,9 +169,33 @@ def argument_problems(said: Json) -> Iterator[tuple[str, str]]:
         yield "group_size", f"is {shown(size)}, and strategy {shown(strategy)} has groups of a size: readers stop"
     if (block is not None) is not (strategy == "block"):
         yield "block_structure", f"is {shown(block)} beside strategy {shown(strategy)}: readers stop"
+    if (problem := _dynamic_problem(said.get("dynamic", False), strategy)) is not None:
+        yield "dynamic", f"{problem}: readers stop"
+    ordered = said.get("actorder")
+    if ordered not in (None, False) and not (isinstance(ordered, str) and ordered.lower() in ("weight", "static")):
+        yield "actorder", f"is {shown(ordered)}, and compressed-tensors knows 'weight' alone: it stops"
+    if not isinstance(said.get("observer"), str | None):
+        yield "observer", f"is {shown(said['observer'])}, which is no name: compressed-tensors stops; leave it out"
+    if not isinstance(said.get("observer_kwargs", {}), dict):
+        yield "observer_kwargs", f"is {shown(said['observer_kwargs'])}, not an object: readers stop; leave it out"
+    for key in said.keys() - _KNOWN:
+        yield key, "is an argument that compressed-tensors does not know: it stops; leave it out"
     for key in _TYPES:
         if said.get(key) is not None and _type(said[key]) is None:
             yield key, f"is {shown(said[key])}, which is no type of PyTorch: compressed-tensors stops; leave it out"
+
+
+def _dynamic_problem(dynamic: object, strategy: object) -> str | None:
+    """Why scales cannot be found so as they come; null is told as one of the defaults."""
+    if isinstance(dynamic, str):
+        if dynamic.lower() == "local" and strategy == "tensor_group":
+            return None
+        return f"is {shown(dynamic)} beside strategy {shown(strategy)}: 'local' is for 'tensor_group' alone"
+    if dynamic is not None and dynamic not in (0, 1):
+        return f"is {shown(dynamic)}, neither true nor false"
+    if dynamic and strategy not in (None, *_DYNAMIC, "tensor_group"):
+        return f"is {shown(dynamic)} beside strategy {shown(strategy)}, whose scales are stored"
+    return f"is {shown(dynamic)} beside strategy 'token'" if not dynamic and strategy == "token" else None
 
 
 def _type(spelled: object) -> torch.dtype | None:

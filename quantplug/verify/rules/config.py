@@ -192,6 +192,13 @@ def status(inventory: Inventory) -> Iterator[Finding]:
         yield error(Check.STATUS, CONFIG, message)
 
 
+def producer(inventory: Inventory) -> Iterator[Finding]:
+    """What is said of the tool is an object, where it is said: vLLM asks it for a name, whatever the method."""
+    found = _quantization_config(inventory).get("producer", {})
+    if not isinstance(found, dict):
+        yield error(Check.CONFIG_AGREEMENT, f"{CONFIG} producer", f"is {shown(found)}, not an object: vLLM stops")
+
+
 def mixed(inventory: Inventory) -> Iterator[Finding]:
     """What vLLM and SGLang both take as MIXED_PRECISION."""
     config = _quantization_config(inventory)
@@ -251,4 +258,4 @@ def _experts_by_chance(inventory: Inventory, algos: Mapping[str, str]) -> Iterat
             yield error(Check.MIXED, experts, message)
 
 
-RULES = (algo, fp8_config, config_agreement, group_size, weight_only, status, mixed)
+RULES = (algo, fp8_config, config_agreement, group_size, weight_only, status, producer, mixed)
