@@ -189,7 +189,7 @@ def test_values_that_the_library_refuses_are_found_and_no_others(key: str, strat
     said = {**ARGUMENTS, **size, "strategy": strategy, "dynamic": strategy == "token"}
     for value in VALUES_OF_ARGUMENTS:
         # Which 0.20 takes for true after it has refused that, and 0.17, which vLLM 0.32 comes with, for another order.
-        if key == "actorder" and value == 1 and value is not True:
+        if key == "actorder" and value is not True and value in (1, "true"):
             continue
         found = list(argument_problems({**said, key: value}))
         assert bool(found) is (meant({**said, key: value}) is None), value

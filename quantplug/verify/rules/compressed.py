@@ -172,7 +172,7 @@ def argument_problems(said: Json) -> Iterator[tuple[str, str]]:
     if (problem := _dynamic_problem(said.get("dynamic", False), strategy)) is not None:
         yield "dynamic", f"{problem}: readers stop"
     ordered = said.get("actorder")
-    if ordered not in (None, False) and not (isinstance(ordered, str) and ordered.lower() in ("weight", "static")):
+    if ordered not in (None, False, "weight", "static"):
         yield "actorder", f"is {shown(ordered)}, and compressed-tensors knows 'weight' alone: it stops"
     if not isinstance(said.get("observer"), str | None):
         yield "observer", f"is {shown(said['observer'])}, which is no name: compressed-tensors stops; leave it out"
