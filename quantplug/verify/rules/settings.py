@@ -96,7 +96,6 @@ _ABSENT = _Absent()
 def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
     """Settings of the source that the export has with another value, or not at all, or has beside."""
     here, there = dict(_flat(export.config)), dict(_flat(source.config))
-    yield from _of_another_kind(export.config, source.config)
     added = []
     for name in sorted(here.keys() | there.keys()):
         ours, theirs = here.get(name, _ABSENT), there.get(name, _ABSENT)
@@ -134,10 +133,13 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
 
 
 def _of_other_types(ours: Json, theirs: Json, prefix: str = "", depth: int = 0) -> Iterator[Finding]:
-    """Settings that may have another value, and do not have one of the source's type: transformers 5 refuses them."""
+    """Settings that are the same, or may differ, and are not of the source's type: transformers 5 refuses them."""
     for key in sorted(ours.keys() & theirs.keys()):
         here, there, name = ours[key], theirs[key], f"{prefix}{key}"
-        if key in MAY_DIFFER and _is_of_another_type(here, there):
+        if key in DECLARED_FRACTION and type(here) is int and isinstance(there, float) and here == there:
+            message = f"is {shown(here)}, in the source {shown(there)}: readers want a number with a point, and stop"
+            yield error(Check.SETTINGS, f"config.json {name}", message)
+        elif key in MAY_DIFFER and _is_of_another_type(here, there):
             message = f"is {shown(here)}, in the source {shown(there)}: readers want a value of that type, and stop"
             yield error(Check.SETTINGS, f"config.json {name}", message)
         elif key not in MAY_DIFFER and depth < _DEEPEST:
@@ -218,24 +220,6 @@ def _is_no_count(name: str, ours: Any, theirs: Any) -> bool:
         return any(_is_no_count(name, *pair) for pair in zip(ours, theirs, strict=False))
     whole = isinstance(theirs, int) and not isinstance(theirs, bool)
     return name in _COUNTS and whole and isinstance(ours, float)
-
-
-def _of_another_kind(ours: Json, theirs: Json, prefix: str = "", depth: int = 0) -> Iterator[Finding]:
-    """Settings that are equal to the source's and not written as readers want them, also where values may differ."""
-    for key in sorted(ours.keys() & theirs.keys()):
-        here, there = ours[key], theirs[key]
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            if depth < _DEEPEST:
-                yield from _of_another_kind(here, there, f"{prefix}{key}.", depth + 1)
-        elif type(here) is int and here == there and _wants_its_own_kind(key, there):
-            wanted = "true or false" if isinstance(there, bool) else "a number with a point"
-            message = f"is {shown(here)}, in the source {shown(there)}: readers want {wanted}, and stop"
-            yield error(Check.SETTINGS, f"config.json {prefix}{key}", message)
-
-
-def _wants_its_own_kind(name: str, theirs: Any) -> bool:
-    # True for 1 is found anywhere else by the values, which differ as JSON.
-    return name in (MAY_DIFFER if isinstance(theirs, bool) else DECLARED_FRACTION)
 
 
 def _is_off(value: Any) -> bool:
