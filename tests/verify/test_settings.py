@@ -65,6 +65,13 @@ TYPED: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["sliding_window", "bos_token_id", "eos_token_id", "pad_token_id"])
+def test_no_text_is_not_null(name: str) -> None:
+    with pytest.raises(StrictDataclassError):
+        Qwen3MoeConfig.from_dict({name: ""})
+    assert found({name: ""}, {name: None}) == {name: Severity.ERROR}
+
+
 @pytest.mark.parametrize("value", [None, "", "x", [1], {"x": 1}, True, 0.5], ids=repr)
 @pytest.mark.parametrize("name", TYPED)
 def test_a_type_at_which_transformers_stops_is_found_in_what_may_differ_and_what_is_off(

@@ -108,6 +108,8 @@ def settings(export: Checkpoint, source: Checkpoint) -> Iterator[Finding]:
             yield error(Check.SETTINGS, f"config.json {name}", message)
             continue
         both_off = both_off and (ours is _ABSENT or theirs is _ABSENT or not _is_of_another_type(ours, theirs))
+        # Text, though there is none of it, is no window and no token: config classes that allow null stop at it.
+        both_off = both_off and not (ours == "" and theirs is None)
         if same(ours, theirs) or both_off or (last in _DRAFTS and ours == 0):
             continue
         if last == "dtype" and _has_type(export, here, ours, theirs):
