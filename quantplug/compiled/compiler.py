@@ -6,6 +6,7 @@ the arrays and numbers that it finds there.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,23 +140,23 @@ def viewed(typing_context: Any, array: Any, shape: Any, dtype: Any) -> tuple[Any
     return found(array, shape, dtype), generate
 
 
-def room_of(count: int) -> Any:
-    """For compiled code: `room_of(count)(dtype)` is an array of the loop's own to work in, on its thread's stack.
+def room_of(*shape: int) -> Any:
+    """For compiled code: `room_of(*shape)(dtype)` is an array of the loop's own to work in, on its thread's stack.
 
     What is in it at first is anything. It is there until the loop ends.
     """
 
     @intrinsic
     def room(typing_context: Any, dtype: Any) -> tuple[Any, Any]:
-        found = types.Array(dtype.dtype, 1, "C")
+        found = types.Array(dtype.dtype, len(shape), "C")
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
             # In the first block of the function, so that a loop takes it once; aligned as the longest vector is.
             with builder.goto_entry_block():
-                memory = builder.alloca(ir.ArrayType(context.get_data_type(dtype.dtype), count))
+                memory = builder.alloca(ir.ArrayType(context.get_data_type(dtype.dtype), prod(shape)))
             memory.align = 64
-            length = ir.Constant(ir.IntType(64), count)
-            return _array(context, builder, found, builder.ptrtoint(memory, ir.IntType(64)), [length])
+            lengths = [ir.Constant(ir.IntType(64), length) for length in shape]
+            return _array(context, builder, found, builder.ptrtoint(memory, ir.IntType(64)), lengths)
 
         return found(dtype), generate
 

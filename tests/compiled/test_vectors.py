@@ -108,7 +108,7 @@ def test_memory_is_read_and_written_where_it_is_said_and_nowhere_else(count: int
     assert out.tolist() == [99] * 5 + [6] * count + [99] * 5
 
 
-_FOUR = room_of(4)
+_FOUR, _TWO_BY_TWO = room_of(4), room_of(2, 2)
 
 
 def test_rooms_are_apart_and_keep_what_is_written() -> None:
@@ -129,3 +129,19 @@ def test_rooms_are_apart_and_keep_what_is_written() -> None:
     out = np.empty((4, 4))
     work(9000, out)
     assert out.tolist() == [[0, 1, 2, 3], [7 * 9000 % 2**16] * 4, [0.5, 1.5, 2.5, 3.5], [4] * 4]
+
+
+def test_a_room_of_two_dimensions_has_its_rows_one_after_another() -> None:
+    @njit(**OPTIONS)
+    def work(out: Any) -> None:
+        room = _TWO_BY_TWO(np.float32)
+        for i in range(2):
+            for j in range(2):
+                room[i, j] = 10 * i + j
+        for i in range(2):
+            for j in range(2):
+                out[i, j] = room[i][j] + 100 * len(room)
+
+    out = np.empty((2, 2), np.float32)
+    work(out)
+    assert out.tolist() == [[200, 201], [210, 211]]

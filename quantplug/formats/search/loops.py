@@ -13,19 +13,19 @@ from quantplug.compiled.arguments import Array
 from quantplug.compiled.compiler import OPTIONS, room_of, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
 from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
-from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales
+from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, room_for_bounds
 from quantplug.formats.kernels.cpu.loops import encode_nvfp4
 from quantplug.formats.kernels.cpu.scales import nvfp4_scales
-from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, TILE
+from quantplug.formats.kernels.cpu.tiles import TILE
 
 _E2M1_LARGEST = np.float32(E2M1_MAX)
 _ONE_BITS, _EXPONENT, _E2M1_STEP = np.uint32(0x3F800000), np.uint32(0x7F800000), np.uint32(22 << 23)
 _E4M3_SHIFT, _E4M3_BIAS = np.uint32(20), np.float32(2.0**120)
 _LEAST_CODE, _LARGEST_CODE = np.int32(1), np.int32(126)
 
-
-_bounds, _a_tile = room_of(E2M1_BOUNDS[0] * E2M1_BOUNDS[1]), room_of(TILE)
-_a_block_each, _two_a_block, _six_a_block = (room_of(times * TILE // NVFP4_BLOCK) for times in (1, 2, 6))
+_BLOCKS = TILE // NVFP4_BLOCK
+_a_tile, _a_block_each = room_of(TILE), room_of(_BLOCKS)
+_two_a_block, _six_a_block = room_of(2, _BLOCKS), room_of(6, _BLOCKS)
 
 
 @njit(**OPTIONS)
@@ -192,14 +192,13 @@ def pack_nvfp4(
         first_block: How many blocks of the whole weight lie before these.
     """
     scale_2 = np.float32(weight_scale_2)
-    bounds = viewed(_bounds(np.uint32), E2M1_BOUNDS, np.uint32)
+    bounds = room_for_bounds(np.uint32)
     usual = bounds_of_scales(scale_values, scale_2, bounds)
     unit = np.float32(np.float32(1) / scale_2)
     turned, room = _a_tile(weight.dtype), _a_tile(weight.dtype)
     in_units, of_columns = _a_tile(np.float32), _a_tile(np.float32)
     # Rows: amax, divisor, value, reciprocal, error and least error; and candidates and what is found among them.
-    floats = viewed(_six_a_block(np.float32), (6, TILE // NVFP4_BLOCK), np.float32)
-    numbers = viewed(_two_a_block(np.uint32), (2, TILE // NVFP4_BLOCK), np.uint32)
+    floats, numbers = _six_a_block(np.float32), _two_a_block(np.uint32)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
@@ -250,7 +249,7 @@ def pack_nvfp4_given(
         scale_values: What the bytes of scales stand for, FP32.
     """
     scale_2, divisors = np.float32(weight_scale_2), _a_block_each(np.float32)
-    bounds = viewed(_bounds(np.uint32), E2M1_BOUNDS, np.uint32)
+    bounds = room_for_bounds(np.uint32)
     usual = bounds_of_scales(scale_values, scale_2, bounds)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]

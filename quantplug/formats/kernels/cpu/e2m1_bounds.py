@@ -12,9 +12,9 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, prefetch
+from quantplug.compiled.compiler import OPTIONS, prefetch, room_of
 from quantplug.compiled.vectors import Lanes, Memory
-from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, TILE
+from quantplug.formats.kernels.cpu.tiles import TILE
 
 # E2M1 changes its code in the middle between two of its values: at 0.25, 0.75, 1.25, 1.75, and at 2.5, 5 and 3.5, which
 # are the last two of these doubled. A quotient is rounded to FP32 before it is rounded to a code, so that it reaches a
@@ -29,8 +29,13 @@ _F64_TO_BF16_BIAS = np.int64((1023 - 127) << 7)
 _BF16_MANTISSA_BITS, _BF16_MAGNITUDE, _BF16_SIGN = 7, 0x7FFF, 0x8000
 _BF16_BINADE = 1 << _BF16_MANTISSA_BITS
 _E2M1_SIGN = 8
+_SCALES, _BOUNDS = 256, 5  # of a byte, and of each
 # Between these divisors no bound is a subnormal of BF16, and no quotient is 0 but that of 0.
 _LEAST_DIVISOR, _MOST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**16)
+
+
+room_for_bounds = room_of(_SCALES, _BOUNDS)
+"""For those of all scales of a byte, uint32."""
 
 
 @njit(**OPTIONS)
@@ -135,8 +140,8 @@ def _block_encoder(width: int) -> Any:
                 Memory.of(context, builder, kind, array) for kind, array in zip(kinds, arrays, strict=True)
             )
             scale = builder.zext(builder.load(scales.at(block)), block.type)
-            of_scale = builder.mul(scale, block.type(E2M1_BOUNDS[1]))
-            words = (bounds.spread(bounds.at(of_scale, bound), width // 2) for bound in range(E2M1_BOUNDS[1]))
+            of_scale = builder.mul(scale, block.type(_BOUNDS))
+            words = (bounds.spread(bounds.at(of_scale, bound), width // 2) for bound in range(_BOUNDS))
             compared = (word.as_lanes_of(16) for word in words)
             bits = elements.lanes(elements.at(builder.mul(block, block.type(width))), width)
             codes = _e2m1_codes(bits, *compared)

@@ -312,11 +312,12 @@ def _contiguous(piece: Array) -> Array:
 
 def _pieces(weight: Array) -> list[Array]:
     """The weight in row-major order: flat pieces where it is contiguous, some rows each where it is not."""
-    if weight.flags.c_contiguous and _piece_elements(weight) >= weight.size:
+    most = _piece_elements(weight)
+    if weight.flags.c_contiguous and most >= weight.size:
         return [weight]
     # Neither kind cuts a block: flat pieces are multiples of `_PIECE`, and a row is a whole number of blocks.
     rows = weight.reshape(-1, 1) if weight.flags.c_contiguous else weight
-    step = max(_piece_elements(weight) * len(rows) // rows.size, 1)
+    step = max(most * len(rows) // rows.size, 1)
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 

@@ -35,11 +35,11 @@ from quantplug.formats.kernels.cpu.codes import (
     int4_code,
     magnitude_bits,
 )
-from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder
+from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder, room_for_bounds
 from quantplug.formats.kernels.cpu.scales import e4m3_scale, e8m0_scales, int4_scales, nvfp4_scales
-from quantplug.formats.kernels.cpu.tiles import E2M1_BOUNDS, LINE, SIDE, TILE
+from quantplug.formats.kernels.cpu.tiles import LINE, SIDE, TILE
 
-_a_byte_each, _bounds = room_of(TILE), room_of(E2M1_BOUNDS[0] * E2M1_BOUNDS[1])
+_a_byte_each = room_of(TILE)
 
 
 @njit(**OPTIONS)
@@ -107,7 +107,7 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         """
         scale_2, scales = np.float32(weight_scale_2), scales_of_a_tile(np.float32)
         if in_a_byte == 2:
-            bounds = viewed(_bounds(np.uint32), E2M1_BOUNDS, np.uint32)
+            bounds = room_for_bounds(np.uint32)
             usual = bounds_of_scales(scale_values, scale_2, bounds)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         for start in range(0, weight.size, TILE):

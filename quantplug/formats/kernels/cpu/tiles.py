@@ -6,8 +6,5 @@ TILE = 4096
 SIDE = 64
 """Rows and columns of the squares in which a transposed weight is copied."""
 
-E2M1_BOUNDS = (256, 5)
-"""So many scales of a byte, and so many bounds of each with which BF16 is compared."""
-
 LINE = 32
 """Elements of BF16 in a line of the cache, which is what is asked of memory at once."""
