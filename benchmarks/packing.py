@@ -72,28 +72,26 @@ class Contestant:
 
     Attributes:
         amax: Whether the weight's amax is `given` or `found`; empty where that is no question.
-        run: Does it to one weight after another, or `at_once` to all.
+        run: Does it to all weights.
         seconds: Of each turn, over all weights.
     """
 
     task: str
     name: str
     amax: str
-    run: Callable[[Weight], object] | None = None
-    at_once: Callable[[list[Weight]], object] | None = None
+    run: Callable[[list[Weight]], object]
     seconds: list[float] = field(default_factory=list)
 
     def take_turn(self, weights: list[Weight], clock: Callable[[], float]) -> None:
         start = clock()
-        kept = self._made_of(weights)
+        kept = self.run(weights)
         self.seconds.append(clock() - start)
         del kept
 
-    def _made_of(self, weights: list[Weight]) -> object:
-        if self.at_once is not None:
-            return self.at_once(weights)
-        assert self.run is not None
-        return [self.run(weight) for weight in weights]
+
+def each(run: Callable[[Weight], object]) -> Callable[[list[Weight]], object]:
+    """Does it to one weight after another."""
+    return lambda weights: [run(weight) for weight in weights]
 
 
 def packed_by(packing: BlockFormat, weights: list[Weight]) -> object:
@@ -164,52 +162,57 @@ def contestants() -> list[Contestant]:
     rounded_up = ScaleCalculationMode.RCEIL
     e4m3, per_block = E4M3_MAX, PerBlock((128, 128))
     return [
-        Contestant("copy", CLONE, "", lambda w: w.values.clone()),
-        Contestant("copy", "`Tensor.copy_`, into memory used before", "", lambda w: w.target.copy_(w.values)),
-        Contestant("amax", "**quantplug**", "found", lambda w: kernels_for(w.values).amax(w.values)),
-        Contestant("NVFP4", QUANTPLUG, "given", at_once=partial(packed_by, nvfp4)),
-        Contestant("NVFP4", QUANTPLUG, "found", lambda w: nvfp4.pack(w.values)),
-        Contestant("NVFP4", PLAIN, "given", partial(plain, NVFP4)),
-        Contestant("NVFP4", MODELOPT, "given", modelopt_nvfp4),
+        Contestant("copy", CLONE, "", each(lambda w: w.values.clone())),
+        Contestant("copy", "`Tensor.copy_`, into memory used before", "", each(lambda w: w.target.copy_(w.values))),
+        Contestant("amax", "**quantplug**", "found", each(lambda w: kernels_for(w.values).amax(w.values))),
+        Contestant("NVFP4", QUANTPLUG, "given", partial(packed_by, nvfp4)),
+        Contestant("NVFP4", QUANTPLUG, "found", each(lambda w: nvfp4.pack(w.values))),
+        Contestant("NVFP4", PLAIN, "given", each(partial(plain, NVFP4))),
+        Contestant("NVFP4", MODELOPT, "given", each(modelopt_nvfp4)),
         Contestant(
-            "NVFP4", "torchao", "given", lambda w: nvfp4_quantize(w.values, 16, scale_from_amax(w.amax, NVFP4_MAX))
+            "NVFP4",
+            "torchao",
+            "given",
+            each(lambda w: nvfp4_quantize(w.values, 16, scale_from_amax(w.amax, NVFP4_MAX))),
         ),
-        Contestant("NVFP4", "compressed-tensors", "given", compressed_tensors_nvfp4),
-        Contestant("FP8", QUANTPLUG, "given", at_once=partial(packed_by, fp8)),
-        Contestant("FP8", QUANTPLUG, "found", lambda w: fp8.pack(w.values)),
-        Contestant("FP8", PLAIN, "given", partial(plain, FP8)),
-        Contestant("FP8", MODELOPT, "given", lambda w: FP8QTensor.quantize(w.values, scale_from_amax(w.amax, e4m3))),
-        Contestant("FP8", "torchao", "found", lambda w: Float8Tensor.from_hp(w.values, granularity=PerTensor())),
-        Contestant("FP8 a row", QUANTPLUG, "", at_once=partial(packed_by, fp8_row)),
-        Contestant("FP8 a row", PLAIN, "", partial(plain, FP8_ROW)),
-        Contestant("FP8 a row", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, axis=0)),
-        Contestant("FP8 a row", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=PerRow())),
-        Contestant("FP8 128x128", QUANTPLUG, "", at_once=partial(packed_by, fp8_block)),
-        Contestant("FP8 128x128", PLAIN, "", partial(plain, FP8_BLOCK)),
-        Contestant("FP8 128x128", MODELOPT, "", lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES)),
-        Contestant("FP8 128x128", "torchao", "", lambda w: Float8Tensor.from_hp(w.values, granularity=per_block)),
-        Contestant("INT4 a 128", QUANTPLUG, "", at_once=partial(packed_by, int4)),
-        Contestant("INT4 a 128", PLAIN, "", partial(plain, INT4)),
-        Contestant("INT4 a 128", MODELOPT, "", lambda w: INT4QTensor.quantize(w.values, 128)),
-        Contestant("INT4 a 128", "compressed-tensors", "", compressed_tensors_int4),
-        Contestant("INT4 a 32", QUANTPLUG, "", at_once=partial(packed_by, int4_32)),
-        Contestant("MXFP8", QUANTPLUG, "", at_once=partial(packed_by, MXFP8)),
-        Contestant("MXFP8", PLAIN, "", partial(plain, MXFP8)),
-        Contestant("MXFP8", MODELOPT, "", lambda w: MXFP8QTensor.quantize(w.values)),
-        Contestant("MXFP8", "torchao", "", lambda w: to_mx(w.values, torch.float8_e4m3fn, 32, rounded_up)),
-        Contestant("MXFP4", QUANTPLUG, "", at_once=partial(packed_by, MXFP4)),
-        Contestant("MXFP4", PLAIN, "", partial(plain, MXFP4)),
-        Contestant("MXFP4", MODELOPT, "", lambda w: MXFP4QTensor.quantize(w.values, 32)),
-        Contestant("MXFP4", "torchao", "", lambda w: to_mx(w.values, torch.float4_e2m1fn_x2, 32, rounded_up)),
-        Contestant("unpack NVFP4", QUANTPLUG, "", lambda w: nvfp4.unpack(w.packed["nvfp4"])),
-        Contestant("unpack NVFP4", PLAIN, "", partial(plain_unpack, NVFP4)),
-        Contestant("unpack NVFP4", MODELOPT, "", modelopt_unpack),
-        Contestant("unpack FP8", QUANTPLUG, "", lambda w: fp8.unpack(w.packed["fp8"])),
-        Contestant("unpack FP8 a row", QUANTPLUG, "", lambda w: fp8_row.unpack(w.packed["fp8_row"])),
-        Contestant("unpack FP8 128x128", QUANTPLUG, "", lambda w: fp8_block.unpack(w.packed["fp8_block"])),
-        Contestant("unpack INT4 a 128", QUANTPLUG, "", lambda w: int4.unpack(w.packed["int4"])),
-        Contestant("unpack MXFP8", QUANTPLUG, "", lambda w: MXFP8.unpack(w.packed["mxfp8"])),
-        Contestant("unpack MXFP4", QUANTPLUG, "", lambda w: MXFP4.unpack(w.packed["mxfp4"])),
+        Contestant("NVFP4", "compressed-tensors", "given", each(compressed_tensors_nvfp4)),
+        Contestant("FP8", QUANTPLUG, "given", partial(packed_by, fp8)),
+        Contestant("FP8", QUANTPLUG, "found", each(lambda w: fp8.pack(w.values))),
+        Contestant("FP8", PLAIN, "given", each(partial(plain, FP8))),
+        Contestant(
+            "FP8", MODELOPT, "given", each(lambda w: FP8QTensor.quantize(w.values, scale_from_amax(w.amax, e4m3)))
+        ),
+        Contestant("FP8", "torchao", "found", each(lambda w: Float8Tensor.from_hp(w.values, granularity=PerTensor()))),
+        Contestant("FP8 a row", QUANTPLUG, "", partial(packed_by, fp8_row)),
+        Contestant("FP8 a row", PLAIN, "", each(partial(plain, FP8_ROW))),
+        Contestant("FP8 a row", MODELOPT, "", each(lambda w: FP8QTensor.quantize(w.values, axis=0))),
+        Contestant("FP8 a row", "torchao", "", each(lambda w: Float8Tensor.from_hp(w.values, granularity=PerRow()))),
+        Contestant("FP8 128x128", QUANTPLUG, "", partial(packed_by, fp8_block)),
+        Contestant("FP8 128x128", PLAIN, "", each(partial(plain, FP8_BLOCK))),
+        Contestant("FP8 128x128", MODELOPT, "", each(lambda w: FP8QTensor.quantize(w.values, block_sizes=SQUARES))),
+        Contestant("FP8 128x128", "torchao", "", each(lambda w: Float8Tensor.from_hp(w.values, granularity=per_block))),
+        Contestant("INT4 a 128", QUANTPLUG, "", partial(packed_by, int4)),
+        Contestant("INT4 a 128", PLAIN, "", each(partial(plain, INT4))),
+        Contestant("INT4 a 128", MODELOPT, "", each(lambda w: INT4QTensor.quantize(w.values, 128))),
+        Contestant("INT4 a 128", "compressed-tensors", "", each(compressed_tensors_int4)),
+        Contestant("INT4 a 32", QUANTPLUG, "", partial(packed_by, int4_32)),
+        Contestant("MXFP8", QUANTPLUG, "", partial(packed_by, MXFP8)),
+        Contestant("MXFP8", PLAIN, "", each(partial(plain, MXFP8))),
+        Contestant("MXFP8", MODELOPT, "", each(lambda w: MXFP8QTensor.quantize(w.values))),
+        Contestant("MXFP8", "torchao", "", each(lambda w: to_mx(w.values, torch.float8_e4m3fn, 32, rounded_up))),
+        Contestant("MXFP4", QUANTPLUG, "", partial(packed_by, MXFP4)),
+        Contestant("MXFP4", PLAIN, "", each(partial(plain, MXFP4))),
+        Contestant("MXFP4", MODELOPT, "", each(lambda w: MXFP4QTensor.quantize(w.values, 32))),
+        Contestant("MXFP4", "torchao", "", each(lambda w: to_mx(w.values, torch.float4_e2m1fn_x2, 32, rounded_up))),
+        Contestant("unpack NVFP4", QUANTPLUG, "", each(lambda w: nvfp4.unpack(w.packed["nvfp4"]))),
+        Contestant("unpack NVFP4", PLAIN, "", each(partial(plain_unpack, NVFP4))),
+        Contestant("unpack NVFP4", MODELOPT, "", each(modelopt_unpack)),
+        Contestant("unpack FP8", QUANTPLUG, "", each(lambda w: fp8.unpack(w.packed["fp8"]))),
+        Contestant("unpack FP8 a row", QUANTPLUG, "", each(lambda w: fp8_row.unpack(w.packed["fp8_row"]))),
+        Contestant("unpack FP8 128x128", QUANTPLUG, "", each(lambda w: fp8_block.unpack(w.packed["fp8_block"]))),
+        Contestant("unpack INT4 a 128", QUANTPLUG, "", each(lambda w: int4.unpack(w.packed["int4"]))),
+        Contestant("unpack MXFP8", QUANTPLUG, "", each(lambda w: MXFP8.unpack(w.packed["mxfp8"]))),
+        Contestant("unpack MXFP4", QUANTPLUG, "", each(lambda w: MXFP4.unpack(w.packed["mxfp4"]))),
     ]
 
 
