@@ -28,7 +28,10 @@ def modules_below(room: str) -> list[str]:
 COMPILED = {
     *(
         f"quantplug.formats.kernels.cpu.{compiled}"
-        for compiled in ("kernels", "machine_code", "loops", "amaxes", "codes", "scales", "e2m1_bounds")
+        for compiled in (
+            *("kernels", "groups", "pieces", "machine_code"),
+            *("loops", "group_loops", "amaxes", "codes", "scales", "e2m1_bounds"),
+        )
     ),
     *(f"quantplug.formats.kernels.cuda.{compiled}" for compiled in ("kernels", "loops", "codes")),
     *(f"quantplug.formats.search.{compiled}" for compiled in ("loops", "triton_loops")),

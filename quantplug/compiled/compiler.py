@@ -140,6 +140,19 @@ def viewed(typing_context: Any, array: Any, shape: Any, dtype: Any) -> tuple[Any
     return found(array, shape, dtype), generate
 
 
+@intrinsic
+def array_at(typing_context: Any, address: Any, size: Any, like: Any) -> tuple[Any, Any]:
+    """For compiled code: the elements from an address on, of the type of another array's, whose memory is not read."""
+    found = types.Array(like.dtype, 1, "C")
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        words = zip(arguments[:2], signature.args[:2], strict=True)
+        address, size = (context.cast(builder, word, of, types.intp) for word, of in words)
+        return _array(context, builder, found, address, [size])
+
+    return found(address, size, like), generate
+
+
 def room_of(*shape: int) -> Any:
     """For compiled code: `room_of(*shape)(dtype)` is an array of the loop's own to work in, on its thread's stack.
 
@@ -163,18 +176,29 @@ def room_of(*shape: int) -> Any:
     return room
 
 
-@intrinsic
-def prefetch(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
-    """For compiled code: lets the first cache ask for an element, which may lie behind the last: none is read."""
+def _prefetcher(kept: bool) -> Any:
+    # LLVM's number for how long it is kept: 3 in all caches, 0 as little as the machine can.
+    locality = 3 if kept else 0
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        data = make_array(array)(context, builder, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        # To be read, kept in all caches, data.
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(function, [address, number(0), number(3), number(1)])
-        return context.get_dummy_value()
+    @intrinsic
+    def ask(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+            data = make_array(array)(context, builder, arguments[0]).data
+            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+            builder.call(function, [address, number(0), number(locality), number(1)])  # To be read; data.
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+        return types.void(array, types.intp), generate
+
+    return ask
+
+
+prefetch = _prefetcher(kept=True)
+"""For compiled code: lets the first cache ask for an element, which may lie behind the last: none is read."""
+
+prefetch_nontemporal = _prefetcher(kept=False)
+"""The same for what is read once: it does not displace from the larger caches what the process needs again, which is
+most of what a call of a loop took. It has to be read soon, before it leaves the first cache."""

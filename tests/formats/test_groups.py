@@ -1,9 +1,14 @@
 """A group of weights packs to what each packs to by itself."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, MXFP4, MXFP8, NVFP4, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, MXFP4, MXFP8, NVFP4, BlockFormat, WeightFormat
+from quantplug.formats.kernels import Encoded, reference
+from quantplug.formats.scale_types import scale_from_amax
+from quantplug.formats.weight_format import empty_groups
 from tests.formats.weights import DTYPES, bits, heavy_tailed
 
 FORMATS = [NVFP4, FP8, FP8_ROW, FP8_BLOCK, MXFP8, MXFP4]
@@ -29,3 +34,37 @@ def test_a_group_is_each_by_itself(packing: WeightFormat, dtype: torch.dtype, co
             made = packed.tensors[suffix]
             assert (made.shape, made.dtype, made.is_contiguous()) == (tensor.shape, tensor.dtype, True)
             assert torch.equal(bits(made), bits(tensor)), suffix
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("packing", [NVFP4, FP8, MXFP4, MXFP8], ids=lambda packing: packing.name)
+def test_what_threads_share_begins_and_ends_amid_weights_too(packing: BlockFormat) -> None:
+    # A little more than a thread takes at once, and no whole number of what the loops work on at a time.
+    weights = heavy_tailed((3 * 515, 1056), torch.bfloat16).split(515)
+    amaxes = torch.tensor([1.0, 1e-3, 7.0])
+
+    group = packing.pack_group(weights, amaxes)
+
+    for packed, weight, amax in zip(group, weights, amaxes, strict=True):
+        expected = by_the_reference(packing, weight, amax)
+        for suffix, tensor in packed.tensors.items():
+            assert torch.equal(bits(tensor), bits(expected[suffix][0])), suffix
+
+
+def by_the_reference(packing: BlockFormat, weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
+    tensors = empty_groups(packing.outputs(tuple(weight.shape)), 1, weight.device)
+    encoding = packing.encoding
+    if encoding.has_tensor_scale:
+        tensors[packing.scales[-1]] = scale_from_amax(amax.reshape(1), encoding.largest)
+    blocks = tensors[packing.scales[0]] if encoding.has_block_scales else None
+    whole = tensors[packing.scales[-1]] if encoding.has_tensor_scale else None
+    reference.pack(encoding, (weight,), Encoded(tensors["weight"], blocks, whole))
+    return tensors

@@ -14,8 +14,9 @@ from quantplug.compiled.compiler import OPTIONS, room_of, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
 from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
 from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, room_for_bounds
+from quantplug.formats.kernels.cpu.group_loops import of_groups
 from quantplug.formats.kernels.cpu.loops import encode_nvfp4
-from quantplug.formats.kernels.cpu.scales import nvfp4_scales
+from quantplug.formats.kernels.cpu.scales import a_byte_s, fill_divisors, nvfp4_scales
 from quantplug.formats.kernels.cpu.tiles import TILE
 
 _E2M1_LARGEST = np.float32(E2M1_MAX)
@@ -24,7 +25,7 @@ _E4M3_SHIFT, _E4M3_BIAS = np.uint32(20), np.float32(2.0**120)
 _LEAST_CODE, _LARGEST_CODE = np.int32(1), np.int32(126)
 
 _BLOCKS = TILE // NVFP4_BLOCK
-_a_tile, _a_block_each = room_of(TILE), room_of(_BLOCKS)
+_a_tile = room_of(TILE)
 _two_a_block, _six_a_block = room_of(2, _BLOCKS), room_of(6, _BLOCKS)
 
 
@@ -165,12 +166,6 @@ def _keep_less(errors: Array, scales: Array, codes: Array, least: Array, found: 
 
 
 @njit(**OPTIONS)
-def _divisors(scales: Array, scale_values: Array, scale_2: Any, divisors: Array) -> None:
-    for i in range(scales.size):
-        divisors[i] = np.float32(scale_values[scales[i]] * scale_2)
-
-
-@njit(**OPTIONS)
 def pack_nvfp4(
     weight: Array,
     weight_scale_2: float,
@@ -192,18 +187,19 @@ def pack_nvfp4(
         first_block: How many blocks of the whole weight lie before these.
     """
     scale_2 = np.float32(weight_scale_2)
-    bounds = room_for_bounds(np.uint32)
-    usual = bounds_of_scales(scale_values, scale_2, bounds)
+    divisors, bounds = a_byte_s(np.float32), room_for_bounds(np.uint32)
+    fill_divisors(scale_values, scale_2, divisors)
+    usual = bounds_of_scales(divisors, bounds)
     unit = np.float32(np.float32(1) / scale_2)
     turned, room = _a_tile(weight.dtype), _a_tile(weight.dtype)
     in_units, of_columns = _a_tile(np.float32), _a_tile(np.float32)
-    # Rows: amax, divisor, value, reciprocal, error and least error; and candidates and what is found among them.
+    # Rows: amax, its multiple, value, reciprocal, error and least error; and candidates and what is found among them.
     floats, numbers = _six_a_block(np.float32), _two_a_block(np.uint32)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
         scales = block_scales[first : first + blocks]
-        amaxes, divisors, values = floats[0, :blocks], floats[1, :blocks], floats[2, :blocks]
+        amaxes, multiplied, values = floats[0, :blocks], floats[1, :blocks], floats[2, :blocks]
         reciprocals, errors, least = floats[3, :blocks], floats[4, :blocks], floats[5, :blocks]
         candidates, found = numbers[0, :blocks], numbers[1, :blocks]
         _turn(tile, turned[: tile.size], room[: tile.size])
@@ -217,8 +213,8 @@ def pack_nvfp4(
             least[i] = np.float32(np.inf)
         for multiple in range(multiples.size):
             for i in range(blocks):
-                divisors[i] = np.float32(amaxes[i] * multiples[multiple])
-            nvfp4_scales(divisors, scale_2, scales)
+                multiplied[i] = np.float32(amaxes[i] * multiples[multiple])
+            nvfp4_scales(multiplied, scale_2, scales)
             for offset in range(offsets.size):
                 _candidates(scales, offsets[offset], candidates, values, reciprocals)
                 if multiple == 0 and offset == 0:
@@ -231,12 +227,11 @@ def pack_nvfp4(
                 _keep_less(errors, values, candidates, least, found)
         for i in range(blocks):
             scales[i] = np.uint8(found[i])
-        _divisors(scales, scale_values, scale_2, divisors)
-        encode_nvfp4(tile, divisors, scales, bounds, usual, packed[start // 2 : start // 2 + tile.size // 2])
+        encode_nvfp4(tile, scales, divisors, bounds, usual, packed[start // 2 : start // 2 + tile.size // 2])
 
 
 @njit(**OPTIONS)
-def pack_nvfp4_given(
+def _pack_nvfp4_given(
     weight: Array,
     weight_scale_2: float,
     scale_values: Array,
@@ -248,13 +243,15 @@ def pack_nvfp4_given(
     Args:
         scale_values: What the bytes of scales stand for, FP32.
     """
-    scale_2, divisors = np.float32(weight_scale_2), _a_block_each(np.float32)
-    bounds = room_for_bounds(np.uint32)
-    usual = bounds_of_scales(scale_values, scale_2, bounds)
+    divisors, bounds = a_byte_s(np.float32), room_for_bounds(np.uint32)
+    fill_divisors(scale_values, np.float32(weight_scale_2), divisors)
+    usual = bounds_of_scales(divisors, bounds)
     for start in range(0, weight.size, TILE):
         tile = weight[start : start + TILE]
         blocks, first = tile.size // NVFP4_BLOCK, start // NVFP4_BLOCK
         scales = block_scales[first : first + blocks]
-        _divisors(scales, scale_values, scale_2, divisors[:blocks])
         of_tile = packed[start // 2 : start // 2 + tile.size // 2]
-        encode_nvfp4(tile, divisors[:blocks], scales, bounds, usual, of_tile)
+        encode_nvfp4(tile, scales, divisors, bounds, usual, of_tile)
+
+
+pack_nvfp4_given = of_groups(_pack_nvfp4_given, NVFP4_BLOCK, in_a_byte=2)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from quantplug.formats.kernels.cpu.amaxes import block_amaxes
+from quantplug.formats.kernels.cpu.tiles import TILE
 
 # As weights arrive: the type of the integers says which float their bits are.
 ARRIVING = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
@@ -18,7 +19,7 @@ ARRIVING = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: n
 def test_an_amax_is_that_of_its_block_alone(width: int, dtype: torch.dtype) -> None:
     fill, kind = block_amaxes(width), np.dtype(ARRIVING[dtype])
 
-    @given(st.integers(1, 19).flatmap(lambda blocks: arrays(kind, blocks * width)))
+    @given(st.integers(1, min(19, TILE // width)).flatmap(lambda blocks: arrays(kind, blocks * width)))
     def check(bits: np.ndarray) -> None:
         amaxes = np.empty(bits.size // width, np.float32)
         fill(bits, amaxes)

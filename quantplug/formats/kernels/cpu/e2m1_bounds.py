@@ -12,9 +12,9 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, prefetch, room_of
+from quantplug.compiled.compiler import OPTIONS, prefetch_nontemporal, room_of
 from quantplug.compiled.vectors import Lanes, Memory
-from quantplug.formats.kernels.cpu.tiles import TILE
+from quantplug.formats.kernels.cpu.tiles import AHEAD, LINE
 
 # E2M1 changes its code in the middle between two of its values: at 0.25, 0.75, 1.25, 1.75, and at 2.5, 5 and 3.5, which
 # are the last two of these doubled. A quotient is rounded to FP32 before it is rounded to a code, so that it reaches a
@@ -30,20 +30,22 @@ _BF16_MANTISSA_BITS, _BF16_MAGNITUDE, _BF16_SIGN = 7, 0x7FFF, 0x8000
 _BF16_BINADE = 1 << _BF16_MANTISSA_BITS
 _E2M1_SIGN = 8
 _SCALES, _BOUNDS = 256, 5  # of a byte, and of each
+_LANES, _AT_ONCE = 16, 4  # of BF16 in a vector of 256 bits, and vectors whose codes are as long as one
+_WORDS = _LANES // 2  # that a bound stands in, twice in each
 # Between these divisors no bound is a subnormal of BF16, and no quotient is 0 but that of 0.
 _LEAST_DIVISOR, _MOST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**16)
 
 
-room_for_bounds = room_of(_SCALES, _BOUNDS)
+room_for_bounds = room_of(_SCALES, _BOUNDS, _WORDS)
 """For those of all scales of a byte, uint32."""
 
 
 @njit(**OPTIONS)
-def _are_between(scale_bytes: Array, first: int, last: int) -> bool:
+def _are_between(scales: Array, first: int, last: int) -> bool:
     """Whether all are."""
-    lowest, highest = scale_bytes[0], scale_bytes[0]
-    for i in range(scale_bytes.size):
-        lowest, highest = min(lowest, scale_bytes[i]), max(highest, scale_bytes[i])
+    lowest, highest = scales[0], scales[0]
+    for i in range(scales.size):
+        lowest, highest = min(lowest, scales[i]), max(highest, scales[i])
     return (lowest >= first) & (highest <= last)
 
 
@@ -54,101 +56,102 @@ def _next_bf16(bound: float) -> Any:
 
 
 @njit(**OPTIONS)
-def _twice(bits: int) -> Any:
-    """In both halves of a word: a word can be spread over a vector as it is read, and half a word cannot."""
-    return np.uint32(np.uint32(bits << 16) | np.uint32(bits))
+def _spread(bits: int, words: Array) -> None:
+    """In both halves of each word: so an instruction compares with them where they are, and none reads them first."""
+    twice = np.uint32(np.uint32(bits << 16) | np.uint32(bits))
+    for i in range(_WORDS):
+        words[i] = twice
 
 
 @njit(**OPTIONS)
-def bounds_of_scales(values: Array, scale_2: Any, bounds: Array) -> tuple[int, int]:
-    """What BF16 magnitudes are compared with whose quotients by scales [n] become codes, bits [n, 5].
+def bounds_of_scales(divisors: Array, bounds: Array) -> tuple[int, int]:
+    """What BF16 magnitudes are compared with that become codes, bits, by the FP32 divisors of the scales of a byte.
 
-    A scale's FP32 value, times the scale above it, is what is divided by; of one that is not usual the bounds are none.
     The first two are the largest magnitudes before the codes of 0.5 and 1, which are to be passed. The next two are the
     least that have those of 1.5 and 2, a binade below: how many binades an element is behind is how many of the bounds
     at 1.25, 2.5 and 5, or at 1.75 and 3.5, it has behind it. The last is the least that has the code of 6, the largest.
+    By a divisor that is not usual nothing can be compared, and what is there is none.
 
     Gives the first and the last scale that is usual, and so are those between them: of bytes that stand for numbers
     above 0 a larger one stands for a larger number. Where there is none, the first is behind the last.
     """
-    first, last = values.size, -1
-    for i in range(values.size):
-        scale = np.float32(values[i] * scale_2)
-        if (scale >= _LEAST_DIVISOR) & (scale <= _MOST_DIVISOR):
+    first, last = divisors.size, -1
+    for i in range(divisors.size):
+        if (divisors[i] >= _LEAST_DIVISOR) & (divisors[i] <= _MOST_DIVISOR):
             first, last = min(first, i), i
-        divisor = np.float64(scale)
+        divisor = np.float64(divisors[i])
         from_15 = _next_bf16(divisor * _PAST_125)
-        bounds[i, 0] = _twice(_next_bf16(divisor * _PAST_025) - 1)
-        bounds[i, 1] = _twice(_next_bf16(divisor * _FROM_075) - 1)
-        bounds[i, 2] = _twice(from_15 - _BF16_BINADE)
-        bounds[i, 3] = _twice(_next_bf16(divisor * _FROM_175) - _BF16_BINADE)
-        bounds[i, 4] = _twice(from_15 + 2 * _BF16_BINADE)
+        _spread(_next_bf16(divisor * _PAST_025) - 1, bounds[i, 0])
+        _spread(_next_bf16(divisor * _FROM_075) - 1, bounds[i, 1])
+        _spread(from_15 - _BF16_BINADE, bounds[i, 2])
+        _spread(_next_bf16(divisor * _FROM_175) - _BF16_BINADE, bounds[i, 3])
+        _spread(from_15 + 2 * _BF16_BINADE, bounds[i, 4])
     return first, last
 
 
 def pairs_encoder(width: int, encode_tile: Any) -> Any:
     """Encodes blocks of `width` neighbours as `encode_tile` does, to E2M1."""
-    encode_block = _block_encoder(width)
+    encode_vectors, at_once = _vectors_encoder(width), _AT_ONCE * _LANES
 
-    def encode(tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, packed: Array) -> None:
+    def encode(tile: Array, scales: Array, divisors: Array, bounds: Array, usual: Any, packed: Array) -> None:
         """Bits of n * width elements to half as many bytes.
 
         Args:
-            scales: FP32 divisors [n].
-            scale_bytes: What stands for them.
-            bounds: Of all scales.
+            scales: The bytes of scales [n].
+            divisors: What elements are divided by, FP32, of all bytes.
+            bounds: Of all bytes.
             usual: The first and the last byte that have bounds.
         """
 
     @overload(encode, strict=False)
     def encode_of_type(
-        tile: Any, scales: Any, scale_bytes: Any, bounds: Any, usual: Any, packed: Any
+        tile: Any, scales: Any, divisors: Any, bounds: Any, usual: Any, packed: Any
     ) -> Callable[..., None]:
         return encode_bf16 if tile.dtype == types.uint16 else encode_any
 
-    def encode_any(tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, packed: Array) -> None:
-        encode_tile(tile, scales, packed)
+    def encode_any(tile: Array, scales: Array, divisors: Array, bounds: Array, usual: Any, packed: Array) -> None:
+        encode_tile(tile, scales, divisors, packed)
 
-    def encode_bf16(tile: Array, scales: Array, scale_bytes: Array, bounds: Array, usual: Any, packed: Array) -> None:
+    def encode_bf16(tile: Array, scales: Array, divisors: Array, bounds: Array, usual: Any, packed: Array) -> None:
         first, last = usual
-        if not _are_between(scale_bytes, first, last):
-            encode_tile(tile, scales, packed)
-            return
-        for block in range(scales.size):
-            # The next tile comes while this one is worked on, or its first look would wait for memory.
-            prefetch(tile, TILE + block * width)
-            encode_block(tile, scale_bytes, bounds, packed, block)
+        whole = tile.size // at_once * at_once if _are_between(scales, first, last) else 0
+        for start in range(0, whole, at_once):
+            for line in range(start, start + at_once, LINE):
+                prefetch_nontemporal(tile, AHEAD + line)
+            encode_vectors(tile, scales, bounds, packed, start)
+        if whole < tile.size:
+            encode_tile(tile[whole:], scales[whole // width :], divisors, packed[whole // 2 :])
 
     return njit(**OPTIONS)(
-        lambda tile, scales, scale_bytes, bounds, usual, packed: encode(
-            tile, scales, scale_bytes, bounds, usual, packed
-        )
+        lambda tile, scales, divisors, bounds, usual, packed: encode(tile, scales, divisors, bounds, usual, packed)
     )
 
 
-def _block_encoder(width: int) -> Any:
-    """For compiled code: the codes of the block that has a number, in width / 2 bytes."""
+def _vectors_encoder(width: int) -> Any:
+    """For compiled code: the codes of the vectors from an element on, of blocks of `width`."""
 
     @intrinsic
-    def encode(
-        typing_context: Any, tile: Any, scale_bytes: Any, bounds: Any, packed: Any, block: Any
-    ) -> tuple[Any, Any]:
+    def encode(typing_context: Any, tile: Any, scales: Any, bounds: Any, packed: Any, start: Any) -> tuple[Any, Any]:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            *arrays, block = arguments
+            *arrays, start = arguments
             kinds = signature.args[: len(arrays)]
             elements, scales, bounds, packed = (
                 Memory.of(context, builder, kind, array) for kind, array in zip(kinds, arrays, strict=True)
             )
-            scale = builder.zext(builder.load(scales.at(block)), block.type)
-            of_scale = builder.mul(scale, block.type(_BOUNDS))
-            words = (bounds.spread(bounds.at(of_scale, bound), width // 2) for bound in range(_BOUNDS))
-            compared = (word.as_lanes_of(16) for word in words)
-            bits = elements.lanes(elements.at(builder.mul(block, block.type(width))), width)
-            codes = _e2m1_codes(bits, *compared)
-            packed.write(_pairs(codes), packed.at(builder.mul(block, block.type(width // 2))))
+            first_block = builder.udiv(start, start.type(width))
+
+            def codes_of(vector: int) -> Lanes:
+                scale = builder.zext(builder.load(scales.at(first_block, vector * _LANES // width)), start.type)
+                bounds_of_it = builder.mul(scale, start.type(_BOUNDS * _WORDS))
+                words = (bounds.lanes(bounds.at(bounds_of_it, bound * _WORDS), _WORDS) for bound in range(_BOUNDS))
+                compared = (word.as_lanes_of(16) for word in words)
+                return _e2m1_codes(elements.lanes(elements.at(start, vector * _LANES), _LANES), *compared)
+
+            codes = [codes_of(vector) for vector in range(_AT_ONCE)]
+            packed.write(_pairs(*codes), packed.at(builder.udiv(start, start.type(2))))
             return context.get_dummy_value()
 
-        return types.void(tile, scale_bytes, bounds, packed, types.intp), generate
+        return types.void(tile, scales, bounds, packed, types.intp), generate
 
     return encode
 
@@ -165,8 +168,12 @@ def _e2m1_codes(
     return codes + bits.where_more(_BF16_SIGN, _E2M1_SIGN)
 
 
-def _pairs(codes: Lanes) -> Lanes:
-    """Two codes a byte, from lanes of 16 bits each."""
-    # Two words 000H 000L, little-endian, become HL.
-    pairs = codes.as_lanes_of(32)
-    return (pairs | (pairs >> 12)).narrowed(8)
+def _pairs(*codes: Lanes) -> Lanes:
+    """Two codes a byte, from four vectors with a code in each 16 bits."""
+    # Words 0b0a 0B0A, little-endian, of neighbours in the first and in the second vector; and those of the other two.
+    first, second = ((one | (other << 8)).as_lanes_of(32) for one, other in (codes[:2], codes[2:]))
+    lower = (first & 0xFFFF) | (second << 16)
+    upper = (first >> 16) | (second & 0xFFFF0000)
+    # A byte of each vector in turn, which are to come one vector after another.
+    in_turn = (lower | (upper << 4)).as_lanes_of(8)
+    return in_turn.taken(in_turn, [byte for vector in range(_AT_ONCE) for byte in range(vector, 32, _AT_ONCE)])

@@ -6,7 +6,7 @@ those of `machine_code`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,23 +28,22 @@ from quantplug.formats.encoding import (
 )
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.cpu import machine_code as loops
+from quantplug.formats.kernels.cpu.groups import Memory, pack_group
+from quantplug.formats.kernels.cpu.pieces import (
+    alongside,
+    as_bytes,
+    bits,
+    bits_of,
+    contiguous,
+    flat,
+    piece_elements,
+    pieces_of,
+)
 from quantplug.formats.kernels.cpu.threads import run, run_each
 from quantplug.formats.kernels.protocol import Encoded, Loops
 from quantplug.formats.scale_types import E8M0_SCALE
 from quantplug.formats.search.candidates import FOUND, TAKEN, ScaleSearch
 
-_PIECE = 1 << 18
-"""Elements of a piece that is copied, so that the copy stays in a core's cache; other pieces are multiples of it."""
-
-_LEAST_PIECES = 2
-"""So many `_PIECE`s are some tens of microseconds of work, beside which to start it costs little."""
-
-_PIECES_PER_THREAD = 4
-"""So that a core that other work slows does not keep the others waiting for long."""
-
-# The integer type tells the loops which float its bits are.
-# NumPy has no BF16, so a weight is passed as its bits; no element is converted before the loop that needs it.
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 _ALIKE = np.empty(0, np.float32)
@@ -54,15 +53,15 @@ _ALIKE = np.empty(0, np.float32)
 def amax(weight: torch.Tensor) -> torch.Tensor:
     # Without their signs the bits of floats are in the order of the magnitudes, and a NaN's above those of Inf: the
     # maximum of the integers is the amax, and a NaN anywhere is not lost, as it would be in a comparison of floats.
-    largest = max(run(lambda piece: loops.largest_magnitude(_flat(piece)), _pieces(_bits(weight))))
-    return torch.tensor([largest], dtype=_BITS[weight.dtype]).view(weight.dtype)[0].float()
+    largest = max(run(lambda piece: loops.largest_magnitude(flat(piece)), pieces_of(bits(weight))))
+    return torch.tensor([largest], dtype=bits_of(weight.dtype)).view(weight.dtype)[0].float()
 
 
 def bit_sums(weight: torch.Tensor) -> tuple[int, int]:
     rows = weight.detach().view(_INTEGERS[weight.dtype.itemsize]).reshape(weight.shape[0], -1).numpy()
-    step = max(_piece_elements(rows) // rows.shape[1], 1)
+    step = max(piece_elements(rows) // rows.shape[1], 1)
     starts = range(0, len(rows), step)
-    of_pieces = run(lambda start: loops.bit_sums(_contiguous(rows[start : start + step]), start), starts)
+    of_pieces = run(lambda start: loops.bit_sums(contiguous(rows[start : start + step]), start), starts)
     # The loop's sums wrap as signed 64-bit integers; modulo 2^64 they and Python's unbounded sum of them agree.
     by_row, by_column = (sum(sums) % 2**64 for sums in zip(*of_pieces, strict=True))
     return by_row, by_column
@@ -76,33 +75,28 @@ def unpack(encoding: Encoding, encoded: Encoded, values: torch.Tensor) -> None:
     _loops(encoding).unpack(encoded, values)
 
 
-# The pieces of all weights of a group go to the threads at once: no thread waits for another between small weights.
-# A tensor's FP32 scale is handed over as a Python float, which holds it exactly; the loop makes FP32 of it again.
+# A tensor's FP32 scale is handed over as a Python float, which holds it exactly, or as an element of FP32.
 def _pack_blocks(
-    loop: loops.PackBlocks,
-    encoding: Encoding,
-    tables: "_Tables",
-    weights: Sequence[torch.Tensor],
-    encoded: Encoded,
+    loop: loops.PackBlocks, scale_values: Callable[[], Array], weights: Sequence[torch.Tensor], encoded: Encoded
 ) -> None:
-    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
-        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
-            pieces = _pieces(_bits(weight))
-            codes, scales = _beside(pieces, encoding, of_weight)
-            yield zip(pieces, repeat(_above_blocks(of_weight)), codes, scales, strict=False)
+    count, values = len(weights), scale_values()
+    scales_2 = np.ones(count, np.float32) if encoded.whole is None else encoded.whole.numpy()
+    codes, scales = (as_bytes(tensor).reshape(count, -1) for tensor in (encoded.codes, encoded.block_scales))
 
-    def pack(piece: Array, scale_2: float, packed: Array, scales: Array) -> None:
-        loop(_flat(piece), scale_2, tables.scales(), packed, scales)
+    def pack(memory: Memory, beside: Sequence[Array], first: int, last: int) -> None:
+        scales_2, codes, scales = beside
+        loop(*memory, scales_2, values, codes, scales, first, last)
 
-    run_each(pack, chain.from_iterable(calls()))
+    pack_group(pack, weights, (scales_2, codes, scales))
 
 
+# The pieces of all weights of a group go to the threads at once: no thread waits for another between small weights.
 def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     multiples, offsets = np.array(search.multiples, np.float32), np.array(search.offsets, np.int32)
 
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
         for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
-            pieces = _pieces(_bits(weight))
+            pieces = pieces_of(bits(weight))
             codes, scales = _beside(pieces, NVFP4_ENCODING, of_weight)
             # A piece may begin amid a row, and columns are known by the blocks before it.
             first_blocks = accumulate((piece.size for piece in scales), initial=0)
@@ -112,7 +106,7 @@ def _pack_searched(search: ScaleSearch, weights: Sequence[torch.Tensor], encoded
 
     def pack(piece: Array, scale_2: float, importance: Array, first_block: int, packed: Array, scales: Array) -> None:
         searched = scale_2, _e4m3_values(), multiples, offsets, importance, first_block
-        loops.pack_nvfp4_searched(_flat(piece), *searched, packed, scales)
+        loops.pack_nvfp4_searched(flat(piece), *searched, packed, scales)
 
     run_each(pack, chain.from_iterable(calls()))
 
@@ -121,43 +115,39 @@ def _unpack_blocks(
     loop: Callable[..., None], encoding: Encoding, tables: "_Tables", encoded: Encoded, values: torch.Tensor
 ) -> None:
     def unpack(packed: Array, scales: Array, scale_2: float, piece: Array) -> None:
-        loop(packed, scales, scale_2, tables.codes(), tables.scales(), _flat(piece))
+        loop(packed, scales, scale_2, tables.codes(), tables.scales(), flat(piece))
 
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
-        pieces = _pieces(of_values.numpy())
+        pieces = pieces_of(of_values.numpy())
         codes, scales = _beside(pieces, encoding, of_weight)
         run_each(unpack, zip(codes, scales, repeat(_above_blocks(of_weight)), pieces, strict=False))
 
 
 def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
-    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
-        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
-            pieces = _pieces(_bits(weight))
-            scale = float(of_weight.tensor_scales)
-            yield zip(pieces, repeat(scale), _alongside(pieces, of_weight.codes), strict=False)
+    codes = as_bytes(encoded.codes).reshape(len(weights), -1)
 
-    def pack(piece: Array, scale: float, codes: Array) -> None:
-        loops.pack_fp8(_flat(piece), scale, codes)
+    def pack(memory: Memory, beside: Sequence[Array], first: int, last: int) -> None:
+        loops.pack_fp8(*memory, *beside, first, last)
 
-    run_each(pack, chain.from_iterable(calls()))
+    pack_group(pack, weights, (encoded.tensor_scales.numpy(), codes))
 
 
 def _unpack_fp8(encoded: Encoded, values: torch.Tensor) -> None:
     def unpack(codes: Array, scale: float, piece: Array) -> None:
-        loops.unpack_fp8(codes, scale, _e4m3_values(), _flat(piece))
+        loops.unpack_fp8(codes, scale, _e4m3_values(), flat(piece))
 
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
-        pieces = _pieces(of_values.numpy())
+        pieces = pieces_of(of_values.numpy())
         scale = float(of_weight.tensor_scales)
-        run_each(unpack, zip(_alongside(pieces, of_weight.codes), repeat(scale), pieces, strict=False))
+        run_each(unpack, zip(alongside(pieces, of_weight.codes), repeat(scale), pieces, strict=False))
 
 
 def _pack_fp8_row(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def pack(rows: Array, scales: Array, codes: Array) -> None:
-        loops.pack_fp8_row(_contiguous(rows), scales, codes)
+        loops.pack_fp8_row(contiguous(rows), scales, codes)
 
     pairs = zip(weights, encoded.of_each(), strict=True)
-    run_each(pack, chain.from_iterable(_scaled_rows(_bits(weight), of_weight) for weight, of_weight in pairs))
+    run_each(pack, chain.from_iterable(_scaled_rows(bits(weight), of_weight) for weight, of_weight in pairs))
 
 
 def _unpack_fp8_row(encoded: Encoded, values: torch.Tensor) -> None:
@@ -172,10 +162,10 @@ def _pack_fp8_block(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     def pack(bands: Array, scales: Array, codes: Array) -> None:
         # The codes too: at partial squares the loop fills a padded copy, and only what lies in the weight is kept.
         squares = _in_squares(codes)
-        loops.pack_fp8_block(_in_squares(_contiguous(bands)), scales, squares)
+        loops.pack_fp8_block(_in_squares(contiguous(bands)), scales, squares)
         _copy_back(squares, codes)
 
-    bands = (_bands(_bits(weight), of_weight) for weight, of_weight in zip(weights, encoded.of_each(), strict=True))
+    bands = (_bands(bits(weight), of_weight) for weight, of_weight in zip(weights, encoded.of_each(), strict=True))
     run_each(pack, chain.from_iterable(bands))
 
 
@@ -193,14 +183,14 @@ def _pack_int4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     group = _group(encoded)
 
     def pack(piece: Array, codes: Array, scales: Array) -> None:
-        loops.pack_int4(_flat(piece), group, codes, scales.view(np.uint16))
+        loops.pack_int4(flat(piece), group, codes, scales.view(np.uint16))
 
     def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
         for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
-            pieces = _pieces(_bits(weight))
+            pieces = pieces_of(bits(weight))
             # Two bytes a scale, so that a byte of them goes with half a group.
-            scales = _alongside(pieces, of_weight.block_scales, group // 2)
-            yield zip(pieces, _alongside(pieces, of_weight.codes, 2), scales, strict=True)
+            scales = alongside(pieces, of_weight.block_scales, group // 2)
+            yield zip(pieces, alongside(pieces, of_weight.codes, 2), scales, strict=True)
 
     run_each(pack, chain.from_iterable(calls()))
 
@@ -210,12 +200,12 @@ def _unpack_int4(encoded: Encoded, values: torch.Tensor) -> None:
 
     def unpack(codes: Array, scales: Array, piece: Array) -> None:
         # NumPy has no BF16, whose bits are the upper half of FP32's.
-        loops.unpack_int4(codes, (scales.view(np.uint16).astype(np.uint32) << 16).view(np.float32), _flat(piece))
+        loops.unpack_int4(codes, (scales.view(np.uint16).astype(np.uint32) << 16).view(np.float32), flat(piece))
 
     for of_weight, of_values in zip(encoded.of_each(), values, strict=True):
-        pieces = _pieces(of_values.numpy())
-        scales = _alongside(pieces, of_weight.block_scales, group // 2)
-        run_each(unpack, zip(_alongside(pieces, of_weight.codes, 2), scales, pieces, strict=True))
+        pieces = pieces_of(of_values.numpy())
+        scales = alongside(pieces, of_weight.block_scales, group // 2)
+        run_each(unpack, zip(alongside(pieces, of_weight.codes, 2), scales, pieces, strict=True))
 
 
 def _group(encoded: Encoded) -> int:
@@ -247,7 +237,7 @@ class _Tables(NamedTuple):
 
 
 def _of_blocks(encoding: Encoding, pack: Callable[..., None], unpack: Callable[..., None], tables: _Tables) -> Loops:
-    return Loops(partial(_pack_blocks, pack, encoding, tables), partial(_unpack_blocks, unpack, encoding, tables))
+    return Loops(partial(_pack_blocks, pack, tables.scales), partial(_unpack_blocks, unpack, encoding, tables))
 
 
 _LOOPS: Mapping[Encoding, Loops] = {
@@ -286,68 +276,12 @@ def _loops(encoding: Encoding) -> Loops:
     return _LOOPS.get(encoding) or reference.loops_for(encoding)
 
 
-def _bits(weight: torch.Tensor) -> Array:
-    """The weight's own memory, with its strides."""
-    return weight.detach().view(_BITS[weight.dtype]).numpy()
-
-
-def _bytes(tensor: torch.Tensor) -> Array:
-    """The memory of codes or E4M3 scales: NumPy has no FP8 types, and the loops make their bits themselves."""
-    return tensor.view(torch.uint8).numpy()
-
-
-def _flat(piece: Array) -> Array:
-    return _contiguous(piece).reshape(-1)
-
-
-def _contiguous(piece: Array) -> Array:
-    """The piece itself where it is contiguous and aligned, else a copy of it, whatever its strides."""
-    # Neighbours of a row lie apart, as in a transposed view, and NumPy's own copy would miss the cache at each.
-    if piece.ndim != 2 or piece.strides[0] >= piece.strides[1] or not piece.flags.aligned:
-        return np.require(piece, requirements=("C", "A"))
-    copy = np.empty(piece.shape, piece.dtype)
-    loops.copy_transposed(piece, copy)
-    return copy
-
-
-def _pieces(weight: Array) -> list[Array]:
-    """The weight in row-major order: flat pieces where it is contiguous, some rows each where it is not."""
-    most = _piece_elements(weight)
-    if weight.flags.c_contiguous and most >= weight.size:
-        return [weight]
-    # Neither kind cuts a block: flat pieces are multiples of `_PIECE`, and a row is a whole number of blocks.
-    rows = weight.reshape(-1, 1) if weight.flags.c_contiguous else weight
-    step = max(most * len(rows) // rows.size, 1)
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
-
-
-def _piece_elements(weight: Array) -> int:
-    """How many elements of a weight a thread takes at once."""
-    # Each piece of these is copied first, and a larger copy would not stay in the cache.
-    if not weight.flags.c_contiguous:
-        return _PIECE
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return int(weight.size)
-    # Starting a loop takes the interpreter's lock: few pieces a thread, however large the weight.
-    return _PIECE * max(_LEAST_PIECES, weight.size // (_PIECE * _PIECES_PER_THREAD * threads))
-
-
-def _alongside(pieces: list[Array], tensor: torch.Tensor, per: int = 1) -> list[Array]:
-    """The flat bytes of a tensor in the same pieces as a weight of which `per` elements share a byte."""
-    flat = _bytes(tensor).reshape(-1)
-    if len(pieces) == 1:
-        return [flat]
-    ends = accumulate((piece.size // per for piece in pieces), initial=0)
-    return [flat[start:end] for start, end in pairwise(ends)]
-
-
 def _beside(pieces: list[Array], encoding: Encoding, encoded: Encoded) -> tuple[list[Array], list[Array]]:
     """The bytes of codes and of scales of blocks, which are neighbours of a row, in the same pieces."""
     # For type checkers: the encodings of these loops have blocks of some columns of one row.
     assert encoding.block.columns is not None
-    codes = _alongside(pieces, encoded.codes, encoding.code.in_a_byte)
-    return codes, _alongside(pieces, encoded.block_scales, encoding.block.columns)
+    codes = alongside(pieces, encoded.codes, encoding.code.in_a_byte)
+    return codes, alongside(pieces, encoded.block_scales, encoding.block.columns)
 
 
 def _above_blocks(encoded: Encoded) -> float:
@@ -357,8 +291,8 @@ def _above_blocks(encoded: Encoded) -> float:
 
 def _bands(weight: Array, encoded: Encoded, height: int = FP8_BLOCK_SIDE) -> Iterator[tuple[Array, Array, Array]]:
     """Weight, block scales and codes in the same pieces: bands as high as a block, some of them each."""
-    block_scales, codes = encoded.block_scales.numpy(), _bytes(encoded.codes)
-    step = max(_piece_elements(weight) * len(block_scales) // weight.size, 1)
+    block_scales, codes = encoded.block_scales.numpy(), as_bytes(encoded.codes)
+    step = max(piece_elements(weight) * len(block_scales) // weight.size, 1)
     for start in range(0, len(block_scales), step):
         rows = slice(start * height, (start + step) * height)
         yield weight[rows], block_scales[start : start + step], codes[rows]

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, prefetch, room_of, viewed
+from quantplug.compiled.compiler import OPTIONS, array_at, prefetch, prefetch_nontemporal, room_of, viewed
 from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
@@ -36,8 +36,16 @@ from quantplug.formats.kernels.cpu.codes import (
     magnitude_bits,
 )
 from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder, room_for_bounds
-from quantplug.formats.kernels.cpu.scales import e4m3_scale, e8m0_scales, int4_scales, nvfp4_scales
-from quantplug.formats.kernels.cpu.tiles import LINE, SIDE, TILE
+from quantplug.formats.kernels.cpu.group_loops import of_groups, part_of, weights_with
+from quantplug.formats.kernels.cpu.scales import (
+    a_byte_s,
+    e4m3_scale,
+    e8m0_scales,
+    fill_divisors,
+    int4_scales,
+    nvfp4_scales,
+)
+from quantplug.formats.kernels.cpu.tiles import AHEAD, LINE, SIDE, TILE
 
 _a_byte_each = room_of(TILE)
 
@@ -52,43 +60,47 @@ def _pair(codes: Array, packed: Array) -> None:
 
 
 def _tile_encoder(width: int, encode: Any, in_a_byte: int) -> Any:
-    """Encodes blocks of `width` neighbours under divisors that are there already; arguments as of `_blocks_packer`."""
+    """Encodes blocks of `width` neighbours under scales that are there already; arguments as of `_groups_packer`."""
 
     @njit(**OPTIONS)
-    def encode_blocks(tile: Array, scales: Array, codes: Array) -> None:
-        """One code a byte [n, width], from the bits of blocks and their divisors [n]."""
+    def encode_blocks(tile: Array, scales: Array, divisors: Array, codes: Array) -> None:
+        """One code a byte [n, width]."""
         blocks = viewed(tile, (scales.size, width), tile.dtype)
         for block in range(scales.size):
-            # The next tile comes while this one is worked on, or its first look would wait for memory.
-            prefetch(tile, TILE + block * width)
-            scale = scales[block]
+            prefetch_nontemporal(tile, AHEAD + block * width)
+            divisor = divisors[scales[block]]
             for i in range(width):
                 # Divided, though a product with the reciprocal is faster: it breaks ties of BF16 weights otherwise.
-                codes[block, i] = encode(np.float32(fp32(blocks[block, i]) / scale))
+                codes[block, i] = encode(np.float32(fp32(blocks[block, i]) / divisor))
 
     @njit(**OPTIONS)
-    def encode_tile(tile: Array, scales: Array, packed: Array) -> None:
-        """Bits of n * width elements, at most a tile, to bytes of codes."""
+    def encode_tile(tile: Array, scales: Array, divisors: Array, packed: Array) -> None:
+        """Bits of n * width elements, at most a tile, to bytes of codes.
+
+        Args:
+            scales: The bytes of scales [n].
+            divisors: What elements are divided by, FP32, of all bytes.
+        """
         shape = (scales.size, width)
         if in_a_byte == 1:
-            encode_blocks(tile, scales, viewed(packed, shape, packed.dtype))
+            encode_blocks(tile, scales, divisors, viewed(packed, shape, packed.dtype))
         else:
             codes = _a_byte_each(np.uint8)
-            encode_blocks(tile, scales, viewed(codes, shape, codes.dtype))
+            encode_blocks(tile, scales, divisors, viewed(codes, shape, codes.dtype))
             _pair(codes, packed)
 
     return encode_tile
 
 
-def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) -> Any:
-    """Packs blocks of `width` neighbours: a loop is compiled for each, in which all of these are known.
+def _groups_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) -> Any:
+    """Packs groups of weights in blocks of `width` neighbours: in each loop that is compiled all of these are known.
 
     Args:
         fill_scales: Of blocks, from their amaxes.
         encode: FP32 to a code.
         in_a_byte: Codes, 1 or 2.
     """
-    fill_amaxes, scales_of_a_tile = block_amaxes(width), room_of(TILE // width)
+    fill_amaxes, amaxes_of_a_tile = block_amaxes(width), room_of(TILE // width)
     encode_tile = _tile_encoder(width, encode, in_a_byte)
     encode_pairs = pairs_encoder(width, encode_tile)
 
@@ -105,30 +117,29 @@ def _blocks_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         Args:
             scale_values: What the bytes of scales stand for, FP32.
         """
-        scale_2, scales = np.float32(weight_scale_2), scales_of_a_tile(np.float32)
+        scale_2, amaxes, divisors = np.float32(weight_scale_2), amaxes_of_a_tile(np.float32), a_byte_s(np.float32)
+        fill_divisors(scale_values, scale_2, divisors)
         if in_a_byte == 2:
             bounds = room_for_bounds(np.uint32)
-            usual = bounds_of_scales(scale_values, scale_2, bounds)
+            usual = bounds_of_scales(divisors, bounds)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         for start in range(0, weight.size, TILE):
             tile = weight[start : start + TILE]
-            blocks = tile.size // width
-            first = start // width
-            scale_bytes = block_scales[first : first + blocks]
-            fill_amaxes(tile, scales[:blocks])
-            fill_scales(scales[:blocks], scale_2, scale_bytes)
-            first_byte = start // in_a_byte
+            blocks, first, first_byte = tile.size // width, start // width, start // in_a_byte
+            scales = block_scales[first : first + blocks]
             of_tile = packed[first_byte : first_byte + tile.size // in_a_byte]
+            fill_amaxes(tile, amaxes[:blocks])
+            fill_scales(amaxes[:blocks], scale_2, scales)
             if in_a_byte == 1:
-                encode_tile(tile, scales[:blocks], of_tile)
+                encode_tile(tile, scales, divisors, of_tile)
             else:
-                encode_pairs(tile, scales[:blocks], scale_bytes, bounds, usual, of_tile)
+                encode_pairs(tile, scales, divisors, bounds, usual, of_tile)
 
-    return pack
+    return of_groups(pack, width, in_a_byte)
 
 
 def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
-    """Undoes what `_blocks_packer` makes, in FP32."""
+    """Undoes what `_groups_packer` makes, in FP32."""
 
     @njit(**OPTIONS)
     def unpack_pairs(
@@ -161,9 +172,9 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
 
 
 encode_nvfp4 = pairs_encoder(NVFP4_BLOCK, _tile_encoder(NVFP4_BLOCK, e2m1_code, in_a_byte=2))
-pack_nvfp4 = _blocks_packer(NVFP4_BLOCK, nvfp4_scales, e2m1_code, in_a_byte=2)
-pack_mxfp4 = _blocks_packer(MX_BLOCK, e8m0_scales(E2M1_MAX), e2m1_code, in_a_byte=2)
-pack_mxfp8 = _blocks_packer(MX_BLOCK, e8m0_scales(E4M3_MAX), e4m3_code, in_a_byte=1)
+pack_nvfp4 = _groups_packer(NVFP4_BLOCK, nvfp4_scales, e2m1_code, in_a_byte=2)
+pack_mxfp4 = _groups_packer(MX_BLOCK, e8m0_scales(E2M1_MAX), e2m1_code, in_a_byte=2)
+pack_mxfp8 = _groups_packer(MX_BLOCK, e8m0_scales(E4M3_MAX), e4m3_code, in_a_byte=1)
 unpack_nvfp4 = _blocks_unpacker(NVFP4_BLOCK, in_a_byte=2)
 unpack_mxfp4 = _blocks_unpacker(MX_BLOCK, in_a_byte=2)
 unpack_mxfp8 = _blocks_unpacker(MX_BLOCK, in_a_byte=1)
@@ -222,11 +233,19 @@ def bit_sums(rows: Array, first: int, of_columns: Array, found: Array) -> None:
 
 
 @njit(**OPTIONS)
-def pack_fp8(weight: Array, weight_scale: float, codes: Array) -> None:
+def _pack_fp8(weight: Array, scale: Any, codes: Array) -> None:
     """Bits of n elements to n E4M3 codes."""
-    scale = np.float32(weight_scale)
     for i in range(weight.size):
         codes[i] = e4m3_code(np.float32(fp32(weight[i]) / scale))
+
+
+@njit(**OPTIONS)
+def pack_fp8(addresses: Array, like: Array, elements: int, scales: Array, codes: Array, first: int, last: int) -> None:
+    """Tiles of n weights to E4M3 codes [n, elements], by their FP32 scales [n]; other arguments as of `of_groups`."""
+    for weight in weights_with(first, last, elements):
+        start, end = part_of(weight, first, last, elements)
+        part = array_at(addresses[weight] + start * like.itemsize, end - start, like)
+        _pack_fp8(part, scales[weight], codes[weight, start:end])
 
 
 @njit(**OPTIONS)
@@ -305,7 +324,7 @@ def _int4_codes(tile: Array, parts_a_group: int, scales: Array, codes: Array) ->
     """Fills `codes` [n, 32] with one code a byte, from the bits of as many elements."""
     parts = viewed(tile, (len(codes), INT4_SMALL_GROUP), tile.dtype)
     for part in range(parts.shape[0]):
-        prefetch(tile, TILE + part * INT4_SMALL_GROUP)
+        prefetch_nontemporal(tile, AHEAD + part * INT4_SMALL_GROUP)
         scale = scales[part // parts_a_group]
         for i in range(INT4_SMALL_GROUP):
             codes[part, i] = int4_code(np.float32(fp32(parts[part, i]) / scale))

@@ -14,9 +14,8 @@ _LOOPS = Home("quantplug.formats.kernels.cpu.loops", _FORMATS)
 _SEARCH = Home("quantplug.formats.search.loops", _FORMATS)
 _LOOPS.require()
 
-PackBlocks = Callable[[Array, float, Array, Array, Array], None]
-"""Of bits of a weight, the scale above its blocks, the FP32 values of the bytes of scales, and the bytes of codes and
-scales to fill."""
+PackBlocks = Callable[[Array, Array, int, Array, Array, Array, Array, int, int], None]
+"""Arguments as of `group_loops.of_groups`."""
 
 unpack_nvfp4 = _LOOPS.loop("unpack_nvfp4")
 unpack_mxfp4 = _LOOPS.loop("unpack_mxfp4")

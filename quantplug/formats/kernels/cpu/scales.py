@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS
+from quantplug.compiled.compiler import OPTIONS, room_of
 from quantplug.formats.constants import (
     E4M3_SMALLEST_SUBNORMAL,
     E8M0_BIAS,
@@ -29,9 +29,6 @@ from quantplug.formats.kernels.cpu.codes import (
 )
 
 _BELOW_A_BINADE = np.uint32((1 << F32_MANTISSA_BITS) - 1)
-_F32_E8M0_SMALLEST = np.uint32(1 << (F32_MANTISSA_BITS - 1))
-"""The bits of 2^-127, which E8M0's exponent 0 stands for: a subnormal of FP32."""
-
 _E8M0_NAN = np.uint32(E8M0_NAN)
 _INT4_LARGEST = np.float32(INT4_LARGEST)
 _SMALLEST_BLOCK_SCALE = np.float32(E4M3_SMALLEST_SUBNORMAL)
@@ -39,20 +36,30 @@ _SMALLEST_SCALE = np.float32(F32_SMALLEST_NORMAL)
 _ZERO_AMAX_SCALE = np.float32(ZERO_AMAX_SCALE)
 
 
+a_byte_s = room_of(256)
+"""For something of each scale of a byte."""
+
+
 @njit(**OPTIONS)
-def nvfp4_scales(scales: Array, weight_scale_2: Any, block_scales: Array) -> None:
-    """Writes each block's E4M3 scale, and replaces its FP32 amax in `scales` by what its elements are divided by."""
+def fill_divisors(values: Array, weight_scale_2: Any, divisors: Array) -> None:
+    """What the elements of a block are divided by, of each scale of a byte, from what it stands for; all FP32."""
+    for i in range(divisors.size):
+        divisors[i] = np.float32(values[i] * weight_scale_2)
+
+
+@njit(**OPTIONS)
+def nvfp4_scales(amaxes: Array, weight_scale_2: Any, block_scales: Array) -> None:
+    """The E4M3 scales of blocks from their FP32 amaxes."""
     largest = np.float32(E2M1_LARGEST * weight_scale_2)
-    for i in range(scales.size):
+    for i in range(amaxes.size):
         # The order of `scale_types._e4m3_scales`: 0 becomes 1 before the clamp, which would make 2^-9 of it.
-        scale = np.float32(scales[i] / largest)
+        scale = np.float32(amaxes[i] / largest)
         scale = _ZERO_AMAX_SCALE if scale == np.float32(0) else scale
         scale = _SMALLEST_BLOCK_SCALE if scale < _SMALLEST_BLOCK_SCALE else scale
         saturated = scale if scale < E4M3_LARGEST else E4M3_LARGEST
-        code, value = rounded(saturated, E4M3_MANTISSA, E4M3_NORMAL)
-        # NaN has become 448 by the comparisons above: code and divisor are NaN again, so that no decoder finds numbers.
+        code, _ = rounded(saturated, E4M3_MANTISSA, E4M3_NORMAL)
+        # NaN has become 448 by the comparisons above: the code is NaN's again, so that no decoder finds numbers.
         block_scales[i] = np.uint8(code if scale == scale else E4M3_NAN)
-        scales[i] = np.float32((value if scale == scale else scale) * weight_scale_2)
 
 
 def e8m0_scales(largest: float) -> Callable[[Array, Any, Array], None]:
@@ -61,17 +68,13 @@ def e8m0_scales(largest: float) -> Callable[[Array, Any, Array], None]:
     floor = np.float32(largest * 2.0**-E8M0_BIAS).view(np.uint32)
 
     @njit(**OPTIONS)
-    def fill(scales: Array, unused: Any, block_scales: Array) -> None:
-        for i in range(scales.size):
+    def fill(amaxes: Array, unused: Any, block_scales: Array) -> None:
+        for i in range(amaxes.size):
             # `scale_types._e8m0_scales` says why the bits of the amax give the exponent.
-            bits = np.float32(scales[i]).view(np.uint32)
+            bits = np.float32(amaxes[i]).view(np.uint32)
             steps = np.uint32(max(bits, floor) - floor)
             code = np.uint32(np.uint32(steps + _BELOW_A_BINADE) >> np.uint32(F32_MANTISSA_BITS))
-            # FP32 itself ends at exponent 1: what exponent 0 stands for is its subnormal 2^-127.
-            value = np.uint32(code << np.uint32(F32_MANTISSA_BITS)) if code > np.uint32(0) else _F32_E8M0_SMALLEST
-            is_nan = bits > F32_EXPONENT
-            block_scales[i] = np.uint8(_E8M0_NAN if is_nan else code)
-            scales[i] = scales[i] if is_nan else np.uint32(value).view(np.float32)
+            block_scales[i] = np.uint8(_E8M0_NAN if bits > F32_EXPONENT else code)
 
     return fill
 
