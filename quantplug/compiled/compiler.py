@@ -176,29 +176,22 @@ def room_of(*shape: int) -> Any:
     return room
 
 
-def _prefetcher(kept: bool) -> Any:
-    # LLVM's number for how long it is kept: 3 in all caches, 0 as little as the machine can.
-    locality = 3 if kept else 0
+@intrinsic
+def prefetch_nontemporal(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
+    """For compiled code: lets the first cache ask for an element, which may lie behind the last: none is read.
 
-    @intrinsic
-    def ask(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-            data = make_array(array)(context, builder, arguments[0]).data
-            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-            address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-            builder.call(function, [address, number(0), number(locality), number(1)])  # To be read; data.
-            return context.get_dummy_value()
+    It is for what is read once and soon: the larger caches keep what the process needs again, which is most of what a
+    call of a loop took.
+    """
 
-        return types.void(array, types.intp), generate
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        data = make_array(array)(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        # To be read, kept as little as the machine can, data.
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(function, [address, number(0), number(0), number(1)])
+        return context.get_dummy_value()
 
-    return ask
-
-
-prefetch = _prefetcher(kept=True)
-"""For compiled code: lets the first cache ask for an element, which may lie behind the last: none is read."""
-
-prefetch_nontemporal = _prefetcher(kept=False)
-"""The same for what is read once: it does not displace from the larger caches what the process needs again, which is
-most of what a call of a loop took. It has to be read soon, before it leaves the first cache."""
+    return types.void(array, types.intp), generate

@@ -38,6 +38,9 @@ class Lanes:
     def __add__(self, other: "Lanes | int") -> "Lanes":
         return self._new(self.builder.add(self.value, self._beside(other)))
 
+    def __sub__(self, other: "Lanes | int") -> "Lanes":
+        return self._new(self.builder.sub(self.value, self._beside(other)))
+
     def __rshift__(self, bits: int) -> "Lanes":
         return self._new(self.builder.lshr(self.value, self._beside(bits)))
 
@@ -61,6 +64,12 @@ class Lanes:
     def where_more_signed(self, other: "Lanes | int", number: int) -> "Lanes":
         """The same of signed lanes, whose comparison is one instruction everywhere."""
         return self._chosen(self.builder.icmp_signed(">", self.value, self._beside(other)), number)
+
+    def any_more(self, other: "Lanes | int") -> Any:
+        """Whether any lane is more than the other's, one bit."""
+        more = self.builder.icmp_unsigned(">", self.value, self._beside(other))
+        as_bits = self.builder.bitcast(more, ir.IntType(self.count))
+        return self.builder.icmp_unsigned("!=", as_bits, ir.Constant(as_bits.type, 0))
 
     def taken(self, other: "Lanes", lanes: Sequence[int]) -> "Lanes":
         """Lanes of both, of which the other's are counted on from its own."""

@@ -46,6 +46,7 @@ OPERATIONS: dict[str, tuple[Callable[[Lanes, Lanes], Lanes], Callable[[np.ndarra
     "and a number": (lambda a, b: a & 0x7FFF, lambda a, b: a & U16.type(0x7FFF)),
     "or": (lambda a, b: a | b, lambda a, b: a | b),
     "sum, which wraps": (lambda a, b: a + b, lambda a, b: a + b),
+    "difference, which wraps": (lambda a, b: a - b, lambda a, b: a - b),
     "shifts without the sign": (lambda a, b: (a >> 7) + (b << 3), lambda a, b: (a >> 7) + (b << 3)),
     "above": (lambda a, b: a.above(b), lambda a, b: np.where(a > b, a - b, 0)),
     "max": (lambda a, b: a.max(b), np.maximum),
@@ -67,6 +68,32 @@ def test_an_operation_is_that_of_numpy_in_each_lane(name: str, count: int) -> No
         out = np.empty(count, U16)
         loop(both[0], both[1], out)
         assert out.tolist() == expected(both[0], both[1]).astype(U16).tolist()
+
+    check()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_lane_that_is_more_is_found(count: int) -> None:
+    @intrinsic
+    def any_more(typing_context: Any, one: Any, other: Any) -> tuple[Any, Any]:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pairs = zip(signature.args, arguments, strict=True)
+            zero = context.get_constant(types.intp, 0)
+            first, second = (
+                memory.lanes(memory.at(zero), count)
+                for memory in (Memory.of(context, builder, kind, array) for kind, array in pairs)
+            )
+            return first.any_more(second)
+
+        return types.boolean(one, other), generate
+
+    loop = njit(**OPTIONS)(lambda one, other: any_more(one, other))
+
+    @given(arrays(U16, count), st.lists(st.integers(0, count - 1), max_size=2), st.booleans())
+    def check(one: np.ndarray, places: list[int], more: bool) -> None:
+        other = one.copy()
+        other[places] += U16.type(1 if more else 0xFFFF)
+        assert loop(one, other) == (one > other).any()
 
     check()
 

@@ -4,7 +4,7 @@ A compiler on the user's machine is not needed. A loop is compiled for the eleme
 takes a second or two, and `compiled` keeps the machine code for later processes, which import nothing of this: they
 call loops by their names (`machine_code`). So that the code needs nothing of numba's when it runs, no loop allocates
 memory, raises, or gives something back: it fills arrays, works in room on its thread's stack, and takes steps that are
-known when it is compiled. What it calls of `amaxes`, `codes`, `scales` and `e2m1_bounds` becomes part of its code.
+known when it is compiled. What it calls of `amaxes`, `codes`, `scales` and `bf16` becomes part of its code.
 
 The loops are written so that LLVM makes vector instructions of them: no branch in an inner loop, no slice, every
 integer of 32 bits or fewer.
@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from quantplug.compiled.arguments import Array
-from quantplug.compiled.compiler import OPTIONS, array_at, prefetch, prefetch_nontemporal, room_of, viewed
+from quantplug.compiled.compiler import OPTIONS, array_at, prefetch_nontemporal, room_of, viewed
 from quantplug.formats.constants import (
     E2M1_MAX,
     E4M3_MAX,
@@ -27,6 +27,7 @@ from quantplug.formats.constants import (
     NVFP4_BLOCK,
 )
 from quantplug.formats.kernels.cpu.amaxes import block_amaxes
+from quantplug.formats.kernels.cpu.bf16 import e2m1, e4m3
 from quantplug.formats.kernels.cpu.codes import (
     INT4_LOWEST_VALUE,
     e2m1_code,
@@ -35,7 +36,6 @@ from quantplug.formats.kernels.cpu.codes import (
     int4_code,
     magnitude_bits,
 )
-from quantplug.formats.kernels.cpu.e2m1_bounds import bounds_of_scales, pairs_encoder, room_for_bounds
 from quantplug.formats.kernels.cpu.group_loops import of_groups, part_of, weights_with
 from quantplug.formats.kernels.cpu.scales import (
     a_byte_s,
@@ -45,7 +45,7 @@ from quantplug.formats.kernels.cpu.scales import (
     int4_scales,
     nvfp4_scales,
 )
-from quantplug.formats.kernels.cpu.tiles import AHEAD, LINE, SIDE, TILE
+from quantplug.formats.kernels.cpu.tiles import AHEAD, SIDE, TILE
 
 _a_byte_each = room_of(TILE)
 
@@ -101,8 +101,9 @@ def _groups_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         in_a_byte: Codes, 1 or 2.
     """
     fill_amaxes, amaxes_of_a_tile = block_amaxes(width), room_of(TILE // width)
-    encode_tile = _tile_encoder(width, encode, in_a_byte)
-    encode_pairs = pairs_encoder(width, encode_tile)
+    code = e2m1 if in_a_byte == 2 else e4m3
+    room_for_bounds, bounds_of_scales = code.room_for_bounds, code.bounds_of_scales
+    encode_blocks = code.blocks_encoder(width, _tile_encoder(width, encode, in_a_byte))
 
     @njit(**OPTIONS)
     def pack(
@@ -119,9 +120,8 @@ def _groups_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
         """
         scale_2, amaxes, divisors = np.float32(weight_scale_2), amaxes_of_a_tile(np.float32), a_byte_s(np.float32)
         fill_divisors(scale_values, scale_2, divisors)
-        if in_a_byte == 2:
-            bounds = room_for_bounds(np.uint32)
-            usual = bounds_of_scales(divisors, bounds)
+        bounds = room_for_bounds(np.uint32)
+        usual = bounds_of_scales(divisors, bounds)
         # One step after another over a tile: each is a loop simple enough to become vector instructions.
         for start in range(0, weight.size, TILE):
             tile = weight[start : start + TILE]
@@ -130,10 +130,7 @@ def _groups_packer(width: int, fill_scales: Any, encode: Any, in_a_byte: int) ->
             of_tile = packed[first_byte : first_byte + tile.size // in_a_byte]
             fill_amaxes(tile, amaxes[:blocks])
             fill_scales(amaxes[:blocks], scale_2, scales)
-            if in_a_byte == 1:
-                encode_tile(tile, scales, divisors, of_tile)
-            else:
-                encode_pairs(tile, scales, divisors, bounds, usual, of_tile)
+            encode_blocks(tile, scales, divisors, bounds, usual, of_tile)
 
     return of_groups(pack, width, in_a_byte)
 
@@ -171,7 +168,7 @@ def _blocks_unpacker(width: int, in_a_byte: int) -> Any:
     return unpack if in_a_byte == 1 else unpack_pairs
 
 
-encode_nvfp4 = pairs_encoder(NVFP4_BLOCK, _tile_encoder(NVFP4_BLOCK, e2m1_code, in_a_byte=2))
+encode_nvfp4 = e2m1.blocks_encoder(NVFP4_BLOCK, _tile_encoder(NVFP4_BLOCK, e2m1_code, in_a_byte=2))
 pack_nvfp4 = _groups_packer(NVFP4_BLOCK, nvfp4_scales, e2m1_code, in_a_byte=2)
 pack_mxfp4 = _groups_packer(MX_BLOCK, e8m0_scales(E2M1_MAX), e2m1_code, in_a_byte=2)
 pack_mxfp8 = _groups_packer(MX_BLOCK, e8m0_scales(E4M3_MAX), e4m3_code, in_a_byte=1)
@@ -233,10 +230,21 @@ def bit_sums(rows: Array, first: int, of_columns: Array, found: Array) -> None:
 
 
 @njit(**OPTIONS)
+def _divide_to_e4m3(elements: Array, scale: Any, codes: Array) -> None:
+    """Bits of n elements to n codes."""
+    for i in range(elements.size):
+        codes[i] = e4m3_code(np.float32(fp32(elements[i]) / scale))
+
+
+_encode_e4m3 = e4m3.codes_encoder(_divide_to_e4m3)
+
+
+@njit(**OPTIONS)
 def _pack_fp8(weight: Array, scale: Any, codes: Array) -> None:
-    """Bits of n elements to n E4M3 codes."""
-    for i in range(weight.size):
-        codes[i] = e4m3_code(np.float32(fp32(weight[i]) / scale))
+    """Bits of n elements to n E4M3 codes, all by one FP32 scale."""
+    bounds = e4m3.room_for_bounds_of_one(np.uint32)
+    usual = e4m3.bounds_of(scale, bounds)
+    _encode_e4m3(weight, scale, bounds, usual, codes)
 
 
 @njit(**OPTIONS)
@@ -266,8 +274,7 @@ def pack_fp8_row(rows: Array, row_scales: Array, codes: Array) -> None:
         scale = e4m3_scale(fp32(largest))
         row_scales[row] = scale
         # A row is short enough to be in a core's cache still.
-        for i in range(rows.shape[1]):
-            codes[row, i] = e4m3_code(np.float32(fp32(rows[row, i]) / scale))
+        _pack_fp8(rows[row], scale, codes[row])
 
 
 @njit(**OPTIONS)
@@ -278,30 +285,59 @@ def unpack_fp8_row(codes: Array, row_scales: Array, e4m3: Array, out: Array) -> 
             out[row, i] = e4m3[codes[row, i]] * row_scales[row]
 
 
+_STRIP = 16
+"""Squares side by side of which the amaxes are found before the codes: no more than a core's second cache holds, and
+their rows are long enough to be read, and written, one after another: memory is slow at pieces that lie apart."""
+
+_a_column_each, _a_square_each = room_of(_STRIP * FP8_BLOCK_SIDE), room_of(_STRIP)
+_encode_squares = e4m3.blocks_encoder(FP8_BLOCK_SIDE, _tile_encoder(FP8_BLOCK_SIDE, e4m3_code, in_a_byte=1))
+
+
 @njit(**OPTIONS)
-def _square_scale(bands: Array, band: int, block: int) -> Any:
-    """The FP32 scale of one square of [bands, 128, blocks, 128]."""
-    largest = magnitude_bits(bands[band, 0, block, 0])
-    for row in range(FP8_BLOCK_SIDE):
-        for i in range(FP8_BLOCK_SIDE):
-            largest = max(largest, magnitude_bits(bands[band, row, block, i]))
+def _amaxes_of_columns(rows: Array, left: int, amaxes: Array) -> None:
+    """Bits of the largest magnitudes of some columns of all rows, from one on."""
+    amaxes[:] = 0
+    for row in range(rows.shape[0]):
+        # A slice: an index that is a sum could be negative, which numba would ask of each.
+        of_row = rows[row, left : left + amaxes.size]
+        for i in range(amaxes.size):
+            amaxes[i] = max(amaxes[i], magnitude_bits(of_row[i]))
+
+
+@njit(**OPTIONS)
+def _scale_of_square(amaxes: Array) -> Any:
+    largest = amaxes[0]
+    for i in range(amaxes.size):
+        largest = max(largest, amaxes[i])
     return e4m3_scale(fp32(largest))
+
+
+@njit(**OPTIONS)
+def _pack_strip(rows: Array, left: int, scales: Array, codes: Array) -> None:
+    """Squares side by side in rows [128, columns], from a column on: their FP32 scales, and as many codes."""
+    amaxes, numbers = _a_column_each(rows.dtype), _a_square_each(np.uint8)
+    bounds, all_usual = e4m3.room_for_bounds(np.uint32), True
+    right = left + scales.size * FP8_BLOCK_SIDE
+    _amaxes_of_columns(rows, left, amaxes[: right - left])
+    for square in range(scales.size):
+        numbers[square] = square
+        scales[square] = _scale_of_square(amaxes[square * FP8_BLOCK_SIDE : (square + 1) * FP8_BLOCK_SIDE])
+        all_usual &= e4m3.bounds_of(scales[square], bounds[square])
+    usual = (0, scales.size - 1) if all_usual else (1, 0)
+    for row in range(rows.shape[0]):
+        _encode_squares(rows[row, left:right], numbers[: scales.size], scales, bounds, usual, codes[row, left:right])
 
 
 @njit(**OPTIONS)
 def pack_fp8_block(bands: Array, block_scales: Array, codes: Array) -> None:
     """Bits of [bands, 128, blocks, 128] elements to [bands, blocks] FP32 scales and as many E4M3 codes as elements."""
-    for band in range(block_scales.shape[0]):
-        for block in range(block_scales.shape[1]):
-            scale = _square_scale(bands, band, block)
-            block_scales[band, block] = scale
-            for row in range(FP8_BLOCK_SIDE):
-                # The next square comes while this one is worked on; to the right of the last lies the next row.
-                right = ((band * FP8_BLOCK_SIDE + row) * block_scales.shape[1] + block + 1) * FP8_BLOCK_SIDE
-                for line in range(0, FP8_BLOCK_SIDE, LINE):
-                    prefetch(bands, right + line)
-                for i in range(FP8_BLOCK_SIDE):
-                    codes[band, row, block, i] = e4m3_code(np.float32(fp32(bands[band, row, block, i]) / scale))
+    count, blocks = block_scales.shape
+    shape = count, FP8_BLOCK_SIDE, blocks * FP8_BLOCK_SIDE
+    rows, codes_of_rows = viewed(bands, shape, bands.dtype), viewed(codes, shape, codes.dtype)
+    for band in range(count):
+        for first in range(0, blocks, _STRIP):
+            scales = block_scales[band, first : first + _STRIP]
+            _pack_strip(rows[band], first * FP8_BLOCK_SIDE, scales, codes_of_rows[band])
 
 
 @njit(**OPTIONS)

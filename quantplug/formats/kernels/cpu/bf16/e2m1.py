@@ -14,29 +14,31 @@ from numba.extending import intrinsic, overload
 from quantplug.compiled.arguments import Array
 from quantplug.compiled.compiler import OPTIONS, prefetch_nontemporal, room_of
 from quantplug.compiled.vectors import Lanes, Memory
+from quantplug.formats.kernels.cpu.bf16.bounds import (
+    BINADE,
+    LANES,
+    MAGNITUDE,
+    MANTISSA_BITS,
+    SIGN,
+    WORDS,
+    next_bf16,
+    numbers_between,
+    spread_halves,
+)
 from quantplug.formats.kernels.cpu.tiles import AHEAD, LINE
 
 # E2M1 changes its code in the middle between two of its values: at 0.25, 0.75, 1.25, 1.75, and at 2.5, 5 and 3.5, which
-# are the last two of these doubled. A quotient is rounded to FP32 before it is rounded to a code, so that it reaches a
-# middle half a step of FP32 before it, and passes it half a step behind. Ties go to the even code: up at 0.75 and 1.75,
-# which are to be reached, down at the others, which are to be passed.
+# are the last two of these doubled. Those at 0.75 and 1.75 are to be reached, the others to be passed.
 _PAST_025, _FROM_075 = 0.25 + 2.0**-26, 0.75 - 2.0**-25
 _PAST_125, _FROM_175 = 1.25 + 2.0**-24, 1.75 - 2.0**-24
-# FP64 holds the product of such a number, of 27 bits, and of a divisor, of 24; and BF16 the upper 16 bits of FP32.
-_F64_BELOW_BF16 = np.int64(52 - 7)
-_BF16_STEP = np.int64(1 << (52 - 7))
-_F64_TO_BF16_BIAS = np.int64((1023 - 127) << 7)
-_BF16_MANTISSA_BITS, _BF16_MAGNITUDE, _BF16_SIGN = 7, 0x7FFF, 0x8000
-_BF16_BINADE = 1 << _BF16_MANTISSA_BITS
 _E2M1_SIGN = 8
 _SCALES, _BOUNDS = 256, 5  # of a byte, and of each
-_LANES, _AT_ONCE = 16, 4  # of BF16 in a vector of 256 bits, and vectors whose codes are as long as one
-_WORDS = _LANES // 2  # that a bound stands in, twice in each
+_AT_ONCE = 4  # vectors whose codes are as long as one of them
 # Between these divisors no bound is a subnormal of BF16, and no quotient is 0 but that of 0.
 _LEAST_DIVISOR, _MOST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**16)
 
 
-room_for_bounds = room_of(_SCALES, _BOUNDS, _WORDS)
+room_for_bounds = room_of(_SCALES, _BOUNDS, WORDS)
 """For those of all scales of a byte, uint32."""
 
 
@@ -50,48 +52,29 @@ def _are_between(scales: Array, first: int, last: int) -> bool:
 
 
 @njit(**OPTIONS)
-def _next_bf16(bound: float) -> Any:
-    """The bits of the least BF16 magnitude above a bound, which by its last half step of FP32 is none itself."""
-    return np.int64((np.int64(np.float64(bound).view(np.int64) + _BF16_STEP) >> _F64_BELOW_BF16) - _F64_TO_BF16_BIAS)
-
-
-@njit(**OPTIONS)
-def _spread(bits: int, words: Array) -> None:
-    """In both halves of each word: so an instruction compares with them where they are, and none reads them first."""
-    twice = np.uint32(np.uint32(bits << 16) | np.uint32(bits))
-    for i in range(_WORDS):
-        words[i] = twice
-
-
-@njit(**OPTIONS)
 def bounds_of_scales(divisors: Array, bounds: Array) -> tuple[int, int]:
     """What BF16 magnitudes are compared with that become codes, bits, by the FP32 divisors of the scales of a byte.
 
     The first two are the largest magnitudes before the codes of 0.5 and 1, which are to be passed. The next two are the
     least that have those of 1.5 and 2, a binade below: how many binades an element is behind is how many of the bounds
     at 1.25, 2.5 and 5, or at 1.75 and 3.5, it has behind it. The last is the least that has the code of 6, the largest.
-    By a divisor that is not usual nothing can be compared, and what is there is none.
 
-    Gives the first and the last scale that is usual, and so are those between them: of bytes that stand for numbers
-    above 0 a larger one stands for a larger number. Where there is none, the first is behind the last.
+    Gives the first and the last byte whose divisor is usual: by others nothing can be compared.
     """
-    first, last = divisors.size, -1
     for i in range(divisors.size):
-        if (divisors[i] >= _LEAST_DIVISOR) & (divisors[i] <= _MOST_DIVISOR):
-            first, last = min(first, i), i
         divisor = np.float64(divisors[i])
-        from_15 = _next_bf16(divisor * _PAST_125)
-        _spread(_next_bf16(divisor * _PAST_025) - 1, bounds[i, 0])
-        _spread(_next_bf16(divisor * _FROM_075) - 1, bounds[i, 1])
-        _spread(from_15 - _BF16_BINADE, bounds[i, 2])
-        _spread(_next_bf16(divisor * _FROM_175) - _BF16_BINADE, bounds[i, 3])
-        _spread(from_15 + 2 * _BF16_BINADE, bounds[i, 4])
-    return first, last
+        from_15 = next_bf16(divisor * _PAST_125)
+        spread_halves(next_bf16(divisor * _PAST_025) - 1, bounds[i, 0])
+        spread_halves(next_bf16(divisor * _FROM_075) - 1, bounds[i, 1])
+        spread_halves(from_15 - BINADE, bounds[i, 2])
+        spread_halves(next_bf16(divisor * _FROM_175) - BINADE, bounds[i, 3])
+        spread_halves(from_15 + 2 * BINADE, bounds[i, 4])
+    return numbers_between(divisors, _LEAST_DIVISOR, _MOST_DIVISOR)
 
 
-def pairs_encoder(width: int, encode_tile: Any) -> Any:
+def blocks_encoder(width: int, encode_tile: Any) -> Any:
     """Encodes blocks of `width` neighbours as `encode_tile` does, to E2M1."""
-    encode_vectors, at_once = _vectors_encoder(width), _AT_ONCE * _LANES
+    encode_vectors, at_once = _vectors_encoder(width), _AT_ONCE * LANES
 
     def encode(tile: Array, scales: Array, divisors: Array, bounds: Array, usual: Any, packed: Array) -> None:
         """Bits of n * width elements to half as many bytes.
@@ -100,7 +83,7 @@ def pairs_encoder(width: int, encode_tile: Any) -> Any:
             scales: The bytes of scales [n].
             divisors: What elements are divided by, FP32, of all bytes.
             bounds: Of all bytes.
-            usual: The first and the last byte that have bounds.
+            usual: The first and the last byte by which elements can be compared.
         """
 
     @overload(encode, strict=False)
@@ -141,11 +124,11 @@ def _vectors_encoder(width: int) -> Any:
             first_block = builder.udiv(start, start.type(width))
 
             def codes_of(vector: int) -> Lanes:
-                scale = builder.zext(builder.load(scales.at(first_block, vector * _LANES // width)), start.type)
-                bounds_of_it = builder.mul(scale, start.type(_BOUNDS * _WORDS))
-                words = (bounds.lanes(bounds.at(bounds_of_it, bound * _WORDS), _WORDS) for bound in range(_BOUNDS))
+                scale = builder.zext(builder.load(scales.at(first_block, vector * LANES // width)), start.type)
+                bounds_of_it = builder.mul(scale, start.type(_BOUNDS * WORDS))
+                words = (bounds.lanes(bounds.at(bounds_of_it, bound * WORDS), WORDS) for bound in range(_BOUNDS))
                 compared = (word.as_lanes_of(16) for word in words)
-                return _e2m1_codes(elements.lanes(elements.at(start, vector * _LANES), _LANES), *compared)
+                return _e2m1_codes(elements.lanes(elements.at(start, vector * LANES), LANES), *compared)
 
             codes = [codes_of(vector) for vector in range(_AT_ONCE)]
             packed.write(_pairs(*codes), packed.at(builder.udiv(start, start.type(2))))
@@ -161,11 +144,11 @@ def _e2m1_codes(
 ) -> Lanes:
     """The codes of BF16 elements, in as many bits, by the bounds of their scale."""
     # Behind the largest code binades would go on being counted.
-    magnitudes = (bits & _BF16_MAGNITUDE).min(least_of_6)
-    large = (magnitudes.above(below_15) >> _BF16_MANTISSA_BITS) + (magnitudes.above(below_2) >> _BF16_MANTISSA_BITS)
+    magnitudes = (bits & MAGNITUDE).min(least_of_6)
+    large = (magnitudes.above(below_15) >> MANTISSA_BITS) + (magnitudes.above(below_2) >> MANTISSA_BITS)
     codes = large + magnitudes.where_more_signed(before_05, 1) + magnitudes.where_more_signed(before_1, 1)
     # All bits but the sign are 0 in -0.0, which has no sign as a code.
-    return codes + bits.where_more(_BF16_SIGN, _E2M1_SIGN)
+    return codes + bits.where_more(SIGN, _E2M1_SIGN)
 
 
 def _pairs(*codes: Lanes) -> Lanes:
