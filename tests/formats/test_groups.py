@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, MXFP4, MXFP8, NVFP4, BlockFormat, WeightFormat
+from quantplug.formats import FP8, FP8_BLOCK, FP8_ROW, INT4, INT4_32, MXFP4, MXFP8, NVFP4, BlockFormat, WeightFormat
 from quantplug.formats.kernels import Encoded, reference
 from quantplug.formats.scale_types import scale_from_amax
 from quantplug.formats.weight_format import empty_groups
@@ -45,10 +45,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("packing", [NVFP4, FP8, MXFP4, MXFP8], ids=lambda packing: packing.name)
+@pytest.mark.parametrize("packing", [NVFP4, FP8, MXFP4, MXFP8, INT4, INT4_32], ids=lambda packing: packing.name)
 def test_what_threads_share_begins_and_ends_amid_weights_too(packing: BlockFormat) -> None:
     # A little more than a thread takes at once, and no whole number of what the loops work on at a time.
-    weights = heavy_tailed((3 * 515, 1056), torch.bfloat16).split(515)
+    weights = heavy_tailed((3 * 515, 1152), torch.bfloat16).split(515)
     amaxes = torch.tensor([1.0, 1e-3, 7.0])
 
     group = packing.pack_group(weights, amaxes)

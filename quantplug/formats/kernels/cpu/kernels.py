@@ -180,19 +180,12 @@ def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
 
 
 def _pack_int4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
-    group = _group(encoded)
+    codes, scales = (as_bytes(tensor).reshape(len(weights), -1) for tensor in (encoded.codes, encoded.block_scales))
 
-    def pack(piece: Array, codes: Array, scales: Array) -> None:
-        loops.pack_int4(flat(piece), group, codes, scales.view(np.uint16))
+    def pack(memory: Memory, beside: Sequence[Array], first: int, last: int) -> None:
+        loops.pack_int4(*memory, *beside, first, last)
 
-    def calls() -> Iterator[Iterable[tuple[Any, ...]]]:
-        for weight, of_weight in zip(weights, encoded.of_each(), strict=True):
-            pieces = pieces_of(bits(weight))
-            # Two bytes a scale, so that a byte of them goes with half a group.
-            scales = alongside(pieces, of_weight.block_scales, group // 2)
-            yield zip(pieces, alongside(pieces, of_weight.codes, 2), scales, strict=True)
-
-    run_each(pack, chain.from_iterable(calls()))
+    pack_group(pack, weights, (codes, scales.view(np.uint16)))
 
 
 def _unpack_int4(encoded: Encoded, values: torch.Tensor) -> None:

@@ -367,12 +367,7 @@ def _int4_codes(tile: Array, parts_a_group: int, scales: Array, codes: Array) ->
 
 
 @njit(**OPTIONS)
-def pack_int4(
-    weight: Array,
-    group: int,
-    packed: Array,
-    group_scales: Array,
-) -> None:
+def _pack_int4(weight: Array, group: int, packed: Array, group_scales: Array) -> None:
     """Bits of n elements to n/2 bytes of codes and BF16 bits of n/group scales; `group` is 32 or 128."""
     parts_a_group = group // INT4_SMALL_GROUP
     scales, codes = _scales_of_small_groups(np.float32), _a_byte_each(np.uint8)
@@ -387,6 +382,22 @@ def pack_int4(
         parts = (tile.size // INT4_SMALL_GROUP, INT4_SMALL_GROUP)
         _int4_codes(tile, parts_a_group, scales, viewed(codes, parts, codes.dtype))
         _pair(codes, packed[start // 2 : start // 2 + tile.size // 2])
+
+
+@njit(**OPTIONS)
+def pack_int4(
+    addresses: Array, like: Array, elements: int, packed: Array, group_scales: Array, first: int, last: int
+) -> None:
+    """Tiles of n weights to codes [n, elements / 2] and BF16 bits of scales [n, elements / 32 or 128].
+
+    The other arguments are those of `of_groups`.
+    """
+    group = elements // group_scales.shape[1]
+    for weight in weights_with(first, last, elements):
+        start, end = part_of(weight, first, last, elements)
+        part = array_at(addresses[weight] + start * like.itemsize, end - start, like)
+        scales = group_scales[weight, start // group : end // group]
+        _pack_int4(part, group, packed[weight, start // 2 : end // 2], scales)
 
 
 @njit(**OPTIONS)
