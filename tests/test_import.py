@@ -30,7 +30,8 @@ COMPILED = {
         f"quantplug.formats.kernels.cpu.{compiled}"
         for compiled in (
             *("kernels", "groups", "pieces", "machine_code"),
-            *("loops", "group_loops", "amaxes", "codes", "scales", "bf16", "bf16.bounds", "bf16.e2m1", "bf16.e4m3"),
+            *("amaxes", "codes", "scales", "bf16.bounds", "bf16.e2m1", "bf16.e4m3"),
+            *(f"loops.{loops}" for loops in ("blocks", "fp8", "groups", "int4", "tile_codes", "whole")),
         )
     ),
     *(f"quantplug.formats.kernels.cuda.{compiled}" for compiled in ("kernels", "loops", "codes")),

@@ -14,8 +14,8 @@ from quantplug.compiled.compiler import OPTIONS, room_of, viewed
 from quantplug.formats.constants import E2M1_MAX, NVFP4_BLOCK
 from quantplug.formats.kernels.cpu.bf16.e2m1 import bounds_of_scales, room_for_bounds
 from quantplug.formats.kernels.cpu.codes import fp32, magnitude_bits
-from quantplug.formats.kernels.cpu.group_loops import of_groups
-from quantplug.formats.kernels.cpu.loops import encode_nvfp4
+from quantplug.formats.kernels.cpu.loops.blocks import encode_nvfp4
+from quantplug.formats.kernels.cpu.loops.groups import of_groups
 from quantplug.formats.kernels.cpu.scales import a_byte_s, fill_divisors, nvfp4_scales
 from quantplug.formats.kernels.cpu.tiles import TILE
 

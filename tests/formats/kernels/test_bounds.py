@@ -53,17 +53,20 @@ def test_behind_each_bound_of_e4m3_is_the_least_value_whose_quotient_has_the_nex
     step = _AT_ONCE >> 2
     for start in range(0, _DIVISORS, step):
         divisors = (np.arange(_DIVISORS + start, _DIVISORS + start + step) * 2.0**-23).astype(np.float32)
-        bounds = np.empty((step, 10, 8), np.uint32)
+        bounds = np.empty((step, 18, 8), np.uint32)
         assert e4m3.bounds_of_scales(divisors, bounds) == (0, step - 1)
-        halves, single = bounds[:, :3].view(np.uint16), bounds[:, 3:].view(np.uint8)
+        halves, single = bounds[:, :11].view(np.uint16), bounds[:, 11:].view(np.uint8)
         assert (halves == halves[..., :1]).all()
         assert (single == single[..., :1]).all()
-        counted_from, most, infinite = halves[..., 0].astype(np.int64).T
+        counted_from, most, infinite, *before_small = halves[..., 0].astype(np.int64).T
         assert (counted_from + infinite == 0x7F80).all()
         of_codes = [np.zeros(step, np.int64), *(single[..., 0].astype(np.int64) + 1).T]
         for code, (behind, middle) in enumerate(zip(of_codes, middles, strict=True)):
             reached = np.greater if code % 2 else np.greater_equal
             assert_reached(counted_from + _BINADE + behind, divisors, middle, reached)
+        for code, before in enumerate(before_small, start=1):
+            reached = np.greater if code % 2 else np.greater_equal
+            assert_reached(before + 1, divisors, (code - 0.5) * 2.0**-9, reached)
         # The largest code is 448's, and begins in the middle between it and 416.
         assert_reached(counted_from + most, divisors, 432.0, np.greater_equal)
 
@@ -79,6 +82,6 @@ def assert_reached(bits: np.ndarray, divisors: np.ndarray, middle: float, reache
 def test_usual_scales_are_the_bytes_between_two_and_no_others(code: ModuleType, most: float, scale_2: float) -> None:
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
     divisors = values * np.float32(scale_2)
-    first, last = code.bounds_of_scales(divisors, np.empty((256, 10, 8), np.uint32))
+    first, last = code.bounds_of_scales(divisors, np.empty((256, 18, 8), np.uint32))
     usual = (divisors >= 2.0**-100) & (divisors <= most)
     assert [number for number in range(256) if first <= number <= last] == np.flatnonzero(usual).tolist()

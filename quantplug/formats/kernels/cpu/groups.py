@@ -1,4 +1,4 @@
-"""A group of weights, packed by the loops of `group_loops`: what a call costs is paid once, not for each weight."""
+"""A group of weights, packed by the loops of `loops.groups`: what a call costs is paid once, not for each weight."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -69,16 +69,15 @@ def pack_group(pack: PackTiles, weights: Sequence[torch.Tensor], beside: Sequenc
 def _pieces(weights: Sequence[torch.Tensor], beside: Sequence[Array]) -> Iterator[tuple[Array, list[Array]]]:
     """Pieces of weights that are no memory to be read as it is, and what goes with each."""
     for number, weight in enumerate(weights):
-        end = 0
+        of_weight, end = [array[number : number + 1] for array in beside], 0
         for piece in pieces_of(bits(weight)):
             start, end = end, end + piece.size
-            of_weight = (array[number : number + 1] for array in beside)
-            yield (
-                piece,
-                [
-                    array[:, start * array.shape[1] // weight.numel() : end * array.shape[1] // weight.numel()]
-                    if array.ndim == 2
-                    else array
-                    for array in of_weight
-                ],
-            )
+            yield piece, [_part(array, start, end, weight.numel()) for array in of_weight]
+
+
+def _part(of_weight: Array, start: int, end: int, elements: int) -> Array:
+    """What goes with some elements of a weight: of [1, m] some of m, and what there is one of a weight itself."""
+    if of_weight.ndim == 1:
+        return of_weight
+    count = of_weight.shape[1]
+    return of_weight[:, start * count // elements : end * count // elements]

@@ -10,34 +10,37 @@ from quantplug.compiled.loop import Home
 from quantplug.formats.kernels.cpu.tiles import SIDE
 
 _FORMATS = Path(__file__).parents[2]
-_LOOPS = Home("quantplug.formats.kernels.cpu.loops", _FORMATS)
+_BLOCKS = Home("quantplug.formats.kernels.cpu.loops.blocks", _FORMATS)
+_FP8 = Home("quantplug.formats.kernels.cpu.loops.fp8", _FORMATS)
+_INT4 = Home("quantplug.formats.kernels.cpu.loops.int4", _FORMATS)
+_WHOLE = Home("quantplug.formats.kernels.cpu.loops.whole", _FORMATS)
 _SEARCH = Home("quantplug.formats.search.loops", _FORMATS)
-_LOOPS.require()
+_BLOCKS.require()
 
 PackBlocks = Callable[[Array, Array, int, Array, Array, Array, Array, int, int], None]
-"""Arguments as of `group_loops.of_groups`."""
+"""Arguments as of `loops.groups.of_groups`."""
 
-unpack_nvfp4 = _LOOPS.loop("unpack_nvfp4")
-unpack_mxfp4 = _LOOPS.loop("unpack_mxfp4")
-unpack_mxfp8 = _LOOPS.loop("unpack_mxfp8")
-unpack_int4 = _LOOPS.loop("unpack_int4")
-pack_fp8 = _LOOPS.loop("pack_fp8")
-unpack_fp8 = _LOOPS.loop("unpack_fp8")
-pack_fp8_row = _LOOPS.loop("pack_fp8_row")
-unpack_fp8_row = _LOOPS.loop("unpack_fp8_row")
-pack_fp8_block = _LOOPS.loop("pack_fp8_block")
-unpack_fp8_block = _LOOPS.loop("unpack_fp8_block")
+unpack_nvfp4 = _BLOCKS.loop("unpack_nvfp4")
+unpack_mxfp4 = _BLOCKS.loop("unpack_mxfp4")
+unpack_mxfp8 = _BLOCKS.loop("unpack_mxfp8")
+unpack_int4 = _INT4.loop("unpack_int4")
+pack_fp8 = _FP8.loop("pack_fp8")
+unpack_fp8 = _FP8.loop("unpack_fp8")
+pack_fp8_row = _FP8.loop("pack_fp8_row")
+unpack_fp8_row = _FP8.loop("unpack_fp8_row")
+pack_fp8_block = _FP8.loop("pack_fp8_block")
+unpack_fp8_block = _FP8.loop("unpack_fp8_block")
 
-pack_nvfp4: PackBlocks = _LOOPS.loop("pack_nvfp4")
-pack_mxfp4: PackBlocks = _LOOPS.loop("pack_mxfp4")
-pack_mxfp8: PackBlocks = _LOOPS.loop("pack_mxfp8")
-pack_int4 = _LOOPS.loop("pack_int4")
+pack_nvfp4: PackBlocks = _BLOCKS.loop("pack_nvfp4")
+pack_mxfp4: PackBlocks = _BLOCKS.loop("pack_mxfp4")
+pack_mxfp8: PackBlocks = _BLOCKS.loop("pack_mxfp8")
+pack_int4 = _INT4.loop("pack_int4")
 pack_nvfp4_given: PackBlocks = _SEARCH.loop("pack_nvfp4_given")
 pack_nvfp4_searched = _SEARCH.loop("pack_nvfp4")
 
-_copy_transposed = _LOOPS.loop("copy_transposed")
-_largest_magnitude = _LOOPS.loop("largest_magnitude")
-_bit_sums = _LOOPS.loop("bit_sums")
+_copy_transposed = _WHOLE.loop("copy_transposed")
+_largest_magnitude = _WHOLE.loop("largest_magnitude")
+_bit_sums = _WHOLE.loop("bit_sums")
 
 
 def copy_transposed(source: Array, copy: Array) -> None:
