@@ -18,7 +18,7 @@ _LIKE: dict[torch.dtype, Array] = {
 }
 
 
-class Memory(NamedTuple):
+class ContiguousWeights(NamedTuple):
     """That of weights of one size, each contiguous and aligned; they must outlive the call of a loop.
 
     Attributes:
@@ -37,7 +37,7 @@ class Memory(NamedTuple):
         return -(-self.elements // TILE) * len(self.addresses)
 
 
-PackTiles = Callable[[Memory, Sequence[Array], int, int], None]
+PackTiles = Callable[[ContiguousWeights, Sequence[Array], int, int], None]
 """Packs tiles of weights, from a first one on and before a last: all of the first weight, then all of the next. The
 arrays are those of `pack_group`."""
 
@@ -51,7 +51,7 @@ def pack_group(pack: PackTiles, weights: Sequence[torch.Tensor], beside: Sequenc
     """
     first, addresses = weights[0], [weight.data_ptr() for weight in weights]
     if first.is_contiguous() and not any(address % first.itemsize for address in addresses):
-        memory = Memory(np.array(addresses), _LIKE[first.dtype], first.numel())
+        memory = ContiguousWeights(np.array(addresses), _LIKE[first.dtype], first.numel())
         step = -(-shared_elements(first.numel() * len(weights)) // TILE)
         starts = range(0, memory.tiles, step)
         run(lambda start: pack(memory, beside, start, min(start + step, memory.tiles)), starts)
@@ -60,7 +60,7 @@ def pack_group(pack: PackTiles, weights: Sequence[torch.Tensor], beside: Sequenc
     def pack_copy(piece: Array, of_piece: Sequence[Array]) -> None:
         # Kept until the loop has ended: all that the loop is given is its address.
         copy = flat(piece)
-        memory = Memory(np.array([copy.ctypes.data]), copy, copy.size)
+        memory = ContiguousWeights(np.array([copy.ctypes.data]), copy, copy.size)
         pack(memory, of_piece, 0, memory.tiles)
 
     run_each(pack_copy, _pieces(weights, beside))

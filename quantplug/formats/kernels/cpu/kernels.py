@@ -28,7 +28,7 @@ from quantplug.formats.encoding import (
 )
 from quantplug.formats.kernels import reference
 from quantplug.formats.kernels.cpu import machine_code as loops
-from quantplug.formats.kernels.cpu.groups import Memory, pack_group
+from quantplug.formats.kernels.cpu.groups import ContiguousWeights, pack_group
 from quantplug.formats.kernels.cpu.pieces import (
     alongside,
     as_bytes,
@@ -83,7 +83,7 @@ def _pack_blocks(
     scales_2 = np.ones(count, np.float32) if encoded.whole is None else encoded.whole.numpy()
     codes, scales = (as_bytes(tensor).reshape(count, -1) for tensor in (encoded.codes, encoded.block_scales))
 
-    def pack(memory: Memory, beside: Sequence[Array], first: int, last: int) -> None:
+    def pack(memory: ContiguousWeights, beside: Sequence[Array], first: int, last: int) -> None:
         scales_2, codes, scales = beside
         loop(*memory, scales_2, values, codes, scales, first, last)
 
@@ -126,7 +126,7 @@ def _unpack_blocks(
 def _pack_fp8(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     codes = as_bytes(encoded.codes).reshape(len(weights), -1)
 
-    def pack(memory: Memory, beside: Sequence[Array], first: int, last: int) -> None:
+    def pack(memory: ContiguousWeights, beside: Sequence[Array], first: int, last: int) -> None:
         loops.pack_fp8(*memory, *beside, first, last)
 
     pack_group(pack, weights, (encoded.tensor_scales.numpy(), codes))
@@ -182,7 +182,7 @@ def _unpack_fp8_block(encoded: Encoded, values: torch.Tensor) -> None:
 def _pack_int4(weights: Sequence[torch.Tensor], encoded: Encoded) -> None:
     codes, scales = (as_bytes(tensor).reshape(len(weights), -1) for tensor in (encoded.codes, encoded.block_scales))
 
-    def pack(memory: Memory, beside: Sequence[Array], first: int, last: int) -> None:
+    def pack(memory: ContiguousWeights, beside: Sequence[Array], first: int, last: int) -> None:
         loops.pack_int4(*memory, *beside, first, last)
 
     pack_group(pack, weights, (codes, scales.view(np.uint16)))
