@@ -7,15 +7,9 @@ import numpy as np
 import torch
 
 from quantplug.compiled.arguments import Array
-from quantplug.formats.kernels.cpu.pieces import bits, flat, pieces_of, shared_elements
+from quantplug.formats.kernels.cpu.pieces import BITS_LIKE, bits, flat, pieces_of, shared_elements
 from quantplug.formats.kernels.cpu.threads import run, run_each
 from quantplug.formats.kernels.cpu.tiles import TILE
-
-_LIKE: dict[torch.dtype, Array] = {
-    torch.bfloat16: np.empty(0, np.uint16),
-    torch.float16: np.empty(0, np.int16),
-    torch.float32: np.empty(0, np.uint32),
-}
 
 
 class ContiguousWeights(NamedTuple):
@@ -51,7 +45,7 @@ def pack_group(pack: PackTiles, weights: Sequence[torch.Tensor], beside: Sequenc
     """
     first, addresses = weights[0], [weight.data_ptr() for weight in weights]
     if first.is_contiguous() and not any(address % first.itemsize for address in addresses):
-        memory = ContiguousWeights(np.array(addresses), _LIKE[first.dtype], first.numel())
+        memory = ContiguousWeights(np.array(addresses), BITS_LIKE[first.dtype], first.numel())
         step = -(-shared_elements(first.numel() * len(weights)) // TILE)
         starts = range(0, memory.tiles, step)
         run(lambda start: pack(memory, beside, start, min(start + step, memory.tiles)), starts)

@@ -23,6 +23,12 @@ _PIECES_PER_THREAD = 4
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.uint32}
 
 
+BITS_LIKE: dict[torch.dtype, Array] = {
+    floats: torch.empty(0, dtype=integers).numpy() for floats, integers in _BITS.items()
+}
+"""Arrays without any element, of the integers as which loops take the bits of such floats."""
+
+
 def bits(weight: torch.Tensor) -> Array:
     """The weight's own memory, with its strides."""
     return weight.detach().view(bits_of(weight.dtype)).numpy()
